@@ -1,0 +1,1 @@
+"""Autoencoders trained in two stages; each is a subclass of a diffusers class."""

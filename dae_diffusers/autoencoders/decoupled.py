@@ -1,0 +1,119 @@
+"""What makes an autoencoder decoupled: the two stages, what each trains, and what leaves for plain diffusers."""
+
+from typing import Literal
+
+import torch
+from diffusers import ModelMixin
+
+
+class DecoupledAutoencoderMixin:
+    r"""
+    Adds the two training stages of a decoupled autoencoder to a diffusers autoencoder.
+
+    A model whose `stage` is `None` (the default) is its parent class, with an auxiliary decoder lying unused beside it.
+    In a stage, `forward` runs that stage alone, so that `DistributedDataParallel` and FSDP may wrap the model: every
+    parameter that asks for a gradient gets one.
+
+    | stage | trains | frozen, in eval mode, without gradient |
+    |---|---|---|
+    | 1 | the latent half and `auxiliary_decoder` | the real decoder |
+    | 1, without auxiliary decoder (joint training) | everything | nothing |
+    | 2 | the real decoder | the latent half and `auxiliary_decoder` |
+
+    Source: Hu et al., "Complexity Matters: Rethinking the Latent Space for Generative Modeling", NeurIPS 2023,
+    https://huggingface.co/papers/2307.08283.
+    """
+
+    # Children that define the latent space, and those that turn latents into images. Subclasses set the first.
+    _latent_children: tuple[str, ...]
+    _decoder_children: tuple[str, ...] = ("post_quant_conv", "decoder")
+
+    stage: Literal[1, 2] | None = None
+
+    @property
+    def is_decoupled(self) -> bool:
+        r"""Whether there is an auxiliary decoder, that is, whether training takes two stages."""
+        return self.auxiliary_decoder is not None
+
+    def set_stage(self, stage: Literal[1, 2] | None) -> None:
+        r"""
+        Chooses what `forward` runs and what trains. Call it before wrapping the model and before making the optimiser.
+
+        Args:
+            stage (`1`, `2` or `None`): See the table of the class. `None` makes everything trainable again.
+
+        Raises:
+            ValueError: For any other value.
+        """
+        if stage not in (1, 2, None):
+            raise ValueError(
+                f"`stage` is {stage!r}, but must be 1 (encoder with the auxiliary decoder), 2 (decoder, encoder "
+                "frozen) or None (the plain autoencoder)."
+            )
+        self.stage = stage
+        for name, child in self.named_children():
+            child.requires_grad_(name not in self._frozen_children())
+        self.zero_grad(set_to_none=True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        r"""As in `torch.nn.Module`, but what the stage has frozen stays in eval mode."""
+        super().train(mode)
+        for name, child in self.named_children():
+            if name in self._frozen_children():
+                child.eval()
+        return self
+
+    def decode_in_stage(self, latents: torch.Tensor) -> torch.Tensor:
+        r"""
+        Decodes with the decoder that the current stage trains.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
+
+        Returns:
+            `torch.Tensor` of shape `(B, out_channels, H, W)`: Images in [-1, 1] where training has succeeded.
+        """
+        if self.stage == 1 and self.is_decoupled:
+            return self.auxiliary_decoder(latents)
+        return self.decode(latents).sample
+
+    def start_decoder_from_auxiliary(self) -> None:
+        r"""
+        Copies the auxiliary decoder's weights into the real decoder, to start stage 2 warm.
+
+        Raises:
+            ValueError: When their shapes differ, or there is no auxiliary decoder.
+        """
+        if not self.is_decoupled or self.config.auxiliary_decoder_type not in ("same", "dropout"):
+            raise ValueError(
+                "The real decoder can start from the auxiliary decoder only where both have the same shape, that is for "
+                f"`auxiliary_decoder_type` same and dropout; this model has {self.config.auxiliary_decoder_type!r}."
+            )
+        self.decoder.load_state_dict(self.auxiliary_decoder.decoder.state_dict())
+        if self.post_quant_conv is not None:
+            self.post_quant_conv.load_state_dict(self.auxiliary_decoder.post_quant_conv.state_dict())
+
+    def to_diffusers(self) -> ModelMixin:
+        r"""
+        The plain diffusers model that is published: same encoder, same real decoder, same config, no auxiliary decoder.
+
+        Returns:
+            [`~diffusers.ModelMixin`]: A copy, of the parent class, in eval mode, on the same device, in the same dtype.
+        """
+        config = {name: value for name, value in self.config.items() if not name.startswith("auxiliary_")}
+        plain = self._diffusers_class.from_config(config).to(self.device)
+        if self.dtype != plain.dtype:
+            plain = plain.to(self.dtype)
+        state_dict = {
+            name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_decoder.")
+        }
+        plain.load_state_dict(state_dict)
+        return plain.eval()
+
+    def _frozen_children(self) -> tuple[str, ...]:
+        if self.stage == 2:
+            return (*self._latent_children, "auxiliary_decoder")
+        if self.stage == 1 and self.is_decoupled:
+            return self._decoder_children
+        return ()

@@ -1,0 +1,109 @@
+"""The auxiliary decoders of stage 1: decoders that are weak in a stated way, and the controls that are not."""
+
+import math
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+AuxiliaryDecoderType = Literal["none", "same", "narrow", "shallow", "dropout", "linear"]
+
+
+class AuxiliaryDecoder(nn.Module):
+    r"""
+    The decoder that the encoder is trained against in stage 1 and that is discarded afterwards.
+
+    It takes the same road as the real one: an optional 1x1 `post_quant_conv`, then a decoder. With `decoder_type="same"`
+    it is the real one's twin.
+
+    Args:
+        decoder_type (`str`): What makes it weak.
+            `same`: nothing, the control. `narrow`: `channel_multiplier` times the channels. `shallow`:
+            `layers_per_block + 1` residual blocks per resolution. `dropout`: a full decoder whose residual blocks each
+            lose whole channels at the rate `dropout` while training. `linear`: one linear map from a latent pixel to
+            its patch of the image.
+        latent_channels (`int`): Channels of the latents.
+        out_channels (`int`): Channels of the image.
+        up_block_types, block_out_channels, layers_per_block, norm_num_groups, act_fn, mid_block_add_attention:
+            As in `AutoencoderKL`: the real decoder's.
+        use_post_quant_conv (`bool`): Whether the real decoder has a 1x1 convolution before it.
+        dropout (`float`): Rate in [0, 1) of `dropout`.
+        channel_multiplier (`float`): Factor in (0, 1] of `narrow`.
+        auxiliary_layers_per_block (`int`): Depth >= 0 of `shallow`.
+    """
+
+    def __init__(
+        self,
+        decoder_type: AuxiliaryDecoderType,
+        *,
+        latent_channels: int,
+        out_channels: int,
+        up_block_types: tuple[str, ...],
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_num_groups: int,
+        act_fn: str,
+        mid_block_add_attention: bool,
+        use_post_quant_conv: bool,
+        dropout: float,
+        channel_multiplier: float,
+        auxiliary_layers_per_block: int,
+    ):
+        super().__init__()
+        check_auxiliary_decoder(decoder_type, dropout, channel_multiplier, auxiliary_layers_per_block)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        if decoder_type == "linear":
+            factor = 2 ** (len(block_out_channels) - 1)
+            self.decoder = nn.Sequential(
+                nn.Conv2d(latent_channels, out_channels * factor**2, 1), nn.PixelShuffle(factor)
+            )
+            return
+        if decoder_type == "narrow":
+            block_out_channels = tuple(max(1, round(channel_multiplier * width)) for width in block_out_channels)
+            norm_num_groups = math.gcd(norm_num_groups, *block_out_channels)
+        if decoder_type == "shallow":
+            layers_per_block = auxiliary_layers_per_block
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            act_fn=act_fn,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        if decoder_type == "dropout":
+            # A hook leaves the names of the weights as they are in the real decoder, which may start from them.
+            for module in self.decoder.modules():
+                if isinstance(module, ResnetBlock2D):
+                    module.register_forward_hook(partial(_drop_channels, rate=dropout))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        r"""`(B, latent_channels, h, w)` raw latents to `(B, out_channels, H, W)` images."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+
+def check_auxiliary_decoder(
+    decoder_type: str, dropout: float, channel_multiplier: float, auxiliary_layers_per_block: int
+) -> None:
+    r"""Raises `ValueError` for an unknown type of auxiliary decoder or a strength out of its range."""
+    if decoder_type not in get_args(AuxiliaryDecoderType):
+        raise ValueError(
+            f"`auxiliary_decoder_type` is {decoder_type!r}, but must be one of {list(get_args(AuxiliaryDecoderType))}."
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`auxiliary_dropout` is {dropout}, but must be at least 0 and below 1.")
+    if not 0 < channel_multiplier <= 1:
+        raise ValueError(f"`auxiliary_channel_multiplier` is {channel_multiplier}, but must be above 0, at most 1.")
+    if auxiliary_layers_per_block < 0:
+        raise ValueError(f"`auxiliary_layers_per_block` is {auxiliary_layers_per_block}, but must be 0 or more.")
+
+
+def _drop_channels(module: nn.Module, args: tuple, output: torch.Tensor, rate: float) -> torch.Tensor:
+    return nn.functional.dropout2d(output, rate, training=module.training)

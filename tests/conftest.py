@@ -1,0 +1,55 @@
+"""Tiny real models and images for all tests; nothing here needs a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dae_diffusers import DAEAutoencoderKL
+
+torch.set_num_threads(1)  # the tests run on as many processes as there are cores
+
+
+def make_autoencoder(auxiliary_decoder_type: str = "dropout", **config) -> DAEAutoencoderKL:
+    torch.manual_seed(0)
+    defaults = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+        "sample_size": 16,
+        "mid_block_add_attention": False,
+    }
+    return DAEAutoencoderKL(**{**defaults, **config}, auxiliary_decoder_type=auxiliary_decoder_type)
+
+
+@pytest.fixture
+def autoencoder() -> DAEAutoencoderKL:
+    return make_autoencoder()
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """24 photographs' stand-ins of several sizes and modes in two class folders."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        size = (int(random.integers(17, 40)), int(random.integers(17, 40)))
+        mode = ("RGB", "L", "RGBA", "P")[number % 4]
+        image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+        folder = root / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{number:02d}.png")
+    return root
