@@ -1,0 +1,235 @@
+"""Checkpoints that a kill at any instant leaves whole, and signals that end a run in an orderly way."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from dae_diffusers.cli import UserError
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "checkpoint-"
+_MANIFEST = "checkpoint.json"
+_EMA = "ema.safetensors"
+
+
+class Checkpointer:
+    r"""
+    Saves and restores everything that an [`~accelerate.Accelerator`] has prepared or registered.
+
+    A checkpoint is written to a temporary folder, flushed to disk and renamed to `checkpoint-<step>`; its
+    `checkpoint.json`, written last, lists every file with its size and hash. What is not listed or does not match is
+    not loaded.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Its prepared and registered objects are what is saved.
+        folder (`Path`): Where the checkpoints lie.
+        total_limit (`int`, *optional*): Keep only the newest this many.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, total_limit: int | None = None):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.total_limit = total_limit
+
+    def save(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:
+        r"""
+        Saves. All processes call it.
+
+        Args:
+            step (`int`): Optimiser steps done.
+            ema (`EMAModel`, *optional*): Moving averages to save beside.
+            state: Anything JSON can hold that the run needs besides; [`newest`] gives it back.
+
+        Raises:
+            UserError: If the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
+        """
+        try:
+            self._save(step, ema, state)
+        except OSError as error:
+            shutil.rmtree(self.folder / f"tmp-{_PREFIX}{step:08d}", ignore_errors=True)
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}. "
+                "Earlier checkpoints are whole. Make room and continue with `--resume_from_checkpoint latest`."
+            ) from None
+
+    def _save(self, step: int, ema: EMAModel | None, state: dict[str, Any]) -> None:
+        final = self.folder / f"{_PREFIX}{step:08d}"
+        temporary = self.folder / f"tmp-{final.name}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if ema is not None:
+                # As safetensors: what accelerate registers for checkpointing, it reads back with pickle.
+                shadow = {str(n): value.contiguous() for n, value in enumerate(ema.shadow_params)}
+                save_file(shadow, temporary / _EMA)
+            manifest = {
+                "step": step,
+                "state": state,
+                "ema_steps": None if ema is None else ema.optimization_step,
+                "num_processes": self.accelerator.num_processes,
+                "files": {
+                    str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+                    for path in sorted(temporary.rglob("*"))
+                    if path.is_file()
+                },
+            }
+            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+            _flush(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _flush_folder(self.folder)
+            self._rotate()
+        self.accelerator.wait_for_everyone()
+
+    def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
+        r"""
+        The checkpoint to go on from.
+
+        Args:
+            path (`str`): `latest`, or the folder of one checkpoint.
+
+        Returns:
+            Its folder and manifest (`step`, `state`, `num_processes`), or None if `latest` finds none. A damaged
+            checkpoint is reported and the one before it is used.
+
+        Raises:
+            UserError: If a named checkpoint does not exist or is damaged, or if all that exist are damaged.
+        """
+        if path != "latest":
+            problem, manifest = _verify(Path(path))
+            if problem:
+                raise UserError(f"`--resume_from_checkpoint` {path} cannot be used: {problem}. Try `latest`.")
+            return Path(path), manifest
+        candidates = sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+        for candidate in candidates:
+            problem, manifest = _verify(candidate)
+            if not problem:
+                return candidate, manifest
+            logger.warning("%s is damaged (%s); trying the one before.", candidate, problem)
+        if candidates:
+            raise UserError(f"every checkpoint in {self.folder} is damaged. Remove the folder to start anew.")
+        return None
+
+    def load(self, path: Path, *, ema: EMAModel | None = None) -> None:
+        r"""Restores the prepared objects and the averages. All processes call it, after preparing the same objects."""
+        self.accelerator.load_state(str(path))
+        if ema is not None:
+            shadow = load_file(path / _EMA)
+            for n, value in enumerate(ema.shadow_params):
+                value.copy_(shadow[str(n)])
+            ema.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
+
+    def _rotate(self) -> None:
+        if self.total_limit is None:
+            return
+        for old in sorted(self.folder.glob(f"{_PREFIX}*"))[: -self.total_limit]:
+            # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
+            doomed = old.with_name(f"tmp-old-{old.name}")
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+class StopSignal:
+    r"""
+    Turns SIGTERM and SIGINT into a wish to stop after the current step; the second one kills as usual.
+
+    ```python
+    with StopSignal(accelerator) as stop:
+        for ...:
+            if stop.requested():  # the same answer on every process
+                checkpointer.save(step)
+                stop.exit()
+    ```
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.signal_number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        r"""Whether any process has received a signal. With several processes all must call it at the same step."""
+        if self.accelerator.num_processes > 1:
+            number = torch.tensor(self.signal_number, device=self.accelerator.device)
+            self.signal_number = int(self.accelerator.gather(number).max())
+        return self.signal_number != 0
+
+    def exit(self) -> None:
+        r"""Ends the process with 128 + the signal's number."""
+        raise SystemExit(128 + self.signal_number)
+
+    def _receive(self, number: int, frame) -> None:
+        self.signal_number = number
+        signal.signal(number, self._previous[number])
+        if self.accelerator.is_main_process:
+            print(f"\nreceived {signal.Signals(number).name}: finishing the step, then saving", flush=True)
+
+
+def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint, or None; and its manifest."""
+    if not folder.is_dir():
+        return "it does not exist", {}
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        listed = manifest["files"]
+        for name, facts in listed.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing", {}
+            if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
+                return f"{name} has other content than when it was saved", {}
+        return None, {key: manifest[key] for key in ("step", "state", "num_processes")}
+    except FileNotFoundError:
+        return f"it has no {_MANIFEST}", {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {_MANIFEST} cannot be read", {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

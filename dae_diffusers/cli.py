@@ -1,0 +1,187 @@
+"""From the command line and a YAML file to one validated dataclass; from a user's mistake to one line and an exit code."""
+
+import dataclasses
+import difflib
+import os
+import sys
+import textwrap
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Scripts print it as one line and exit with 1, or 2 for a wrong argument."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A wrong argument, or arguments that do not go together."""
+
+    exit_code = 2
+
+
+def field(default: Any, help: str) -> Any:
+    r"""A dataclass field with a default and the text that `--help` shows."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_config(config_class: type[Config], argv: list[str] | None = None, *, description: str = "") -> Config:
+    r"""
+    Builds a script's config from its flags, on top of the YAML file that `--config` names, on top of the defaults.
+
+    Args:
+        config_class (`type`): A dataclass. Fields that it inherits are shown by `--help` under the docstring of the
+            class that defines them.
+        argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
+        description (`str`, *optional*): Shown by `--help`.
+
+    Returns:
+        An instance of `config_class`.
+
+    Raises:
+        SystemExit: With code 2 and one line on stderr for anything wrong; with code 0 for `--help`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(config_class, description=description)
+    try:
+        path, argv = _take_config_flag(argv)
+        (config,) = parser.parse_args_into_dataclasses(
+            [*(_yaml_to_argv(path, config_class) if path else []), *argv], look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def save_config(config: Any, path: str | os.PathLike) -> None:
+    r"""Writes a dataclass as the YAML file that `--config` reads."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def run_script(run: Callable[[Config], None], config: Config) -> None:
+    r"""
+    Calls `run(config)`, and turns a [`UserError`] into one line on stderr and its exit code.
+
+    Raises:
+        SystemExit: With the error's exit code.
+    """
+    try:
+        run(config)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    r"""`" Did you mean `x`?"`, or the empty string when nothing known resembles `word`."""
+    matches = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean `{matches[0]}`?" if matches else ""
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    pass
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` with groups, no second spelling of a flag, and errors of one line."""
+
+    def __init__(self, config_class: type, description: str):
+        self._groups: dict[type, Any] = {}
+        super().__init__(
+            None,
+            usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
+            description=textwrap.dedent(description).strip(),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="FILE.yaml", help="a YAML file with any of the flags below; flags win")
+        owners = _field_owners(config_class)
+        self.dataclass_types = [config_class]
+        types = {}
+        for cls in reversed(config_class.__mro__):
+            types.update(getattr(cls, "__annotations__", {}))
+        for config_field in dataclasses.fields(config_class):
+            config_field.type = types[config_field.name]
+            owner = owners[config_field.name]
+            if owner not in self._groups:
+                self._groups[owner] = self.add_argument_group((owner.__doc__ or owner.__name__).strip().rstrip("."))
+            self._parse_dataclass_field(self._groups[owner], config_field)
+        for action in self._actions:
+            action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
+            if action.option_strings and action.option_strings[0].startswith("--no_"):
+                action.help = f"switch `--{action.dest}` off"
+
+    def parse_args_into_dataclasses(self, args=None, **kwargs):
+        namespace, unknown = self.parse_known_args(args)
+        if unknown:
+            known = [action.dest for action in self._actions]
+            name = unknown[0].removeprefix("--").split("=")[0]
+            if unknown[0].startswith("--"):
+                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(name, known)} See --help.")
+            raise ConfigError(f"unexpected argument {unknown[0]!r}; every value follows its flag. See --help.")
+        values = {key: value for key, value in vars(namespace).items() if key != "config"}
+        return (self.dataclass_types[0](**values),)
+
+    def error(self, message: str):
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(ConfigError.exit_code)
+
+
+def _field_owners(config_class: type) -> dict[str, type]:
+    owners = {}
+    for cls in config_class.__mro__:
+        for name in cls.__dict__.get("__annotations__", {}):
+            owners.setdefault(name, cls)
+    return owners
+
+
+def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+    path, rest, words = None, [], iter(argv)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise ConfigError("`--config` needs the path of a YAML file.")
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return path, rest
+
+
+def _yaml_to_argv(path: str, config_class: type) -> list[str]:
+    """Turns a YAML file into flags, so that its values pass the same checks as those of the command line."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"`--config` {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"`--config` {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"`--config` {path} must hold `flag: value` lines, but holds a {type(values).__name__}.")
+    fields = {config_field.name: config_field for config_field in dataclasses.fields(config_class)}
+    argv = []
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{path}: unknown field `{name}`.{did_you_mean(str(name), list(fields))} See --help.")
+        if value is None:
+            if fields[name].default is not None:
+                raise ConfigError(f"{path}: `{name}` has no value; leave the line out to use the default.")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            raise ConfigError(f"{path}: `{name}` must be one value or a list, but is a mapping.")
+        else:
+            argv += [f"--{name}={value}"]
+    return argv

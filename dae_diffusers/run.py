@@ -1,0 +1,341 @@
+"""What every training script needs around its loop: flags, an accelerator, a folder, logs, checkpoints, the Hub."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tqdm.auto import tqdm
+
+from dae_diffusers.checkpointing import Checkpointer
+from dae_diffusers.cli import ConfigError, UserError, field, save_config
+from dae_diffusers.hub import check_hub_access, push_folder
+from dae_diffusers.plots import plot_curves
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OptimizationConfig:
+    """Optimisation."""
+
+    train_batch_size: int = field(64, "images per process and micro-batch")
+    gradient_accumulation_steps: int = field(1, "micro-batches per optimiser step")
+    learning_rate: float = field(1e-3, "peak learning rate")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
+        "cosine", "schedule of the learning rate"
+    )
+    lr_warmup_steps: int = field(100, "steps over which the learning rate rises (not with `constant`)")
+    adam_beta1: float = field(0.9, "AdamW's first decay")
+    adam_beta2: float = field(0.99, "AdamW's second decay")
+    adam_weight_decay: float = field(0.0, "AdamW's weight decay")
+    max_grad_norm: float = field(1.0, "clip the gradient's norm to this")
+    use_ema: bool = field(True, "keep an exponential moving average of the weights, and export that")
+    ema_decay: float = field(0.999, "its decay (it warms up by itself)")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        None, "autocast; the weights stay float32; default: what `accelerate` is configured to"
+    )
+    gradient_checkpointing: bool = field(False, "recompute activations in the backward pass to save memory")
+    allow_tf32: bool = field(False, "TF32 matrix products on GPUs that have them")
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be above 0.")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 0 and below 1.")
+        if self.lr_warmup_steps < 0:
+            raise ConfigError(f"`--lr_warmup_steps` is {self.lr_warmup_steps}, but must be 0 or more.")
+
+
+@dataclass
+class RunConfig:
+    """Run."""
+
+    output_dir: str = field("runs/my-model", "folder for everything that is made")
+    seed: int = field(0, "of weights, data order, augmentation and noise; same seed, same machine: same weights")
+    checkpointing_steps: int = field(1000, "save the training state every this many steps")
+    checkpoints_total_limit: int | None = field(2, "keep only the newest this many checkpoints")
+    resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    logging_steps: int = field(50, "log the training losses every this many steps (means over them)")
+    validation_steps: int = field(500, "validate every this many steps, and at the end")
+    report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
+        None, "also log to a tracker; log.jsonl and curves.png are always written"
+    )
+    push_to_hub: bool = field(False, "upload the result to the Hub at the end")
+    hub_model_id: str | None = field(None, "repository on the Hub; default: the output folder's name, in your account")
+    hub_private: bool = field(False, "make the repository private")
+
+    def __post_init__(self):
+        for name in ("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+        if self.seed < 0:
+            raise ConfigError(f"`--seed` is {self.seed}, but must be 0 or more.")
+
+
+class TrainingRun:
+    r"""
+    The surroundings of a training loop.
+
+    The script's own files lie in `<output_dir>/<name>/`: `config.yaml`, `log.jsonl` (every logged value), `curves.png`,
+    `grids/`, `checkpoints/` and the trackers' files. Results (`vae/`, `pipeline/`) lie in `<output_dir>` itself, so that
+    several scripts can share it.
+
+    Args:
+        name (`str`): The script's.
+        config: A dataclass with the fields of [`RunConfig`] and [`OptimizationConfig`].
+
+    Attributes:
+        accelerator ([`~accelerate.Accelerator`]): Made from the config.
+        checkpointer ([`~dae_diffusers.checkpointing.Checkpointer`]): Of this run.
+        output_dir, folder (`Path`): Of the results; of the script's own files.
+
+    Raises:
+        UserError: If the folder holds another run, or cannot be written.
+    """
+
+    def __init__(self, name: str, config: Any):
+        self.name = name
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.folder = self.output_dir / name
+        if config.report_to not in (None, "all") and find_spec(config.report_to) is None:
+            raise ConfigError(f"`--report_to {config.report_to}` needs a package: pip install {config.report_to}")
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                step_scheduler_with_optimizer=False,  # a step is one optimiser update, whatever the process count
+                log_with=config.report_to,
+                project_config=ProjectConfiguration(project_dir=str(self.folder)),
+            )
+        except ValueError as error:  # a precision that the device lacks, a tracker that is not installed
+            raise ConfigError(str(error)) from None
+        logging.basicConfig(
+            format="%(message)s", level=logging.INFO if self.accelerator.is_main_process else logging.ERROR
+        )
+        for chatty in ("httpx", "accelerate"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        set_seed(config.seed)
+        self._take_folder()
+        self.checkpointer = Checkpointer(
+            self.accelerator, self.folder / "checkpoints", config.checkpoints_total_limit
+        )
+        if config.push_to_hub and self.accelerator.is_main_process:
+            self.hub_model_id = check_hub_access(
+                config.hub_model_id or self.output_dir.resolve().name, private=config.hub_private
+            )
+        self._tracker_failed = False
+        self._marks: dict[str, int] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_sums = 0
+
+    def start(self) -> tuple[Path | None, int, dict[str, Any]]:
+        r"""
+        Finds where to begin: from nothing, or from the checkpoint that `--resume_from_checkpoint` asks for.
+
+        Returns:
+            The checkpoint's folder or None, the optimiser steps done, and the state that was saved with it.
+        """
+        found = None
+        if self.config.resume_from_checkpoint is not None:
+            found = self.checkpointer.newest(self.config.resume_from_checkpoint)
+            if found is None:
+                logger.warning("no checkpoint in %s yet: starting from the beginning.", self.checkpointer.folder)
+        path, step, state = (found[0], found[1]["step"], found[1]["state"]) if found else (None, 0, {})
+        if path is not None:
+            logger.info("resuming from %s", path)
+            sums, self._num_sums = state.pop("log_sums"), state.pop("num_log_sums")
+            self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
+            if found[1]["num_processes"] != self.accelerator.num_processes:
+                logger.warning(
+                    "the checkpoint comes from %d processes, this run has %d: the result is equal only up to rounding.",
+                    found[1]["num_processes"],
+                    self.accelerator.num_processes,
+                )
+        if self.accelerator.is_main_process:
+            save_config(self.config, self.folder / "config.yaml")
+            rows = [row for row in read_log(self.folder) if row["step"] <= step]
+            (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if self.config.report_to is not None:
+            simple = {k: v for k, v in asdict(self.config).items() if isinstance(v, (bool, int, float, str))}
+            self.accelerator.init_trackers(self.output_dir.resolve().name, config=simple)
+        return path, step, state
+
+    def save_checkpoint(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:
+        r"""
+        Saves everything needed to go on from here, the means that are being gathered for the log included.
+
+        Args:
+            step (`int`): Optimiser steps done.
+            ema (`EMAModel`, *optional*): Moving averages.
+            state: Anything JSON can hold; [`start`] gives it back.
+        """
+        sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
+        self.checkpointer.save(step, ema=ema, log_sums=sums, num_log_sums=self._num_sums, **state)
+
+    def mark(self, name: str, step: int) -> None:
+        r"""Marks a step in `curves.png`, such as the border between two stages."""
+        self._marks[name] = step
+
+    def add(self, **values: torch.Tensor) -> None:
+        r"""Adds one micro-batch's values to the means that [`log_means`] writes; they stay on the device until then."""
+        for name, value in values.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._num_sums += 1
+
+    def log_means(self, step: int, prefix: str = "train", **values: float | torch.Tensor) -> dict[str, float]:
+        r"""Logs the means, over all processes, of what was added since the last call, and `values` beside them."""
+        means = {f"{prefix}/{k}": total.float() / self._num_sums for k, total in self._sums.items()}
+        means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
+        self._sums, self._num_sums = {}, 0
+        means.update({f"{prefix}/{k}": float(v) for k, v in values.items()})
+        self.log(means, step)
+        return means
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        r"""Writes values to `log.jsonl` and the trackers. A tracker that fails is reported once and left alone."""
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self._guard_tracker(lambda: self.accelerator.log(values, step=step))
+
+    def log_grid(self, name: str, grid: Image.Image, step: int) -> None:
+        r"""Saves a picture as `grids/<name>-<step>.png` and shows it in every tracker that can."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.folder / "grids"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"{name}-{step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            self._guard_tracker(lambda tracker=tracker: _log_image(tracker, name, grid, step))
+
+    def draw_curves(self) -> None:
+        r"""Draws `curves.png` from the whole log."""
+        if self.accelerator.is_main_process:
+            title = f"{self.output_dir.name}: {self.name}"
+            plot_curves(read_log(self.folder), self.folder / "curves.png", title=title, marks=self._marks)
+
+    def progress(self, total: int, initial: int, description: str) -> tqdm:
+        r"""A progress bar over optimiser steps, on the main process."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=description,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # seconds; a log file needs few lines
+        )
+
+    def finish(self, result: str) -> None:
+        r"""
+        Draws the curves, closes the trackers and pushes if asked to.
+
+        Args:
+            result (`str`): The folder below `output_dir` to push, such as `vae`.
+        """
+        self.draw_curves()
+        self._guard_tracker(self.accelerator.end_training)
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            push_folder(self.output_dir / result, self.hub_model_id)
+        self.accelerator.wait_for_everyone()
+
+    def _take_folder(self) -> None:
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                holds_run = (self.folder / "config.yaml").exists()
+                if holds_run and self.config.resume_from_checkpoint is None:
+                    raise UserError(
+                        f"`--output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "
+                        "`--resume_from_checkpoint latest`, choose another folder, or remove "
+                        f"{self.folder} to start anew."
+                    )
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    probe = self.folder / f".writable-{os.getpid()}"
+                    probe.touch()
+                    probe.unlink()
+                except OSError as error:
+                    raise UserError(f"`--output_dir` {self.output_dir} cannot be written: {error.strerror}.") from None
+
+    def _guard_tracker(self, call) -> None:
+        if self._tracker_failed:
+            return
+        try:
+            call()
+        except Exception as error:  # a tracker may fail in any way; the run must not
+            self._tracker_failed = True
+            logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+
+
+@contextmanager
+def ema_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    r"""Lets the parameters hold their moving averages inside the block, and their own values after it."""
+    parameters = list(parameters)
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def raise_if_not_finite(value: torch.Tensor, name: str, step: int, folder: Path) -> None:
+    r"""
+    Stops a run whose loss or gradient is not finite, before the optimiser steps.
+
+    Raises:
+        UserError: Naming the value, the step and what to do.
+    """
+    if not torch.isfinite(value).all():
+        raise UserError(
+            f"`{name}` became {float(value)} at step {step}; the weights were left as they were before it. Lower "
+            "`--learning_rate`, or use `--mixed_precision bf16` instead of fp16, and continue from the last checkpoint "
+            f"in {folder / 'checkpoints'} with `--resume_from_checkpoint latest`."
+        )
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
+    path = folder / "log.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _log_image(tracker, name: str, image: Image.Image, step: int) -> None:
+    if tracker.name == "trackio":  # accelerate's tracker for it has no `log_images`
+        import trackio
+
+        tracker.log({name: trackio.Image(image)}, step=step)
+    elif tracker.name == "tensorboard":
+        tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({name: [image]}, step=step)
