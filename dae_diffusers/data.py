@@ -396,7 +396,9 @@ def _find_image_column(rows: datasets.Dataset, name: str | None) -> str:
             f"`--image_column` is {name!r}, but the columns are {list(rows.features)}, those with images {image_columns}."
         )
     if name not in image_columns:
-        raise UserError(f"`--image_column` {name!r} holds {rows.features[name]}, not images; those are {image_columns}.")
+        raise UserError(
+            f"`--image_column` {name!r} holds {rows.features[name]}, not images; those are {image_columns}."
+        )
     return name
 
 

@@ -136,9 +136,7 @@ class TrainingRun:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
         self._take_folder()
-        self.checkpointer = Checkpointer(
-            self.accelerator, self.folder / "checkpoints", config.checkpoints_total_limit
-        )
+        self.checkpointer = Checkpointer(self.accelerator, self.folder / "checkpoints", config.checkpoints_total_limit)
         if config.push_to_hub and self.accelerator.is_main_process:
             self.hub_model_id = check_hub_access(
                 config.hub_model_id or self.output_dir.resolve().name, private=config.hub_private
@@ -255,10 +253,10 @@ class TrainingRun:
             result (`str`): The folder below `output_dir` to push, such as `vae`.
         """
         self.draw_curves()
-        self._guard_tracker(self.accelerator.end_training)
         if self.config.push_to_hub and self.accelerator.is_main_process:
             push_folder(self.output_dir / result, self.hub_model_id)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # also ends the process group
 
     def _take_folder(self) -> None:
         with self.accelerator.main_process_first():
@@ -312,7 +310,7 @@ def raise_if_not_finite(value: torch.Tensor, name: str, step: int, folder: Path)
     """
     if not torch.isfinite(value).all():
         raise UserError(
-            f"`{name}` became {float(value)} at step {step}; the weights were left as they were before it. Lower "
+            f"`{name}` became {float(value.detach())} at step {step}; the weights were left as they were before it. Lower "
             "`--learning_rate`, or use `--mixed_precision bf16` instead of fp16, and continue from the last checkpoint "
             f"in {folder / 'checkpoints'} with `--resume_from_checkpoint latest`."
         )

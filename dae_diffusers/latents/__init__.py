@@ -1,0 +1,1 @@
+"""Latents between the autoencoder and the generator: their statistics, and a cache of them."""

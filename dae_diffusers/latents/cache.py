@@ -1,0 +1,273 @@
+"""Latents encoded once: shards of posterior means and standard deviations, and a manifest that says of what."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from dae_diffusers.cli import UserError
+from dae_diffusers.data import ImageDataset, is_flipped
+
+_MANIFEST = "manifest.json"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    r"""
+    What a cache is a cache of; two caches with the same identity hold the same latents.
+
+    Attributes:
+        autoencoder (`str`): [`autoencoder_fingerprint`] of the encoder's model.
+        data (`str`): `ImageDataset.fingerprint`.
+        num_samples, resolution, image_channels (`int`): Of the images.
+        flips (`bool`): Whether mirrored images are encoded too.
+        dtype (`str`): Of the stored numbers.
+    """
+
+    autoencoder: str
+    data: str
+    num_samples: int
+    resolution: int
+    image_channels: int
+    flips: bool
+    dtype: str
+
+    def differences(self, other: "CacheIdentity") -> list[str]:
+        r"""The attributes that differ, each as a phrase."""
+        return [
+            f"its {name} is {value!r} instead of {getattr(other, name)!r}"
+            for name, value in vars(self).items()
+            if value != getattr(other, name)
+        ]
+
+
+class CachedLatents(Dataset):
+    r"""
+    One cached split, indexed like [`~dae_diffusers.data.ImageDataset`]: by number, or by `(number, draw)`.
+
+    Whole batches are gathered at once from memory-mapped shards. Each is `{"latents_mean", "latents_std": (B, C, h, w)
+    float32, "class_labels": (B,) int64}`, raw; the labels only if there are any.
+
+    Args:
+        folder (`Path`): A split's folder inside a cache.
+
+    Attributes:
+        identity ([`CacheIdentity`]): Of what it holds.
+        id2label (`dict[int, str]` or `None`): Names of the classes.
+        latent_shape (`tuple[int, int, int]`): `(C, h, w)`.
+
+    Raises:
+        UserError: If the cache is missing, unfinished or damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        if manifest is None or not manifest["complete"]:
+            state = "unfinished" if manifest else "no latent cache"
+            raise UserError(f"{self.folder} is {state}. Make it with `accelerate launch training/cache_latents.py`.")
+        self.identity = CacheIdentity(**manifest["identity"])
+        self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
+        self.latent_shape = tuple(manifest["latent_shape"])
+        self._shard_size = manifest["shard_size"]
+        self._shards = []
+        for name, facts in manifest["shards"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != facts["size"]:
+                raise UserError(f"{path} is missing or truncated. Remove {self.folder} and cache the latents again.")
+            try:
+                self._shards.append(load_file(path))
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}). Remove {self.folder} and cache again.") from None
+
+    def __len__(self) -> int:
+        return self.identity.num_samples
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
+        indices = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
+        flips = torch.tensor(
+            [self.identity.flips and isinstance(item, tuple) and is_flipped(item[1]) for item in items]
+        ).long()
+        shards, rows = indices // self._shard_size, indices % self._shard_size
+        batch = {name: torch.empty(len(items), *self.latent_shape) for name in ("latents_mean", "latents_std")}
+        if self.id2label is not None:
+            batch["class_labels"] = torch.empty(len(items), dtype=torch.int64)
+        for shard in shards.unique().tolist():
+            here = (shards == shard).nonzero()[:, 0]
+            for name, value in batch.items():
+                stored = self._shards[shard][name]
+                picked = stored[rows[here]] if name == "class_labels" else stored[rows[here], flips[here]]
+                value[here] = picked.to(value.dtype)
+        return batch
+
+    @staticmethod
+    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        r"""For `DataLoader`: `__getitems__` has made the batch already."""
+        return batch
+
+    def check(self, *, autoencoder: str, images: ImageDataset | None) -> None:
+        r"""
+        Raises `UserError` with the reason if these are not the latents of these images under this autoencoder.
+
+        Args:
+            autoencoder (`str`): [`autoencoder_fingerprint`] of the one in use.
+            images (`ImageDataset` or `None`): The images in use, if they are at hand.
+        """
+        wanted = {"autoencoder": autoencoder}
+        if images is not None:
+            wanted |= _image_identity(images)
+        wanted = CacheIdentity(**{**vars(self.identity), **wanted})
+        differences = self.identity.differences(wanted)
+        if differences:
+            raise UserError(
+                f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. Make another one with "
+                "`accelerate launch training/cache_latents.py`."
+            )
+
+
+@torch.no_grad()
+def write_latent_cache(
+    folder: str | os.PathLike,
+    vae: ModelMixin,
+    images: ImageDataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    dtype: str = "float16",
+    shard_size: int = 8192,
+    num_workers: int = 0,
+) -> None:
+    r"""
+    Encodes every image once, mirrored too if its config says `random_flip`, into `folder`.
+
+    Processes take turns at the shards. A shard is written to a temporary file and renamed, so an interrupted run goes on
+    where it stopped; the manifest is marked complete at the end.
+
+    Args:
+        folder (`Path`): A new folder, or one that this very cache was begun in.
+        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on the accelerator's device.
+        images ([`~dae_diffusers.data.ImageDataset`]): Centre-cropped.
+        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        batch_size (`int`): Images encoded at once.
+        dtype (`str`, *optional*): `float32`, `float16` or `bfloat16`.
+        shard_size (`int`, *optional*): Images in a shard.
+        num_workers (`int`, *optional*): Processes that read images beside each.
+
+    Raises:
+        UserError: If the folder holds another cache.
+    """
+    folder = Path(folder)
+    identity = CacheIdentity(
+        autoencoder=autoencoder_fingerprint(vae), num_samples=len(images), dtype=dtype, **_image_identity(images)
+    )
+    manifest = {
+        "identity": vars(identity),
+        "id2label": images.id2label,
+        "shard_size": shard_size,
+        "complete": False,
+    }
+    found = _read_manifest(folder)
+    if found is not None:
+        differences = CacheIdentity(**found["identity"]).differences(identity)
+        if found["shard_size"] != shard_size:
+            differences.append(f"its shard size is {found['shard_size']} instead of {shard_size}")
+        if differences:
+            raise UserError(f"{folder} holds another latent cache: {'; '.join(differences)}. Choose another folder.")
+        if found["complete"]:
+            return
+    elif accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / _MANIFEST, manifest)
+    accelerator.wait_for_everyone()
+
+    num_shards = -(-len(images) // shard_size)
+    mine = range(accelerator.process_index, num_shards, accelerator.num_processes)
+    for shard in tqdm(mine, desc="Caching latents", unit="shard", disable=not accelerator.is_local_main_process):
+        path = folder / _shard_name(shard)
+        if path.exists():  # it has its name only once it is whole
+            continue
+        indices = range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
+        loader = DataLoader(Subset(images, indices), batch_size=batch_size, num_workers=num_workers)
+        tensors = _encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype])
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        temporary.rename(path)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        paths = [folder / _shard_name(shard) for shard in range(num_shards)]
+        manifest["latent_shape"] = list(load_file(paths[0])["latents_mean"].shape[2:])
+        manifest["shards"] = {
+            path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for path in paths
+        }
+        manifest["complete"] = True
+        _write_json(folder / _MANIFEST, manifest)
+    accelerator.wait_for_everyone()
+
+
+def autoencoder_fingerprint(vae: ModelMixin) -> str:
+    r"""Hash of the weights that make latents; the decoder may change without making a cache stale."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        if name.split(".")[0] in ("encoder", "quant_conv"):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    parts: dict[str, list[torch.Tensor]] = {"latents_mean": [], "latents_std": [], "class_labels": []}
+    for batch in loader:
+        pixel_values = batch["pixel_values"].to(accelerator.device)
+        views = [pixel_values, pixel_values.flip(-1)] if flips else [pixel_values]
+        posteriors = [vae.encode(view).latent_dist for view in views]
+        parts["latents_mean"].append(torch.stack([p.mean for p in posteriors], dim=1).to(dtype).cpu())
+        parts["latents_std"].append(torch.stack([p.std for p in posteriors], dim=1).to(dtype).cpu())
+        if "class_labels" in batch:
+            parts["class_labels"].append(batch["class_labels"])
+    return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+def _image_identity(images: ImageDataset) -> dict[str, Any]:
+    config = images.config
+    return {
+        "data": images.fingerprint,
+        "resolution": config.resolution,
+        "image_channels": config.image_channels,
+        "flips": config.random_flip,
+    }
+
+
+def _shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        CacheIdentity(**manifest["identity"])
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / _MANIFEST} is damaged. Remove {folder} and cache the latents again.") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2))
+    temporary.replace(path)

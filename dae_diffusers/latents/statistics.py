@@ -1,0 +1,124 @@
+"""Per-channel statistics of the latents, and the normalisation that is made of them."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import ModelMixin
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+
+@dataclass
+class LatentStatistics:
+    r"""
+    Running sums over raw latents; two of them add up to the statistics of both sets.
+
+    Attributes:
+        count (`int`): Latent elements of each channel seen.
+        total, total_square (`torch.Tensor` of shape `(C,)`): Sums of the latents and of their squares, float64.
+    """
+
+    count: int
+    total: torch.Tensor
+    total_square: torch.Tensor
+
+    @classmethod
+    def empty(cls, channels: int) -> "LatentStatistics":
+        r"""Statistics of nothing."""
+        return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+
+    def add(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
+        r"""
+        Counts a batch of posteriors: the statistics are those of draws from them, without the noise of drawing.
+
+        Args:
+            mean (`torch.Tensor` of shape `(B, C, h, w)`): Posterior means.
+            std (`torch.Tensor` of the same shape, *optional*): Posterior standard deviations; 0 if absent.
+        """
+        mean = mean.detach().cpu().double()
+        square = mean.square() if std is None else mean.square() + std.detach().cpu().double().square()
+        self.count += mean.numel() // mean.shape[1]
+        self.total += mean.sum(dim=(0, 2, 3))
+        self.total_square += square.sum(dim=(0, 2, 3))
+
+    def __add__(self, other: "LatentStatistics") -> "LatentStatistics":
+        return LatentStatistics(
+            self.count + other.count, self.total + other.total, self.total_square + other.total_square
+        )
+
+    @property
+    def mean(self) -> torch.Tensor:
+        r"""Mean of each channel, `(C,)`, float64."""
+        return self.total / self.count
+
+    @property
+    def std(self) -> torch.Tensor:
+        r"""Standard deviation of each channel, `(C,)`, float64."""
+        return (self.total_square / self.count - self.mean.square()).clamp(min=0).sqrt()
+
+    def write_to_config(self, vae: ModelMixin) -> None:
+        r"""
+        Puts the statistics where every user of the autoencoder finds them: `latents_mean`, `latents_std` and
+        `scaling_factor = 1.0` in its config.
+
+        Raises:
+            ValueError: If a channel is constant, which nothing can normalise.
+        """
+        dead = [channel for channel, std in enumerate(self.std.tolist()) if not std > 1e-6]
+        if dead:
+            raise ValueError(
+                f"latent channels {dead} are constant over the data and cannot be normalised: the encoder has "
+                "collapsed there. Lower the KL weight or the number of latent channels, or train longer."
+            )
+        vae.register_to_config(
+            latents_mean=self.mean.tolist(), latents_std=self.std.tolist(), scaling_factor=1.0, shift_factor=None
+        )
+
+
+@torch.no_grad()
+def compute_latent_statistics(
+    vae: ModelMixin, loader: DataLoader, *, device: torch.device | str = "cpu", disable_progress: bool = True
+) -> LatentStatistics:
+    r"""
+    Encodes every image once and returns the statistics over all processes.
+
+    Args:
+        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
+        loader (`DataLoader`): This process's share of the images; see `make_pass_loader`.
+        device (`torch.device`, *optional*): Where to encode.
+        disable_progress (`bool`, *optional*): Whether to hide the progress bar.
+
+    Returns:
+        [`LatentStatistics`]: The same on every process.
+    """
+    statistics = LatentStatistics.empty(vae.config.latent_channels)
+    for batch in tqdm(loader, desc="Latent statistics", disable=disable_progress, leave=False):
+        posterior = vae.encode(batch["pixel_values"].to(device)).latent_dist
+        statistics.add(posterior.mean, posterior.std)
+    return sum(gather_object([statistics]), start=LatentStatistics.empty(vae.config.latent_channels))
+
+
+def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
+    r"""
+    Raw latents to what the denoiser sees: `(latents - latents_mean) * scaling_factor / latents_std` per channel, or
+    `(latents - shift_factor) * scaling_factor` for an autoencoder without statistics. `DAEDiTPipeline` undoes it.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
+        vae ([`~diffusers.AutoencoderKL`]): Whose config holds the statistics.
+
+    Returns:
+        `torch.Tensor` of the same shape: With statistics, mean 0 and standard deviation 1 per channel over the data.
+    """
+    config = vae.config
+    if not has_latent_statistics(vae):
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    mean = torch.tensor(config.latents_mean, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+    std = torch.tensor(config.latents_std, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+    return (latents - mean) * config.scaling_factor / std
+
+
+def has_latent_statistics(vae: ModelMixin) -> bool:
+    r"""Whether the autoencoder's config holds per-channel statistics."""
+    return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None

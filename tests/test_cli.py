@@ -1,0 +1,142 @@
+"""A config from flags and YAML; a mistake is one line and an exit code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script, save_config
+from dae_diffusers.training.cache_latents import CacheLatentsConfig
+from dae_diffusers.training.train_dae import TrainDAEConfig
+from dae_diffusers.training.train_dit import TrainDiTConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
+
+
+@dataclass
+class Part:
+    """A part."""
+
+    steps: int = field(10, "number of steps")
+    widths: list[int] = field([1, 2], "some widths")
+
+
+@dataclass
+class Whole(Part):
+    """The whole."""
+
+    kind: Literal["a", "b"] = field("a", "the kind")
+    name: str | None = field(None, "a name")
+    flag: bool = field(True, "a switch")
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ConfigError("`--steps` must be at least 1.")
+
+
+def error_of(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(Whole, list(argv))
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("steps: 5\nkind: b\nwidths: [3, 4, 5]\nflag: false\n")
+    config = parse_config(Whole, ["--config", str(path), "--steps", "7"])
+    assert config == Whole(steps=7, kind="b", widths=[3, 4, 5], flag=False)
+    assert parse_config(Whole, []) == Whole()
+
+
+def test_saved_config_is_read_back(tmp_path):
+    config = Whole(steps=3, name="x y: z", widths=[9], flag=False)
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_config(Whole, [f"--config={tmp_path / 'config.yaml'}"]) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--step", "3"], "Did you mean `steps`"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--kind", "c"], "invalid choice: 'c'"),
+        (["--steps", "0"], "at least 1"),
+        (["7"], "unexpected argument '7'"),
+        (["--config", "/nowhere.yaml"], "does not exist"),
+        (["--config"], "needs the path"),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line(argv, message, capsys):
+    assert message in error_of(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps: 3", "unknown field `stepps`. Did you mean `steps`?"),
+        ("steps: many", "invalid int value"),
+        ("steps: {a: 1}", "is a mapping"),
+        ("steps:", "has no value"),
+        ("- 1\n- 2", "holds a list"),
+        ("steps: [1", "cannot be read as YAML"),
+        ("!!python/object/apply:os.system ['touch hacked']", "cannot be read as YAML"),
+    ],
+)
+def test_wrong_yaml_is_answered_in_one_line(text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    assert message in error_of(capsys, "--config", "config.yaml")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_help_shows_groups_types_and_defaults(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(Whole, ["--help"], description="What it does.")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it does." in text and "A part:" in text and "The whole:" in text
+    assert "number of steps (default: 10)" in " ".join(text.split())
+    assert "--no_flag" in text and "--no-flag" not in text
+
+
+def test_user_errors_of_a_script_are_one_line_and_an_exit_code(capsys):
+    for error, code in ((UserError("it failed"), 1), (ConfigError("it is wrong"), 2)):
+
+        def run(config, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(run, None)
+        assert exit_info.value.code == code
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_other_errors_are_not_hidden():
+    def run(config):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(run, None)
+
+
+@pytest.mark.parametrize("config_class", [TrainDAEConfig, TrainDiTConfig, CacheLatentsConfig])
+def test_every_flag_of_every_script_has_help(config_class, capsys):
+    from dataclasses import fields
+
+    assert [f.name for f in fields(config_class) if not f.metadata.get("help")] == []
+    with pytest.raises(SystemExit):
+        parse_config(config_class, ["--help"])
+    assert "None (default" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config_class = TrainDiTConfig if "_dit" in path.stem else TrainDAEConfig
+    config = parse_config(config_class, ["--config", str(path)])
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(config, name) == value

@@ -1,0 +1,273 @@
+"""Images become what the documentation says, in an order that is a pure function of (seed, position)."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from PIL import Image
+
+from dae_diffusers.cli import ConfigError, UserError
+from dae_diffusers.data import (
+    DataConfig,
+    MicrobatchSampler,
+    decode_image,
+    load_images,
+    make_pass_loader,
+    make_training_loader,
+    resize_and_crop,
+)
+
+
+def encoded(image: Image.Image, format: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_digits_are_embedded():
+    train, validation = load_images(DataConfig(dataset_name="digits", image_channels=1))
+    assert (len(train), len(validation)) == (1500, 297)
+    assert train.id2label == {n: str(n) for n in range(10)}
+    item = train[0]
+    assert item["pixel_values"].shape == (1, 32, 32)
+    assert -1 <= item["pixel_values"].min() < -0.9 and 0.5 < item["pixel_values"].max() <= 1
+
+
+def test_class_folders_give_labels_and_a_held_out_part(image_folder):
+    config = DataConfig(train_data_dir=str(image_folder), resolution=16, validation_fraction=0.25)
+    train, validation = load_images(config)
+    assert (len(train), len(validation)) == (18, 6)
+    assert train.id2label == validation.id2label == {0: "cat", 1: "dog"}
+    names = {images.name_of(n) for images in (train, validation) for n in range(len(images))}
+    assert len(names) == 24
+    for number in range(len(train)):
+        item = train[number]
+        assert item["pixel_values"].shape == (3, 16, 16)
+        assert train.id2label[item["class_labels"]] in train.name_of(number)
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.jpg")
+    train, _ = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=16))
+    assert train.id2label is None and set(train[0]) == {"pixel_values"}
+
+
+def test_white_is_one_and_black_is_minus_one():
+    data = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(Image.new("RGB", (8, 8), c)), "path": None} for c in ("white", "black")] * 2},
+        features=datasets.Features({"image": datasets.Image(decode=False)}),
+    )
+    from dae_diffusers.data import ImageDataset
+
+    images = ImageDataset(data, DataConfig(resolution=8), image_column="image")
+    assert images[0]["pixel_values"].eq(1).all() and images[1]["pixel_values"].eq(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), {}, (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), {}, (255, 0, 0)),
+        (Image.new("LA", (2, 2), (0, 128)), {}, (127, 127, 127)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), {"format": "tiff"}, (255, 0, 0)),
+        (Image.new("L", (2, 2), 77), {}, (77, 77, 77)),
+        (Image.new("1", (2, 2), 1), {}, (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (0, 255, 0)).convert("P"), {}, (0, 255, 0)),
+        (Image.fromarray(np.full((2, 2), 65535, np.uint16)), {}, (255, 255, 255)),
+        (Image.fromarray(np.full((2, 2), 257 * 40, np.uint16)), {"format": "tiff"}, (40, 40, 40)),
+    ],
+    ids=["transparent", "opaque", "gray-alpha", "cmyk", "gray", "bilevel", "palette", "16-bit-png", "16-bit-tiff"],
+)
+def test_every_mode_is_converted_as_documented(image, options, expected):
+    assert decode_image(encoded(image, **options)).getpixel((0, 0)) == expected
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    assert decode_image(encoded(image, "jpeg", exif=exif)).size == (4, 8)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "gif", save_all=True, append_images=frames[1:])
+    assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_float_images_are_refused():
+    with pytest.raises(ValueError, match="float"):
+        decode_image(encoded(Image.new("F", (2, 2)), "tiff"))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 70), (33, 90), (16, 16), (9, 12)])
+def test_crop_is_square_and_centred(size):
+    # A horizontal ramp: the centre crop keeps the middle value in the middle.
+    ramp = np.tile(np.linspace(0, 255, size[0]).astype(np.uint8), (size[1], 1))
+    cropped = np.asarray(resize_and_crop(Image.fromarray(ramp), 16)).astype(float)
+    assert cropped.shape == (16, 16)
+    assert abs(cropped.mean() - 127.5) < 5
+
+
+def test_pass_over_the_data_is_a_permutation_and_passes_differ():
+    sampler = iter(MicrobatchSampler(10, 4, seed=0))
+    stream = [index for _ in range(5) for index, _ in next(sampler)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+
+
+def test_stream_starts_anywhere():
+    whole = iter(MicrobatchSampler(10, 4, seed=3))
+    expected = [next(whole) for _ in range(9)]
+    late = iter(MicrobatchSampler(10, 4, seed=3, start=5))
+    assert [next(late) for _ in range(4)] == expected[5:]
+
+
+def test_processes_share_the_stream_without_overlap():
+    def take(count, processes, index):
+        shard = BatchSamplerShard(MicrobatchSampler(50, 4, seed=1), processes, index)
+        return [batch for batch, _ in zip(shard, range(count), strict=False)]
+
+    alone = take(6, 1, 0)
+    first, second = take(3, 2, 0), take(3, 2, 1)
+    assert alone == [batch for pair in zip(first, second, strict=True) for batch in pair]
+
+
+def test_augmentation_depends_on_the_draw_alone():
+    config = DataConfig(dataset_name="digits", image_channels=1, random_flip=True, random_crop=True)
+    train, _ = load_images(config)
+    assert torch.equal(train[(0, 2)]["pixel_values"], train[(0, 2)]["pixel_values"])
+    flipped, plain = train[(0, 1)]["pixel_values"], train[0]["pixel_values"]
+    assert torch.equal(flipped.flip(-1), plain)  # square images leave a crop no choice
+
+
+def test_workers_do_not_change_the_batches(image_folder):
+    train, _ = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16, random_flip=True))
+    batches = []
+    for num_workers in (0, 2):
+        loader = iter(make_training_loader(train, batch_size=5, seed=0, num_workers=num_workers))
+        batches.append(torch.cat([next(loader)["pixel_values"] for _ in range(4)]))
+        del loader
+    assert torch.equal(*batches)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
+def test_pass_loader_counts_each_image_once(image_folder, num_processes):
+    train, _ = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))
+    parts = [
+        batch["pixel_values"]
+        for process in range(num_processes)
+        for batch in make_pass_loader(train, batch_size=4, process_index=process, num_processes=num_processes)
+    ]
+    seen = sorted(image.flatten().tolist() for image in torch.cat(parts))
+    assert seen == sorted(train[n]["pixel_values"].flatten().tolist() for n in range(len(train)))
+
+
+@pytest.fixture
+def folder_with_bad_images(tmp_path):
+    for number in range(20):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "03.png").write_bytes(b"")
+    whole = (tmp_path / "07.png").read_bytes()
+    (tmp_path / "07.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "11.png").write_bytes(b"not an image at all")
+    return tmp_path
+
+
+def test_bad_image_is_named(folder_with_bad_images):
+    train, _ = load_images(DataConfig(train_data_dir=str(folder_with_bad_images), resolution=16))
+    messages = []
+    for number in range(len(train)):
+        try:
+            train[number]
+        except UserError as error:
+            messages.append(str(error))
+    assert messages and all(any(name in text for name in ("03.png", "07.png", "11.png")) for text in messages)
+
+
+def test_bad_images_are_skipped_and_named_up_to_a_share(folder_with_bad_images, caplog):
+    config = DataConfig(
+        train_data_dir=str(folder_with_bad_images), resolution=16, on_bad_image="skip", max_bad_image_share=1.0
+    )
+    train, validation = load_images(config)
+    assert len(train) + len(validation) == 17
+    assert all(train[n]["pixel_values"].shape == (3, 16, 16) for n in range(len(train)))
+    assert all(name in caplog.text for name in ("03.png", "07.png", "11.png"))
+    config.max_bad_image_share = 0.01
+    with pytest.raises(UserError, match="max_bad_image_share"):
+        load_images(config)
+
+
+def test_small_images_are_enlarged_with_one_warning_or_refused(image_folder, caplog):
+    config = DataConfig(train_data_dir=str(image_folder), resolution=128)
+    train, _ = load_images(config)
+    assert train[0]["pixel_values"].shape == train[1]["pixel_values"].shape == (3, 128, 128)
+    assert caplog.text.count("enlarged") == 1
+    config.strict_size = True
+    with pytest.raises(UserError, match="strict_size"):
+        load_images(config)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_split": "trian"}, r"splits are \['train', 'test'\]"),
+        ({"validation_split": "dev"}, r"splits are \['train', 'test'\]"),
+        ({"image_column": "picture"}, r"columns are \['image', 'label'\]"),
+        ({"image_column": "label"}, "not images"),
+        ({"label_column": "class"}, r"columns \['image', 'label'\]"),
+    ],
+)
+def test_what_does_not_exist_is_answered_with_what_does(change, message):
+    with pytest.raises(UserError, match=message):
+        load_images(DataConfig(dataset_name="digits", image_channels=1, **change))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1, 2], [0, None, 1, 2]])
+def test_unusable_labels_are_refused(labels, tmp_path):
+    images = [{"bytes": encoded(Image.new("RGB", (8, 8))), "path": None}] * 4
+    features = datasets.Features({"image": datasets.Image(), "y": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "y": labels}, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="label_column"):
+        load_images(DataConfig(dataset_name=str(tmp_path), label_column="y", resolution=8))
+
+
+def test_string_labels_become_sorted_classes(tmp_path):
+    images = [{"bytes": encoded(Image.new("RGB", (8, 8))), "path": None}] * 4
+    features = datasets.Features({"image": datasets.Image(), "y": datasets.Value("string")})
+    rows = {"image": images, "y": ["b", "a", "b", "c"]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    train, validation = load_images(DataConfig(dataset_name=str(tmp_path), label_column="y", resolution=8))
+    assert train.id2label == {0: "a", 1: "b", 2: "c"}
+    assert sorted([*train.labels, *validation.labels]) == [0, 1, 1, 2]
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        load_images(DataConfig(train_data_dir=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"resolution": 0}, {"validation_fraction": 1.0}, {"max_train_samples": 0}, {"dataloader_num_workers": -1}],
+)
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        DataConfig(dataset_name="digits", **change)
+
+
+def test_batch_larger_than_the_data_is_said(image_folder):
+    train, _ = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))
+    with pytest.warns(UserWarning, match="larger than the data set"):
+        loader = make_training_loader(train, batch_size=64, seed=0)
+    assert next(iter(loader))["pixel_values"].shape[0] == 64
+
+
+def test_fingerprint_follows_the_content(image_folder):
+    config = DataConfig(train_data_dir=str(image_folder), resolution=16)
+    assert load_images(config)[0].fingerprint == load_images(config)[0].fingerprint
+    assert load_images(config)[0].fingerprint != load_images(config, seed=1)[0].fingerprint
