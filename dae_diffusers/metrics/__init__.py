@@ -1,0 +1,1 @@
+"""What judges autoencoders, latent spaces and generators."""

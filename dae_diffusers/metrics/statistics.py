@@ -1,0 +1,213 @@
+"""Moments of features that add up over batches and processes, and a cache of those of reference images."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from dae_diffusers.data import ImageDataset, make_pass_loader
+from dae_diffusers.metrics.features import FeatureExtractor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FeatureStatistics:
+    r"""
+    Count, mean and scatter of feature vectors. Two of them add up to the statistics of both sets: how the images were
+    split into batches and over processes matters only to the last digits of float64.
+
+    Attributes:
+        count (`int`): Feature vectors seen.
+        mean (`torch.Tensor` of shape `(D,)`): Their mean, float64, on the CPU.
+        scatter (`torch.Tensor` of shape `(D, D)`): Sum of the outer products of `features - mean`, float64, on the
+            CPU.
+
+    Source: the merging of Chan, Golub and LeVeque, 1979,
+    http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf.
+    """
+
+    count: int
+    mean: torch.Tensor
+    scatter: torch.Tensor
+
+    @classmethod
+    def empty(cls, feature_dim: int) -> "FeatureStatistics":
+        r"""Statistics of nothing."""
+        return cls(
+            0,
+            torch.zeros(feature_dim, dtype=torch.float64),
+            torch.zeros(feature_dim, feature_dim, dtype=torch.float64),
+        )
+
+    def add(self, features: torch.Tensor) -> None:
+        r"""
+        Counts a batch.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, D)`): Feature vectors; `B` may be 0.
+
+        Raises:
+            ValueError: For another shape, and for values that are not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features have the shape {tuple(features.shape)}, but must be (B, {len(self.mean)}).")
+        if not torch.isfinite(features).all():
+            raise ValueError("features hold NaN or infinite values. Look at the images and at the feature extractor.")
+        if len(features) == 0:
+            return
+        features = features.detach().cpu().double()
+        mean = features.mean(dim=0)
+        centered = features - mean
+        merged = self + FeatureStatistics(len(features), mean, centered.T @ centered)
+        self.count, self.mean, self.scatter = merged.count, merged.mean, merged.scatter
+
+    def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} dimensions do not add up.")
+        count = self.count + other.count
+        share = other.count / max(count, 1)
+        difference = other.mean - self.mean
+        between = torch.outer(difference, difference) * (self.count * share)
+        return FeatureStatistics(count, self.mean + difference * share, self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        r"""Unbiased covariance, `(D, D)`, float64. Raises ValueError for fewer than 2 vectors."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, but there are {self.count}.")
+        return self.scatter / (self.count - 1)
+
+    def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
+        r"""
+        Writes one safetensors file; a kill at any moment leaves either the file before or the whole new one.
+
+        Args:
+            path (`str` or `PathLike`): The file; its folder is made.
+            metadata (`dict[str, str]`, *optional*): What the features are of; [`load`] gives it back.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+        tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> tuple["FeatureStatistics", dict[str, str]]:
+        r"""
+        Reads what [`save`] wrote.
+
+        Returns:
+            `tuple[FeatureStatistics, dict[str, str]]`: The statistics and the metadata.
+
+        Raises:
+            OSError, SafetensorError: If the file does not exist, is damaged or holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            count, mean, scatter = (file.get_tensor(name) for name in ("count", "mean", "scatter"))
+            return cls(int(count), mean, scatter), file.metadata() or {}
+
+
+def feature_statistics(extractor: FeatureExtractor, batches: Iterable[torch.Tensor]) -> FeatureStatistics:
+    r"""
+    Extracts features and returns their statistics over all processes. All processes call it.
+
+    Args:
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
+        batches (`Iterable[torch.Tensor]`): This process's share of the images, `(B, C, H, W)` in [-1, 1]; no image may
+            come twice or be left out, neither in a process nor between them.
+
+    Returns:
+        [`FeatureStatistics`]: The same on every process.
+    """
+    statistics = FeatureStatistics.empty(extractor.feature_dim)
+    for images in batches:
+        statistics.add(extractor(images))
+    return sum(gather_object([statistics]), start=FeatureStatistics.empty(extractor.feature_dim))
+
+
+def reference_statistics(
+    extractor: FeatureExtractor,
+    images: ImageDataset,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    disable_progress: bool = True,
+) -> FeatureStatistics:
+    r"""
+    Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
+
+    The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (content, number,
+    channels) and of their resolution. A damaged file is reported and made anew; one that cannot be written is reported.
+
+    Args:
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
+        images ([`~dae_diffusers.data.ImageDataset`]): The reference images.
+        cache_dir (`str` or `PathLike`, *optional*): Where to look first and to write; without it nothing is kept.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time, per process.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read images, per process.
+        disable_progress (`bool`, *optional*): Whether to hide the progress bar.
+
+    Returns:
+        [`FeatureStatistics`]: The same on every process.
+    """
+    state = PartialState()
+    metadata = {
+        "extractor": extractor.name,
+        "extractor_fingerprint": extractor.fingerprint,
+        "images_fingerprint": images.fingerprint,
+        "num_images": str(len(images)),
+        "image_channels": str(images.config.image_channels),
+        "resolution": str(images.config.resolution),
+    }
+    path = None
+    if cache_dir is not None:
+        key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
+        path = Path(cache_dir) / f"{extractor.name}-{key}.safetensors"
+    # One process looks and tells the others: they might see the file at different moments.
+    cached = [_read_cache(path) if path is not None and state.is_main_process else None]
+    statistics = broadcast_object_list(cached)[0]
+    if statistics is not None:
+        return statistics
+    loader = make_pass_loader(
+        images,
+        batch_size=batch_size,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        num_workers=num_workers,
+    )
+    batches = tqdm(loader, desc=f"Reference {extractor.name}", disable=disable_progress, leave=False)
+    statistics = feature_statistics(extractor, (batch["pixel_values"] for batch in batches))
+    if path is not None and state.is_main_process:
+        try:
+            statistics.save(path, metadata)
+        except OSError as error:  # the statistics are good all the same
+            logger.warning("%s cannot be written (%s); the next run computes it anew.", path, error.strerror or error)
+    return statistics
+
+
+def _read_cache(path: Path) -> FeatureStatistics | None:
+    if not path.exists():
+        return None
+    try:
+        return FeatureStatistics.load(path)[0]
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s is damaged (%s) and is made anew.", path, " ".join(str(error).split()))
+        return None
