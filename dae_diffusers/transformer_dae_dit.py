@@ -1,0 +1,365 @@
+"""
+The diffusion transformer, whole in this one file: it travels to the Hub inside the model's repository and is loaded
+from there with torch and diffusers alone. So it imports nothing else, and `ModelMixin` must stay a name in it
+(diffusers looks for it in the module of a component that is not its own).
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+# Name -> layers, width, heads. S to XL as in Peebles and Xie, 2022; Ti and XS are for CPUs and small data.
+DIT_SIZES = {
+    "DiT-Ti": (6, 192, 3),
+    "DiT-XS": (8, 256, 4),
+    "DiT-S": (12, 384, 6),
+    "DiT-B": (12, 768, 12),
+    "DiT-L": (24, 1024, 16),
+    "DiT-XL": (28, 1152, 16),
+}
+
+ABSOLUTE_BASE = 10_000.0
+ROTARY_BASE = 100.0  # a grid has tens of rows: a base of 10000 would leave most pairs unrotated (RoPE-ViT, 2403.13298)
+
+
+def _position_tables(
+    height: int, width: int, dim: int, head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Positions of a grid of `height * width` tokens, row by row, in float32: the absolute embedding `(N, dim)` and the
+    cosine and sine of the rotation `(N, 1, head_dim / 2, 2)`. Token `(row, column)` has the same values in every grid.
+    """
+    rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
+    columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
+
+    def angles(num_frequencies: int, base: float) -> torch.Tensor:
+        frequencies = base ** -(torch.arange(num_frequencies, device=device, dtype=torch.float32) / num_frequencies)
+        # A broadcast product: autocast would run `torch.outer` in half precision.
+        return torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=-1)
+
+    absolute = angles(dim // 4, ABSOLUTE_BASE)  # (N, dim / 2)
+    rotary = angles(head_dim // 4, ROTARY_BASE)[:, None]  # (N, 1, head_dim / 2)
+    return torch.cat((absolute.sin(), absolute.cos()), dim=-1), torch.stack((rotary.cos(), rotary.sin()), dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _cached_position_tables(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):  # a table first made while sampling must still serve training
+        return _position_tables(*args)
+
+
+def _rotate(hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Turns the channel pairs (2i, 2i + 1) of `(B, N, heads, head_dim)` by the angles of `rotary`, in float32."""
+    pairs = hidden_states.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler has no complex kernels, and fuses the real form
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        pairs = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    else:  # one kernel each way
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+    return pairs.flatten(-2)
+
+
+def _rms_norm(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Divides by the root mean square over the last dimension. No weight: modulation or rotation follows."""
+    return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+
+
+class DAEDiTAttnProcessor:
+    """Self-attention over `(B, N, dim)` through diffusers' dispatcher, so that `set_attention_backend` decides how."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "DAEDiTAttention", hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.qkv_proj(hidden_states).unflatten(-1, (3, attn.heads, attn.head_dim)).unbind(2)
+        # The rotation is in float32; kernels want one dtype for all three.
+        query = _rotate(_rms_norm(query), rotary).to(value.dtype)
+        key = _rotate(_rms_norm(key), rotary).to(value.dtype)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.out_proj(hidden_states.flatten(2))
+
+
+class DAEDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention: one product for query, key and value, RMS norm of query and key per head."""
+
+    _default_processor_cls = DAEDiTAttnProcessor
+    _available_processors = [DAEDiTAttnProcessor]
+    _supports_qkv_fusion = False  # fused from the start
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.set_processor(DAEDiTAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states, rotary)
+
+
+class DAEDiTFeedForward(nn.Module):
+    """SwiGLU, `down(silu(gate) * up)`, with gate and up in one product. Source: Shazeer, 2020, 2002.05202."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DAEDiTBlock(nn.Module):
+    """Attention and feed-forward, each behind a modulated RMS norm and a gate: `x + gate * f(norm(x) * scale + shift)`."""
+
+    def __init__(self, dim: int, heads: int, hidden_dim: int):
+        super().__init__()
+        self.attn = DAEDiTAttention(dim, heads)
+        self.ff = DAEDiTFeedForward(dim, hidden_dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, N, dim)
+        shift: torch.Tensor,  # (B, 2, 1, dim): attention, feed-forward; likewise below
+        scale: torch.Tensor,
+        gate: torch.Tensor,
+        rotary: torch.Tensor,
+    ) -> torch.Tensor:
+        shift_attn, shift_ff = shift.unbind(1)
+        scale_attn, scale_ff = scale.unbind(1)
+        gate_attn, gate_ff = gate.unbind(1)
+        attn_output = self.attn(torch.addcmul(shift_attn, _rms_norm(hidden_states), scale_attn), rotary)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attn_output)
+        ff_output = self.ff(torch.addcmul(shift_ff, _rms_norm(hidden_states), scale_ff))
+        return torch.addcmul(hidden_states, gate_ff, ff_output)
+
+
+class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+    r"""
+    A diffusion transformer on latents of any height and width, conditioned on time and, optionally, on a class.
+
+    Called like [`DiTTransformer2DModel`]; differences: RMS norm, QK norm, SwiGLU, 2-D rotary positions beside the
+    absolute ones, rectangular latents, and conditioning computed once a step, all blocks' modulation in one product.
+    Labels are never dropped inside: train classifier-free guidance by replacing labels with `null_class`, once a sample.
+    A new model predicts zero, and each of its blocks is the identity (adaLN-Zero).
+
+    Args:
+        sample_size (`int` or pair of `int`, defaults to 32):
+            Latent size, or (height, width), the model is trained on. Sampling takes it as default; `forward` accepts
+            any size that is a multiple of `patch_size`.
+        patch_size (`int`, defaults to 2): Side of the square of latents that becomes one token.
+        in_channels (`int`, defaults to 4): Latent channels.
+        out_channels (`int`, *optional*): Channels of the prediction; `in_channels` if not given.
+        num_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 6): Heads; the width is `num_attention_heads * attention_head_dim`.
+        attention_head_dim (`int`, defaults to 64): Channels a head, a multiple of 4 (row and column, sine and cosine).
+        num_classes (`int`, *optional*): Number of classes without the null class. `None` makes the model unconditional.
+        mlp_ratio (`float`, defaults to 4.0):
+            Size of the feed-forward part, counted as that of a plain MLP: SwiGLU's hidden width is `2/3 * mlp_ratio *
+            width`, rounded up to a multiple of 32, for the same number of weights.
+
+    Raises:
+        `ValueError`: If `attention_head_dim` is not a multiple of 4, or `sample_size` not one of `patch_size`.
+
+    Sources: Peebles and Xie, 2022, https://huggingface.co/papers/2212.09748; rotary positions: Su et al., 2021,
+    https://huggingface.co/papers/2104.09864; in 2-D: Heo et al., 2024, https://huggingface.co/papers/2403.13298.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DAEDiTBlock"]
+    _repeated_blocks = ["DAEDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "label_embed", "modulation", "proj_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        num_classes: int | None = None,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        if attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` is {attention_head_dim}, but must be a multiple of 4 (sine and cosine of row and "
+                f"column). Use {math.ceil(attention_head_dim / 4) * 4}."
+            )
+        sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if any(side % patch_size for side in sides):
+            raise ValueError(
+                f"`sample_size` is {sample_size}, but must be a multiple of `patch_size` ({patch_size}). "
+                f"Use {[math.ceil(side / patch_size) * patch_size for side in sides]} or another `patch_size`."
+            )
+        dim = num_attention_heads * attention_head_dim
+        hidden_dim = math.ceil(2 / 3 * mlp_ratio * dim / 32) * 32
+        out_channels = in_channels if out_channels is None else out_channels
+
+        self.patch_embed = nn.Linear(patch_size**2 * in_channels, dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.label_embed = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
+        # Shift, scale and gate for both parts of each block, then shift and scale of the last norm.
+        self.modulation = nn.Linear(dim, (6 * num_layers + 2) * dim)
+        self.transformer_blocks = nn.ModuleList(
+            DAEDiTBlock(dim, num_attention_heads, hidden_dim) for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @staticmethod
+    def size_kwargs(name: str) -> dict[str, int]:
+        """
+        Constructor arguments of a named size: `DAEDiTTransformer2DModel(**size_kwargs("DiT-S/2"), num_classes=10)`.
+
+        Args:
+            name (`str`): A key of `DIT_SIZES`, a slash and the patch size, such as `"DiT-S/2"` or `"DiT-Ti/1"`.
+
+        Returns:
+            `dict`: `patch_size`, `num_layers`, `num_attention_heads`, `attention_head_dim`.
+
+        Raises:
+            `ValueError`: If the size does not exist or the patch size is not a positive integer.
+        """
+        size, _, patch_size = name.partition("/")
+        if size not in DIT_SIZES or not patch_size.isdecimal() or int(patch_size) == 0:
+            raise ValueError(
+                f"`{name}` names no size. Write one of {', '.join(DIT_SIZES)}, a slash and the patch size, "
+                "for example `DiT-S/2`."
+            )
+        num_layers, dim, heads = DIT_SIZES[size]
+        return {
+            "patch_size": int(patch_size),
+            "num_layers": num_layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": dim // heads,
+        }
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that means "no class": `num_classes`, or `None` if the model is unconditional."""
+        return self.config.num_classes
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        r"""
+        Predicts the velocity `noise - latents` (or what else it was trained for) of noisy latents.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, in_channels, h, w)`):
+                Noisy normalised latents; `h` and `w` are multiples of `patch_size`.
+            timestep (`torch.Tensor` of shape `(B,)`, `(1,)` or `()`): Noise level, `1000 * sigma`, in [0, 1000].
+            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
+                Classes in [0, num_classes]; `num_classes`, or leaving it out, is the null class.
+            return_dict (`bool`, defaults to `True`): Return a [`Transformer2DModelOutput`] rather than a tuple.
+
+        Returns:
+            [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, h, w)`.
+
+        Raises:
+            `ValueError`: If a shape does not fit, or labels are given to an unconditional model.
+        """
+        self._check_inputs(hidden_states, timestep, class_labels)
+        patch_size = self.config.patch_size
+        batch_size, _, height, width = hidden_states.shape
+        grid = (height // patch_size, width // patch_size)
+        dim = self.patch_embed.out_features
+        dtype = hidden_states.dtype
+
+        # Under autocast the residual stream keeps the latents' float32, as the positions have it.
+        tables = _position_tables if torch.compiler.is_compiling() else _cached_position_tables
+        positions, rotary = tables(*grid, dim, self.config.attention_head_dim, hidden_states.device)
+        hidden_states = F.pixel_unshuffle(hidden_states, patch_size).flatten(2).transpose(1, 2)
+        hidden_states = self.patch_embed(hidden_states) + positions.to(dtype)  # (B, N, dim)
+
+        conditioning = self.time_embed(self.time_proj(timestep.expand(batch_size)).to(dtype))
+        if self.label_embed is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch_size,), self.null_class, device=hidden_states.device)
+            conditioning = conditioning + self.label_embed(class_labels)
+        # `1 + scale` in the residual stream's dtype: in bfloat16 small scales would vanish.
+        modulation = self.modulation(F.silu(conditioning)).to(hidden_states.dtype)
+        blocks, last = modulation.split((modulation.shape[1] - 2 * dim, 2 * dim), dim=1)
+        shift, scale, gate = blocks.view(batch_size, -1, 3, 2, 1, dim).unbind(2)  # each (B, num_layers, 2, 1, dim)
+        shift_last, scale_last = last.view(batch_size, 2, 1, dim).unbind(1)
+
+        for block, *modulated in zip(
+            self.transformer_blocks, shift.unbind(1), (1 + scale).unbind(1), gate.unbind(1), strict=True
+        ):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *modulated, rotary)
+            else:
+                hidden_states = block(hidden_states, *modulated, rotary)
+
+        hidden_states = self.proj_out(torch.addcmul(shift_last, _rms_norm(hidden_states), 1 + scale_last))
+        sample = F.pixel_shuffle(hidden_states.transpose(1, 2).unflatten(2, grid), patch_size)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None):
+        in_channels, patch_size = self.config.in_channels, self.config.patch_size
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != in_channels:
+            raise ValueError(
+                f"`hidden_states` has shape {tuple(hidden_states.shape)}, but must be (B, {in_channels}, h, w). "
+                f"Is this the transformer for this autoencoder? It has `in_channels={in_channels}`."
+            )
+        batch_size, _, height, width = hidden_states.shape
+        if height % patch_size or width % patch_size or not height or not width:
+            nearest = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
+            raise ValueError(
+                f"`hidden_states` is {height} x {width}, but both sides must be multiples of `patch_size` "
+                f"({patch_size}). The nearest size is {nearest[0]} x {nearest[1]}."
+            )
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)}, but must be ({batch_size},), one per sample, or a scalar."
+            )
+        if class_labels is None:
+            return
+        if self.null_class is None:
+            raise ValueError(
+                "`class_labels` were given, but this transformer is unconditional (`num_classes=None`). "
+                "Leave them out, or build it with `num_classes`."
+            )
+        if class_labels.shape != (batch_size,) or class_labels.is_floating_point():
+            raise ValueError(
+                f"`class_labels` has shape {tuple(class_labels.shape)} and dtype {class_labels.dtype}, but must hold "
+                f"{batch_size} integers, one per sample."
+            )

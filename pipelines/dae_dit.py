@@ -1,0 +1,452 @@
+"""
+Sampling from a diffusion transformer in the latent space of an autoencoder.
+
+The whole pipeline is this one file, which needs torch and diffusers only: `save_pretrained` puts it into the model's
+folder as `pipeline.py`, so that what we publish runs without our package.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import operator
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
+
+PACKAGE = "dae_diffusers"
+PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
+DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
+
+
+class DAEDiTPipeline(DiffusionPipeline):
+    r"""
+    Generates images with a diffusion transformer in the latent space of an autoencoder, by class or freely.
+
+    Does all that [`DiTPipeline`] does, and returns the same images for the same weights, DDIM, seed and steps. Beyond
+    it: any number of classes and none, class names, flow matching and every usual scheduler, rectangular images,
+    guidance over part of the noise levels, autoencoders with latent statistics, grayscale. To decode many or large
+    images in little memory, call `pipe.vae.enable_slicing()` or `pipe.vae.enable_tiling()`.
+
+    Args:
+        transformer ([`DAEDiTTransformer2DModel`] or [`DiTTransformer2DModel`]): Predicts from normalised latents.
+        vae ([`AutoencoderKL`] or [`VQModel`]): Decodes latents.
+        scheduler ([`SchedulerMixin`]): Flow matching or diffusion, as the transformer was trained.
+        id2label (`dict`, *optional*):
+            Class id (or its digits) to name; a name may hold several, separated by commas, as ImageNet's do.
+
+    Raises:
+        `ValueError`: If the transformer and the autoencoder differ in latent channels.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
+        self.id2label = {int(key): name for key, name in (id2label or {}).items()}
+        self.register_to_config(id2label=self.id2label or None)
+        if vae.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
+                f"{vae.config.latent_channels}. Use the autoencoder that the transformer was trained with."
+            )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    # ------------------------------------------------------------------------------------------------ saving, loading
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline and of a transformer that
+        is not diffusers' own, so that the folder or repository loads where only diffusers is installed:
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if need be.
+            args, kwargs: As in [`DiffusionPipeline.save_pretrained`], for example `push_to_hub=True`.
+
+        Raises:
+            `ValueError`: If the autoencoder is one whose code cannot travel in one file.
+        """
+        if hasattr(self.vae, "to_diffusers"):
+            raise ValueError(
+                f"`vae` is a {type(self.vae).__name__}, which no folder can carry. "
+                "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
+            )
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, folder / PIPELINE_FILE)
+        transformer_class = type(unwrap_module(self.transformer))
+        if transformer_class.__module__.partition(".")[0] not in ("diffusers", "__main__"):
+            # diffusers looks for the code under the module's full name. Code that came with a model goes back as it came.
+            name = transformer_class.__module__.removeprefix(DYNAMIC_MODULES)
+            self.register_to_config(transformer=(name, transformer_class.__name__))
+            (folder / "transformer").mkdir(exist_ok=True)
+            source = sys.modules[transformer_class.__module__].__file__
+            shutil.copyfile(source, folder / "transformer" / f"{name}.py")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DAEDiTPipeline":
+        """
+        Loads like [`DiffusionPipeline.from_pretrained`], with the transformer's class from the installed package, so
+        that no code of the repository runs. (With `quantization_config` or `device_map="balanced"`, which need
+        diffusers to load each part itself, pass a loaded `transformer` or `trust_remote_code=True`.)
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
+            kwargs: As in [`DiffusionPipeline.from_pretrained`], for example `torch_dtype` or `revision`.
+        """
+        left_to_diffusers = {"transformer", "custom_pipeline", "quantization_config"} & kwargs.keys()
+        if left_to_diffusers or kwargs.get("device_map") == "balanced" or not importlib.util.find_spec(PACKAGE):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+        module, class_name = cls.load_config(folder).get("transformer", (None, None))
+        if str(module).partition(".")[0] == PACKAGE:
+            options = ("dtype", "torch_dtype", "device_map", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
+            model_kwargs = {name: kwargs[name] for name in options if name in kwargs}
+            for name, value in model_kwargs.items():
+                if isinstance(value, dict):  # a dtype for each component
+                    model_kwargs[name] = value.get("transformer", value.get("default"))
+            variant = kwargs.get("variant")
+            if variant is not None and any(f".{variant}." in file.name for file in folder.glob("transformer/*")):
+                model_kwargs["variant"] = variant
+            transformer_class = getattr(importlib.import_module(module), class_name)
+            kwargs["transformer"] = transformer_class.from_pretrained(folder, subfolder="transformer", **model_kwargs)
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    # --------------------------------------------------------------------------------------------------------- labels
+
+    @property
+    def null_class(self) -> int | None:
+        """The transformer's label for "no class": the number of classes, or `None` if it is unconditional."""
+        config = self.transformer.config
+        return config.get("num_classes", config.get("num_embeds_ada_norm"))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Every class name and its id, sorted by name. Of classes that share a name, the last."""
+        pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
+        return dict(sorted(pairs, key=operator.itemgetter(0)))
+
+    def get_label_ids(self, label: int | str | Iterable[int | str]) -> list[int]:
+        """
+        Class ids of names. Ids may stand among the names, and stay as they are.
+
+        Args:
+            label (`int`, `str` or an iterable of them, nested or not):
+                A name is a whole entry of `id2label` or one of its comma-separated names. If none is written exactly
+                so, upper and lower case are held equal.
+
+        Returns:
+            `list` of `int`: One id a label.
+
+        Raises:
+            `ValueError`: If a name is unknown or names several classes, or an id is out of range.
+        """
+        if isinstance(label, (int, str)) or getattr(label, "ndim", 1) == 0:
+            return [self._label_id(label)]
+        return [label_id for each in label for label_id in self.get_label_ids(each)]
+
+    def _label_id(self, label: int | str) -> int:
+        if not isinstance(label, str):
+            label_id = operator.index(label)  # also of numpy and torch
+            if not 0 <= label_id <= self.null_class:
+                raise ValueError(
+                    f"Class {label_id} is out of range: there are {self.null_class} classes, 0 to "
+                    f"{self.null_class - 1}, and {self.null_class} for none."
+                )
+            return label_id
+        for fold in (str.strip, lambda text: text.strip().casefold()):
+            for split in (lambda names: [names], lambda names: names.split(",")):
+                ids = [key for key, names in self.id2label.items() if fold(label) in map(fold, split(names))]
+                if len(ids) > 1:
+                    raise ValueError(
+                        f"`{label}` names {len(ids)} classes: "
+                        + "; ".join(f"{key} ({self.id2label[key]})" for key in ids)
+                        + ". Pass the id of the one you mean."
+                    )
+                if ids:
+                    return ids[0]
+        if not self.id2label:
+            raise ValueError(f"`{label}` is a name, but this pipeline has no `id2label`. Pass class ids.")
+        names = {name.casefold(): name for name in self.labels}
+        nearest = difflib.get_close_matches(label.strip().casefold(), names, n=5, cutoff=0.5) or sorted(names)[:5]
+        raise ValueError(
+            f"`{label}` is none of the {len(self.id2label)} classes. Nearest: "
+            f"{', '.join(names[name] for name in nearest)}. All are in `pipe.labels`."
+        )
+
+    # ------------------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call under way."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of times the call under way runs the scheduler."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Iterable[int | str] | None = None,
+        guidance_scale: float = 4.0,
+        *,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "numpy", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DAEDiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generates images.
+
+        Args:
+            class_labels (`int`, `str` or an iterable of both, *optional*):
+                Class ids and names, see `get_label_ids`. Left out, a conditional model generates by its null class,
+                without guidance; an unconditional model takes none.
+            guidance_scale (`float`, defaults to 4.0):
+                Classifier-free guidance, `unconditional + guidance_scale * (conditional - unconditional)` on all latent
+                channels. At 1 and below there is none, and half the work.
+            guidance_interval (pair of `float`, defaults to (0.0, 1.0)):
+                Noise levels at which guidance acts, from 0 (clean) to 1 (noise), bounds included: sigma in flow
+                matching, else timestep / number of training timesteps. Source: Kynkäänniemi et al., 2024,
+                https://huggingface.co/papers/2404.07724.
+            num_inference_steps (`int`, defaults to 50): Steps of the scheduler.
+            height, width (`int`, *optional*): Image size in pixels; by default what the transformer was trained on.
+            num_images_per_label (`int`, defaults to 1): Images a label, next to each other in the result.
+            generator (`torch.Generator` or `list` of them, *optional*):
+                Source of all noise. With a list, one an image, an image does not depend on the others in its batch.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to start from.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` or `"numpy"` `(B, H, W, C)` and `"pt"` `(B, C, H, W)`, all in [0, 1], or `"latent"`,
+                normalised latents `(B, C, h, w)` for `decode_latents`.
+            return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, tensors)`; may return changed tensors.
+            callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`):
+                Names of the tensors it gets, out of `_callback_tensor_inputs`.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: `images`, in the order of the labels.
+
+        Raises:
+            `ValueError`: If an argument does not fit the models or the others.
+
+        Example:
+            ```py
+            pipe = DAEDiTPipeline.from_pretrained("user/my-model").to("cuda")
+            image = pipe("cat", generator=torch.Generator().manual_seed(0)).images[0]
+            ```
+        """
+        self._check_choices(guidance_interval, num_inference_steps, num_images_per_label, output_type)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but must be out of "
+                f"{self._callback_tensor_inputs}."
+            )
+        label_ids = self._resolve_labels(class_labels)
+        batch_size = len(label_ids) * num_images_per_label
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
+                "Pass one an image, or a single one."
+            )
+        shape = (batch_size, *self._latent_shape(height, width, latents))
+        device = self._execution_device
+
+        # Latents and the scheduler's arithmetic stay in float32, whatever the models compute in.
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(
+                f"`latents` has shape {tuple(latents.shape)}, but labels, size and models ask for {shape}."
+            )
+        else:
+            latents = latents.to(device, torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        noise_levels = [level / self.scheduler.config.num_train_timesteps for level in timesteps.tolist()]
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # set_timesteps may change it
+        step_kwargs = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        conditional = unconditional = None  # labels
+        if self.null_class is not None:
+            conditional = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)
+            unconditional = torch.full_like(conditional, self.null_class)
+        low, high = guidance_interval
+        self._guidance_scale = guidance_scale  # a callback may change it
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, (timestep, noise_level) in enumerate(zip(timesteps, noise_levels, strict=True)):
+                model_input = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(latents, timestep)
+                if class_labels is not None and self.guidance_scale > 1 and low <= noise_level <= high:
+                    prediction, baseline = self._predict(
+                        torch.cat((model_input, model_input)), timestep, torch.cat((conditional, unconditional))
+                    ).chunk(2)
+                    channels = latents.shape[1]  # without the variance, where the transformer predicts it
+                    guided = baseline + self.guidance_scale * (prediction - baseline)
+                    prediction = torch.cat((guided[:, :channels], prediction[:, channels:]), dim=1)
+                else:
+                    prediction = self._predict(model_input, timestep, conditional)
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_kwargs)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = callback_on_step_end(self, step, timestep, tensors).get("latents", latents)
+                progress_bar.update()
+
+        if output_type == "latent":
+            images = latents
+        else:
+            output_type = "np" if output_type == "numpy" else output_type
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Images of normalised latents: `vae.decode(latents * latents_std / scaling_factor + latents_mean)` if the
+        autoencoder's config has statistics, else `vae.decode(latents / scaling_factor + shift_factor)`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): As the transformer knows them.
+
+        Returns:
+            `torch.Tensor` of shape `(B, channels, H, W)`: Images, about [-1, 1].
+
+        Raises:
+            `ValueError`: If the statistics are incomplete or for another number of channels.
+        """
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        latents = latents.float()
+        if mean is None and std is None:
+            latents = latents / config.get("scaling_factor", 1.0) + (config.get("shift_factor") or 0.0)
+        else:
+            counts = [None if values is None else len(values) for values in (mean, std)]
+            if counts != [latents.shape[1]] * 2:
+                raise ValueError(
+                    f"The autoencoder's config has {counts[0]} `latents_mean` and {counts[1]} `latents_std`, but the "
+                    f"latents have {latents.shape[1]} channels. Measure both anew, or set both to `None`."
+                )
+            mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            latents = latents * std / config.get("scaling_factor", 1.0) + mean
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
+
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The transformer's float32 output, with the variance only if the scheduler wants it."""
+        prediction = self.transformer(
+            latents.to(self.transformer.dtype), timestep=timestep.expand(len(latents)), class_labels=labels
+        ).sample.float()
+        channels = latents.shape[1]
+        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        return prediction if learned or prediction.shape[1] != 2 * channels else prediction[:, :channels]
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def _check_choices(
+        self,
+        guidance_interval: tuple[float, float],
+        num_inference_steps: int,
+        num_images_per_label: int,
+        output_type: str,
+    ):
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` is {guidance_interval}, but must be two noise levels, 0 <= low <= high <= 1."
+            )
+        for name, value in {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_label": num_images_per_label,
+        }.items():
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        channels = self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(
+                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
+                "Pass `output_type='np'` or `'pt'`."
+            )
+
+    def _resolve_labels(self, class_labels: int | str | Iterable[int | str] | None) -> list[int | None]:
+        """One id a label; without labels, the null class (`None` if the transformer is unconditional) alone."""
+        if class_labels is None:
+            return [self.null_class]
+        if self.null_class is None:
+            raise ValueError(
+                f"`class_labels` is {class_labels!r}, but this model is unconditional. "
+                "Leave it out, and choose the number of images by `num_images_per_label`."
+            )
+        label_ids = self.get_label_ids(class_labels)
+        if not label_ids:
+            raise ValueError("`class_labels` is empty. Pass ids or names, or leave it out for the null class.")
+        return label_ids
+
+    def _latent_shape(
+        self, height: int | None, width: int | None, latents: torch.Tensor | None
+    ) -> tuple[int, int, int]:
+        """`(C, h, w)` of the latents for an image of the given size, of given latents, or of the training size."""
+        config = self.transformer.config
+        factor = self.vae_scale_factor
+        sides = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        if latents is not None and latents.ndim == 4:
+            sides = latents.shape[2:]
+        height, width = (
+            side * factor if asked is None else asked for asked, side in zip((height, width), sides, strict=True)
+        )
+        unit = factor * config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % unit:
+                nearest = [max(1, size // unit) * unit, max(1, size // unit) * unit + unit]
+                raise ValueError(
+                    f"`{name}` is {size}, but must be a multiple of {unit} (the autoencoder's factor {factor} times "
+                    f"the transformer's patch size {config.patch_size}). Nearest: {nearest[0]} and {nearest[1]}."
+                )
+        if height != width and isinstance(unwrap_module(self.transformer), DiTTransformer2DModel):
+            raise ValueError(
+                f"{height} x {width} was asked for, but `DiTTransformer2DModel` can only do square images. "
+                f"Use {min(height, width)} x {min(height, width)}."
+            )
+        return config.in_channels, height // factor, width // factor
