@@ -1,0 +1,33 @@
+# make demo: everything from nothing: set up, train on the embedded digits, draw a grid, check it. Look in runs/demo.
+# make test: set up, run the tests.
+# Both make .venv with the versions of constraints.txt; PYTHON=python3.12 chooses another Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --config_file training/configs/accelerate/single.yaml
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(LAUNCH) training/train_dae.py --config training/configs/digits_dae.yaml --output_dir runs/demo --resume_from_checkpoint latest
+	$(LAUNCH) training/train_dit.py --config training/configs/digits_dit.yaml --vae runs/demo/vae --output_dir runs/demo --resume_from_checkpoint latest
+	$(BIN)/python benchmarks/check_digits.py runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# torch comes first, so that nothing else chooses its build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

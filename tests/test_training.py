@@ -1,0 +1,365 @@
+"""The training scripts, as a user runs them, on tiny models: they end with what they promise, however interrupted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.training import cache_latents, train_dae, train_dit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
+
+TINY_DAE = (
+    "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
+    "--train_batch_size 4 --logging_steps 2 --validation_steps 3 --checkpointing_steps 3 --checkpoints_total_limit 9"
+)
+TINY_DIT = (
+    "--resolution 16 --model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --max_train_steps 6 "
+    "--train_batch_size 4 --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
+    "--num_sample_images 4 --sample_steps 2"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(script, flags: str, **more):
+    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    script.main(parse_config(_config_class(script), argv))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _config_class(script):
+    return {
+        train_dae: train_dae.TrainDAEConfig,
+        train_dit: train_dit.TrainDiTConfig,
+        cache_latents: cache_latents.CacheLatentsConfig,
+    }[script]
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name in first:
+        if tolerance:
+            torch.testing.assert_close(first[name], second[name], **tolerance)
+        else:
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, image_folder):
+    """A finished autoencoder and transformer."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("run")
+    run(train_dae, TINY_DAE, train_data_dir=image_folder, output_dir=folder)
+    run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=folder, vae=folder / "vae")
+    return folder
+
+
+def test_result_is_a_plain_autoencoder_with_statistics(trained):
+    config = json.loads((trained / "vae" / "config.json").read_text())
+    assert config["_class_name"] == "AutoencoderKL"
+    assert not any(name.startswith("auxiliary") for name in config)
+    assert len(config["latents_mean"]) == len(config["latents_std"]) == 3 and config["scaling_factor"] == 1.0
+    vae = AutoencoderKL.from_pretrained(trained / "vae")
+    assert not any(name.startswith("auxiliary") for name in vae.state_dict())
+
+
+def test_encoder_of_the_result_is_that_of_stage_one(trained):
+    stage1, final = weights(trained / "stage1"), weights(trained / "vae")
+    for name in final:
+        if name.split(".")[0] in ("encoder", "quant_conv"):
+            assert torch.equal(stage1[name], final[name])
+
+
+def test_run_leaves_logs_curves_and_grids(trained):
+    for script, grid in (("train_dae", "reconstruction-stage2-00000008.png"), ("train_dit", "samples-00000006.png")):
+        assert (trained / script / "curves.png").stat().st_size > 1000
+        assert (trained / script / "grids" / grid).exists()
+        rows = [json.loads(line) for line in (trained / script / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+        assert {"train/learning_rate", "train/gradient_norm"} <= rows[0].keys()
+    assert any("validation/loss" in row for row in rows)
+
+
+def test_pipeline_draws_images_by_class_name(trained):
+    pipeline = DAEDiTPipeline.from_pretrained(trained / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(class_labels=["cat", 1], num_inference_steps=2).images
+    assert [image.size for image in images] == [(16, 16)] * 2
+
+
+@pytest.mark.parametrize("step", [3, 4, 6, 8])
+def test_resumed_autoencoder_equals_an_uninterrupted_one(trained, image_folder, tmp_path, step):
+    shutil.copytree(trained, tmp_path / "run")
+    for name in ("vae", "stage1"):
+        shutil.rmtree(tmp_path / "run" / name)
+    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
+    run(
+        train_dae,
+        TINY_DAE,
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "run",
+        resume_from_checkpoint=checkpoint,
+    )
+    assert_same_weights(weights(trained / "vae"), weights(tmp_path / "run" / "vae"))
+    for file in ("vae/config.json", "train_dae/log.jsonl"):
+        expected, resumed = ((folder / file).read_text() for folder in (trained, tmp_path / "run"))
+        assert expected.replace(str(trained), "") == resumed.replace(str(tmp_path / "run"), "")
+
+
+def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    checkpoint = tmp_path / "run" / "train_dit" / "checkpoints" / "checkpoint-00000003"
+    run(
+        train_dit,
+        TINY_DIT,
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "run",
+        vae=trained / "vae",
+        resume_from_checkpoint=checkpoint,
+    )
+    transformers = [weights(folder / "pipeline" / "transformer") for folder in (trained, tmp_path / "run")]
+    assert_same_weights(*transformers)
+    logs = [(folder / "train_dit" / "log.jsonl").read_text() for folder in (trained, tmp_path / "run")]
+    assert logs[0] == logs[1]
+
+
+def test_second_stage_alone_equals_both_in_one_run(trained, image_folder, tmp_path):
+    # The second stage of a whole run begins at another micro-batch, so only its frozen half can be equal.
+    run(train_dae, TINY_DAE + " --stage 1", train_data_dir=image_folder, output_dir=tmp_path / "one")
+    assert_same_weights(weights(trained / "stage1"), weights(tmp_path / "one" / "stage1"))
+    assert not (tmp_path / "one" / "vae").exists()
+    run(
+        train_dae,
+        TINY_DAE + " --stage 2",
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "two",
+        pretrained_model_name_or_path=tmp_path / "one",
+    )
+    both, alone = AutoencoderKL.from_pretrained(trained / "vae"), AutoencoderKL.from_pretrained(tmp_path / "two/vae")
+    assert both.config.latents_mean == alone.config.latents_mean
+    assert_same_weights(both.encoder.state_dict(), alone.encoder.state_dict())
+
+
+def test_accumulated_batches_equal_one_large_batch(image_folder, tmp_path):
+    # Without dropout and draws the split of a batch cannot be seen; what is left is rounding.
+    flags = TINY_DAE + " --auxiliary_decoder same --kl_weight 0 --stage1_steps 2 --stage2_steps 2 --random_flip"
+    for name, batch in (("whole", "--train_batch_size 8"), ("halves", "--train_batch_size 4")):
+        more = " --gradient_accumulation_steps 2" if name == "halves" else ""
+        run(train_dae, f"{flags} {batch}{more}", train_data_dir=image_folder, output_dir=tmp_path / name)
+    rows = {}
+    for name in ("whole", "halves"):
+        lines = (tmp_path / name / "train_dae" / "log.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    for whole, halves in zip(rows["whole"], rows["halves"], strict=True):
+        assert whole["step"] == halves["step"]
+        assert abs(whole.get("train/learning_rate", 0) - halves.get("train/learning_rate", 0)) < 1e-12
+
+
+def launch(script: str, flags: str, *, processes: int = 1, **more) -> subprocess.Popen:
+    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", _free_port(), "-m"]
+    return subprocess.Popen(
+        [*command, f"dae_diffusers.training.{script}", *argv],
+        cwd="/",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeed(process: subprocess.Popen) -> None:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes_equal_one_that_accumulates(image_folder, tmp_path):
+    one = launch(
+        "train_dae",
+        TINY_DAE + " --gradient_accumulation_steps 2",
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "1",
+    )
+    succeed(one)
+    two = launch("train_dae", TINY_DAE, processes=2, train_data_dir=image_folder, output_dir=tmp_path / "2")
+    succeed(two)
+    first, second = (weights(tmp_path / name / "vae") for name in "12")
+    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+    configs = [json.loads((tmp_path / name / "vae" / "config.json").read_text()) for name in "12"]
+    torch.testing.assert_close(
+        torch.tensor(configs[0]["latents_std"]), torch.tensor(configs[1]["latents_std"]), rtol=1e-3, atol=0
+    )
+
+
+def test_sigterm_saves_exits_with_143_and_the_run_goes_on_identically(trained, image_folder, tmp_path):
+    flags = TINY_DAE.replace("--checkpointing_steps 3", "--checkpointing_steps 1000")
+    process = launch("train_dae", flags, train_data_dir=image_folder, output_dir=tmp_path)
+    log = tmp_path / "train_dae" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 143, output
+    assert list((tmp_path / "train_dae" / "checkpoints").glob("checkpoint-*")), output
+    again = launch(
+        "train_dae", flags, train_data_dir=image_folder, output_dir=tmp_path, resume_from_checkpoint="latest"
+    )
+    succeed(again)
+    assert_same_weights(weights(trained / "vae"), weights(tmp_path / "vae"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "same", "narrow", "shallow", "linear"])
+def test_every_auxiliary_decoder_trains(kind, image_folder, tmp_path):
+    flags = TINY_DAE + f" --stage1_steps 1 --stage2_steps 1 --auxiliary_decoder {kind}"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "train_dae" / "log.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    assert (tmp_path / "stage1").exists() == (kind != "none")
+    AutoencoderKL.from_pretrained(tmp_path / "vae")
+
+
+def test_mixed_precision_keeps_float32_weights(image_folder, tmp_path):
+    flags = TINY_DAE + " --stage1_steps 1 --stage2_steps 1 --mixed_precision bf16 --gradient_checkpointing"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    assert {value.dtype for value in weights(tmp_path / "vae").values()} == {torch.float32}
+
+
+def test_cached_latents_train_the_same_transformer_as_images(trained, image_folder, tmp_path):
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    run(cache_latents, "--resolution 16 --dtype float32 --random_flip", output_dir=tmp_path / "cache", **data)
+    run(train_dit, TINY_DIT + " --random_flip", output_dir=tmp_path / "images", **data)
+    run(train_dit, TINY_DIT, output_dir=tmp_path / "cached", vae=trained / "vae", latent_cache=tmp_path / "cache")
+    first, second = (weights(tmp_path / name / "pipeline" / "transformer") for name in ("images", "cached"))
+    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_flat_folder_trains_an_unconditional_pipeline(trained, image_folder, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for path in image_folder.rglob("*.png"):
+        shutil.copy(path, tmp_path / "flat")
+    run(train_dit, TINY_DIT, train_data_dir=tmp_path / "flat", output_dir=tmp_path / "run", vae=trained / "vae")
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.config.num_classes is None
+    assert len(pipeline(num_images_per_label=3, num_inference_steps=2).images) == 3
+
+
+def test_autoencoder_without_statistics_gets_them(trained, image_folder, tmp_path):
+    vae = AutoencoderKL.from_pretrained(trained / "vae")
+    vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=tmp_path, vae=tmp_path / "vae")
+    with_statistics = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline").vae.config
+    expected = AutoencoderKL.from_pretrained(trained / "vae").config
+    torch.testing.assert_close(torch.tensor(with_statistics.latents_std), torch.tensor(expected.latents_std))
+    assert with_statistics.scaling_factor == 1.0
+
+
+def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_folder, tmp_path):
+    flags = TINY_DAE + " --learning_rate 1e30 --lr_scheduler constant --max_grad_norm 1e30"
+    with pytest.raises(UserError, match="at step"):
+        run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    assert not (tmp_path / "vae").exists()
+    for path in (tmp_path / "train_dae" / "checkpoints").glob("*/model.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (train_dae, TINY_DAE + " --train_data_dir {images} --output_dir {trained}", "holds another run"),
+        (train_dae, TINY_DAE + " --train_data_dir {images} --output_dir {file}/x", "cannot be written"),
+        (
+            train_dae,
+            TINY_DAE
+            + " --stage 2 --pretrained_model_name_or_path {empty} --train_data_dir {images} --output_dir {new}",
+            "no stage-1 autoencoder",
+        ),
+        (
+            train_dae,
+            TINY_DAE + " --train_data_dir {images} --output_dir {new} --resume_from_checkpoint {empty}",
+            "checkpoint.json",
+        ),
+        (train_dit, TINY_DIT + " --train_data_dir {images} --output_dir {new} --vae {empty}", "not an autoencoder"),
+        (train_dit, TINY_DIT + " --train_data_dir {images} --output_dir {new} --vae {damaged}", "not an autoencoder"),
+        (
+            train_dit,
+            TINY_DIT + " --train_data_dir {images} --output_dir {new} --vae {trained}/vae --image_channels 1",
+            "3 image channels",
+        ),
+        (
+            train_dit,
+            TINY_DIT + " --train_data_dir {images} --output_dir {new} --vae {trained}/vae --resolution 18",
+            "nearest valid ones are 16 and 20",
+        ),
+        (train_dit, TINY_DIT + " --output_dir {new} --vae {trained}/vae --latent_cache {empty}", "no latent cache"),
+    ],
+)
+def test_what_the_user_can_mend_is_answered_with_a_sentence(
+    script, flags, message, trained, image_folder, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "file").touch()
+    (folder / "empty").mkdir()
+    shutil.copytree(trained / "vae", folder / "damaged")
+    with (folder / "damaged" / "diffusion_pytorch_model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    names = {name: folder / name for name in ("file", "empty", "new", "damaged")}
+    before = weights(trained / "vae")
+    with pytest.raises(UserError, match=message) as error:
+        run(script, flags.format(images=image_folder, trained=trained, **names))
+    assert "\n" not in str(error.value)
+    assert_same_weights(before, weights(trained / "vae"))
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (train_dae, "--dataset_name digits --resolution 30", "28 and 32"),
+        (train_dae, "--dataset_name digits --auxiliary_decoder dropout --auxiliary_dropout 1", "below 1"),
+        (train_dae, "--dataset_name digits --stage 2", "pretrained_model_name_or_path"),
+        (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
+        (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
+        (train_dit, "--dataset_name digits --model DiT-M/2", "DiT-S"),
+        (train_dit, "", "one of"),
+        (cache_latents, "--dataset_name digits --random_crop", "cannot be cached"),
+    ],
+)
+def test_impossible_flags_exit_with_two(script, flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(_config_class(script), flags.split())
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,343 @@
+"""
+Train a Diffusion Transformer in the latent space of an autoencoder, with flow matching.
+
+    accelerate launch training/train_dit.py --dataset_name digits --image_channels 1 --vae runs/digits/vae \
+        --output_dir runs/digits
+    accelerate launch training/train_dit.py --latent_cache runs/digits/latents --vae runs/digits/vae --model DiT-S/2
+
+The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import Dataset
+
+from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder, spatial_factor
+from dae_diffusers.checkpointing import StopSignal
+from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint
+from dae_diffusers.latents.statistics import compute_latent_statistics, has_latent_statistics, normalize_latents
+from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.plots import image_grid
+from dae_diffusers.randomness import derived_seed, seed_microbatch
+from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights, raise_if_not_finite
+from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DiTConfig:
+    """Transformer."""
+
+    vae: str = field("runs/my-model/vae", "folder or Hub id of the autoencoder")
+    latent_cache: str | None = field(
+        None, "folder made by training/cache_latents.py; then no images are needed, and none of the flags of data"
+    )
+    model: str = field("DiT-S/2", "size and patch size: DiT-Ti, -XS, -S, -B, -L or -XL, then /1, /2, /4")
+    patch_size: int | None = field(None, "instead of the name's")
+    num_layers: int | None = field(None, "instead of the name's")
+    num_attention_heads: int | None = field(None, "instead of the name's")
+    attention_head_dim: int | None = field(None, "instead of the name's")
+    class_dropout_prob: float = field(0.1, "share of samples whose label is dropped, for classifier-free guidance")
+    learning_rate: float = field(3e-4, "peak learning rate")
+    max_train_steps: int = field(10000, "optimiser steps")
+
+    def __post_init__(self):
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise ConfigError(f"`--class_dropout_prob` is {self.class_dropout_prob}, but must lie in [0, 1].")
+        for name in ("max_train_steps", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+        try:
+            self.architecture()
+        except ValueError as error:
+            raise ConfigError(f"`--model`: {error}") from None
+
+    def architecture(self) -> dict[str, int]:
+        """The constructor's arguments that give the transformer its size."""
+        fields = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+        given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return {**DAEDiTTransformer2DModel.size_kwargs(self.model), **given}
+
+
+@dataclass
+class FlowMatchingConfig:
+    """Flow matching and samples."""
+
+    timestep_sampling: TimestepSampling = field("logit_normal", "distribution of the noise levels in training")
+    timestep_shift: float = field(1.0, "above 1: more noise, in training and in sampling; for large latents")
+    num_sample_images: int = field(40, "images of the grid drawn at each validation, from the same noise every time")
+    sample_steps: int = field(25, "denoising steps of the grid")
+    sample_guidance_scale: float = field(2.0, "classifier-free guidance of the grid; 1 is none")
+
+    def __post_init__(self):
+        if not self.timestep_shift > 0:
+            raise ConfigError(f"`--timestep_shift` is {self.timestep_shift}, but must be above 0.")
+        for name in ("num_sample_images", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+
+
+@dataclass
+class TrainDiTConfig(RunConfig, FlowMatchingConfig, DiTConfig, OptimizationConfig, DataConfig):
+    def __post_init__(self):
+        for part in (DataConfig, OptimizationConfig, DiTConfig, FlowMatchingConfig, RunConfig):
+            part.__post_init__(self)
+        if self.latent_cache is None:
+            self.require_source()
+
+
+def main(config: TrainDiTConfig) -> None:
+    run = TrainingRun("train_dit", config)
+    accelerator = run.accelerator
+    vae = load_autoencoder(config.vae).to(accelerator.device)
+    with accelerator.main_process_first():
+        train_data, validation_data = load_data(config, vae)
+    shares = {
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "batch_size": config.train_batch_size,
+    }
+    if not has_latent_statistics(vae):
+        logger.info("%s has no latent statistics: computing them over the training data", config.vae)
+        loader = make_pass_loader(train_data, **shares, num_workers=config.dataloader_num_workers)
+        statistics = compute_latent_statistics(
+            vae, loader, device=accelerator.device, disable_progress=not accelerator.is_local_main_process
+        )
+        try:
+            statistics.write_to_config(vae)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    transformer = DAEDiTTransformer2DModel(
+        sample_size=latent_size(config, vae, train_data),
+        in_channels=vae.config.latent_channels,
+        num_classes=None if train_data.id2label is None else len(train_data.id2label),
+        **config.architecture(),
+    )
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    parameters = list(transformer.parameters())
+    logger.info(
+        "%d training images, %s classes, %.1f M parameters",
+        len(train_data),
+        transformer.config.num_classes or "no",
+        sum(parameter.numel() for parameter in parameters) / 1e6,
+    )
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+    )
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=min(config.lr_warmup_steps, config.max_train_steps),
+        num_training_steps=config.max_train_steps,
+    )
+    resume_path, step, _ = run.start()
+    first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
+    loader = make_training_loader(
+        train_data,
+        batch_size=config.train_batch_size,
+        seed=config.seed,
+        start=first_microbatch,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    transformer, optimizer, lr_scheduler, loader = accelerator.prepare(transformer, optimizer, lr_scheduler, loader)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    if resume_path is not None:
+        run.checkpointer.load(resume_path, ema=ema)
+
+    microbatch = first_microbatch + accelerator.process_index
+    progress = run.progress(config.max_train_steps, step, "DiT")
+    batches = iter(loader)
+    transformer.train()
+    with StopSignal(accelerator) as stop:
+        while step < config.max_train_steps:
+            batch = next(batches)
+            seed_microbatch(config.seed, microbatch)
+            microbatch += accelerator.num_processes
+            with accelerator.accumulate(transformer):
+                mean, std = encode(batch, vae, accelerator)
+                latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
+                noise = torch.randn_like(latents)
+                sigmas = sample_sigmas(
+                    len(latents),
+                    sampling=config.timestep_sampling,
+                    shift=config.timestep_shift,
+                    device=latents.device,
+                )
+                labels = batch.get("class_labels")
+                if labels is not None:  # dropped once a sample, for classifier-free guidance
+                    dropped = torch.rand(len(labels), device=labels.device) < config.class_dropout_prob
+                    labels = torch.where(dropped, len(train_data.id2label), labels)
+                velocity = transformer(
+                    interpolate(latents, noise, sigmas), 1000 * sigmas, class_labels=labels, return_dict=False
+                )[0]
+                loss = flow_matching_loss(velocity, latents, noise).mean()
+                run.add(loss=loss)
+                raise_if_not_finite(loss, "loss", step + 1, run.folder)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    if (
+                        accelerator.mixed_precision != "fp16"
+                    ):  # fp16's loss scaling meets infinite gradients and skips them
+                        raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            lr_scheduler.step()
+            step += 1
+            if ema is not None:
+                ema.step(parameters)
+            progress.update()
+            is_last = step == config.max_train_steps
+            if step % config.logging_steps == 0 or is_last:
+                means = run.log_means(step, learning_rate=lr_scheduler.get_last_lr()[0], gradient_norm=gradient_norm)
+                progress.set_postfix(loss=f"{means['train/loss']:.4f}")
+            if step % config.validation_steps == 0 or is_last:
+                with ema_weights(ema, parameters):
+                    model = accelerator.unwrap_model(transformer).eval()
+                    values = {"validation/loss": validation_loss(run, model, vae, validation_data, shares)}
+                    draw_samples(run, make_pipeline(config, model, vae, train_data), step)
+                    model.train()
+                run.log(values, step)
+                run.draw_curves()
+                progress.write(f"step {step}: validation/loss {values['validation/loss']:.4f}")
+            if step % config.checkpointing_steps == 0 or is_last:
+                run.save_checkpoint(step, ema=ema)
+            if stop.requested():
+                if step % config.checkpointing_steps and not is_last:
+                    run.save_checkpoint(step, ema=ema)
+                stop.exit()
+    progress.close()
+
+    if ema is not None:
+        ema.copy_to(parameters)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(transformer, keep_fp32_wrapper=False).eval()
+        make_pipeline(config, model, vae, train_data).save_pretrained(run.output_dir / "pipeline")
+        logger.info("saved %s", run.output_dir / "pipeline")
+    run.finish("pipeline")
+
+
+def load_data(config: TrainDiTConfig, vae: AutoencoderKL) -> tuple[Dataset, Dataset]:
+    """Training and validation data: cached latents, or images that are encoded on the fly."""
+    images = None
+    if config.dataset_name is not None or config.train_data_dir is not None:
+        images = load_images(config, config.seed)
+    if config.latent_cache is None:
+        return images
+    caches = tuple(CachedLatents(Path(config.latent_cache) / split) for split in ("train", "validation"))
+    fingerprint = autoencoder_fingerprint(vae)
+    for index, cache in enumerate(caches):
+        cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
+    return caches
+
+
+def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int | tuple[int, int]:
+    """Side of the latents, once it is clear that they can be cut into patches."""
+    resolution = config.resolution
+    if isinstance(data, CachedLatents):
+        resolution = data.identity.resolution
+    else:
+        check_image_size(
+            vae,
+            channels=config.image_channels,
+            resolution=resolution,
+            patch_size=config.architecture()["patch_size"],
+        )
+    return resolution // spatial_factor(vae)
+
+
+@torch.no_grad()
+def encode(batch: dict, vae: AutoencoderKL, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the posterior, raw, float32: from the cache, or from the encoder."""
+    if "latents_mean" in batch:
+        return batch["latents_mean"].to(accelerator.device), batch["latents_std"].to(accelerator.device)
+    with accelerator.autocast():
+        posterior = vae.encode(batch["pixel_values"].to(accelerator.device)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+@torch.no_grad()
+def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data: Dataset, shares: dict) -> float:
+    """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
+    generator = torch.Generator().manual_seed(derived_seed(run.config.seed, 3))
+    quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
+    shift = run.config.timestep_shift
+    all_sigmas = shift * quantiles / (1 + (shift - 1) * quantiles)
+    all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
+    losses, start = [], shares["process_index"]
+    for batch in make_pass_loader(data, **shares):
+        mean, _ = encode(batch, vae, run.accelerator)
+        latents = normalize_latents(mean, vae)
+        mine = slice(start, start + len(latents) * shares["num_processes"], shares["num_processes"])
+        start = mine.stop
+        noise, sigmas = all_noise[mine].to(latents), all_sigmas[mine].to(latents)
+        labels = batch["class_labels"].to(latents.device) if "class_labels" in batch else None
+        with run.accelerator.autocast():
+            velocity = model(
+                interpolate(latents, noise, sigmas), 1000 * sigmas, class_labels=labels, return_dict=False
+            )[0]
+        losses += flow_matching_loss(velocity, latents, noise).tolist()
+    losses = gather_object(losses)
+    return math.fsum(losses) / len(losses)
+
+
+def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
+    """A grid from fixed noise, a column for each class, made by the main process."""
+    if not run.accelerator.is_main_process:
+        return
+    config, num_classes = run.config, pipeline.transformer.config.num_classes
+    labels = None if num_classes is None else [n % num_classes for n in range(config.num_sample_images)]
+    generators = [
+        torch.Generator().manual_seed(derived_seed(config.seed, 4, n)) for n in range(config.num_sample_images)
+    ]
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, config.num_sample_images, config.train_batch_size):
+        chosen = slice(start, start + config.train_batch_size)
+        images.append(
+            pipeline(
+                class_labels=None if labels is None else labels[chosen],
+                num_images_per_label=len(generators[chosen]) if labels is None else 1,
+                guidance_scale=config.sample_guidance_scale,
+                num_inference_steps=config.sample_steps,
+                generator=generators[chosen],
+                output_type="pt",
+            ).images
+        )
+    columns = num_classes if num_classes is not None and num_classes <= 20 else None
+    run.log_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
+
+
+def make_pipeline(config: TrainDiTConfig, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> DAEDiTPipeline:
+    """What is saved in the end, and what draws the samples on the way."""
+    return DAEDiTPipeline(
+        transformer=model,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.timestep_shift),
+        id2label=data.id2label,
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, parse_config(TrainDiTConfig, description=__doc__))
