@@ -78,8 +78,8 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
     try:
         run(config)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
 
 

@@ -175,7 +175,11 @@ class TrainingRun:
             (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if self.config.report_to is not None:
             simple = {k: v for k, v in asdict(self.config).items() if isinstance(v, (bool, int, float, str))}
-            self.accelerator.init_trackers(self.output_dir.resolve().name, config=simple)
+            self.accelerator.init_trackers(
+                self.output_dir.resolve().name,
+                config=simple,
+                init_kwargs={"wandb": {"dir": str(self.folder)}},  # else it writes into the working directory
+            )
         return path, step, state
 
     def save_checkpoint(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:

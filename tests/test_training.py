@@ -251,6 +251,16 @@ def test_every_auxiliary_decoder_trains(kind, image_folder, tmp_path):
     AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
+def test_warm_started_decoder_begins_better(image_folder, tmp_path):
+    flags = TINY_DAE + " --stage1_steps 30 --stage2_steps 1 --learning_rate 1e-2 --lr_warmup_steps 0"
+    values = {}
+    for name, more in (("cold", ""), ("warm", " --warm_start_decoder")):
+        run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / name / "train_dae" / "log.jsonl").read_text().splitlines()]
+        values[name] = rows[-2]["train/reconstruction_loss"]  # of the only step of stage 2
+    assert values["warm"] < values["cold"]
+
+
 def test_mixed_precision_keeps_float32_weights(image_folder, tmp_path):
     flags = TINY_DAE + " --stage1_steps 1 --stage2_steps 1 --mixed_precision bf16 --gradient_checkpointing"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
@@ -286,6 +296,32 @@ def test_autoencoder_without_statistics_gets_them(trained, image_folder, tmp_pat
     expected = AutoencoderKL.from_pretrained(trained / "vae").config
     torch.testing.assert_close(torch.tensor(with_statistics.latents_std), torch.tensor(expected.latents_std))
     assert with_statistics.scaling_factor == 1.0
+
+
+def test_tracker_gets_scalars_and_pictures(image_folder, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = TINY_DAE + " --stage1_steps 2 --stage2_steps 2 --report_to tensorboard"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    tags = {"images": set(), "scalars": set()}
+    for path in (tmp_path / "train_dae").rglob("events.out.tfevents*"):
+        events = accumulator.EventAccumulator(str(path)).Reload()
+        for kind in tags:
+            tags[kind] |= set(events.Tags()[kind])
+    assert {"train/reconstruction_loss", "train/kl_loss", "validation/psnr"} <= tags["scalars"]
+    assert any("reconstruction-stage" in tag for tag in tags["images"])
+
+
+def test_failing_tracker_does_not_stop_training(image_folder, tmp_path, monkeypatch, caplog):
+    from accelerate import Accelerator
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("the tracker's server is gone")
+
+    monkeypatch.setattr(Accelerator, "log", fail)
+    flags = TINY_DAE + " --stage1_steps 2 --stage2_steps 2"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    assert (tmp_path / "vae").exists()
+    assert caplog.text.count("training goes on") == 1
 
 
 def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_folder, tmp_path):
@@ -352,6 +388,7 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dae, "--dataset_name digits --auxiliary_decoder dropout --auxiliary_dropout 1", "below 1"),
         (train_dae, "--dataset_name digits --stage 2", "pretrained_model_name_or_path"),
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
+        (train_dae, "--dataset_name digits --auxiliary_decoder linear --warm_start_decoder", "same or dropout"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
         (train_dit, "--dataset_name digits --model DiT-M/2", "DiT-S"),
         (train_dit, "", "one of"),

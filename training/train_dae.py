@@ -78,6 +78,9 @@ class StageConfig:
     auxiliary_layers_per_block: int = field(0, "residual blocks per resolution of `shallow`, less one")
     stage1_steps: int = field(2000, "optimiser steps of stage 1")
     stage2_steps: int = field(4000, "optimiser steps of stage 2; each costs about half of one of stage 1")
+    warm_start_decoder: bool = field(
+        False, "start stage 2 from the auxiliary decoder's weights (`same` and `dropout`) instead of afresh"
+    )
     l1_weight: float = field(1.0, "weight of the mean absolute error")
     mse_weight: float = field(1.0, "weight of the mean squared error")
     kl_weight: float = field(1e-4, "weight of the KL divergence per latent element (stage 1)")
@@ -102,6 +105,11 @@ class StageConfig:
             raise ConfigError("`--l1_weight` and `--mse_weight` are both 0: nothing would be reconstructed.")
         if self.stage != "all" and self.auxiliary_decoder == "none":
             raise ConfigError("`--auxiliary_decoder none` has only one stage: use `--stage all`.")
+        if self.warm_start_decoder and self.auxiliary_decoder not in ("same", "dropout"):
+            raise ConfigError(
+                "`--warm_start_decoder` needs an auxiliary decoder of the real one's shape: `--auxiliary_decoder` same or "
+                f"dropout, not {self.auxiliary_decoder}."
+            )
         if (self.stage == "2") != (self.pretrained_model_name_or_path is not None):
             raise ConfigError(
                 "`--stage 2` and `--pretrained_model_name_or_path <output_dir of stage 1>` go together: the second "
@@ -142,6 +150,8 @@ def main(config: TrainDAEConfig) -> None:
     first_step = 0
     for stage, num_steps in config.stage_steps().items():
         if stage >= state.get("stage", 0):
+            if stage == 2 and config.warm_start_decoder:
+                model.start_decoder_from_auxiliary()
             model.set_stage(stage)
             model = train_stage(
                 run, model, train_images, validation_images, first_step, max(start_step, first_step), resume_path
