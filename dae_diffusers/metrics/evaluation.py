@@ -1,0 +1,364 @@
+"""The measurements of `training/evaluate.py`: an autoencoder, its latent space, and what a pipeline draws."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from dae_diffusers.data import ImageDataset, make_pass_loader
+from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
+from dae_diffusers.latents.statistics import normalize_latents
+from dae_diffusers.metrics.distances import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbors,
+    precision_recall,
+)
+from dae_diffusers.metrics.features import FeatureExtractor
+from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio, structural_similarity
+from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
+from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.randomness import derived_seed
+
+
+@dataclass
+class EncodedImages:
+    r"""
+    What an autoencoder makes of some images, in the images' order, the same on every process.
+
+    Attributes:
+        latents (`torch.Tensor` of shape `(N, C, h, w)`): Posterior means, raw.
+        features, reconstruction_features (`torch.Tensor` of shape `(N, D)` or `None`): Of the images and of their
+            reconstructions.
+        psnr, ssim (`torch.Tensor` of shape `(N,)`): Of the reconstructions.
+        diagnostics ([`~dae_diffusers.latents.diagnostics.LatentDiagnostics`]): Of the latents.
+    """
+
+    latents: torch.Tensor
+    features: torch.Tensor | None
+    reconstruction_features: torch.Tensor | None
+    psnr: torch.Tensor
+    ssim: torch.Tensor
+    diagnostics: LatentDiagnostics
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    r"""
+    How images are drawn. Image `n` depends on `(seed, n)` and its label alone, on no batch and no process.
+
+    Attributes:
+        num_images (`int`): How many.
+        guidance_scale (`float`): Classifier-free guidance; 1 is none.
+        num_inference_steps (`int`): Denoising steps.
+        label_sampling (`str`): `balanced`, each class equally often (to one), or `random`, uniformly.
+        seed (`int`): Of labels and noise.
+    """
+
+    num_images: int
+    guidance_scale: float
+    num_inference_steps: int
+    label_sampling: Literal["balanced", "random"] = "balanced"
+    seed: int = 0
+
+    def labels(self, num_classes: int | None) -> torch.Tensor | None:
+        r"""The label of each image, `(num_images,)` int64; None without classes."""
+        if num_classes is None:
+            return None
+        if self.label_sampling == "balanced":
+            return torch.arange(self.num_images) % num_classes
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, 6))
+        return torch.randint(num_classes, (self.num_images,), generator=generator)
+
+
+@torch.no_grad()
+def encode_images(
+    vae: ModelMixin,
+    images: ImageDataset,
+    accelerator: Accelerator,
+    *,
+    extractor: FeatureExtractor | None = None,
+    max_images: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    description: str = "Reconstructing",
+) -> EncodedImages:
+    r"""
+    Encodes and decodes each image once, without augmentation, from the posterior's mean. All processes call it.
+
+    Args:
+        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on the accelerator's device.
+        images ([`~dae_diffusers.data.ImageDataset`]): The images.
+        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Of the features.
+        max_images (`int`, *optional*): Only the first this many.
+        batch_size, num_workers (`int`, *optional*): Per process; they change no result.
+        description (`str`, *optional*): Of the progress bar.
+
+    Returns:
+        [`EncodedImages`]: The same on every process.
+    """
+    if max_images is not None and max_images < len(images):
+        images = Subset(images, range(max_images))
+    loader = make_pass_loader(
+        images,
+        batch_size=batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=num_workers,
+    )
+    rows: dict[str, list[torch.Tensor]] = {}
+    diagnostics = None
+    for batch in tqdm(loader, desc=description, disable=not accelerator.is_local_main_process, leave=False):
+        pixel_values = batch["pixel_values"].to(accelerator.device)
+        posterior = vae.encode(pixel_values).latent_dist
+        reconstruction = vae.decode(posterior.mean).sample.float().clamp(-1, 1)
+        diagnostics = diagnostics or LatentDiagnostics.empty(tuple(posterior.mean.shape[1:]))
+        diagnostics.add(posterior.mean, posterior.std)
+        values = {
+            "latents": posterior.mean,
+            "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
+            "ssim": structural_similarity(reconstruction, pixel_values),
+        }
+        if extractor is not None:
+            values["features"] = extractor(pixel_values)
+            values["reconstruction_features"] = extractor(reconstruction)
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value.float().cpu())
+    gathered = gather_in_order({name: torch.cat(values) for name, values in rows.items()}, len(images), accelerator)
+    parts = [part for part in gather_object([diagnostics]) if part is not None]
+    return EncodedImages(
+        latents=gathered["latents"],
+        features=gathered.get("features"),
+        reconstruction_features=gathered.get("reconstruction_features"),
+        psnr=gathered["psnr"],
+        ssim=gathered["ssim"],
+        diagnostics=sum(parts[1:], start=parts[0]),
+    )
+
+
+@torch.no_grad()
+def decode_features(
+    vae: ModelMixin, latents: torch.Tensor, extractor: FeatureExtractor, accelerator: Accelerator, batch_size: int = 64
+) -> torch.Tensor:
+    r"""Features of decoded raw latents, `(N, C, h, w)` to `(N, D)`, shared out over the processes."""
+    mine = latents[accelerator.process_index :: accelerator.num_processes]
+    features = [
+        extractor(vae.decode(part.to(accelerator.device)).sample.float().clamp(-1, 1)).cpu()
+        for part in mine.split(batch_size)
+    ]
+    return gather_in_order({"features": torch.cat(features)}, len(latents), accelerator)["features"]
+
+
+def reconstruction_metrics(encoded: EncodedImages, extractor: FeatureExtractor | None) -> dict[str, float]:
+    r"""`psnr` (dB, mean over images), `ssim`, and the Fréchet distance of reconstructions to their own images."""
+    metrics = {"psnr": encoded.psnr.double().mean().item(), "ssim": encoded.ssim.double().mean().item()}
+    if extractor is not None:
+        name = extractor.distance_name("r")
+        metrics[name] = frechet_distance(
+            statistics_of(encoded.reconstruction_features), statistics_of(encoded.features)
+        )
+    return metrics
+
+
+def latent_metrics(
+    vae: ModelMixin,
+    encoded: EncodedImages,
+    extractor: FeatureExtractor | None,
+    accelerator: Accelerator,
+    *,
+    probe: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    r"""
+    The latent space without a generator: diagnostics, `ifd` (iFID in the extractor's features) and `probe_accuracy`.
+
+    Args:
+        vae, accelerator: As in [`encode_images`].
+        encoded ([`EncodedImages`]): Held-out images.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): For `ifd`.
+        probe (`tuple`, *optional*): Latents and labels to fit the linear probe on, and the labels of `encoded`.
+    """
+    metrics = encoded.diagnostics.summary()
+    if extractor is not None:
+        between = interpolate_to_neighbors(encoded.latents, normalize_latents(encoded.latents, vae))
+        features = decode_features(vae, between, extractor, accelerator)
+        name = "i" + extractor.distance_name("r")[1:]
+        metrics[name] = frechet_distance(statistics_of(features), statistics_of(encoded.features))
+    if probe is not None:
+        latents, labels, test_labels = probe
+        metrics["probe_accuracy"] = linear_probe_accuracy(latents, labels, encoded.latents, test_labels)
+    return metrics
+
+
+def draw_samples(
+    pipeline: DiffusionPipeline,
+    settings: SampleSettings,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 64,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    r"""
+    Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
+
+    Args:
+        pipeline (`DiffusionPipeline`): With `DAEDiTPipeline`'s signature.
+        settings ([`SampleSettings`]): What to draw.
+        folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline's weights and the settings.
+        accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
+        batch_size (`int`, *optional*): Images at once; changes no image beyond float rounding.
+        chunk_size (`int`, *optional*): Images in a chunk.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, C, H, W)`: uint8, the same on every process.
+    """
+    folder = Path(folder) / _sample_key(pipeline, settings)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    labels = settings.labels(_num_classes(pipeline))
+    chunks = list(range(0, settings.num_images, chunk_size))
+    mine = chunks[accelerator.process_index :: accelerator.num_processes]
+    pipeline.set_progress_bar_config(disable=True)
+    bar = tqdm(mine, desc="Drawing", unit="chunk", disable=not accelerator.is_local_main_process, leave=False)
+    for start in bar:
+        path = folder / f"{start:08d}.safetensors"
+        if _read_chunk(path) is not None:
+            continue
+        parts = []
+        stop = min(start + chunk_size, settings.num_images)
+        for first in range(start, stop, batch_size):
+            numbers = range(first, min(first + batch_size, stop))
+            given = (
+                {"num_images_per_label": len(numbers)}
+                if labels is None
+                else {"class_labels": labels[numbers.start : numbers.stop].tolist()}
+            )
+            output = pipeline(
+                **given,
+                guidance_scale=settings.guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
+                output_type="pt",
+            ).images
+            parts.append((output.float().cpu() * 255).round().to(torch.uint8))
+        temporary = path.with_suffix(f".tmp{accelerator.process_index}")
+        save_file({"images": torch.cat(parts)}, temporary)
+        temporary.replace(path)
+    accelerator.wait_for_everyone()
+    return torch.cat([_read_chunk(folder / f"{start:08d}.safetensors") for start in chunks])
+
+
+@torch.no_grad()
+def sample_metrics(
+    samples: torch.Tensor,
+    extractor: FeatureExtractor,
+    reference: FeatureStatistics,
+    train_features: torch.Tensor,
+    train_reconstruction_features: torch.Tensor,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 64,
+) -> tuple[dict[str, float], torch.Tensor]:
+    r"""
+    How samples compare with the training images.
+
+    Args:
+        samples (`torch.Tensor` of shape `(N, C, H, W)`): uint8.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
+        reference ([`FeatureStatistics`]): Of all training images.
+        train_features, train_reconstruction_features (`torch.Tensor` of shape `(M, D)`): Of some training images, and
+            of what the autoencoder makes of them.
+        accelerator ([`~accelerate.Accelerator`]): Of this run.
+
+    Returns:
+        `tuple[dict, torch.Tensor]`: The metrics, and for each sample the number of its nearest training image, `(N,)`.
+        `gap` is the Fréchet distance to the training images' *reconstructions*: the generator's own error.
+        Precision, recall, density and coverage compare the first `min(N, M)` of both.
+    """
+    mine = samples[accelerator.process_index :: accelerator.num_processes]
+    rows: dict[str, list[torch.Tensor]] = {"features": [], "logits": []}
+    for part in mine.split(batch_size):
+        images = part.to(accelerator.device).float() / 127.5 - 1
+        if extractor.num_classes is None:
+            rows["features"].append(extractor(images).cpu())
+        else:
+            features, logits = extractor.features_and_logits(images)
+            rows["features"].append(features.cpu())
+            rows["logits"].append(logits.cpu())
+    gathered = gather_in_order({k: torch.cat(v) for k, v in rows.items() if v}, len(samples), accelerator)
+    features = gathered["features"]
+    statistics = statistics_of(features)
+    count = min(len(features), len(train_features))
+    metrics = {
+        extractor.distance_name("g"): frechet_distance(statistics, reference),
+        "gap": frechet_distance(statistics, statistics_of(train_reconstruction_features)),
+        "kernel_distance": kernel_distance(features, train_features),
+    }
+    metrics["precision"], metrics["recall"] = precision_recall(train_features[:count], features[:count])
+    metrics["density"], metrics["coverage"] = density_coverage(train_features[:count], features[:count])
+    if "logits" in gathered:
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))  # parts must mix the classes
+        name = "inception_score" if extractor.name == "inception" else f"classifier_score_{extractor.name}"
+        metrics[name] = inception_score(gathered["logits"][order].softmax(dim=1))[0]
+    return metrics, nearest_neighbors(features, train_features)[1][:, 0]
+
+
+def statistics_of(features: torch.Tensor) -> FeatureStatistics:
+    r"""Statistics of a whole feature matrix, `(N, D)`."""
+    statistics = FeatureStatistics.empty(features.shape[1])
+    statistics.add(features)
+    return statistics
+
+
+def gather_in_order(rows: dict[str, torch.Tensor], total: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    r"""
+    Puts the rows of all processes into the order of the whole, where process `p` of `P` holds rows `p, p + P, ...`.
+
+    What is computed from the result does not depend on the number of processes.
+    """
+    if accelerator.num_processes == 1:
+        return rows
+    parts = gather_object([rows])
+    whole = {}
+    for name in parts[0]:
+        whole[name] = torch.empty(total, *parts[0][name].shape[1:], dtype=parts[0][name].dtype)
+        for process, part in enumerate(parts):
+            if name in part:
+                whole[name][process :: accelerator.num_processes] = part[name]
+    return whole
+
+
+def _num_classes(pipeline: DiffusionPipeline) -> int | None:
+    config = pipeline.transformer.config
+    return config.get("num_classes", config.get("num_embeds_ada_norm"))
+
+
+def _sample_key(pipeline: DiffusionPipeline, settings: SampleSettings) -> str:
+    digest = hashlib.sha256(json.dumps(vars(settings), sort_keys=True).encode())
+    digest.update(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for model in (pipeline.transformer, pipeline.vae):
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_chunk(path: Path) -> torch.Tensor | None:
+    try:
+        return load_file(path)["images"] if path.exists() else None
+    except (SafetensorError, OSError, KeyError):
+        return None

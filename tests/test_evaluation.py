@@ -1,0 +1,141 @@
+"""An evaluation counts each image once and depends on no batch and no process."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_autoencoder
+from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.evaluation import (
+    SampleSettings,
+    draw_samples,
+    encode_images,
+    latent_metrics,
+    reconstruction_metrics,
+    sample_metrics,
+    statistics_of,
+)
+from dae_diffusers.metrics.features import load_feature_extractor
+
+
+@pytest.fixture(scope="module")
+def extractor_folder(tmp_path_factory):
+    """A random ResNet classifier, as a folder."""
+    folder = tmp_path_factory.mktemp("extractor")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).eval().save_pretrained(folder)
+    processor = {
+        "image_processor_type": ViTImageProcessor.__name__,
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "do_normalize": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture
+def extractor(extractor_folder):
+    return load_feature_extractor(str(extractor_folder))
+
+
+@pytest.fixture
+def images(image_folder):
+    config = DataConfig(train_data_dir=str(image_folder), resolution=16, validation_fraction=0.5)
+    return load_images(config)[0]
+
+
+@pytest.fixture
+def pipeline():
+    vae = make_autoencoder("none").to_diffusers()
+    torch.manual_seed(1)
+    transformer = DAEDiTTransformer2DModel(
+        sample_size=8, in_channels=3, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=2
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    return DAEDiTPipeline(transformer.eval(), vae, FlowMatchEulerDiscreteScheduler(), id2label={0: "cat", 1: "dog"})
+
+
+def test_encoding_is_independent_of_the_batch_size(images, extractor, pipeline):
+    one, many = (
+        encode_images(pipeline.vae, images, Accelerator(), extractor=extractor, batch_size=size) for size in (1, 64)
+    )
+    assert len(one.latents) == len(images) == one.diagnostics.num_images
+    for name in ("latents", "features", "reconstruction_features", "psnr", "ssim"):
+        torch.testing.assert_close(getattr(one, name), getattr(many, name), rtol=1e-4, atol=1e-5)
+    first, second = reconstruction_metrics(one, extractor), reconstruction_metrics(many, extractor)
+    assert first.keys() == second.keys() and any(name.startswith("rfd_") for name in first)
+    assert first["psnr"] == pytest.approx(second["psnr"], rel=1e-6)
+
+
+def test_latent_metrics_have_a_probe_and_an_interpolation_distance(images, extractor, pipeline):
+    encoded = encode_images(pipeline.vae, images, Accelerator(), extractor=extractor)
+    labels = torch.tensor(images.labels)
+    with pytest.warns(UserWarning, match="covariance is singular"):
+        metrics = latent_metrics(
+            pipeline.vae, encoded, extractor, Accelerator(), probe=(encoded.latents, labels, labels)
+        )
+    assert any(name.startswith("ifd_") for name in metrics) and 0 <= metrics["probe_accuracy"] <= 1
+
+
+def test_samples_depend_on_their_number_alone(pipeline, tmp_path):
+    settings = SampleSettings(10, 2.0, 2)
+    accelerator = Accelerator()
+    whole = draw_samples(pipeline, settings, tmp_path / "a", accelerator, batch_size=10)
+    parts = draw_samples(pipeline, settings, tmp_path / "b", accelerator, batch_size=3, chunk_size=4)
+    assert whole.shape == (10, 3, 16, 16) and whole.dtype == torch.uint8
+    assert (whole.int() - parts.int()).abs().max() <= 1  # rounding of other batch sizes
+
+
+def test_interrupted_drawing_goes_on(pipeline, tmp_path, monkeypatch):
+    settings = SampleSettings(8, 1.0, 1)
+    whole = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)
+    (lost, kept) = sorted(tmp_path.rglob("*.safetensors"))
+    lost.write_bytes(b"cut short")
+    calls = []
+    original = DAEDiTPipeline.__call__
+    monkeypatch.setattr(DAEDiTPipeline, "__call__", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    again = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)
+    assert torch.equal(whole, again) and len(calls) == 1
+
+
+def test_samples_of_other_weights_or_settings_are_drawn_anew(pipeline, tmp_path):
+    first = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())
+    draw_samples(pipeline, SampleSettings(4, 1.0, 2), tmp_path, Accelerator())
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias += 1
+    changed = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())
+    assert not torch.equal(first, changed)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_labels_are_balanced_or_random():
+    assert SampleSettings(7, 1.0, 1).labels(3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    random = SampleSettings(4000, 1.0, 1, "random").labels(4)
+    torch.testing.assert_close(random.bincount() / 4000, torch.full((4,), 0.25), atol=0.03, rtol=0)
+    assert SampleSettings(7, 1.0, 1).labels(None) is None
+
+
+def test_sample_metrics_of_the_training_images_themselves(images, extractor, pipeline):
+    accelerator = Accelerator()
+    encoded = encode_images(pipeline.vae, images, accelerator, extractor=extractor)
+    pixels = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
+    samples = ((pixels + 1) * 127.5).round().to(torch.uint8)
+    reference = statistics_of(encoded.features)
+    metrics, neighbors = sample_metrics(
+        samples, extractor, reference, encoded.features, encoded.reconstruction_features, accelerator
+    )
+    expected_gap = frechet_distance(reference, statistics_of(encoded.reconstruction_features))
+    assert neighbors.tolist() == list(range(len(images)))
+    assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1
+    distance = next(value for name, value in metrics.items() if name.startswith("gfd_"))
+    assert distance == pytest.approx(0, abs=1e-6)
+    assert metrics["gap"] == pytest.approx(expected_gap, rel=1e-4)

@@ -1,0 +1,227 @@
+"""
+Measure an autoencoder, its latent space, and a pipeline: numbers, grids and plots.
+
+    accelerate launch training/evaluate.py --vae runs/digits/vae --dataset_name digits --image_channels 1 \
+        --features facebook/dinov2-small --output_dir runs/digits/evaluation
+    accelerate launch training/evaluate.py --pipeline runs/digits/pipeline --dataset_name digits --image_channels 1 \
+        --features inception --guidance_scales 1 2 4 --num_inference_steps 10 25
+
+`metrics.json` and `metrics.md` in the output folder say what was measured on what; docs/metrics.md explains each number.
+An interrupted evaluation goes on where it stopped when the same command is given again.
+"""
+
+import importlib.metadata
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from matplotlib.figure import Figure
+
+from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.metrics.evaluation import (
+    SampleSettings,
+    draw_samples,
+    encode_images,
+    latent_metrics,
+    reconstruction_metrics,
+    sample_metrics,
+)
+from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.plots import image_grid
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationConfig:
+    """What to measure."""
+
+    vae: str | None = field(None, "folder or Hub id of an autoencoder; default: the pipeline's")
+    pipeline: str | None = field(None, "folder or Hub id of a diffusion pipeline; without it only the autoencoder")
+    features: str | None = field(
+        None, "`inception`, or a vision backbone on the Hub or in a folder; without it no distances between features"
+    )
+    output_dir: str = field("runs/my-model/evaluation", "folder for the results")
+    num_images: int = field(10000, "images to draw for each setting, and training images to compare them with")
+    guidance_scales: list[float] = field([1.0], "classifier-free guidance; several are swept")
+    num_inference_steps: list[int] = field([25], "denoising steps; several are swept")
+    label_sampling: Literal["balanced", "random"] = field("balanced", "labels of the drawn images")
+    batch_size: int = field(64, "images at once in each process; changes no result")
+    seed: int = field(0, "of noise and labels; with that of training, the same held-out images")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
+
+    def __post_init__(self):
+        if self.vae is None and self.pipeline is None:
+            raise ConfigError("give `--vae` or `--pipeline` (or both): there is nothing to evaluate.")
+        if self.pipeline is not None and self.features is None:
+            raise ConfigError("`--pipeline` needs `--features`, such as `inception` or facebook/dinov2-base.")
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+        if min(self.num_inference_steps) < 1:
+            raise ConfigError(f"`--num_inference_steps` is {self.num_inference_steps}, but must be at least 1.")
+
+
+@dataclass
+class EvaluateConfig(EvaluationConfig, DataConfig):
+    def __post_init__(self):
+        DataConfig.__post_init__(self)
+        EvaluationConfig.__post_init__(self)
+        self.require_source()
+
+
+def main(config: EvaluateConfig) -> None:
+    accelerator = Accelerator(mixed_precision=config.mixed_precision or "no")
+    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`--output_dir` {folder} cannot be written: {error.strerror}.") from None
+
+    pipeline = None if config.pipeline is None else load_pipeline(config.pipeline, accelerator.device)
+    vae = pipeline.vae.eval() if config.vae is None else load_autoencoder(config.vae).to(accelerator.device)
+    check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
+    extractor = None if config.features is None else load_feature_extractor(config.features, accelerator.device)
+    with accelerator.main_process_first():
+        train, validation = load_images(config, config.seed)
+    options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
+
+    held_out = encode_images(vae, validation, accelerator, extractor=extractor, **options)
+    seen = encode_images(
+        vae,
+        train,
+        accelerator,
+        extractor=extractor if pipeline is not None else None,
+        max_images=config.num_images,
+        description="Encoding training images",
+        **options,
+    )
+    probe = None
+    if train.labels is not None:
+        count = len(seen.latents)
+        probe = (seen.latents, torch.tensor(train.labels[:count]), torch.tensor(validation.labels))
+    results: dict[str, Any] = {
+        "reconstruction": reconstruction_metrics(held_out, extractor),
+        "latent_space": latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
+    }
+
+    if pipeline is not None:
+        reference = reference_statistics(
+            extractor,
+            train,
+            cache_dir=folder / "reference",
+            **options,
+            disable_progress=not accelerator.is_local_main_process,
+        )
+        results["generation"] = []
+        for guidance_scale in config.guidance_scales:
+            for num_inference_steps in config.num_inference_steps:
+                settings = SampleSettings(
+                    config.num_images, guidance_scale, num_inference_steps, config.label_sampling, config.seed
+                )
+                with accelerator.autocast():
+                    samples = draw_samples(
+                        pipeline, settings, folder / "samples", accelerator, batch_size=config.batch_size
+                    )
+                metrics, neighbors = sample_metrics(
+                    samples,
+                    extractor,
+                    reference,
+                    seen.features,
+                    seen.reconstruction_features,
+                    accelerator,
+                    batch_size=config.batch_size,
+                )
+                results["generation"].append({**asdict(settings), **metrics})
+                if accelerator.is_main_process:
+                    name = f"guidance-{guidance_scale:g}-steps-{num_inference_steps}"
+                    save_grids(folder, name, samples, settings, pipeline, train, neighbors)
+
+    if accelerator.is_main_process:
+        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
+        (folder / "metrics.json").write_text(json.dumps(results, indent=2))
+        (folder / "metrics.md").write_text(to_markdown(results))
+        if len(results.get("generation", [])) > 1:
+            plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
+        logger.info("%s\nwritten to %s", to_markdown(results), folder)
+    accelerator.end_training()
+
+
+def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
+    """Ours, or any other of diffusers with class labels, latents and a VAE."""
+    try:
+        return DAEDiTPipeline.from_pretrained(name_or_path).to(device)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
+
+
+def save_grids(folder, name, samples, settings, pipeline, train: ImageDataset, neighbors: torch.Tensor) -> None:
+    """A grid of samples, and each of twelve samples beside its nearest training image."""
+    num_classes = pipeline.transformer.config.get("num_classes")
+    columns = num_classes if num_classes is not None and num_classes <= 20 else 10
+    image_grid(samples[: 8 * columns].float() / 127.5 - 1, columns=columns).save(folder / f"samples-{name}.png")
+    chosen = range(min(12, len(samples)))
+    pairs = [samples[n].float() / 127.5 - 1 for n in chosen] + [
+        train[int(neighbors[n])]["pixel_values"] for n in chosen
+    ]
+    image_grid(torch.stack(pairs), columns=len(chosen)).save(folder / f"nearest-{name}.png")
+
+
+def describe(config, vae, pipeline, train, validation, extractor, accelerator) -> dict[str, Any]:
+    """Everything that the numbers depend on."""
+    return {
+        "config": asdict(config),
+        "autoencoder": {key: vae.config.get(key) for key in ("_class_name", "latent_channels", "block_out_channels")},
+        "scheduler": None if pipeline is None else dict(pipeline.scheduler.config),
+        "features": None if extractor is None else {"name": extractor.name, "description": extractor.description},
+        "train_images": {"number": len(train), "fingerprint": train.fingerprint},
+        "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
+        "num_processes": accelerator.num_processes,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("dae-diffusers", "diffusers", "torch", "transformers")
+        },
+    }
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """The numbers as tables."""
+    lines = []
+    for part in ("reconstruction", "latent_space"):
+        lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
+        lines += [f"| {k} | {v:.5g} |" for k, v in results[part].items() if isinstance(v, (int, float))]
+        lines.append("")
+    if results.get("generation"):
+        names = list(results["generation"][0])
+        lines += ["### Generation", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for row in results["generation"]:
+            cells = [f"{v:.5g}" if isinstance(v, (int, float)) else str(v) for v in row.values()]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
+    """The distance against guidance, a line for each number of steps."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    for steps in sorted({row["num_inference_steps"] for row in rows}):
+        points = sorted((row["guidance_scale"], row[distance]) for row in rows if row["num_inference_steps"] == steps)
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{steps} steps")
+    axis.set_xlabel("guidance scale")
+    axis.set_ylabel(distance)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_config(EvaluateConfig, description=__doc__))
