@@ -71,8 +71,6 @@ class DAEDiTPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    # ------------------------------------------------------------------------------------------------ saving, loading
-
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
         Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline and of a transformer that
@@ -113,15 +111,21 @@ class DAEDiTPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
-            kwargs: As in [`DiffusionPipeline.from_pretrained`], for example `torch_dtype` or `revision`.
+            kwargs: As in [`DiffusionPipeline.from_pretrained`], for example `dtype` or `revision`.
+
+        Raises:
+            `ValueError`: If there is no such folder, and it cannot be a repository's name.
         """
         left_to_diffusers = {"transformer", "custom_pipeline", "quantization_config"} & kwargs.keys()
         if left_to_diffusers or kwargs.get("device_map") == "balanced" or not importlib.util.find_spec(PACKAGE):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+        name_or_path = str(pretrained_model_name_or_path)
+        if not os.path.isdir(name_or_path) and name_or_path.count("/") > 1:
+            raise ValueError(
+                f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path."
+            )
+        folder = Path(name_or_path if os.path.isdir(name_or_path) else cls.download(name_or_path, **kwargs))
         module, class_name = cls.load_config(folder).get("transformer", (None, None))
         if str(module).partition(".")[0] == PACKAGE:
             options = ("dtype", "torch_dtype", "device_map", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
@@ -135,10 +139,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             transformer_class = getattr(importlib.import_module(module), class_name)
             kwargs["transformer"] = transformer_class.from_pretrained(folder, subfolder="transformer", **model_kwargs)
         pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        pipeline.register_to_config(_name_or_path=name_or_path)
         return pipeline
-
-    # --------------------------------------------------------------------------------------------------------- labels
 
     @property
     def null_class(self) -> int | None:
@@ -165,9 +167,14 @@ class DAEDiTPipeline(DiffusionPipeline):
             `list` of `int`: One id a label.
 
         Raises:
-            `ValueError`: If a name is unknown or names several classes, or an id is out of range.
+            `ValueError`: If a name is unknown or names several classes, an id is out of range, or there are no classes.
         """
-        if isinstance(label, (int, str)) or getattr(label, "ndim", 1) == 0:
+        if self.null_class is None:
+            raise ValueError(
+                f"`{label}` is a label, but this model is unconditional. "
+                "Leave `class_labels` out, and choose the number of images by `num_images_per_label`."
+            )
+        if isinstance(label, str) or not isinstance(label, Iterable) or getattr(label, "ndim", 1) == 0:
             return [self._label_id(label)]
         return [label_id for each in label for label_id in self.get_label_ids(each)]
 
@@ -199,8 +206,6 @@ class DAEDiTPipeline(DiffusionPipeline):
             f"`{label}` is none of the {len(self.id2label)} classes. Nearest: "
             f"{', '.join(names[name] for name in nearest)}. All are in `pipe.labels`."
         )
-
-    # ------------------------------------------------------------------------------------------------------- sampling
 
     @property
     def guidance_scale(self) -> float:
@@ -331,7 +336,7 @@ class DAEDiTPipeline(DiffusionPipeline):
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    latents = callback_on_step_end(self, step, timestep, tensors).get("latents", latents)
+                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
         if output_type == "latent":
@@ -382,8 +387,6 @@ class DAEDiTPipeline(DiffusionPipeline):
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
         return prediction if learned or prediction.shape[1] != 2 * channels else prediction[:, :channels]
 
-    # --------------------------------------------------------------------------------------------------------- checks
-
     def _check_choices(
         self,
         guidance_interval: tuple[float, float],
@@ -395,10 +398,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, but must be two noise levels, 0 <= low <= high <= 1."
             )
-        for name, value in {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_label": num_images_per_label,
-        }.items():
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
         if output_type not in OUTPUT_TYPES:
@@ -414,11 +415,6 @@ class DAEDiTPipeline(DiffusionPipeline):
         """One id a label; without labels, the null class (`None` if the transformer is unconditional) alone."""
         if class_labels is None:
             return [self.null_class]
-        if self.null_class is None:
-            raise ValueError(
-                f"`class_labels` is {class_labels!r}, but this model is unconditional. "
-                "Leave it out, and choose the number of images by `num_images_per_label`."
-            )
         label_ids = self.get_label_ids(class_labels)
         if not label_ids:
             raise ValueError("`class_labels` is empty. Pass ids or names, or leave it out for the null class.")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import attention_backend
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTTransformer2DModel, transformer_dae_dit
@@ -42,6 +42,44 @@ def test_new_model_predicts_zero_and_its_blocks_are_the_identity(inputs):
     assert unchanged == [True, True]
     assert sample.shape == inputs["hidden_states"].shape
     assert not sample.any()
+
+
+def slow_attention(attn: torch.nn.Module, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Attention of one sample, `(N, dim)`, a head and a pair of channels at a time."""
+    heads, head_dim, num_pairs = attn.heads, attn.head_dim, attn.head_dim // 2
+    query, key, value = attn.qkv_proj(tokens).view(len(tokens), 3, heads, head_dim).unbind(1)
+    rotation = torch.zeros(len(tokens), head_dim, head_dim)
+    for token in range(len(tokens)):
+        row_and_column = divmod(token, grid[1])
+        for pair in range(num_pairs):
+            frequency = 100 ** (-(pair % (num_pairs // 2)) / (num_pairs // 2))
+            angle = torch.tensor(row_and_column[pair >= num_pairs // 2] * frequency)
+            turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2)
+            rotation[token, 2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] = turn
+    outputs = []
+    for head in range(heads):
+        q, k = (torch.einsum("nij,nj->ni", rotation, _rms_norm(states[:, head])) for states in (query, key))
+        outputs.append((q @ k.T / head_dim**0.5).softmax(-1) @ value[:, head])
+    return attn.out_proj(torch.cat(outputs, dim=-1))
+
+
+def test_prediction_equals_its_formula_written_the_slow_way():
+    transformer = make_transformer(sample_size=(4, 6))
+    latents, timestep, label = torch.randn(1, 4, 4, 6), torch.tensor([300.0]), torch.tensor([2])
+    patches = latents.view(4, 2, 2, 3, 2).permute(1, 3, 0, 2, 4).reshape(6, 16)
+    tokens = transformer.patch_embed(patches) + _position_tables(2, 3, 16, 8, torch.device("cpu"))[0]
+    conditioning = transformer.time_embed(transformer.time_proj(timestep)) + transformer.label_embed(label)
+    chunks = iter(transformer.modulation(conditioning.sigmoid() * conditioning).view(-1, 16))
+    for block in transformer.transformer_blocks:
+        shifts, scales, gates = ([next(chunks), next(chunks)] for _ in range(3))
+        attended = slow_attention(block.attn, _rms_norm(tokens) * (1 + scales[0]) + shifts[0], (2, 3))
+        tokens = tokens + gates[0] * attended
+        gate, up = block.ff.gate_up_proj(_rms_norm(tokens) * (1 + scales[1]) + shifts[1]).chunk(2, dim=-1)
+        tokens = tokens + gates[1] * block.ff.down_proj(gate.sigmoid() * gate * up)
+    shift, scale = chunks
+    patches = transformer.proj_out(_rms_norm(tokens) * (1 + scale) + shift)
+    expected = patches.view(2, 3, 4, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, 4, 4, 6)
+    assert_close(transformer(latents, timestep, label).sample, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_every_parameter_learns(inputs):
@@ -205,11 +243,11 @@ def test_autocast_keeps_the_residual_stream_in_float32(inputs):
     expected = transformer(**inputs).sample
     dtypes = []
     for block in transformer.transformer_blocks:
-        block.register_forward_hook(lambda block, args, output: dtypes.append(output.dtype))
+        block.register_forward_hook(lambda block, args, output: dtypes.extend(x.dtype for x in (*args[:4], output)))
     with torch.autocast("cpu", torch.bfloat16):
         sample = transformer(**inputs).sample
     sample.float().square().mean().backward()
-    assert dtypes == [torch.float32] * 2
+    assert dtypes == [torch.float32] * 10  # tokens, shift, scale, gate, and tokens again
     assert all(parameter.grad.dtype == torch.float32 for parameter in transformer.parameters())
     assert_close(sample.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
 
@@ -225,13 +263,13 @@ def test_training_may_follow_sampling(inputs):
 def test_attention_backend_can_be_chosen(inputs):
     transformer = make_transformer()
     expected = transformer(**inputs).sample
-    transformer.set_attention_backend("_native_math")
-    assert all(
-        processor._attention_backend == AttentionBackendName._NATIVE_MATH
-        for processor in transformer.attn_processors.values()
-    )
-    assert len(transformer.attn_processors) == 2
-    assert_close(transformer(**inputs).sample, expected, atol=1e-5, rtol=1e-5)
+    with attention_backend():  # `set_attention_backend` sets the process's default as well: this puts it back
+        transformer.set_attention_backend("_native_math")
+        assert_close(transformer(**inputs).sample, expected, atol=1e-5, rtol=1e-5)
+        transformer.set_attention_backend("_native_cudnn")
+        with attention_backend(), pytest.raises(RuntimeError, match="No viable backend"):
+            transformer(**inputs)  # on a CPU: so the model's own choice is heard
+    assert list(transformer.attn_processors) == [f"transformer_blocks.{n}.attn.processor" for n in range(2)]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
