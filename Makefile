@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-LAUNCH := $(BIN)/accelerate launch --config_file training/configs/accelerate/single.yaml
+CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
+LAUNCH := $(BIN)/accelerate launch --config_file training/configs/accelerate/single.yaml --num_cpu_threads_per_process $(CORES)
 
 .PHONY: demo test lint clean
 

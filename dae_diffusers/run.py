@@ -133,6 +133,13 @@ class TrainingRun:
         )
         for chatty in ("httpx", "accelerate"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+        if self.accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
+            logger.warning(
+                "one CPU thread of %d is in use, accelerate's default. Give it more: "
+                "`accelerate launch --num_cpu_threads_per_process %d ...`",
+                os.cpu_count(),
+                os.cpu_count(),
+            )
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
         self._take_folder()
