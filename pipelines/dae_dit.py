@@ -100,7 +100,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             (folder / "transformer").mkdir(exist_ok=True)
             source = sys.modules[transformer_class.__module__].__file__
             shutil.copyfile(source, folder / "transformer" / f"{name}.py")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(str(folder), *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DAEDiTPipeline":
