@@ -1,11 +1,12 @@
 """
-Does decoupling help? Autoencoders that differ only in how they were trained, the same generator on each, paired seeds.
+Does decoupling help? Autoencoders that differ only in how they were trained, the same generators on each, paired seeds.
 
     python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/digits.yaml --output_dir runs/claim-digits
 
-Every run goes through the training scripts in processes of their own, and leaves `row.json` in its folder; a run that has one
-is not repeated, so the command may be interrupted and given again. At the end `results.md`, `results.json` and the pictures
-are written anew from all rows.
+An experiment names *budgets* (how many steps joint and two-stage training get), *conditions* (how the autoencoder is trained)
+and *generators* (transformers trained on each latent space). Every training goes through the scripts in processes of its own.
+What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again. At the
+end `results.md`, `results.json` and the pictures are written anew from everything that exists.
 
 The rule of success was fixed before the first run: the generation distance (gFD) of a decoupled condition is below that of
 `same` and of `joint`, with 95 % intervals of the paired differences that exclude 0.
@@ -15,9 +16,9 @@ import argparse
 import itertools
 import json
 import math
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ import yaml
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance
 from dae_diffusers.metrics.evaluation import (
+    EncodedImages,
     SampleSettings,
     draw_samples,
     encode_images,
@@ -38,12 +42,17 @@ from dae_diffusers.metrics.evaluation import (
     reconstruction_metrics,
     sample_metrics,
 )
-from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.training.train_dae import TrainDAEConfig, load_model
 
 # 97.5 % quantile of Student's t for n - 1 degrees of freedom, n = 2...10.
 T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 BASELINES = ("joint", "same")
+QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
+
+# Enough to order latent spaces; the defaults of `evaluate.py --complexity` take longer and give error bars.
+COMPLEXITY = ComplexityConfig(capacities=(0, 16), seeds=(0,))
 
 
 def main():
@@ -52,87 +61,154 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--features", help="feature extractor, instead of the experiment's")
     parser.add_argument("--dataset_name", help="data set, instead of the experiment's")
+    parser.add_argument("--budgets", nargs="+", help="only these")
     parser.add_argument("--conditions", nargs="+", help="only these")
+    parser.add_argument("--generators", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the experiment's")
-    parser.add_argument("--only_summary", action="store_true", help="write the tables from the rows that exist")
+    parser.add_argument("--only_summary", action="store_true", help="write the tables from what is finished")
     arguments = parser.parse_args()
     experiment = yaml.safe_load(arguments.experiment.read_text())
     for name in ("features", "dataset_name", "seeds"):
         if getattr(arguments, name) is not None:
             experiment[name] = getattr(arguments, name)
-    conditions = arguments.conditions or list(experiment["conditions"])
-    unknown = set(conditions) - set(experiment["conditions"])
-    if unknown:
-        parser.error(f"unknown conditions {sorted(unknown)}; the experiment has {list(experiment['conditions'])}.")
+    chosen = {}
+    for name in ("budgets", "conditions", "generators"):
+        chosen[name] = getattr(arguments, name) or list(experiment[name])
+        unknown = set(chosen[name]) - set(experiment[name])
+        if unknown:
+            parser.error(f"unknown {name} {sorted(unknown)}; the experiment has {list(experiment[name])}.")
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     if not arguments.only_summary:
         # Seed by seed, so that an interrupted benchmark has complete pairs.
-        todo = list(itertools.product(experiment["seeds"], conditions))
-        for seed, condition in tqdm(todo, desc="Runs", unit="run"):
-            folder = arguments.output_dir / condition / f"seed-{seed}"
-            if not (folder / "row.json").exists():
-                row = run(experiment, condition, seed, folder)
-                (folder / "row.json").write_text(json.dumps(row, indent=2))
-    rows = [json.loads(path.read_text()) for path in sorted(arguments.output_dir.glob("*/*/row.json"))]
+        todo = itertools.product(chosen["budgets"], experiment["seeds"], chosen["conditions"])
+        for budget, seed, condition in tqdm(list(todo), desc="Autoencoders", unit="run"):
+            if budget in experiment["conditions"][condition].get("budgets", experiment["budgets"]):
+                run(experiment, budget, condition, seed, chosen["generators"], arguments.output_dir)
+    rows = read_rows(arguments.output_dir)
+    if not rows:
+        raise SystemExit(f"nothing is finished in {arguments.output_dir}.")
     (arguments.output_dir / "results.json").write_text(json.dumps(rows, indent=2))
     text = summarize(rows, experiment)
     (arguments.output_dir / "results.md").write_text(text)
-    plot_frontier(rows, arguments.output_dir / "frontier.png")
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        plot_frontier(rows, budget, experiment, arguments.output_dir / f"frontier-{budget}.png")
     print(text)
 
 
-def run(experiment: dict[str, Any], condition: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains one autoencoder and one transformer, and measures both."""
+def run(
+    experiment: dict[str, Any], budget: str, condition: str, seed: int, generators: list[str], output_dir: Path
+) -> None:
+    """Trains an autoencoder and the transformers on its latents, and measures all of them."""
+    folder = output_dir / budget / condition / f"seed-{seed}"
+    wanted = experiment["conditions"][condition].get("generators", generators)
+    missing = [name for name in generators if name in wanted and not (folder / name / "generator.json").exists()]
+    if (folder / "autoencoder.json").exists() and not missing:
+        return
     data = {"dataset_name": experiment["dataset_name"], **experiment["data"]}
-    quiet = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
-    shared = {**data, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest", **quiet}
-    seconds = {
-        "autoencoder": launch(
-            "train_dae", {**shared, **experiment["autoencoder"], **experiment["conditions"][condition]}
-        ),
-        "transformer": launch("train_dit", {**shared, **experiment["transformer"], "vae": folder / "vae"}),
-    }
+    shared = {**data, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
+    options = {k: v for k, v in experiment["conditions"][condition].items() if k not in ("budgets", "generators")}
+    steps = experiment["budgets"][budget]["joint" if options["auxiliary_decoder"] == "none" else "decoupled"]
+    flags = {**shared, **experiment["autoencoder"], **steps, **options}
+    if not (folder / "vae").exists():
+        cost = launch("train_dae", flags)
+        (folder / "cost.json").write_text(json.dumps(cost))
+
     accelerator = Accelerator()
     images = load_images(DataConfig(**data), seed)
     extractor = load_feature_extractor(experiment["features"])
-    num_images = experiment["num_images"]
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
+    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
+    if not (folder / "autoencoder.json").exists():
+        row = {"budget": budget, "condition": condition, "seed": seed}
+        row["autoencoder_cost"] = {
+            **json.loads((folder / "cost.json").read_text()),
+            "flops": training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)})),
+        }
+        row |= measure_autoencoder(vae, images, seen, extractor, accelerator, folder)
+        write_json(folder / "autoencoder.json", row)
+    for name in missing:
+        target = folder / name
+        flags = {**shared, **experiment["transformer"], **(experiment["generators"][name] or {})}
+        cost = launch("train_dit", {**flags, "output_dir": target, "vae": folder / "vae"})
+        pipeline = DAEDiTPipeline.from_pretrained(target / "pipeline").to(accelerator.device)
+        settings = SampleSettings(experiment["num_images"], 1.0, experiment["num_inference_steps"], seed=1000 + seed)
+        samples = draw_samples(pipeline, settings, target / "samples", accelerator)
+        reference = reference_statistics(extractor, images[0], cache_dir=output_dir / "reference")
+        metrics, _ = sample_metrics(
+            samples, extractor, reference, seen.features, seen.reconstruction_features, accelerator
+        )
+        row = {
+            "generator": name,
+            "parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
+            "generator_cost": cost,
+            "validation_loss": last_value(target / "train_dit" / "log.jsonl", "validation/loss"),
+            "generation": metrics,
+        }
+        write_json(target / "generator.json", row)
+
+
+def measure_autoencoder(
+    vae: AutoencoderKL, images, seen: EncodedImages, extractor: FeatureExtractor, accelerator, folder: Path
+) -> dict[str, Any]:
+    """Reconstruction, latent space and complexity distance, on images that it was not trained on."""
     held_out = encode_images(vae, images[1], accelerator, extractor=extractor)
-    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=num_images)
     labels = [torch.tensor(split.labels) for split in images]
     probe = (seen.latents, labels[0][: len(seen.latents)], labels[1])
-    row = {
-        "condition": condition,
-        "seed": seed,
-        "seconds": seconds,
+    complexity = complexity_distance(
+        vae,
+        *(make_pass_loader(part, batch_size=64) for part in images),
+        COMPLEXITY,
+        rows_path=folder / "complexity.jsonl",
+        device=accelerator.device,
+    )
+    return {
         "reconstruction": reconstruction_metrics(held_out, extractor),
         "latent_space": latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
-        "validation_loss": last_value(folder / "train_dit" / "log.jsonl", "validation/loss"),
+        "complexity": complexity.to_dict()["summary"],
     }
-    pipeline = DAEDiTPipeline.from_pretrained(folder / "pipeline")
-    settings = SampleSettings(num_images, 1.0, experiment["num_inference_steps"], seed=1000 + seed)
-    samples = draw_samples(pipeline, settings, folder / "samples", accelerator)
-    reference = reference_statistics(extractor, images[0], cache_dir=folder.parents[1] / "reference")
-    row["generation"], _ = sample_metrics(
-        samples, extractor, reference, seen.features, seen.reconstruction_features, accelerator
-    )
-    return row
 
 
-def launch(script: str, flags: dict[str, Any]) -> float:
-    """Runs a training script and returns its wall seconds."""
+def training_flops(config: TrainDAEConfig) -> float:
+    """Floating-point operations of all matrix products and convolutions of an autoencoder's training."""
+    model, total = load_model(config), 0
+    pixel_values = torch.zeros(1, config.image_channels, config.resolution, config.resolution)
+    for stage, steps in config.stage_steps().items():
+        model.set_stage(stage)
+        with FlopCounterMode(display=False) as counter:
+            model(pixel_values).sample.sum().backward()
+        total += counter.get_total_flops() * steps * config.train_batch_size
+    return float(total)
+
+
+def write_json(path: Path, row: dict[str, Any]) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(row, indent=2))
+    path.with_suffix(".tmp").replace(path)
+
+
+def read_rows(output_dir: Path) -> list[dict[str, Any]]:
+    """A row for each generator that is finished, with what was measured of its autoencoder."""
+    rows = []
+    for path in sorted(output_dir.glob("*/*/*/*/generator.json")):
+        autoencoder = json.loads((path.parents[1] / "autoencoder.json").read_text())
+        rows.append({**autoencoder, **json.loads(path.read_text())})
+    return rows
+
+
+def launch(script: str, flags: dict[str, Any]) -> dict[str, float]:
+    """Runs a training script and returns the seconds of processor time that it took, start-up included."""
     argv = [sys.executable, "-m", f"dae_diffusers.training.{script}"]
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")
         elif value is not False and value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(argv, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"{script} failed:\n{result.stderr[-2000:]}")
-    return time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def last_value(log: Path, name: str) -> float:
@@ -143,48 +219,108 @@ def last_value(log: Path, name: str) -> float:
 def numbers_of(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a run that the tables show, by their short names."""
     reconstruction, generation, latents = row["reconstruction"], row["generation"], row["latent_space"]
+    complexity = {(entry["form"], entry["capacity"]): entry for entry in row["complexity"]}
+    widest = max(capacity for form, capacity in complexity if form == "paired" and capacity is not None)
     return {
         "PSNR": reconstruction["psnr"],
         "rFD": next(value for name, value in reconstruction.items() if name.startswith(("rfd", "rfid"))),
         "gFD": next(value for name, value in generation.items() if name.startswith(("gfd", "gfid"))),
         "gap": generation["gap"],
-        "iFD": next(value for name, value in latents.items() if name.startswith(("ifd", "ifid"))),
         "KID": generation["kernel_distance"],
         "precision": generation["precision"],
         "recall": generation["recall"],
+        "iFD": next(value for name, value in latents.items() if name.startswith(("ifd", "ifid"))),
+        "CD paired": complexity["paired", widest]["variance_left"],
+        "CD excess": complexity["paired", widest]["variance_left_difference"],
+        "CD unpaired": complexity["unpaired", widest]["std_left"],
         "DiT val": row["validation_loss"],
         "HF share": latents["high_frequency_share"],
         "eff. rank": latents["effective_rank"],
         "probe": latents["probe_accuracy"],
-        "AE s": row["seconds"]["autoencoder"],
-        "DiT s": row["seconds"]["transformer"],
+        "AE CPU s": row["autoencoder_cost"]["cpu_seconds"],
+        "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,
+        "DiT CPU s": row["generator_cost"]["cpu_seconds"],
     }
 
 
+# condition -> seed -> name -> number
+Runs = dict[str, dict[int, dict[str, float]]]
+
+PREDICTORS = ("rFD", "gap", "iFD", "CD paired", "CD excess", "CD unpaired", "DiT val", "HF share", "eff. rank", "probe")
+
+
 def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
-    """Mean and standard deviation of each condition, paired differences, and rank correlations with gFD."""
-    names = list(numbers_of(rows[0]))
-    by_condition: dict[str, dict[int, dict[str, float]]] = {}
-    for row in rows:
-        by_condition.setdefault(row["condition"], {})[row["seed"]] = numbers_of(row)
-    order = sorted(by_condition, key=lambda c: list(experiment["conditions"]).index(c))
-    lines = ["### Conditions: mean ± standard deviation over seeds", ""]
+    """For each budget and generator: means, paired differences and the verdict; rank correlations with gFD."""
+    lines = []
+    for budget, generator in itertools.product(experiment["budgets"], experiment["generators"]):
+        chosen = [row for row in rows if row["budget"] == budget and row["generator"] == generator]
+        if not chosen:
+            continue
+        runs: Runs = {condition: {} for condition in experiment["conditions"]}
+        for row in chosen:
+            runs[row["condition"]][row["seed"]] = numbers_of(row)
+        runs = {condition: seeds for condition, seeds in runs.items() if seeds}
+        lines += [
+            f"## Budget `{budget}`, generator `{generator}` ({chosen[0]['parameters'] / 1e6:.2f} M parameters)",
+            "",
+        ]
+        lines += [f"Autoencoder steps: {describe_budget(experiment['budgets'][budget])}.", ""]
+        lines += [*table_of_means(runs), "", *table_of_differences(runs), "", *table_of_correlations(chosen), ""]
+    return "\n".join(lines)
+
+
+def describe_budget(budget: dict[str, dict[str, int]]) -> str:
+    joint, decoupled = budget["joint"], budget["decoupled"]
+    return (
+        f"joint {joint['stage1_steps'] + joint['stage2_steps']}, two stages {decoupled['stage1_steps']} + "
+        f"{decoupled['stage2_steps']}"
+    )
+
+
+def table_of_means(runs: Runs) -> list[str]:
+    names = list(next(iter(next(iter(runs.values())).values())))
+    lines = ["Mean ± standard deviation over seeds:", ""]
     lines += [f"| condition | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for condition in order:
-        cells = [mean_and_deviation([run[name] for run in by_condition[condition].values()]) for name in names]
-        lines.append(f"| {condition} | {len(by_condition[condition])} | {' | '.join(cells)} |")
-    lines += ["", "### Paired differences in gFD, with 95 % intervals (negative: the condition is better)", ""]
-    lines += [f"| condition | {' | '.join(f'minus {b}' for b in BASELINES)} |", "|---" * (1 + len(BASELINES)) + "|"]
-    for condition in order:
-        cells = [paired_difference(by_condition, condition, baseline, "gFD") for baseline in BASELINES]
-        lines.append(f"| {condition} | {' | '.join(cells)} |")
-    lines += ["", f"### Spearman's rank correlation with gFD over all {len(rows)} runs", ""]
-    values = {name: [numbers_of(row)[name] for row in rows] for name in names}
-    others = ["rFD", "gap", "iFD", "DiT val", "HF share", "eff. rank", "probe"]
-    correlations = [f"{rank_correlation(values[name], values['gFD']):.2f}" for name in others]
-    lines += [f"| {' | '.join(others)} |", "|---" * len(others) + "|"]
-    lines.append(f"| {' | '.join(correlations)} |")
-    return "\n".join(lines) + "\n"
+    for condition, seeds in runs.items():
+        cells = [mean_and_deviation([run[name] for run in seeds.values()]) for name in names]
+        lines.append(f"| {condition} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_differences(runs: Runs) -> list[str]:
+    """Of gFD and gap against both baselines, and whether the rule of success is met."""
+    columns = [(name, baseline) for name in ("gFD", "gap") for baseline in BASELINES]
+    lines = ["Paired differences with 95 % intervals (negative: the condition is better):", ""]
+    lines += [f"| condition | {' | '.join(f'{n} minus {b}' for n, b in columns)} | success |", "|---" * 6 + "|"]
+    for condition in runs:
+        intervals = [paired_difference(runs, condition, baseline, name) for name, baseline in columns]
+        cells = [show_interval(interval) for interval in intervals]
+        against = intervals[: len(BASELINES)]
+        if condition.startswith(BASELINES):
+            success = ""
+        elif None in against or any(math.isinf(interval[2]) for interval in against):
+            success = "too few seeds"
+        else:
+            success = "yes" if all(interval[2] < 0 for interval in against) else "no"
+        lines.append(f"| {condition} | {' | '.join(cells)} | {success} |")
+    return lines
+
+
+def table_of_correlations(rows: list[dict[str, Any]]) -> list[str]:
+    """Spearman's with gFD over all runs, and the same with rFD held fixed (partial rank correlation)."""
+    numbers = [numbers_of(row) for row in rows]
+    values = {name: [run[name] for run in numbers] for name in numbers[0]}
+    lines = [f"Spearman's rank correlation with gFD over {len(rows)} runs:", ""]
+    lines += [f"| | {' | '.join(PREDICTORS)} |", "|---" * (len(PREDICTORS) + 1) + "|"]
+    plain = {name: rank_correlation(values[name], values["gFD"]) for name in PREDICTORS}
+    partial = {
+        name: partial_correlation(plain[name], rank_correlation(values[name], values["rFD"]), plain["rFD"])
+        for name in PREDICTORS
+    }
+    for label, row in (("all runs", plain), ("at matched rFD", partial)):
+        cells = ["" if math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -195,39 +331,62 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{mean:.4g} ± {deviation:.2g}"
 
 
-def paired_difference(by_condition: dict, condition: str, baseline: str, name: str) -> str:
+def paired_difference(runs: Runs, condition: str, baseline: str, name: str) -> tuple[float, float, float] | None:
     """Mean difference over the seeds that both have, and its 95 % interval by Student's t."""
-    seeds = sorted(by_condition[condition].keys() & by_condition.get(baseline, {}).keys())
+    seeds = sorted(runs[condition].keys() & runs.get(baseline, {}).keys())
     if condition == baseline or not seeds:
-        return ""
-    differences = [by_condition[condition][s][name] - by_condition[baseline][s][name] for s in seeds]
+        return None
+    differences = [runs[condition][s][name] - runs[baseline][s][name] for s in seeds]
     mean = math.fsum(differences) / len(seeds)
     if len(seeds) not in T_QUANTILES:
-        return f"{mean:+.3g} (n = {len(seeds)})"
+        return mean, -math.inf, math.inf
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (len(seeds) - 1))
     half = T_QUANTILES[len(seeds)] * deviation / math.sqrt(len(seeds))
-    return f"{mean:+.3g} [{mean - half:+.3g}, {mean + half:+.3g}]"
+    return mean, mean - half, mean + half
+
+
+def show_interval(interval: tuple[float, float, float] | None) -> str:
+    if interval is None:
+        return ""
+    mean, low, high = interval
+    return f"{mean:+.3g} (1 seed)" if math.isinf(low) else f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's, without ties."""
+    if len(x) < 3:
+        return math.nan
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (x, y)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1]) if len(x) > 2 else math.nan
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def plot_frontier(rows: list[dict[str, Any]], path: Path) -> None:
-    """gFD and gap against rFD, a colour for each condition, a point for each seed; joint conditions are joined."""
+def partial_correlation(xy: float, xz: float, yz: float) -> float:
+    """Of x and y with z held fixed, from the three correlations."""
+    rest = (1 - xz**2) * (1 - yz**2)
+    return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-9 else math.nan
+
+
+def plot_frontier(rows: list[dict[str, Any]], budget: str, experiment: dict[str, Any], path: Path) -> None:
+    """gFD and gap against rFD for the first generator: a colour for each condition, a point for each seed; the means of
+    the joint conditions (several KL weights) are joined: the curve to beat."""
+    generator = next(iter(experiment["generators"]))
+    chosen = [row for row in rows if row["budget"] == budget and row["generator"] == generator]
+    if not chosen:
+        return
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2), ("gFD", "gap"), strict=True):
         means = {}
-        for number, condition in enumerate(dict.fromkeys(row["condition"] for row in rows)):
-            points = [(n["rFD"], n[name]) for n in (numbers_of(row) for row in rows if row["condition"] == condition)]
+        for number, condition in enumerate(experiment["conditions"]):
+            points = [(n["rFD"], n[name]) for n in (numbers_of(row) for row in chosen if row["condition"] == condition)]
+            if not points:
+                continue
             joint = condition.startswith("joint")
             x, y = zip(*points, strict=True)
             axis.scatter(x, y, label=condition, marker="s" if joint else "o", color=f"C{number}", s=22)
             if joint:
                 means[condition] = (sum(x) / len(x), sum(y) / len(y))
-        axis.plot(*zip(*sorted(means.values()), strict=True), color="0.6", linewidth=1, zorder=0) if means else None
+        if means:
+            axis.plot(*zip(*sorted(means.values()), strict=True), color="0.6", linewidth=1, zorder=0)
         axis.set_xlabel("rFD of the autoencoder (lower is better)")
         axis.set_ylabel(f"{name} (lower is better)")
     axis.legend(fontsize=8, frameon=False)
