@@ -1,6 +1,9 @@
 """Tiny real models and images for all tests; nothing here needs a network."""
 
 import os
+import socket
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -53,3 +56,30 @@ def image_folder(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{number:02d}.png")
     return root
+
+
+def launch(script: str, flags: str, *, processes: int = 1, **more) -> subprocess.Popen:
+    """Starts a training script in processes of its own, which talk through gloo."""
+    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", _free_port(), "-m"]
+    return subprocess.Popen(
+        [*command, f"dae_diffusers.training.{script}", *argv],
+        cwd="/",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeed(process: subprocess.Popen) -> None:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

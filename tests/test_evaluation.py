@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_autoencoder
+from conftest import launch, make_autoencoder, succeed
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
@@ -139,3 +139,53 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     distance = next(value for name, value in metrics.items() if name.startswith("gfd_"))
     assert distance == pytest.approx(0, abs=1e-6)
     assert metrics["gap"] == pytest.approx(expected_gap, rel=1e-4)
+
+
+def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder, pipeline, tmp_path):
+    """The script itself, on 1,797 real digits, to 1e-6."""
+    vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
+    DAEDiTPipeline(pipeline.transformer, vae, pipeline.scheduler).save_pretrained(tmp_path / "pipeline")
+    flags = "--dataset_name digits --image_channels 1 --resolution 16 --num_images 100 --num_inference_steps 2"
+    results = []
+    for processes, batch_size in ((1, 64), (1, 1), (2, 7)):
+        folder = tmp_path / f"{processes}-{batch_size}"
+        process = launch(
+            "evaluate", flags, processes=processes, pipeline=tmp_path / "pipeline", features=extractor_folder,
+            batch_size=batch_size, output_dir=folder,
+        )  # fmt: skip
+        succeed(process)
+        results.append(json.loads((folder / "metrics.json").read_text()))
+    parts = ("reconstruction", "latent_space", "generation")
+    expected = [dict(numbers_in(results[0][part])) for part in parts]
+    assert len(expected[0]) >= 3 and len(expected[1]) >= 8 and len(expected[2]) >= 8
+    for result in results[1:]:
+        assert [dict(numbers_in(result[part])) for part in parts] == [pytest.approx(e, rel=1e-6) for e in expected]
+
+
+def numbers_in(value, path=""):
+    if isinstance(value, (int, float)):
+        yield path, value
+    elif isinstance(value, (list, dict)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers_in(inner, f"{path}/{key}")
+
+
+def test_complexity_distance_is_measured_and_drawn(extractor_folder, pipeline, tmp_path):
+    vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
+    vae.save_pretrained(tmp_path / "vae")
+    flags = "--dataset_name digits --image_channels 1 --resolution 16 --complexity --complexity_capacities 0 --complexity_seeds 1"
+    succeed(launch("evaluate", flags, vae=tmp_path / "vae", output_dir=tmp_path / "evaluation"))
+    rows = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["complexity"]
+    assert {(row["form"], row["capacity"]) for row in rows} == {
+        ("paired", 0), ("paired", None), ("unpaired", 0), ("unpaired", None)
+    }  # fmt: skip
+    assert (tmp_path / "evaluation" / "complexity.png").stat().st_size > 5000
+    assert "variance_left" in (tmp_path / "evaluation" / "metrics.md").read_text()
+
+
+def test_complexity_flags_are_checked():
+    from dae_diffusers.cli import ConfigError
+    from dae_diffusers.training.evaluate import EvaluateConfig
+
+    with pytest.raises(ConfigError, match="complexity distance: `capacities`"):
+        EvaluateConfig(vae="x", dataset_name="digits", complexity_capacities=[-1])

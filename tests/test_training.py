@@ -1,16 +1,14 @@
 """The training scripts, as a user runs them, on tiny models: they end with what they promise, however interrupted."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import launch, succeed
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -175,34 +173,6 @@ def test_accumulated_batches_equal_one_large_batch(image_folder, tmp_path):
     for whole, halves in zip(rows["whole"], rows["halves"], strict=True):
         assert whole["step"] == halves["step"]
         assert abs(whole.get("train/learning_rate", 0) - halves.get("train/learning_rate", 0)) < 1e-12
-
-
-def launch(script: str, flags: str, *, processes: int = 1, **more) -> subprocess.Popen:
-    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", _free_port(), "-m"]
-    return subprocess.Popen(
-        [*command, f"dae_diffusers.training.{script}", *argv],
-        cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def succeed(process: subprocess.Popen) -> None:
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_two_processes_equal_one_that_accumulates(image_folder, tmp_path):

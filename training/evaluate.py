@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
+from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
 from dae_diffusers.metrics.evaluation import (
     SampleSettings,
     draw_samples,
@@ -58,6 +59,9 @@ class EvaluationConfig:
     batch_size: int = field(64, "images at once in each process; changes no result")
     seed: int = field(0, "of noise and labels; with that of training, the same held-out images")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
+    complexity: bool = field(False, "also the complexity distance of the latent space (minutes)")
+    complexity_capacities: list[int] = field([0, 4, 16, 64], "widths of its generators; 0 is the linear one")
+    complexity_seeds: int = field(3, "generators of each width")
 
     def __post_init__(self):
         if self.vae is None and self.pipeline is None:
@@ -69,6 +73,13 @@ class EvaluationConfig:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
         if min(self.num_inference_steps) < 1:
             raise ConfigError(f"`--num_inference_steps` is {self.num_inference_steps}, but must be at least 1.")
+        try:
+            self.complexity_config()
+        except ValueError as error:
+            raise ConfigError(f"complexity distance: {error}") from None
+
+    def complexity_config(self) -> ComplexityConfig:
+        return ComplexityConfig(capacities=tuple(self.complexity_capacities), seeds=tuple(range(self.complexity_seeds)))
 
 
 @dataclass
@@ -114,6 +125,19 @@ def main(config: EvaluateConfig) -> None:
         "reconstruction": reconstruction_metrics(held_out, extractor),
         "latent_space": latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
     }
+
+    if config.complexity and accelerator.is_main_process:
+        complexity = complexity_distance(
+            vae,
+            *(make_pass_loader(images, batch_size=config.batch_size) for images in (train, validation)),
+            config.complexity_config(),
+            feature_extractor=extractor,
+            rows_path=folder / "complexity.jsonl",
+            device=accelerator.device,
+        )
+        results["complexity"] = complexity.summary
+        plot_complexity({"this latent space": complexity}, folder / "complexity.png")
+    accelerator.wait_for_everyone()
 
     if pipeline is not None:
         reference = reference_statistics(
@@ -201,13 +225,19 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
         lines += [f"| {k} | {v:.5g} |" for k, v in results[part].items() if isinstance(v, (int, float))]
         lines.append("")
-    if results.get("generation"):
-        names = list(results["generation"][0])
-        lines += ["### Generation", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for row in results["generation"]:
-            cells = [f"{v:.5g}" if isinstance(v, (int, float)) else str(v) for v in row.values()]
-            lines.append(f"| {' | '.join(cells)} |")
+    for part in ("complexity", "generation"):
+        rows = results.get(part, [])
+        for names in dict.fromkeys(tuple(row) for row in rows):  # the two forms of the complexity distance differ
+            lines += [f"### {part.capitalize()}", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+            lines += [f"| {' | '.join(map(to_cell, row.values()))} |" for row in rows if tuple(row) == names]
+            lines.append("")
     return "\n".join(lines) + "\n"
+
+
+def to_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "" if value is None else str(value)
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:

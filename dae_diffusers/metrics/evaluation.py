@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from dae_diffusers.autoencoders.loading import spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
 from dae_diffusers.latents.statistics import normalize_latents
@@ -29,7 +30,7 @@ from dae_diffusers.metrics.distances import (
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio, structural_similarity
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size
 from dae_diffusers.randomness import derived_seed
 
 
@@ -122,11 +123,12 @@ def encode_images(
     rows: dict[str, list[torch.Tensor]] = {}
     diagnostics = None
     for batch in tqdm(loader, desc=description, disable=not accelerator.is_local_main_process, leave=False):
-        pixel_values = batch["pixel_values"].to(accelerator.device)
+        count = len(batch["pixel_values"])
+        pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
         posterior = vae.encode(pixel_values).latent_dist
         reconstruction = vae.decode(posterior.mean).sample.float().clamp(-1, 1)
         diagnostics = diagnostics or LatentDiagnostics.empty(tuple(posterior.mean.shape[1:]))
-        diagnostics.add(posterior.mean, posterior.std)
+        diagnostics.add(posterior.mean[:count], posterior.std[:count])
         values = {
             "latents": posterior.mean,
             "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
@@ -136,7 +138,7 @@ def encode_images(
             values["features"] = extractor(pixel_values)
             values["reconstruction_features"] = extractor(reconstruction)
         for name, value in values.items():
-            rows.setdefault(name, []).append(value.float().cpu())
+            rows.setdefault(name, []).append(value[:count].float().cpu())
     gathered = gather_in_order({name: torch.cat(values) for name, values in rows.items()}, len(images), accelerator)
     parts = [part for part in gather_object([diagnostics]) if part is not None]
     return EncodedImages(
@@ -155,10 +157,11 @@ def decode_features(
 ) -> torch.Tensor:
     r"""Features of decoded raw latents, `(N, C, h, w)` to `(N, D)`, shared out over the processes."""
     mine = latents[accelerator.process_index :: accelerator.num_processes]
-    features = [
-        extractor(vae.decode(part.to(accelerator.device)).sample.float().clamp(-1, 1)).cpu()
-        for part in mine.split(batch_size)
-    ]
+    features = []
+    image_pixels = latents[0, 0].numel() * spatial_factor(vae) ** 2
+    for part in mine.split(batch_size):
+        images = vae.decode(pad_batch(part.to(accelerator.device), image_pixels)).sample.float().clamp(-1, 1)
+        features.append(extractor(images)[: len(part)].cpu())
     return gather_in_order({"features": torch.cat(features)}, len(latents), accelerator)["features"]
 
 
@@ -233,6 +236,9 @@ def draw_samples(
     chunks = list(range(0, settings.num_images, chunk_size))
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     pipeline.set_progress_bar_config(disable=True)
+    sample_size = pipeline.transformer.config.sample_size
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    image_pixels = height * width * spatial_factor(pipeline.vae) ** 2
     bar = tqdm(mine, desc="Drawing", unit="chunk", disable=not accelerator.is_local_main_process, leave=False)
     for start in bar:
         path = folder / f"{start:08d}.safetensors"
@@ -241,11 +247,12 @@ def draw_samples(
         parts = []
         stop = min(start + chunk_size, settings.num_images)
         for first in range(start, stop, batch_size):
-            numbers = range(first, min(first + batch_size, stop))
+            count = min(batch_size, stop - first)
+            numbers = (
+                torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
+            )
             given = (
-                {"num_images_per_label": len(numbers)}
-                if labels is None
-                else {"class_labels": labels[numbers.start : numbers.stop].tolist()}
+                {"num_images_per_label": len(numbers)} if labels is None else {"class_labels": labels[numbers].tolist()}
             )
             output = pipeline(
                 **given,
@@ -254,7 +261,7 @@ def draw_samples(
                 generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
                 output_type="pt",
             ).images
-            parts.append((output.float().cpu() * 255).round().to(torch.uint8))
+            parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         temporary = path.with_suffix(f".tmp{accelerator.process_index}")
         save_file({"images": torch.cat(parts)}, temporary)
         temporary.replace(path)
@@ -292,13 +299,13 @@ def sample_metrics(
     mine = samples[accelerator.process_index :: accelerator.num_processes]
     rows: dict[str, list[torch.Tensor]] = {"features": [], "logits": []}
     for part in mine.split(batch_size):
-        images = part.to(accelerator.device).float() / 127.5 - 1
+        images = pad_batch(part.to(accelerator.device).float() / 127.5 - 1)
         if extractor.num_classes is None:
-            rows["features"].append(extractor(images).cpu())
+            rows["features"].append(extractor(images)[: len(part)].cpu())
         else:
             features, logits = extractor.features_and_logits(images)
-            rows["features"].append(features.cpu())
-            rows["logits"].append(logits.cpu())
+            rows["features"].append(features[: len(part)].cpu())
+            rows["logits"].append(logits[: len(part)].cpu())
     gathered = gather_in_order({k: torch.cat(v) for k, v in rows.items() if v}, len(samples), accelerator)
     features = gathered["features"]
     statistics = statistics_of(features)

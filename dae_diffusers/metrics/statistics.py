@@ -124,6 +124,31 @@ class FeatureStatistics:
             return cls(int(count), mean, scatter), file.metadata() or {}
 
 
+def padded_size(batch_size: int, image_pixels: int) -> int:
+    r"""
+    `batch_size` rounded up to a multiple of 16, the number of lanes that CPU kernels work in; of less for images above
+    256x256 pixels, so that small batches stay small. In batches of such sizes the rounding of a network's products does
+    not depend on the size.
+    """
+    block = max(1, min(16, 2**20 // image_pixels))
+    return -(-batch_size // block) * block
+
+
+def pad_batch(rows: torch.Tensor, image_pixels: int | None = None) -> torch.Tensor:
+    r"""
+    Repeats the last row up to [`padded_size`]. Cut the result again.
+
+    Args:
+        rows (`torch.Tensor` of shape `(B, C, H, W)`): At least one row.
+        image_pixels (`int`, *optional*): Of an image, if the rows are latents; default: `H * W`.
+
+    Returns:
+        `torch.Tensor` of shape `(padded_size, C, H, W)`.
+    """
+    missing = padded_size(len(rows), image_pixels or rows[0, 0].numel()) - len(rows)
+    return rows if missing == 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+
+
 def feature_statistics(extractor: FeatureExtractor, batches: Iterable[torch.Tensor]) -> FeatureStatistics:
     r"""
     Extracts features and returns their statistics over all processes. All processes call it.
@@ -138,7 +163,7 @@ def feature_statistics(extractor: FeatureExtractor, batches: Iterable[torch.Tens
     """
     statistics = FeatureStatistics.empty(extractor.feature_dim)
     for images in batches:
-        statistics.add(extractor(images))
+        statistics.add(extractor(pad_batch(images))[: len(images)])
     return sum(gather_object([statistics]), start=FeatureStatistics.empty(extractor.feature_dim))
 
 
