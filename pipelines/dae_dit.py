@@ -63,10 +63,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
         self.register_to_config(id2label=self.id2label or None)
-        if vae.config.latent_channels != transformer.config.in_channels:
+        latent_channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels  # a VQModel's codes may differ
+        if latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
-                f"{vae.config.latent_channels}. Use the autoencoder that the transformer was trained with."
+                f"{latent_channels}. Use the autoencoder that the transformer was trained with."
             )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

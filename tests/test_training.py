@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import UserError, parse_config
-from dae_diffusers.training import cache_latents, train_dae, train_dit
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -47,6 +47,7 @@ def _config_class(script):
         train_dae: train_dae.TrainDAEConfig,
         train_dit: train_dit.TrainDiTConfig,
         cache_latents: cache_latents.CacheLatentsConfig,
+        evaluate: evaluate.EvaluateConfig,
     }[script]
 
 

@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
-from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
+from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
 from dae_diffusers.metrics.evaluation import (
     SampleSettings,
@@ -125,6 +126,13 @@ def main(config: EvaluateConfig) -> None:
         "reconstruction": reconstruction_metrics(held_out, extractor),
         "latent_space": latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
     }
+    if is_vq(vae):
+        results["codebook"] = {}
+        for split, encoded in (("validation", held_out), ("train", seen)):
+            parts = encoded.latents.split(config.batch_size)
+            codes = torch.cat([codes_of(vae, part.to(accelerator.device)).flatten() for part in parts])
+            metrics = codebook_metrics(torch.bincount(codes, minlength=vae.config.num_vq_embeddings))
+            results["codebook"] |= {f"{split}_{name}": value for name, value in metrics.items()}
 
     if config.complexity and accelerator.is_main_process:
         complexity = complexity_distance(
@@ -221,7 +229,7 @@ def describe(config, vae, pipeline, train, validation, extractor, accelerator) -
 def to_markdown(results: dict[str, Any]) -> str:
     """The numbers as tables."""
     lines = []
-    for part in ("reconstruction", "latent_space"):
+    for part in [name for name in ("reconstruction", "latent_space", "codebook") if name in results]:
         lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
         lines += [f"| {k} | {v:.5g} |" for k, v in results[part].items() if isinstance(v, (int, float))]
         lines.append("")

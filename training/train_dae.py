@@ -6,28 +6,34 @@ frozen, the real decoder.
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16
     accelerate launch training/train_dae.py --config training/configs/cifar10_dae.yaml --output_dir runs/cifar10
 
-The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` whose config holds the latents' statistics.
+The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel`, with `--autoencoder vq`) whose config holds the latents' statistics.
 """
 
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
+from dae_diffusers.autoencoders.loading import is_vq
+from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization, QuantizerType, check_quantizer
+from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType, check_auxiliary_decoder
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.statistics import compute_latent_statistics
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
+from dae_diffusers.losses.codebook import codebook_entropy_loss, codebook_loss, commitment_loss
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import seed_microbatch
@@ -40,11 +46,12 @@ logger = logging.getLogger(__name__)
 class AutoencoderConfig:
     """Autoencoder."""
 
+    autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook, see its flags")
     block_out_channels: list[int] = field(
         [32, 64, 64], "channels at each resolution; each entry after the first halves"
     )
     layers_per_block: int = field(1, "residual blocks at each resolution of the encoder; the decoder has one more")
-    latent_channels: int = field(4, "channels of the latents")
+    latent_channels: int = field(4, "channels of the latents; with a codebook, the dimension of the codes")
     norm_num_groups: int = field(8, "groups of the group normalisation")
     mid_block_add_attention: bool = field(False, "attention at the lowest resolution")
 
@@ -58,6 +65,55 @@ class AutoencoderConfig:
                 f"`--block_out_channels` {self.block_out_channels} must all be multiples of `--norm_num_groups` "
                 f"{self.norm_num_groups}; {bad} are not."
             )
+
+
+@dataclass
+class CodebookConfig:
+    """Codebook (`--autoencoder vq`)."""
+
+    quantizer: QuantizerType = field(
+        "ema", "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)"
+    )
+    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)")
+    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)")
+    codebook_ema_decay: float = field(0.99, "decay of the moving averages, per step (`ema`)")
+    codebook_warmup_steps: int = field(100, "steps without quantisation, before k-means sets the codes (`ema`)")
+    dead_code_threshold: float = field(
+        0.03, "replace codes that occur less often than this share of the mean; 0: none (`ema`)"
+    )
+    fsq_levels: list[int] = field([], "steps of each channel, such as 8 5 5 5; instead of size and dimension (`fsq`)")
+    commitment_weight: float = field(0.25, "weight of the latents' squared distance to their codes (stage 1)")
+    entropy_weight: float = field(0.0, "weight of the term that asks for sure and evenly used codes (stage 1)")
+
+    def __post_init__(self):
+        for name in ("commitment_weight", "entropy_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be 0 or more.")
+        if (self.quantizer == "fsq") != bool(self.fsq_levels):
+            raise ConfigError("`--quantizer fsq` and `--fsq_levels` (such as 8 5 5 5) go together.")
+        size = self.quantizer_size(latent_channels=1)
+        try:
+            check_quantizer(
+                self.quantizer, size["num_vq_embeddings"], size["latent_channels"], **self.quantizer_settings()
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def quantizer_size(self, latent_channels: int) -> dict[str, int]:
+        """Number and dimension of the codes, as constructor's arguments."""
+        if self.quantizer == "fsq":
+            return {"num_vq_embeddings": math.prod(self.fsq_levels), "latent_channels": len(self.fsq_levels)}
+        return {"num_vq_embeddings": self.codebook_size, "latent_channels": latent_channels}
+
+    def quantizer_settings(self) -> dict[str, Any]:
+        """How the quantiser works, besides its type, as `CodebookQuantizer` names it."""
+        return {
+            "l2_normalize": self.l2_normalize_codes and self.quantizer != "fsq",
+            "ema_decay": self.codebook_ema_decay,
+            "warmup_steps": self.codebook_warmup_steps,
+            "dead_code_threshold": self.dead_code_threshold,
+            "fsq_levels": tuple(self.fsq_levels) or None,
+        }
 
 
 @dataclass
@@ -118,9 +174,9 @@ class StageConfig:
 
 
 @dataclass
-class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, AutoencoderConfig, DataConfig):
+class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, CodebookConfig, AutoencoderConfig, DataConfig):
     def __post_init__(self):
-        for part in (DataConfig, AutoencoderConfig, StageConfig, OptimizationConfig, RunConfig):
+        for part in (DataConfig, AutoencoderConfig, CodebookConfig, StageConfig, OptimizationConfig, RunConfig):
             part.__post_init__(self)
         self.require_source()
         factor = 2 ** (len(self.block_out_channels) - 1)
@@ -129,6 +185,13 @@ class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, AutoencoderConf
                 f"`--resolution` {self.resolution} is not divisible by {factor}, the factor of an autoencoder with "
                 f"{len(self.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, self.resolution // factor) * factor} and {(self.resolution // factor + 1) * factor}."
+            )
+
+        uses_kmeans = self.autoencoder == "vq" and self.quantizer == "ema"
+        if uses_kmeans and self.codebook_warmup_steps >= self.stage_steps().get(1, math.inf):
+            raise ConfigError(
+                f"`--codebook_warmup_steps` is {self.codebook_warmup_steps}, but must be below the "
+                f"{self.stage_steps()[1]} steps of stage 1, or nothing is ever quantised."
             )
 
     def stage_steps(self) -> dict[int, int]:
@@ -171,6 +234,11 @@ def main(config: TrainDAEConfig) -> None:
             num_workers=config.dataloader_num_workers,
         )
         vae = model.to_diffusers().to(run.accelerator.device)
+        if is_vq(vae):
+            metrics = codebook_metrics(count_codes(vae, loader, run.accelerator))
+            logger.info(
+                "over all training images: %s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            )
         statistics = compute_latent_statistics(
             vae, loader, device=run.accelerator.device, disable_progress=not run.accelerator.is_local_main_process
         )
@@ -184,18 +252,24 @@ def main(config: TrainDAEConfig) -> None:
     run.finish("stage1" if config.stage == "1" else "vae")
 
 
-def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL:
+def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
     """A new model, or, for stage 2 alone, the one that a stage 1 has left."""
+    model_class = DAEVQModel if config.autoencoder == "vq" else DAEAutoencoderKL
     if config.stage != "2":
         levels = len(config.block_out_channels)
-        return DAEAutoencoderKL(
+        latents = {"latent_channels": config.latent_channels}
+        if config.autoencoder == "vq":
+            settings = {"type": config.quantizer, **config.quantizer_settings()}
+            latents = config.quantizer_size(config.latent_channels)
+            latents |= {f"quantizer_{name}": value for name, value in settings.items()}
+        return model_class(
             in_channels=config.image_channels,
             out_channels=config.image_channels,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=tuple(config.block_out_channels),
             layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
+            **latents,
             norm_num_groups=config.norm_num_groups,
             mid_block_add_attention=config.mid_block_add_attention,
             sample_size=config.resolution,
@@ -207,7 +281,13 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL:
     path = config.pretrained_model_name_or_path
     for subfolder in ("stage1", None):
         try:
-            model = DAEAutoencoderKL.from_pretrained(path, subfolder=subfolder)
+            class_name = model_class.load_config(path, subfolder=subfolder).get("_class_name")
+            if class_name != model_class.__name__:
+                raise UserError(
+                    f"{path} holds a {class_name}, but `--autoencoder {config.autoencoder}` goes on from a "
+                    f"{model_class.__name__}. Choose the `--autoencoder` of its stage 1."
+                )
+            model = model_class.from_pretrained(path, subfolder=subfolder)
             break
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
@@ -223,13 +303,13 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL:
 
 def train_stage(
     run: TrainingRun,
-    model: DAEAutoencoderKL,
+    model: DAEAutoencoderKL | DAEVQModel,
     train_images: ImageDataset,
     validation_images: ImageDataset,
     first_step: int,
     start_step: int,
     resume_path: Path | None,
-) -> DAEAutoencoderKL:
+) -> DAEAutoencoderKL | DAEVQModel:
     """Trains the stage that `model` is set to, from `start_step` to its end, and returns it with averaged weights."""
     config, accelerator, stage = run.config, run.accelerator, model.stage
     last_step = first_step + config.stage_steps()[stage]
@@ -263,6 +343,8 @@ def train_stage(
         run.checkpointer.load(resume_path, ema=ema)
 
     step, microbatch = start_step, first_microbatch + accelerator.process_index
+    codebook = accelerator.unwrap_model(model).quantize if config.autoencoder == "vq" else None
+    forward_options = {"sample_posterior": True} if codebook is None else {}
     progress = run.progress(last_step - first_step, start_step - first_step, f"Stage {stage}")
     batches = iter(loader)
     model.train()
@@ -273,14 +355,14 @@ def train_stage(
             microbatch += accelerator.num_processes
             with accelerator.accumulate(model):
                 pixel_values = batch["pixel_values"]
-                reconstruction, posterior = model(pixel_values, sample_posterior=True, return_dict=False)
+                reconstruction, latent = model(pixel_values, return_dict=False, **forward_options)
                 loss = reconstruction_loss(
                     reconstruction, pixel_values, l1_weight=config.l1_weight, mse_weight=config.mse_weight
                 )
-                kl = kl_loss(posterior)
-                run.add(reconstruction_loss=loss, kl_loss=kl)
+                latent_terms = latent_losses(config, latent, codebook)
+                run.add(reconstruction_loss=loss, **{name: value for name, (_, value) in latent_terms.items()})
                 if stage == 1:
-                    loss = loss + config.kl_weight * kl
+                    loss = loss + sum(weight * value for weight, value in latent_terms.values())
                 raise_if_not_finite(loss, "loss", step + 1, run.folder)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -291,6 +373,8 @@ def train_stage(
                         raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
                 optimizer.step()
                 optimizer.zero_grad()
+                if codebook is not None and stage == 1 and accelerator.sync_gradients:
+                    codebook.update()
             if not accelerator.sync_gradients:
                 continue
 
@@ -322,9 +406,28 @@ def train_stage(
     return model
 
 
+def latent_losses(
+    config: TrainDAEConfig, latent: DiagonalGaussianDistribution | Quantization, codebook: CodebookQuantizer | None
+) -> dict[str, tuple[float, torch.Tensor]]:
+    """The terms of stage 1 that concern the latents, each with its weight."""
+    if codebook is None:
+        return {"kl_loss": (config.kl_weight, kl_loss(latent))}
+    terms = {"commitment_loss": (config.commitment_weight, commitment_loss(latent.latents, latent.target))}
+    if config.quantizer == "vq":
+        terms["codebook_loss"] = (1.0, codebook_loss(latent.quantized, latent.latents))
+    if config.entropy_weight:
+        terms["entropy_loss"] = (config.entropy_weight, codebook_entropy_loss(latent.latents, codebook.codebook))
+    return terms
+
+
 @torch.no_grad()
-def validate(run: TrainingRun, model: DAEAutoencoderKL, images: ImageDataset, step: int) -> dict[str, float]:
-    """PSNR and mean absolute error over the validation images, and a grid of originals above reconstructions."""
+def validate(
+    run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel, images: ImageDataset, step: int
+) -> dict[str, float]:
+    """
+    PSNR, mean absolute error and use of the codebook over the validation images, and a grid of originals above
+    reconstructions.
+    """
     accelerator, was_training = run.accelerator, model.training
     model.eval()
     loader: DataLoader = make_pass_loader(
@@ -334,10 +437,16 @@ def validate(run: TrainingRun, model: DAEAutoencoderKL, images: ImageDataset, st
         num_processes=accelerator.num_processes,
     )
     psnr, l1, pairs = [], [], []
+    counts = None
+    if is_vq(model):
+        counts = torch.zeros(model.config.num_vq_embeddings, dtype=torch.int64, device=accelerator.device)
     for batch in loader:
         pixel_values = batch["pixel_values"].to(accelerator.device)
         with accelerator.autocast():
-            reconstruction = model(pixel_values, return_dict=False)[0].float()
+            reconstruction, latent = model(pixel_values, return_dict=False)
+        reconstruction = reconstruction.float()
+        if counts is not None:
+            counts += torch.bincount(latent.codes.flatten(), minlength=len(counts))
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
         if not pairs:
@@ -346,7 +455,11 @@ def validate(run: TrainingRun, model: DAEAutoencoderKL, images: ImageDataset, st
     if accelerator.is_main_process:  # another process may have no image at all
         run.log_grid(f"reconstruction-stage{model.stage}", image_grid(torch.cat(pairs), columns=len(pairs[0])), step)
     psnr, l1 = gather_object(psnr), gather_object(l1)
-    return {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}
+    values = {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}
+    if counts is not None:
+        metrics = codebook_metrics(accelerator.reduce(counts, reduction="sum"))
+        values |= {f"validation/{name}": value for name, value in metrics.items()}
+    return values
 
 
 if __name__ == "__main__":

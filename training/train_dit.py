@@ -20,7 +20,13 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
-from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder, spatial_factor
+from dae_diffusers.autoencoders.loading import (
+    check_image_size,
+    encode_moments,
+    load_autoencoder,
+    num_latent_channels,
+    spatial_factor,
+)
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
@@ -122,7 +128,7 @@ def main(config: TrainDiTConfig) -> None:
 
     transformer = DAEDiTTransformer2DModel(
         sample_size=latent_size(config, vae, train_data),
-        in_channels=vae.config.latent_channels,
+        in_channels=num_latent_channels(vae),
         num_classes=None if train_data.id2label is None else len(train_data.id2label),
         **config.architecture(),
     )
@@ -273,8 +279,8 @@ def encode(batch: dict, vae: AutoencoderKL, accelerator) -> tuple[torch.Tensor, 
     if "latents_mean" in batch:
         return batch["latents_mean"].to(accelerator.device), batch["latents_std"].to(accelerator.device)
     with accelerator.autocast():
-        posterior = vae.encode(batch["pixel_values"].to(accelerator.device)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+        mean, std = encode_moments(vae, batch["pixel_values"].to(accelerator.device))
+    return mean.float(), std.float()
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ class DecoupledAutoencoderMixin:
     # Children that define the latent space, and those that turn latents into images. Subclasses set the first.
     _latent_children: tuple[str, ...]
     _decoder_children: tuple[str, ...] = ("post_quant_conv", "decoder")
+    # How the config's fields begin that the plain model does not know.
+    _own_config: tuple[str, ...] = ("auxiliary_",)
 
     stage: Literal[1, 2] | None = None
 
@@ -101,15 +103,15 @@ class DecoupledAutoencoderMixin:
         Returns:
             [`~diffusers.ModelMixin`]: A copy, of the parent class, in eval mode, on the same device, in the same dtype.
         """
-        config = {name: value for name, value in self.config.items() if not name.startswith("auxiliary_")}
+        config = {name: value for name, value in self.config.items() if not name.startswith(self._own_config)}
         plain = self._diffusers_class.from_config(config).to(self.device)
         if self.dtype != plain.dtype:
             plain = plain.to(self.dtype)
-        state_dict = {
-            name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_decoder.")
-        }
-        plain.load_state_dict(state_dict)
+        plain.load_state_dict(self._plain_state_dict())
         return plain.eval()
+
+    def _plain_state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_decoder.")}
 
     def _frozen_children(self) -> tuple[str, ...]:
         if self.stage == 2:

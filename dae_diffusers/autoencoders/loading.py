@@ -1,13 +1,16 @@
 """Loading any autoencoder that a generator can be trained on, and checking that images fit it."""
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin, VQModel
 from safetensors import SafetensorError
 
+from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.cli import UserError
 
+_VQ_CLASSES = {"VQModel": VQModel, "DAEVQModel": DAEVQModel}
 
-def load_autoencoder(name_or_path: str) -> AutoencoderKL:
+
+def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     r"""
     Loads a frozen autoencoder, float32, in eval mode, from a folder or the Hub.
 
@@ -15,7 +18,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL:
         name_or_path (`str`): A diffusers autoencoder, or a pipeline that has one in `vae/`.
 
     Returns:
-        [`~diffusers.AutoencoderKL`]: Without gradients.
+        [`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]: Without gradients.
 
     Raises:
         UserError: If there is none, or it is damaged.
@@ -23,22 +26,53 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL:
     reasons = []
     for subfolder in (None, "vae"):
         try:
-            vae = AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+            class_name = AutoencoderKL.load_config(name_or_path, subfolder=subfolder).get("_class_name")
+            vae_class = _VQ_CLASSES.get(class_name, AutoencoderKL)
+            vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             return vae.eval().requires_grad_(False)
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             reasons.append(" ".join(str(error).split())[:300])
     raise UserError(
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reasons[0]} Expected is a diffusers "
-        "`AutoencoderKL` folder or Hub id, such as the `vae` folder that training/train_dae.py makes."
+        "`AutoencoderKL` or `VQModel` folder or Hub id, such as the `vae` folder that training/train_dae.py makes."
     )
 
 
-def spatial_factor(vae: AutoencoderKL) -> int:
+def is_vq(vae: ModelMixin) -> bool:
+    r"""Whether the autoencoder has a codebook."""
+    return isinstance(vae, VQModel)
+
+
+def num_latent_channels(vae: ModelMixin) -> int:
+    r"""Channels of what `encode` gives, which for a `VQModel` is the dimension of its codes."""
+    return vae.config.get("vq_embed_dim") or vae.config.latent_channels
+
+
+def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Mean and standard deviation of the raw latents of images.
+
+    Args:
+        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): The autoencoder.
+        pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): In [-1, 1].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, C, h, w)`: Of the posterior; for a `VQModel` the latents before
+        quantisation, and 0.
+    """
+    if is_vq(vae):
+        latents = vae.encode(pixel_values).latents
+        return latents, torch.zeros_like(latents)
+    posterior = vae.encode(pixel_values).latent_dist
+    return posterior.mean, posterior.std
+
+
+def spatial_factor(vae: ModelMixin) -> int:
     r"""How many pixels of a side make one latent pixel."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def check_image_size(vae: AutoencoderKL, *, channels: int, resolution: int, patch_size: int = 1) -> None:
+def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_size: int = 1) -> None:
     r"""
     Raises `UserError` unless images of this kind can be encoded and cut into the generator's patches.
 

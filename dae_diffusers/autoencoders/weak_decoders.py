@@ -26,6 +26,7 @@ class AuxiliaryDecoder(nn.Module):
             lose whole channels at the rate `dropout` while training. `linear`: one linear map from a latent pixel to
             its patch of the image.
         latent_channels (`int`): Channels of the latents.
+        code_channels (`int`, *optional*): Channels of the input where `post_quant_conv` changes their number (`VQModel`).
         out_channels (`int`): Channels of the image.
         up_block_types, block_out_channels, layers_per_block, norm_num_groups, act_fn, mid_block_add_attention:
             As in `AutoencoderKL`: the real decoder's.
@@ -51,10 +52,13 @@ class AuxiliaryDecoder(nn.Module):
         dropout: float,
         channel_multiplier: float,
         auxiliary_layers_per_block: int,
+        code_channels: int | None = None,
     ):
         super().__init__()
         check_auxiliary_decoder(decoder_type, dropout, channel_multiplier, auxiliary_layers_per_block)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.post_quant_conv = None
+        if use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(code_channels or latent_channels, latent_channels, 1)
         if decoder_type == "linear":
             factor = 2 ** (len(block_out_channels) - 1)
             self.decoder = nn.Sequential(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from dae_diffusers.autoencoders.loading import encode_moments
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped
 
@@ -234,9 +235,9 @@ def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> 
     for batch in loader:
         pixel_values = batch["pixel_values"].to(accelerator.device)
         views = [pixel_values, pixel_values.flip(-1)] if flips else [pixel_values]
-        posteriors = [vae.encode(view).latent_dist for view in views]
-        parts["latents_mean"].append(torch.stack([p.mean for p in posteriors], dim=1).to(dtype).cpu())
-        parts["latents_std"].append(torch.stack([p.std for p in posteriors], dim=1).to(dtype).cpu())
+        means, stds = zip(*(encode_moments(vae, view) for view in views), strict=True)
+        parts["latents_mean"].append(torch.stack(means, dim=1).to(dtype).cpu())
+        parts["latents_std"].append(torch.stack(stds, dim=1).to(dtype).cpu())
         if "class_labels" in batch:
             parts["class_labels"].append(batch["class_labels"])
     return {name: torch.cat(values) for name, values in parts.items() if values}

@@ -8,6 +8,8 @@ from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dae_diffusers.autoencoders.loading import encode_moments, num_latent_channels
+
 
 @dataclass
 class LatentStatistics:
@@ -92,11 +94,10 @@ def compute_latent_statistics(
     Returns:
         [`LatentStatistics`]: The same on every process.
     """
-    statistics = LatentStatistics.empty(vae.config.latent_channels)
+    statistics = LatentStatistics.empty(num_latent_channels(vae))
     for batch in tqdm(loader, desc="Latent statistics", disable=disable_progress, leave=False):
-        posterior = vae.encode(batch["pixel_values"].to(device)).latent_dist
-        statistics.add(posterior.mean, posterior.std)
-    return sum(gather_object([statistics]), start=LatentStatistics.empty(vae.config.latent_channels))
+        statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
+    return sum(gather_object([statistics]), start=LatentStatistics.empty(num_latent_channels(vae)))
 
 
 def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from dae_diffusers.autoencoders.loading import spatial_factor
+from dae_diffusers.autoencoders.loading import encode_moments, is_vq, spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
 from dae_diffusers.latents.statistics import normalize_latents
@@ -125,12 +125,12 @@ def encode_images(
     for batch in tqdm(loader, desc=description, disable=not accelerator.is_local_main_process, leave=False):
         count = len(batch["pixel_values"])
         pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
-        posterior = vae.encode(pixel_values).latent_dist
-        reconstruction = vae.decode(posterior.mean).sample.float().clamp(-1, 1)
-        diagnostics = diagnostics or LatentDiagnostics.empty(tuple(posterior.mean.shape[1:]))
-        diagnostics.add(posterior.mean[:count], posterior.std[:count])
+        mean, std = encode_moments(vae, pixel_values)
+        reconstruction = vae.decode(mean).sample.float().clamp(-1, 1)
+        diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
+        diagnostics.add(mean[:count], None if is_vq(vae) else std[:count])
         values = {
-            "latents": posterior.mean,
+            "latents": mean,
             "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
             "ssim": structural_similarity(reconstruction, pixel_values),
         }

@@ -1,0 +1,309 @@
+"""The codebook: from latents to codes and back, and how it is kept alive while the encoder learns."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import normalize
+
+from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
+
+QuantizerType = Literal["vq", "ema", "fsq"]
+
+_KMEANS_ITERATIONS = 10
+_RECENT_PER_CODE = 8  # latent vectors remembered for each code, for k-means and for replacing dead codes
+
+
+@dataclass
+class Quantization:
+    r"""
+    Latents and their codes.
+
+    Attributes:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): What was quantised, raw, with the encoder's gradient.
+        quantized (`torch.Tensor` of the same shape): The code vectors; with a gradient for a codebook that learns by it.
+        target (`torch.Tensor` of the same shape): Where the commitment loss draws the latents.
+        straight_through (`torch.Tensor` of the same shape):
+            The value of `quantized` with the gradient of the latents: what a decoder is trained on.
+        codes (`torch.Tensor` of shape `(B, h, w)`): int64, numbers of the codes.
+    """
+
+    latents: torch.Tensor
+    quantized: torch.Tensor
+    target: torch.Tensor
+    straight_through: torch.Tensor
+    codes: torch.Tensor
+
+
+class _CodeVectors(nn.Module):
+    """A codebook that no gradient moves, under the name that `nn.Embedding` gives its weights."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+
+class CodebookQuantizer(nn.Module):
+    r"""
+    Replaces each latent pixel by the nearest of the `num_codes` vectors of a codebook.
+
+    It is called like diffusers' `VectorQuantizer`, holds its codebook under the same name and finds the same codes, so
+    that a stock `VQModel` with [`codebook`] as its weights quantises identically. What differs is how the codebook comes
+    about:
+
+    | `quantizer_type` | codebook |
+    |---|---|
+    | `vq` | a parameter, drawn to its latents by [`~dae_diffusers.losses.codebook.codebook_loss`] |
+    | `ema` | moving averages of its latents. Set by k-means after the first steps; codes that hardly occur are replaced by latents of late |
+    | `fsq` | a fixed grid, `fsq_levels[i]` even steps over [-1, 1] in channel i (finite scalar quantisation) |
+
+    An `ema` codebook changes only in [`update`], once an optimiser step, by what [`note`] was told since: gradient
+    accumulation and several processes give what one large batch gives.
+
+    With `l2_normalize` all codes have norm 1, the nearest is the one of the smallest angle, and the commitment loss
+    draws the latents to the sphere. FSQ clamps where the paper has a tanh, so that the codes are those of the nearest
+    grid point, which stock diffusers can find; the commitment loss draws only what lies outside [-1, 1].
+
+    Args:
+        num_codes (`int`): Size K of the codebook; for `fsq` the product of the levels.
+        dim (`int`): Dimension C of a code; for `fsq` the number of levels.
+        quantizer_type (`str`): See the table.
+        l2_normalize (`bool`): Unit codes, for `vq` and `ema`.
+        ema_decay (`float`): In [0, 1), a step of `ema`.
+        warmup_steps (`int`): Steps >= 1 of `ema` in which latents pass unquantised; k-means ends them.
+        dead_code_threshold (`float`): `ema` replaces a code that occurs less often, on average of late, than this share
+            of the even `1/K`; 0 replaces none.
+        fsq_levels (`list[int]`, *optional*): At least 2 each, for `fsq`.
+
+    Raises:
+        ValueError: For a choice out of its range.
+
+    Sources: van den Oord et al., 2017, https://huggingface.co/papers/1711.00937 (codes, moving averages); Yu et al.,
+    2021, https://huggingface.co/papers/2110.04627 (unit codes of few dimensions); Mentzer et al., 2023,
+    https://huggingface.co/papers/2309.15505 (finite scalar quantisation).
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        *,
+        quantizer_type: QuantizerType = "vq",
+        l2_normalize: bool = False,
+        ema_decay: float = 0.99,
+        warmup_steps: int = 100,
+        dead_code_threshold: float = 0.03,
+        fsq_levels: tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        check_quantizer(
+            quantizer_type, num_codes, dim, l2_normalize, ema_decay, warmup_steps, dead_code_threshold, fsq_levels
+        )
+        self.quantizer_type = quantizer_type
+        self.l2_normalize = l2_normalize
+        self.ema_decay = ema_decay
+        self.warmup_steps = warmup_steps
+        self.dead_code_threshold = dead_code_threshold
+        self._noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        if quantizer_type == "fsq":
+            axes = [torch.linspace(-1, 1, level) for level in fsq_levels]
+            self.embedding = _CodeVectors(torch.cartesian_prod(*axes).reshape(num_codes, dim))
+            return
+        weight = torch.empty(num_codes, dim).uniform_(-1.0 / num_codes, 1.0 / num_codes)
+        if quantizer_type == "vq":
+            self.embedding = nn.Embedding(num_codes, dim, _weight=weight)
+            return
+        self.embedding = _CodeVectors(normalize(weight, dim=1) if l2_normalize else weight)
+        self.register_buffer("cluster_size", torch.zeros(num_codes))  # occurrences a step, averaged
+        self.register_buffer("cluster_sum", torch.zeros(num_codes, dim))
+        self.register_buffer("recent", torch.zeros(_RECENT_PER_CODE * num_codes, dim))
+        self.register_buffer("num_recent", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        r"""The code vectors as they are compared and decoded, `(K, C)`."""
+        weight = self.embedding.weight
+        return normalize(weight, dim=1) if self.l2_normalize and self.quantizer_type == "vq" else weight
+
+    @property
+    def is_warming_up(self) -> bool:
+        r"""Whether latents pass unquantised while training, because k-means has not set the codebook yet."""
+        return self.quantizer_type == "ema" and int(self.num_updates) < self.warmup_steps
+
+    def codes_of(self, latents: torch.Tensor) -> torch.Tensor:
+        r"""The nearest codes, `(B, C, h, w)` to `(B, h, w)` int64."""
+        batch, _, height, width = latents.shape
+        vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        with torch.autocast(latents.device.type, enabled=False):
+            distances = torch.cdist(vectors, self.codebook.detach().float())
+        return distances.argmin(dim=1).view(batch, height, width)
+
+    def get_codebook_entry(self, indices: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
+        r"""As in diffusers: code vectors by number, viewed as `shape` `(B, h, w, C)` and returned as `(B, C, h, w)`."""
+        vectors = self.codebook[indices]
+        return vectors if shape is None else vectors.view(shape).permute(0, 3, 1, 2).contiguous()
+
+    def quantize(self, latents: torch.Tensor) -> Quantization:
+        r"""
+        Quantises for training.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw.
+
+        Returns:
+            [`Quantization`]: In float32.
+        """
+        latents = latents.float()
+        base = normalize(latents, dim=1) if self.l2_normalize else latents
+        codes = self.codes_of(latents)
+        if self.training and self.is_warming_up:
+            return Quantization(latents, base.detach(), base.detach(), base, codes)
+        quantized = self.codebook[codes].float().permute(0, 3, 1, 2)
+        target = latents.detach().clamp(-1, 1) if self.quantizer_type == "fsq" else quantized.detach()
+        return Quantization(latents, quantized, target, base + (quantized - base).detach(), codes)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[None, None, torch.Tensor]]:
+        r"""As diffusers' `VectorQuantizer`, with beta (0.25) where it belongs: on the commitment."""
+        codes = self.codes_of(latents)
+        quantized = self.codebook[codes].permute(0, 3, 1, 2).to(latents.dtype)
+        loss = codebook_loss(quantized, latents) + 0.25 * commitment_loss(latents, quantized)
+        straight_through = latents + (quantized - latents).detach()
+        return straight_through.contiguous(), loss, (None, None, codes.flatten())
+
+    @torch.no_grad()
+    def note(self, quantization: Quantization) -> None:
+        r"""Tells an `ema` codebook what a micro-batch was made of, for its next [`update`]; nothing for other types."""
+        if self.quantizer_type != "ema":
+            return
+        num_codes, dim = self.embedding.weight.shape
+        vectors, codes = quantization.latents.permute(0, 2, 3, 1).flatten(0, 2), quantization.codes.flatten()
+        if self.l2_normalize:
+            vectors = normalize(vectors, dim=1)
+        counts = torch.zeros(num_codes, device=codes.device).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
+        sums = torch.zeros(num_codes, dim, device=codes.device).index_add_(0, codes, vectors)
+        chosen = torch.randperm(len(vectors), device=vectors.device)[:num_codes]
+        self._noted.append((counts, sums, vectors[chosen]))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        r"""
+        Moves an `ema` codebook by what was noted since the last call, over all processes; nothing for other types.
+
+        Call it on every process, after each optimiser step.
+        """
+        if not self._noted:
+            return
+        counts, sums, vectors = (torch.stack(values) for values in zip(*self._noted, strict=True))
+        self._noted.clear()
+        counts, sums = _sum_over_processes(counts.sum(0)), _sum_over_processes(sums.sum(0))
+        self._remember(_in_order_of_microbatches(vectors))
+        self.num_updates += 1
+        num_updates = int(self.num_updates)
+        # The same draws on every process and after a resume.
+        generator = torch.Generator().manual_seed(num_updates)
+        if num_updates <= self.warmup_steps:
+            if num_updates == self.warmup_steps:
+                self._set_by_kmeans(counts.sum(), generator)
+            return
+        self.cluster_size.lerp_(counts, 1 - self.ema_decay)
+        self.cluster_sum.lerp_(sums, 1 - self.ema_decay)
+        even_share = counts.sum() / len(counts)
+        dead = self.cluster_size < self.dead_code_threshold * even_share
+        self.cluster_sum[dead] = self._draw_recent(int(dead.sum()), generator) * even_share
+        self.cluster_size[dead] = even_share
+        self._set_codebook()
+
+    def _remember(self, vectors: torch.Tensor) -> None:
+        known = self.recent[: int(self.num_recent)]
+        newest = torch.cat((known, vectors))[-len(self.recent) :]
+        self.recent[: len(newest)] = newest
+        self.num_recent.fill_(len(newest))
+
+    def _draw_recent(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """So many latent vectors of late, no place drawn twice unless there are too few."""
+        known = int(self.num_recent)
+        order = torch.cat([torch.randperm(known, generator=generator) for _ in range(-(-count // known) or 1)])
+        return self.recent[order[:count].to(self.recent.device)]
+
+    def _set_by_kmeans(self, vectors_per_step: torch.Tensor, generator: torch.Generator) -> None:
+        """Lloyd's algorithm on the latents of late, from some of them; a centre that loses all of its points starts anew."""
+        vectors = self.recent[: int(self.num_recent)]
+        centres = self._draw_recent(len(self.embedding.weight), generator)
+        for _ in range(_KMEANS_ITERATIONS):
+            nearest = torch.cdist(vectors, centres).argmin(dim=1)
+            counts = torch.bincount(nearest, minlength=len(centres)).float()
+            sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+            empty = counts == 0
+            sums[empty], counts[empty] = self._draw_recent(int(empty.sum()), generator), 1
+            centres = sums / counts[:, None]
+            if self.l2_normalize:
+                centres = normalize(centres, dim=1)
+        self.cluster_size.copy_(counts * vectors_per_step / counts.sum())
+        self.cluster_sum.copy_(centres * self.cluster_size[:, None])
+        self._set_codebook()
+
+    def _set_codebook(self) -> None:
+        seen = self.cluster_size > 1e-6
+        mean = self.cluster_sum / self.cluster_size.clamp(min=1e-6)[:, None]
+        if self.l2_normalize:
+            mean = normalize(mean, dim=1)
+        self.embedding.weight.copy_(torch.where(seen[:, None], mean, self.embedding.weight))
+
+
+def check_quantizer(
+    quantizer_type: str,
+    num_codes: int,
+    dim: int,
+    l2_normalize: bool,
+    ema_decay: float,
+    warmup_steps: int,
+    dead_code_threshold: float,
+    fsq_levels: tuple[int, ...] | None,
+) -> None:
+    r"""Raises `ValueError` for an unknown type of quantiser or a choice out of its range."""
+    if quantizer_type not in get_args(QuantizerType):
+        raise ValueError(f"`quantizer_type` is {quantizer_type!r}, but must be one of {list(get_args(QuantizerType))}.")
+    if num_codes < 2:
+        raise ValueError(f"the codebook has {num_codes} codes, but needs at least 2.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"the codebook's EMA decay is {ema_decay}, but must be at least 0 and below 1.")
+    if warmup_steps < 1:
+        raise ValueError(f"the codebook's warm-up is {warmup_steps} steps, but must be at least 1.")
+    if not 0 <= dead_code_threshold < 1:
+        raise ValueError(f"the threshold for dead codes is {dead_code_threshold}, but must be at least 0 and below 1.")
+    if (quantizer_type == "fsq") != bool(fsq_levels):
+        raise ValueError(f"levels ({fsq_levels}) and the quantiser fsq (not {quantizer_type}) go together.")
+    if quantizer_type != "fsq":
+        return
+    if l2_normalize:
+        raise ValueError("fsq has a fixed grid of codes, which cannot be normalised. Leave the normalisation out.")
+    if min(fsq_levels) < 2:
+        raise ValueError(f"the levels are {list(fsq_levels)}, but must all be at least 2.")
+    if math.prod(fsq_levels) != num_codes or len(fsq_levels) != dim:
+        raise ValueError(
+            f"the levels {list(fsq_levels)} make {math.prod(fsq_levels)} codes of dimension {len(fsq_levels)}, not "
+            f"{num_codes} of dimension {dim}."
+        )
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if _num_processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def _in_order_of_microbatches(vectors: torch.Tensor) -> torch.Tensor:
+    """`(A, S, C)` vectors of this process's micro-batches to `(A * P * S, C)` of all, ordered as one process would."""
+    if _num_processes() > 1:
+        parts = [torch.empty_like(vectors) for _ in range(_num_processes())]
+        dist.all_gather(parts, vectors.contiguous())
+        vectors = torch.stack(parts, dim=1)
+    return vectors.flatten(0, -2)

@@ -1,0 +1,168 @@
+"""The training scripts with a codebook: codes that stay, runs that go on, generators that fit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import VQModel
+from test_training import (
+    TINY_DAE,
+    TINY_DIT,
+    assert_same_weights,
+    fresh_accelerator_state,  # noqa: F401
+    launch,
+    run,
+    succeed,
+    weights,
+)
+
+from dae_diffusers import DAEDiTPipeline, DAEVQModel
+from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
+
+TINY_VQ = TINY_DAE + " --autoencoder vq --codebook_size 12 --codebook_warmup_steps 1"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, image_folder):
+    """A finished autoencoder with a codebook."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("vq")
+    run(train_dae, TINY_VQ, train_data_dir=image_folder, output_dir=folder)
+    return folder
+
+
+def training_pixels(image_folder):
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[0]
+    return torch.stack([images[n]["pixel_values"] for n in range(8)])
+
+
+def test_result_is_a_plain_vq_model_with_statistics_and_the_codes_of_stage_one(trained, image_folder):
+    vae = VQModel.from_pretrained(trained / "vae")
+    assert len(vae.config.latents_mean) == len(vae.config.latents_std) == 3 and vae.config.scaling_factor == 1.0
+    assert not any(name.startswith(("quantizer", "auxiliary")) for name in vae.config)
+    stage1 = DAEVQModel.from_pretrained(trained / "stage1").eval()
+    with torch.no_grad():
+        pixel_values = training_pixels(image_folder)
+        stage1.set_stage(1)
+        codes = stage1(pixel_values).quantization.codes
+        assert torch.equal(vae.quantize(vae.encode(pixel_values).latents)[2][2], codes.flatten())
+
+
+def test_log_has_the_use_of_the_codebook_over_all_validation_images(trained):
+    rows = [json.loads(line) for line in (trained / "train_dae" / "log.jsonl").read_text().splitlines()]
+    assert all("train/commitment_loss" in row for row in rows if "train/reconstruction_loss" in row)
+    validated = [row for row in rows if "validation/psnr" in row]
+    assert validated and all(0 < row["validation/codebook_usage"] <= 1 for row in validated)
+    assert all(1 <= row["validation/codebook_perplexity"] <= 12 for row in validated)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_resumed_run_equals_an_uninterrupted_one(trained, image_folder, tmp_path, step):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "vae")
+    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
+    run(
+        train_dae,
+        TINY_VQ,
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "run",
+        resume_from_checkpoint=checkpoint,
+    )
+    assert_same_weights(weights(trained / "vae"), weights(tmp_path / "run" / "vae"))
+    for file in ("vae/config.json", "train_dae/log.jsonl"):
+        expected, resumed = ((folder / file).read_text() for folder in (trained, tmp_path / "run"))
+        assert expected.replace(str(trained), "") == resumed.replace(str(tmp_path / "run"), "")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--quantizer vq --entropy_weight 0.1",
+        "--quantizer vq --no_l2_normalize_codes --gradient_checkpointing",
+        "--quantizer fsq --fsq_levels 3 2 2 --mixed_precision bf16",
+        "--auxiliary_decoder none",
+    ],
+)
+def test_every_quantizer_trains(flags, image_folder, tmp_path):
+    flags = f"{TINY_VQ} --stage1_steps 2 --stage2_steps 1 {flags}"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    assert VQModel.from_pretrained(tmp_path / "vae").config.num_vq_embeddings == 12
+
+
+def test_second_stage_alone_keeps_the_codebook(trained, image_folder, tmp_path):
+    flags = TINY_VQ + " --stage 2"
+    data = {"train_data_dir": image_folder, "pretrained_model_name_or_path": trained}
+    run(train_dae, flags, output_dir=tmp_path / "two", **data)
+    both, alone = weights(trained / "vae"), weights(tmp_path / "two" / "vae")
+    for name in both:
+        if name.split(".")[0] in ("encoder", "quant_conv", "quantize"):
+            assert torch.equal(both[name], alone[name])
+    with pytest.raises(UserError, match="holds a DAEVQModel"):
+        run(train_dae, flags.replace("--autoencoder vq", "--autoencoder kl"), output_dir=tmp_path / "kl", **data)
+
+
+def test_two_processes_equal_one_that_accumulates(image_folder, tmp_path):
+    # One step after k-means: from then on, a rounding error in a latent may choose another code.
+    flags = TINY_VQ + " --stage1_steps 2 --stage2_steps 1"
+    data = {"train_data_dir": image_folder}
+    succeed(launch("train_dae", flags + " --gradient_accumulation_steps 2", output_dir=tmp_path / "1", **data))
+    succeed(launch("train_dae", flags, processes=2, output_dir=tmp_path / "2", **data))
+    assert_same_weights(*(weights(tmp_path / name / "stage1") for name in "12"), rtol=1e-3, atol=1e-4)
+
+
+def test_transformer_trains_on_latents_before_quantisation(trained, image_folder, tmp_path):
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    run(cache_latents, "--resolution 16 --dtype float32 --random_flip", output_dir=tmp_path / "cache", **data)
+    run(train_dit, TINY_DIT + " --random_flip", output_dir=tmp_path / "images", **data)
+    run(train_dit, TINY_DIT, output_dir=tmp_path / "cached", vae=trained / "vae", latent_cache=tmp_path / "cache")
+    transformers = [weights(tmp_path / name / "pipeline" / "transformer") for name in ("images", "cached")]
+    assert_same_weights(*transformers, rtol=1e-3, atol=1e-4)
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "images" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.vae, VQModel)
+    latents = torch.randn(1, 3, 8, 8)
+    raw = latents * torch.tensor(pipeline.vae.config.latents_std).view(1, 3, 1, 1)
+    raw = raw + torch.tensor(pipeline.vae.config.latents_mean).view(1, 3, 1, 1)
+    codes = pipeline.vae.quantize(raw)[2][2]
+    quantized = pipeline.vae.quantize.get_codebook_entry(codes, (1, 8, 8, 3))
+    with torch.no_grad():
+        expected = pipeline.vae.decode(quantized, force_not_quantize=True).sample
+    torch.testing.assert_close(pipeline.decode_latents(latents), expected, rtol=1e-4, atol=1e-5)
+    assert pipeline("cat", num_inference_steps=2).images[0].size == (16, 16)
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_evaluation_reports_the_use_of_the_codebook(trained, image_folder, tmp_path):
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    run(evaluate, "--resolution 16", output_dir=tmp_path, **data)
+    results = json.loads((tmp_path / "metrics.json").read_text())["codebook"]
+    vae = VQModel.from_pretrained(trained / "vae")
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[0]
+    with torch.no_grad():
+        pixel_values = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
+        codes = vae.quantize(vae.encode(pixel_values).latents)[2][2]
+    assert results["train_codebook_usage"] == len(codes.unique()) / 12
+    assert "train_codebook_perplexity" in (tmp_path / "metrics.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--quantizer fsq", "--fsq_levels"),
+        ("--quantizer fsq --fsq_levels 8 1", "at least 2"),
+        ("--codebook_size 1", "at least 2"),
+        ("--commitment_weight -1", "0 or more"),
+        ("--autoencoder vq --stage1_steps 100 --codebook_warmup_steps 100", "below the 100 steps"),
+    ],
+)
+def test_impossible_flags_exit_with_two(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(train_dae.TrainDAEConfig, f"--dataset_name digits {flags}".split())
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
