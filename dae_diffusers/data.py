@@ -3,13 +3,14 @@
 import hashlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from dae_diffusers.arrays import decode_array, is_array_data, load_array_folder, resize_and_crop_array
 from dae_diffusers.cli import ConfigError, UserError, did_you_mean, field
 from dae_diffusers.randomness import derived_seed
 
@@ -44,7 +46,12 @@ class DataConfig:
     max_train_samples: int | None = field(None, "use only the first N training images")
     max_validation_samples: int = field(1000, "validate on at most this many images")
     resolution: int = field(32, "height and width of the training images, in pixels")
-    image_channels: Literal[1, 3] = field(3, "3: RGB; 1: grayscale")
+    image_channels: int = field(3, "3: RGB; 1: grayscale; any other number: arrays with that many channels")
+    value_range: list[float] = field(
+        [],
+        "lowest and highest value of the images, mapped to [-1, 1]; default: 0 255 for 8-bit pictures, 0 65535 for 16-bit "
+        "ones, measured over the training images for others",
+    )
     random_crop: bool = field(False, "crop at a random place instead of the centre")
     random_flip: bool = field(False, "flip half of the images horizontally")
     strict_size: bool = field(False, "refuse images smaller than the resolution instead of enlarging them")
@@ -57,6 +64,12 @@ class DataConfig:
     def __post_init__(self):
         if self.resolution < 1:
             raise ConfigError(f"`--resolution` is {self.resolution}, but must be at least 1.")
+        if self.image_channels < 1:
+            raise ConfigError(f"`--image_channels` is {self.image_channels}, but must be at least 1.")
+        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            raise ConfigError(
+                f"`--value_range` is {self.value_range}, but must be two numbers, the lowest and the highest value."
+            )
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"`--validation_fraction` is {self.validation_fraction}, but must lie between 0 and 1.")
         if not 0 <= self.max_bad_image_share <= 1:
@@ -106,7 +119,8 @@ class ImageDataset(Dataset):
         self.labels = labels
         self.id2label = id2label
         self.fingerprint = _fingerprint(self.rows, image_column, labels)
-        num_bytes = len(rows) * config.resolution**2 * config.image_channels
+        self.is_array = bool(config.value_range) or config.image_channels not in (1, 3) or self._holds_arrays()
+        num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
         self._memory = {} if num_bytes <= IMAGE_MEMORY_BYTES and not config.random_crop else None
         self._warned_small = False
 
@@ -118,7 +132,9 @@ class ImageDataset(Dataset):
         pixels = self._pixels(index, None if draw is None else np.random.default_rng(draw))
         if draw is not None and self.config.random_flip and is_flipped(draw):
             pixels = pixels[:, ::-1]
-        pixel_values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)).div_(127.5).sub_(1)
+        low, high = self.config.value_range or (0.0, 255.0)
+        pixel_values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))
+        pixel_values = pixel_values.sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
         if self.labels is None:
             return {"pixel_values": pixel_values}
         return {"pixel_values": pixel_values, "class_labels": self.labels[index]}
@@ -161,30 +177,63 @@ class ImageDataset(Dataset):
             self.rows.select(good), self.config, image_column=self.image_column, labels=labels, id2label=self.id2label
         )
 
+    def measure_range(self) -> list[float]:
+        r"""
+        Lowest and highest value: of the type for 16-bit pictures, else of all images.
+
+        Raises:
+            UserError: If all values are the same.
+        """
+        first = _content_of(self.rows[0][self.image_column])
+        if isinstance(first, bytes) and not first.startswith(b"\x93NUMPY"):
+            with Image.open(io.BytesIO(first)) as image:
+                if image.mode.startswith("I"):
+                    return [0.0, 65535.0]
+                if image.mode != "F":
+                    return [0.0, 255.0]
+        low, high = math.inf, -math.inf
+        for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
+            pixels = self._pixels(index, None)
+            low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        if not low < high:
+            raise UserError(f"all values of the training images are {low}: there is nothing to learn.")
+        return [low, high]
+
+    def _holds_arrays(self) -> bool:
+        try:
+            return is_array_data(_content_of(self.rows[0][self.image_column]))
+        except (ValueError, OSError):
+            return False
+
     def _pixels(self, index: int, random: np.random.Generator | None) -> np.ndarray:
-        """The image as uint8 (resolution, resolution, C), cropped but not flipped."""
+        """The image as uint8 or float32 (resolution, resolution, C), cropped but not flipped."""
         if self._memory is not None and index in self._memory:
             return self._memory[index]
         item = self.rows[index][self.image_column]
+        decode = decode_array if self.is_array else decode_image
         try:
-            image = decode_image(_bytes_of(item), channels=self.config.image_channels)
+            image = decode(_content_of(item), channels=self.config.image_channels)
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             raise UserError(
                 f"the image {self.name_of(index)} cannot be decoded ({' '.join(str(error).split())}). "
                 "Remove or replace it, or pass `--on_bad_image skip`."
             ) from None
-        self._check_size(image, index)
         crop_random = random if self.config.random_crop else None
-        pixels = np.asarray(resize_and_crop(image, self.config.resolution, random=crop_random))
+        if self.is_array:
+            self._check_size(image.shape[1], image.shape[0], index)
+            pixels = resize_and_crop_array(image, self.config.resolution, random=crop_random)
+        else:
+            self._check_size(image.width, image.height, index)
+            pixels = np.asarray(resize_and_crop(image, self.config.resolution, random=crop_random))
         pixels = pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
         if self._memory is not None:
             self._memory[index] = pixels
         return pixels
 
-    def _check_size(self, image: Image.Image, index: int) -> None:
-        if min(image.size) >= self.config.resolution or self.config.dataset_name in _EMBEDDED:
+    def _check_size(self, width: int, height: int, index: int) -> None:
+        if min(width, height) >= self.config.resolution or self.config.dataset_name in _EMBEDDED:
             return
-        seen = f"the image {self.name_of(index)} has {image.width}x{image.height} pixels"
+        seen = f"the image {self.name_of(index)} has {width}x{height} pixels"
         if self.config.strict_size:
             raise UserError(
                 f"{seen}, fewer than `--resolution` {self.config.resolution}. Remove it, lower the resolution, or drop "
@@ -275,10 +324,14 @@ def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset, ImageD
     id2label, value2id = _label_names(train, validation, label_column)
     result = []
     for rows in (train, validation):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        if isinstance(rows.features[image_column], datasets.Image):
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
         labels = None if label_column is None else _label_ids(rows[label_column], value2id, id2label, label_column)
         images = ImageDataset(rows, config, image_column=image_column, labels=labels, id2label=id2label)
         result.append(images.without_bad_images() if config.on_bad_image == "skip" else images)
+    if result[0].is_array and not config.value_range:
+        config.value_range = result[0].measure_range()
+        logger.info("the images' values lie in [%g, %g]", *config.value_range)
     return tuple(result)
 
 
@@ -322,7 +375,7 @@ def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
     Decodes an image file to 8-bit RGB (`channels=3`) or grayscale (`channels=1`).
 
     EXIF rotation is applied; an animation gives its first frame; transparency is laid over white; CMYK, palette and
-    other modes are converted by Pillow; 16-bit values are divided by 257 and rounded.
+    other modes are converted by Pillow. Files of 16 bits or floats go through `dae_diffusers.arrays` instead.
 
     Raises:
         Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float images.
@@ -333,7 +386,7 @@ def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
         image.load()
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("it has float pixels, whose range is unknown")
+        raise ValueError("it has float pixels, unlike the first image")
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -372,7 +425,7 @@ def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset]:
             folder = Path(config.train_data_dir)
             if not folder.is_dir():
                 raise UserError(f"`--train_data_dir` {folder} is not a folder.")
-            return datasets.load_dataset("imagefolder", data_dir=str(folder))
+            return load_array_folder(folder) or datasets.load_dataset("imagefolder", data_dir=str(folder))
         if config.dataset_name in _EMBEDDED:
             folder = files("dae_diffusers") / "assets"
             names = {split: str(folder / f"{config.dataset_name}_{split}.parquet") for split in ("train", "test")}
@@ -388,14 +441,15 @@ def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset]:
 
 
 def _find_image_column(rows: datasets.Dataset, name: str | None) -> str:
-    image_columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    kinds = (datasets.Image, datasets.Array2D, datasets.Array3D)
+    image_columns = [column for column, feature in rows.features.items() if isinstance(feature, kinds)]
     if name is None and image_columns:
         return image_columns[0]
     if name is None or name not in rows.features:
         raise UserError(
             f"`--image_column` is {name!r}, but the columns are {list(rows.features)}, those with images {image_columns}."
         )
-    if name not in image_columns:
+    if name not in image_columns and not isinstance(rows.features[name], (datasets.List, datasets.LargeList)):
         raise UserError(
             f"`--image_column` {name!r} holds {rows.features[name]}, not images; those are {image_columns}."
         )
@@ -441,9 +495,12 @@ def _label_ids(values: list, value2id: dict | None, id2label: dict[int, str], co
     return ids
 
 
-def _bytes_of(item: dict | None) -> bytes:
+def _content_of(item: Any) -> Any:
+    """The bytes of an image file, or the lists of an array column as they are."""
     if item is None:
         raise ValueError("the row is empty")
+    if not isinstance(item, dict):
+        return item
     data = item["bytes"] if item["bytes"] is not None else Path(item["path"]).read_bytes()
     if not data:
         raise ValueError("the file has 0 bytes")
@@ -455,9 +512,9 @@ def _fingerprint(rows: datasets.Dataset, image_column: str, labels: list[int] | 
     digest = hashlib.sha256(str(len(rows)).encode())
     digest.update(np.asarray(labels if labels is not None else [], dtype=np.int64).tobytes())
     for index in np.unique(np.linspace(0, len(rows) - 1, num=min(64, len(rows))).astype(int)):
-        item = rows[int(index)][image_column] or {"bytes": b"", "path": None}
         try:
-            digest.update(_bytes_of(item))
+            content = _content_of(rows[int(index)][image_column])
+            digest.update(content if isinstance(content, bytes) else np.asarray(content).tobytes())
         except (ValueError, OSError):
             digest.update(b"unreadable")
     return digest.hexdigest()[:16]

@@ -14,13 +14,16 @@ def image_grid(images: torch.Tensor, *, columns: int | None = None, min_size: in
     Lays images out in rows.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1] (clamped), `C` 1 or 3.
+        images (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1] (clamped), `C` 1 or 3; of another number the first three,
+            or the first, are shown.
         columns (`int`, *optional*): Images in a row; by default as square as it gets.
         min_size (`int`, *optional*, defaults to 64): Smaller images are enlarged by a whole factor to at least this.
 
     Returns:
         `PIL.Image.Image`: Missing places of the last row are white.
     """
+    if images.shape[1] not in (1, 3):
+        images = images[:, : 3 if images.shape[1] > 3 else 1]
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

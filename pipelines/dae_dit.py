@@ -43,6 +43,9 @@ class DAEDiTPipeline(DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): Flow matching or diffusion, as the transformer was trained.
         id2label (`dict`, *optional*):
             Class id (or its digits) to name; a name may hold several, separated by commas, as ImageNet's do.
+        value_range (`list` of two numbers, *optional*):
+            Lowest and highest value of the original images where these were no 8-bit pictures; `output_type="np"` gives
+            images in it.
 
     Raises:
         `ValueError`: If the transformer and the autoencoder differ in latent channels.
@@ -57,12 +60,14 @@ class DAEDiTPipeline(DiffusionPipeline):
         vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        value_range: list[float] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
-        self.register_to_config(id2label=self.id2label or None)
+        self.value_range = value_range
+        self.register_to_config(id2label=self.id2label or None, value_range=value_range)
         latent_channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels  # a VQModel's codes may differ
         if latent_channels != transformer.config.in_channels:
             raise ValueError(
@@ -345,6 +350,9 @@ class DAEDiTPipeline(DiffusionPipeline):
         else:
             output_type = "np" if output_type == "numpy" else output_type
             images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+            if output_type == "np" and self.value_range is not None:
+                low, high = self.value_range
+                images = images * (high - low) + low
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

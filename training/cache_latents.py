@@ -14,6 +14,7 @@ from typing import Literal
 
 from accelerate import Accelerator
 
+from dae_diffusers.arrays import read_value_range
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images
@@ -54,6 +55,7 @@ def main(config: CacheLatentsConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     vae = load_autoencoder(config.vae).to(accelerator.device)
     check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
+    config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
         splits = dict(zip(("train", "validation"), load_images(config, config.seed), strict=True))
     for name, images in splits.items():

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
+from dae_diffusers.arrays import read_value_range
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
@@ -104,6 +105,9 @@ def main(config: EvaluateConfig) -> None:
     vae = pipeline.vae.eval() if config.vae is None else load_autoencoder(config.vae).to(accelerator.device)
     check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
     extractor = None if config.features is None else load_feature_extractor(config.features, accelerator.device)
+    if not config.value_range:
+        found = read_value_range(config.vae) if config.vae else pipeline.config.get("value_range")
+        config.value_range = list(found or [])
     with accelerator.main_process_first():
         train, validation = load_images(config, config.seed)
     options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}

@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
+from dae_diffusers.arrays import read_value_range
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
     encode_moments,
@@ -108,6 +109,7 @@ def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config)
     accelerator = run.accelerator
     vae = load_autoencoder(config.vae).to(accelerator.device)
+    config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
         train_data, validation_data = load_data(config, vae)
     shares = {
@@ -342,6 +344,7 @@ def make_pipeline(config: TrainDiTConfig, model: DAEDiTTransformer2DModel, vae, 
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.timestep_shift),
         id2label=data.id2label,
+        value_range=config.value_range or None,
     )
 
 

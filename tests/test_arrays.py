@@ -1,0 +1,135 @@
+"""Images that are no 8-bit pictures go through every script, and come back in their own values."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import TINY_DAE, TINY_DIT, fresh_accelerator_state, run  # noqa: F401
+
+from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.arrays import decode_array, read_value_range, resize_and_crop_array
+from dae_diffusers.cli import ConfigError, UserError
+from dae_diffusers.data import DataConfig, load_images, resize_and_crop
+from dae_diffusers.training import train_dae, train_dit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
+
+
+@pytest.fixture
+def tiff_folder(tmp_path):
+    """16-bit images with one channel, of two classes."""
+    random = np.random.default_rng(0)
+    for name in ("cold", "hot"):
+        (tmp_path / "tiff" / name).mkdir(parents=True)
+        for number in range(6):
+            values = random.integers(1000, 60000, (20, 24), dtype=np.uint16)
+            Image.fromarray(values).save(tmp_path / "tiff" / name / f"{number}.tiff")
+    return tmp_path / "tiff"
+
+
+@pytest.fixture
+def npy_folder(tmp_path):
+    """Float images with 12 channels, channels first."""
+    random = np.random.default_rng(0)
+    (tmp_path / "npy").mkdir()
+    for number in range(10):
+        np.save(tmp_path / "npy" / f"{number}.npy", random.normal(5, 2, (12, 16, 16)).astype(np.float32))
+    return tmp_path / "npy"
+
+
+@pytest.mark.parametrize("kind", ["tiff", "npy"])
+def test_from_files_to_samples_in_the_original_values(kind, tiff_folder, npy_folder, tmp_path):
+    folder, channels = (tiff_folder, 1) if kind == "tiff" else (npy_folder, 12)
+    flags = f" --image_channels {channels}"
+    output = tmp_path / "run"
+    run(train_dae, TINY_DAE + flags, train_data_dir=folder, output_dir=output)
+    run(train_dit, TINY_DIT + flags, train_data_dir=folder, output_dir=output, vae=output / "vae")
+    low, high = read_value_range(str(output / "vae"))
+    if kind == "tiff":
+        assert (low, high) == (0, 65535)
+    else:
+        values = [np.load(path) for path in folder.glob("*.npy")]
+        assert min(map(np.min, values)) <= low < high <= max(map(np.max, values))
+    pipeline = DAEDiTPipeline.from_pretrained(output / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    labels = {"class_labels": ["hot", "cold"]} if kind == "tiff" else {"num_images_per_label": 2}
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(**labels, num_inference_steps=2, output_type="np", generator=generator).images
+    generator = torch.Generator().manual_seed(0)
+    unit = pipeline(**labels, num_inference_steps=2, output_type="pt", generator=generator).images
+    assert images.shape == (2, 16, 16, channels)
+    np.testing.assert_allclose(images, unit.permute(0, 2, 3, 1).numpy() * (high - low) + low, rtol=1e-5)
+    assert json.loads((output / "pipeline" / "model_index.json").read_text())["value_range"] == [low, high]
+
+
+def test_sixteen_bits_are_kept(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) + 30000
+    for number in range(2):
+        Image.fromarray(values).save(tmp_path / f"{number}.tiff")
+    config = DataConfig(train_data_dir=str(tmp_path), resolution=8, image_channels=1, value_range=[30000.0, 30063.0])
+    train, _ = load_images(config)
+    expected = torch.linspace(-1, 1, 64).view(1, 8, 8)
+    torch.testing.assert_close(train[0]["pixel_values"], expected, atol=1e-6, rtol=0)
+
+
+def test_array_columns_of_a_dataset(tmp_path):
+    features = datasets.Features({"field": datasets.Array3D((8, 8, 2), "float32"), "kind": datasets.Value("string")})
+    rows = {"field": [np.full((8, 8, 2), n, np.float32) for n in range(6)], "kind": ["a", "b"] * 3}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    config = DataConfig(dataset_name=str(tmp_path), resolution=8, image_channels=2, label_column="kind")
+    train, validation = load_images(config)
+    assert train[0]["pixel_values"].shape == (2, 8, 8) and train.id2label == {0: "a", 1: "b"}
+    (held_out,) = (n for n in range(6) if n not in {row[0][0][0] for row in train.rows["field"]})
+    low, high = min({*range(6)} - {held_out}), max({*range(6)} - {held_out})
+    assert config.value_range == [low, high]
+    means = [(float(item["pixel_values"].mean()) + 1) / 2 * (high - low) + low for item in train]
+    assert sorted(means) == pytest.approx(sorted({*range(6)} - {held_out}))
+    assert len(train) + len(validation) == 6
+
+
+def test_arrays_are_resized_as_pictures_are():
+    """Against Pillow, which halves first and rounds after each step."""
+    picture = Image.fromarray((np.add.outer(np.arange(70) * 2, np.arange(90)) % 256).astype(np.uint8))
+    picture = picture.resize((70, 90))
+    expected = np.asarray(resize_and_crop(picture, 16)).astype(float)
+    found = resize_and_crop_array(np.asarray(picture, dtype=np.float32)[..., None], 16)[..., 0]
+    assert np.abs(found - expected).max() < 8 and np.abs(found - expected).mean() < 4
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 1), (1, 6, 5)])
+def test_channels_may_come_first_or_last(shape):
+    assert decode_array(np.zeros(shape), channels=1).shape == (6, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (np.zeros((4, 4, 3)), "shape"),
+        (np.full((4, 4), np.nan), "NaN"),
+        (np.array([["a", "b"]]), "not numbers"),
+        (np.zeros((0, 4)), "shape"),
+        (np.array([[{}]], dtype=object), "pickle|not numbers"),
+    ],
+)
+def test_bad_arrays_are_refused(array, sentence, tmp_path):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=f"(?i){sentence}"):
+        decode_array((tmp_path / "a.npy").read_bytes(), channels=1)
+
+
+def test_a_damaged_file_is_named(npy_folder):
+    paths = sorted(npy_folder.glob("*.npy"))
+    for path in paths[2:]:
+        path.write_bytes(path.read_bytes()[:200])
+    config = DataConfig(train_data_dir=str(npy_folder), resolution=16, image_channels=12)
+    with pytest.raises(UserError, match=r"\d.npy cannot be decoded"):
+        load_images(config)
+
+
+@pytest.mark.parametrize("value_range", [[1.0], [2.0, 1.0], [0.0, 0.0]])
+def test_bad_ranges_are_refused(value_range):
+    with pytest.raises(ConfigError, match="value_range"):
+        DataConfig(dataset_name="digits", value_range=value_range)
