@@ -151,7 +151,7 @@ class TrainingRun:
         self._tracker_failed = False
         self._marks: dict[str, int] = {}
         self._sums: dict[str, torch.Tensor] = {}
-        self._num_sums = 0
+        self._counts: dict[str, int] = {}
 
     def start(self) -> tuple[Path | None, int, dict[str, Any]]:
         r"""
@@ -168,7 +168,7 @@ class TrainingRun:
         path, step, state = (found[0], found[1]["step"], found[1]["state"]) if found else (None, 0, {})
         if path is not None:
             logger.info("resuming from %s", path)
-            sums, self._num_sums = state.pop("log_sums"), state.pop("num_log_sums")
+            sums, self._counts = state.pop("log_sums"), state.pop("log_counts")
             self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
             if found[1]["num_processes"] != self.accelerator.num_processes:
                 logger.warning(
@@ -199,7 +199,7 @@ class TrainingRun:
             state: Anything JSON can hold; [`start`] gives it back.
         """
         sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
-        self.checkpointer.save(step, ema=ema, log_sums=sums, num_log_sums=self._num_sums, **state)
+        self.checkpointer.save(step, ema=ema, log_sums=sums, log_counts=self._counts, **state)
 
     def mark(self, name: str, step: int) -> None:
         r"""Marks a step in `curves.png`, such as the border between two stages."""
@@ -210,13 +210,13 @@ class TrainingRun:
         for name, value in values.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._num_sums += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def log_means(self, step: int, prefix: str = "train", **values: float | torch.Tensor) -> dict[str, float]:
         r"""Logs the means, over all processes, of what was added since the last call, and `values` beside them."""
-        means = {f"{prefix}/{k}": total.float() / self._num_sums for k, total in self._sums.items()}
+        means = {f"{prefix}/{k}": total.float() / self._counts[k] for k, total in self._sums.items()}
         means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
-        self._sums, self._num_sums = {}, 0
+        self._sums, self._counts = {}, {}
         means.update({f"{prefix}/{k}": float(v) for k, v in values.items()})
         self.log(means, step)
         return means

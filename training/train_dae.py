@@ -13,170 +13,59 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
+from dae_diffusers.arrays import save_value_range
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import is_vq
-from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization, QuantizerType, check_quantizer
+from dae_diffusers.autoencoders.configuration import (
+    AutoencoderConfig,
+    CodebookConfig,
+    LossConfig,
+    RegularizationConfig,
+    StageConfig,
+)
+from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder, spatial_factor
+from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
-from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType, check_auxiliary_decoder
 from dae_diffusers.checkpointing import StopSignal
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
+from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import compute_latent_statistics
+from dae_diffusers.losses.adversarial import AdversarialTraining, BackboneDiscriminator, PatchDiscriminator
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_entropy_loss, codebook_loss, commitment_loss
+from dae_diffusers.losses.perceptual import load_backbone, load_perceptual_loss
+from dae_diffusers.losses.regularizers import perturb
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
-from dae_diffusers.randomness import seed_microbatch
+from dae_diffusers.randomness import derived_seed, seed_microbatch
 from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights, raise_if_not_finite
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AutoencoderConfig:
-    """Autoencoder."""
-
-    autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook, see its flags")
-    block_out_channels: list[int] = field(
-        [32, 64, 64], "channels at each resolution; each entry after the first halves"
-    )
-    layers_per_block: int = field(1, "residual blocks at each resolution of the encoder; the decoder has one more")
-    latent_channels: int = field(4, "channels of the latents; with a codebook, the dimension of the codes")
-    norm_num_groups: int = field(8, "groups of the group normalisation")
-    mid_block_add_attention: bool = field(False, "attention at the lowest resolution")
-
+class TrainDAEConfig(
+    RunConfig,
+    OptimizationConfig,
+    RegularizationConfig,
+    LossConfig,
+    StageConfig,
+    CodebookConfig,
+    AutoencoderConfig,
+    DataConfig,
+):
     def __post_init__(self):
-        for name in ("layers_per_block", "latent_channels", "norm_num_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
-        bad = [width for width in self.block_out_channels if width < 1 or width % self.norm_num_groups]
-        if bad:
-            raise ConfigError(
-                f"`--block_out_channels` {self.block_out_channels} must all be multiples of `--norm_num_groups` "
-                f"{self.norm_num_groups}; {bad} are not."
-            )
-
-
-@dataclass
-class CodebookConfig:
-    """Codebook (`--autoencoder vq`)."""
-
-    quantizer: QuantizerType = field(
-        "ema", "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)"
-    )
-    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)")
-    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)")
-    codebook_ema_decay: float = field(0.99, "decay of the moving averages, per step (`ema`)")
-    codebook_warmup_steps: int = field(100, "steps without quantisation, before k-means sets the codes (`ema`)")
-    dead_code_threshold: float = field(
-        0.03, "replace codes that occur less often than this share of the mean; 0: none (`ema`)"
-    )
-    fsq_levels: list[int] = field([], "steps of each channel, such as 8 5 5 5; instead of size and dimension (`fsq`)")
-    commitment_weight: float = field(0.25, "weight of the latents' squared distance to their codes (stage 1)")
-    entropy_weight: float = field(0.0, "weight of the term that asks for sure and evenly used codes (stage 1)")
-
-    def __post_init__(self):
-        for name in ("commitment_weight", "entropy_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be 0 or more.")
-        if (self.quantizer == "fsq") != bool(self.fsq_levels):
-            raise ConfigError("`--quantizer fsq` and `--fsq_levels` (such as 8 5 5 5) go together.")
-        size = self.quantizer_size(latent_channels=1)
-        try:
-            check_quantizer(
-                self.quantizer, size["num_vq_embeddings"], size["latent_channels"], **self.quantizer_settings()
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def quantizer_size(self, latent_channels: int) -> dict[str, int]:
-        """Number and dimension of the codes, as constructor's arguments."""
-        if self.quantizer == "fsq":
-            return {"num_vq_embeddings": math.prod(self.fsq_levels), "latent_channels": len(self.fsq_levels)}
-        return {"num_vq_embeddings": self.codebook_size, "latent_channels": latent_channels}
-
-    def quantizer_settings(self) -> dict[str, Any]:
-        """How the quantiser works, besides its type, as `CodebookQuantizer` names it."""
-        return {
-            "l2_normalize": self.l2_normalize_codes and self.quantizer != "fsq",
-            "ema_decay": self.codebook_ema_decay,
-            "warmup_steps": self.codebook_warmup_steps,
-            "dead_code_threshold": self.dead_code_threshold,
-            "fsq_levels": tuple(self.fsq_levels) or None,
-        }
-
-
-@dataclass
-class StageConfig:
-    """Stages and losses."""
-
-    stage: Literal["all", "1", "2"] = field("all", "both stages, only the first, or only the second")
-    pretrained_model_name_or_path: str | None = field(
-        None, "for `--stage 2`: the output folder of a stage 1, or its `stage1` folder"
-    )
-    auxiliary_decoder: AuxiliaryDecoderType = field(
-        "dropout",
-        "what makes the decoder of stage 1 weak; `same`: nothing (the control); `none`: joint training in one stage of "
-        "`stage1_steps + stage2_steps` steps (the baseline)",
-    )
-    auxiliary_dropout: float = field(0.1, "channel dropout rate of `dropout`")
-    auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`")
-    auxiliary_layers_per_block: int = field(0, "residual blocks per resolution of `shallow`, less one")
-    stage1_steps: int = field(2000, "optimiser steps of stage 1")
-    stage2_steps: int = field(4000, "optimiser steps of stage 2; each costs about half of one of stage 1")
-    warm_start_decoder: bool = field(
-        False, "start stage 2 from the auxiliary decoder's weights (`same` and `dropout`) instead of afresh"
-    )
-    l1_weight: float = field(1.0, "weight of the mean absolute error")
-    mse_weight: float = field(1.0, "weight of the mean squared error")
-    kl_weight: float = field(1e-4, "weight of the KL divergence per latent element (stage 1)")
-
-    def __post_init__(self):
-        try:
-            check_auxiliary_decoder(
-                self.auxiliary_decoder,
-                self.auxiliary_dropout,
-                self.auxiliary_channel_multiplier,
-                self.auxiliary_layers_per_block,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        for name in ("stage1_steps", "stage2_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
-        for name in ("l1_weight", "mse_weight", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be 0 or more.")
-        if self.l1_weight == self.mse_weight == 0:
-            raise ConfigError("`--l1_weight` and `--mse_weight` are both 0: nothing would be reconstructed.")
-        if self.stage != "all" and self.auxiliary_decoder == "none":
-            raise ConfigError("`--auxiliary_decoder none` has only one stage: use `--stage all`.")
-        if self.warm_start_decoder and self.auxiliary_decoder not in ("same", "dropout"):
-            raise ConfigError(
-                "`--warm_start_decoder` needs an auxiliary decoder of the real one's shape: `--auxiliary_decoder` same or "
-                f"dropout, not {self.auxiliary_decoder}."
-            )
-        if (self.stage == "2") != (self.pretrained_model_name_or_path is not None):
-            raise ConfigError(
-                "`--stage 2` and `--pretrained_model_name_or_path <output_dir of stage 1>` go together: the second "
-                "stage needs the first one's encoder."
-            )
-
-
-@dataclass
-class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, CodebookConfig, AutoencoderConfig, DataConfig):
-    def __post_init__(self):
-        for part in (DataConfig, AutoencoderConfig, CodebookConfig, StageConfig, OptimizationConfig, RunConfig):
+        for part in reversed(TrainDAEConfig.__bases__):
             part.__post_init__(self)
         self.require_source()
         factor = 2 ** (len(self.block_out_channels) - 1)
@@ -187,6 +76,29 @@ class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, CodebookConfig,
                 f"{max(1, self.resolution // factor) * factor} and {(self.resolution // factor + 1) * factor}."
             )
 
+        has_rgb_loss = self.perceptual_model is not None or self.discriminator_model is not None
+        if has_rgb_loss and self.image_channels not in (1, 3):
+            raise ConfigError(
+                f"`--perceptual_model` and `--discriminator_model` take images of 1 or 3 channels, not {self.image_channels}."
+            )
+        if self.mixed_precision == "fp16" and self.gradient_accumulation_steps > 1 and self.has_adversarial_loss:
+            raise ConfigError(
+                "an adversarial loss with `--gradient_accumulation_steps` needs `--mixed_precision bf16` or no, not fp16: "
+                "the two models share one loss scale, which may change between the micro-batches of a step."
+            )
+        smallest = 3 * 2**self.discriminator_layers
+        if self.has_adversarial_loss and self.discriminator_model is None and self.resolution < smallest:
+            raise ConfigError(
+                f"a discriminator of {self.discriminator_layers} layers needs images of at least {smallest} pixels; "
+                f"`--resolution` is {self.resolution}. Lower `--discriminator_layers`."
+            )
+        if self.stage1_adversarial_weight > 0 and self.equivariance > 0 and self.discriminator_model is None:
+            raise ConfigError(
+                "`--equivariance` shrinks images below what the PatchGAN judges: use it with `--discriminator_model`, or "
+                "without `--stage1_adversarial_weight`."
+            )
+        if self.autoencoder == "vq" and self.pretrained_vae is not None:
+            raise ConfigError("`--pretrained_vae` takes an `AutoencoderKL`; leave `--autoencoder` at kl.")
         uses_kmeans = self.autoencoder == "vq" and self.quantizer == "ema"
         if uses_kmeans and self.codebook_warmup_steps >= self.stage_steps().get(1, math.inf):
             raise ConfigError(
@@ -194,12 +106,9 @@ class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, CodebookConfig,
                 f"{self.stage_steps()[1]} steps of stage 1, or nothing is ever quantised."
             )
 
-    def stage_steps(self) -> dict[int, int]:
-        """Optimiser steps of each stage that this run has."""
-        if self.auxiliary_decoder == "none":
-            return {1: self.stage1_steps + self.stage2_steps}
-        both = {1: self.stage1_steps, 2: self.stage2_steps}
-        return both if self.stage == "all" else {int(self.stage): both[int(self.stage)]}
+    @property
+    def has_adversarial_loss(self) -> bool:
+        return self.adversarial_weight > 0 or self.stage1_adversarial_weight > 0
 
 
 def main(config: TrainDAEConfig) -> None:
@@ -248,12 +157,27 @@ def main(config: TrainDAEConfig) -> None:
             raise UserError(str(error)) from None
         if run.accelerator.is_main_process:
             vae.save_pretrained(run.output_dir / "vae")
+            save_value_range(config.value_range, run.output_dir / "vae")
             logger.info("saved %s", run.output_dir / "vae")
     run.finish("stage1" if config.stage == "1" else "vae")
 
 
 def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
-    """A new model, or, for stage 2 alone, the one that a stage 1 has left."""
+    """A new model, one that starts from a published autoencoder, or, for stage 2 alone, the one that a stage 1 has left."""
+    if config.pretrained_vae is not None:
+        vae = load_autoencoder(config.pretrained_vae)
+        if not isinstance(vae, AutoencoderKL):
+            raise UserError(
+                f"`--pretrained_vae` {config.pretrained_vae} is a {type(vae).__name__}, but must be an AutoencoderKL."
+            )
+        check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
+        return DAEAutoencoderKL.from_diffusers(
+            vae,
+            auxiliary_decoder_type=config.auxiliary_decoder,
+            auxiliary_dropout=config.auxiliary_dropout,
+            auxiliary_channel_multiplier=config.auxiliary_channel_multiplier,
+            auxiliary_layers_per_block=config.auxiliary_layers_per_block,
+        )
     model_class = DAEVQModel if config.autoencoder == "vq" else DAEAutoencoderKL
     if config.stage != "2":
         levels = len(config.block_out_channels)
@@ -337,6 +261,13 @@ def train_stage(
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+    perceptual_weight = config.perceptual_weight_of(config.trains_final_decoder(stage))
+    perceptual_loss = (
+        load_perceptual_loss(config.perceptual_model).to(accelerator.device) if perceptual_weight else None
+    )
+    adversary = make_adversary(run, stage)
+    last_layer = model.last_layer
+    factor = spatial_factor(model)
     model, optimizer, lr_scheduler, loader = accelerator.prepare(model, optimizer, lr_scheduler, loader)
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
     if resume_path is not None:
@@ -353,14 +284,29 @@ def train_stage(
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
             microbatch += accelerator.num_processes
-            with accelerator.accumulate(model):
-                pixel_values = batch["pixel_values"]
-                reconstruction, latent = model(pixel_values, return_dict=False, **forward_options)
+            with accelerator.accumulate(model, *([] if adversary is None else [adversary.discriminator])):
+                perturbation = perturb(batch["pixel_values"], stage, factor, **config.regularization())
+                pixel_values = perturbation.targets
+                reconstruction, latent = model(
+                    perturbation.inputs,
+                    return_dict=False,
+                    perturb_latents=perturbation.of_latents,
+                    **forward_options,
+                )
                 loss = reconstruction_loss(
                     reconstruction, pixel_values, l1_weight=config.l1_weight, mse_weight=config.mse_weight
                 )
                 latent_terms = latent_losses(config, latent, codebook)
                 run.add(reconstruction_loss=loss, **{name: value for name, (_, value) in latent_terms.items()})
+                if perceptual_loss is not None:
+                    with accelerator.autocast():
+                        perceptual = perceptual_loss(reconstruction, pixel_values)
+                    run.add(perceptual_loss=perceptual)
+                    loss = loss + perceptual_weight * perceptual
+                if adversary is not None:
+                    term, values = adversary.generator_term(reconstruction, loss, last_layer, step - first_step)
+                    run.add(**values)
+                    loss = loss if term is None else loss + term
                 if stage == 1:
                     loss = loss + sum(weight * value for weight, value in latent_terms.values())
                 raise_if_not_finite(loss, "loss", step + 1, run.folder)
@@ -373,6 +319,8 @@ def train_stage(
                         raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
                 optimizer.step()
                 optimizer.zero_grad()
+                if adversary is not None:
+                    run.add(**adversary.train_discriminator(pixel_values, reconstruction, step - first_step))
                 if codebook is not None and stage == 1 and accelerator.sync_gradients:
                     codebook.update()
             if not accelerator.sync_gradients:
@@ -386,6 +334,8 @@ def train_stage(
             if step % config.logging_steps == 0 or step == last_step:
                 means = run.log_means(step, learning_rate=lr_scheduler.get_last_lr()[0], gradient_norm=gradient_norm)
                 progress.set_postfix(loss=f"{means['train/reconstruction_loss']:.4f}")
+                if adversary is not None:
+                    adversary.warn_if_unbalanced(means, step - first_step)
             if step % config.validation_steps == 0 or step == last_step:
                 with ema_weights(ema, parameters):
                     values = validate(run, accelerator.unwrap_model(model), validation_images, step)
@@ -404,6 +354,29 @@ def train_stage(
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return model
+
+
+def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
+    """The discriminator of a stage with its optimiser, or None where the stage has no adversarial loss."""
+    config = run.config
+    settings = config.adversarial_settings_of(config.trains_final_decoder(stage))
+    if settings is None:
+        return None
+    torch.manual_seed(derived_seed(config.seed, 7, stage))  # the same weights however many processes drew before
+    if config.discriminator_model is None:
+        discriminator = PatchDiscriminator(
+            config.image_channels, config.discriminator_channels, config.discriminator_layers
+        )
+    else:
+        discriminator = BackboneDiscriminator(load_backbone(config.discriminator_model), config.discriminator_channels)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in discriminator.parameters() if parameter.requires_grad],
+        lr=config.discriminator_learning_rate,
+        betas=(0.5, 0.9),
+        weight_decay=0.0,
+    )
+    discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
+    return AdversarialTraining(run.accelerator, discriminator, optimizer, settings, config.max_grad_norm)
 
 
 def latent_losses(
@@ -425,8 +398,8 @@ def validate(
     run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel, images: ImageDataset, step: int
 ) -> dict[str, float]:
     """
-    PSNR, mean absolute error and use of the codebook over the validation images, and a grid of originals above
-    reconstructions.
+    PSNR, mean absolute error, use of the codebook and diagnostics of the latents over the validation images, and a grid of
+    originals above reconstructions.
     """
     accelerator, was_training = run.accelerator, model.training
     model.eval()
@@ -437,7 +410,7 @@ def validate(
         num_processes=accelerator.num_processes,
     )
     psnr, l1, pairs = [], [], []
-    counts = None
+    counts = diagnostics = None
     if is_vq(model):
         counts = torch.zeros(model.config.num_vq_embeddings, dtype=torch.int64, device=accelerator.device)
     for batch in loader:
@@ -447,6 +420,9 @@ def validate(
         reconstruction = reconstruction.float()
         if counts is not None:
             counts += torch.bincount(latent.codes.flatten(), minlength=len(counts))
+        mean, std = (latent.mean, latent.std) if counts is None else (latent.latents, None)
+        diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
+        diagnostics.add(mean, std)
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
         if not pairs:
@@ -459,7 +435,9 @@ def validate(
     if counts is not None:
         metrics = codebook_metrics(accelerator.reduce(counts, reduction="sum"))
         values |= {f"validation/{name}": value for name, value in metrics.items()}
-    return values
+    parts = [part for part in gather_object([diagnostics]) if part is not None]
+    scalars = sum(parts[1:], start=parts[0]).scalars()
+    return values | {f"latents/{name}": value for name, value in scalars.items()}
 
 
 if __name__ == "__main__":

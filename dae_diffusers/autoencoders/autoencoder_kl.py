@@ -1,5 +1,6 @@
 """The decoupled autoencoder with a Gaussian latent space."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,12 +109,33 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
                 auxiliary_layers_per_block=auxiliary_layers_per_block,
             )
 
+    @classmethod
+    def from_diffusers(cls, vae: AutoencoderKL, **auxiliary) -> "DAEAutoencoderKL":
+        r"""
+        Starts from a trained autoencoder: its architecture and weights, and a fresh auxiliary decoder.
+
+        Args:
+            vae ([`~diffusers.AutoencoderKL`]): Any. Statistics of its latents are not taken over: they will change.
+            auxiliary: The arguments of this class that begin with `auxiliary_`.
+
+        Returns:
+            [`DAEAutoencoderKL`]
+        """
+        config = {name: value for name, value in vae.config.items() if name not in ("latents_mean", "latents_std")}
+        model = cls.from_config({**config, **auxiliary})
+        missing, unexpected = model.load_state_dict(vae.state_dict(), strict=False)
+        strange = [name for name in missing if not name.startswith("auxiliary_decoder.")] + list(unexpected)
+        if strange:
+            raise ValueError(f"the autoencoder does not fit its own config: {strange[:5]}.")
+        return model
+
     def forward(
         self,
         sample: torch.Tensor,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
+        perturb_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> DecoderOutput | tuple:
         r"""
         Runs the current stage: images to reconstructions.
@@ -123,6 +145,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             sample_posterior (`bool`, *optional*, defaults to `False`): Draw latents instead of taking the mean.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             generator (`torch.Generator`, *optional*): For the draw.
+            perturb_latents (`Callable`, *optional*): In a stage: applied to the latents before they are decoded.
 
         Returns:
             [`DAEAutoencoderKLOutput`] or `(reconstruction, posterior)` in a stage; what
@@ -135,6 +158,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 1):
             posterior = self.encode(sample).latent_dist
             latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        if perturb_latents is not None:
+            latents = perturb_latents(latents)
         reconstruction = self.decode_in_stage(latents)
         if not return_dict:
             return reconstruction, posterior

@@ -37,6 +37,12 @@ class DecoupledAutoencoderMixin:
         r"""Whether there is an auxiliary decoder, that is, whether training takes two stages."""
         return self.auxiliary_decoder is not None
 
+    @property
+    def last_layer(self) -> torch.nn.Parameter:
+        r"""The last weight of the decoder that the current stage trains, where gradients of losses can be compared."""
+        decoder = self.auxiliary_decoder.decoder if self.stage == 1 and self.is_decoupled else self.decoder
+        return (decoder.conv_out if hasattr(decoder, "conv_out") else decoder[0]).weight
+
     def set_stage(self, stage: Literal[1, 2] | None) -> None:
         r"""
         Chooses what `forward` runs and what trains. Call it before wrapping the model and before making the optimiser.

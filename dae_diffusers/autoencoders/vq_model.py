@@ -1,5 +1,6 @@
 """The decoupled autoencoder with a codebook."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -145,13 +146,19 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
                 auxiliary_layers_per_block=auxiliary_layers_per_block,
             )
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+    def forward(
+        self,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+        perturb_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> DecoderOutput | tuple:
         r"""
         Runs the current stage: images to reconstructions.
 
         Args:
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): `pixel_values` in [-1, 1].
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
+            perturb_latents (`Callable`, *optional*): In a stage: applied to the quantised latents before they are decoded.
 
         Returns:
             [`DAEVQModelOutput`] or `(reconstruction, quantization)` in a stage; what [`~diffusers.VQModel`] returns when
@@ -163,7 +170,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             quantization = self.quantize.quantize(self.encode(sample).latents)
         if self.stage == 1 and self.training:
             self.quantize.note(quantization)
-        reconstruction = self._decode_codes(quantization.straight_through)
+        quantized = quantization.straight_through
+        reconstruction = self._decode_codes(quantized if perturb_latents is None else perturb_latents(quantized))
         if not return_dict:
             return reconstruction, quantization
         return DAEVQModelOutput(sample=reconstruction, quantization=quantization)

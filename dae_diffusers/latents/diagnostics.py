@@ -229,6 +229,26 @@ class LatentDiagnostics:
             "covariance_of": self.covariance_of,
         }
 
+    def scalars(self) -> dict[str, float]:
+        r"""
+        The single numbers of [`summary`], for a log during training; those of the covariance only if there are enough
+        images for it. Beside them the mean over channels of `kl` and `posterior_std_ratio`, where there is a posterior.
+        """
+        kurtosis = self.excess_kurtosis
+        scalars = {
+            "dead_channel_share": self.dead_channels.double().mean().item(),
+            "excess_kurtosis": kurtosis[~kurtosis.isnan()].mean().item(),
+            "high_frequency_share": self.high_frequency_share,
+            "std": self.std.mean().item(),
+        }
+        if self.kl is not None:
+            scalars["kl"] = self.kl.mean().item()
+            scalars["posterior_std_ratio"] = self.posterior_std_ratio.mean().item()
+        of_latents = self.covariance_of == "latent"
+        if (self.num_images if of_latents else self._num_elements) > len(self.total):
+            scalars |= {"effective_rank": self.effective_rank, "gaussian_entropy": self.gaussian_entropy}
+        return scalars
+
     @property
     def _num_elements(self) -> int:
         """Latent elements of each channel seen."""

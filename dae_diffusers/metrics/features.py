@@ -209,6 +209,26 @@ def load_feature_extractor(
         if not round_to_8_bit:
             raise UserError("`inception` takes 8-bit images only: leave `round_to_8_bit` at True.")
         return InceptionFeatureExtractor().to(device)
+    model, preprocessing = load_vision_model(name_or_path)
+    return BackboneFeatureExtractor(
+        model.to(device), name=_short_name(name_or_path), round_to_8_bit=round_to_8_bit, **preprocessing
+    )
+
+
+def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    r"""
+    Loads a vision model of `transformers` and what its image processor says.
+
+    Args:
+        name_or_path (`str`): On the Hub or in a local folder, with a `preprocessor_config.json`.
+
+    Returns:
+        `tuple[PreTrainedModel, dict]`: The model in float32, with its classification head if it has one; and `size`
+        `(height, width)`, `mean` and `std` for images in [0, 1].
+
+    Raises:
+        UserError: If the model or its image processor does not exist, is no vision model, or lacks weights.
+    """
     try:
         architectures = AutoConfig.from_pretrained(name_or_path).architectures or []
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
@@ -218,8 +238,8 @@ def load_feature_extractor(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"the feature extractor {name_or_path!r} cannot be loaded: {' '.join(str(error).split())[:300]} (Allowed "
-            "are `inception`, and vision models with a preprocessor_config.json on the Hub or in a local folder.)"
+            f"the vision model {name_or_path!r} cannot be loaded: {' '.join(str(error).split())[:300]} (Allowed "
+            "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"
         ) from None
     model = getattr(model, "vision_model", model)  # of CLIP and its kin, only the half that sees
     if getattr(model, "main_input_name", None) != "pixel_values":
@@ -228,9 +248,7 @@ def load_feature_extractor(
     missing = [key for key in loading["missing_keys"] if not (_has_class_token(model) and "pooler" in key)]
     if missing:
         raise UserError(f"{name_or_path!r} lacks weights, its features would be random: {sorted(missing)[:5]}.")
-    return BackboneFeatureExtractor(
-        model.to(device), name=_short_name(name_or_path), round_to_8_bit=round_to_8_bit, **_preprocessing_of(processor)
-    )
+    return model, _preprocessing_of(processor)
 
 
 def prepare_images(

@@ -1,0 +1,156 @@
+"""`train_dae.py` with perceptual and adversarial losses, regularisers and published autoencoders, as a user runs it."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import make_autoencoder
+from safetensors.torch import load_file
+from test_perceptual_and_adversarial import save_backbone
+from test_training import (
+    TINY_DAE,
+    assert_same_weights,
+    fresh_accelerator_state,  # noqa: F401
+    launch,
+    run,
+    succeed,
+    weights,
+)
+
+from dae_diffusers.cli import ConfigError, UserError
+from dae_diffusers.training import train_dae
+from dae_diffusers.training.train_dae import TrainDAEConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
+
+ADVERSARIAL = (
+    " --adversarial_weight 0.5 --discriminator_channels 8 --discriminator_layers 2 --discriminator_start 1 "
+    "--adversarial_start 2 --adversarial_ramp_steps 2"
+)
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("backbone"), "resnet")
+
+
+@pytest.fixture(scope="module")
+def flags(backbone_folder):
+    return TINY_DAE + ADVERSARIAL + f" --perceptual_model {backbone_folder} --stage1_adversarial_weight 0.5"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, image_folder, flags):
+    folder = tmp_path_factory.mktemp("run")
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=folder)
+    return folder
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train_dae" / "log.jsonl").read_text().splitlines()]
+
+
+def test_losses_begin_when_they_should_and_are_logged(trained):
+    rows = {row["step"]: row for row in log_of(trained) if "train/reconstruction_loss" in row}
+    for start in (0, 4):  # both stages
+        assert "train/discriminator_loss" in rows[start + 2] and "train/adversarial_loss" not in rows[start + 2]
+        assert {"train/adversarial_loss", "train/adaptive_weight", "train/logits_fake"} <= rows[start + 4].keys()
+    assert all(0 < row["train/perceptual_loss"] < 4 for row in rows.values())
+    validation = [row for row in log_of(trained) if "validation/psnr" in row]
+    assert all({"latents/kl", "latents/high_frequency_share"} <= row.keys() for row in validation)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resume_restores_the_discriminator(trained, image_folder, flags, tmp_path, step):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "vae")
+    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run", resume_from_checkpoint=checkpoint)
+    assert_same_weights(weights(trained / "vae"), weights(tmp_path / "run" / "vae"))
+    assert log_of(trained) == log_of(tmp_path / "run")
+
+
+def test_two_processes_equal_one_that_accumulates(image_folder, tmp_path, flags):
+    """Autoencoder and discriminator: both are averaged over processes, and both accumulate."""
+    more = " --adaptive_weight_cap 0 --stage1_steps 3 --stage2_steps 3 --checkpointing_steps 3"
+    succeed(
+        launch("train_dae", flags + more + " --gradient_accumulation_steps 2", train_data_dir=image_folder,
+               output_dir=tmp_path / "1")
+    )  # fmt: skip
+    succeed(launch("train_dae", flags + more, processes=2, train_data_dir=image_folder, output_dir=tmp_path / "2"))
+    for step in (3, 6):
+        for file in ("model.safetensors", "model_1.safetensors"):
+            first, second = (
+                load_file(tmp_path / name / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}" / file)
+                for name in "12"
+            )
+            assert_same_weights(first, second, rtol=2e-3, atol=2e-4)
+
+
+def test_discriminator_on_a_backbone_in_bfloat16(image_folder, tmp_path, flags, backbone_folder):
+    more = f" --discriminator_model {backbone_folder} --mixed_precision bf16 --adversarial_loss non_saturating"
+    run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path)
+    assert all(map(torch.isfinite, (value.sum() for value in weights(tmp_path / "vae").values())))
+
+
+def test_all_regularisers_at_once(image_folder, tmp_path):
+    flags = TINY_DAE + " --mask_ratio 0.3 --latent_denoising 1 --equivariance 0.5 --noise_tau 0.3"
+    for kind in ("kl", "vq"):
+        more = "" if kind == "kl" else " --autoencoder vq --codebook_size 16 --codebook_warmup_steps 1"
+        run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path / kind)
+        assert (tmp_path / kind / "vae" / "config.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["all", "2"])
+def test_training_starts_from_a_published_autoencoder(image_folder, tmp_path, stage):
+    published = make_autoencoder("none", layers_per_block=2).to_diffusers()
+    published.save_pretrained(tmp_path / "published")
+    flags = TINY_DAE + f" --stage {stage} --learning_rate 1e-9 --pretrained_vae {tmp_path / 'published'}"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "vae" / "config.json").read_text())
+    assert config["layers_per_block"] == 2 and len(config["latents_mean"]) == 3
+    before, after = weights(tmp_path / "published"), weights(tmp_path / "run" / "vae")
+    assert_same_weights(before, after, rtol=0, atol=1e-6)
+    for name in before:
+        if stage == "2" and name.startswith(("encoder.", "quant_conv.")):
+            assert torch.equal(before[name], after[name])
+
+
+def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
+    make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers().save_pretrained(tmp_path / "gray")
+    for path, sentence in ((tmp_path / "gray", "1"), (tmp_path / "nothing", "nothing")):
+        with pytest.raises(UserError, match=sentence):
+            run(train_dae, TINY_DAE, pretrained_vae=path, train_data_dir=image_folder, output_dir=tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"adversarial_weight": -1}, "`--adversarial_weight` is -1"),
+        ({"adversarial_weight": 1, "resolution": 16}, "at least 24 pixels"),
+        ({"discriminator_start": 5, "adversarial_start": 4}, "has learnt nothing"),
+        ({"discriminator_channels": 12}, "multiple of 8"),
+        ({"perceptual_model": "x", "image_channels": 4}, "1 or 3 channels"),
+        ({"mask_ratio": 1.0}, "below 1"),
+        ({"equivariance": 2.0}, "between 0 and 1"),
+        ({"noise_tau": -0.1}, "0 or more"),
+        ({"pretrained_vae": "x", "autoencoder": "vq", "codebook_warmup_steps": 1}, "kl"),
+        ({"pretrained_vae": "x", "pretrained_model_name_or_path": "y", "stage": "2"}, "not both"),
+        (
+            {"adversarial_weight": 1, "mixed_precision": "fp16", "gradient_accumulation_steps": 2, "resolution": 32},
+            "loss scale",
+        ),
+    ],
+)
+def test_bad_flags_are_refused_with_a_sentence(flags, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TrainDAEConfig(**{"dataset_name": "digits", "resolution": 32, **flags})
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs():
+    yield
+    logging.getLogger().setLevel(logging.WARNING)
