@@ -29,6 +29,7 @@ def main():
     parser.add_argument("folder", type=Path, help="where `pipeline/` lies and the results go")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=int, default=25, help="of a DAEDiTPipeline")
+    parser.add_argument("--top_p", type=float, default=0.9, help="of a DAEVQGANPipeline")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -36,9 +37,8 @@ def main():
     index = json.loads((arguments.folder / "pipeline" / "model_index.json").read_text())
     is_vqgan = index["_class_name"] == "DAEVQGANPipeline"
     pipeline_class, script = (DAEVQGANPipeline, "train_vqgan_prior") if is_vqgan else (DAEDiTPipeline, "train_dit")
-    settings = {"guidance_scale": arguments.guidance_scale}
-    if not is_vqgan:
-        settings["num_inference_steps"] = arguments.num_inference_steps
+    own = "top_p" if is_vqgan else "num_inference_steps"
+    settings = {name: getattr(arguments, name) for name in ("guidance_scale", own)}
     pipeline = pipeline_class.from_pretrained(arguments.folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     labels = torch.arange(10).repeat(PER_CLASS)

@@ -296,3 +296,21 @@ def test_autoencoder_without_codes_and_damaged_codes_are_named(trained, with_pri
     (tmp_path / "codes" / "train.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         run(train_vqgan_prior, TINY_PRIOR, vae=trained / "vae", code_cache=tmp_path / "codes", **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular", "ignore:.*fewer")
+def test_evaluation_draws_codes(with_prior, image_folder, tmp_path, monkeypatch):
+    import test_evaluation
+
+    extractor = test_evaluation.make_extractor_folder(tmp_path / "extractor")
+    calls = []
+    original = DAEVQGANPipeline.__call__
+    monkeypatch.setattr(DAEVQGANPipeline, "__call__", lambda self, *a, **k: calls.append(k) or original(self, *a, **k))
+    run(
+        evaluate, "--resolution 16 --validation_fraction 0.5 --num_images 12 --top_p 0.9 --guidance_scales 1 2",
+        train_data_dir=image_folder, pipeline=with_prior / "pipeline", features=extractor, output_dir=tmp_path / "out",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["generation"]
+    assert [row["guidance_scale"] for row in rows] == [1.0, 2.0] == [call["guidance_scale"] for call in calls]
+    assert all(call["top_p"] == 0.9 and "num_inference_steps" not in call for call in calls)
+    assert (tmp_path / "out" / "samples-guidance-2.png").exists() and (tmp_path / "out" / "sweep.png").exists()
