@@ -21,6 +21,7 @@ from test_training import (
 )
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
+from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.latents.codes import CodeGrids, codes_of
@@ -56,6 +57,11 @@ def test_result_is_a_plain_vq_model_with_statistics_and_the_codes_of_stage_one(t
         stage1.set_stage(1)
         codes = stage1(pixel_values).quantization.codes
         assert torch.equal(vae.quantize(vae.encode(pixel_values).latents)[2][2], codes.flatten())
+
+
+def test_folder_of_stage_one_loads_as_what_would_be_published(trained):
+    vae = load_autoencoder(str(trained / "stage1"))
+    assert type(vae) is VQModel and code_fingerprint(vae) == code_fingerprint(load_autoencoder(str(trained / "vae")))
 
 
 def test_log_has_the_use_of_the_codebook_over_all_validation_images(trained):

@@ -6,7 +6,8 @@ frozen, the real decoder.
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16
     accelerate launch training/train_dae.py --config training/configs/cifar10_dae.yaml --output_dir runs/cifar10
 
-The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel`, with `--autoencoder vq`) whose config holds the latents' statistics.
+The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel`, with `--autoencoder vq`) whose config
+holds the latents' statistics.
 """
 
 import logging
@@ -186,7 +187,6 @@ class TrainDAEConfig(RunConfig, OptimizationConfig, StageConfig, CodebookConfig,
                 f"{len(self.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, self.resolution // factor) * factor} and {(self.resolution // factor + 1) * factor}."
             )
-
         uses_kmeans = self.autoencoder == "vq" and self.quantizer == "ema"
         if uses_kmeans and self.codebook_warmup_steps >= self.stage_steps().get(1, math.inf):
             raise ConfigError(
@@ -416,7 +416,8 @@ def latent_losses(
     if config.quantizer == "vq":
         terms["codebook_loss"] = (1.0, codebook_loss(latent.quantized, latent.latents))
     if config.entropy_weight:
-        terms["entropy_loss"] = (config.entropy_weight, codebook_entropy_loss(latent.latents, codebook.codebook))
+        weight = 0.0 if codebook.is_warming_up else config.entropy_weight  # before k-means the codes mean nothing
+        terms["entropy_loss"] = (weight, codebook_entropy_loss(latent.latents, codebook.codebook))
     return terms
 
 

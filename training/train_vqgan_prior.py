@@ -220,7 +220,7 @@ def main(config: TrainPriorConfig) -> None:
 
 
 def load_vq_model(config: TrainPriorConfig) -> VQModel:
-    """The autoencoder as it will be published, once it is clear that it has codes and takes such images."""
+    """The autoencoder, once it is clear that it has codes and takes such images."""
     vae = load_autoencoder(config.vae)
     if not is_vq(vae):
         raise UserError(
@@ -228,7 +228,7 @@ def load_vq_model(config: TrainPriorConfig) -> VQModel:
             "`training/train_dae.py --autoencoder vq`, or use training/train_dit.py."
         )
     check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
-    return vae.to_diffusers() if hasattr(vae, "to_diffusers") else vae
+    return vae
 
 
 def make_prior(config: TrainPriorConfig, vae: VQModel, codes: CodeGrids, fingerprint: str) -> LlamaForCausalLM:
