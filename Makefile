@@ -1,4 +1,5 @@
 # make demo: everything from nothing: set up, train on the embedded digits, draw a grid, check it. Look in runs/demo.
+# make demo-vq: the same with codes: an autoencoder with a codebook and an autoregressive prior. Look in runs/demo-vq.
 # make test: set up, run the tests.
 # Both make .venv with the versions of constraints.txt; PYTHON=python3.12 chooses another Python.
 
@@ -7,12 +8,17 @@ BIN := .venv/bin
 CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --config_file training/configs/accelerate/single.yaml --num_cpu_threads_per_process $(CORES)
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-vq test lint clean
 
 demo: .venv/installed
 	$(LAUNCH) training/train_dae.py --config training/configs/digits_dae.yaml --output_dir runs/demo --resume_from_checkpoint latest
 	$(LAUNCH) training/train_dit.py --config training/configs/digits_dit.yaml --vae runs/demo/vae --output_dir runs/demo --resume_from_checkpoint latest
 	$(BIN)/python benchmarks/check_digits.py runs/demo
+
+demo-vq: .venv/installed
+	$(LAUNCH) training/train_dae.py --config training/configs/digits_vq.yaml --output_dir runs/demo-vq --resume_from_checkpoint latest
+	$(LAUNCH) training/train_vqgan_prior.py --config training/configs/digits_vqgan_prior.yaml --vae runs/demo-vq/vae --output_dir runs/demo-vq --resume_from_checkpoint latest
+	$(BIN)/python benchmarks/check_digits.py runs/demo-vq
 
 test: .venv/installed
 	$(BIN)/python -m ruff check .

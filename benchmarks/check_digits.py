@@ -3,7 +3,7 @@ Are the digits that a pipeline draws those it was asked for? A classifier that h
 
     python benchmarks/check_digits.py runs/demo
 
-Draws 50 images of each class with `runs/demo/pipeline` and writes `samples.png` (one row per class) and `metrics.json`
+Draws 50 images of each class with `runs/demo/pipeline` (a `DAEDiTPipeline` or a `DAEVQGANPipeline`) and writes `samples.png` (one row per class) and `metrics.json`
 (`class_agreement`: the share whose class the classifier confirms) into `runs/demo`.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from dae_diffusers import DAEDiTPipeline
+from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.plots import image_grid
 
@@ -28,20 +28,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where `pipeline/` lies and the results go")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="of a DAEDiTPipeline")
+    parser.add_argument("--top_p", type=float, default=0.9, help="of a DAEVQGANPipeline")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     classifier, accuracy = train_classifier(*load_images(DataConfig(dataset_name="digits", image_channels=1)))
-    pipeline = DAEDiTPipeline.from_pretrained(arguments.folder / "pipeline")
+    index = json.loads((arguments.folder / "pipeline" / "model_index.json").read_text())
+    is_vqgan = index["_class_name"] == "DAEVQGANPipeline"
+    pipeline_class, script = (DAEVQGANPipeline, "train_vqgan_prior") if is_vqgan else (DAEDiTPipeline, "train_dit")
+    own = "top_p" if is_vqgan else "num_inference_steps"
+    settings = {name: getattr(arguments, name) for name in ("guidance_scale", own)}
+    pipeline = pipeline_class.from_pretrained(arguments.folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     labels = torch.arange(10).repeat(PER_CLASS)
     images = []
     for start in tqdm(range(0, len(labels), 100), desc="Drawing", unit="batch"):
         output = pipeline(
             class_labels=labels[start : start + 100].tolist(),
-            guidance_scale=arguments.guidance_scale,
-            num_inference_steps=arguments.num_inference_steps,
+            **settings,
             generator=[torch.Generator().manual_seed(arguments.seed + start + n) for n in range(100)],
             output_type="pt",
         )
@@ -57,8 +62,7 @@ def main():
         "class_agreement_by_class": [agreement[labels == label].mean().item() for label in range(10)],
         "num_images": len(labels),
         "classifier_accuracy_on_real_test_digits": accuracy,
-        "guidance_scale": arguments.guidance_scale,
-        "num_inference_steps": arguments.num_inference_steps,
+        **settings,
         "seed": arguments.seed,
     }
     (arguments.folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
@@ -68,9 +72,9 @@ def main():
         f"  {arguments.folder}/samples.png           one row per class\n"
         f"  {arguments.folder}/train_dae/curves.png  the two stages of the autoencoder\n"
         f"  {arguments.folder}/train_dae/grids/      originals above reconstructions\n"
-        f"  {arguments.folder}/train_dit/curves.png  the transformer\n"
+        f"  {arguments.folder}/{script}/curves.png  the generator\n"
         f"  {arguments.folder}/metrics.json          the numbers\n"
-        f"and use it: DAEDiTPipeline.from_pretrained('{arguments.folder}/pipeline')(class_labels='7').images[0]"
+        f"and use it: {pipeline_class.__name__}.from_pretrained('{arguments.folder}/pipeline')(class_labels='7').images[0]"
     )
 
 

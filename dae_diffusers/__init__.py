@@ -9,6 +9,7 @@ _PUBLIC = {
     "DAEAutoencoderKL": "dae_diffusers.autoencoders.autoencoder_kl",
     "DAEDiTPipeline": "dae_diffusers.pipelines.dae_dit",
     "DAEDiTTransformer2DModel": "dae_diffusers.transformer_dae_dit",
+    "DAEVQGANPipeline": "dae_diffusers.pipelines.dae_vqgan",
     "DAEVQModel": "dae_diffusers.autoencoders.vq_model",
     "DecoupledAutoencoderMixin": "dae_diffusers.autoencoders.decoupled",
 }

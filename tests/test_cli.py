@@ -11,6 +11,7 @@ from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_s
 from dae_diffusers.training.cache_latents import CacheLatentsConfig
 from dae_diffusers.training.train_dae import TrainDAEConfig
 from dae_diffusers.training.train_dit import TrainDiTConfig
+from dae_diffusers.training.train_vqgan_prior import TrainPriorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 
@@ -136,7 +137,8 @@ def test_every_flag_of_every_script_has_help(config_class, capsys):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
-    config_class = TrainDiTConfig if "_dit" in path.stem else TrainDAEConfig
+    config_classes = {"dit": TrainDiTConfig, "prior": TrainPriorConfig}
+    config_class = config_classes.get(path.stem.split("_")[-1], TrainDAEConfig)
     config = parse_config(config_class, ["--config", str(path)])
     for name, value in yaml.safe_load(path.read_text()).items():
         assert getattr(config, name) == value

@@ -26,8 +26,11 @@ from dae_diffusers.metrics.features import load_feature_extractor
 
 @pytest.fixture(scope="module")
 def extractor_folder(tmp_path_factory):
+    return make_extractor_folder(tmp_path_factory.mktemp("extractor"))
+
+
+def make_extractor_folder(folder):
     """A random ResNet classifier, as a folder."""
-    folder = tmp_path_factory.mktemp("extractor")
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
     ResNetForImageClassification(config).eval().save_pretrained(folder)

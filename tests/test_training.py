@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import UserError, parse_config
-from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -48,6 +48,7 @@ def _config_class(script):
         train_dit: train_dit.TrainDiTConfig,
         cache_latents: cache_latents.CacheLatentsConfig,
         evaluate: evaluate.EvaluateConfig,
+        train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
     }[script]
 
 

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import make_autoencoder
 from diffusers import VQModel
+from safetensors.torch import load_file
 from test_training import (
     TINY_DAE,
     TINY_DIT,
@@ -18,10 +20,13 @@ from test_training import (
     weights,
 )
 
-from dae_diffusers import DAEDiTPipeline, DAEVQModel
+from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
+from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
+from dae_diffusers.latents.codes import CodeGrids, codes_of
+from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -52,6 +57,11 @@ def test_result_is_a_plain_vq_model_with_statistics_and_the_codes_of_stage_one(t
         stage1.set_stage(1)
         codes = stage1(pixel_values).quantization.codes
         assert torch.equal(vae.quantize(vae.encode(pixel_values).latents)[2][2], codes.flatten())
+
+
+def test_folder_of_stage_one_loads_as_what_would_be_published(trained):
+    vae = load_autoencoder(str(trained / "stage1"))
+    assert type(vae) is VQModel and code_fingerprint(vae) == code_fingerprint(load_autoencoder(str(trained / "vae")))
 
 
 def test_log_has_the_use_of_the_codebook_over_all_validation_images(trained):
@@ -152,6 +162,17 @@ def test_evaluation_reports_the_use_of_the_codebook(trained, image_folder, tmp_p
 
 
 @pytest.mark.parametrize(
+    "flags",
+    ["--random_crop", "--attention_head_dim 3", "--sample_top_p 0", "--sample_temperature 0", "--sample_top_k 0"],
+)
+def test_impossible_flags_of_the_prior_exit_with_two(flags, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(train_vqgan_prior.TrainPriorConfig, f"--dataset_name digits {flags}".split())
+    assert exit_info.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--quantizer fsq", "--fsq_levels"),
@@ -166,3 +187,136 @@ def test_impossible_flags_exit_with_two(flags, message, capsys):
         parse_config(train_dae.TrainDAEConfig, f"--dataset_name digits {flags}".split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+TINY_PRIOR = (
+    "--resolution 16 --num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 6 "
+    "--train_batch_size 4 --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
+    "--num_sample_images 4 --random_flip"
+)
+
+
+@pytest.fixture(scope="module")
+def with_prior(trained, image_folder, tmp_path_factory):
+    """A finished prior over the codes of `trained`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("prior")
+    run(train_vqgan_prior, TINY_PRIOR, train_data_dir=image_folder, output_dir=folder, vae=trained / "vae")
+    return folder
+
+
+def prior_weights(folder):
+    return load_file(folder / "pipeline" / "prior" / "model.safetensors")
+
+
+def test_prior_is_saved_as_a_pipeline_that_draws_by_class_name(trained, with_prior):
+    pipeline = DAEVQGANPipeline.from_pretrained(with_prior / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert [image.size for image in pipeline(["cat", 1]).images] == [(16, 16)] * 2
+    assert pipeline.prior.config.code_fingerprint == code_fingerprint(VQModel.from_pretrained(trained / "vae"))
+    assert (with_prior / "train_vqgan_prior" / "grids" / "samples-00000006.png").exists()
+    assert (with_prior / "train_vqgan_prior" / "curves.png").stat().st_size > 1000
+
+
+def test_cached_codes_are_those_of_the_images_and_their_mirror_images(trained, with_prior, image_folder):
+    vae = VQModel.from_pretrained(trained / "vae")
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16, random_flip=True))[0]
+    pixel_values = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
+    with torch.no_grad():
+        expected = [codes_of(vae, vae.encode(view).latents) for view in (pixel_values, pixel_values.flip(-1))]
+    cached = load_file(with_prior / "codes" / "train.safetensors")["codes"]
+    assert torch.equal(cached, torch.stack(expected, dim=1).int())
+    grids = CodeGrids(cached, torch.tensor(images.labels), images.id2label)
+    batch = grids.__getitems__([(3, 2), (3, 1), 3])
+    assert torch.equal(batch["codes"], cached[[3, 3, 3], [0, 1, 0]].long())
+    assert batch["class_labels"].tolist() == [images.labels[3]] * 3
+
+
+def test_resumed_prior_equals_an_uninterrupted_one(trained, with_prior, image_folder, tmp_path):
+    shutil.copytree(with_prior, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    checkpoint = tmp_path / "run" / "train_vqgan_prior" / "checkpoints" / "checkpoint-00000003"
+    run(
+        train_vqgan_prior,
+        TINY_PRIOR,
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "run",
+        vae=trained / "vae",
+        resume_from_checkpoint=checkpoint,
+    )
+    assert_same_weights(prior_weights(with_prior), prior_weights(tmp_path / "run"))
+    logs = [(folder / "train_vqgan_prior" / "log.jsonl").read_text() for folder in (with_prior, tmp_path / "run")]
+    assert logs[0] == logs[1]
+
+
+def test_two_processes_train_the_prior_that_one_does(trained, with_prior, image_folder, tmp_path):
+    flags = TINY_PRIOR.replace("--train_batch_size 4", "--train_batch_size 2")
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    succeed(launch("train_vqgan_prior", flags, processes=2, output_dir=tmp_path / "2", **data))
+    codes = [load_file(folder / "codes" / "train.safetensors")["codes"] for folder in (with_prior, tmp_path / "2")]
+    assert torch.equal(*codes)
+    run(train_vqgan_prior, flags + " --gradient_accumulation_steps 2", output_dir=tmp_path / "1", **data)
+    assert_same_weights(prior_weights(tmp_path / "1"), prior_weights(tmp_path / "2"), rtol=1e-3, atol=1e-4)
+
+
+def test_prior_refuses_other_codes_with_a_line(trained, with_prior, image_folder, tmp_path):
+    run(
+        train_dae, TINY_VQ + " --stage1_steps 2 --stage2_steps 1 --seed 1",
+        train_data_dir=image_folder, output_dir=tmp_path,
+    )  # fmt: skip
+    shutil.copytree(with_prior, tmp_path / "run")
+    options = {"train_data_dir": image_folder, "output_dir": tmp_path / "run", "vae": tmp_path / "vae"}
+    with pytest.raises(UserError, match="another VQ model") as error:
+        run(train_vqgan_prior, TINY_PRIOR + " --resume_from_checkpoint latest", **options)
+    assert "\n" not in str(error.value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options |= {"output_dir": tmp_path / "new", "code_cache": with_prior / "codes"}
+    with pytest.raises(UserError, match="do not fit: its autoencoder is") as error:
+        run(train_vqgan_prior, TINY_PRIOR, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_flat_folder_trains_an_unconditional_prior(trained, image_folder, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for path in image_folder.rglob("*.png"):
+        shutil.copy(path, tmp_path / "flat")
+    flags = TINY_PRIOR + " --max_train_steps 1 --gradient_checkpointing --mixed_precision bf16"
+    run(
+        train_vqgan_prior, flags,
+        train_data_dir=tmp_path / "flat", output_dir=tmp_path / "run", vae=trained / "vae",
+    )  # fmt: skip
+    pipeline = DAEVQGANPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.null_class is None and pipeline.prior.dtype == torch.float32
+    assert len(pipeline(num_images_per_label=3).images) == 3
+
+
+def test_autoencoder_without_codes_and_damaged_codes_are_named(trained, with_prior, image_folder, tmp_path):
+    make_autoencoder("none").to_diffusers().save_pretrained(tmp_path / "kl")
+    options = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
+    with pytest.raises(UserError, match="has no codes"):
+        run(train_vqgan_prior, TINY_PRIOR, vae=tmp_path / "kl", **options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "train.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        run(train_vqgan_prior, TINY_PRIOR, vae=trained / "vae", code_cache=tmp_path / "codes", **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular", "ignore:.*fewer")
+def test_evaluation_draws_codes(with_prior, image_folder, tmp_path, monkeypatch):
+    import test_evaluation
+
+    extractor = test_evaluation.make_extractor_folder(tmp_path / "extractor")
+    calls = []
+    original = DAEVQGANPipeline.__call__
+    monkeypatch.setattr(DAEVQGANPipeline, "__call__", lambda self, *a, **k: calls.append(k) or original(self, *a, **k))
+    run(
+        evaluate, "--resolution 16 --validation_fraction 0.5 --num_images 12 --top_p 0.9 --guidance_scales 1 2",
+        train_data_dir=image_folder, pipeline=with_prior / "pipeline", features=extractor, output_dir=tmp_path / "out",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["generation"]
+    assert [row["guidance_scale"] for row in rows] == [1.0, 2.0] == [call["guidance_scale"] for call in calls]
+    assert all(call["top_p"] == 0.9 and "num_inference_steps" not in call for call in calls)
+    assert (tmp_path / "out" / "samples-guidance-2.png").exists() and (tmp_path / "out" / "sweep.png").exists()

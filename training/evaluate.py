@@ -13,7 +13,7 @@ An interrupted evaluation goes on where it stopped when the same command is give
 import importlib.metadata
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ class EvaluationConfig:
     num_images: int = field(10000, "images to draw for each setting, and training images to compare them with")
     guidance_scales: list[float] = field([1.0], "classifier-free guidance; several are swept")
     num_inference_steps: list[int] = field([25], "denoising steps; several are swept")
+    temperature: float | None = field(None, "of a pipeline that draws codes; default: its own")
+    top_k: int | None = field(None, "the same: draw from the this many likeliest codes only")
+    top_p: float | None = field(None, "the same: draw from the fewest likeliest codes with this share")
     label_sampling: Literal["balanced", "random"] = field("balanced", "labels of the drawn images")
     batch_size: int = field(64, "images at once in each process; changes no result")
     seed: int = field(0, "of noise and labels; with that of training, the same held-out images")
@@ -161,10 +165,13 @@ def main(config: EvaluateConfig) -> None:
         )
         results["generation"] = []
         for guidance_scale in config.guidance_scales:
-            for num_inference_steps in config.num_inference_steps:
+            draws_codes = isinstance(pipeline, DAEVQGANPipeline)
+            for num_inference_steps in [None] if draws_codes else config.num_inference_steps:
                 settings = SampleSettings(
                     config.num_images, guidance_scale, num_inference_steps, config.label_sampling, config.seed
                 )
+                if draws_codes:
+                    settings = replace(settings, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
                 with accelerator.autocast():
                     samples = draw_samples(
                         pipeline, settings, folder / "samples", accelerator, batch_size=config.batch_size
@@ -178,9 +185,9 @@ def main(config: EvaluateConfig) -> None:
                     accelerator,
                     batch_size=config.batch_size,
                 )
-                results["generation"].append({**asdict(settings), **metrics})
+                results["generation"].append({**settings.given(), **metrics})
                 if accelerator.is_main_process:
-                    name = f"guidance-{guidance_scale:g}-steps-{num_inference_steps}"
+                    name = f"guidance-{guidance_scale:g}" + ("" if draws_codes else f"-steps-{num_inference_steps}")
                     save_grids(folder, name, samples, settings, pipeline, train, neighbors)
 
     if accelerator.is_main_process:
@@ -196,7 +203,9 @@ def main(config: EvaluateConfig) -> None:
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     """Ours, or any other of diffusers with class labels, latents and a VAE."""
     try:
-        return DAEDiTPipeline.from_pretrained(name_or_path).to(device)
+        class_name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
+        pipeline_class = DAEVQGANPipeline if class_name == "DAEVQGANPipeline" else DAEDiTPipeline
+        return pipeline_class.from_pretrained(name_or_path).to(device)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
@@ -204,7 +213,7 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
 
 def save_grids(folder, name, samples, settings, pipeline, train: ImageDataset, neighbors: torch.Tensor) -> None:
     """A grid of samples, and each of twelve samples beside its nearest training image."""
-    num_classes = pipeline.transformer.config.get("num_classes")
+    num_classes = pipeline.null_class
     columns = num_classes if num_classes is not None and num_classes <= 20 else 10
     image_grid(samples[: 8 * columns].float() / 127.5 - 1, columns=columns).save(folder / f"samples-{name}.png")
     chosen = range(min(12, len(samples)))
@@ -219,7 +228,7 @@ def describe(config, vae, pipeline, train, validation, extractor, accelerator) -
     return {
         "config": asdict(config),
         "autoencoder": {key: vae.config.get(key) for key in ("_class_name", "latent_channels", "block_out_channels")},
-        "scheduler": None if pipeline is None else dict(pipeline.scheduler.config),
+        "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
         "features": None if extractor is None else {"name": extractor.name, "description": extractor.description},
         "train_images": {"number": len(train), "fingerprint": train.fingerprint},
         "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
@@ -256,9 +265,10 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     """The distance against guidance, a line for each number of steps."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
-    for steps in sorted({row["num_inference_steps"] for row in rows}):
-        points = sorted((row["guidance_scale"], row[distance]) for row in rows if row["num_inference_steps"] == steps)
-        axis.plot(*zip(*points, strict=True), marker="o", label=f"{steps} steps")
+    for steps in sorted({row.get("num_inference_steps") for row in rows}):
+        chosen = [row for row in rows if row.get("num_inference_steps") == steps]
+        points = sorted((row["guidance_scale"], row[distance]) for row in chosen)
+        axis.plot(*zip(*points, strict=True), marker="o", label="codes" if steps is None else f"{steps} steps")
     axis.set_xlabel("guidance scale")
     axis.set_ylabel(distance)
     axis.legend(frameon=False)

@@ -6,7 +6,8 @@ frozen, the real decoder.
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16
     accelerate launch training/train_dae.py --config training/configs/cifar10_dae.yaml --output_dir runs/cifar10
 
-The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel`, with `--autoencoder vq`) whose config holds the latents' statistics.
+The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel`, with `--autoencoder vq`) whose config
+holds the latents' statistics.
 """
 
 import logging
@@ -69,13 +70,12 @@ class TrainDAEConfig(
             part.__post_init__(self)
         self.require_source()
         factor = 2 ** (len(self.block_out_channels) - 1)
-        if self.resolution % factor:
+        if self.pretrained_vae is None and self.resolution % factor:
             raise ConfigError(
                 f"`--resolution` {self.resolution} is not divisible by {factor}, the factor of an autoencoder with "
                 f"{len(self.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, self.resolution // factor) * factor} and {(self.resolution // factor + 1) * factor}."
             )
-
         has_rgb_loss = self.perceptual_model is not None or self.discriminator_model is not None
         if has_rgb_loss and self.image_channels not in (1, 3):
             raise ConfigError(
@@ -389,7 +389,8 @@ def latent_losses(
     if config.quantizer == "vq":
         terms["codebook_loss"] = (1.0, codebook_loss(latent.quantized, latent.latents))
     if config.entropy_weight:
-        terms["entropy_loss"] = (config.entropy_weight, codebook_entropy_loss(latent.latents, codebook.codebook))
+        weight = 0.0 if codebook.is_warming_up else config.entropy_weight  # before k-means the codes mean nothing
+        terms["entropy_loss"] = (weight, codebook_entropy_loss(latent.latents, codebook.codebook))
     return terms
 
 

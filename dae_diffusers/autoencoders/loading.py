@@ -29,6 +29,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             class_name = AutoencoderKL.load_config(name_or_path, subfolder=subfolder).get("_class_name")
             vae_class = _VQ_CLASSES.get(class_name, AutoencoderKL)
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+            vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae
             return vae.eval().requires_grad_(False)
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             reasons.append(" ".join(str(error).split())[:300])

@@ -14,6 +14,7 @@ from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
 QuantizerType = Literal["vq", "ema", "fsq"]
 
 _KMEANS_ITERATIONS = 10
+_CHUNK = 4096  # vectors that are compared with the whole codebook at once
 _RECENT_PER_CODE = 8  # latent vectors remembered for each code, for k-means and for replacing dead codes
 
 
@@ -179,12 +180,11 @@ class CodebookQuantizer(nn.Module):
         r"""Tells an `ema` codebook what a micro-batch was made of, for its next [`update`]; nothing for other types."""
         if self.quantizer_type != "ema":
             return
-        num_codes, dim = self.embedding.weight.shape
+        num_codes = len(self.embedding.weight)
         vectors, codes = quantization.latents.permute(0, 2, 3, 1).flatten(0, 2), quantization.codes.flatten()
         if self.l2_normalize:
             vectors = normalize(vectors, dim=1)
-        counts = torch.zeros(num_codes, device=codes.device).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
-        sums = torch.zeros(num_codes, dim, device=codes.device).index_add_(0, codes, vectors)
+        counts, sums = _count_and_sum(vectors, codes, num_codes)
         chosen = torch.randperm(len(vectors), device=vectors.device)[:num_codes]
         self._noted.append((counts, sums, vectors[chosen]))
 
@@ -234,9 +234,8 @@ class CodebookQuantizer(nn.Module):
         vectors = self.recent[: int(self.num_recent)]
         centres = self._draw_recent(len(self.embedding.weight), generator)
         for _ in range(_KMEANS_ITERATIONS):
-            nearest = torch.cdist(vectors, centres).argmin(dim=1)
-            counts = torch.bincount(nearest, minlength=len(centres)).float()
-            sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+            nearest = torch.cat([torch.cdist(part, centres).argmin(dim=1) for part in vectors.split(_CHUNK)])
+            counts, sums = _count_and_sum(vectors, nearest, len(centres))
             empty = counts == 0
             sums[empty], counts[empty] = self._draw_recent(int(empty.sum()), generator), 1
             centres = sums / counts[:, None]
@@ -288,6 +287,17 @@ def check_quantizer(
             f"the levels {list(fsq_levels)} make {math.prod(fsq_levels)} codes of dimension {len(fsq_levels)}, not "
             f"{num_codes} of dimension {dim}."
         )
+
+
+def _count_and_sum(vectors: torch.Tensor, codes: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number `(K,)` and sum `(K, C)` of each code's vectors, bit-identical from run to run, which scattering is not."""
+    counts, sums = vectors.new_zeros(num_codes), vectors.new_zeros(num_codes, vectors.shape[1])
+    with torch.autocast(vectors.device.type, enabled=False):
+        for part, part_codes in zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True):
+            belongs = part.new_zeros(len(part), num_codes).scatter_(1, part_codes[:, None], 1)
+            counts += belongs.sum(0)
+            sums += belongs.T @ part
+    return counts, sums
 
 
 def _num_processes() -> int:

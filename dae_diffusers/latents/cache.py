@@ -130,7 +130,7 @@ class CachedLatents(Dataset):
         """
         wanted = {"autoencoder": autoencoder}
         if images is not None:
-            wanted |= _image_identity(images)
+            wanted |= image_identity(images)
         wanted = CacheIdentity(**{**vars(self.identity), **wanted})
         differences = self.identity.differences(wanted)
         if differences:
@@ -173,7 +173,7 @@ def write_latent_cache(
     """
     folder = Path(folder)
     identity = CacheIdentity(
-        autoencoder=autoencoder_fingerprint(vae), num_samples=len(images), dtype=dtype, **_image_identity(images)
+        autoencoder=autoencoder_fingerprint(vae), num_samples=len(images), dtype=dtype, **image_identity(images)
     )
     manifest = {
         "identity": vars(identity),
@@ -220,11 +220,11 @@ def write_latent_cache(
     accelerator.wait_for_everyone()
 
 
-def autoencoder_fingerprint(vae: ModelMixin) -> str:
+def autoencoder_fingerprint(vae: ModelMixin, parts: tuple[str, ...] = ("encoder", "quant_conv")) -> str:
     r"""Hash of the weights that make latents; the decoder may change without making a cache stale."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
-        if name.split(".")[0] in ("encoder", "quant_conv"):
+        if name.split(".")[0] in parts:
             digest.update(name.encode())
             digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -243,7 +243,8 @@ def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> 
     return {name: torch.cat(values) for name, values in parts.items() if values}
 
 
-def _image_identity(images: ImageDataset) -> dict[str, Any]:
+def image_identity(images: ImageDataset) -> dict[str, Any]:
+    r"""What a [`CacheIdentity`] says of the images."""
     config = images.config
     return {
         "data": images.fingerprint,

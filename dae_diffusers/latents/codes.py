@@ -1,11 +1,24 @@
-"""Images as grids of codes: how often each code occurs."""
+"""Images as grids of codes: how often each code occurs, and grids that were encoded once for training on them."""
+
+import json
+import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import VQModel
-from torch.utils.data import DataLoader
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
+from dae_diffusers.cli import UserError
+from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
+from dae_diffusers.latents.cache import CacheIdentity, autoencoder_fingerprint, image_identity
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
+
+_DTYPE = "int32"
 
 
 @torch.no_grad()
@@ -37,3 +50,131 @@ def count_codes(vae: VQModel, loader: DataLoader, accelerator: Accelerator) -> t
 def codebook_metrics(counts: torch.Tensor) -> dict[str, float]:
     r"""`codebook_usage`, a share in [0, 1], and `codebook_perplexity`, of `(K,)` occurrences over a whole pass."""
     return {"codebook_usage": codebook_usage(counts), "codebook_perplexity": codebook_perplexity(counts)}
+
+
+class CodeGrids(Dataset):
+    r"""
+    The codes of one split, indexed like [`~dae_diffusers.data.ImageDataset`]: by number, or by `(number, draw)`.
+
+    Whole batches are gathered at once. Each is `{"codes": (B, h, w) int64, "class_labels": (B,) int64}`; the labels only
+    if there are any.
+
+    Args:
+        codes (`torch.Tensor` of shape `(N, F, h, w)`): F is 2 where mirrored images were encoded too, else 1.
+        class_labels (`torch.Tensor` of shape `(N,)`, *optional*): int64.
+        id2label (`dict[int, str]`, *optional*): Names of the classes.
+    """
+
+    def __init__(
+        self, codes: torch.Tensor, class_labels: torch.Tensor | None = None, id2label: dict[int, str] | None = None
+    ):
+        self.codes = codes
+        self.class_labels = class_labels
+        self.id2label = id2label
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        r"""Rows and columns of codes."""
+        return tuple(self.codes.shape[2:])
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
+        numbers = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
+        has_flips = self.codes.shape[1] == 2
+        flips = torch.tensor([has_flips and isinstance(item, tuple) and is_flipped(item[1]) for item in items]).long()
+        batch = {"codes": self.codes[numbers, flips].long()}
+        if self.class_labels is not None:
+            batch["class_labels"] = self.class_labels[numbers]
+        return batch
+
+    @staticmethod
+    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        r"""For `DataLoader`: `__getitems__` has made the batch already."""
+        return batch
+
+
+def cached_codes(
+    path: str | os.PathLike,
+    vae: VQModel,
+    images: ImageDataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+) -> CodeGrids:
+    r"""
+    The codes of all images, mirrored too if their config says `random_flip`: read from a file, or encoded into it once.
+
+    All processes call it. The file is written under another name and renamed, so it is whole or absent.
+
+    Args:
+        path (`Path`): The file, `*.safetensors`.
+        vae ([`~diffusers.VQModel`]): In eval mode, on the accelerator's device.
+        images ([`~dae_diffusers.data.ImageDataset`]): Centre-cropped.
+        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        batch_size (`int`): Images encoded at once.
+        num_workers (`int`, *optional*): Processes that read images beside each.
+
+    Returns:
+        [`CodeGrids`]: The same on every process.
+
+    Raises:
+        UserError: If the file is damaged or holds the codes of another autoencoder or other images.
+    """
+    path = Path(path)
+    identity = CacheIdentity(
+        autoencoder=autoencoder_fingerprint(vae, ("encoder", "quant_conv", "quantize")),
+        num_samples=len(images),
+        dtype=_DTYPE,
+        **image_identity(images),
+    )
+    if not path.exists():
+        codes = _encode(vae, images, accelerator, batch_size, num_workers)
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            save_file({"codes": codes}, temporary, metadata={"identity": json.dumps(vars(identity))})
+            temporary.rename(path)
+    accelerator.wait_for_everyone()
+    try:
+        with safe_open(path, "pt") as file:
+            found = CacheIdentity(**json.loads(file.metadata()["identity"]))
+            codes = file.get_tensor("codes")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not a file of codes, or is damaged. Remove it to encode the images again."
+        ) from None
+    differences = found.differences(identity)
+    if differences:
+        raise UserError(
+            f"the codes in {path} do not fit: {'; '.join(differences)}. Choose another `--code_cache`, or remove the "
+            "file to encode the images again."
+        )
+    labels = None if images.labels is None else torch.tensor(images.labels)
+    return CodeGrids(codes, labels, images.id2label)
+
+
+@torch.no_grad()
+def _encode(vae, images: ImageDataset, accelerator: Accelerator, batch_size: int, num_workers: int) -> torch.Tensor:
+    """`(N, F, h, w)` int32, the same on every process."""
+    process, num_processes = accelerator.process_index, accelerator.num_processes
+    loader = make_pass_loader(
+        images, batch_size=batch_size, process_index=process, num_processes=num_processes, num_workers=num_workers
+    )
+    parts = []
+    for batch in tqdm(loader, desc="Encoding", disable=not accelerator.is_local_main_process, leave=False):
+        pixel_values = batch["pixel_values"].to(accelerator.device)
+        views = [pixel_values, pixel_values.flip(-1)] if images.config.random_flip else [pixel_values]
+        codes = torch.stack([codes_of(vae, vae.encode(view).latents) for view in views], dim=1)
+        parts.append(codes.int().cpu())
+    shares = gather_object([torch.cat(parts) if parts else None])
+    whole = torch.empty(len(images), *shares[0].shape[1:], dtype=torch.int32)
+    for number, share in enumerate(shares):
+        if share is not None:
+            whole[number::num_processes] = share
+    return whole

@@ -63,16 +63,29 @@ class SampleSettings:
     Attributes:
         num_images (`int`): How many.
         guidance_scale (`float`): Classifier-free guidance; 1 is none.
-        num_inference_steps (`int`): Denoising steps.
+        num_inference_steps (`int` or `None`): Denoising steps; None for a pipeline that has none.
         label_sampling (`str`): `balanced`, each class equally often (to one), or `random`, uniformly.
         seed (`int`): Of labels and noise.
+        temperature, top_k, top_p (*optional*): Of a pipeline that draws codes; None is its default.
     """
 
     num_images: int
     guidance_scale: float
-    num_inference_steps: int
+    num_inference_steps: int | None
     label_sampling: Literal["balanced", "random"] = "balanced"
     seed: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        r"""Every setting that is not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def call_kwargs(self) -> dict[str, Any]:
+        r"""What the pipeline is called with for every image."""
+        names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p")
+        return {name: value for name, value in self.given().items() if name in names}
 
     def labels(self, num_classes: int | None) -> torch.Tensor | None:
         r"""The label of each image, `(num_images,)` int64; None without classes."""
@@ -218,7 +231,7 @@ def draw_samples(
     Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
 
     Args:
-        pipeline (`DiffusionPipeline`): With `DAEDiTPipeline`'s signature.
+        pipeline (`DiffusionPipeline`): With the signature of `DAEDiTPipeline` or `DAEVQGANPipeline`.
         settings ([`SampleSettings`]): What to draw.
         folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline's weights and the settings.
         accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
@@ -232,7 +245,7 @@ def draw_samples(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    labels = settings.labels(_num_classes(pipeline))
+    labels = settings.labels(pipeline.null_class)
     chunks = list(range(0, settings.num_images, chunk_size))
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     pipeline.set_progress_bar_config(disable=True)
@@ -256,8 +269,7 @@ def draw_samples(
             )
             output = pipeline(
                 **given,
-                guidance_scale=settings.guidance_scale,
-                num_inference_steps=settings.num_inference_steps,
+                **settings.call_kwargs(),
                 generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
                 output_type="pt",
             ).images
@@ -349,15 +361,12 @@ def gather_in_order(rows: dict[str, torch.Tensor], total: int, accelerator: Acce
     return whole
 
 
-def _num_classes(pipeline: DiffusionPipeline) -> int | None:
-    config = pipeline.transformer.config
-    return config.get("num_classes", config.get("num_embeds_ada_norm"))
-
-
 def _sample_key(pipeline: DiffusionPipeline, settings: SampleSettings) -> str:
-    digest = hashlib.sha256(json.dumps(vars(settings), sort_keys=True).encode())
-    digest.update(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for model in (pipeline.transformer, pipeline.vae):
+    digest = hashlib.sha256(json.dumps(settings.given(), sort_keys=True).encode())
+    if hasattr(pipeline, "scheduler"):
+        digest.update(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    generator = pipeline.prior if hasattr(pipeline, "prior") else pipeline.transformer
+    for model in (generator, pipeline.vae):
         for name, value in sorted(model.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())

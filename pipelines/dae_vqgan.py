@@ -1,0 +1,310 @@
+"""
+Sampling from an autoregressive prior over the codes of a vector-quantised autoencoder.
+
+The whole pipeline is this one file, which needs torch, transformers and diffusers only: `save_pretrained` puts it into
+the model's folder as `pipeline.py`, so that what we publish runs without our package.
+"""
+
+import difflib
+import hashlib
+import operator
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, VQModel
+from diffusers.image_processor import VaeImageProcessor
+from transformers import DynamicCache, PreTrainedModel
+
+PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "codes")
+
+
+class DAEVQGANPipeline(DiffusionPipeline):
+    r"""
+    Generates images code by code, in rows from the top left, by class or freely; the `VQModel` decodes them.
+
+    The prior is any causal language model of `transformers` whose tokens are the codes `0 .. num_codes - 1`, then one
+    for each class, then one for no class; a sequence is the class's token and then the codes. Its config says more:
+    `num_codes`, `num_classes`, `grid_size` (rows and columns of codes) and `code_fingerprint` (of the `VQModel` whose
+    codes it knows, see [`code_fingerprint`]).
+
+    Args:
+        prior ([`~transformers.PreTrainedModel`]): Such as a `LlamaForCausalLM` by training/train_vqgan_prior.py.
+        vae ([`VQModel`]): Decodes codes.
+        id2label (`dict`, *optional*):
+            Class id (or its digits) to name; a name may hold several, separated by commas.
+
+    Raises:
+        `ValueError`: If the prior was trained on the codes of another model.
+    """
+
+    model_cpu_offload_seq = "prior->vae"
+
+    def __init__(self, prior: PreTrainedModel, vae: VQModel, id2label: dict[int, str] | dict[str, str] | None = None):
+        super().__init__()
+        self.register_modules(prior=prior, vae=vae)
+        # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
+        self.id2label = {int(key): name for key, name in (id2label or {}).items()}
+        self.register_to_config(id2label=self.id2label or None)
+        _check_codes(prior, vae)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline, so that the folder or
+        repository loads where only diffusers and transformers are installed:
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if need be.
+            args, kwargs: As in [`DiffusionPipeline.save_pretrained`], for example `push_to_hub=True`.
+
+        Raises:
+            `ValueError`: If the autoencoder is one whose code cannot travel in one file.
+        """
+        if hasattr(self.vae, "to_diffusers"):
+            raise ValueError(
+                f"`vae` is a {type(self.vae).__name__}, which no folder can carry. "
+                "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
+            )
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, folder / PIPELINE_FILE)
+        super().save_pretrained(str(folder), *args, **kwargs)
+
+    @property
+    def null_class(self) -> int | None:
+        """The label for "no class": the number of classes, or `None` if the prior is unconditional."""
+        return self.prior.config.num_classes or None
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Every class name and its id, sorted by name. Of classes that share a name, the last."""
+        pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
+        return dict(sorted(pairs, key=operator.itemgetter(0)))
+
+    def get_label_ids(self, label: int | str | Iterable[int | str]) -> list[int]:
+        """
+        Class ids of names. Ids may stand among the names, and stay as they are.
+
+        Args:
+            label (`int`, `str` or an iterable of them):
+                A name is a whole entry of `id2label` or one of its comma-separated names; upper and lower case are equal
+                unless a name is written exactly so.
+
+        Returns:
+            `list` of `int`: One id a label.
+
+        Raises:
+            `ValueError`: If a name is unknown or names several classes, an id is out of range, or there are no classes.
+        """
+        if self.null_class is None:
+            raise ValueError(
+                f"`{label}` is a label, but this model is unconditional. "
+                "Leave `class_labels` out, and choose the number of images by `num_images_per_label`."
+            )
+        if isinstance(label, str) or not isinstance(label, Iterable) or getattr(label, "ndim", 1) == 0:
+            return [self._label_id(label)]
+        return [label_id for each in label for label_id in self.get_label_ids(each)]
+
+    def _label_id(self, label: int | str) -> int:
+        if not isinstance(label, str):
+            label_id = operator.index(label)  # also of numpy and torch
+            if not 0 <= label_id <= self.null_class:
+                raise ValueError(
+                    f"Class {label_id} is out of range: there are {self.null_class} classes, 0 to "
+                    f"{self.null_class - 1}, and {self.null_class} for none."
+                )
+            return label_id
+        for fold in (str.strip, lambda text: text.strip().casefold()):
+            for split in (lambda names: [names], lambda names: names.split(",")):
+                ids = [key for key, names in self.id2label.items() if fold(label) in map(fold, split(names))]
+                if len(ids) > 1:
+                    named = "; ".join(f"{key} ({self.id2label[key]})" for key in ids)
+                    raise ValueError(f"`{label}` names {len(ids)} classes: {named}. Pass the id of the one you mean.")
+                if ids:
+                    return ids[0]
+        nearest = difflib.get_close_matches(label, self.labels, n=5, cutoff=0.5) or list(self.labels)[:5]
+        raise ValueError(
+            f"`{label}` is none of the {len(self.id2label)} named classes. Nearest: {', '.join(nearest) or 'none'}. All "
+            "are in `pipe.labels`; ids work as well."
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Iterable[int | str] | None = None,
+        guidance_scale: float = 2.0,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        use_cache: bool = True,
+        output_type: Literal["pil", "np", "numpy", "pt", "codes"] = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generates images.
+
+        Args:
+            class_labels (`int`, `str` or an iterable of both, *optional*):
+                Class ids and names, see `get_label_ids`. Left out, a conditional model generates by its null class,
+                without guidance; an unconditional model takes none.
+            guidance_scale (`float`, defaults to 2.0):
+                Classifier-free guidance of the logits, `unconditional + guidance_scale * (conditional -
+                unconditional)`. At 1 and below there is none, and half the work.
+            temperature (`float`, defaults to 1.0): Divides the logits; below 1 safer, above 1 more varied.
+            top_k (`int`, *optional*): Draw from the this many likeliest codes only.
+            top_p (`float`, *optional*): Draw from the fewest likeliest codes whose share is at least this, in (0, 1].
+            num_images_per_label (`int`, defaults to 1): Images a label, next to each other in the result.
+            generator (`torch.Generator` or `list` of them, *optional*):
+                Source of all draws. With a list, one an image, an image does not depend on the others in its batch.
+            use_cache (`bool`, defaults to `True`):
+                Keep keys and values of the codes drawn so far; without it the same codes take far longer.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` or `"numpy"` `(B, H, W, C)` and `"pt"` `(B, C, H, W)`, all in [0, 1], or `"codes"`,
+                int64 `(B, h, w)`, for `decode_codes`.
+            return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] rather than a tuple.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: `images`, in the order of the labels.
+
+        Raises:
+            `ValueError`: If an argument does not fit the models or the others.
+
+        Example:
+            ```py
+            pipe = DAEVQGANPipeline.from_pretrained("user/my-model").to("cuda")
+            image = pipe("cat", top_p=0.95, generator=torch.Generator().manual_seed(0)).images[0]
+            ```
+        """
+        num_codes = self.prior.config.num_codes
+        self._check_choices(temperature, top_k, top_p, num_images_per_label, output_type)
+        label_ids = [self.null_class or 0] if class_labels is None else self.get_label_ids(class_labels)
+        if not label_ids:
+            raise ValueError("`class_labels` is empty. Pass ids or names, or leave it out for the null class.")
+        batch_size = len(label_ids) * num_images_per_label
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
+                "Pass one an image, or a single one."
+            )
+        device = self._execution_device
+        height, width = self.prior.config.grid_size
+        uniform = _draw_uniform(batch_size, height * width, generator).to(device)
+        tokens = num_codes + torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)
+        is_guided = class_labels is not None and guidance_scale > 1
+        if is_guided:
+            tokens = torch.cat((tokens, torch.full_like(tokens, num_codes + self.null_class)))
+        sequence = tokens[:, None]
+        cache = DynamicCache() if use_cache else None
+        with self.progress_bar(total=height * width) as progress_bar:
+            for position in range(height * width):
+                logits = self.prior(
+                    input_ids=sequence[:, -1:] if use_cache else sequence, past_key_values=cache, use_cache=use_cache
+                ).logits[:, -1, :num_codes].float()  # fmt: skip
+                if is_guided:
+                    conditional, unconditional = logits.chunk(2)
+                    logits = unconditional + guidance_scale * (conditional - unconditional)
+                drawn = _draw_codes(logits / temperature, uniform[:, position], top_k, top_p)
+                drawn = torch.cat((drawn, drawn)) if is_guided else drawn
+                sequence = torch.cat((sequence, drawn[:, None]), dim=1)
+                progress_bar.update()
+
+        images = sequence[:batch_size, 1:].reshape(batch_size, height, width)
+        if output_type != "codes":
+            output_type = "np" if output_type == "numpy" else output_type
+            images = self.image_processor.postprocess(self.decode_codes(images), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """
+        Images of codes.
+
+        Args:
+            codes (`torch.Tensor` of shape `(B, h, w)`): int64, numbers of the codes.
+
+        Returns:
+            `torch.Tensor` of shape `(B, channels, H, W)`: Images, about [-1, 1].
+        """
+        codebook = self.vae.quantize.embedding.weight
+        codes = codes.to(codebook.device)
+        quantized = self.vae.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, codebook.shape[1]))
+        # What is decoded already is a code; only `lookup_from_codebook` would take it for a number.
+        lookup = self.vae.config.lookup_from_codebook
+        return self.vae.decode(quantized.to(self._execution_device), force_not_quantize=not lookup).sample
+
+    def _check_choices(
+        self, temperature: float, top_k: int | None, top_p: float | None, num_images_per_label: int, output_type: str
+    ):
+        if not temperature > 0:
+            raise ValueError(
+                f"`temperature` is {temperature}, but must be above 0. For the likeliest codes: `top_k=1`."
+            )
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` is {top_p}, but must be above 0 and at most 1.")
+        for name, value in {"top_k": top_k, "num_images_per_label": num_images_per_label}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        channels = self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(
+                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
+                "Pass `output_type='np'` or `'pt'`."
+            )
+
+
+def code_fingerprint(vae: VQModel) -> str:
+    """Hash of what makes codes of images: encoder, quant_conv and codebook. The decoder may change."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        if name.split(".")[0] in ("encoder", "quant_conv", "quantize"):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_codes(prior: PreTrainedModel, vae: VQModel) -> None:
+    # Only whole float32 weights have the hash that they had in training.
+    if any(value.dtype != torch.float32 or value.is_meta for value in vae.state_dict().values()):
+        same = prior.config.num_codes == vae.config.num_vq_embeddings
+    else:
+        same = prior.config.code_fingerprint == code_fingerprint(vae)
+    if not same:
+        raise ValueError(
+            f"The prior was trained on {prior.config.num_codes} codes of another VQ model than this one of "
+            f"{vae.config.num_vq_embeddings}. Use the autoencoder that the prior was trained with."
+        )
+
+
+def _draw_uniform(num_images: int, num_codes: int, generator) -> torch.Tensor:
+    """`(num_images, num_codes)` draws from [0, 1), on the CPU; image by image where there are several generators."""
+    if not isinstance(generator, list):
+        device = None if generator is None else generator.device
+        return torch.rand(num_images, num_codes, generator=generator, device=device).cpu()
+    return torch.stack([torch.rand(num_codes, generator=each, device=each.device).cpu() for each in generator])
+
+
+def _draw_codes(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """One code for each row of `(B, K)` logits, by inverting the distribution function at `(B,)` uniform draws."""
+    probabilities, codes = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+    if top_p is not None:  # the likeliest that reach it together; the first always stays
+        share = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        probabilities[share.cumsum(dim=-1) - share >= top_p] = 0
+    reached = probabilities.cumsum(dim=-1)
+    # Rounding may put a draw at the very end, behind the last code that is allowed.
+    rank = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1).minimum((probabilities > 0).sum(dim=-1) - 1)
+    return codes.gather(1, rank[:, None])[:, 0]
