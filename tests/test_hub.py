@@ -458,7 +458,7 @@ def test_training_ends_well_when_the_hub_fails(client, image_folder, tmp_path, c
         )
     assert (tmp_path / "run" / "vae" / "config.json").exists()
     assert "an upload while training failed (step 6" in caplog.text
-    command = re.search(r"python -m dae_diffusers.training.push (.*)", caplog.text)[1]
+    command = re.search(r"dae-diffusers push (.*)", caplog.text)[1]
     push_script(*command.split())
     assert "vae/config.json" in client.files("writer/lost")
 

@@ -5,7 +5,7 @@ Publish a trained model on the Hugging Face Hub: weights, code, model card, pict
     python training/push.py runs/digits user/digits --license cc-by-4.0 --private --fp16 --space
     python training/push.py runs/digits user/digits --export_dir look-first
 
-The first word is the output folder of a training run, or a pipeline's folder; the second the repository. The same in short:
+The first word is the output folder of a training run, or a pipeline's folder; the second the repository. The same is
 `dae-diffusers push runs/digits user/digits`. Log in before with `hf auth login`.
 """
 

@@ -192,7 +192,7 @@ def space_files(model_id: str) -> dict[str, bytes]:
 
 def push_command(folder: str | Path, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
     r"""The command that repeats an upload."""
-    words = ["python", "-m", "dae_diffusers.training.push", str(folder), repo_id]
+    words = ["dae-diffusers", "push", str(folder), repo_id]
     words += ["--private"] if private else []
     words += ["--license", license] if license else []
     return shlex.join(words)
