@@ -29,7 +29,7 @@ space: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	$(BIN)/python docs/build.py build/docs
+	$(BIN)/python docs/reference.py build/docs
 
 lint: .venv/installed
 	$(BIN)/python -m ruff check --fix .

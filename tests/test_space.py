@@ -188,6 +188,37 @@ def test_numbers_are_those_of_the_card(page):
     page.get_by_text("The author has stated no license.").wait_for()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["pipeline", "vae"])
+def test_app_serves_models_without_classes_and_autoencoders_alone(part, tmp_path):
+    pytest.importorskip("gradio", reason='the Space needs gradio: pip install -e ".[browser]"')
+    run = save_run(tmp_path / "run", None)
+    shutil.copytree(run / "pipeline" / "vae", run / "vae")
+    folder = tmp_path / "exported"
+    push.main(push.PushConfig(folder=str(run / part), repo_id="user/tiny", export_dir=str(folder), space=True))
+    code = """
+import sys
+sys.modules["dae_diffusers"] = sys.modules["transformers"] = None  # requirements.txt names neither
+sys.path.insert(0, "space")
+import app
+from PIL import Image
+
+app.build()
+noise = Image.effect_noise((40, 40), 50)
+if app.PIPE is None:
+    picture = noise
+else:
+    assert app.draw(None, 5, 2.0, 2, 0, progress=lambda *args, **kwargs: None).width > 300
+    picture = app.draw_one()
+pair, text, channels, between = app.reconstruct(picture, noise.convert("P"))
+print(app.PIPE is None, pair.size, "PSNR" in text)
+"""
+    environment = {**os.environ, "MODEL": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith(f"{part == 'vae'} (516, 256) True")
+
+
 def test_space_names_its_model_and_a_version_of_gradio_that_is_tested():
     card = RepoCard(space_files("user/tiny")["README.md"].decode())
     assert card.data.models == ["user/tiny"] and card.data.title == "tiny" and card.data.sdk == "gradio"

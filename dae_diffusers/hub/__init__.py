@@ -1,5 +1,1 @@
-"""Publishing on the Hub: what a run has left, its model card, and the upload."""
-
-from dae_diffusers.hub.upload import check_hub_access, push_folder
-
-__all__ = ["check_hub_access", "push_folder"]
+"""Publishing on the Hub: what a run has left, its model card, the upload, and a page on which it can be tried."""
