@@ -297,6 +297,16 @@ def test_pull_request_leaves_the_branch_as_it_is(client, published, trained, cap
     assert b"license: mit" in client.files(REPO, revision="refs/pr/1")["README.md"]
 
 
+@pytest.mark.parametrize(("answer", "license"), [("mit", "mit"), ("", None)])
+def test_license_is_asked_for_at_a_terminal(client, trained, monkeypatch, caplog, answer, license):
+    monkeypatch.setattr(push.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    push_script(trained / "vae", f"writer/asked-{answer or 'nothing'}")
+    text = client.files(f"writer/asked-{answer or 'nothing'}")["README.md"].decode()
+    assert ModelCard(text).data.license == license
+    assert ("no license is stated" in caplog.text) == (license is None)
+
+
 def test_stage_one_goes_to_a_branch(client, trained):
     push_script(trained, "writer/stages", "--stage1")
     assert "stage1/config.json" in client.files("writer/stages", revision="stage1")

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
 from dae_diffusers.cli import UserError
@@ -219,6 +220,7 @@ class BackgroundUpload:
         self.folder = folder
         self.failures: list[str] = []
         self._thread: threading.Thread | None = None
+        self._hides_bars = False
 
     def start(self, step: int, *, save: Callable[[Path], object], push: Callable[[Path], object]) -> None:
         r"""
@@ -245,6 +247,9 @@ class BackgroundUpload:
             except Exception as error:  # an upload may fail in any way; the run must not
                 self.failures.append(f"step {step}: {one_line(error)}")
 
+        if not are_progress_bars_disabled():  # they would run through that of training
+            disable_progress_bars()
+            self._hides_bars = True
         self._thread = threading.Thread(target=run, name="hub-upload", daemon=True)
         self._thread.start()
 
@@ -252,6 +257,8 @@ class BackgroundUpload:
         r"""Until the upload that is running has ended."""
         if self._thread is not None:
             self._thread.join()
+        if self._hides_bars:
+            enable_progress_bars()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

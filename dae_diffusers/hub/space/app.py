@@ -83,8 +83,11 @@ def draw(class_id, count, guidance_scale, steps, seed, progress=gr.Progress()): 
 
 def draw_one():
     """A picture to try the autoencoder with."""
-    label = {"class_labels": [int(torch.randint(len(CLASSES), ()))]} if CLASSES else {}
-    return enlarge(to_pil(PIPE(**label, num_inference_steps=20, output_type="pt").images[0].float().cpu()), 256)
+    arguments = {"num_inference_steps": 20, "output_type": "pt"}
+    if CLASSES:
+        arguments["class_labels"] = [int(torch.randint(len(CLASSES), ()))]
+    images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
+    return enlarge(to_pil(images[0].float().cpu()), 256)
 
 
 @torch.no_grad()
