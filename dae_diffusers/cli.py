@@ -68,6 +68,27 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
 
+def flags_of(config: Any) -> list[str]:
+    r"""The flags that make this config out of the defaults, without those of the folder, publishing and resuming."""
+    argv = []
+    for config_field in dataclasses.fields(config):
+        name, value = config_field.name, getattr(config, config_field.name)
+        default = config_field.default
+        if config_field.default_factory is not dataclasses.MISSING:
+            default = config_field.default_factory()
+        if value == default or name in ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint"):
+            continue
+        if name.startswith("hub_"):
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        else:
+            argv += [f"--{name}", Path(value).name if isinstance(value, str) and os.path.isabs(value) else str(value)]
+    return argv
+
+
 def run_script(run: Callable[[Config], None], config: Config) -> None:
     r"""
     Calls `run(config)`, and turns a [`UserError`] into one line on stderr and its exit code.

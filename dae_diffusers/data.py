@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Images whose transformed pixels fit into this many bytes are decoded once and kept.
 IMAGE_MEMORY_BYTES = 2**30
 
-_EMBEDDED = {"digits"}
+EMBEDDED = {"digits"}
 
 
 @dataclass
@@ -231,7 +231,7 @@ class ImageDataset(Dataset):
         return pixels
 
     def _check_size(self, width: int, height: int, index: int) -> None:
-        if min(width, height) >= self.config.resolution or self.config.dataset_name in _EMBEDDED:
+        if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
             return
         seen = f"the image {self.name_of(index)} has {width}x{height} pixels"
         if self.config.strict_size:
@@ -426,7 +426,7 @@ def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset]:
             if not folder.is_dir():
                 raise UserError(f"`--train_data_dir` {folder} is not a folder.")
             return load_array_folder(folder) or datasets.load_dataset("imagefolder", data_dir=str(folder))
-        if config.dataset_name in _EMBEDDED:
+        if config.dataset_name in EMBEDDED:
             folder = files("dae_diffusers") / "assets"
             names = {split: str(folder / f"{config.dataset_name}_{split}.parquet") for split in ("train", "test")}
             return datasets.load_dataset("parquet", data_files=names)
@@ -436,7 +436,7 @@ def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset]:
     except Exception as error:  # a data set can fail to load in any way; the user gets the reason, not the stack
         source = config.train_data_dir or config.dataset_name
         flag = "--train_data_dir" if config.train_data_dir else "--dataset_name"
-        hint = "" if config.train_data_dir else did_you_mean(source, sorted(_EMBEDDED))
+        hint = "" if config.train_data_dir else did_you_mean(source, sorted(EMBEDDED))
         raise UserError(f"`{flag}` {source} cannot be loaded: {' '.join(str(error).split())[:500]}{hint}") from None
 
 

@@ -1,10 +1,15 @@
 """What every training script needs around its loop: flags, an accelerator, a folder, logs, checkpoints, the Hub."""
 
+import importlib.metadata
 import json
 import logging
 import os
+import platform
+import shlex
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -20,11 +25,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dae_diffusers.checkpointing import Checkpointer
-from dae_diffusers.cli import ConfigError, UserError, field, save_config
-from dae_diffusers.hub import check_hub_access, push_folder
+from dae_diffusers.cli import ConfigError, UserError, field, flags_of, save_config
+from dae_diffusers.hub import upload
 from dae_diffusers.plots import plot_curves
 
 logger = logging.getLogger(__name__)
+
+_VERSIONS = ("dae-diffusers", "torch", "diffusers", "accelerate", "datasets")
 
 
 @dataclass
@@ -78,9 +85,13 @@ class RunConfig:
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
         None, "also log to a tracker; log.jsonl and curves.png are always written"
     )
-    push_to_hub: bool = field(False, "upload the result to the Hub at the end")
+    push_to_hub: bool = field(False, "upload the result to the Hub, with a model card; see also training/push.py")
     hub_model_id: str | None = field(None, "repository on the Hub; default: the output folder's name, in your account")
     hub_private: bool = field(False, "make the repository private")
+    hub_license: str | None = field(None, "license of the weights, an identifier of the Hub; yours to choose")
+    hub_strategy: Literal["end", "every_save"] = field(
+        "end", "end: upload the result; every_save: also at each checkpoint, in the background"
+    )
 
     def __post_init__(self):
         for name in ("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"):
@@ -145,17 +156,25 @@ class TrainingRun:
         self._take_folder()
         self.checkpointer = Checkpointer(self.accelerator, self.folder / "checkpoints", config.checkpoints_total_limit)
         if config.push_to_hub and self.accelerator.is_main_process:
-            self.hub_model_id = check_hub_access(
-                config.hub_model_id or self.output_dir.resolve().name, private=config.hub_private
+            self.hub_model_id = upload.check_hub_access(
+                config.hub_model_id or self.output_dir.resolve().name,
+                private=config.hub_private,
+                license=config.hub_license,
             )
+        self._upload = upload.BackgroundUpload(self.folder / "hub")
+        self._record: dict[str, Any] = {}
+        self._started = time.monotonic()
         self._tracker_failed = False
         self._marks: dict[str, int] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def start(self) -> tuple[Path | None, int, dict[str, Any]]:
+    def start(self, **counts: int) -> tuple[Path | None, int, dict[str, Any]]:
         r"""
         Finds where to begin: from nothing, or from the checkpoint that `--resume_from_checkpoint` asks for.
+
+        Args:
+            counts (`int`): What `run.json` and the model card name, such as `training_images`.
 
         Returns:
             The checkpoint's folder or None, the optimiser steps done, and the state that was saved with it.
@@ -180,6 +199,15 @@ class TrainingRun:
             save_config(self.config, self.folder / "config.yaml")
             rows = [row for row in read_log(self.folder) if row["step"] <= step]
             (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            before = json.loads((self.folder / "run.json").read_text()) if (self.folder / "run.json").exists() else {}
+            self._record = {
+                "command": f"accelerate launch -m dae_diffusers.training.{self.name} {shlex.join(flags_of(self.config))}",
+                "hardware": describe_hardware(self.accelerator),
+                "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+                "counts": counts,
+                "seconds": before.get("seconds", 0.0) if step > 0 else 0.0,
+            }
+            self._write_record()
         if self.config.report_to is not None:
             simple = {k: v for k, v in asdict(self.config).items() if isinstance(v, (bool, int, float, str))}
             self.accelerator.init_trackers(
@@ -200,6 +228,23 @@ class TrainingRun:
         """
         sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
         self.checkpointer.save(step, ema=ema, log_sums=sums, log_counts=self._counts, **state)
+        self._write_record()
+
+    def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
+        r"""
+        With `--hub_strategy every_save`: uploads what training has come to, in the background, on the main process.
+
+        Args:
+            step (`int`): Optimiser steps done.
+            result (`str`): Name of the folder, such as `vae`.
+            save: Writes it into the path that it is given.
+        """
+        if self.config.push_to_hub and self.config.hub_strategy == "every_save" and self.accelerator.is_main_process:
+            self._upload.start(
+                step,
+                save=lambda folder: self._save_snapshot(folder, result, save),
+                push=lambda folder: self._push(folder / result, step),
+            )
 
     def mark(self, name: str, step: int) -> None:
         r"""Marks a step in `curves.png`, such as the border between two stages."""
@@ -258,16 +303,60 @@ class TrainingRun:
 
     def finish(self, result: str) -> None:
         r"""
-        Draws the curves, closes the trackers and pushes if asked to.
+        Draws the curves, closes the trackers and pushes if asked to; what cannot be uploaded is a warning.
 
         Args:
             result (`str`): The folder below `output_dir` to push, such as `vae`.
         """
         self.draw_curves()
-        if self.config.push_to_hub and self.accelerator.is_main_process:
-            push_folder(self.output_dir / result, self.hub_model_id)
+        self._write_record()
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # also ends the process group
+        self.accelerator.end_training()  # also ends the process group: no process waits for the upload
+        if not self.config.push_to_hub or not self.accelerator.is_main_process:
+            return
+        self._upload.wait()
+        for failure in self._upload.failures:
+            logger.warning("an upload while training failed (%s).", failure)
+        try:
+            logger.info("pushed to %s", self._push(self.output_dir / result))
+        except Exception as error:  # an upload may fail in any way; the run has ended well
+            logger.warning(
+                "pushing to %s failed (%s). Everything is in %s; push it with\n  %s",
+                self.hub_model_id,
+                upload.one_line(error),
+                self.output_dir / result,
+                upload.push_command(
+                    self.output_dir / result,
+                    self.hub_model_id,
+                    private=self.config.hub_private,
+                    license=self.config.hub_license,
+                ),
+            )
+
+    def _push(self, folder: Path, step: int | None = None) -> str:
+        private, license = self.config.hub_private, self.config.hub_license
+        if folder.name == "stage1":
+            return upload.push_stage1(folder.parent, self.hub_model_id, private=private)
+        return upload.push_folder(folder, self.hub_model_id, private=private, license=license, step=step)
+
+    def _save_snapshot(self, folder: Path, result: str, save: Callable[[Path], None]) -> None:
+        """The result, and beside it what the card tells of the run."""
+        save(folder / result)
+        for path in self.output_dir.glob("train_*"):
+            for name in ("config.yaml", "run.json", "log.jsonl", "curves.png", "grids"):
+                if (path / name).is_dir():
+                    shutil.copytree(path / name, folder / path.name / name)
+                elif (path / name).exists():
+                    (folder / path.name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path / name, folder / path.name / name)
+
+    def _write_record(self) -> None:
+        """`run.json`: how the result was made, for the model card. Time counts over interruptions."""
+        if self.accelerator.is_main_process and self._record:
+            now = time.monotonic()
+            self._record["seconds"] += now - self._started
+            self._started = now
+            (self.folder / "run.json").write_text(json.dumps(self._record, indent=2))
 
     def _take_folder(self) -> None:
         with self.accelerator.main_process_first():
@@ -325,6 +414,16 @@ def raise_if_not_finite(value: torch.Tensor, name: str, step: int, folder: Path)
             "`--learning_rate`, or use `--mixed_precision bf16` instead of fp16, and continue from the last checkpoint "
             f"in {folder / 'checkpoints'} with `--resume_from_checkpoint latest`."
         )
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    r"""What the run runs on, such as `2 x NVIDIA A100-SXM4-80GB` or `1 process on a CPU with 8 cores`."""
+    count = accelerator.num_processes
+    if accelerator.device.type == "cuda":
+        return f"{count} x {torch.cuda.get_device_name(accelerator.device)}"
+    if accelerator.device.type == "cpu":
+        return f"{count} process{'es' if count > 1 else ''} on a CPU with {os.cpu_count()} cores ({platform.machine()})"
+    return f"{count} x {accelerator.device.type}"
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -85,4 +85,5 @@ def test_wheel_holds_the_mapped_packages_and_nothing_else(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dae_diffusers"}
     for wanted in ("pipelines/dae_dit.py", "training/train_dae.py", "training/configs/digits_dae.yaml"):
         assert f"dae_diffusers/{wanted}" in names
-    assert "dae_diffusers/assets/digits_train.parquet" in names
+    for wanted in ("assets/digits_train.parquet", "hub/card_template.md", "hub/space/app.py"):
+        assert f"dae_diffusers/{wanted}" in names

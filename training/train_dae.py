@@ -13,6 +13,7 @@ holds the latents' statistics.
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,7 +119,11 @@ def main(config: TrainDAEConfig) -> None:
     logger.info("%d training images, %d validation images", len(train_images), len(validation_images))
 
     model = load_model(config)
-    resume_path, start_step, state = run.start()
+    resume_path, start_step, state = run.start(
+        training_images=len(train_images),
+        held_out_images=len(validation_images),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
     first_step = 0
     for stage, num_steps in config.stage_steps().items():
         if stage >= state.get("stage", 0):
@@ -344,6 +349,8 @@ def train_stage(
                 progress.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             if step % config.checkpointing_steps == 0 or step == last_step:
                 run.save_checkpoint(step, ema=ema, stage=stage)
+                if step != last_step and (stage == 2 or config.auxiliary_decoder == "none"):
+                    run.push_snapshot(step, "vae", partial(save_vae, accelerator.unwrap_model(model), ema, parameters))
             if stop.requested():
                 if step % config.checkpointing_steps and step != last_step:
                     run.save_checkpoint(step, ema=ema, stage=stage)
@@ -392,6 +399,12 @@ def latent_losses(
         weight = 0.0 if codebook.is_warming_up else config.entropy_weight  # before k-means the codes mean nothing
         terms["entropy_loss"] = (weight, codebook_entropy_loss(latent.latents, codebook.codebook))
     return terms
+
+
+def save_vae(model: DAEAutoencoderKL, ema: EMAModel | None, parameters: list, folder: Path) -> None:
+    """What training has come to, with averaged weights; the latents' statistics come at the end."""
+    with ema_weights(ema, parameters):
+        model.to_diffusers().save_pretrained(folder)
 
 
 @torch.no_grad()

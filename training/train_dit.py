@@ -11,6 +11,7 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`.
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -155,7 +156,9 @@ def main(config: TrainDiTConfig) -> None:
         num_warmup_steps=min(config.lr_warmup_steps, config.max_train_steps),
         num_training_steps=config.max_train_steps,
     )
-    resume_path, step, _ = run.start()
+    resume_path, step, _ = run.start(
+        training_images=len(train_data), parameters=sum(parameter.numel() for parameter in parameters)
+    )
     first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
     loader = make_training_loader(
         train_data,
@@ -231,6 +234,9 @@ def main(config: TrainDiTConfig) -> None:
                 progress.write(f"step {step}: validation/loss {values['validation/loss']:.4f}")
             if step % config.checkpointing_steps == 0 or is_last:
                 run.save_checkpoint(step, ema=ema)
+                if not is_last:
+                    pipeline = make_pipeline(config, accelerator.unwrap_model(transformer), vae, train_data)
+                    run.push_snapshot(step, "pipeline", partial(save_pipeline, pipeline, ema, parameters))
             if stop.requested():
                 if step % config.checkpointing_steps and not is_last:
                     run.save_checkpoint(step, ema=ema)
@@ -335,6 +341,12 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
         )
     columns = num_classes if num_classes is not None and num_classes <= 20 else None
     run.log_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
+
+
+def save_pipeline(pipeline: DAEDiTPipeline, ema: EMAModel | None, parameters: list, folder: Path) -> None:
+    """What training has come to, with averaged weights."""
+    with ema_weights(ema, parameters):
+        pipeline.save_pretrained(folder)
 
 
 def make_pipeline(config: TrainDiTConfig, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> DAEDiTPipeline:

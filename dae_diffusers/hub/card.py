@@ -1,0 +1,282 @@
+"""The model card: what a model is, how it was made and measured, and how to load it."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dae_diffusers.data import EMBEDDED
+from dae_diffusers.hub.results import Result
+
+PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
+TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
+
+# Pipelines by `_class_name`. One that is not here gets its card without a word on its generator.
+GENERATORS = {
+    "DAEDiTPipeline": {
+        "what": "A Diffusion Transformer trained with flow matching",
+        "tags": ["dit", "flow-matching"],
+        "call": "guidance_scale=2.0, num_inference_steps=25",
+    },
+}
+
+# Metric, without the name of a feature extractor, to its name and meaning.
+METRICS = {
+    "psnr": ("PSNR", "dB, reconstructions, higher is better"),
+    "ssim": ("SSIM", "reconstructions, at most 1"),
+    "rfid": ("rFID", "reconstructions, lower is better"),
+    "rfd": ("rFD", "Fréchet distance of reconstructions, lower is better"),
+    "probe_accuracy": ("Linear probe", "accuracy of a linear classifier on the latents"),
+    "effective_rank": ("Effective rank", "of the latents' covariance"),
+    "high_frequency_share": ("High frequencies", "share of the latents' energy"),
+    "ifid": ("iFID", "images between neighbours in latent space, lower is better"),
+    "ifd": ("iFD", "images between neighbours in latent space, lower is better"),
+    "gfid": ("gFID", "samples, lower is better"),
+    "gfd": ("gFD", "Fréchet distance of samples, lower is better"),
+    "gap": ("Gap", "samples to reconstructions of training images, lower is better"),
+    "kernel_distance": ("Kernel distance", "samples, about 0 is best"),
+    "precision": ("Precision", "samples, at most 1"),
+    "recall": ("Recall", "samples, at most 1"),
+    "density": ("Density", "samples, higher is better"),
+    "coverage": ("Coverage", "samples, at most 1"),
+    "inception_score": ("Inception score", "samples, higher is better"),
+    "class_agreement": ("Class agreement", "share of samples that a classifier takes for the class asked for"),
+}
+
+
+@dataclass
+class Measurement:
+    r"""One number, what it depends on, and which split of the images it is compared with."""
+
+    metric: str
+    value: float
+    name: str
+    meaning: str
+    setting: dict[str, Any]
+    split: str
+
+
+def measurements(result: Result) -> list[Measurement]:
+    r"""Every number of `result.metrics` that the card knows how to name, evaluations before what training logged."""
+    found: dict[tuple, Measurement] = {}
+
+    def add(values: dict[str, Any], setting: dict[str, Any], split: str = "validation_split"):
+        for metric, value in values.items():
+            base = next((each for each in METRICS if metric == each or metric.startswith(f"{each}_")), None)
+            if base is None or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            name, meaning = METRICS[base]
+            extractor = metric.removeprefix(base).removeprefix("_")
+            name = f"{name} ({extractor})" if extractor else name
+            found.setdefault((metric, str(setting)), Measurement(metric, value, name, meaning, setting, split))
+
+    evaluation = result.metrics.get("evaluation", {})
+    images = evaluation.get("setting", {}).get("validation_images", {}).get("number")
+    for part in ("reconstruction", "latent_space"):
+        add(evaluation.get(part, {}), {"num_images": images} if images else {})
+    for row in evaluation.get("generation", []):
+        add(row, _setting_of(row), "split")
+    check = result.metrics.get("check", {})
+    add(check, _setting_of(check), "split")
+    known = {measurement.metric for measurement in found.values()}
+    for name in result.scripts:
+        values = {k: v for k, v in result.metrics.get(name, {}).items() if k not in known}
+        add(values, {"logged_by": name, "step": values.get("step")})
+    return list(found.values())
+
+
+def make_card(result: Result, repo_id: str, *, license: str | None = None, step: int | None = None) -> ModelCard:
+    r"""
+    Writes a model card.
+
+    Args:
+        result ([`Result`]): What is published.
+        repo_id (`str`): `user/name`.
+        license (`str`, *optional*): An identifier that the Hub knows, chosen by the author. Without one the card says so.
+        step (`int`, *optional*): While training goes on: steps done.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: With metadata that the Hub accepts.
+    """
+    found = measurements(result)
+    generator = GENERATORS.get(result.index.get("_class_name", ""), {})
+    decoupled = result.scripts["train_dae"].config.get("auxiliary_decoder") if "train_dae" in result.scripts else None
+    data = _data_description(result.data_config)
+    card_data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=TASK if result.pipeline is not None else None,
+        tags=[
+            *(generator.get("tags", [])),
+            *(["latent-diffusion", "class-conditional"] if result.index.get("id2label") else []),
+            *(["decoupled-autoencoder"] if decoupled not in (None, "none") else []),
+            "autoencoder",
+            "dae-diffusers",
+        ],
+        datasets=[data["id"]] if data.get("id") else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type=TASK if result.pipeline is not None else "image-to-image",
+                dataset_type=data.get("id") or data.get("type", "images"),
+                dataset_name=data.get("name", "images"),
+                dataset_split=data.get(each.split),
+                metric_type=each.metric,
+                metric_name=each.name,
+                metric_value=round(each.value, 5),
+                metric_args=each.setting or None,
+            )
+            for each in found
+        ]
+        or None,
+    )
+    template = (files("dae_diffusers.hub") / "card_template.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(
+        card_data,
+        template_str=template,
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        license=license,
+        step=step,
+        generator=generator,
+        pipeline_class=result.index.get("_class_name"),
+        call=_example_call(result, generator),
+        vae_class=result.vae_config.get("_class_name"),
+        latent=_latent_description(result),
+        decoupled=decoupled,
+        data=data,
+        classes=_class_names(result),
+        scripts=[_script_description(name, script) for name, script in result.scripts.items()],
+        measurements=found,
+        how=_describe_setting,
+        pictures={name: caption for name, (_, caption) in result.pictures.items()},
+        paper=PAPER,
+    )
+
+
+def repository_files(
+    result: Result, repo_id: str, *, license: str | None = None, step: int | None = None, card: bool = True
+) -> dict[str, Path | bytes]:
+    r"""
+    Everything that is published, by its path in the repository.
+
+    Args:
+        result ([`Result`]): What is published.
+        repo_id, license, step: As in [`make_card`].
+        card (`bool`, *optional*, defaults to `True`): Whether to write `README.md`.
+
+    Returns:
+        `dict`: Path in the repository to a file on disk or to content.
+    """
+    found: dict[str, Path | bytes] = {}
+    root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        if path.is_file() and not hidden and relative.name != "README.md":
+            found[f"{prefix}{relative.as_posix()}"] = _without_origin(path) if path.suffix == ".json" else path
+    for name, (path, _) in result.pictures.items():
+        found[f"images/{name}"] = path
+    for name, script in result.scripts.items():
+        found[f"training/{name}.yaml"] = yaml.safe_dump(script.config, sort_keys=False, allow_unicode=True).encode()
+        if script.record:
+            found[f"training/{name}.json"] = json.dumps(script.record, indent=2).encode()
+    if result.metrics:
+        found["metrics.json"] = json.dumps(result.metrics, indent=2).encode()
+    if card:
+        found["README.md"] = str(make_card(result, repo_id, license=license, step=step)).encode()
+    return found
+
+
+def _without_origin(path: Path) -> Path | bytes:
+    """diffusers writes the folder that a model was loaded from into its config; nobody else needs to know it."""
+    config = json.loads(path.read_text())
+    if config.pop("_name_or_path", None) is None:
+        return path
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _data_description(config: dict[str, Any]) -> dict[str, Any]:
+    """What the images are: their id on the Hub where they have one, else what can be said without a path."""
+    if not config:
+        return {}
+    name = config.get("dataset_name")
+    described = {
+        "split": config.get("train_split", "train"),
+        "validation_split": config.get("validation_split") or "validation",
+        "resolution": config.get("resolution"),
+        "channels": config.get("image_channels"),
+    }
+    if name in EMBEDDED:
+        return {**described, "type": "digits", "name": "handwritten digits (UCI, doi:10.24432/C50P49, CC BY 4.0)"}
+    if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists():
+        return {**described, "id": name, "name": name}
+    return {**described, "type": "imagefolder", "name": f"images of the author ({name or config['train_data_dir']})"}
+
+
+def _latent_description(result: Result) -> dict[str, Any]:
+    config = result.vae_config
+    if not config:
+        return {}
+    factor = 2 ** (len(config.get("block_out_channels", [1])) - 1)
+    size = config.get("sample_size")
+    return {
+        "channels": config.get("latent_channels"),
+        "factor": factor,
+        "image_channels": config.get("in_channels"),
+        "size": size,
+        "side": size // factor if isinstance(size, int) else None,
+        "statistics": list(zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)),
+        "codes": config.get("num_vq_embeddings"),
+    }
+
+
+def _class_names(result: Result) -> list[str]:
+    id2label = result.index.get("id2label") or {}
+    return [id2label[key] for key in sorted(id2label, key=int)]
+
+
+def _example_call(result: Result, generator: dict[str, Any]) -> str:
+    names = _class_names(result)
+    words = (
+        [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"]
+        if names
+        else ["num_images_per_label=1"]
+    )
+    return ", ".join([*words, *([generator["call"]] if generator else [])])
+
+
+def _script_description(name: str, script: Any) -> dict[str, Any]:
+    record = script.record
+    described = {"name": name, "command": record.get("command"), "versions": record.get("versions")}
+    if record.get("seconds"):
+        described["time"] = _duration(record["seconds"])
+    described["hardware"] = record.get("hardware")
+    described["counts"] = record.get("counts", {})
+    return described
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _setting_of(values: dict[str, Any]) -> dict[str, Any]:
+    names = ("num_images", "guidance_scale", "num_inference_steps", "label_sampling", "seed")
+    names += ("classifier_accuracy_on_real_test_digits",)
+    return {name: values[name] for name in names if name in values}
+
+
+def _describe_setting(setting: dict[str, Any]) -> str:
+    words = []
+    for name, value in setting.items():
+        value = f"{value:.4g}" if isinstance(value, float) else value
+        words.append(f"{name.replace('_', ' ').replace('num ', '')} {value}")
+    return ", ".join(words)

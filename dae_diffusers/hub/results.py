@@ -1,0 +1,232 @@
+"""What a run has left on disk: models, and how they came to be."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dae_diffusers.cli import UserError
+
+PIPELINE_INDEX = "model_index.json"
+
+# Flags of the machine and of publishing, which say nothing about the model.
+_NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
+
+
+@dataclass
+class Script:
+    r"""
+    One training script's part in a result.
+
+    Attributes:
+        config (`dict`): Its `config.yaml`, without what concerns only the machine; absolute paths are cut down to
+            their last part.
+        record (`dict`): Its `run.json`: command, seconds, hardware, versions, counts. Empty for runs without one.
+        validation (`dict`): The last validation values of its log.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    validation: dict[str, float]
+
+
+@dataclass
+class Result:
+    r"""
+    Models that can be published, and everything that the run's folder tells about them.
+
+    Attributes:
+        pipeline (`Path`, *optional*): Folder with `model_index.json`; None for an autoencoder alone.
+        vae (`Path`, *optional*): Folder of the autoencoder.
+        index (`dict`): `model_index.json`, or empty.
+        vae_config (`dict`): The autoencoder's `config.json`, or empty.
+        scripts (`dict[str, Script]`): By name, in the order in which they ran.
+        metrics (`dict`): What was measured, by source.
+        pictures (`dict[str, tuple[Path, str]]`): File name in the repository to file and caption.
+        stage1 (`Path`, *optional*): The autoencoder with its auxiliary decoder.
+    """
+
+    folder: Path
+    pipeline: Path | None
+    vae: Path | None
+    index: dict[str, Any] = field(default_factory=dict)
+    vae_config: dict[str, Any] = field(default_factory=dict)
+    scripts: dict[str, Script] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    stage1: Path | None = None
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        r"""The flags of data of the first script that read images."""
+        for script in self.scripts.values():
+            if script.config.get("dataset_name") or script.config.get("train_data_dir"):
+                return script.config
+        return {}
+
+
+def read_result(folder: str | Path) -> Result:
+    r"""
+    Looks for a result.
+
+    Args:
+        folder (`str` or `Path`): The output folder of a training run, or a pipeline's or an autoencoder's folder. What
+            stands beside the latter two (logs, metrics) is found too.
+
+    Returns:
+        [`Result`]: With a pipeline, an autoencoder or both.
+
+    Raises:
+        UserError: If there is neither, or the code that a pipeline needs elsewhere is not in its folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Give the `--output_dir` of a training run, or a pipeline's folder.")
+    if (folder / PIPELINE_INDEX).exists():
+        pipeline, run = folder, folder.resolve().parent
+    elif (folder / "config.json").exists():
+        return _describe(Result(folder.resolve().parent, None, folder))
+    else:
+        pipeline, run = folder / "pipeline", folder
+    if not (pipeline / PIPELINE_INDEX).exists():
+        vae = run / "vae"
+        if not (vae / "config.json").exists():
+            raise UserError(
+                f"{folder} holds nothing that can be published: neither pipeline/{PIPELINE_INDEX} nor vae/config.json. "
+                "Give the `--output_dir` of a finished training run."
+            )
+        return _describe(Result(run, None, vae))
+    result = Result(run, pipeline, pipeline / "vae" if (pipeline / "vae").is_dir() else None)
+    result.index = _read_json(pipeline / PIPELINE_INDEX)
+    _check_code(result)
+    return _describe(result)
+
+
+def latest_grid(script_folder: Path, pattern: str) -> Path | None:
+    r"""The newest picture of a kind, such as `samples-*.png`, in a script's `grids/`."""
+    return max((script_folder / "grids").glob(pattern), default=None)
+
+
+def _check_code(result: Result) -> None:
+    missing = []
+    for name, value in result.index.items():
+        module = value[0] if isinstance(value, list) and isinstance(value[0], str) else "diffusers"
+        if module.partition(".")[0] not in ("diffusers", "transformers"):
+            missing += [f"{name}/{module}.py"] if not (result.pipeline / name / f"{module}.py").exists() else []
+    if not (result.pipeline / "pipeline.py").exists() and not _is_stock(result.index.get("_class_name")):
+        missing.append("pipeline.py")
+    if missing:
+        raise UserError(
+            f"{result.pipeline} lacks {' and '.join(missing)}, the code with which it loads where only diffusers is "
+            "installed. Load it with its pipeline class and save it again with `save_pretrained`."
+        )
+
+
+def _is_stock(class_name: Any) -> bool:
+    import diffusers  # only here: the rest reads files
+
+    return hasattr(diffusers, str(class_name))
+
+
+def _describe(result: Result) -> Result:
+    if result.vae is not None:
+        result.vae_config = _read_json(result.vae / "config.json")
+    folders = [path.parent for path in sorted(result.folder.glob("*/config.yaml"))]
+    for path in list(folders):  # the autoencoder may come from another run
+        used = (_read_yaml(path / "config.yaml") or {}).get("vae")
+        if used and Path(used).is_dir():
+            other = Path(used) if (Path(used) / "train_dae").is_dir() else Path(used).resolve().parent
+            if other.resolve() != result.folder.resolve() and (other / "train_dae" / "config.yaml").exists():
+                folders.insert(0, other / "train_dae")
+    order = {"train_dae": 0}
+    for path in sorted(folders, key=lambda path: order.get(path.name, 1)):
+        if result.pipeline is None and path.name != "train_dae":
+            continue
+        result.scripts.setdefault(path.name, _read_script(path))
+    result.metrics = _read_metrics(result)
+    result.pictures = _find_pictures(result)
+    if (result.folder / "stage1" / "config.json").exists():
+        result.stage1 = result.folder / "stage1"
+    return result
+
+
+def _read_script(folder: Path) -> Script:
+    config = {
+        name: value
+        for name, value in (_read_yaml(folder / "config.yaml") or {}).items()
+        if name not in _NOT_PUBLISHED and not name.startswith(("hub_", "push_"))
+    }
+    record = _read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    validation: dict[str, float] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
+        validation = {**values, "step": row["step"]} if values else validation
+    return Script(folder, _without_paths(config), _without_paths(record), validation)
+
+
+def _read_metrics(result: Result) -> dict[str, Any]:
+    metrics = {name: script.validation for name, script in result.scripts.items() if script.validation}
+    for name, path in (
+        ("evaluation", result.folder / "evaluation" / "metrics.json"),
+        ("check", result.folder / "metrics.json"),
+    ):
+        if path.exists():
+            metrics[name] = _without_paths(_read_json(path))
+    return metrics
+
+
+def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
+    pictures = {}
+
+    def add(name: str, path: Path | None, caption: str):
+        if path is not None and path.exists():
+            pictures[name] = (path, caption)
+
+    if result.pipeline is not None:
+        samples = result.folder / "samples.png"
+        if not samples.exists():
+            grids = [latest_grid(script.folder, "samples-*.png") for script in result.scripts.values()]
+            samples = next((grid for grid in grids if grid is not None), samples)
+        add("samples.png", samples, "Samples")
+    if "train_dae" in result.scripts:
+        folder = result.scripts["train_dae"].folder
+        newest = latest_grid(folder, "reconstruction-stage2-*.png") or latest_grid(folder, "reconstruction-*.png")
+        add("reconstructions.png", newest, "Held-out images above their reconstructions")
+    if result.pipeline is not None:
+        evaluation = result.folder / "evaluation"
+        add("sweep.png", evaluation / "sweep.png", "Distance to the training images over guidance and steps")
+        nearest = sorted(evaluation.glob("nearest-*.png"))
+        add("nearest.png", nearest[0] if nearest else None, "Samples above their nearest training images")
+    for name, script in result.scripts.items():
+        add(f"{name}_curves.png", script.folder / "curves.png", f"Training: {name}")
+    return pictures
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def _without_paths(value: Any) -> Any:
+    """Absolute paths, which tell about a machine and its user, become their last part."""
+    if isinstance(value, dict):
+        return {name: _without_paths(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

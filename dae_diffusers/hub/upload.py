@@ -1,0 +1,315 @@
+"""Uploading to the Hub. Whatever goes wrong there, what was trained is on disk."""
+
+import logging
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from safetensors.torch import load_file, save_file
+
+from dae_diffusers.cli import UserError
+from dae_diffusers.hub.card import repository_files
+from dae_diffusers.hub.results import read_result
+
+logger = logging.getLogger(__name__)
+
+STAGE1_BRANCH = "stage1"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def check_hub_access(repo_id: str, *, private: bool = False, license: str | None = None) -> str:
+    r"""
+    Makes the repository before training starts, so that a missing token or permission shows at once.
+
+    Args:
+        repo_id (`str`): `user/name`, or `name` in the account of the token.
+        private (`bool`, *optional*): Whether a new repository is private.
+        license (`str`, *optional*): Checked as the Hub checks it.
+
+    Returns:
+        `str`: The full `user/name`; what was given if the Hub cannot be reached now, which is logged.
+
+    Raises:
+        UserError: If the Hub does not let this token write there, or does not know the license.
+    """
+    api = HfApi()
+    try:
+        api.whoami()
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)
+    except Exception as error:  # a connection may fail in any way
+        if _is_transient(error):
+            logger.warning("the Hub does not answer now (%s); the upload is tried all the same.", one_line(error))
+            return repo_id
+        raise UserError(
+            f"{repo_id} cannot be written on the Hub ({one_line(error)}). Log in with `hf auth login`, or choose another "
+            "repository. A training run can also go without `--push_to_hub` and be pushed afterwards."
+        ) from None
+    if license is not None:
+        check_license(license)
+    return repo_id
+
+
+def check_license(license: str) -> None:
+    r"""
+    Asks the Hub whether it knows a license.
+
+    Raises:
+        UserError: If it does not. A Hub that does not answer is left alone.
+    """
+    card = ModelCard(f"---\n{ModelCardData(license=license).to_yaml()}\n---\n")
+    try:
+        card.validate()
+    except ValueError as error:
+        raise UserError(
+            f"the Hub does not know the license {license!r} ({one_line(error)}). Its identifiers are listed at "
+            "https://huggingface.co/docs/hub/repositories-licenses; `other` is one."
+        ) from None
+    except Exception as error:  # a connection may fail in any way
+        logger.warning("the license could not be checked now (%s).", one_line(error))
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    fp16: bool = False,
+    keep_card: bool = False,
+    step: int | None = None,
+) -> str:
+    r"""
+    Uploads a result in one commit: models, code, card, pictures, metrics and the training's flags.
+
+    Args:
+        folder (`str` or `Path`): See [`~dae_diffusers.hub.results.read_result`].
+        repo_id (`str`): `user/name`, or `name` in the account of the token. Made if need be.
+        private (`bool`, *optional*): Whether a new repository is private.
+        license (`str`, *optional*): An identifier that the Hub knows. If none is given, that of the card that is there.
+        revision (`str`, *optional*): Branch, made if need be.
+        create_pr (`bool`, *optional*): Open a pull request instead of writing to the branch.
+        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`.
+        keep_card (`bool`, *optional*): Leave the `README.md` that is there as it is.
+        step (`int`, *optional*): While training goes on: steps done.
+
+    Returns:
+        `str`: Address of the repository, or of the pull request.
+
+    Raises:
+        UserError: If the folder holds nothing to publish.
+        Exception: Whatever the connection fails with; see [`push_or_explain`].
+    """
+    result = read_result(folder)
+    api = HfApi()
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = repository.repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    license = license or published_license(repo_id, revision)
+    files = repository_files(result, repo_id, license=license, step=step, card=not keep_card)
+    with tempfile.TemporaryDirectory() as temporary:
+        if fp16:
+            files.update(half_precision_files(files, Path(temporary)))
+        commit = _commit(
+            api,
+            repo_id,
+            files,
+            message=f"Step {step}" if step is not None else f"Upload {result.index.get('_class_name', 'autoencoder')}",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or str(repository)
+
+
+def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
+    r"""
+    Uploads the autoencoder of stage 1, with its auxiliary decoder, to the branch `stage1`.
+
+    Args:
+        folder, repo_id, private: As in [`push_folder`].
+
+    Returns:
+        `str`: Address of the branch.
+
+    Raises:
+        UserError: If there is no stage 1 in the folder.
+    """
+    stage1 = Path(folder) / "stage1"
+    if not (stage1 / "config.json").exists():
+        raise UserError(f"{folder} has no stage1/config.json: it is not the `--output_dir` of training/train_dae.py.")
+    api = HfApi()
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.create_branch(repository.repo_id, branch=STAGE1_BRANCH, exist_ok=True)
+    files = {f"stage1/{path.name}": path for path in sorted(stage1.iterdir()) if path.is_file()}
+    _commit(api, repository.repo_id, files, message="Upload stage 1", revision=STAGE1_BRANCH)
+    return f"{repository}/tree/{STAGE1_BRANCH}"
+
+
+def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
+    r"""
+    Makes a Space with the app of [`space_files`] for a model.
+
+    Args:
+        repo_id (`str`): Of the Space.
+        model_id (`str`): Of the model, `user/name`.
+        private (`bool`, *optional*): Whether a new Space is private.
+
+    Returns:
+        `str`: Its address.
+    """
+    api = HfApi()
+    repository = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    _commit(api, repository.repo_id, space_files(model_id), message="Upload the app", repo_type="space")
+    return str(repository)
+
+
+def space_files(model_id: str) -> dict[str, bytes]:
+    r"""The files of the app, by name, with the model's name in the front matter of its README, where the app reads it."""
+    found = {
+        path.name: path.read_bytes()
+        for path in (resources.files("dae_diffusers.hub") / "space").iterdir()
+        if path.is_file()
+    }
+    card = RepoCard(found["README.md"].decode())
+    card.data.title = model_id.split("/")[-1]
+    card.data.models = [model_id]
+    return {**found, "README.md": str(card).encode()}
+
+
+def push_command(folder: str | Path, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
+    r"""The command that repeats an upload."""
+    words = ["dae-diffusers", "push", str(folder), repo_id]
+    words += ["--private"] if private else []
+    words += ["--license", license] if license else []
+    return shlex.join(words)
+
+
+def one_line(error: BaseException) -> str:
+    r"""An error and its cause, short enough for a log."""
+    text = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+
+
+class BackgroundUpload:
+    r"""
+    Uploads snapshots of a result that training goes on with, in a thread, one at a time.
+
+    Args:
+        folder (`Path`): Where a snapshot lies until it is uploaded.
+
+    Attributes:
+        failures (`list[str]`): What went wrong, to be reported at the end.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.failures: list[str] = []
+        self._thread: threading.Thread | None = None
+        self._hides_bars = False
+
+    def start(self, step: int, *, save: Callable[[Path], object], push: Callable[[Path], object]) -> None:
+        r"""
+        Saves a snapshot and begins to upload it. Does nothing while the upload before is running: the next has it all.
+
+        Args:
+            step (`int`): Steps done.
+            save: Writes the snapshot into the folder that it is given, before this returns.
+            push: Uploads that folder, in the thread.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            logger.info("step %d is not uploaded: the upload before it is still running.", step)
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            save(self.folder)
+        except OSError as error:
+            self.failures.append(f"step {step}: {one_line(error)}")
+            return
+
+        def run():
+            try:
+                push(self.folder)
+            except Exception as error:  # an upload may fail in any way; the run must not
+                self.failures.append(f"step {step}: {one_line(error)}")
+
+        if not are_progress_bars_disabled():  # they would run through that of training
+            disable_progress_bars()
+            self._hides_bars = True
+        self._thread = threading.Thread(target=run, name="hub-upload", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        r"""Until the upload that is running has ended."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._hides_bars:
+            enable_progress_bars()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[str, Path]:
+    r"""
+    Half-precision copies of the weights among `files`.
+
+    Args:
+        files (`dict`): Path in the repository to file.
+        folder (`Path`): Where the copies are written.
+
+    Returns:
+        `dict`: Path in the repository, `<component>/diffusion_pytorch_model.fp16.safetensors`, to file.
+
+    Raises:
+        UserError: If the weights are in several files.
+    """
+    copies = {}
+    for name, path in files.items():
+        if name.endswith(".safetensors.index.json"):
+            raise UserError(
+                f"`--fp16`: {name} says that the weights lie in several files, which is not supported. Save the pipeline "
+                'with `pipe.to(torch.float16).save_pretrained(folder, variant="fp16")` beside the others instead.'
+            )
+        if Path(name).name == _WEIGHTS:
+            target = Path(name).with_name(_WEIGHTS.replace(".safetensors", ".fp16.safetensors")).as_posix()
+            copies[target] = folder / target.replace("/", "-")
+            halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+            save_file(halved, copies[target], metadata={"format": "pt"})
+    return copies
+
+
+def published_license(repo_id: str, revision: str | None) -> str | None:
+    r"""The license that the card on the Hub states, so that pushing again without one does not take it away."""
+    try:
+        path = HfApi().hf_hub_download(repo_id, "README.md", revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    return ModelCard.load(path).data.license
+
+
+def _commit(api, repo_id: str, files: dict[str, Path | bytes], *, message: str, **kwargs):
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, (LocalTokenNotFoundError, HFValidationError)):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or status in (408, 429) or status >= 500

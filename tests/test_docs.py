@@ -1,0 +1,147 @@
+"""The guides say nothing that does not work: flags are parsed, and every block runs, with fewer steps, top to bottom."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from test_training import _free_port
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from dae_diffusers.cli import parse_config
+from dae_diffusers.console import find_scripts
+from dae_diffusers.training import push
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+GUIDES = sorted(path.name for path in DOCS.glob("*.md") if "```bash" in path.read_text())
+CONFIG_NAMES = {
+    "train-dae": "TrainDAEConfig",
+    "train-dit": "TrainDiTConfig",
+    "cache-latents": "CacheLatentsConfig",
+    "evaluate": "EvaluateConfig",
+    "push": "PushConfig",
+}
+FEWER = {
+    r"--stage([12])_steps \d+": r"--stage\1_steps 4",
+    r"--max_train_steps \d+": "--max_train_steps 4",
+    r"--validation_steps \d+": "--validation_steps 4",
+    r"--checkpointing_steps \d+": "--checkpointing_steps 6",
+    r"--train_batch_size \d+": "--train_batch_size 4",
+    r"--num_images \d+": "--num_images 20",
+    r"--num_inference_steps \d+": "--num_inference_steps 2",
+    r"--resolution 64": "--resolution 32",
+    r"--block_out_channels 64 128 128": "--block_out_channels 32 32 32",
+    r"DiT-S/2": "DiT-Ti/2",
+    r" train-dit ": " train-dit --num_sample_images 4 --sample_steps 2 ",
+    r" evaluate ": " evaluate --max_train_samples 40 --max_validation_samples 20 ",
+    r"--num_cpu_threads_per_process 2": "--num_cpu_threads_per_process 1",
+}
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Language and content of the blocks that are to run."""
+    text = re.sub(r"<!-- not run: [^>]*-->\s*```.*?```", "", text, flags=re.DOTALL)
+    return re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+
+
+def shorten(text: str) -> str:
+    for pattern, replacement in FEWER.items():
+        text = re.sub(pattern, replacement, text)
+    return text.replace("--multi_gpu", f"--cpu --main_process_port {_free_port()}")
+
+
+@pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md"])
+def test_every_flag_in_the_text_exists(path):
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    names = "|".join(re.escape(name).replace("\\-", "[-_]") for name in find_scripts())
+    commands = re.findall(rf"(?:dae-diffusers|accelerate launch|python)\b[^\n`]*?\b({names})(?:\.py)? ([^\n`#]*)", text)
+    assert commands
+    for name, flags in commands:
+        name = name.replace("_", "-")
+        argv = shlex.split(flags.replace("$kind", "dropout"))
+        argv = [str(ROOT / word) if word.startswith("training/configs") else word for word in argv]
+        module = import_module(f"dae_diffusers.training.{name.replace('-', '_')}")
+        parse_config(getattr(module, CONFIG_NAMES[name]), push.with_flags(argv) if name == "push" else argv)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Variables under which the commands of the guides are found, with a Hub on 127.0.0.1 where `user` is logged in."""
+    commands = {
+        "dae-diffusers": '-c "from dae_diffusers.console import main; main()"',
+        "hf": "-m huggingface_hub.cli.hf",
+        "python": "",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, arguments in commands.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        path.chmod(0o755)
+    with HubServer() as hub:
+        hub.tokens["hf_user"] = "user"
+        yield {
+            **os.environ,
+            **hub.environment(tmp_path / "home", token="hf_user"),
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+@pytest.fixture
+def folder(tmp_path, image_folder):
+    """Where the guides are followed: with images, and a tiny network in the place of the one that they name."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "my_images").symlink_to(image_folder)
+    backbone = work / "facebook" / "dinov2-small"
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(backbone)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(backbone)
+    return work
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", GUIDES)
+def test_guide_runs_from_top_to_bottom(name, environment, folder):
+    for language, block in blocks_of((DOCS / name).read_text()):
+        command = ["bash", "-e", "-c", shorten(block)] if language == "bash" else [sys.executable, "-c", block]
+        result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        assert result.returncode == 0, f"{block}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the notebook's client
+def test_notebook_runs_from_top_to_bottom(environment, folder, monkeypatch):
+    reason = 'needs nbclient and ipykernel: pip install -e ".[docs]"'
+    nbformat = pytest.importorskip("nbformat", reason=reason)
+    nbclient = pytest.importorskip("nbclient", reason=reason)
+    pytest.importorskip("ipykernel", reason=reason)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    notebook = nbformat.read(DOCS / "digits.ipynb", as_version=4)
+    for cell in notebook.cells:
+        assert not cell.get("outputs"), "the notebook is kept without outputs"
+        cell.source = shorten(cell.source)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(folder))
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "error:" not in printed
+    assert (folder / "look-first" / "model_index.json").exists()
+
+
+@pytest.mark.slow
+def test_reference_holds_every_public_class(tmp_path):
+    pytest.importorskip("pdoc", reason='needs pdoc: pip install -e ".[docs]"')
+    subprocess.run([sys.executable, DOCS / "reference.py", tmp_path], check=True, capture_output=True)
+    page = (tmp_path / "dae_diffusers" / "autoencoders" / "autoencoder_kl.html").read_text()
+    assert "DAEAutoencoderKL" in page and "auxiliary_dropout" in page
+    assert "DAEDiTPipeline" in (tmp_path / "dae_diffusers.html").read_text()
+    for name in ("pipelines/dae_dit", "training/push", "hub/card", "metrics/distances"):
+        assert (tmp_path / "dae_diffusers" / f"{name}.html").exists()

@@ -1,0 +1,496 @@
+"""Publishing and loading again, end to end: the real Hub client against a Hub on 127.0.0.1."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import venv
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from safetensors.torch import load_file
+from test_training import TINY_DAE, TINY_DIT, run
+
+from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.hub.card import make_card, measurements
+from dae_diffusers.hub.results import read_result
+from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder
+from dae_diffusers.training import push, train_dae, train_dit
+
+REPO = "writer/animals"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*larger than the data set"),
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),  # within huggingface_hub
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, image_folder):
+    """A finished run with an evaluation's numbers beside it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("hub") / "animals"
+    run(train_dae, TINY_DAE, train_data_dir=image_folder, output_dir=folder)
+    run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=folder, vae=folder / "vae")
+    evaluation = {
+        "reconstruction": {"psnr": 21.5, "rfd_tiny": 3.25},
+        "latent_space": {"num_images": 5, "effective_rank": 2.5, "mean": [0.0, 1.0]},
+        "generation": [{"num_images": 50, "guidance_scale": 2.0, "num_inference_steps": 4, "seed": 0, "gfd_tiny": 7.0}],
+        "setting": {"validation_images": {"number": 5}, "config": {"features": str(folder / "tiny")}},
+    }
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@pytest.fixture
+def client(hub, tmp_path, monkeypatch):
+    """The Hub's client in this process, as the account `writer`, without its waits between attempts."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    huggingface_hub.close_session()  # one made while offline stays offline
+    yield hub
+    hub.faults.clear()
+    huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """A Python that has diffusers but not this package: editable installs do not reach into another environment."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/*/site-packages")
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    python = folder / "bin" / "python"
+    code = "from importlib.util import find_spec; print([find_spec(n) is None for n in ('diffusers', 'dae_diffusers')])"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=folder)
+    if found.stdout.strip() != "[False, True]":
+        pytest.skip("this package is not an editable install, so no environment can be made without it")
+    return python
+
+
+def run_fresh(python, code: str, environment: dict[str, str], folder: Path) -> str:
+    environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([python, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def push_script(*words: str):
+    push.main(parse_config(push.PushConfig, push.with_flags([str(word) for word in words])))
+
+
+@pytest.fixture(scope="module")
+def published(hub, trained, tmp_path_factory):
+    """Pushed as a user does it, in a process of its own."""
+    folder = tmp_path_factory.mktemp("pushing")
+    command = [sys.executable, "-m", "dae_diffusers.training.push", trained, REPO, "--license", "cc-by-4.0", "--fp16"]
+    environment = {**os.environ, **hub.environment(folder / "home")}
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"pushed to {hub.url}/{REPO}" in result.stderr
+    assert "hf_writer" not in result.stdout + result.stderr
+    return hub.files(REPO)
+
+
+def sample(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("dog", generator=generator, num_inference_steps=2, output_type="pt").images
+
+
+def test_repository_holds_what_is_promised(published, trained):
+    weights = {
+        f"{part}/diffusion_pytorch_model{v}.safetensors" for part in ("vae", "transformer") for v in ("", ".fp16")
+    }
+    assert weights <= published.keys()
+    assert published.keys() - weights == {
+        *("README.md", "model_index.json", "pipeline.py", "metrics.json"),
+        *("vae/config.json", "scheduler/scheduler_config.json"),
+        *("transformer/config.json", "transformer/dae_diffusers.transformer_dae_dit.py"),
+        *("images/samples.png", "images/reconstructions.png"),
+        *("images/train_dae_curves.png", "images/train_dit_curves.png"),
+        *("training/train_dae.yaml", "training/train_dae.json", "training/train_dit.yaml", "training/train_dit.json"),
+    }
+    for name in ("vae", "transformer"):
+        path = f"{name}/diffusion_pytorch_model.safetensors"
+        assert published[path] == (trained / "pipeline" / path).read_bytes()
+
+
+def test_nothing_published_tells_of_the_machine_or_the_token(published, trained):
+    for name, content in published.items():
+        assert b"hf_writer" not in content
+        if not name.endswith((".safetensors", ".png")):
+            assert str(trained.parent).encode() not in content and os.path.expanduser("~").encode() not in content, name
+    config = yaml.safe_load(published["training/train_dit.yaml"])
+    assert config["max_train_steps"] == 6 and config["vae"] == "vae"
+    assert not any(name.startswith(("hub_", "push_")) for name in config)
+
+
+def test_card_has_metadata_that_the_hub_reads(published):
+    data = ModelCard(published["README.md"].decode()).data
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "cc-by-4.0",
+        "diffusers",
+        "unconditional-image-generation",
+    )
+    assert {"dit", "class-conditional", "decoupled-autoencoder"} <= set(data.tags)
+    values = {result.metric_type: result for result in data.eval_results}
+    assert all(isinstance(result, EvalResult) for result in data.eval_results)
+    assert values["psnr"].metric_value == 21.5 and values["psnr"].metric_args == {"num_images": 5}
+    assert values["gfd_tiny"].metric_name == "gFD (tiny)" and values["gfd_tiny"].metric_args["guidance_scale"] == 2.0
+    assert "mean" not in values and "num_images" not in values
+
+
+def test_card_says_how_it_was_made(published):
+    text = published["README.md"].decode()
+    record = json.loads(published["training/train_dae.json"])
+    assert record["seconds"] > 0 and record["counts"]["training_images"] == 23
+    assert record["versions"]["torch"] == torch.__version__
+    command = re.search(r"```bash\n(accelerate launch .*train_dae .*)\n```", text)[1]
+    flags = command.split("train_dae ")[1].split()
+    config = parse_config(train_dae.TrainDAEConfig, flags)
+    assert config.stage1_steps == 4 and config.block_out_channels == [8, 8] and config.resolution == 16
+    assert "becomes 8x8x3 latents (factor 2 on each side)" in text
+    assert "23 training images" in text and "2 classes: cat, dog" in text
+    for picture in re.findall(r"\]\((images/[^)]+)\)", text):
+        assert published[picture][:4] == b"\x89PNG"
+    assert "dae-diffusers" in record["versions"] and not re.search(r"\{\{|\{%|None", text)
+
+
+def test_card_snippets_load_in_all_three_ways(hub, published, trained, bare_python, tmp_path):
+    with_package, without, autoencoder = re.findall(r"```python\n(.*?)```", published["README.md"].decode(), re.DOTALL)
+    expected = sample(DAEDiTPipeline.from_pretrained(trained / "pipeline"))
+    draw = """
+pipe.set_progress_bar_config(disable=True)
+import sys, torch
+image.verify()
+generator = torch.Generator().manual_seed(0)
+images = pipe("dog", generator=generator, num_inference_steps=2, output_type="pt").images
+torch.save(images, sys.argv[1] if len(sys.argv) > 1 else "images.pt")
+print(type(pipe.transformer).__module__.split(".")[0])
+"""
+    homes = [tmp_path / name for name in ("first", "second", "third")]
+    for home in homes:
+        home.mkdir()
+    assert run_fresh(sys.executable, with_package + draw, hub.environment(homes[0]), homes[0]) == "dae_diffusers\n"
+    assert run_fresh(bare_python, without + draw, hub.environment(homes[1]), homes[1]) == "diffusers_modules\n"
+    for home in homes[:2]:
+        assert torch.equal(torch.load(home / "images.pt"), expected)
+
+    check = "\nimport torch\nprint(type(vae).__name__, vae.decode(torch.zeros(1, 3, 8, 8)).sample.shape[-1])"
+    environment = hub.environment(homes[2], token=None)
+    assert run_fresh(bare_python, autoencoder + check, environment, homes[2]) == "AutoencoderKL 16\n"
+
+    # The same with no Hub to reach: with the package from the cache, without it from a folder, as the card says.
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    snapshot = subprocess.run(
+        [sys.executable, "-m", "huggingface_hub.cli.hf", "download", REPO, "--local-dir", "animals"],
+        env={**os.environ, **hub.environment(homes[1])},
+        cwd=homes[1],
+        capture_output=True,
+        text=True,
+    )
+    assert snapshot.returncode == 0, snapshot.stderr
+    for home, python, code in (
+        (homes[0], sys.executable, with_package),
+        (homes[1], bare_python, without.replace(REPO, "animals")),
+    ):
+        (home / "images.pt").unlink()
+        run_fresh(python, code + draw, {**hub.environment(home), **offline}, home)
+        assert torch.equal(torch.load(home / "images.pt"), expected)
+
+
+def test_options_of_from_pretrained_hold_without_the_package(hub, published, bare_python, tmp_path):
+    code = f"""
+import torch
+from diffusers import DiffusionPipeline
+
+repo = "{REPO}"
+try:
+    DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("loaded untrusted code")
+pipe = DiffusionPipeline.from_pretrained(
+    repo, custom_pipeline=repo, trust_remote_code=True, variant="fp16", torch_dtype=torch.float16, revision="main"
+)
+assert pipe.transformer.dtype == pipe.vae.dtype == torch.float16
+try:
+    DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True, revision="no-such-branch")
+except OSError as error:
+    assert type(error.__cause__).__name__ == "RevisionNotFoundError", error
+else:
+    raise SystemExit("loaded a revision that is not there")
+"""
+    run_fresh(bare_python, code, hub.environment(tmp_path), tmp_path)
+    asked = {path for _, path, _ in hub.requests if "/resolve/" in path}
+    assert any("fp16.safetensors" in path for path in asked)
+
+
+def test_options_of_from_pretrained_hold_with_the_package(client, published, trained, tmp_path):
+    api = HfApi()
+    first = api.model_info(REPO).sha
+    api.create_tag(REPO, tag="v1")
+    push_folder(trained, REPO, revision="next")
+    assert client.files(REPO, revision="next").keys() == published.keys()
+    assert api.model_info(REPO, revision="v1").sha == first
+    pipe = DAEDiTPipeline.from_pretrained(REPO, revision="v1", variant="fp16", dtype=torch.float16)
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.float16
+    expected = load_file(trained / "vae" / "diffusion_pytorch_model.safetensors")
+    for name, value in pipe.vae.state_dict().items():
+        assert torch.equal(value, expected[name].half())
+
+
+def test_pushing_again_keeps_the_license_and_makes_no_empty_commit(client, published, trained):
+    before = HfApi().model_info(REPO).sha
+    push_folder(trained, REPO)
+    assert HfApi().model_info(REPO).sha == before
+    assert ModelCard(client.files(REPO)["README.md"].decode()).data.license == "cc-by-4.0"
+
+
+def test_hand_written_card_can_be_kept(client, published, trained):
+    HfApi().upload_file(repo_id=REPO, path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\nMine.\n")
+    push_script(trained, REPO, "--keep_card")
+    assert client.files(REPO)["README.md"].endswith(b"Mine.\n")
+    push_script(trained, REPO, "--license", "cc-by-4.0")
+    assert b"Mine." not in client.files(REPO)["README.md"]
+
+
+def test_pull_request_leaves_the_branch_as_it_is(client, published, trained, caplog):
+    before = HfApi().model_info(REPO).sha
+    with caplog.at_level(logging.INFO):
+        push_script(trained, REPO, "--license", "mit", "--create_pr")
+    assert f"{REPO}/discussions/1" in caplog.text
+    assert HfApi().model_info(REPO).sha == before
+    assert b"license: mit" in client.files(REPO, revision="refs/pr/1")["README.md"]
+
+
+@pytest.mark.parametrize(("answer", "license"), [("mit", "mit"), ("", None)])
+def test_license_is_asked_for_at_a_terminal(client, trained, monkeypatch, caplog, answer, license):
+    monkeypatch.setattr(push.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    push_script(trained / "vae", f"writer/asked-{answer or 'nothing'}")
+    text = client.files(f"writer/asked-{answer or 'nothing'}")["README.md"].decode()
+    assert ModelCard(text).data.license == license
+    assert ("no license is stated" in caplog.text) == (license is None)
+
+
+def test_stage_one_goes_to_a_branch(client, trained):
+    push_script(trained, "writer/stages", "--stage1")
+    assert "stage1/config.json" in client.files("writer/stages", revision="stage1")
+    assert not any(name.startswith("stage1") for name in client.files("writer/stages"))
+
+
+def test_autoencoder_alone_is_published(client, trained, tmp_path):
+    push_script(trained / "vae", "vae-alone")
+    files = client.files("writer/vae-alone")
+    assert "vae/config.json" in files and "model_index.json" not in files and "images/samples.png" not in files
+    text = files["README.md"].decode()
+    assert "DAEDiTPipeline" not in text and 'subfolder="vae"' in text
+    assert "The author has stated no license" in text and ModelCard(text).data.license is None
+
+
+def test_export_writes_the_same_without_a_hub(published, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    push_script(trained, REPO, "--license", "cc-by-4.0", "--export_dir", tmp_path / "out")
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {name for name in published if ".fp16." not in name}
+    images = sample(
+        DiffusionPipeline.from_pretrained(
+            tmp_path / "out", custom_pipeline=str(tmp_path / "out"), trust_remote_code=True
+        )
+    )
+    assert torch.equal(images, sample(DAEDiTPipeline.from_pretrained(trained / "pipeline")))
+
+
+def test_other_pipelines_get_a_card_too(trained, tmp_path):
+    folder = tmp_path / "pipeline"
+    (folder / "vae").mkdir(parents=True)
+    index = {
+        "_class_name": "SomeNewPipeline",
+        "vae": ["diffusers", "VQModel"],
+        "prior": ["some_package.prior", "Prior"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = {"_class_name": "VQModel", "latent_channels": 4, "num_vq_embeddings": 64, "block_out_channels": [8, 8]}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="prior/some_package.prior.py and pipeline.py"):
+        read_result(folder)
+    (folder / "prior").mkdir()
+    (folder / "prior" / "some_package.prior.py").touch()
+    (folder / "pipeline.py").touch()
+    text = str(make_card(read_result(folder), "user/codes"))
+    assert 'SomeNewPipeline.from_pretrained("user/codes")' in text and "VQModel.from_pretrained" in text
+    assert "64 codes" in text and "Nothing was measured" in text
+
+
+def test_evaluation_comes_before_what_training_logged(trained):
+    found = {each.metric: each for each in measurements(read_result(trained))}
+    assert found["psnr"].value == 21.5 and "logged_by" not in found["psnr"].setting
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "license", "message"),
+    [
+        ("", "writer/x", None, "LocalTokenNotFoundError.*hf auth login"),
+        ("hf_wrong", "writer/x", None, "Invalid user token"),
+        ("hf_writer", "other/x", None, "403"),
+        ("hf_writer", "a b", None, "Repo id"),
+        ("hf_writer", "writer/x", "my-own", "does not know the license 'my-own'"),
+    ],
+)
+def test_what_the_hub_will_refuse_is_said_before_training(client, monkeypatch, token, repo_id, license, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "no-such-file")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_STORED_TOKENS_PATH", "no-such-file")
+    with pytest.raises(UserError, match=message):
+        check_hub_access(repo_id, license=license)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, None])
+def test_hub_that_does_not_answer_lets_training_start(client, caplog, status):
+    with client.failing("GET", "whoami", status):
+        assert check_hub_access("writer/later") == "writer/later"
+    assert "does not answer now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("PUT", "/lfs/", None), ("PUT", "/lfs/", 500), ("POST", "/preupload/", 429), ("POST", "objects/batch", 503)],
+)
+def test_upload_survives_a_fault_that_passes(client, trained, method, path, status):
+    repo_id = f"writer/fault-{method}-{status}".lower()
+    client.contents.clear()
+    with client.failing(method, path, status, times=2):
+        push_folder(trained, repo_id)
+        assert client.faults[0].times == 0
+    pipe = DAEDiTPipeline.from_pretrained(repo_id)
+    assert torch.equal(sample(pipe), sample(DAEDiTPipeline.from_pretrained(trained / "pipeline")))
+
+
+def test_download_that_is_cut_goes_on(client, trained):
+    push_folder(trained, "writer/cut")
+    with client.failing("GET", "/lfs/", None, times=3):
+        pipe = DAEDiTPipeline.from_pretrained("writer/cut")
+        assert client.faults[0].times == 0
+    assert torch.equal(sample(pipe), sample(DAEDiTPipeline.from_pretrained(trained / "pipeline")))
+
+
+def test_private_repository_is_there_for_its_owner_alone(client, trained, monkeypatch, tmp_path):
+    push_folder(trained / "vae", "writer/secret", private=True)
+    assert client.repositories["model", "writer/secret"].private
+    for token in ("hf_other", ""):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(OSError, match="writer/secret"):
+            DAEDiTPipeline.from_pretrained("writer/secret", cache_dir=tmp_path / f"cache{token}")
+
+
+@pytest.mark.parametrize("status", [500, 403, 413, None])
+def test_failed_push_is_one_line_and_can_be_repeated(client, trained, status):
+    repo_id = f"writer/repeat-{status}".lower()
+    with client.failing("POST", "/commit/", status):
+        with pytest.raises(UserError, match="Nothing is lost"):
+            push_script(trained, repo_id)
+    push_script(trained, repo_id)
+    assert "model_index.json" in client.files(repo_id)
+
+
+def test_training_pushes_at_every_save_and_at_the_end(client, trained, image_folder, tmp_path):
+    run(
+        train_dae,
+        TINY_DAE + " --push_to_hub --hub_strategy every_save --hub_license mit",
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "saves",
+    )
+    repository = client.repositories["model", "writer/saves"]
+    assert list(repository.messages.values()) == ["initial commit", "Step 6", "Upload autoencoder"]
+    first, last = (repository.commits[sha] for sha in list(repository.commits)[1:])
+    assert "this is step 6" in client.contents[first["README.md"]].decode()
+    assert "latents_mean" in json.loads(client.contents[last["vae/config.json"]])
+    run(
+        train_dit,
+        TINY_DIT + " --push_to_hub --hub_strategy every_save --hub_license mit",
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "saves",
+        vae=tmp_path / "saves" / "vae",
+    )
+    assert list(repository.messages.values())[-2:] == ["Step 3", "Upload DAEDiTPipeline"]
+    assert not (tmp_path / "saves" / "train_dit" / "hub").exists()
+    expected = sample(DAEDiTPipeline.from_pretrained(tmp_path / "saves" / "pipeline"))
+    assert torch.equal(sample(DAEDiTPipeline.from_pretrained("writer/saves")), expected)
+    # Uploading has changed nothing of what is trained.
+    for part in ("vae", "pipeline/transformer"):
+        saved, plain = (
+            load_file(f / part / "diffusion_pytorch_model.safetensors") for f in (tmp_path / "saves", trained)
+        )
+        assert all(torch.equal(saved[name], plain[name]) for name in plain)
+
+
+def test_training_ends_well_when_the_hub_fails(client, image_folder, tmp_path, caplog):
+    with client.failing("POST", "/commit/", 500):
+        run(
+            train_dae,
+            TINY_DAE + " --push_to_hub --hub_model_id writer/lost --hub_strategy every_save --hub_license mit",
+            train_data_dir=image_folder,
+            output_dir=tmp_path / "run",
+        )
+    assert (tmp_path / "run" / "vae" / "config.json").exists()
+    assert "an upload while training failed (step 6" in caplog.text
+    command = re.search(r"dae-diffusers push (.*)", caplog.text)[1]
+    push_script(*command.split())
+    assert "vae/config.json" in client.files("writer/lost")
+
+
+def test_upload_in_the_background_never_makes_training_wait(tmp_path):
+    upload, released, pushed = BackgroundUpload(tmp_path / "hub"), threading.Event(), []
+
+    def slow_push(folder):
+        released.wait(30)
+        pushed.append((folder / "step").read_text())
+
+    for step in (1, 2, 3):
+        upload.start(
+            step,
+            save=lambda folder, step=step: (folder.mkdir(), (folder / "step").write_text(str(step))),
+            push=slow_push,
+        )
+    assert pushed == []
+    released.set()
+    upload.wait()
+    assert pushed == ["1"] and upload.failures == []
+
+    upload.start(4, save=lambda folder: folder.mkdir(), push=lambda folder: 1 / 0)
+    upload.wait()
+    assert upload.failures == ["step 4: ZeroDivisionError: division by zero"]

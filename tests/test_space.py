@@ -1,0 +1,239 @@
+"""The page of a published model, in a real browser: click, wait, look. Screenshots go to build/screenshots."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_autoencoder
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hub_server import HubServer
+from huggingface_hub import RepoCard
+from PIL import Image
+
+from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.hub.upload import space_files
+from dae_diffusers.plots import image_grid
+from dae_diffusers.training import push
+
+ROOT = Path(__file__).resolve().parents[1]
+APP = ROOT / "dae_diffusers" / "hub" / "space" / "app.py"
+SCREENSHOTS = ROOT / "build" / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+def save_run(folder: Path, id2label: dict[int, str] | None) -> Path:
+    """A tiny, untrained pipeline with what a run leaves beside it."""
+    torch.manual_seed(0)
+    vae = make_autoencoder(sample_size=16).to_diffusers()
+    transformer = DAEDiTTransformer2DModel(
+        sample_size=8,
+        in_channels=3,
+        num_classes=None if id2label is None else len(id2label),
+        patch_size=2,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+    )
+    pipeline = DAEDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler(), id2label=id2label)
+    pipeline.save_pretrained(folder / "pipeline")
+    image_grid(torch.rand(6, 3, 16, 16) * 2 - 1).save(folder / "samples.png")
+    (folder / "metrics.json").write_text('{"class_agreement": 0.5, "num_images": 10}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    run = save_run(tmp_path_factory.mktemp("run"), {0: "cat", 1: "dog", 2: "a, rather long, name"})
+    folder = run / "exported"
+    push.main(push.PushConfig(folder=str(run), repo_id="user/tiny", export_dir=str(folder), space=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_url(exported):
+    """The app, served on 127.0.0.1 by a process of its own."""
+    pytest.importorskip("gradio", reason='the Space needs gradio: pip install -e ".[browser]"')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "MODEL": str(exported),
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+    log = exported.parent / "app.log"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, APP], env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+        yield url
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(params=SIZES)
+def page(request, page_url):
+    """A fresh tab; at the end, nothing on it has gone wrong and nothing is wider than the screen."""
+    playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[browser]"')
+    if CHROMIUM is None:
+        pytest.skip("needs an installed Chromium or Chrome")
+    width, height = SIZES[request.param]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        errors, outside = [], []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda call: outside.append(call.url) if re.match(r"https?://(?!127)", call.url) else None)
+        page.goto(page_url)
+        page.wait_for_selector("#samples img")
+        yield page
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{request.node.originalname}-{request.param}.png", full_page=True)
+        scroll_width = page.evaluate("document.documentElement.scrollWidth")
+        browser.close()
+    assert errors == [] and outside == []
+    assert scroll_width <= width
+
+
+def picture(page, selector: str, other_than: str | None = None) -> Image.Image:
+    """Waits for a picture, another one than before, and fetches it."""
+    page.wait_for_function(
+        "([selector, old]) => { const i = document.querySelector(selector + ' img'); return i && i.src && i.src !== old }",
+        arg=[selector, other_than],
+    )
+    answer = page.request.get(page.get_attribute(f"{selector} img", "src"))
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"space-{os.getpid()}.png"
+    path.write_bytes(answer.body())
+    with Image.open(path) as image:
+        image.load()
+    path.unlink()
+    return image
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_by_class_and_seed(page):
+    def draw():
+        before = page.get_attribute("#samples img", "src")
+        page.click("#draw")
+        return picture(page, "#samples", before)
+
+    every = draw()
+    assert abs(every.width / every.height - 2) < 0.1 and len(every.getcolors(2**20)) > 100  # three classes, six of each
+    page.get_by_label("Class", exact=True).click()
+    page.get_by_role("option", name="dog").click()
+    page.get_by_role("spinbutton", name="Pictures of a class").fill("1")
+    one = draw()
+    assert one.width == one.height
+    page.get_by_role("spinbutton", name="Seed").fill("5")
+    page.keyboard.press("Tab")
+    assert list(draw().get_flattened_data()) != list(one.get_flattened_data())
+
+
+@pytest.mark.slow
+def test_latent_space_of_an_uploaded_picture(page, tmp_path):
+    for name, mode in (("first", "RGB"), ("second", "LA")):
+        Image.effect_noise((50, 30), 90).convert(mode).save(tmp_path / f"{name}.png")
+    page.get_by_role("tab", name="Latent space").click()
+    for name in ("first", "second"):
+        page.locator(f"#{name} input[type=file]").set_input_files(tmp_path / f"{name}.png")
+        page.wait_for_selector(f"#{name} img")
+    page.click("#reconstruct")
+    assert picture(page, "#between").width > 5 * picture(page, "#between").height
+    pair = picture(page, "#pair")
+    assert pair.width > 1.9 * pair.height
+    assert picture(page, "#channels").width > 2.9 * picture(page, "#channels").height  # three channels
+    assert re.search(r"PSNR -?\d+\.\d dB", page.inner_text("#psnr")) and "3x8x8" in page.inner_text("#psnr")
+
+
+@pytest.mark.slow
+def test_bad_uploads_are_answered_with_a_sentence(page, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    page.get_by_role("tab", name="Latent space").click()
+    page.click("#reconstruct")
+    page.get_by_text("Choose a picture first.").wait_for()
+    page.locator("#first input[type=file]").set_input_files(tmp_path / "bad.png")
+    page.wait_for_timeout(1000)  # the upload itself shows nothing that could be waited for
+    page.click("#reconstruct")
+    page.get_by_text("This file cannot be read as a picture.").wait_for()
+
+
+@pytest.mark.slow
+def test_numbers_are_those_of_the_card(page):
+    page.get_by_role("tab", name="Numbers").click()
+    page.wait_for_selector("#numbers td")
+    cells = page.locator("#numbers td").all_inner_texts()
+    assert cells[:3] == ["Class agreement", "0.5", "images 10"]
+    page.get_by_text("The whole card").click()
+    page.get_by_text("The author has stated no license.").wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["pipeline", "vae"])
+def test_app_serves_models_without_classes_and_autoencoders_alone(part, tmp_path):
+    pytest.importorskip("gradio", reason='the Space needs gradio: pip install -e ".[browser]"')
+    run = save_run(tmp_path / "run", None)
+    shutil.copytree(run / "pipeline" / "vae", run / "vae")
+    folder = tmp_path / "exported"
+    push.main(push.PushConfig(folder=str(run / part), repo_id="user/tiny", export_dir=str(folder), space=True))
+    code = """
+import sys
+sys.modules["dae_diffusers"] = sys.modules["transformers"] = None  # requirements.txt names neither
+sys.path.insert(0, "space")
+import app
+from PIL import Image
+
+app.build()
+noise = Image.effect_noise((40, 40), 50)
+if app.PIPE is None:
+    picture = noise
+else:
+    assert app.draw(None, 5, 2.0, 2, 0, progress=lambda *args, **kwargs: None).width > 300
+    picture = app.draw_one()
+pair, text, channels, between = app.reconstruct(picture, noise.convert("P"))
+print(app.PIPE is None, pair.size, "PSNR" in text)
+"""
+    environment = {**os.environ, "MODEL": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith(f"{part == 'vae'} (516, 256) True")
+
+
+def test_space_names_its_model_and_a_version_of_gradio_that_is_tested():
+    card = RepoCard(space_files("user/tiny")["README.md"].decode())
+    assert card.data.models == ["user/tiny"] and card.data.title == "tiny" and card.data.sdk == "gradio"
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert card.data.sdk_version == pinned["gradio"]
+    assert (APP.parent / card.data.app_file).exists()
+
+
+def test_space_is_pushed_beside_its_model(tmp_path):
+    run = save_run(tmp_path / "run", None)
+    with HubServer() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        command = [sys.executable, "-m", "dae_diffusers.training.push", run, "tiny", "--space", "--private"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "give the Space a secret HF_TOKEN" in result.stderr
+        assert hub.files("writer/tiny", type="space").keys() == {"app.py", "requirements.txt", "README.md"}
+        assert hub.repositories["space", "writer/tiny"].private and hub.repositories["model", "writer/tiny"].private

@@ -1,0 +1,126 @@
+"""
+Publish a trained model on the Hugging Face Hub: weights, code, model card, pictures, metrics, and a Space if wished.
+
+    python training/push.py runs/digits user/digits --license cc-by-4.0
+    python training/push.py runs/digits user/digits --license cc-by-4.0 --private --fp16 --space
+    python training/push.py runs/digits user/digits --export_dir look-first
+
+The first word is the output folder of a training run, or a pipeline's folder; the second the repository. The same is
+`dae-diffusers push runs/digits user/digits`. Log in before with `hf auth login`.
+"""
+
+import logging
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.hub import card, results, upload
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PushConfig:
+    """Publishing."""
+
+    folder: str | None = field(None, "output folder of a training run, or a pipeline's folder (also the first word)")
+    repo_id: str | None = field(None, "`user/name` on the Hub (also the second word)")
+    license: str | None = field(
+        None,
+        "license of the weights, an identifier of the Hub such as cc-by-4.0; yours to choose; default: that of the card "
+        "that is there, or a question in a terminal, or none",
+    )
+    private: bool = field(False, "make a new repository private")
+    revision: str | None = field(None, "branch, made if need be; default: main")
+    create_pr: bool = field(False, "open a pull request instead of writing to the branch")
+    fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
+    keep_card: bool = field(False, "leave the README.md of the repository as it is")
+    stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
+    space: bool = field(False, "also make a Space, a page on which the model can be tried")
+    space_id: str | None = field(None, "`user/name` of the Space; default: that of the model")
+    export_dir: str | None = field(None, "write everything into this folder instead of uploading it; Space in `space/`")
+
+    def __post_init__(self):
+        if self.folder is None or self.repo_id is None:
+            raise ConfigError("give a folder and a repository: push.py runs/digits user/digits. See --help.")
+        if self.export_dir is not None and "/" not in self.repo_id:
+            raise ConfigError(f"`--export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
+
+
+def main(config: PushConfig) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    result = results.read_result(config.folder)  # what is wrong with the folder is said before the Hub is asked
+    if config.export_dir is not None:
+        export(config, result)
+        return
+    repo_id = upload.check_hub_access(config.repo_id, private=config.private, license=config.license)
+    try:
+        license = config.license or upload.published_license(repo_id, config.revision) or ask_for_license()
+        if license is None and not config.keep_card:
+            logger.warning("no license is stated: without one, nobody may use the weights. `--license` names one.")
+        address = upload.push_folder(
+            config.folder,
+            repo_id,
+            private=config.private,
+            license=license,
+            revision=config.revision,
+            create_pr=config.create_pr,
+            fp16=config.fp16,
+            keep_card=config.keep_card,
+        )
+        logger.info("pushed to %s", address)
+        if config.stage1:
+            logger.info("stage 1: %s", upload.push_stage1(result.folder, repo_id, private=config.private))
+        if config.space:
+            address = upload.push_space(config.space_id or repo_id, repo_id, private=config.private)
+            logger.info("Space: %s", address)
+            if config.private:
+                logger.info("the model is private: give the Space a secret HF_TOKEN that may read it, in its settings.")
+    except UserError:
+        raise
+    except Exception as error:  # a connection may fail in any way
+        raise UserError(
+            f"the upload to {repo_id} failed ({upload.one_line(error)}). Nothing is lost; the same command goes on from "
+            "what has arrived."
+        ) from None
+
+
+def ask_for_license() -> str | None:
+    """Whoever sits at the terminal decides; nobody else."""
+    if not sys.stdin.isatty():
+        return None
+    print("License of these weights, such as cc-by-4.0, mit, other (https://hf.co/docs/hub/repositories-licenses);")
+    license = input("empty for none: ").strip() or None
+    if license is not None:
+        upload.check_license(license)
+    return license
+
+
+def export(config: PushConfig, result: results.Result) -> None:
+    """Writes what would be uploaded."""
+    folder = Path(config.export_dir)
+    found = card.repository_files(result, config.repo_id, license=config.license, card=not config.keep_card)
+    if config.space:
+        found.update({f"space/{name}": content for name, content in upload.space_files(config.repo_id).items()})
+    for name, content in found.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, path)
+    logger.info("%d files in %s", len(found), folder)
+
+
+def with_flags(argv: list[str]) -> list[str]:
+    """The two leading words as flags."""
+    words = []
+    for flag in ("--folder", "--repo_id"):
+        if argv and not argv[0].startswith("--"):
+            words += [flag, argv[0]]
+            argv = argv[1:]
+    return [*words, *argv]
+
+
+if __name__ == "__main__":
+    run_script(main, parse_config(PushConfig, with_flags(sys.argv[1:]), description=__doc__))
