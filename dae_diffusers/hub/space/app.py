@@ -27,7 +27,7 @@ CSS = """
 .gradio-container {width: 100%; max-width: 1080px !important; margin: 0 auto !important}
 #title h1 {margin-bottom: .2em; font-size: 1.9em} #title p {margin-top: 0; opacity: .8}
 .pixels img {image-rendering: pixelated}
-#samples img {max-height: 85vh; object-fit: contain}
+#samples img {max-height: 78vh; object-fit: contain}
 .numbers {overflow-x: auto} .numbers :is(td, th) {overflow-wrap: normal; word-break: normal} .numbers table {width: 100%; font-size: .95em} .numbers pre {overflow-x: auto}
 .caption p {margin: .6em 0 0; font-weight: 600; opacity: .75}
 footer {opacity: .6}
