@@ -63,7 +63,7 @@ def launch(script: str, flags: str, *, processes: int = 1, **more) -> subprocess
     argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m"]
     if processes > 1:
-        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", _free_port(), "-m"]
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(), "-m"]
     return subprocess.Popen(
         [*command, f"dae_diffusers.training.{script}", *argv],
         cwd="/",
@@ -79,7 +79,7 @@ def succeed(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from test_training import _free_port
+from conftest import free_port
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from dae_diffusers.cli import parse_config
@@ -23,6 +23,7 @@ GUIDES = sorted(path.name for path in DOCS.glob("*.md") if "```bash" in path.rea
 CONFIG_NAMES = {
     "train-dae": "TrainDAEConfig",
     "train-dit": "TrainDiTConfig",
+    "train-vqgan-prior": "TrainPriorConfig",
     "cache-latents": "CacheLatentsConfig",
     "evaluate": "EvaluateConfig",
     "push": "PushConfig",
@@ -53,7 +54,7 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 def shorten(text: str) -> str:
     for pattern, replacement in FEWER.items():
         text = re.sub(pattern, replacement, text)
-    return text.replace("--multi_gpu", f"--cpu --main_process_port {_free_port()}")
+    return text.replace("--multi_gpu", f"--cpu --main_process_port {free_port()}")
 
 
 @pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md"])

@@ -24,6 +24,11 @@ GENERATORS = {
         "tags": ["dit", "flow-matching"],
         "call": "guidance_scale=2.0, num_inference_steps=25",
     },
+    "DAEVQGANPipeline": {
+        "what": "An autoregressive transformer over the codes of a vector-quantised autoencoder",
+        "tags": ["vqgan", "autoregressive"],
+        "call": "guidance_scale=2.0, top_p=0.95",
+    },
 }
 
 # Metric, without the name of a feature extractor, to its name and meaning.

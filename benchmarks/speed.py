@@ -1,0 +1,519 @@
+"""
+How fast training and sampling are, beside diffusers' own classes and the plainest PyTorch, in one run.
+
+    python benchmarks/speed.py --output_dir runs/speed
+    python benchmarks/speed.py --output_dir runs/speed --sections transformer sampling --repetitions 9
+
+What is compared takes turns, repetition by repetition, so that whatever else the machine does hits all alike; tables show
+medians, the spread (half the distance of the quartiles), and ratios to the first row. FLOPs are counted in matrix products and
+convolutions, and set against the rate that one large product reaches in the same run. Writes `speed.md` and `speed.json`.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.cli import parse_config
+from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_training_loader
+from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
+from dae_diffusers.training import train_dae, train_dit
+
+
+@dataclass
+class Row:
+    """One line of a table."""
+
+    name: str
+    seconds: float
+    spread: float
+    ratio: float  # of the first row's time to this one's: above 1 is faster
+    share_of_limit: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Setting:
+    device: torch.device
+    repetitions: int
+    matmul_rate: float = 0.0  # FLOP/s
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    setting = Setting(torch.device(arguments.device), arguments.repetitions)
+    setting.matmul_rate = measure_matmul_rate(setting)
+    lines = [
+        f"{describe_machine(setting)}; float32 matrix product {setting.matmul_rate / 1e9:.0f} GFLOP/s; "
+        f"medians of {arguments.repetitions} repetitions.",
+        "",
+    ]
+    results = {}
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in arguments.sections:
+        for title, rows in SECTIONS[name](setting).items():
+            results[title] = [asdict(row) for row in rows]
+            lines += to_table(title, rows)
+            print("\n".join(to_table(title, rows)), flush=True)
+        (arguments.output_dir / "speed.json").write_text(json.dumps(results, indent=2))
+        (arguments.output_dir / "speed.md").write_text("\n".join(lines))
+
+
+# What is measured -------------------------------------------------------------------------------------------------
+
+
+class PlainDiTBlock(nn.Module):
+    """Self-attention and a GELU network, each with adaptive layer norm and a gate."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)[:, None].chunk(6, dim=2)
+        q, k, v = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        attended = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (q, k, v)))
+        x = x + gate1 * self.out(attended.transpose(1, 2).flatten(2))
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class PlainDiT(nn.Module):
+    """The plainest PyTorch of the architecture that https://huggingface.co/papers/2212.09748 describes."""
+
+    def __init__(self, sample_size: int, channels: int, patch_size: int, dim: int, depth: int, num_heads: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
+        self.positions = nn.Parameter(torch.randn((sample_size // patch_size) ** 2, dim) * 0.02, requires_grad=False)
+        self.time_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label_embed = nn.Embedding(11, dim)
+        self.blocks = nn.ModuleList(PlainDiTBlock(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.out = nn.Linear(dim, patch_size**2 * channels)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(latents)
+        height = x.shape[2]
+        x = x.flatten(2).transpose(1, 2) + self.positions
+        frequencies = torch.exp(-torch.arange(128, device=x.device) * (9.21 / 128)) * timestep[:, None]
+        conditioning = self.time_embed(torch.cat([frequencies.cos(), frequencies.sin()], dim=1))
+        conditioning = conditioning + self.label_embed(class_labels)
+        for block in self.blocks:
+            x = block(x, conditioning)
+        shift, scale = self.modulation(conditioning)[:, None].chunk(2, dim=2)
+        x = self.out(self.norm(x) * (1 + scale) + shift).transpose(1, 2).unflatten(2, (height, -1))
+        return F.pixel_shuffle(x, self.patch_size)
+
+
+def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
+    """A training step (forward, backward, AdamW) of equal depth, width and tokens, float32."""
+    tables = {}
+    dim, depth, heads, batch = (1152, 28, 16, 32) if setting.is_gpu else (384, 12, 6, 8)
+    for tokens in (64, 256):
+        side = 2 * int(tokens**0.5)
+        latents = torch.randn(batch, 4, side, side, device=setting.device)
+        timestep = torch.randint(1000, (batch,), device=setting.device)
+        labels = torch.randint(10, (batch,), device=setting.device)
+        ours = DAEDiTTransformer2DModel(
+            sample_size=side, in_channels=4, num_layers=depth, num_attention_heads=heads,
+            attention_head_dim=dim // heads, num_classes=10,
+        )  # fmt: skip
+        models = {
+            "diffusers DiTTransformer2DModel": diffusers_transformer(side, dim, depth, heads),
+            "plain PyTorch DiT": PlainDiT(side, 4, 2, dim, depth, heads),
+            "DAEDiTTransformer2DModel": ours,
+        }
+        calls, flops, notes = {}, {}, {}
+        for name, model in models.items():
+            step = make_transformer_step(model.to(setting.device).train(), latents, timestep, labels)
+            calls[name], flops[name] = step, count_flops(step)
+            notes[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+        tables[f"Training step, width {dim}, depth {depth}, {tokens} tokens, batch {batch}"] = compare(
+            setting, calls, flops, notes
+        )
+    return tables
+
+
+def make_transformer_step(model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    timestep = timestep.float() if isinstance(model, DAEDiTTransformer2DModel) else timestep
+
+    def step():
+        output = model(latents, timestep, class_labels=labels)
+        output = output if isinstance(output, torch.Tensor) else output.sample
+        output[:, :4].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def sampling(setting: Setting) -> dict[str, list[Row]]:
+    """Guidance 4, 25 steps, 8 images; the first two rows use the same weights and must give the same images."""
+    dim, depth, heads = (1152, 28, 16) if setting.is_gpu else (384, 12, 6)
+    torch.manual_seed(0)
+    vae = make_vae(AutoencoderKL, (32, 64, 64), device=setting.device).eval()
+    stock = diffusers_transformer(16, dim, depth, heads, num_classes=1000).to(setting.device).eval()
+    own = DAEDiTTransformer2DModel(
+        sample_size=16, in_channels=4, num_layers=depth, num_attention_heads=heads, attention_head_dim=dim // heads,
+        num_classes=1000,
+    ).to(setting.device).eval()  # fmt: skip
+    for model in (stock, own):  # both start at zero
+        nn.init.normal_((model.proj_out_2 if model is stock else model.proj_out).weight, std=0.02)
+    scheduler = DDIMScheduler()
+    pipelines = {
+        "DiTPipeline, stock transformer": DiTPipeline(stock, vae, scheduler),
+        "DAEDiTPipeline, the same transformer": DAEDiTPipeline(stock, vae, scheduler),
+        "the same, guidance in [0.2, 0.8]": DAEDiTPipeline(stock, vae, scheduler),
+        "DAEDiTPipeline, our transformer": DAEDiTPipeline(own, vae, scheduler),
+    }
+    images, calls, notes = {}, {}, {}
+    for name, pipeline in pipelines.items():
+        pipeline.set_progress_bar_config(disable=True)
+        interval = {"guidance_interval": (0.2, 0.8)} if "guidance in" in name else {}
+
+        def draw(name=name, pipeline=pipeline, interval=interval):
+            generator = torch.Generator(setting.device).manual_seed(0)
+            with torch.no_grad():
+                images[name] = pipeline(
+                    class_labels=list(range(8)), guidance_scale=4.0, num_inference_steps=25, generator=generator,
+                    output_type="np", **interval,
+                ).images  # fmt: skip
+
+        calls[name] = draw
+    rows_of = compare(setting, calls, {}, notes)
+    first, second = list(pipelines)[:2]
+    difference = np.abs(images[first] - images[second]).max()
+    rows_of[1].note = f"largest difference of a pixel {difference:.1e} of 1"
+    return {f"Sampling, width {dim}, depth {depth}, 64 tokens, 8 images, 25 steps, guidance 4": rows_of}
+
+
+def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
+    """Training steps of one configuration, encoding and decoding, and what that makes of a whole run."""
+    widths, batch = ((128, 256, 512, 512), 8) if setting.is_gpu else ((32, 64, 64), 16)
+    side = 256 if setting.is_gpu else 32
+    pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
+    calls, flops = {}, {}
+    for name, kind, stage in (
+        ("joint step", "none", 1), ("stage 1, dropout", "dropout", 1), ("stage 1, narrow", "narrow", 1),
+        ("stage 1, linear", "linear", 1), ("stage 2", "dropout", 2),
+    ):  # fmt: skip
+        model = make_vae(DAEAutoencoderKL, widths, device=setting.device, auxiliary_decoder_type=kind).train()
+        model.set_stage(stage)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+        def step(model=model, optimizer=optimizer):
+            reconstruction = model(pixel_values, sample_posterior=True).sample
+            (reconstruction - pixel_values).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        calls[name], flops[name] = step, count_flops(step)
+    steps = compare(setting, calls, flops)
+    seconds = {row.name: row.seconds for row in steps}
+    runs = [Row("joint, 6000 steps", 6000 * seconds["joint step"], 0.0, 1.0)]
+    for kind in ("dropout", "narrow", "linear"):
+        total = 2000 * seconds[f"stage 1, {kind}"] + 4000 * seconds["stage 2"]
+        runs.append(Row(f"{kind}, 2000 + 4000 steps", total, 0.0, runs[0].seconds / total, note="from the steps above"))
+
+    plain = make_vae(AutoencoderKL, widths, device=setting.device).eval()
+    with torch.no_grad():
+        latents = plain.encode(pixel_values).latent_dist.mean
+
+        def encode():
+            with torch.no_grad():
+                plain.encode(pixel_values).latent_dist.mode()
+
+        def decode():
+            with torch.no_grad():
+                plain.decode(latents)
+
+    throughput = compare(
+        setting, {"encode": encode, "decode": decode}, {"encode": count_flops(encode), "decode": count_flops(decode)}
+    )
+    for row in throughput:
+        row.note = f"{batch / row.seconds:.0f} images/s"
+    title = f"channels {widths}, {side}x{side} pixels, batch {batch}"
+    return {
+        f"Autoencoder training step, {title}": steps,
+        "A whole run of equal steps": runs,
+        f"Autoencoder throughput, {title}": throughput,
+    }
+
+
+def script_overhead(setting: Setting) -> dict[str, list[Row]]:
+    """Steps of the training scripts beside a bare loop over tensors that lie ready, same model and optimiser."""
+    tables = {}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        data = f"--dataset_name digits --image_channels 1 --resolution 32 --output_dir {folder}"
+        never = "--validation_steps 100000 --checkpointing_steps 100000 --logging_steps 50"
+        dae_flags = (
+            f"{data} {never} --block_out_channels 16 32 32 --stage1_steps 40 --stage2_steps 2 --train_batch_size 16"
+        )
+        seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, train_dae.TrainDAEConfig, dae_flags, first=40)}
+        dit_flags = (
+            f"{data} {never} --vae {folder}/vae --model DiT-Ti/2 --max_train_steps 40 --train_batch_size 32 --num_sample_images 1 "
+            "--sample_steps 1"
+        )
+        seconds["train_dit.py"] = steps_of_script(train_dit, train_dit.TrainDiTConfig, dit_flags, first=40)
+        config = parse_config(train_dae.TrainDAEConfig, dae_flags.split())
+        model = train_dae.load_model(config).to(setting.device).train()
+        model.set_stage(1)
+        pixel_values = torch.rand(16, 1, 32, 32, device=setting.device) * 2 - 1
+        seconds["bare loop, stage 1"] = bare_loop(
+            [p for p in model.parameters() if p.requires_grad],
+            lambda: (model(pixel_values, sample_posterior=True).sample - pixel_values).abs().mean(),
+        )
+        transformer = DAEDiTPipeline.from_pretrained(f"{folder}/pipeline").transformer.to(setting.device).train()
+        latents = torch.randn(32, 4, 8, 8, device=setting.device)
+        timestep = torch.rand(32, device=setting.device) * 1000
+        labels = torch.randint(10, (32,), device=setting.device)
+        seconds["bare loop, transformer"] = bare_loop(
+            list(transformer.parameters()),
+            lambda: (transformer(latents, timestep, labels).sample - latents).square().mean(),
+        )
+    for bare, script in (("bare loop, stage 1", "train_dae.py, stage 1"), ("bare loop, transformer", "train_dit.py")):
+        rows = [to_row(name, seconds[name], statistics.median(seconds[bare])) for name in (bare, script)]
+        rows[1].note = f"overhead {rows[1].seconds / rows[0].seconds - 1:+.1%}"
+        tables[f"The script's own time: {script}"] = rows
+    return tables
+
+
+def data_loading(setting: Setting) -> dict[str, list[Row]]:
+    """Images a second from files to tensors, and latents from the cache beside encoding."""
+    workers = min(2, os.cpu_count() or 1)
+    tables = {}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        random = np.random.default_rng(0)
+        photo = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).resize((512, 512))
+        (Path(folder) / "jpeg").mkdir()
+        for number in range(64):
+            photo.rotate(number).save(Path(folder) / "jpeg" / f"{number}.jpg", quality=90)
+        config = DataConfig(train_data_dir=f"{folder}/jpeg", resolution=256, random_crop=True)
+        photos, _ = load_images(config)
+        digits, _ = load_images(DataConfig(dataset_name="digits", image_channels=1))
+        rows = []
+        for name, images, count in (("512x512 JPEG to 256x256", photos, 16), ("digits, kept in memory", digits, 64)):
+            for num_workers in (0, workers):
+                seconds = time_loader(images, count, num_workers, setting.repetitions)
+                row = to_row(f"{name}, {num_workers} workers", seconds, None)
+                row.note = f"{count / row.seconds:.0f} images/s"
+                rows.append(row)
+        tables["Reading images, per batch"] = rows
+
+        vae = make_vae(AutoencoderKL, (32, 64, 64), channels=1, device=setting.device).eval()
+        write_latent_cache(Path(folder) / "latents", vae, digits, Accelerator(), batch_size=64)
+        cached = CachedLatents(Path(folder) / "latents")
+        items = [(int(n), int(n)) for n in random.integers(0, len(cached), 64)]
+        pixel_values = torch.stack([digits[n]["pixel_values"] for n, _ in items]).to(setting.device)
+
+        def encode():
+            with torch.no_grad():
+                vae.encode(pixel_values).latent_dist.sample()
+
+        tables["A batch of 64 latents (4x8x8)"] = compare(
+            setting, {"encoded on the fly": encode, "from the cache": lambda: cached.__getitems__(items)}
+        )
+    return tables
+
+
+SECTIONS: dict[str, Callable[[Setting], dict[str, list[Row]]]] = {
+    "transformer": transformer_steps,
+    "sampling": sampling,
+    "autoencoder": autoencoder_steps,
+    "scripts": script_overhead,
+    "data": data_loading,
+}
+
+
+# How it is measured -----------------------------------------------------------------------------------------------
+
+
+def compare(
+    setting: Setting,
+    calls: dict[str, Callable[[], None]],
+    flops: dict[str, int] | None = None,
+    notes: dict[str, str] | None = None,
+) -> list[Row]:
+    """Times the calls in turns."""
+    for call in calls.values():
+        call()  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(setting.repetitions):
+        for name, call in calls.items():
+            synchronize(setting)
+            start = time.perf_counter()
+            call()
+            synchronize(setting)
+            seconds[name].append(time.perf_counter() - start)
+    first = statistics.median(next(iter(seconds.values())))
+    rows = [to_row(name, values, first) for name, values in seconds.items()]
+    for row in rows:
+        if flops and row.name in flops:
+            row.share_of_limit = flops[row.name] / row.seconds / setting.matmul_rate
+        row.note = (notes or {}).get(row.name, row.note)
+    return rows
+
+
+def to_row(name: str, seconds: list[float], first: float | None) -> Row:
+    median = statistics.median(seconds)
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median,) * 3
+    return Row(name, median, (high - low) / 2, median and (first or median) / median)
+
+
+def to_table(title: str, rows: list[Row]) -> list[str]:
+    lines = [
+        f"### {title}",
+        "",
+        "| | ms | ± | speed-up | share of the matrix-product rate | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
+        lines.append(
+            f"| {row.name} | {1e3 * row.seconds:.4g} | {1e3 * row.spread:.2g} | {row.ratio:.2f} | {share} | {row.note} |"
+        )
+    return [*lines, ""]
+
+
+def measure_matmul_rate(setting: Setting) -> float:
+    """FLOP/s of the fastest of several large float32 products."""
+    size = 8192 if setting.is_gpu else 1536
+    a, b = (torch.randn(size, size, device=setting.device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        synchronize(setting)
+        start = time.perf_counter()
+        a @ b
+        synchronize(setting)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def count_flops(call: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def steps_of_script(script, config_class: type, flags: str, first: int) -> list[float]:
+    """Seconds between optimiser steps while the script's `main` runs, after a warm-up of ten."""
+    times: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def timed_step(self, *args, **kwargs):
+        times.append(time.perf_counter())
+        return original(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = timed_step
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script.main(parse_config(config_class, flags.split()))
+    finally:
+        torch.optim.AdamW.step = original
+        AcceleratorState._reset_state(reset_partial_state=True)
+    times = times[:first]
+    return [later - earlier for earlier, later in zip(times[10:-1], times[11:], strict=True)]
+
+
+def bare_loop(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int = 40) -> list[float]:
+    """The same optimiser, clipping and average, and nothing else."""
+    from diffusers.training_utils import EMAModel
+
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    ema = EMAModel(parameters, decay=0.999, foreach=True)
+    times = []
+    for _ in range(steps):
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        times.append(time.perf_counter())
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(parameters)
+    return [later - earlier for earlier, later in zip(times[10:-1], times[11:], strict=True)]
+
+
+def time_loader(images: ImageDataset, batch_size: int, num_workers: int, repetitions: int) -> list[float]:
+    batches = iter(make_training_loader(images, batch_size=batch_size, seed=0, num_workers=num_workers))
+    for _ in range(2 + 2 * num_workers):
+        next(batches)
+    seconds = []
+    for _ in range(max(8, repetitions)):
+        start = time.perf_counter()
+        next(batches)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def make_vae(cls: type, widths: tuple[int, ...], *, device: torch.device, channels: int = 3, **options):
+    return cls(
+        in_channels=channels, out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths), block_out_channels=widths, layers_per_block=1,
+        latent_channels=4, norm_num_groups=8, mid_block_add_attention=False, **options,
+    ).to(device)  # fmt: skip
+
+
+def diffusers_transformer(side: int, dim: int, depth: int, heads: int, num_classes: int = 10) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        sample_size=side, in_channels=4, out_channels=4, num_layers=depth, num_attention_heads=heads,
+        attention_head_dim=dim // heads, num_embeds_ada_norm=num_classes,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def synchronize(setting: Setting) -> None:
+    if setting.is_gpu:
+        torch.cuda.synchronize(setting.device)
+
+
+def describe_machine(setting: Setting) -> str:
+    if setting.is_gpu:
+        return torch.cuda.get_device_name(setting.device)
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return (
+        f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
