@@ -284,8 +284,13 @@ def script_overhead(setting: Setting) -> dict[str, list[Row]]:
             f"{data} {never} --block_out_channels 16 32 32 --stage1_steps 40 --stage2_steps 2 --train_batch_size 16"
         )
         seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, train_dae.TrainDAEConfig, dae_flags, first=40)}
+        vae = AutoencoderKL.from_pretrained(f"{folder}/vae").to(setting.device).eval()
+        for split, images in zip(
+            ("train", "validation"), load_images(DataConfig("digits", image_channels=1)), strict=True
+        ):
+            write_latent_cache(Path(folder) / "latents" / split, vae, images, Accelerator(), batch_size=64)
         dit_flags = (
-            f"{data} {never} --vae {folder}/vae --model DiT-Ti/2 --max_train_steps 40 --train_batch_size 32 --num_sample_images 1 "
+            f"{data} {never} --vae {folder}/vae --latent_cache {folder}/latents --model DiT-Ti/2 --max_train_steps 40 --train_batch_size 32 --num_sample_images 1 "
             "--sample_steps 1"
         )
         seconds["train_dit.py"] = steps_of_script(train_dit, train_dit.TrainDiTConfig, dit_flags, first=40)

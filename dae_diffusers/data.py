@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -121,28 +121,60 @@ class ImageDataset(Dataset):
         self.fingerprint = _fingerprint(self.rows, image_column, labels)
         self.is_array = bool(config.value_range) or config.image_channels not in (1, 3) or self._holds_arrays()
         num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
-        self._memory = {} if num_bytes <= IMAGE_MEMORY_BYTES and not config.random_crop else None
+        self._memory = None
+        if num_bytes <= IMAGE_MEMORY_BYTES and not config.random_crop:
+            shape = (len(rows), config.resolution, config.resolution, config.image_channels)
+            self._memory = np.empty(shape, np.float32 if self.is_array else np.uint8)
+            self._is_in_memory = np.zeros(len(rows), bool)
         self._warned_small = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
-        index, draw = item if isinstance(item, tuple) else (item, None)
-        pixels = self._pixels(index, None if draw is None else np.random.default_rng(draw))
-        if draw is not None and self.config.random_flip and is_flipped(draw):
-            pixels = pixels[:, ::-1]
+        return {
+            name: value[0] if name == "pixel_values" else value[0].item()
+            for name, value in self.__getitems__([item]).items()
+        }
+
+    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
+        r"""A whole batch at once; `collate_fn` leaves it as it is."""
+        indices, draws = zip(*(item if isinstance(item, tuple) else (item, None) for item in items), strict=True)
+        pixels = self._batch(indices, draws)  # (B, H, W, C)
+        flips = [draw is not None and self.config.random_flip and is_flipped(draw) for draw in draws]
+        if any(flips):
+            pixels[flips] = pixels[flips][:, :, ::-1]
         low, high = self.config.value_range or (0.0, 255.0)
-        pixel_values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))
-        pixel_values = pixel_values.sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
-        if self.labels is None:
-            return {"pixel_values": pixel_values}
-        return {"pixel_values": pixel_values, "class_labels": self.labels[index]}
+        pixel_values = (
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        )
+        batch = {"pixel_values": pixel_values.sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)}
+        if self.labels is not None:
+            batch["class_labels"] = torch.tensor([self.labels[index] for index in indices])
+        return batch
+
+    @staticmethod
+    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        r"""For `DataLoader`: `__getitems__` has made the batch already."""
+        return batch
+
+    def _batch(self, indices: Sequence[int], draws: Sequence[int | None]) -> np.ndarray:
+        """Cropped but not flipped pixels `(B, resolution, resolution, C)`, a copy."""
+        if self._memory is None:
+            randoms = [
+                np.random.default_rng(draw) if draw is not None and self.config.random_crop else None for draw in draws
+            ]
+            return np.stack([self._pixels(index, random) for index, random in zip(indices, randoms, strict=True)])
+        for index in indices:
+            if not self._is_in_memory[index]:
+                self._memory[index] = self._pixels(index, None)
+                self._is_in_memory[index] = True
+        return self._memory[list(indices)]
 
     def name_of(self, index: int) -> str:
         r"""The image's file name, where it has one, else its row."""
-        path = (self.rows[index][self.image_column] or {}).get("path")
-        return path or f"row {index} of the dataset"
+        item = self.rows[index][self.image_column]
+        return (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
 
     def without_bad_images(self) -> "ImageDataset":
         r"""
@@ -193,7 +225,7 @@ class ImageDataset(Dataset):
                     return [0.0, 255.0]
         low, high = math.inf, -math.inf
         for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
-            pixels = self._pixels(index, None)
+            pixels = self._batch([index], [None])
             low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
         if not low < high:
             raise UserError(f"all values of the training images are {low}: there is nothing to learn.")
@@ -207,8 +239,6 @@ class ImageDataset(Dataset):
 
     def _pixels(self, index: int, random: np.random.Generator | None) -> np.ndarray:
         """The image as uint8 or float32 (resolution, resolution, C), cropped but not flipped."""
-        if self._memory is not None and index in self._memory:
-            return self._memory[index]
         item = self.rows[index][self.image_column]
         decode = decode_array if self.is_array else decode_image
         try:
@@ -225,10 +255,7 @@ class ImageDataset(Dataset):
         else:
             self._check_size(image.width, image.height, index)
             pixels = np.asarray(resize_and_crop(image, self.config.resolution, random=crop_random))
-        pixels = pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
-        if self._memory is not None:
-            self._memory[index] = pixels
-        return pixels
+        return pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
 
     def _check_size(self, width: int, height: int, index: int) -> None:
         if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
@@ -348,7 +375,7 @@ def make_training_loader(
     return DataLoader(
         dataset,
         batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start),
-        collate_fn=getattr(dataset, "collate_fn", None),
+        collate_fn=collate_fn_of(dataset),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
@@ -360,9 +387,14 @@ def make_pass_loader(
 ) -> DataLoader:
     r"""One pass without augmentation over this process's share; over all processes each image comes exactly once."""
     share = torch.utils.data.Subset(dataset, range(process_index, len(dataset), num_processes))
-    return DataLoader(
-        share, batch_size=batch_size, num_workers=num_workers, collate_fn=getattr(dataset, "collate_fn", None)
-    )
+    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn_of(dataset))
+
+
+def collate_fn_of(dataset: Dataset) -> Callable | None:
+    r"""That of a dataset which makes whole batches, also below a `Subset`; None for others."""
+    while isinstance(dataset, torch.utils.data.Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "collate_fn", None)
 
 
 def is_flipped(draw: int) -> bool:

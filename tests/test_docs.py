@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 from conftest import free_port
+from hub_server import HubServer
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from dae_diffusers.cli import parse_config

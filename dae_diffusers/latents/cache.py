@@ -202,7 +202,9 @@ def write_latent_cache(
         if path.exists():  # it has its name only once it is whole
             continue
         indices = range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
-        loader = DataLoader(Subset(images, indices), batch_size=batch_size, num_workers=num_workers)
+        loader = DataLoader(
+            Subset(images, indices), batch_size=batch_size, num_workers=num_workers, collate_fn=images.collate_fn
+        )
         tensors = _encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype])
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary)
