@@ -12,7 +12,7 @@ from conftest import launch, succeed
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from dae_diffusers import DAEDiTPipeline
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 
@@ -372,3 +372,59 @@ def test_impossible_flags_exit_with_two(script, flags, message, capsys):
         parse_config(_config_class(script), flags.split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, image_folder):
+    """A run whose second stage is long enough for a cache of latents, mirrored ones included."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("cached")
+    run(train_dae, LONG_STAGE_TWO, train_data_dir=image_folder, output_dir=folder)
+    return folder
+
+
+LONG_STAGE_TWO = TINY_DAE + " --stage2_steps 14 --random_flip"
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_cached_latents_change_nothing_in_stage_two(cached, image_folder, tmp_path, kind, monkeypatch):
+    more = "" if kind == "kl" else " --autoencoder vq --codebook_size 16 --codebook_warmup_steps 1"
+    if kind == "vq":
+        cached = tmp_path / "cached"
+        run(train_dae, LONG_STAGE_TWO + more, train_data_dir=image_folder, output_dir=cached)
+    flags = LONG_STAGE_TWO + more + " --stage2_cache_gib 0"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "encoded")
+    assert_same_weights(weights(cached / "vae"), weights(tmp_path / "encoded" / "vae"), rtol=1e-3, atol=1e-5)
+    assert not (cached / "train_dae" / "latents").exists()
+
+
+def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
+    encoded = []
+    original = DAEAutoencoderKL.encode
+
+    def count(self, x, *args, **kwargs):
+        if self.stage == 2 and not self.training:
+            encoded.append(len(x))
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(DAEAutoencoderKL, "encode", count)
+    flags = LONG_STAGE_TWO + " --validation_steps 1000 --validation_fraction 0.25"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    rows = len(list(image_folder.rglob("*.png")))
+    held_out = round(0.25 * rows)
+    assert sum(encoded) == 2 * (rows - held_out) + held_out  # and one validation
+
+
+@pytest.mark.parametrize("step", [6, 15])
+def test_resume_with_cached_latents_equals_an_uninterrupted_run(cached, image_folder, tmp_path, step):
+    shutil.copytree(cached, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "vae")
+    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
+    run(
+        train_dae,
+        LONG_STAGE_TWO,
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "run",
+        resume_from_checkpoint=checkpoint,
+    )
+    assert_same_weights(weights(cached / "vae"), weights(tmp_path / "run" / "vae"))

@@ -12,6 +12,7 @@ holds the latents' statistics.
 
 import logging
 import math
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,12 +34,19 @@ from dae_diffusers.autoencoders.configuration import (
     RegularizationConfig,
     StageConfig,
 )
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder, spatial_factor
+from dae_diffusers.autoencoders.loading import (
+    check_image_size,
+    is_vq,
+    load_autoencoder,
+    num_latent_channels,
+    spatial_factor,
+)
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, write_latent_cache
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import compute_latent_statistics
@@ -258,6 +266,21 @@ def train_stage(
         num_training_steps=last_step - first_step,
     )
     first_microbatch = start_step * config.gradient_accumulation_steps * accelerator.num_processes
+    perceptual_weight = config.perceptual_weight_of(config.trains_final_decoder(stage))
+    perceptual_loss = (
+        load_perceptual_loss(config.perceptual_model).to(accelerator.device) if perceptual_weight else None
+    )
+    adversary = make_adversary(run, stage)
+    last_layer = model.last_layer
+    factor = spatial_factor(model)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    if resume_path is not None:
+        run.checkpointer.load(resume_path, ema=ema)
+    if stage == 2 and pays_to_cache_latents(
+        config, accelerator.unwrap_model(model), train_images, accelerator.num_processes
+    ):
+        train_images = with_cached_latents(run, accelerator.unwrap_model(model), train_images)
     loader = make_training_loader(
         train_images,
         batch_size=config.train_batch_size,
@@ -266,17 +289,7 @@ def train_stage(
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    perceptual_weight = config.perceptual_weight_of(config.trains_final_decoder(stage))
-    perceptual_loss = (
-        load_perceptual_loss(config.perceptual_model).to(accelerator.device) if perceptual_weight else None
-    )
-    adversary = make_adversary(run, stage)
-    last_layer = model.last_layer
-    factor = spatial_factor(model)
-    model, optimizer, lr_scheduler, loader = accelerator.prepare(model, optimizer, lr_scheduler, loader)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
-    if resume_path is not None:
-        run.checkpointer.load(resume_path, ema=ema)
+    loader = accelerator.prepare(loader)
 
     step, microbatch = start_step, first_microbatch + accelerator.process_index
     codebook = accelerator.unwrap_model(model).quantize if config.autoencoder == "vq" else None
@@ -296,6 +309,7 @@ def train_stage(
                     perturbation.inputs,
                     return_dict=False,
                     perturb_latents=perturbation.of_latents,
+                    moments=(batch["latents_mean"], batch["latents_std"]) if "latents_mean" in batch else None,
                     **forward_options,
                 )
                 loss = reconstruction_loss(
@@ -356,11 +370,42 @@ def train_stage(
                     run.save_checkpoint(step, ema=ema, stage=stage)
                 stop.exit()
     progress.close()
+    accelerator.wait_for_everyone()
+    if isinstance(train_images, ImagesWithLatents) and accelerator.is_main_process:
+        shutil.rmtree(run.folder / "latents")
     if ema is not None:
         ema.copy_to(parameters)
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return model
+
+
+def pays_to_cache_latents(config: TrainDAEConfig, model, images: ImageDataset, num_processes: int) -> bool:
+    """Whether stage 2 would encode more images than there are, and all their latents fit on the disk."""
+    if config.random_crop:
+        return False
+    views = len(images) * (2 if config.random_flip else 1)
+    microbatch = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    num_bytes = views * 2 * num_latent_channels(model) * (config.resolution // spatial_factor(model)) ** 2 * 4
+    return config.stage2_steps * microbatch > views and num_bytes <= config.stage2_cache_gib * 2**30
+
+
+def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> ImagesWithLatents:
+    """Encodes every image once, since the encoder no longer changes; the cache goes when the stage is done."""
+    folder = run.folder / "latents"
+    was_training = model.training
+    model.eval()
+    write_latent_cache(
+        folder,
+        model,
+        images,
+        run.accelerator,
+        batch_size=run.config.train_batch_size,
+        dtype="float32",
+        num_workers=run.config.dataloader_num_workers,
+    )
+    model.train(was_training)
+    return ImagesWithLatents(images, CachedLatents(folder))
 
 
 def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:

@@ -136,6 +136,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         perturb_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        moments: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> DecoderOutput | tuple:
         r"""
         Runs the current stage: images to reconstructions.
@@ -146,6 +147,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             generator (`torch.Generator`, *optional*): For the draw.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the latents before they are decoded.
+            moments (pair of `torch.Tensor` of shape `(B, latent_channels, h, w)`, *optional*): In stage 2: mean and standard
+                deviation of the images' latents, where they are known. The encoder does not run.
 
         Returns:
             [`DAEAutoencoderKLOutput`] or `(reconstruction, posterior)` in a stage; what
@@ -156,7 +159,11 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
                 sample, sample_posterior=sample_posterior, return_dict=return_dict, generator=generator
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 1):
-            posterior = self.encode(sample).latent_dist
+            if moments is None:
+                posterior = self.encode(sample).latent_dist
+            else:
+                mean, std = moments
+                posterior = DiagonalGaussianDistribution(torch.cat([mean, 2 * std.log()], dim=1))
             latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         if perturb_latents is not None:
             latents = perturb_latents(latents)

@@ -106,12 +106,20 @@ class StageConfig:
     auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`")
     auxiliary_layers_per_block: int = field(0, "residual blocks per resolution of `shallow`, less one")
     stage1_steps: int = field(2000, "optimiser steps of stage 1")
-    stage2_steps: int = field(4000, "optimiser steps of stage 2; each costs about half of one of stage 1")
+    stage2_steps: int = field(4000, "optimiser steps of stage 2; each costs about six tenths of one of joint training")
     warm_start_decoder: bool = field(
         False, "start stage 2 from the auxiliary decoder's weights (`same` and `dropout`) instead of afresh"
     )
 
+    stage2_cache_gib: float = field(
+        4.0,
+        "stage 2 encodes every image once, into a cache below the output folder, if that saves work and the cache stays below "
+        "this many GiB; 0: never",
+    )
+
     def __post_init__(self):
+        if self.stage2_cache_gib < 0:
+            raise ConfigError(f"`--stage2_cache_gib` is {self.stage2_cache_gib}, but must be 0 or more.")
         try:
             check_auxiliary_decoder(
                 self.auxiliary_decoder,

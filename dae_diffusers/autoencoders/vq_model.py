@@ -151,6 +151,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         sample: torch.Tensor,
         return_dict: bool = True,
         perturb_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        moments: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> DecoderOutput | tuple:
         r"""
         Runs the current stage: images to reconstructions.
@@ -159,6 +160,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): `pixel_values` in [-1, 1].
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the quantised latents before they are decoded.
+            moments (pair of `torch.Tensor` of shape `(B, C, h, w)`, *optional*): In stage 2: the images' latents before
+                quantisation (and zeros), where they are known. The encoder does not run.
 
         Returns:
             [`DAEVQModelOutput`] or `(reconstruction, quantization)` in a stage; what [`~diffusers.VQModel`] returns when
@@ -167,7 +170,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         if self.stage is None:
             return super().forward(sample, return_dict=return_dict)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 1):
-            quantization = self.quantize.quantize(self.encode(sample).latents)
+            latents = self.encode(sample).latents if moments is None else moments[0]
+            quantization = self.quantize.quantize(latents)
         if self.stage == 1 and self.training:
             self.quantize.note(quantization)
         quantized = quantization.straight_through

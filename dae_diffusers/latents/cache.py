@@ -140,6 +140,24 @@ class CachedLatents(Dataset):
             )
 
 
+class ImagesWithLatents(Dataset):
+    r"""
+    Images beside their cached latents, under the same numbers and draws: `pixel_values` and labels as
+    [`~dae_diffusers.data.ImageDataset`] gives them, `latents_mean` and `latents_std` as [`CachedLatents`] does.
+    """
+
+    def __init__(self, images: ImageDataset, latents: CachedLatents):
+        self.images = images
+        self.latents = latents
+        self.collate_fn = images.collate_fn
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
+        return {**self.latents.__getitems__(items), **self.images.__getitems__(items)}
+
+
 @torch.no_grad()
 def write_latent_cache(
     folder: str | os.PathLike,
