@@ -249,9 +249,7 @@ def draw_samples(
     chunks = list(range(0, settings.num_images, chunk_size))
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     pipeline.set_progress_bar_config(disable=True)
-    sample_size = pipeline.transformer.config.sample_size
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    image_pixels = height * width * spatial_factor(pipeline.vae) ** 2
+    image_pixels = _image_pixels(pipeline)
     bar = tqdm(mine, desc="Drawing", unit="chunk", disable=not accelerator.is_local_main_process, leave=False)
     for start in bar:
         path = folder / f"{start:08d}.safetensors"
@@ -378,3 +376,10 @@ def _read_chunk(path: Path) -> torch.Tensor | None:
         return load_file(path)["images"] if path.exists() else None
     except (SafetensorError, OSError, KeyError):
         return None
+
+
+def _image_pixels(pipeline: DiffusionPipeline) -> int:
+    """Of the images that it draws; few where its parts do not say."""
+    size = getattr(pipeline, "transformer", pipeline).config.get("sample_size") or 1
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * width * spatial_factor(pipeline.vae) ** 2
