@@ -59,7 +59,8 @@ def test_losses_begin_when_they_should_and_are_logged(trained):
         assert {"train/adversarial_loss", "train/adaptive_weight", "train/logits_fake"} <= rows[start + 4].keys()
     assert all(0 < row["train/perceptual_loss"] < 4 for row in rows.values())
     validation = [row for row in log_of(trained) if "validation/psnr" in row]
-    assert all({"latents/kl", "latents/high_frequency_share"} <= row.keys() for row in validation)
+    for row in validation:  # stage 2 leaves the latents as they are
+        assert ({"latents/kl", "latents/high_frequency_share"} <= row.keys()) == (row["step"] <= 4)
 
 
 @pytest.mark.parametrize("step", [3, 6])

@@ -480,8 +480,9 @@ def validate(
         if counts is not None:
             counts += torch.bincount(latent.codes.flatten(), minlength=len(counts))
         mean, std = (latent.mean, latent.std) if counts is None else (latent.latents, None)
-        diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
-        diagnostics.add(mean, std)
+        if model.stage == 1:  # stage 2 leaves the latents as they are
+            diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
+            diagnostics.add(mean, std)
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
         if not pairs:
@@ -495,8 +496,10 @@ def validate(
         metrics = codebook_metrics(accelerator.reduce(counts, reduction="sum"))
         values |= {f"validation/{name}": value for name, value in metrics.items()}
     parts = [part for part in gather_object([diagnostics]) if part is not None]
-    scalars = sum(parts[1:], start=parts[0]).scalars()
-    return values | {f"latents/{name}": value for name, value in scalars.items()}
+    if parts:
+        scalars = sum(parts[1:], start=parts[0]).scalars()
+        values |= {f"latents/{name}": value for name, value in scalars.items()}
+    return values
 
 
 if __name__ == "__main__":
