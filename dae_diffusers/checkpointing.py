@@ -1,11 +1,14 @@
-"""Checkpoints that a kill at any instant leaves whole, and signals that end a run in an orderly way."""
+"""Checkpoints that a kill at any instant leaves whole, a folder for one run only, and signals that end a run in order."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,14 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.cli import UserError, storage_problem
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _EMA = "ema.safetensors"
+_TEMPORARY = "tmp-"
 
 
 class Checkpointer:
@@ -56,16 +60,19 @@ class Checkpointer:
         """
         try:
             self._save(step, ema, state)
-        except OSError as error:
-            shutil.rmtree(self.folder / f"tmp-{_PREFIX}{step:08d}", ignore_errors=True)
+        except Exception as error:
+            problem = storage_problem(error) or (str(error) if isinstance(error, OSError) else None)
+            if problem is None:
+                raise
+            shutil.rmtree(self.folder / f"{_TEMPORARY}{_PREFIX}{step:08d}", ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}. "
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {problem}. "
                 "Earlier checkpoints are whole. Make room and continue with `--resume_from_checkpoint latest`."
             ) from None
 
     def _save(self, step: int, ema: EMAModel | None, state: dict[str, Any]) -> None:
         final = self.folder / f"{_PREFIX}{step:08d}"
-        temporary = self.folder / f"tmp-{final.name}"
+        temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -90,10 +97,11 @@ class Checkpointer:
             }
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                self._discard(final)
             temporary.rename(final)
             _flush_folder(self.folder)
-            self._rotate()
+            self._rotate(final)
         self.accelerator.wait_for_everyone()
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
@@ -134,14 +142,68 @@ class Checkpointer:
                 value.copy_(shadow[str(n)])
             ema.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
 
-    def _rotate(self) -> None:
-        if self.total_limit is None:
+    def _rotate(self, newest: Path) -> None:
+        checkpoints = sorted(self.folder.glob(f"{_PREFIX}*"))
+        position = checkpoints.index(newest)
+        for ahead in checkpoints[position + 1 :]:
+            logger.warning("removing %s: the run went on from an earlier step, without it.", ahead)
+            self._discard(ahead)
+        if self.total_limit is not None:
+            for old in checkpoints[: max(0, position + 1 - self.total_limit)]:
+                self._discard(old)
+        for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a save or removal that a kill cut short
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _discard(self, checkpoint: Path) -> None:
+        # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
+        doomed = checkpoint.with_name(f"{_TEMPORARY}old-{checkpoint.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+class FolderLock:
+    r"""
+    Keeps a second run out of a folder. The system drops the lock when the process ends, however it ends.
+
+    A lock of the process (`fcntl.lockf`), not of the open file: data-loading processes, which may outlive a killed run
+    for some seconds, do not inherit it.
+
+    Args:
+        folder (`Path`): Exists.
+
+    Raises:
+        UserError: If another process has it.
+    """
+
+    _held: dict[Path, int] = {}  # closing any descriptor of a file gives up the lock, so each is opened once
+
+    def __init__(self, folder: Path):
+        self._path = (folder / ".lock").resolve()
+        if self._path in self._held:
             return
-        for old in sorted(self.folder.glob(f"{_PREFIX}*"))[: -self.total_limit]:
-            # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
-            doomed = old.with_name(f"tmp-old-{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder} is in use by another run ({owner or 'unknown process'}). Wait for its end, or choose another "
+                    "`--output_dir`."
+                ) from None
+            logger.warning("%s cannot be locked (%s): do not start a second run there.", folder, error.strerror)
+            return
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._held[self._path] = descriptor
+
+    def release(self) -> None:
+        r"""Gives the folder back."""
+        descriptor = self._held.pop(self._path, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class StopSignal:
@@ -185,6 +247,13 @@ class StopSignal:
         signal.signal(number, self._previous[number])
         if self.accelerator.is_main_process:
             print(f"\nreceived {signal.Signals(number).name}: finishing the step, then saving", flush=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    r"""Replaces a small file at once, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:

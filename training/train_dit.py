@@ -38,7 +38,7 @@ from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_l
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
-from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights, raise_if_not_finite
+from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,9 @@ def main(config: TrainDiTConfig) -> None:
         num_training_steps=config.max_train_steps,
     )
     resume_path, step, _ = run.start(
-        training_images=len(train_data), parameters=sum(parameter.numel() for parameter in parameters)
+        {"the training images": train_data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
+        training_images=len(train_data),
+        parameters=sum(parameter.numel() for parameter in parameters),
     )
     first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
     loader = make_training_loader(
@@ -181,7 +183,6 @@ def main(config: TrainDiTConfig) -> None:
         while step < config.max_train_steps:
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
-            microbatch += accelerator.num_processes
             with accelerator.accumulate(transformer):
                 mean, std = encode(batch, vae, accelerator)
                 latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
@@ -201,16 +202,14 @@ def main(config: TrainDiTConfig) -> None:
                 )[0]
                 loss = flow_matching_loss(velocity, latents, noise).mean()
                 run.add(loss=loss)
-                raise_if_not_finite(loss, "loss", step + 1, run.folder)
+                run.guard.watch(loss, step + 1, microbatch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    if (
-                        accelerator.mixed_precision != "fp16"
-                    ):  # fp16's loss scaling meets infinite gradients and skips them
-                        raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
-                optimizer.step()
+                    if run.guard.allows(gradient_norm):
+                        optimizer.step()
                 optimizer.zero_grad()
+            microbatch += accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
 

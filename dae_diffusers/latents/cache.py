@@ -95,6 +95,11 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return self.identity.num_samples
 
+    @property
+    def fingerprint(self) -> str:
+        r"""Of the images that the latents were made from."""
+        return self.identity.data
+
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         return {name: value[0] for name, value in self.__getitems__([item]).items()}
 
