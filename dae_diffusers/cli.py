@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
@@ -111,9 +112,8 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         if message is None:
             raise
         rank = os.environ.get("RANK", "0")
-        print(
-            f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr, flush=True
-        )
+        # `tqdm.write` keeps the line apart from a progress bar.
+        tqdm.write(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", UserError.exit_code)) from None
 
 
