@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dae_diffusers.cli import UserError, storage_problem
 
@@ -78,11 +79,11 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
+        shadow = {} if ema is None else {str(n): whole_tensor(value) for n, value in enumerate(ema.shadow_params)}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if ema is not None:
                 # As safetensors: what accelerate registers for checkpointing, it reads back with pickle.
-                shadow = {str(n): value.contiguous() for n, value in enumerate(ema.shadow_params)}
                 save_file(shadow, temporary / _EMA)
             manifest = {
                 "step": step,
@@ -139,7 +140,10 @@ class Checkpointer:
         if ema is not None:
             shadow = load_file(path / _EMA)
             for n, value in enumerate(ema.shadow_params):
-                value.copy_(shadow[str(n)])
+                whole = shadow[str(n)].to(value.device)
+                if isinstance(value, DTensor):
+                    whole = distribute_tensor(whole, value.device_mesh, value.placements)
+                value.copy_(whole)
             ema.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
 
     def _rotate(self, newest: Path) -> None:
@@ -247,6 +251,11 @@ class StopSignal:
         signal.signal(number, self._previous[number])
         if self.accelerator.is_main_process:
             print(f"\nreceived {signal.Signals(number).name}: finishing the step, then saving", flush=True)
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    r"""The tensor itself, or, where FSDP has spread it, all of it on every process; then all processes call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value.contiguous()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from dae_diffusers.checkpointing import whole_tensor
 from dae_diffusers.cli import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class NonFiniteGuard:
         watched, self._watched = self._watched, []
         seen = [losses["loss"] for _, losses in watched]
         if self.accelerator.mixed_precision != "fp16":
-            seen.append(gradient_norm.detach())
+            seen.append(whole_tensor(gradient_norm.detach()))
         if not seen:
             return True
         num_bad = (~torch.isfinite(torch.stack([value.float().reshape(()) for value in seen]))).sum()

@@ -20,12 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from tqdm.auto import tqdm
 
-from dae_diffusers.checkpointing import Checkpointer, FolderLock, write_atomically
+from dae_diffusers.checkpointing import Checkpointer, FolderLock, whole_tensor, write_atomically
 from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
@@ -116,6 +117,8 @@ class TrainingRun:
     Args:
         name (`str`): The script's.
         config: A dataclass with the fields of [`RunConfig`] and [`OptimizationConfig`].
+        has_fsdp (`bool`, *optional*, defaults to `False`): Whether the script takes its models' weights from
+            [`whole_model`], as FSDP needs it.
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): Made from the config.
@@ -127,7 +130,7 @@ class TrainingRun:
         UserError: If the folder holds another run, is in use by one, or cannot be written.
     """
 
-    def __init__(self, name: str, config: Any):
+    def __init__(self, name: str, config: Any, *, has_fsdp: bool = False):
         self.name = name
         self.config = config
         self.output_dir = Path(config.output_dir)
@@ -144,6 +147,8 @@ class TrainingRun:
             )
         except ValueError as error:  # a precision that the device lacks, a tracker that is not installed
             raise ConfigError(str(error)) from None
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            _check_fsdp(name, config, self.accelerator, has_fsdp)
         logging.basicConfig(
             format="%(message)s", level=logging.INFO if self.accelerator.is_main_process else logging.ERROR
         )
@@ -429,6 +434,26 @@ class TrainingRun:
             self._tracker_failed = True
             logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
 
+    def make_ema(self, parameters: list[torch.nn.Parameter]) -> EMAModel | None:
+        r"""Moving averages of prepared parameters, or None without `--use_ema`."""
+        if not self.config.use_ema:
+            return None
+        is_spread = self.accelerator.distributed_type == DistributedType.FSDP  # such tensors lack the fast functions
+        return EMAModel(parameters, decay=self.config.ema_decay, foreach=not is_spread)
+
+    def whole_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        r"""
+        A prepared model without what it was wrapped into. All processes call it.
+
+        Where FSDP has spread the weights it is a copy with all of them, which later updates do not change.
+        """
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return self.accelerator.unwrap_model(model)
+        model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+        whole = model_class.from_config(model.config)
+        whole.load_state_dict({name: whole_tensor(value.detach()) for name, value in model.state_dict().items()})
+        return whole.to(self.accelerator.device)
+
 
 @contextmanager
 def ema_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
@@ -443,6 +468,19 @@ def ema_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) 
         yield
     finally:
         ema.restore(parameters)
+
+
+def _check_fsdp(name: str, config: Any, accelerator: Accelerator, has_fsdp: bool) -> None:
+    if not has_fsdp:
+        raise ConfigError(f"{name} does not run under FSDP; use training/configs/accelerate/ddp.yaml.")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ConfigError(
+            "under FSDP the script needs `fsdp_version: 2` and `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+            "training/configs/accelerate/fsdp2.yaml."
+        )
+    if config.push_to_hub and config.hub_strategy == "every_save":
+        raise ConfigError("`--hub_strategy every_save` does not go with FSDP; use `end`.")
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

@@ -275,7 +275,7 @@ def train_stage(
     last_layer = model.last_layer
     factor = spatial_factor(model)
     model, optimizer, lr_scheduler, loader = accelerator.prepare(model, optimizer, lr_scheduler, loader)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 

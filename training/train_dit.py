@@ -107,7 +107,7 @@ class TrainDiTConfig(RunConfig, FlowMatchingConfig, DiTConfig, OptimizationConfi
 
 
 def main(config: TrainDiTConfig) -> None:
-    run = TrainingRun("train_dit", config)
+    run = TrainingRun("train_dit", config, has_fsdp=True)
     accelerator = run.accelerator
     vae = load_autoencoder(config.vae).to(accelerator.device)
     config.value_range = config.value_range or read_value_range(config.vae) or []
@@ -138,11 +138,12 @@ def main(config: TrainDiTConfig) -> None:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     parameters = list(transformer.parameters())
+    num_parameters = sum(parameter.numel() for parameter in parameters)
     logger.info(
         "%d training images, %s classes, %.1f M parameters",
         len(train_data),
         transformer.config.num_classes or "no",
-        sum(parameter.numel() for parameter in parameters) / 1e6,
+        num_parameters / 1e6,
     )
     optimizer = torch.optim.AdamW(
         parameters,
@@ -159,7 +160,7 @@ def main(config: TrainDiTConfig) -> None:
     resume_path, step, _ = run.start(
         {"the training images": train_data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
         training_images=len(train_data),
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=num_parameters,
     )
     first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
     loader = make_training_loader(
@@ -171,7 +172,8 @@ def main(config: TrainDiTConfig) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     transformer, optimizer, lr_scheduler, loader = accelerator.prepare(transformer, optimizer, lr_scheduler, loader)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    parameters = list(transformer.parameters())  # FSDP has replaced them
+    ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 
@@ -224,7 +226,7 @@ def main(config: TrainDiTConfig) -> None:
                 progress.set_postfix(loss=f"{means['train/loss']:.4f}")
             if step % config.validation_steps == 0 or is_last:
                 with ema_weights(ema, parameters):
-                    model = accelerator.unwrap_model(transformer).eval()
+                    model = run.whole_model(transformer).eval()
                     values = {"validation/loss": validation_loss(run, model, vae, validation_data, shares)}
                     draw_samples(run, make_pipeline(config, model, vae, train_data), step)
                     model.train()
@@ -244,8 +246,8 @@ def main(config: TrainDiTConfig) -> None:
 
     if ema is not None:
         ema.copy_to(parameters)
+    model = run.whole_model(transformer).eval()
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(transformer, keep_fp32_wrapper=False).eval()
         make_pipeline(config, model, vae, train_data).save_pretrained(run.output_dir / "pipeline")
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")

@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import VQModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -148,7 +147,7 @@ def main(config: TrainPriorConfig) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     prior, optimizer, lr_scheduler, loader = accelerator.prepare(prior, optimizer, lr_scheduler, loader)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 
