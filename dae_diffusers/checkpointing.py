@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -135,7 +137,22 @@ class Checkpointer:
         return None
 
     def load(self, path: Path, *, ema: EMAModel | None = None) -> None:
-        r"""Restores the prepared objects and the averages. All processes call it, after preparing the same objects."""
+        r"""
+        Restores the prepared objects and the averages. All processes call it, after preparing the same objects.
+
+        Raises:
+            UserError: If the checkpoint is of other objects, such as a model of another size, or holds pickled code, which
+                is not run.
+        """
+        try:
+            self._load(path, ema)
+        except (OSError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+            raise UserError(
+                f"{path} does not fit this run ({' '.join(str(error).split())[:300]}). Resume with the flags of the run that "
+                "saved it, or train in another `--output_dir`."
+            ) from None
+
+    def _load(self, path: Path, ema: EMAModel | None) -> None:
         self.accelerator.load_state(str(path))
         if ema is not None:
             shadow = load_file(path / _EMA)
@@ -278,7 +295,10 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
                 return f"{name} is missing", {}
             if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
                 return f"{name} has other content than when it was saved", {}
-        return None, {key: manifest[key] for key in ("step", "state", "num_processes")}
+        kinds = {"step": int, "state": dict, "num_processes": int}
+        if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
+            return f"its {_MANIFEST} cannot be read", {}
+        return None, {key: manifest[key] for key in kinds}
     except FileNotFoundError:
         return f"it has no {_MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -111,6 +111,7 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         message = _message_of(error)
         if message is None:
             raise
+        message = " ".join(message.splitlines())  # a file's name may hold line breaks
         rank = os.environ.get("RANK", "0")
         # `tqdm.write` keeps the line apart from a progress bar.
         tqdm.write(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)

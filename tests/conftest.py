@@ -109,6 +109,8 @@ def in_child(action: Callable[[], None], *, wait: bool = True) -> tuple[int, str
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
             logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
             AcceleratorState._reset_state(reset_partial_state=True)
+            warnings.simplefilter("default")  # as in a process of its own
+            logging.captureWarnings(True)
             action()
             code = 0
         except SystemExit as error:

@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from hub_server import HubServer
-from test_training import _free_port
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from dae_diffusers.cli import parse_config
@@ -53,7 +53,7 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 def shorten(text: str) -> str:
     for pattern, replacement in FEWER.items():
         text = re.sub(pattern, replacement, text)
-    return text.replace("--multi_gpu", f"--cpu --main_process_port {_free_port()}")
+    return text.replace("--multi_gpu", f"--cpu --main_process_port {free_port()}")
 
 
 @pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md"])

@@ -113,6 +113,7 @@ def main(config: TrainDiTConfig) -> None:
     config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
         train_data, validation_data = load_data(config, vae)
+    sample_size = latent_size(config, vae, train_data)
     shares = {
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
@@ -130,7 +131,7 @@ def main(config: TrainDiTConfig) -> None:
             raise UserError(str(error)) from None
 
     transformer = DAEDiTTransformer2DModel(
-        sample_size=latent_size(config, vae, train_data),
+        sample_size=sample_size,
         in_channels=num_latent_channels(vae),
         num_classes=None if train_data.id2label is None else len(train_data.id2label),
         **config.architecture(),
