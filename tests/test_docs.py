@@ -26,6 +26,7 @@ CONFIG_NAMES = {
     "cache-latents": "CacheLatentsConfig",
     "evaluate": "EvaluateConfig",
     "push": "PushConfig",
+    "train-vqgan-prior": "TrainPriorConfig",
 }
 FEWER = {
     r"--stage([12])_steps \d+": r"--stage\1_steps 4",

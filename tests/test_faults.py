@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -480,6 +481,32 @@ def test_run_of_several_processes_is_refused_by_all_of_them(reference, image_fol
     code, text = in_child(lambda: action(0))
     assert code == 1 and os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 1
     assert_one_line(text, "holds another run")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process_and_the_run_goes_on_identically(image_folder, tmp_path):
+    """Needs a rendezvous that can be met again: `--standalone`, or `--rdzv_backend c10d` on several machines."""
+
+    def launch(folder: Path) -> subprocess.Popen:
+        flags = f"{DAE} --stage1_steps 40 --resume_from_checkpoint latest --train_data_dir {image_folder}".split()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["--max_restarts", "1", "-m", "dae_diffusers.training.train_dae", *flags]
+        return subprocess.Popen(
+            [*command, "--output_dir", str(folder)],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert launch(tmp_path / "whole").wait() == 0
+    process = launch(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not checkpoints(tmp_path / "killed") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    owner = (tmp_path / "killed" / "train_dae" / ".lock").read_text().split()[1]
+    os.kill(int(owner), signal.SIGKILL)
+    assert process.wait() == 0
+    assert_equals(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_interrupted_by_the_keyboard_before_training_ends_without_a_stack(capsys):
