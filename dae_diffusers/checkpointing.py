@@ -1,26 +1,33 @@
-"""Checkpoints that a kill at any instant leaves whole, and signals that end a run in an orderly way."""
+"""Checkpoints that a kill at any instant leaves whole, a folder for one run only, and signals that end a run in order."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.cli import UserError, storage_problem
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _EMA = "ema.safetensors"
+_TEMPORARY = "tmp-"
 
 
 class Checkpointer:
@@ -56,26 +63,29 @@ class Checkpointer:
         """
         try:
             self._save(step, ema, state)
-        except OSError as error:
-            shutil.rmtree(self.folder / f"tmp-{_PREFIX}{step:08d}", ignore_errors=True)
+        except Exception as error:
+            problem = storage_problem(error) or (str(error) if isinstance(error, OSError) else None)
+            if problem is None:
+                raise
+            shutil.rmtree(self.folder / f"{_TEMPORARY}{_PREFIX}{step:08d}", ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}. "
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {problem}. "
                 "Earlier checkpoints are whole. Make room and continue with `--resume_from_checkpoint latest`."
             ) from None
 
     def _save(self, step: int, ema: EMAModel | None, state: dict[str, Any]) -> None:
         final = self.folder / f"{_PREFIX}{step:08d}"
-        temporary = self.folder / f"tmp-{final.name}"
+        temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
+        shadow = {} if ema is None else {str(n): whole_tensor(value) for n, value in enumerate(ema.shadow_params)}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if ema is not None:
                 # As safetensors: what accelerate registers for checkpointing, it reads back with pickle.
-                shadow = {str(n): value.contiguous() for n, value in enumerate(ema.shadow_params)}
                 save_file(shadow, temporary / _EMA)
             manifest = {
                 "step": step,
@@ -90,10 +100,11 @@ class Checkpointer:
             }
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                self._discard(final)
             temporary.rename(final)
             _flush_folder(self.folder)
-            self._rotate()
+            self._rotate(final)
         self.accelerator.wait_for_everyone()
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
@@ -126,22 +137,94 @@ class Checkpointer:
         return None
 
     def load(self, path: Path, *, ema: EMAModel | None = None) -> None:
-        r"""Restores the prepared objects and the averages. All processes call it, after preparing the same objects."""
+        r"""
+        Restores the prepared objects and the averages. All processes call it, after preparing the same objects.
+
+        Raises:
+            UserError: If the checkpoint is of other objects, such as a model of another size, or holds pickled code, which
+                is not run.
+        """
+        try:
+            self._load(path, ema)
+        except (OSError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+            raise UserError(
+                f"{path} does not fit this run ({' '.join(str(error).split())[:300]}). Resume with the flags of the run that "
+                "saved it, or train in another `--output_dir`."
+            ) from None
+
+    def _load(self, path: Path, ema: EMAModel | None) -> None:
         self.accelerator.load_state(str(path))
         if ema is not None:
             shadow = load_file(path / _EMA)
             for n, value in enumerate(ema.shadow_params):
-                value.copy_(shadow[str(n)])
+                whole = shadow[str(n)].to(value.device)
+                if isinstance(value, DTensor):
+                    whole = distribute_tensor(whole, value.device_mesh, value.placements)
+                value.copy_(whole)
             ema.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
 
-    def _rotate(self) -> None:
-        if self.total_limit is None:
+    def _rotate(self, newest: Path) -> None:
+        checkpoints = sorted(self.folder.glob(f"{_PREFIX}*"))
+        position = checkpoints.index(newest)
+        for ahead in checkpoints[position + 1 :]:
+            logger.warning("removing %s: the run went on from an earlier step, without it.", ahead)
+            self._discard(ahead)
+        if self.total_limit is not None:
+            for old in checkpoints[: max(0, position + 1 - self.total_limit)]:
+                self._discard(old)
+        for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a save or removal that a kill cut short
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _discard(self, checkpoint: Path) -> None:
+        # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
+        doomed = checkpoint.with_name(f"{_TEMPORARY}old-{checkpoint.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+class FolderLock:
+    r"""
+    Keeps a second run out of a folder. The system drops the lock when the process ends, however it ends.
+
+    A lock of the process (`fcntl.lockf`), not of the open file: data-loading processes, which may outlive a killed run
+    for some seconds, do not inherit it.
+
+    Args:
+        folder (`Path`): Exists.
+
+    Raises:
+        UserError: If another process has it.
+    """
+
+    _held: dict[Path, int] = {}  # closing any descriptor of a file gives up the lock, so each is opened once
+
+    def __init__(self, folder: Path):
+        self._path = (folder / ".lock").resolve()
+        if self._path in self._held:
             return
-        for old in sorted(self.folder.glob(f"{_PREFIX}*"))[: -self.total_limit]:
-            # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
-            doomed = old.with_name(f"tmp-old-{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder} is in use by another run ({owner or 'unknown process'}). Wait for its end, or choose another "
+                    "`--output_dir`."
+                ) from None
+            logger.warning("%s cannot be locked (%s): do not start a second run there.", folder, error.strerror)
+            return
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._held[self._path] = descriptor
+
+    def release(self) -> None:
+        r"""Gives the folder back."""
+        descriptor = self._held.pop(self._path, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class StopSignal:
@@ -187,6 +270,18 @@ class StopSignal:
             print(f"\nreceived {signal.Signals(number).name}: finishing the step, then saving", flush=True)
 
 
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    r"""The tensor itself, or, where FSDP has spread it, all of it on every process; then all processes call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value.contiguous()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    r"""Replaces a small file at once, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, or None; and its manifest."""
     if not folder.is_dir():
@@ -200,7 +295,10 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
                 return f"{name} is missing", {}
             if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
                 return f"{name} has other content than when it was saved", {}
-        return None, {key: manifest[key] for key in ("step", "state", "num_processes")}
+        kinds = {"step": int, "state": dict, "num_processes": int}
+        if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
+            return f"its {_MANIFEST} cannot be read", {}
+        return None, {key: manifest[key] for key in kinds}
     except FileNotFoundError:
         return f"it has no {_MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

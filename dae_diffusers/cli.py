@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import errno
 import os
+import signal
 import sys
 import textwrap
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -11,9 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
@@ -63,9 +69,9 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, *, d
     return config
 
 
-def save_config(config: Any, path: str | os.PathLike) -> None:
-    r"""Writes a dataclass as the YAML file that `--config` reads."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+def config_text(config: Any) -> str:
+    r"""A dataclass as the YAML that `--config` reads."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def flags_of(config: Any) -> list[str]:
@@ -91,17 +97,58 @@ def flags_of(config: Any) -> list[str]:
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
     r"""
-    Calls `run(config)`, and turns a [`UserError`] into one line on stderr and its exit code.
+    Calls `run(config)`, and turns a [`UserError`], a disk that cannot be written and a data-loading process that died
+    into one line on stderr and an exit code.
 
     Raises:
         SystemExit: With the error's exit code.
     """
     try:
         run(config)
-    except UserError as error:
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        message = _message_of(error)
+        if message is None:
+            raise
+        message = " ".join(message.splitlines())  # a file's name may hold line breaks
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+        # `tqdm.write` keeps the line apart from a progress bar.
+        tqdm.write(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", UserError.exit_code)) from None
+
+
+def storage_problem(error: Exception) -> str | None:
+    r"""The reason, if a file could not be written because of the disk; safetensors and torch wrap the system's error."""
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
+    for number in _DISK_IS_FULL:
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    if isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("PytorchStreamWriter", "unexpected pos")
+    ):
+        return "a file could not be written whole; the disk is probably full"
+    return None
+
+
+def _message_of(error: Exception) -> str | None:
+    """One line for what a user can mend; None for anything else."""
+    text = str(error)
+    if isinstance(error, UserError):
+        # From a data-loading process it comes with that one's stack; the last line is the sentence.
+        return text.strip().splitlines()[-1].partition("UserError: ")[2] if "Original Traceback" in text else text
+    if problem := storage_problem(error):
+        return (
+            f"{problem}. Checkpoints saved before are whole: mend this and run the command again, training scripts with "
+            "`--resume_from_checkpoint latest`."
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return (
+            f"a data-loading process died ({' '.join(text.split())[:200]}), perhaps for lack of memory. Continue with "
+            "`--resume_from_checkpoint latest`, with a smaller `--dataloader_num_workers` if it happens again."
+        )
+    return None
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -19,13 +20,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from tqdm.auto import tqdm
 
-from dae_diffusers.checkpointing import Checkpointer
-from dae_diffusers.cli import ConfigError, UserError, field, flags_of, save_config
+from dae_diffusers.checkpointing import Checkpointer, FolderLock, whole_tensor, write_atomically
+from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
+from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
 from dae_diffusers.plots import plot_curves
 
@@ -80,6 +83,7 @@ class RunConfig:
     checkpointing_steps: int = field(1000, "save the training state every this many steps")
     checkpoints_total_limit: int | None = field(2, "keep only the newest this many checkpoints")
     resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    skip_nonfinite: int = field(0, "leave out up to this many updates whose loss or gradient is not finite; 0: stop")
     logging_steps: int = field(50, "log the training losses every this many steps (means over them)")
     validation_steps: int = field(500, "validate every this many steps, and at the end")
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
@@ -97,8 +101,9 @@ class RunConfig:
         for name in ("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
-        if self.seed < 0:
-            raise ConfigError(f"`--seed` is {self.seed}, but must be 0 or more.")
+        for name in ("seed", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be 0 or more.")
 
 
 class TrainingRun:
@@ -112,17 +117,20 @@ class TrainingRun:
     Args:
         name (`str`): The script's.
         config: A dataclass with the fields of [`RunConfig`] and [`OptimizationConfig`].
+        has_fsdp (`bool`, *optional*, defaults to `False`): Whether the script takes its models' weights from
+            [`whole_model`], as FSDP needs it.
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): Made from the config.
         checkpointer ([`~dae_diffusers.checkpointing.Checkpointer`]): Of this run.
+        guard ([`~dae_diffusers.guard.NonFiniteGuard`]): Asked before each update.
         output_dir, folder (`Path`): Of the results; of the script's own files.
 
     Raises:
-        UserError: If the folder holds another run, or cannot be written.
+        UserError: If the folder holds another run, is in use by one, or cannot be written.
     """
 
-    def __init__(self, name: str, config: Any):
+    def __init__(self, name: str, config: Any, *, has_fsdp: bool = False):
         self.name = name
         self.config = config
         self.output_dir = Path(config.output_dir)
@@ -139,6 +147,8 @@ class TrainingRun:
             )
         except ValueError as error:  # a precision that the device lacks, a tracker that is not installed
             raise ConfigError(str(error)) from None
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            _check_fsdp(name, config, self.accelerator, has_fsdp)
         logging.basicConfig(
             format="%(message)s", level=logging.INFO if self.accelerator.is_main_process else logging.ERROR
         )
@@ -155,6 +165,7 @@ class TrainingRun:
         set_seed(config.seed)
         self._take_folder()
         self.checkpointer = Checkpointer(self.accelerator, self.folder / "checkpoints", config.checkpoints_total_limit)
+        self.guard = NonFiniteGuard(self.accelerator, config.skip_nonfinite, self.folder)
         if config.push_to_hub and self.accelerator.is_main_process:
             self.hub_model_id = upload.check_hub_access(
                 config.hub_model_id or self.output_dir.resolve().name,
@@ -169,16 +180,21 @@ class TrainingRun:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def start(self, **counts: int) -> tuple[Path | None, int, dict[str, Any]]:
+    def start(self, inputs: dict[str, str], **counts: int) -> tuple[Path | None, int, dict[str, Any]]:
         r"""
         Finds where to begin: from nothing, or from the checkpoint that `--resume_from_checkpoint` asks for.
 
         Args:
+            inputs (`dict[str, str]`): Fingerprints of what the run is made from, such as its images, by name.
             counts (`int`): What `run.json` and the model card name, such as `training_images`.
 
         Returns:
             The checkpoint's folder or None, the optimiser steps done, and the state that was saved with it.
+
+        Raises:
+            UserError: If the checkpoint was made from other inputs, or none can be used.
         """
+        self._inputs = inputs
         found = None
         if self.config.resume_from_checkpoint is not None:
             found = self.checkpointer.newest(self.config.resume_from_checkpoint)
@@ -187,6 +203,13 @@ class TrainingRun:
         path, step, state = (found[0], found[1]["step"], found[1]["state"]) if found else (None, 0, {})
         if path is not None:
             logger.info("resuming from %s", path)
+            for input_name, before in state.pop("inputs", {}).items():
+                if inputs.get(input_name, before) != before:
+                    raise UserError(
+                        f"{input_name} changed since {path} was saved (fingerprint {inputs[input_name]}, was {before}). Go "
+                        "on with the same, or train in another `--output_dir`."
+                    )
+            self.guard.skipped = state.pop("skipped", 0)
             sums, self._counts = state.pop("log_sums"), state.pop("log_counts")
             self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
             if found[1]["num_processes"] != self.accelerator.num_processes:
@@ -196,24 +219,25 @@ class TrainingRun:
                     self.accelerator.num_processes,
                 )
         if self.accelerator.is_main_process:
-            save_config(self.config, self.folder / "config.yaml")
+            write_atomically(self.folder / "config.yaml", config_text(self.config))
             rows = [row for row in read_log(self.folder) if row["step"] <= step]
-            (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            before = json.loads((self.folder / "run.json").read_text()) if (self.folder / "run.json").exists() else {}
+            write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             self._record = {
                 "command": f"accelerate launch -m dae_diffusers.training.{self.name} {shlex.join(flags_of(self.config))}",
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
                 "counts": counts,
-                "seconds": before.get("seconds", 0.0) if step > 0 else 0.0,
+                "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
             }
             self._write_record()
         if self.config.report_to is not None:
             simple = {k: v for k, v in asdict(self.config).items() if isinstance(v, (bool, int, float, str))}
-            self.accelerator.init_trackers(
-                self.output_dir.resolve().name,
-                config=simple,
-                init_kwargs={"wandb": {"dir": str(self.folder)}},  # else it writes into the working directory
+            self._guard_tracker(
+                lambda: self.accelerator.init_trackers(
+                    self.output_dir.resolve().name,
+                    config=simple,
+                    init_kwargs={"wandb": {"dir": str(self.folder)}},  # else it writes into the working directory
+                )
             )
         return path, step, state
 
@@ -227,7 +251,15 @@ class TrainingRun:
             state: Anything JSON can hold; [`start`] gives it back.
         """
         sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
-        self.checkpointer.save(step, ema=ema, log_sums=sums, log_counts=self._counts, **state)
+        self.checkpointer.save(
+            step,
+            ema=ema,
+            log_sums=sums,
+            log_counts={k: int(v) for k, v in self._counts.items()},
+            inputs=self._inputs,
+            skipped=self.guard.skipped,
+            **state,
+        )
         self._write_record()
 
     def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
@@ -254,15 +286,20 @@ class TrainingRun:
         r"""Adds one micro-batch's values to the means that [`log_means`] writes; they stay on the device until then."""
         for name, value in values.items():
             value = value.detach()
+            self.guard.note(name, value)
+            count = 1
+            if self.config.skip_nonfinite:  # what belongs to an update that is left out does not count
+                count = torch.isfinite(value).int()
+                value = torch.where(count > 0, value, 0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def log_means(self, step: int, prefix: str = "train", **values: float | torch.Tensor) -> dict[str, float]:
         r"""Logs the means, over all processes, of what was added since the last call, and `values` beside them."""
-        means = {f"{prefix}/{k}": total.float() / self._counts[k] for k, total in self._sums.items()}
+        means = {f"{prefix}/{k}": total.float() / max(1, int(self._counts[k])) for k, total in self._sums.items()}
         means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
         self._sums, self._counts = {}, {}
-        means.update({f"{prefix}/{k}": float(v) for k, v in values.items()})
+        means.update({f"{prefix}/{k}": float(v) for k, v in values.items() if math.isfinite(v)})
         self.log(means, step)
         return means
 
@@ -311,7 +348,12 @@ class TrainingRun:
         self.draw_curves()
         self._write_record()
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # also ends the process group: no process waits for the upload
+        for tracker in self.accelerator.trackers:
+            self._guard_tracker(tracker.finish)
+        self.accelerator.trackers = []
+        self.accelerator.end_training()  # ends the process group: no process waits for the upload
+        if self._lock is not None:
+            self._lock.release()
         if not self.config.push_to_hub or not self.accelerator.is_main_process:
             return
         self._upload.wait()
@@ -356,25 +398,32 @@ class TrainingRun:
             now = time.monotonic()
             self._record["seconds"] += now - self._started
             self._started = now
-            (self.folder / "run.json").write_text(json.dumps(self._record, indent=2))
+            write_atomically(self.folder / "run.json", json.dumps(self._record, indent=2))
 
     def _take_folder(self) -> None:
-        with self.accelerator.main_process_first():
-            if self.accelerator.is_main_process:
-                holds_run = (self.folder / "config.yaml").exists()
-                if holds_run and self.config.resume_from_checkpoint is None:
-                    raise UserError(
+        problem, self._lock = [None], None
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                probe = self.folder / f".writable-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+                self._lock = FolderLock(self.folder)
+            except OSError as error:
+                problem = [f"`--output_dir` {self.output_dir} cannot be written: {error.strerror}."]
+            except UserError as error:
+                problem = [str(error)]
+            else:
+                if (self.folder / "config.yaml").exists() and self.config.resume_from_checkpoint is None:
+                    self._lock.release()
+                    problem = [
                         f"`--output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "
                         "`--resume_from_checkpoint latest`, choose another folder, or remove "
                         f"{self.folder} to start anew."
-                    )
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    probe = self.folder / f".writable-{os.getpid()}"
-                    probe.touch()
-                    probe.unlink()
-                except OSError as error:
-                    raise UserError(f"`--output_dir` {self.output_dir} cannot be written: {error.strerror}.") from None
+                    ]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise UserError(problem[0])
 
     def _guard_tracker(self, call) -> None:
         if self._tracker_failed:
@@ -384,6 +433,26 @@ class TrainingRun:
         except Exception as error:  # a tracker may fail in any way; the run must not
             self._tracker_failed = True
             logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+
+    def make_ema(self, parameters: list[torch.nn.Parameter]) -> EMAModel | None:
+        r"""Moving averages of prepared parameters, or None without `--use_ema`."""
+        if not self.config.use_ema:
+            return None
+        is_spread = self.accelerator.distributed_type == DistributedType.FSDP  # such tensors lack the fast functions
+        return EMAModel(parameters, decay=self.config.ema_decay, foreach=not is_spread)
+
+    def whole_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        r"""
+        A prepared model without what it was wrapped into. All processes call it.
+
+        Where FSDP has spread the weights it is a copy with all of them, which later updates do not change.
+        """
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return self.accelerator.unwrap_model(model)
+        model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+        whole = model_class.from_config(model.config)
+        whole.load_state_dict({name: whole_tensor(value.detach()) for name, value in model.state_dict().items()})
+        return whole.to(self.accelerator.device)
 
 
 @contextmanager
@@ -401,19 +470,17 @@ def ema_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) 
         ema.restore(parameters)
 
 
-def raise_if_not_finite(value: torch.Tensor, name: str, step: int, folder: Path) -> None:
-    r"""
-    Stops a run whose loss or gradient is not finite, before the optimiser steps.
-
-    Raises:
-        UserError: Naming the value, the step and what to do.
-    """
-    if not torch.isfinite(value).all():
-        raise UserError(
-            f"`{name}` became {float(value.detach())} at step {step}; the weights were left as they were before it. Lower "
-            "`--learning_rate`, or use `--mixed_precision bf16` instead of fp16, and continue from the last checkpoint "
-            f"in {folder / 'checkpoints'} with `--resume_from_checkpoint latest`."
+def _check_fsdp(name: str, config: Any, accelerator: Accelerator, has_fsdp: bool) -> None:
+    if not has_fsdp:
+        raise ConfigError(f"{name} does not run under FSDP; use training/configs/accelerate/ddp.yaml.")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ConfigError(
+            "under FSDP the script needs `fsdp_version: 2` and `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+            "training/configs/accelerate/fsdp2.yaml."
         )
+    if config.push_to_hub and config.hub_strategy == "every_save":
+        raise ConfigError("`--hub_strategy every_save` does not go with FSDP; use `end`.")
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
@@ -424,6 +491,13 @@ def describe_hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cpu":
         return f"{count} process{'es' if count > 1 else ''} on a CPU with {os.cpu_count()} cores ({platform.machine()})"
     return f"{count} x {accelerator.device.type}"
+
+
+def _seconds_before(path: Path) -> float:
+    try:
+        return json.loads(path.read_text())["seconds"]
+    except (OSError, ValueError, KeyError):
+        return 0.0
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -1,9 +1,14 @@
 """Tiny real models and images for all tests; nothing here needs a network."""
 
+import logging
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -12,6 +17,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from dae_diffusers import DAEAutoencoderKL
@@ -83,3 +89,40 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def in_child(action: Callable[[], None], *, wait: bool = True) -> tuple[int, str] | int:
+    """
+    Runs `action` in a copy of this process: what it patches, breaks or kills stays there, and nothing is imported anew.
+
+    Returns its exit code (negative: the signal that killed it) and everything it wrote; or, with `wait=False`, its number.
+    """
+    output = tempfile.TemporaryFile("w+")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork; the copy uses none of them
+        process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            for descriptor in (1, 2):
+                os.dup2(output.fileno(), descriptor)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+            logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            warnings.simplefilter("default")  # as in a process of its own
+            logging.captureWarnings(True)
+            action()
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if not wait:
+        output.close()
+        return process
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with output:
+        output.seek(0)
+        return code, output.read()

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script, save_config
+from dae_diffusers.cli import ConfigError, UserError, config_text, field, parse_config, run_script
 from dae_diffusers.training.cache_latents import CacheLatentsConfig
 from dae_diffusers.training.train_dae import TrainDAEConfig
 from dae_diffusers.training.train_dit import TrainDiTConfig
@@ -56,7 +56,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
 
 def test_saved_config_is_read_back(tmp_path):
     config = Whole(steps=3, name="x y: z", widths=[9], flag=False)
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config))
     assert parse_config(Whole, [f"--config={tmp_path / 'config.yaml'}"]) == config
 
 

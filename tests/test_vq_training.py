@@ -266,7 +266,7 @@ def test_prior_refuses_other_codes_with_a_line(trained, with_prior, image_folder
     )  # fmt: skip
     shutil.copytree(with_prior, tmp_path / "run")
     options = {"train_data_dir": image_folder, "output_dir": tmp_path / "run", "vae": tmp_path / "vae"}
-    with pytest.raises(UserError, match="another VQ model") as error:
+    with pytest.raises(UserError, match="the codes of `--vae` changed") as error:
         run(train_vqgan_prior, TINY_PRIOR + " --resume_from_checkpoint latest", **options)
     assert "\n" not in str(error.value)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -58,7 +58,7 @@ from dae_diffusers.losses.regularizers import perturb
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
-from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights, raise_if_not_finite
+from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def main(config: TrainDAEConfig) -> None:
 
     model = load_model(config)
     resume_path, start_step, state = run.start(
+        {"the training images": train_images.fingerprint},
         training_images=len(train_images),
         held_out_images=len(validation_images),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -274,7 +275,7 @@ def train_stage(
     last_layer = model.last_layer
     factor = spatial_factor(model)
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
     if stage == 2 and pays_to_cache_latents(
@@ -301,7 +302,6 @@ def train_stage(
         while step < last_step:
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
-            microbatch += accelerator.num_processes
             with accelerator.accumulate(model, *([] if adversary is None else [adversary.discriminator])):
                 perturbation = perturb(batch["pixel_values"], stage, factor, **config.regularization())
                 pixel_values = perturbation.targets
@@ -328,20 +328,20 @@ def train_stage(
                     loss = loss if term is None else loss + term
                 if stage == 1:
                     loss = loss + sum(weight * value for weight, value in latent_terms.values())
-                raise_if_not_finite(loss, "loss", step + 1, run.folder)
+                run.guard.watch(loss, step + 1, microbatch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    if (
-                        accelerator.mixed_precision != "fp16"
-                    ):  # fp16's loss scaling meets infinite gradients and skips them
-                        raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
-                optimizer.step()
+                    if run.guard.allows(gradient_norm):
+                        optimizer.step()
+                    elif codebook is not None:
+                        codebook.forget()
                 optimizer.zero_grad()
                 if adversary is not None:
                     run.add(**adversary.train_discriminator(pixel_values, reconstruction, step - first_step))
                 if codebook is not None and stage == 1 and accelerator.sync_gradients:
                     codebook.update()
+            microbatch += accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
 
@@ -428,7 +428,9 @@ def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
         weight_decay=0.0,
     )
     discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
-    return AdversarialTraining(run.accelerator, discriminator, optimizer, settings, config.max_grad_norm)
+    return AdversarialTraining(
+        run.accelerator, discriminator, optimizer, settings, config.max_grad_norm, allows_step=run.guard.allows
+    )
 
 
 def latent_losses(

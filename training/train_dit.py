@@ -38,7 +38,7 @@ from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_l
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
-from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights, raise_if_not_finite
+from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
@@ -107,12 +107,13 @@ class TrainDiTConfig(RunConfig, FlowMatchingConfig, DiTConfig, OptimizationConfi
 
 
 def main(config: TrainDiTConfig) -> None:
-    run = TrainingRun("train_dit", config)
+    run = TrainingRun("train_dit", config, has_fsdp=True)
     accelerator = run.accelerator
     vae = load_autoencoder(config.vae).to(accelerator.device)
     config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
         train_data, validation_data = load_data(config, vae)
+    sample_size = latent_size(config, vae, train_data)
     shares = {
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
@@ -130,7 +131,7 @@ def main(config: TrainDiTConfig) -> None:
             raise UserError(str(error)) from None
 
     transformer = DAEDiTTransformer2DModel(
-        sample_size=latent_size(config, vae, train_data),
+        sample_size=sample_size,
         in_channels=num_latent_channels(vae),
         num_classes=None if train_data.id2label is None else len(train_data.id2label),
         **config.architecture(),
@@ -138,11 +139,12 @@ def main(config: TrainDiTConfig) -> None:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     parameters = list(transformer.parameters())
+    num_parameters = sum(parameter.numel() for parameter in parameters)
     logger.info(
         "%d training images, %s classes, %.1f M parameters",
         len(train_data),
         transformer.config.num_classes or "no",
-        sum(parameter.numel() for parameter in parameters) / 1e6,
+        num_parameters / 1e6,
     )
     optimizer = torch.optim.AdamW(
         parameters,
@@ -157,7 +159,9 @@ def main(config: TrainDiTConfig) -> None:
         num_training_steps=config.max_train_steps,
     )
     resume_path, step, _ = run.start(
-        training_images=len(train_data), parameters=sum(parameter.numel() for parameter in parameters)
+        {"the training images": train_data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
+        training_images=len(train_data),
+        parameters=num_parameters,
     )
     first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
     loader = make_training_loader(
@@ -169,7 +173,8 @@ def main(config: TrainDiTConfig) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     transformer, optimizer, lr_scheduler, loader = accelerator.prepare(transformer, optimizer, lr_scheduler, loader)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    parameters = list(transformer.parameters())  # FSDP has replaced them
+    ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 
@@ -181,7 +186,6 @@ def main(config: TrainDiTConfig) -> None:
         while step < config.max_train_steps:
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
-            microbatch += accelerator.num_processes
             with accelerator.accumulate(transformer):
                 mean, std = encode(batch, vae, accelerator)
                 latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
@@ -201,16 +205,14 @@ def main(config: TrainDiTConfig) -> None:
                 )[0]
                 loss = flow_matching_loss(velocity, latents, noise).mean()
                 run.add(loss=loss)
-                raise_if_not_finite(loss, "loss", step + 1, run.folder)
+                run.guard.watch(loss, step + 1, microbatch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    if (
-                        accelerator.mixed_precision != "fp16"
-                    ):  # fp16's loss scaling meets infinite gradients and skips them
-                        raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
-                optimizer.step()
+                    if run.guard.allows(gradient_norm):
+                        optimizer.step()
                 optimizer.zero_grad()
+            microbatch += accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
 
@@ -225,7 +227,7 @@ def main(config: TrainDiTConfig) -> None:
                 progress.set_postfix(loss=f"{means['train/loss']:.4f}")
             if step % config.validation_steps == 0 or is_last:
                 with ema_weights(ema, parameters):
-                    model = accelerator.unwrap_model(transformer).eval()
+                    model = run.whole_model(transformer).eval()
                     values = {"validation/loss": validation_loss(run, model, vae, validation_data, shares)}
                     draw_samples(run, make_pipeline(config, model, vae, train_data), step)
                     model.train()
@@ -245,8 +247,8 @@ def main(config: TrainDiTConfig) -> None:
 
     if ema is not None:
         ema.copy_to(parameters)
+    model = run.whole_model(transformer).eval()
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(transformer, keep_fp32_wrapper=False).eval()
         make_pipeline(config, model, vae, train_data).save_pretrained(run.output_dir / "pipeline")
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")

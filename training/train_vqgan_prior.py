@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import VQModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +28,7 @@ from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
-from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights, raise_if_not_finite
+from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +97,11 @@ def main(config: TrainPriorConfig) -> None:
     accelerator = run.accelerator
     vae = load_vq_model(config).to(accelerator.device)
     fingerprint = code_fingerprint(vae)
-    resume_path, step, state = run.start()
-    if state.get("code_fingerprint", fingerprint) != fingerprint:
-        raise UserError(
-            f"{resume_path} was trained on the codes of another VQ model than `--vae` {config.vae}. Go on with that "
-            "one, or train in another `--output_dir`."
-        )
     with accelerator.main_process_first():
         images = load_images(config, config.seed)
+    resume_path, step, _ = run.start(
+        {"the training images": images[0].fingerprint, "the codes of `--vae`": fingerprint}
+    )
     folder = Path(config.code_cache or run.output_dir / "codes")
     train_codes, validation_codes = (
         cached_codes(
@@ -151,7 +147,7 @@ def main(config: TrainPriorConfig) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     prior, optimizer, lr_scheduler, loader = accelerator.prepare(prior, optimizer, lr_scheduler, loader)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 
@@ -163,7 +159,6 @@ def main(config: TrainPriorConfig) -> None:
         while step < config.max_train_steps:
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
-            microbatch += accelerator.num_processes
             with accelerator.accumulate(prior):
                 labels = class_tokens(batch, train_codes)
                 if train_codes.id2label is not None:  # dropped once a sample, for classifier-free guidance
@@ -171,16 +166,14 @@ def main(config: TrainPriorConfig) -> None:
                     labels = torch.where(dropped, len(train_codes.id2label), labels)
                 loss = code_losses(prior, batch["codes"], labels, vae.config.num_vq_embeddings).mean()
                 run.add(loss=loss)
-                raise_if_not_finite(loss, "loss", step + 1, run.folder)
+                run.guard.watch(loss, step + 1, microbatch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    if (
-                        accelerator.mixed_precision != "fp16"
-                    ):  # fp16's loss scaling meets infinite gradients and skips them
-                        raise_if_not_finite(gradient_norm, "gradient norm", step + 1, run.folder)
-                optimizer.step()
+                    if run.guard.allows(gradient_norm):
+                        optimizer.step()
                 optimizer.zero_grad()
+            microbatch += accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
 
@@ -203,10 +196,10 @@ def main(config: TrainPriorConfig) -> None:
                 run.draw_curves()
                 progress.write(f"step {step}: validation/loss {values['validation/loss']:.4f}")
             if step % config.checkpointing_steps == 0 or is_last:
-                run.save_checkpoint(step, ema=ema, code_fingerprint=fingerprint)
+                run.save_checkpoint(step, ema=ema)
             if stop.requested():
                 if step % config.checkpointing_steps and not is_last:
-                    run.save_checkpoint(step, ema=ema, code_fingerprint=fingerprint)
+                    run.save_checkpoint(step, ema=ema)
                 stop.exit()
     progress.close()
 

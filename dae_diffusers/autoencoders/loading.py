@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
-from safetensors import SafetensorError
 
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.cli import UserError
@@ -31,7 +30,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae
             return vae.eval().requires_grad_(False)
-        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        except Exception as error:  # a damaged config.json can fail in any way
             reasons.append(" ".join(str(error).split())[:300])
     raise UserError(
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reasons[0]} Expected is a diffusers "

@@ -217,6 +217,10 @@ class CodebookQuantizer(nn.Module):
         self.cluster_size[dead] = even_share
         self._set_codebook()
 
+    def forget(self) -> None:
+        r"""Drops what was noted since the last [`update`], for a step that is left out."""
+        self._noted.clear()
+
     def _remember(self, vectors: torch.Tensor) -> None:
         known = self.recent[: int(self.num_recent)]
         newest = torch.cat((known, vectors))[-len(self.recent) :]

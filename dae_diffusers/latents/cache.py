@@ -78,14 +78,18 @@ class CachedLatents(Dataset):
         if manifest is None or not manifest["complete"]:
             state = "unfinished" if manifest else "no latent cache"
             raise UserError(f"{self.folder} is {state}. Make it with `accelerate launch training/cache_latents.py`.")
-        self.identity = CacheIdentity(**manifest["identity"])
-        self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
-        self.latent_shape = tuple(manifest["latent_shape"])
-        self._shard_size = manifest["shard_size"]
+        try:
+            self.identity = CacheIdentity(**manifest["identity"])
+            self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
+            self.latent_shape = tuple(manifest["latent_shape"])
+            self._shard_size = int(manifest["shard_size"])
+            sizes = {name: int(facts["size"]) for name, facts in manifest["shards"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _damaged(self.folder) from None
         self._shards = []
-        for name, facts in manifest["shards"].items():
+        for name, size in sizes.items():
             path = self.folder / name
-            if not path.is_file() or path.stat().st_size != facts["size"]:
+            if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"{path} is missing or truncated. Remove {self.folder} and cache the latents again.")
             try:
                 self._shards.append(load_file(path))
@@ -94,6 +98,11 @@ class CachedLatents(Dataset):
 
     def __len__(self) -> int:
         return self.identity.num_samples
+
+    @property
+    def fingerprint(self) -> str:
+        r"""Of the images that the latents were made from."""
+        return self.identity.data
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         return {name: value[0] for name, value in self.__getitems__([item]).items()}
@@ -282,11 +291,15 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         CacheIdentity(**manifest["identity"])
-        return manifest
+        return {"complete": False, **manifest}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / _MANIFEST} is damaged. Remove {folder} and cache the latents again.") from None
+        raise _damaged(folder) from None
+
+
+def _damaged(folder: Path) -> UserError:
+    return UserError(f"{folder / _MANIFEST} is damaged. Remove {folder} and cache the latents again.")
 
 
 def _write_json(path: Path, value: Any) -> None:

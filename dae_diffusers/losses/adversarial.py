@@ -1,6 +1,7 @@
 """Adversarial loss: discriminators, and the training of one beside an autoencoder."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,6 +189,8 @@ class AdversarialTraining:
         optimizer (`torch.optim.Optimizer`): Of its parameters, prepared by `accelerator`.
         settings ([`AdversarialSettings`]): Weights and times.
         max_grad_norm (`float`): Of the discriminator.
+        allows_step (`Callable`, *optional*): Called with the norm of the discriminator's gradient and its name; where it
+            gives False, the optimiser does not step.
     """
 
     def __init__(
@@ -197,12 +200,14 @@ class AdversarialTraining:
         optimizer: torch.optim.Optimizer,
         settings: AdversarialSettings,
         max_grad_norm: float = 1.0,
+        allows_step: Callable[[torch.Tensor, str], bool] | None = None,
     ):
         self.accelerator = accelerator
         self.discriminator = discriminator
         self.optimizer = optimizer
         self.settings = settings
         self.max_grad_norm = max_grad_norm
+        self.allows_step = allows_step
         self.parameters = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
         self._has_warned = False
 
@@ -269,8 +274,9 @@ class AdversarialTraining:
         loss = discriminator_loss(logits_real, logits_fake, self.settings.loss_type)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            if self.allows_step is None or self.allows_step(norm, "gradient norm of the discriminator"):
+                self.optimizer.step()
         self.optimizer.zero_grad()
         accuracy = 0.5 * ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean())
         return {

@@ -1,0 +1,369 @@
+"""What a user can get wrong, through the scripts as they run: an exit code, one clear line, and nothing damaged or executed."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate import Accelerator
+from conftest import in_child, make_autoencoder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_faults import DAE, DIT, checkpoints, start
+
+from dae_diffusers.autoencoders.loading import load_autoencoder
+from dae_diffusers.checkpointing import Checkpointer
+from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
+from dae_diffusers.training import train_dae, train_dit
+
+SCRIPTS = {"train_dae": (train_dae, DAE), "train_dit": (train_dit, DIT)}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, image_folder):
+    """Everything that the table's flags point to."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "empty").mkdir()
+    for name in ("truncated", "zero_bytes", "not_an_image"):
+        shutil.copytree(image_folder, root / name)
+    for name, content in (
+        ("truncated", (image_folder / "cat" / "00.png").read_bytes()[:200]),
+        ("zero_bytes", b""),
+        ("not_an_image", b"#!/bin/sh\ntouch hacked\n"),
+    ):
+        for path in (root / name / "cat").iterdir():
+            path.write_bytes(content)
+    (root / "two").mkdir()
+    for number in range(2):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(root / "two" / f"{number}.png")
+    autoencoder = make_autoencoder()
+    autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
+    autoencoder.to_diffusers().save_pretrained(root / "vae")
+    shutil.copytree(root / "vae", root / "truncated_vae")
+    os.truncate(root / "truncated_vae" / "diffusion_pytorch_model.safetensors", 2000)
+    shutil.copytree(root / "vae", root / "vae_without_weights")
+    (root / "vae_without_weights" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.copytree(root / "vae", root / "vae_of_a_pickle")
+    (root / "vae_of_a_pickle" / "diffusion_pytorch_model.safetensors").unlink()
+    (root / "vae_of_a_pickle" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    (root / "loader").mkdir()
+    (root / "loader" / "loader.py").write_text("open('hacked', 'w')\n")
+    (root / "images").symlink_to(image_folder)
+    return root
+
+
+class Malicious:
+    """Leaves a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("hacked", "w"))
+
+
+TABLE = [
+    ("train_dae", "--train_data_dir {images} --stage3_steps 4", 2, "unknown flag `--stage3_steps`. Did you mean"),
+    ("train_dae", "--train_data_dir {images} --resolution big", 2, "invalid int value: 'big'"),
+    ("train_dae", "--train_data_dir {images} --auxiliary_decoder weak", 2, "invalid choice: 'weak'"),
+    ("train_dae", "--train_data_dir {images} --skip_nonfinite -1", 2, "must be 0 or more"),
+    ("train_dae", "--train_data_dir {images} --resolution 17", 2, "nearest valid ones are 16 and 18"),
+    ("train_dae", "", 2, "give one of `--dataset_name`"),
+    ("train_dae", "--train_data_dir {nowhere}", 1, "is not a folder"),
+    ("train_dae", "--train_data_dir {empty}", 1, "`--train_data_dir`"),
+    ("train_dae", "--dataset_name digitz", 1, "Did you mean `digits`?"),
+    ("train_dae", "--dataset_name {loader}", 1, "cannot be loaded"),
+    ("train_dae", "--dataset_name digits --image_channels 1 --train_split all", 1, "the splits are ['train', 'test']"),
+    ("train_dae", "--dataset_name digits --image_channels 1 --image_column picture", 1, "the columns are ['image'"),
+    ("train_dae", "--dataset_name digits --image_channels 1 --label_column kind", 1, "is not among the columns"),
+    ("train_dae", "--train_data_dir {truncated}", 1, ".png cannot be decoded"),
+    ("train_dae", "--train_data_dir {zero_bytes}", 1, "the file has 0 bytes"),
+    ("train_dae", "--train_data_dir {not_an_image}", 1, ".png cannot be decoded"),
+    (
+        "train_dae",
+        "--train_data_dir {truncated} --on_bad_image skip",
+        1,
+        "more than `--max_bad_image_share` 0.01 allows",
+    ),
+    ("train_dae", "--train_data_dir {images} --resolution 64 --strict_size", 1, "fewer than `--resolution` 64"),
+    ("train_dae", "--train_data_dir {images} --push_to_hub", 1, "Hub"),
+    ("train_dit", "--train_data_dir {images} --vae {nowhere}", 1, "is not an autoencoder that can be loaded"),
+    ("train_dit", "--train_data_dir {images} --vae {truncated_vae}", 1, "is not an autoencoder that can be loaded"),
+    ("train_dit", "--train_data_dir {images} --vae {vae_without_weights}", 1, "is not an autoencoder"),
+    ("train_dit", "--train_data_dir {images} --vae {vae_of_a_pickle}", 1, "is not an autoencoder"),
+    ("train_dit", "--train_data_dir {images} --vae {vae} --image_channels 1", 1, "takes 3 image channels"),
+    ("train_dit", "--train_data_dir {images} --vae {vae} --resolution 18", 1, "nearest valid ones are 16 and 20"),
+    ("train_dit", "--vae {vae} --latent_cache {empty}", 1, "no latent cache"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "code", "message"), TABLE)
+def test_every_row_of_the_table_is_one_line_and_an_exit_code(
+    script, flags, code, message, places, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    module, base = SCRIPTS[script]
+    names = {name.name: name for name in places.iterdir()} | {"nowhere": places / "nowhere"}
+    output = tmp_path / "run"
+    found, text = in_child(lambda: start(f"{base} {flags.format(**names)}", script=module, output_dir=output))
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert found == code and len(errors) == 1 and message in errors[0] and "Traceback" not in text, text
+    assert not list(tmp_path.rglob("hacked")) and not list(output.rglob("checkpoint*/*"))
+    # Once it is mended, the same folder takes the run, unless training had begun.
+    if not (output / script / "config.yaml").exists():
+        mended = "--train_data_dir {images}" + (" --vae {vae}" if script == "train_dit" else "")
+        config_class = {"train_dae": train_dae.TrainDAEConfig, "train_dit": train_dit.TrainDiTConfig}[script]
+        flags = f"{base} {mended.format(**names)} --output_dir {output}".split()
+        module.TrainingRun(script, parse_config(config_class, flags))
+
+
+def test_batch_larger_than_the_data_trains_and_says_so(places, tmp_path):
+    flags = DAE + " --train_batch_size 64 --stage1_steps 1 --stage2_steps 1"
+    code, text = in_child(lambda: start(flags, train_data_dir=places / "two", output_dir=tmp_path))
+    assert code == 0 and "larger than the data set (1 images)" in text, text
+
+
+def test_resuming_with_another_size_is_one_line_and_damages_nothing(places, tmp_path):
+    options = {"train_data_dir": places / "images", "output_dir": tmp_path}
+    code, text = in_child(lambda: start(DAE + " --stage 1", **options))
+    assert code == 0, text
+    before = {path: path.read_bytes() for path in (tmp_path / "train_dae" / "checkpoints").rglob("*.*")}
+    options["resume_from_checkpoint"] = "latest"
+    code, text = in_child(lambda: start(DAE + " --stage1_steps 6 --latent_channels 5", **options))
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert code == 1 and len(errors) == 1 and "does not fit this run" in errors[0] and "size mismatch" in errors[0], (
+        text
+    )
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "ema.safetensors"])
+def test_pickled_code_in_a_checkpoint_is_not_run(name, places, tmp_path, monkeypatch):
+    """Even where the manifest vouches for it."""
+    monkeypatch.chdir(tmp_path)
+    options = {"train_data_dir": places / "images", "output_dir": tmp_path / "run"}
+    code, text = in_child(lambda: start(DAE + " --stage 1", **options))
+    assert code == 0, text
+    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / checkpoints(tmp_path / "run")[-1]
+    (checkpoint / name).write_bytes(pickle.dumps(Malicious()))
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    content = (checkpoint / name).read_bytes()
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    options["resume_from_checkpoint"] = "latest"
+    code, text = in_child(lambda: start(DAE + " --stage1_steps 6", **options))
+    assert not list(tmp_path.rglob("hacked"))
+    if name == "random_states_0.pkl":  # accelerate goes on without it, and nothing depends on it
+        assert code == 0, text
+        return
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert code == 1 and len(errors) == 1 and "does not fit this run" in errors[0], text
+
+
+def test_file_names_are_never_commands_or_lines(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, name in enumerate(
+        ("$(touch hacked).png", "; touch hacked;.png", "a\nerror: b.png", "..%2f..%2fhacked.png")
+    ):
+        Image.new("RGB", (20, 20), (9 * number, 0, 0)).save(folder / name)
+    options = {"train_data_dir": folder, "output_dir": tmp_path / "run"}
+    flags = DAE + " --stage1_steps 1 --stage2_steps 1 --train_batch_size 2"
+    code, text = in_child(lambda: start(flags, **options))
+    assert code == 0, text
+    for path in folder.iterdir():
+        path.write_bytes(b"x")
+    code, text = in_child(lambda: start(flags, train_data_dir=folder, output_dir=tmp_path / "other"))
+    assert code == 1 and len([line for line in text.splitlines() if "error:" in line]) == 1, text
+    assert not list(tmp_path.rglob("hacked"))
+
+
+FLAGS = {
+    "autoencoder": st.sampled_from(["kl", "vq"]),
+    "auxiliary_decoder": st.sampled_from(["none", "same", "dropout", "narrow", "shallow", "linear"]),
+    "stage": st.sampled_from(["1", "2", "both"]),
+    "latent_channels": st.integers(1, 4),
+    "train_batch_size": st.integers(1, 5),
+    "gradient_accumulation_steps": st.integers(1, 2),
+    "lr_scheduler": st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine"]),
+    "lr_warmup_steps": st.integers(-1, 3),
+    "mixed_precision": st.sampled_from(["no", "bf16"]),
+    "adversarial_weight": st.sampled_from([0, 0.1]),
+    "quantizer": st.sampled_from(["vq", "ema", "fsq"]),
+    "resolution": st.sampled_from([16, 17, 24]),
+    "dataloader_num_workers": st.sampled_from([0, 1]),
+    "checkpoints_total_limit": st.integers(0, 2),
+    "skip_nonfinite": st.integers(0, 1),
+}
+SWITCHES = ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing", "warm_start_decoder")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(values=st.fixed_dictionaries({}, optional=FLAGS), switches=st.sets(st.sampled_from(SWITCHES)))
+def test_any_flags_train_two_steps_or_are_refused_in_a_line(values, switches, places, tmp_path_factory):
+    output = tmp_path_factory.mktemp("any")
+    flags = DAE.replace("_steps 4", "_steps 1") + "".join(f" --{name} {value}" for name, value in values.items())
+    flags += "".join(f" --{name}" for name in sorted(switches))
+    code, text = in_child(lambda: start(flags, train_data_dir=places / "images", output_dir=output))
+    if code == 0:
+        assert (output / ("stage1" if values.get("stage") == "1" else "vae")).exists(), flags
+    else:
+        errors = [line for line in text.splitlines() if "error:" in line]
+        assert code in (1, 2) and len(errors) == 1 and "Traceback" not in text, flags + text
+        assert code == 1 or not list(output.iterdir())
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Cut short, bytes changed, a part repeated, or replaced by noise."""
+    kind = rng.randrange(4)
+    place = rng.randrange(len(data))
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        data = bytearray(data)
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(min(len(data), rng.choice((32, 10**9))))] = rng.randrange(256)
+        return bytes(data)
+    if kind == 2:
+        return data[:place] + data[place // 2 :]
+    return rng.randbytes(place + 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp", "npy"])
+def test_damaged_images_are_read_or_named(suffix, tmp_path):
+    rng = random.Random(suffix)
+    array = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    path = tmp_path / f"0.{suffix}"
+    np.save(path, array) if suffix == "npy" else Image.fromarray(array).save(path)
+    whole = path.read_bytes()
+    for number in range(2, 42):
+        (tmp_path / f"{number}.{suffix}").write_bytes(damaged(whole, rng))
+    (tmp_path / f"1.{suffix}").write_bytes(whole)
+    if suffix == "npy":
+        (tmp_path / "50.npy").write_bytes(b"\x93NUMPY\x01\x00" + pickle.dumps(Malicious()))
+    config = DataConfig(
+        train_data_dir=str(tmp_path),
+        resolution=16,
+        validation_fraction=0.1,
+        value_range=[0, 255] if suffix == "npy" else [],
+    )
+    outcomes = {True: 0, False: 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            splits = load_images(config)
+        except UserError as error:
+            assert "\n" not in str(error)
+            return
+        for images in splits:
+            for index in range(len(images)):
+                try:
+                    assert images[index]["pixel_values"].shape == (3, 16, 16)
+                    outcomes[True] += 1
+                except UserError as error:
+                    assert "\n" not in str(error) and "0 bytes" in str(error) or "decoded" in str(error)
+                    outcomes[False] += 1
+    assert outcomes[True] >= 2 and outcomes[False] >= 10, outcomes
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
+def test_damaged_autoencoder_is_loaded_or_refused_in_a_line(name, places, tmp_path):
+    rng = random.Random(name)
+    whole = (places / "vae" / name).read_bytes()
+    shutil.copytree(places / "vae", tmp_path / "vae")
+    changes = [damaged(whole, rng) for _ in range(40)]
+    if name == "config.json":
+        config = json.loads(whole)
+        others = (None, -1, 0, "x", [], {}, [[]], 10**12, 1.5, True)
+        changes += [json.dumps({**config, key: rng.choice(others)}).encode() for key in config if not key[0] == "_"]
+        changes += [b"[]", b"3", b"null", b'"x"', b"{}"]
+    refused = 0
+    for change in changes:
+        (tmp_path / "vae" / name).write_bytes(change)
+        try:
+            load_autoencoder(str(tmp_path / "vae"))
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > len(changes) // 4
+
+
+def test_damaged_manifests_of_checkpoints_are_reported(tmp_path):
+    rng = random.Random(0)
+    accelerator = Accelerator(cpu=True)
+    checkpointer = Checkpointer(accelerator, tmp_path)
+    for step in (1, 2):
+        checkpointer.save(step)
+    path = tmp_path / "checkpoint-00000002" / "checkpoint.json"
+    whole = path.read_bytes()
+    manifest = json.loads(whole)
+    changes = [damaged(whole, rng) for _ in range(60)]
+    for key in manifest:
+        changes += [json.dumps({**manifest, key: value}).encode() for value in (None, "x", [], -1.5, {"x": 1}, [{}])]
+    changes += [json.dumps({**manifest, "files": {"../../../etc/passwd": {"size": 1, "sha256": "x"}}}).encode()]
+    for change in changes:
+        path.write_bytes(change)
+        found, read = checkpointer.newest()
+        assert read["step"] in (1, 2) or found.name == "checkpoint-00000002"
+        assert isinstance(read["step"], int) and isinstance(read["state"], dict)
+
+
+def test_damaged_manifests_of_caches_are_refused_in_a_line(places, tmp_path):
+    rng = random.Random(0)
+    config = DataConfig(train_data_dir=str(places / "images"), resolution=16)
+    images, _ = load_images(config)
+    vae = load_autoencoder(str(places / "vae"))
+    write_latent_cache(tmp_path, vae, images, Accelerator(cpu=True), batch_size=8)
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    manifest = json.loads(whole)
+    changes = [damaged(whole, rng) for _ in range(40)]
+    for key in manifest:
+        changes += [json.dumps({**manifest, key: value}).encode() for value in (None, "x", [], {"x": 1}, [{}])]
+        changes += [json.dumps({name: value for name, value in manifest.items() if name != key}).encode()]
+    refused = 0
+    for change in changes:
+        path.write_bytes(change)
+        try:
+            CachedLatents(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > len(changes) // 2
+
+
+def test_damaged_yaml_is_refused_in_a_line_and_its_tags_do_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    whole = yaml.safe_dump({"dataset_name": "digits", "image_channels": 1, "block_out_channels": [8, 8]}).encode()
+    changes = [damaged(whole, rng) for _ in range(60)]
+    changes += [
+        b"!!python/object/apply:builtins.open ['hacked', 'w']",
+        b"seed: !!python/object/apply:os.system ['touch hacked']",
+        b"output_dir: !!python/name:os.system",
+        b"? [1, 2]\n: 3",
+        b"1: 2",
+        b"seed: {a: 1}",
+        b"seed: [[1]]",
+        b"a: &a [*a]",
+        b"seed: 2020-01-01",
+        b"\xff\xfe",
+        b"",
+    ]
+    for change in changes:
+        Path("config.yaml").write_bytes(change)
+        try:
+            parse_config(train_dae.TrainDAEConfig, ["--config", "config.yaml"])
+        except SystemExit as stop:
+            assert stop.code == 2
+            assert len(capsys.readouterr().err.strip().splitlines()) == 1, change
+    assert not Path("hacked").exists()
