@@ -33,6 +33,7 @@ class NonFiniteGuard:
         self.folder = folder
         self.skipped = 0
         self._step = 0
+        self._skipped_step = -1
         self._terms: dict[str, torch.Tensor] = {}
         self._watched: list[tuple[int, dict[str, torch.Tensor]]] = []
 
@@ -75,7 +76,9 @@ class NonFiniteGuard:
             num_bad = self.accelerator.reduce(num_bad, reduction="sum")
         if not int(num_bad):
             return True
-        self.skipped += 1
+        if self._skipped_step != self._step:  # the discriminator of a step already left out does not count
+            self.skipped += 1
+            self._skipped_step = self._step
         what = self._describe(watched, gradient_norm, name)
         if self.skipped <= self.tolerated:
             logger.warning(

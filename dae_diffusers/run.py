@@ -147,6 +147,11 @@ class TrainingRun:
             )
         except ValueError as error:  # a precision that the device lacks, a tracker that is not installed
             raise ConfigError(str(error)) from None
+        if config.skip_nonfinite and self.accelerator.mixed_precision == "fp16":
+            raise ConfigError(
+                "`--skip_nonfinite` does not go with fp16, whose loss scaling leaves updates out by itself. Use "
+                "`--mixed_precision bf16`, or leave the flag out."
+            )
         if self.accelerator.distributed_type == DistributedType.FSDP:
             _check_fsdp(name, config, self.accelerator, has_fsdp)
         logging.basicConfig(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from dae_diffusers import checkpointing, data
 from dae_diffusers import run as run_module
 from dae_diffusers.cli import UserError, parse_config, run_script
+from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dae, train_dit
 
 DAE = (
@@ -443,6 +444,21 @@ def test_tolerated_update_is_left_out_and_counted_over_interruptions(image_folde
     code, text = in_child(lambda: start(flags, **options))
     assert code == 0, text
     assert all(value.isfinite().all() for value in weights(tmp_path / "stage1").values())
+
+
+def test_discriminator_of_an_update_left_out_is_left_out_with_it(tmp_path):
+    guard = NonFiniteGuard(Accelerator(cpu=True), 1, tmp_path)
+    bad, good = torch.tensor(float("inf")), torch.tensor(1.0)
+    guard.watch(good, 1, 0)
+    assert guard.allows(good) and guard.allows(good, "gradient norm of the discriminator")
+    guard.note("l1", bad)
+    guard.watch(bad, 2, 1)
+    assert not guard.allows(good) and not guard.allows(bad, "gradient norm of the discriminator")
+    assert guard.skipped == 1
+    guard.watch(good, 3, 2)
+    assert guard.allows(good)
+    with pytest.raises(UserError, match="`gradient norm of the discriminator` became inf at step 3;"):
+        guard.allows(bad, "gradient norm of the discriminator")
 
 
 def test_all_processes_leave_the_same_update_out(image_folder, tmp_path):
