@@ -139,6 +139,8 @@ def test_every_flag_of_every_script_has_help(config_class, capsys):
 def test_shipped_configs_are_valid(path):
     config_classes = {"dit": TrainDiTConfig, "prior": TrainPriorConfig}
     config_class = config_classes.get(path.stem.split("_")[-1], TrainDAEConfig)
-    config = parse_config(config_class, ["--config", str(path)])
-    for name, value in yaml.safe_load(path.read_text()).items():
+    values = yaml.safe_load(path.read_text())
+    source = [] if "dataset_name" in values else ["--train_data_dir", "images"]
+    config = parse_config(config_class, ["--config", str(path), *source])
+    for name, value in values.items():
         assert getattr(config, name) == value

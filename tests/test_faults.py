@@ -368,14 +368,14 @@ def test_tracker_that_fails_at_any_moment_is_left_alone(moment, reference, image
 
 def test_data_loading_process_that_dies_is_one_line(reference, image_folder, tmp_path):
     def action():
-        getitem = data.ImageDataset.__getitem__
+        getitems = data.ImageDataset.__getitems__
 
-        def get_and_die(self, item):
+        def get_and_die(self, items):
             if torch.utils.data.get_worker_info() is not None and checkpoints(tmp_path):
                 die()
-            return getitem(self, item)
+            return getitems(self, items)
 
-        data.ImageDataset.__getitem__ = get_and_die
+        data.ImageDataset.__getitems__ = get_and_die
         start(DAE + " --dataloader_num_workers 1", train_data_dir=image_folder, output_dir=tmp_path)
 
     code, text = in_child(action)
