@@ -168,7 +168,7 @@ def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
 
 
 def make_transformer_step(model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     timestep = timestep.float() if isinstance(model, DAEDiTTransformer2DModel) else timestep
 
     def step():
@@ -233,7 +233,7 @@ def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
     ):  # fmt: skip
         model = make_vae(DAEAutoencoderKL, widths, device=setting.device, auxiliary_decoder_type=kind).train()
         model.set_stage(stage)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
         def step(model=model, optimizer=optimizer):
             reconstruction = model(pixel_values, sample_posterior=True).sample
@@ -458,7 +458,7 @@ def bare_loop(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor], 
     """The same optimiser, clipping and average, and nothing else."""
     from diffusers.training_utils import EMAModel
 
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     ema = EMAModel(parameters, decay=0.999, foreach=True)
     times = []
     for _ in range(steps):

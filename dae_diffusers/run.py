@@ -439,6 +439,16 @@ class TrainingRun:
             self._tracker_failed = True
             logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
 
+    def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+        r"""AdamW by the flags, in one pass over memory: several times faster than the loop that is PyTorch's default on a CPU."""
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.config.learning_rate,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            weight_decay=self.config.adam_weight_decay,
+            fused=self.accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
+        )
+
     def make_ema(self, parameters: list[torch.nn.Parameter]) -> EMAModel | None:
         r"""Moving averages of prepared parameters, or None without `--use_ema`."""
         if not self.config.use_ema:

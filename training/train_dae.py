@@ -254,12 +254,7 @@ def train_stage(
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-    )
+    optimizer = run.make_optimizer(parameters)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -426,6 +421,7 @@ def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
         lr=config.discriminator_learning_rate,
         betas=(0.5, 0.9),
         weight_decay=0.0,
+        fused=run.accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
     )
     discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
     return AdversarialTraining(

@@ -146,12 +146,7 @@ def main(config: TrainDiTConfig) -> None:
         transformer.config.num_classes or "no",
         num_parameters / 1e6,
     )
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-    )
+    optimizer = run.make_optimizer(parameters)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,

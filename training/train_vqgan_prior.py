@@ -126,12 +126,7 @@ def main(config: TrainPriorConfig) -> None:
         prior.config.num_classes or "no",
         sum(parameter.numel() for parameter in parameters) / 1e6,
     )
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-    )
+    optimizer = run.make_optimizer(parameters)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
