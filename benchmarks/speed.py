@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -463,8 +464,6 @@ def steps_of_script(script, config_class: type, flags: str, first: int) -> list[
 
 def bare_loop(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int = 40) -> list[float]:
     """The same optimiser, clipping and average, and nothing else."""
-    from diffusers.training_utils import EMAModel
-
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     ema = EMAModel(parameters, decay=0.999, foreach=True)
     times = []

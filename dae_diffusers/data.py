@@ -102,6 +102,8 @@ class ImageDataset(Dataset):
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         fingerprint (`str`): Hash of the content, for caches and resumed runs.
+        is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures; decided by the first one if not
+            given.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class ImageDataset(Dataset):
         image_column: str,
         labels: list[int] | None = None,
         id2label: dict[int, str] | None = None,
+        is_array: bool | None = None,
     ):
         self.rows = rows.select_columns([image_column])
         self.config = config
@@ -119,7 +122,10 @@ class ImageDataset(Dataset):
         self.labels = labels
         self.id2label = id2label
         self.fingerprint = _fingerprint(self.rows, image_column, labels)
-        self.is_array = bool(config.value_range) or config.image_channels not in (1, 3) or self._holds_arrays()
+        self._given_is_array = is_array
+        if is_array is None:
+            is_array = bool(config.value_range) or config.image_channels not in (1, 3) or self._holds_arrays()
+        self.is_array = is_array
         num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
         self._memory = None
         if num_bytes <= IMAGE_MEMORY_BYTES and not config.random_crop:
@@ -206,7 +212,12 @@ class ImageDataset(Dataset):
             return self
         labels = None if self.labels is None else [self.labels[index] for index in good]
         return ImageDataset(
-            self.rows.select(good), self.config, image_column=self.image_column, labels=labels, id2label=self.id2label
+            self.rows.select(good),
+            self.config,
+            image_column=self.image_column,
+            labels=labels,
+            id2label=self.id2label,
+            is_array=self._given_is_array,
         )
 
     def measure_range(self) -> list[float]:
@@ -354,7 +365,14 @@ def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset, ImageD
         if isinstance(rows.features[image_column], datasets.Image):
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         labels = None if label_column is None else _label_ids(rows[label_column], value2id, id2label, label_column)
-        images = ImageDataset(rows, config, image_column=image_column, labels=labels, id2label=id2label)
+        images = ImageDataset(
+            rows,
+            config,
+            image_column=image_column,
+            labels=labels,
+            id2label=id2label,
+            is_array=result[0].is_array if result else None,  # one way for both splits
+        )
         result.append(images.without_bad_images() if config.on_bad_image == "skip" else images)
     if result[0].is_array and not config.value_range:
         config.value_range = result[0].measure_range()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule, StateDictType
@@ -447,6 +448,17 @@ class TrainingRun:
             betas=(self.config.adam_beta1, self.config.adam_beta2),
             weight_decay=self.config.adam_weight_decay,
             fused=self.accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
+        )
+
+    def make_lr_scheduler(
+        self, optimizer: torch.optim.Optimizer, num_steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        r"""The schedule that the flags name, over so many steps; the warm-up is no longer than they are."""
+        return get_scheduler(
+            self.config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=min(self.config.lr_warmup_steps, num_steps),
+            num_training_steps=num_steps,
         )
 
     def make_ema(self, parameters: list[torch.nn.Parameter]) -> EMAModel | None:

@@ -75,6 +75,15 @@ def test_sixteen_bits_are_kept(tmp_path):
     torch.testing.assert_close(train[0]["pixel_values"], expected, atol=1e-6, rtol=0)
 
 
+def test_both_splits_are_read_the_same_way(tmp_path):
+    """A 16-bit file among the validation images of an 8-bit data set is converted as it would be among the others."""
+    for split, values in (("train", np.full((8, 8), 100, np.uint8)), ("test", np.full((8, 8), 100 * 257, np.uint16))):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / split / "a" / "0.png")
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, image_channels=1))
+    assert torch.equal(train[0]["pixel_values"], validation[0]["pixel_values"])
+
+
 def test_array_columns_of_a_dataset(tmp_path):
     features = datasets.Features({"field": datasets.Array3D((8, 8, 2), "float32"), "kind": datasets.Value("string")})
     rows = {"field": [np.full((8, 8, 2), n, np.float32) for n in range(6)], "kind": ["a", "b"] * 3}

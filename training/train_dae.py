@@ -21,7 +21,6 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
@@ -255,12 +254,7 @@ def train_stage(
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = run.make_optimizer(parameters)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, last_step - first_step),
-        num_training_steps=last_step - first_step,
-    )
+    lr_scheduler = run.make_lr_scheduler(optimizer, last_step - first_step)
     first_microbatch = start_step * config.gradient_accumulation_steps * accelerator.num_processes
     perceptual_weight = config.perceptual_weight_of(config.trains_final_decoder(stage))
     perceptual_loss = (
@@ -273,8 +267,10 @@ def train_stage(
     ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
-    if stage == 2 and pays_to_cache_latents(
-        config, accelerator.unwrap_model(model), train_images, accelerator.num_processes
+    if (
+        stage == 2
+        and start_step < last_step
+        and pays_to_cache_latents(config, accelerator.unwrap_model(model), train_images, accelerator.num_processes)
     ):
         train_images = with_cached_latents(run, accelerator.unwrap_model(model), train_images)
     loader = make_training_loader(
@@ -358,7 +354,7 @@ def train_stage(
                 progress.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             if step % config.checkpointing_steps == 0 or step == last_step:
                 run.save_checkpoint(step, ema=ema, stage=stage)
-                if step != last_step and (stage == 2 or config.auxiliary_decoder == "none"):
+                if step != last_step and config.trains_final_decoder(stage):
                     run.push_snapshot(step, "vae", partial(save_vae, accelerator.unwrap_model(model), ema, parameters))
             if stop.requested():
                 if step % config.checkpointing_steps and step != last_step:

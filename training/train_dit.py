@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
@@ -147,12 +146,7 @@ def main(config: TrainDiTConfig) -> None:
         num_parameters / 1e6,
     )
     optimizer = run.make_optimizer(parameters)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, config.max_train_steps),
-        num_training_steps=config.max_train_steps,
-    )
+    lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
     resume_path, step, _ = run.start(
         {"the training images": train_data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
         training_images=len(train_data),

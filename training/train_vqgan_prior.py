@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from diffusers import VQModel
-from diffusers.optimization import get_scheduler
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -127,12 +126,7 @@ def main(config: TrainPriorConfig) -> None:
         sum(parameter.numel() for parameter in parameters) / 1e6,
     )
     optimizer = run.make_optimizer(parameters)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, config.max_train_steps),
-        num_training_steps=config.max_train_steps,
-    )
+    lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
     first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
     loader = make_training_loader(
         train_codes,

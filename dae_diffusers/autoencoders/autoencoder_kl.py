@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
-from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoder, AuxiliaryDecoderType
+from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType
 
 
 @dataclass
@@ -91,23 +91,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             use_post_quant_conv=use_post_quant_conv,
             mid_block_add_attention=mid_block_add_attention,
         )
-        self.auxiliary_decoder = None
-        if auxiliary_decoder_type != "none":
-            self.auxiliary_decoder = AuxiliaryDecoder(
-                auxiliary_decoder_type,
-                latent_channels=latent_channels,
-                out_channels=out_channels,
-                up_block_types=up_block_types,
-                block_out_channels=block_out_channels,
-                layers_per_block=layers_per_block,
-                norm_num_groups=norm_num_groups,
-                act_fn=act_fn,
-                mid_block_add_attention=mid_block_add_attention,
-                use_post_quant_conv=use_post_quant_conv,
-                dropout=auxiliary_dropout,
-                channel_multiplier=auxiliary_channel_multiplier,
-                auxiliary_layers_per_block=auxiliary_layers_per_block,
-            )
+        self.auxiliary_decoder = self._make_auxiliary_decoder(use_post_quant_conv=use_post_quant_conv)
 
     @classmethod
     def from_diffusers(cls, vae: AutoencoderKL, **auxiliary) -> "DAEAutoencoderKL":

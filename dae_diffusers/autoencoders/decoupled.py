@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from diffusers import ModelMixin
 
+from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoder
+
 
 class DecoupledAutoencoderMixin:
     r"""
@@ -31,6 +33,30 @@ class DecoupledAutoencoderMixin:
     _own_config: tuple[str, ...] = ("auxiliary_",)
 
     stage: Literal[1, 2] | None = None
+
+    def _make_auxiliary_decoder(
+        self, *, use_post_quant_conv: bool = True, code_channels: int | None = None
+    ) -> AuxiliaryDecoder | None:
+        """From the config, which holds every argument of the constructor; None for joint training."""
+        config = self.config
+        if config.auxiliary_decoder_type == "none":
+            return None
+        return AuxiliaryDecoder(
+            config.auxiliary_decoder_type,
+            latent_channels=config.latent_channels,
+            out_channels=config.out_channels,
+            up_block_types=config.up_block_types,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            act_fn=config.act_fn,
+            mid_block_add_attention=config.mid_block_add_attention,
+            use_post_quant_conv=use_post_quant_conv,
+            dropout=config.auxiliary_dropout,
+            channel_multiplier=config.auxiliary_channel_multiplier,
+            auxiliary_layers_per_block=config.auxiliary_layers_per_block,
+            code_channels=code_channels,
+        )
 
     @property
     def is_decoupled(self) -> bool:

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization, QuantizerType
-from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoder, AuxiliaryDecoderType
+from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType
 
 
 @dataclass
@@ -127,24 +127,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             dead_code_threshold=quantizer_dead_code_threshold,
             fsq_levels=quantizer_fsq_levels,
         )
-        self.auxiliary_decoder = None
-        if auxiliary_decoder_type != "none":
-            self.auxiliary_decoder = AuxiliaryDecoder(
-                auxiliary_decoder_type,
-                latent_channels=latent_channels,
-                code_channels=code_channels,
-                out_channels=out_channels,
-                up_block_types=up_block_types,
-                block_out_channels=block_out_channels,
-                layers_per_block=layers_per_block,
-                norm_num_groups=norm_num_groups,
-                act_fn=act_fn,
-                mid_block_add_attention=mid_block_add_attention,
-                use_post_quant_conv=True,
-                dropout=auxiliary_dropout,
-                channel_multiplier=auxiliary_channel_multiplier,
-                auxiliary_layers_per_block=auxiliary_layers_per_block,
-            )
+        self.auxiliary_decoder = self._make_auxiliary_decoder(code_channels=code_channels)
 
     def forward(
         self,
