@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import TINY_DAE, TINY_DIT, fresh_accelerator_state, run  # noqa: F401
+from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.arrays import decode_array, read_value_range, resize_and_crop_array

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_autoencoder
 from diffusers import AutoencoderKL
+from models import make_autoencoder
 
 from dae_diffusers import DAEAutoencoderKL
 from dae_diffusers.losses.autoencoder import kl_loss

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import yaml
 from accelerate import Accelerator
-from conftest import in_child, make_autoencoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import make_autoencoder
 from PIL import Image
-from test_faults import DAE, DIT, checkpoints, start
+from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, start
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.checkpointing import Checkpointer
@@ -26,7 +26,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.training import train_dae, train_dit
 
-SCRIPTS = {"train_dae": (train_dae, DAE), "train_dit": (train_dit, DIT)}
+SCRIPTS = {"train_dae": (train_dae, BARE_DAE), "train_dit": (train_dit, BARE_DIT)}
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +126,18 @@ def test_every_row_of_the_table_is_one_line_and_an_exit_code(
 
 
 def test_batch_larger_than_the_data_trains_and_says_so(places, tmp_path):
-    flags = DAE + " --train_batch_size 64 --stage1_steps 1 --stage2_steps 1"
+    flags = BARE_DAE + " --train_batch_size 64 --stage1_steps 1 --stage2_steps 1"
     code, text = in_child(lambda: start(flags, train_data_dir=places / "two", output_dir=tmp_path))
     assert code == 0 and "larger than the data set (1 images)" in text, text
 
 
 def test_resuming_with_another_size_is_one_line_and_damages_nothing(places, tmp_path):
     options = {"train_data_dir": places / "images", "output_dir": tmp_path}
-    code, text = in_child(lambda: start(DAE + " --stage 1", **options))
+    code, text = in_child(lambda: start(BARE_DAE + " --stage 1", **options))
     assert code == 0, text
     before = {path: path.read_bytes() for path in (tmp_path / "train_dae" / "checkpoints").rglob("*.*")}
     options["resume_from_checkpoint"] = "latest"
-    code, text = in_child(lambda: start(DAE + " --stage1_steps 6 --latent_channels 5", **options))
+    code, text = in_child(lambda: start(BARE_DAE + " --stage1_steps 6 --latent_channels 5", **options))
     errors = [line for line in text.splitlines() if "error:" in line]
     assert code == 1 and len(errors) == 1 and "does not fit this run" in errors[0] and "size mismatch" in errors[0], (
         text
@@ -150,7 +150,7 @@ def test_pickled_code_in_a_checkpoint_is_not_run(name, places, tmp_path, monkeyp
     """Even where the manifest vouches for it."""
     monkeypatch.chdir(tmp_path)
     options = {"train_data_dir": places / "images", "output_dir": tmp_path / "run"}
-    code, text = in_child(lambda: start(DAE + " --stage 1", **options))
+    code, text = in_child(lambda: start(BARE_DAE + " --stage 1", **options))
     assert code == 0, text
     checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / checkpoints(tmp_path / "run")[-1]
     (checkpoint / name).write_bytes(pickle.dumps(Malicious()))
@@ -159,7 +159,7 @@ def test_pickled_code_in_a_checkpoint_is_not_run(name, places, tmp_path, monkeyp
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
     options["resume_from_checkpoint"] = "latest"
-    code, text = in_child(lambda: start(DAE + " --stage1_steps 6", **options))
+    code, text = in_child(lambda: start(BARE_DAE + " --stage1_steps 6", **options))
     assert not list(tmp_path.rglob("hacked"))
     if name == "random_states_0.pkl":  # accelerate goes on without it, and nothing depends on it
         assert code == 0, text
@@ -177,7 +177,7 @@ def test_file_names_are_never_commands_or_lines(places, tmp_path, monkeypatch):
     ):
         Image.new("RGB", (20, 20), (9 * number, 0, 0)).save(folder / name)
     options = {"train_data_dir": folder, "output_dir": tmp_path / "run"}
-    flags = DAE + " --stage1_steps 1 --stage2_steps 1 --train_batch_size 2"
+    flags = BARE_DAE + " --stage1_steps 1 --stage2_steps 1 --train_batch_size 2"
     code, text = in_child(lambda: start(flags, **options))
     assert code == 0, text
     for path in folder.iterdir():
@@ -211,7 +211,7 @@ SWITCHES = ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing"
 @given(values=st.fixed_dictionaries({}, optional=FLAGS), switches=st.sets(st.sampled_from(SWITCHES)))
 def test_any_flags_train_two_steps_or_are_refused_in_a_line(values, switches, places, tmp_path_factory):
     output = tmp_path_factory.mktemp("any")
-    flags = DAE.replace("_steps 4", "_steps 1") + "".join(f" --{name} {value}" for name, value in values.items())
+    flags = BARE_DAE.replace("_steps 4", "_steps 1") + "".join(f" --{name} {value}" for name, value in values.items())
     flags += "".join(f" --{name}" for name in sorted(switches))
     code, text = in_child(lambda: start(flags, train_data_dir=places / "images", output_dir=output))
     if code == 0:

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_autoencoder
 from diffusers import VQModel
+from models import make_autoencoder
 
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.metrics.complexity import (

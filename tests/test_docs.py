@@ -9,9 +9,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 from hub_server import HubServer
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from models import save_backbone
+from scripts import free_port
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.console import find_scripts
@@ -100,10 +100,7 @@ def folder(tmp_path, image_folder):
     work = tmp_path / "work"
     work.mkdir()
     (work / "my_images").symlink_to(image_folder)
-    backbone = work / "facebook" / "dinov2-small"
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
-    ResNetForImageClassification(config).save_pretrained(backbone)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(backbone)
+    save_backbone(work / "facebook" / "dinov2-small", "classifier")
     return work
 
 

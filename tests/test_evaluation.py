@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, make_autoencoder, succeed
 from diffusers import FlowMatchEulerDiscreteScheduler
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from models import make_autoencoder, save_backbone
+from scripts import launch, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.data import DataConfig, load_images
@@ -26,23 +26,7 @@ from dae_diffusers.metrics.features import load_feature_extractor
 
 @pytest.fixture(scope="module")
 def extractor_folder(tmp_path_factory):
-    return make_extractor_folder(tmp_path_factory.mktemp("extractor"))
-
-
-def make_extractor_folder(folder):
-    """A random ResNet classifier, as a folder."""
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
-    ResNetForImageClassification(config).eval().save_pretrained(folder)
-    processor = {
-        "image_processor_type": ViTImageProcessor.__name__,
-        "size": {"height": 32, "width": 32},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "do_normalize": True,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    return save_backbone(tmp_path_factory.mktemp("extractor"), "classifier")
 
 
 @pytest.fixture

@@ -15,37 +15,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from conftest import free_port, in_child
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import BARE_DAE, BARE_DIT, checkpoints, free_port, in_child, start, weights
 
 from dae_diffusers import checkpointing, data
 from dae_diffusers import run as run_module
-from dae_diffusers.cli import UserError, parse_config, run_script
+from dae_diffusers.cli import UserError, run_script
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dae, train_dit
-
-DAE = (
-    "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
-    "--train_batch_size 4 --logging_steps 1 --validation_steps 9 --checkpointing_steps 2"
-)
-DIT = (
-    "--resolution 16 --model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --max_train_steps 6 "
-    "--train_batch_size 4 --logging_steps 1 --validation_steps 9 --checkpointing_steps 2 --num_sample_images 2 "
-    "--sample_steps 1"
-)
-
-
-def start(flags: str, script=train_dae, **more) -> None:
-    """The script as its process runs it, in this one, without the curves, which take most of the time."""
-    run_module.plot_curves = lambda *args, **kwargs: None
-    config_class = {train_dae: train_dae.TrainDAEConfig, train_dit: train_dit.TrainDiTConfig}[script]
-    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    run_script(script.main, parse_config(config_class, argv))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def assert_equals(reference: Path, folder: Path) -> None:
@@ -58,19 +36,15 @@ def assert_equals(reference: Path, folder: Path) -> None:
     assert logs[0] == logs[1]
 
 
-def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "train_dae" / "checkpoints").glob("checkpoint-*"))
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, image_folder):
     folder = tmp_path_factory.mktemp("reference")
-    code, text = in_child(lambda: start(DAE, train_data_dir=image_folder, output_dir=folder))
+    code, text = in_child(lambda: start(BARE_DAE, train_data_dir=image_folder, output_dir=folder))
     assert code == 0, text
     return folder
 
 
-def assert_resumes(reference: Path, folder: Path, image_folder: Path, flags: str = DAE) -> str:
+def assert_resumes(reference: Path, folder: Path, image_folder: Path, flags: str = BARE_DAE) -> str:
     options = {"train_data_dir": image_folder, "output_dir": folder, "resume_from_checkpoint": "latest"}
     code, text = in_child(lambda: start(flags, **options))
     assert code == 0, text
@@ -168,7 +142,7 @@ def _before(function, is_due):
     ],
 )
 def test_killed_at_the_worst_instant_resumes_bit_identically(point, call, reference, image_folder, tmp_path):
-    flags = DAE + " --checkpoints_total_limit 1"
+    flags = BARE_DAE + " --checkpoints_total_limit 1"
     options = {"train_data_dir": image_folder, "output_dir": tmp_path, "resume_from_checkpoint": "latest"}
     code, text = in_child(lambda: killed_at(point, call, lambda: start(flags, **options)))
     assert code == -signal.SIGKILL, text
@@ -180,7 +154,7 @@ def test_killed_at_the_worst_instant_resumes_bit_identically(point, call, refere
 def test_killed_again_and_again_resumes_bit_identically(reference, image_folder, tmp_path):
     options = {"train_data_dir": image_folder, "output_dir": tmp_path, "resume_from_checkpoint": "latest"}
     for point in ("before the rename", "in the middle of a line of the log", "state half written"):
-        code, text = in_child(lambda point=point: killed_at(point, 2, lambda: start(DAE, **options)))
+        code, text = in_child(lambda point=point: killed_at(point, 2, lambda: start(BARE_DAE, **options)))
         assert code == -signal.SIGKILL, text
     assert_resumes(reference, tmp_path, image_folder)
 
@@ -203,7 +177,7 @@ def test_checkpoints_ahead_of_the_one_resumed_from_never_win(reference, image_fo
     first, *ahead = checkpoints(reference)
     assert first == "checkpoint-00000006" and ahead == ["checkpoint-00000008"]
     chosen = tmp_path / "run" / "train_dae" / "checkpoints" / first
-    flags = DAE + " --checkpointing_steps 1 --checkpoints_total_limit 1"
+    flags = BARE_DAE + " --checkpointing_steps 1 --checkpoints_total_limit 1"
     options = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
     hooked = functools.partial(killed_at, "in the middle of a line of the log", 2)  # step 8: after saving step 7
     code, text = in_child(lambda: hooked(lambda: start(flags, resume_from_checkpoint=chosen, **options)))
@@ -244,7 +218,7 @@ def test_disk_that_is_full_while_saving_loses_nothing(small_disk, reference, ima
     )
     mount(f"size={one * 5 // 2 // 1024}k")
     options = {"train_data_dir": image_folder, "output_dir": disk}
-    code, text = in_child(lambda: start(DAE + " --checkpoints_total_limit 9", **options))
+    code, text = in_child(lambda: start(BARE_DAE + " --checkpoints_total_limit 9", **options))
     assert code == 1
     assert_one_line(text, "cannot be written", "--resume_from_checkpoint latest")
     assert "No space left on device" in text or "the disk is probably full" in text  # torch does not say why
@@ -257,7 +231,7 @@ def test_disk_that_is_full_while_saving_loses_nothing(small_disk, reference, ima
 def test_read_only_output_is_refused_at_once(small_disk, image_folder):
     disk, mount = small_disk
     mount("size=1m,ro")
-    code, text = in_child(lambda: start(DAE, train_data_dir=image_folder, output_dir=disk))
+    code, text = in_child(lambda: start(BARE_DAE, train_data_dir=image_folder, output_dir=disk))
     assert code == 1
     assert_one_line(text, "cannot be written: Read-only file system")
     assert not list(disk.iterdir())
@@ -282,7 +256,7 @@ def test_file_that_cannot_grow_stops_the_save_and_keeps_what_exists(save, refere
             return original(*args, **kwargs)
 
         setattr(module, name, limited)
-        start(DAE, train_data_dir=image_folder, output_dir=tmp_path)
+        start(BARE_DAE, train_data_dir=image_folder, output_dir=tmp_path)
 
     code, text = in_child(action)
     assert code == 1, text
@@ -292,7 +266,7 @@ def test_file_that_cannot_grow_stops_the_save_and_keeps_what_exists(save, refere
 
 def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(reference, image_folder, tmp_path):
     options = {"train_data_dir": image_folder, "output_dir": tmp_path, "resume_from_checkpoint": "latest"}
-    flags = DAE + " --dataloader_num_workers 1"  # a process that outlives the killed one for a while
+    flags = BARE_DAE + " --dataloader_num_workers 1"  # a process that outlives the killed one for a while
 
     def hold():
         log = run_module.TrainingRun.log
@@ -313,7 +287,7 @@ def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(reference, im
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for more in ({}, {"resume_from_checkpoint": None}):
         refused = {name: value for name, value in {**options, **more}.items() if value is not None}
-        code, text = in_child(lambda refused=refused: start(DAE, **refused))
+        code, text = in_child(lambda refused=refused: start(BARE_DAE, **refused))
         assert code == 1
         assert_one_line(text, f"in use by another run (process {first} ")
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -328,7 +302,7 @@ def test_changed_images_are_refused_on_resume(reference, image_folder, tmp_path)
     Image.new("RGB", (20, 20)).save(tmp_path / "images" / "cat" / "00.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
-    code, text = in_child(lambda: start(DAE, train_data_dir=tmp_path / "images", **options))
+    code, text = in_child(lambda: start(BARE_DAE, train_data_dir=tmp_path / "images", **options))
     assert code == 1
     assert_one_line(text, "the training images changed since", "Go on with the same")
     assert before == {path: path.read_bytes() for path in before}
@@ -336,14 +310,14 @@ def test_changed_images_are_refused_on_resume(reference, image_folder, tmp_path)
 
 def test_another_encoder_is_refused_on_resume(reference, image_folder, tmp_path):
     options = {"script": train_dit, "train_data_dir": image_folder, "output_dir": tmp_path}
-    code, text = in_child(lambda: start(DIT, vae=reference / "vae", **options))
+    code, text = in_child(lambda: start(BARE_DIT, vae=reference / "vae", **options))
     assert code == 0, text
     shutil.copytree(reference / "vae", tmp_path / "other")
     tensors = weights(tmp_path / "other")
     tensors["encoder.conv_in.bias"][0] += 1
     checkpointing.save_file(tensors, tmp_path / "other" / "diffusion_pytorch_model.safetensors")
     code, text = in_child(
-        lambda: start(DIT, vae=tmp_path / "other", resume_from_checkpoint="latest", **options),
+        lambda: start(BARE_DIT, vae=tmp_path / "other", resume_from_checkpoint="latest", **options),
     )
     assert code == 1
     assert_one_line(text, "the encoder of `--vae` changed since")
@@ -358,7 +332,7 @@ def test_tracker_that_fails_at_any_moment_is_left_alone(moment, reference, image
             raise ConnectionError("the tracker's server is gone")
 
         setattr(TensorBoardTracker, moment, fail)
-        start(DAE + " --report_to tensorboard", train_data_dir=image_folder, output_dir=tmp_path)
+        start(BARE_DAE + " --report_to tensorboard", train_data_dir=image_folder, output_dir=tmp_path)
 
     code, text = in_child(action)
     assert code == 0, text
@@ -376,7 +350,7 @@ def test_data_loading_process_that_dies_is_one_line(reference, image_folder, tmp
             return getitems(self, items)
 
         data.ImageDataset.__getitems__ = get_and_die
-        start(DAE + " --dataloader_num_workers 1", train_data_dir=image_folder, output_dir=tmp_path)
+        start(BARE_DAE + " --dataloader_num_workers 1", train_data_dir=image_folder, output_dir=tmp_path)
 
     code, text = in_child(action)
     assert code == 1
@@ -389,7 +363,7 @@ def test_bad_image_in_a_data_loading_process_is_one_line(image_folder, tmp_path)
     for path in (tmp_path / "images").rglob("*.png"):
         path.write_bytes(path.read_bytes()[:100])
     options = {"train_data_dir": tmp_path / "images", "output_dir": tmp_path / "run"}
-    code, text = in_child(lambda: start(DAE + " --dataloader_num_workers 1", **options))
+    code, text = in_child(lambda: start(BARE_DAE + " --dataloader_num_workers 1", **options))
     assert code == 1
     assert_one_line(text, "cannot be decoded", ".png")
 
@@ -408,7 +382,7 @@ def with_bad_kl(bad: set[int], action) -> None:
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(reference, image_folder, tmp_path):
-    flags = DAE + " --gradient_accumulation_steps 2 --train_batch_size 2"
+    flags = BARE_DAE + " --gradient_accumulation_steps 2 --train_batch_size 2"
     options = {"train_data_dir": image_folder, "output_dir": tmp_path}
     code, text = in_child(lambda: with_bad_kl({5}, lambda: start(flags, **options)))
     assert code == 1
@@ -423,7 +397,7 @@ def weights_of_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_tolerated_update_is_left_out_and_counted_over_interruptions(image_folder, tmp_path):
-    flags = DAE + " --skip_nonfinite 1 --stage 1 --checkpointing_steps 1 --checkpoints_total_limit 9 --no_use_ema"
+    flags = BARE_DAE + " --skip_nonfinite 1 --stage 1 --checkpointing_steps 1 --checkpoints_total_limit 9 --no_use_ema"
     options = {"train_data_dir": image_folder, "output_dir": tmp_path}
     code, text = in_child(lambda: with_bad_kl({2, 3}, lambda: start(flags, **options)))
     assert code == 1
@@ -462,7 +436,7 @@ def test_discriminator_of_an_update_left_out_is_left_out_with_it(tmp_path):
 
 
 def test_all_processes_leave_the_same_update_out(image_folder, tmp_path):
-    flags = DAE + " --skip_nonfinite 1 --stage 1 --auxiliary_decoder same"
+    flags = BARE_DAE + " --skip_nonfinite 1 --stage 1 --auxiliary_decoder same"
     options = {"train_data_dir": image_folder}
     one = flags + " --gradient_accumulation_steps 2"
     code, text = in_child(lambda: with_bad_kl({5}, lambda: start(one, output_dir=tmp_path / "1", **options)))
@@ -491,7 +465,7 @@ def test_run_of_several_processes_is_refused_by_all_of_them(reference, image_fol
     def action(rank: int):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
         os.environ.update(MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-        start(DAE, train_data_dir=image_folder, output_dir=reference)
+        start(BARE_DAE, train_data_dir=image_folder, output_dir=reference)
 
     second = in_child(lambda: action(1), wait=False)
     code, text = in_child(lambda: action(0))
@@ -504,7 +478,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_goes_on_identically(imag
     """Needs a rendezvous that can be met again: `--standalone`, or `--rdzv_backend c10d` on several machines."""
 
     def launch(folder: Path) -> subprocess.Popen:
-        flags = f"{DAE} --stage1_steps 40 --resume_from_checkpoint latest --train_data_dir {image_folder}".split()
+        flags = f"{BARE_DAE} --stage1_steps 40 --resume_from_checkpoint latest --train_data_dir {image_folder}".split()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command += ["--max_restarts", "1", "-m", "dae_diffusers.training.train_dae", *flags]
         return subprocess.Popen(

@@ -9,9 +9,9 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import free_port, in_child, make_autoencoder
+from models import make_autoencoder
 from safetensors.torch import load_file
-from test_faults import DIT, start
+from scripts import BARE_DIT, free_port, in_child, start
 from test_launch_configs import arguments_of
 
 from dae_diffusers.training import train_dae, train_dit
@@ -49,10 +49,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_fsdp_equals_one_process_and_resumes_exactly(vae, image_folder, tmp_path):
     options = {"script": train_dit, "train_data_dir": image_folder, "vae": vae}
-    one = DIT + " --gradient_accumulation_steps 2"
+    one = BARE_DIT + " --gradient_accumulation_steps 2"
     code, text = in_child(lambda: start(one, output_dir=tmp_path / "one", **options))
     assert code == 0, text
-    code, text = in_two_processes(lambda: start(DIT, output_dir=tmp_path / "two", **options))
+    code, text = in_two_processes(lambda: start(BARE_DIT, output_dir=tmp_path / "two", **options))
     assert code == 0, text
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert first.keys() == second.keys()
@@ -63,7 +63,7 @@ def test_fsdp_equals_one_process_and_resumes_exactly(vae, image_folder, tmp_path
     shutil.rmtree(tmp_path / "again" / "pipeline")
     chosen = tmp_path / "again" / "train_dit" / "checkpoints" / "checkpoint-00000004"
     code, text = in_two_processes(
-        lambda: start(DIT, output_dir=tmp_path / "again", resume_from_checkpoint=chosen, **options)
+        lambda: start(BARE_DIT, output_dir=tmp_path / "again", resume_from_checkpoint=chosen, **options)
     )
     assert code == 0, text
     resumed = weights(tmp_path / "again")

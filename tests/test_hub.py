@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from safetensors.torch import load_file
-from test_training import TINY_DAE, TINY_DIT, run
+from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import UserError, parse_config

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_autoencoder
+from models import make_autoencoder
 
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader

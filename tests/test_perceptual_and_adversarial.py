@@ -1,12 +1,10 @@
 """Losses with a network of their own: their laws, and that they train what they should."""
 
-import json
-
 import pytest
 import torch
 from accelerate import Accelerator
+from models import save_backbone
 from torch.testing import assert_close
-from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from dae_diffusers.cli import UserError
 from dae_diffusers.losses.adversarial import (
@@ -19,28 +17,6 @@ from dae_diffusers.losses.adversarial import (
     generator_loss,
 )
 from dae_diffusers.losses.perceptual import FrozenBackbone, load_backbone, load_perceptual_loss
-
-
-def save_backbone(folder, kind: str):
-    torch.manual_seed(0)
-    if kind == "resnet":
-        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-        model = ResNetModel(config)
-    else:
-        config = ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32
-        )
-        config.patch_size = 8
-        model = ViTModel(config)
-    model.eval().save_pretrained(folder)
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": 32, "width": 32},
-        "image_mean": [0.5, 0.4, 0.3],
-        "image_std": [0.2, 0.3, 0.4],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return str(folder)
 
 
 @pytest.fixture(params=["resnet", "vit"])

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_autoencoder
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hub_server import HubServer
 from huggingface_hub import RepoCard
+from models import make_autoencoder
 from PIL import Image
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel

@@ -8,61 +8,15 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import launch, succeed
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from scripts import CONFIG_CLASSES, TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run, succeed, weights
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.cli import UserError, parse_config
-from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
-
-TINY_DAE = (
-    "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
-    "--train_batch_size 4 --logging_steps 2 --validation_steps 3 --checkpointing_steps 3 --checkpoints_total_limit 9"
-)
-TINY_DIT = (
-    "--resolution 16 --model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --max_train_steps 6 "
-    "--train_batch_size 4 --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
-    "--num_sample_images 4 --sample_steps 2"
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run(script, flags: str, **more):
-    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    script.main(parse_config(_config_class(script), argv))
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _config_class(script):
-    return {
-        train_dae: train_dae.TrainDAEConfig,
-        train_dit: train_dit.TrainDiTConfig,
-        cache_latents: cache_latents.CacheLatentsConfig,
-        evaluate: evaluate.EvaluateConfig,
-        train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
-    }[script]
-
-
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same_weights(first, second, **tolerance):
-    assert first.keys() == second.keys()
-    for name in first:
-        if tolerance:
-            torch.testing.assert_close(first[name], second[name], **tolerance)
-        else:
-            assert torch.equal(first[name], second[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +64,7 @@ def test_pipeline_draws_images_by_class_name(trained):
 
 @pytest.mark.parametrize("step", [3, 4, 6, 8])
 def test_resumed_autoencoder_equals_an_uninterrupted_one(trained, image_folder, tmp_path, step):
-    shutil.copytree(trained, tmp_path / "run")
-    for name in ("vae", "stage1"):
-        shutil.rmtree(tmp_path / "run" / name)
-    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
-    run(
-        train_dae,
-        TINY_DAE,
-        train_data_dir=image_folder,
-        output_dir=tmp_path / "run",
-        resume_from_checkpoint=checkpoint,
-    )
+    resume(train_dae, TINY_DAE, trained, tmp_path / "run", step, ("vae", "stage1"), train_data_dir=image_folder)
     assert_same_weights(weights(trained / "vae"), weights(tmp_path / "run" / "vae"))
     for file in ("vae/config.json", "train_dae/log.jsonl"):
         expected, resumed = ((folder / file).read_text() for folder in (trained, tmp_path / "run"))
@@ -128,17 +72,8 @@ def test_resumed_autoencoder_equals_an_uninterrupted_one(trained, image_folder, 
 
 
 def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "pipeline")
-    checkpoint = tmp_path / "run" / "train_dit" / "checkpoints" / "checkpoint-00000003"
-    run(
-        train_dit,
-        TINY_DIT,
-        train_data_dir=image_folder,
-        output_dir=tmp_path / "run",
-        vae=trained / "vae",
-        resume_from_checkpoint=checkpoint,
-    )
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    resume(train_dit, TINY_DIT, trained, tmp_path / "run", 3, ("pipeline",), **data)
     transformers = [weights(folder / "pipeline" / "transformer") for folder in (trained, tmp_path / "run")]
     assert_same_weights(*transformers)
     logs = [(folder / "train_dit" / "log.jsonl").read_text() for folder in (trained, tmp_path / "run")]
@@ -369,7 +304,7 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
 )
 def test_impossible_flags_exit_with_two(script, flags, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse_config(_config_class(script), flags.split())
+        parse_config(CONFIG_CLASSES[script], flags.split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -417,14 +352,5 @@ def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [6, 15])
 def test_resume_with_cached_latents_equals_an_uninterrupted_run(cached, image_folder, tmp_path, step):
-    shutil.copytree(cached, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "vae")
-    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
-    run(
-        train_dae,
-        LONG_STAGE_TWO,
-        train_data_dir=image_folder,
-        output_dir=tmp_path / "run",
-        resume_from_checkpoint=checkpoint,
-    )
+    resume(train_dae, LONG_STAGE_TWO, cached, tmp_path / "run", step, ("vae",), train_data_dir=image_folder)
     assert_same_weights(weights(cached / "vae"), weights(tmp_path / "run" / "vae"))

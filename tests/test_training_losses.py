@@ -6,18 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_autoencoder
+from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from test_perceptual_and_adversarial import save_backbone
-from test_training import (
-    TINY_DAE,
-    assert_same_weights,
-    fresh_accelerator_state,  # noqa: F401
-    launch,
-    run,
-    succeed,
-    weights,
-)
+from scripts import TINY_DAE, assert_same_weights, launch, resume, run, succeed, weights
 
 from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.training import train_dae
@@ -65,10 +56,7 @@ def test_losses_begin_when_they_should_and_are_logged(trained):
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_resume_restores_the_discriminator(trained, image_folder, flags, tmp_path, step):
-    shutil.copytree(trained, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "vae")
-    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
-    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run", resume_from_checkpoint=checkpoint)
+    resume(train_dae, flags, trained, tmp_path / "run", step, ("vae",), train_data_dir=image_folder)
     assert_same_weights(weights(trained / "vae"), weights(tmp_path / "run" / "vae"))
     assert log_of(trained) == log_of(tmp_path / "run")
 

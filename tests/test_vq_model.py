@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from diffusers import VQModel
+from models import QUANTIZERS, make_vq_model
 from torch.testing import assert_close
 
 from dae_diffusers import DAEVQModel
@@ -21,30 +22,7 @@ from dae_diffusers.losses.codebook import (
     commitment_loss,
 )
 
-QUANTIZERS = {
-    "vq": {"quantizer_type": "vq"},
-    "vq_l2": {"quantizer_type": "vq", "quantizer_l2_normalize": True},
-    "ema": {"quantizer_type": "ema", "quantizer_warmup_steps": 1},
-    "ema_l2": {"quantizer_type": "ema", "quantizer_warmup_steps": 1, "quantizer_l2_normalize": True},
-    "fsq": {"quantizer_type": "fsq", "quantizer_fsq_levels": (4, 3, 2), "num_vq_embeddings": 24},
-}
 LATENT_HALF = {"encoder", "quant_conv", "quantize"}
-
-
-def make_model(quantizer: str = "ema_l2", auxiliary_decoder_type: str = "dropout", **config) -> DAEVQModel:
-    torch.manual_seed(0)
-    defaults = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "latent_channels": 3,
-        "num_vq_embeddings": 16,
-        "sample_size": 16,
-        "mid_block_add_attention": False,
-        "auxiliary_decoder_type": auxiliary_decoder_type,
-    }
-    return DAEVQModel(**{**defaults, **QUANTIZERS[quantizer], **config})
 
 
 def train(model, pixel_values, steps=3):
@@ -70,7 +48,7 @@ def changed_children(model, before):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_each_stage_changes_its_own_half(quantizer, pixel_values):
-    model = make_model(quantizer)
+    model = make_vq_model(quantizer)
     for stage, expected in ((1, LATENT_HALF | {"auxiliary_decoder"}), (2, {"post_quant_conv", "decoder"})):
         model.set_stage(stage)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -80,7 +58,7 @@ def test_each_stage_changes_its_own_half(quantizer, pixel_values):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_codes_stay_through_stage_two_and_in_stock_diffusers(quantizer, pixel_values, tmp_path):
-    model = make_model(quantizer)
+    model = make_vq_model(quantizer)
     model.set_stage(1)
     train(model, pixel_values)
     with torch.no_grad():
@@ -98,7 +76,7 @@ def test_codes_stay_through_stage_two_and_in_stock_diffusers(quantizer, pixel_va
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_exported_model_decodes_identically(quantizer, pixel_values, tmp_path):
-    model = make_model(quantizer)
+    model = make_vq_model(quantizer)
     model.set_stage(1)
     train(model, pixel_values)
     model.set_stage(None)
@@ -120,7 +98,7 @@ def test_exported_model_decodes_identically(quantizer, pixel_values, tmp_path):
 
 
 def test_untouched_it_is_its_parent(pixel_values):
-    model = make_model("vq", "none").eval()
+    model = make_vq_model("vq", "none").eval()
     with torch.no_grad():
         assert torch.equal(model(pixel_values).sample, model.to_diffusers()(pixel_values).sample)
         latents = model.encode(pixel_values).latents
@@ -135,7 +113,7 @@ def test_untouched_it_is_its_parent(pixel_values):
 @pytest.mark.parametrize("kind", ["none", "same", "dropout"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_trainable_parameter_gets_a_gradient(quantizer, kind, stage, pixel_values):
-    model = make_model(quantizer, kind).train()
+    model = make_vq_model(quantizer, kind).train()
     model.set_stage(stage)
     reconstruction, q = model(pixel_values, return_dict=False)
     (reconstruction.square().mean() + (stage == 1) * codebook_loss(q.quantized, q.latents)).backward()
@@ -330,7 +308,7 @@ def test_entropy_loss_is_low_where_codes_are_sure_and_even():
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_save_and_load_keep_everything(quantizer, tmp_path, pixel_values):
-    model = make_model(quantizer)
+    model = make_vq_model(quantizer)
     model.set_stage(1)
     train(model, pixel_values)
     model.save_pretrained(tmp_path)
@@ -341,7 +319,7 @@ def test_save_and_load_keep_everything(quantizer, tmp_path, pixel_values):
 
 
 def test_codes_may_have_fewer_dimensions_than_the_decoder_takes(pixel_values):
-    model = make_model("ema_l2", "same", vq_embed_dim=2, latent_channels=6)
+    model = make_vq_model("ema_l2", "same", vq_embed_dim=2, latent_channels=6)
     model.set_stage(1)
     assert model(pixel_values).quantization.latents.shape == (2, 2, 8, 8)
     model.eval().start_decoder_from_auxiliary()
@@ -369,4 +347,4 @@ def test_codes_may_have_fewer_dimensions_than_the_decoder_takes(pixel_values):
 )
 def test_bad_quantizers_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        make_model("vq", **config)
+        make_vq_model("vq", **config)

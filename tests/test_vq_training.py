@@ -6,19 +6,10 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_autoencoder
 from diffusers import VQModel
+from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from test_training import (
-    TINY_DAE,
-    TINY_DIT,
-    assert_same_weights,
-    fresh_accelerator_state,  # noqa: F401
-    launch,
-    run,
-    succeed,
-    weights,
-)
+from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run, succeed, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
@@ -74,16 +65,7 @@ def test_log_has_the_use_of_the_codebook_over_all_validation_images(trained):
 
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_resumed_run_equals_an_uninterrupted_one(trained, image_folder, tmp_path, step):
-    shutil.copytree(trained, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "vae")
-    checkpoint = tmp_path / "run" / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}"
-    run(
-        train_dae,
-        TINY_VQ,
-        train_data_dir=image_folder,
-        output_dir=tmp_path / "run",
-        resume_from_checkpoint=checkpoint,
-    )
+    resume(train_dae, TINY_VQ, trained, tmp_path / "run", step, ("vae",), train_data_dir=image_folder)
     assert_same_weights(weights(trained / "vae"), weights(tmp_path / "run" / "vae"))
     for file in ("vae/config.json", "train_dae/log.jsonl"):
         expected, resumed = ((folder / file).read_text() for folder in (trained, tmp_path / "run"))
@@ -233,17 +215,8 @@ def test_cached_codes_are_those_of_the_images_and_their_mirror_images(trained, w
 
 
 def test_resumed_prior_equals_an_uninterrupted_one(trained, with_prior, image_folder, tmp_path):
-    shutil.copytree(with_prior, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "pipeline")
-    checkpoint = tmp_path / "run" / "train_vqgan_prior" / "checkpoints" / "checkpoint-00000003"
-    run(
-        train_vqgan_prior,
-        TINY_PRIOR,
-        train_data_dir=image_folder,
-        output_dir=tmp_path / "run",
-        vae=trained / "vae",
-        resume_from_checkpoint=checkpoint,
-    )
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    resume(train_vqgan_prior, TINY_PRIOR, with_prior, tmp_path / "run", 3, ("pipeline",), **data)
     assert_same_weights(prior_weights(with_prior), prior_weights(tmp_path / "run"))
     logs = [(folder / "train_vqgan_prior" / "log.jsonl").read_text() for folder in (with_prior, tmp_path / "run")]
     assert logs[0] == logs[1]
@@ -306,9 +279,7 @@ def test_autoencoder_without_codes_and_damaged_codes_are_named(trained, with_pri
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular", "ignore:.*fewer")
 def test_evaluation_draws_codes(with_prior, image_folder, tmp_path, monkeypatch):
-    import test_evaluation
-
-    extractor = test_evaluation.make_extractor_folder(tmp_path / "extractor")
+    extractor = save_backbone(tmp_path / "extractor", "classifier")
     calls = []
     original = DAEVQGANPipeline.__call__
     monkeypatch.setattr(DAEVQGANPipeline, "__call__", lambda self, *a, **k: calls.append(k) or original(self, *a, **k))

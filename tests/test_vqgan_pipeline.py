@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline, VQModel
+from models import TINY_AUTOENCODER, make_vq_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers import DAEVQGANPipeline
@@ -19,16 +20,7 @@ NUM_CODES = 16
 
 def make_vae(seed=0, **config) -> VQModel:
     torch.manual_seed(seed)
-    defaults = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "latent_channels": 3,
-        "num_vq_embeddings": NUM_CODES,
-        "mid_block_add_attention": False,
-    }
-    return VQModel(**{**defaults, **config}).eval()
+    return VQModel(**{**TINY_AUTOENCODER, "num_vq_embeddings": NUM_CODES, **config}).eval()
 
 
 def make_prior(vae, num_classes=3, grid_size=(4, 4)) -> LlamaForCausalLM:
@@ -197,9 +189,7 @@ def test_new_decoder_leaves_the_codes_what_they_are():
 
 
 def test_decoupled_autoencoder_is_not_saved_as_it_is(tmp_path):
-    from test_vq_model import make_model
-
-    vae = make_model("vq").eval()
+    vae = make_vq_model("vq").eval()
     pipeline = DAEVQGANPipeline(make_prior(vae), vae)
     with pytest.raises(ValueError, match="to_diffusers"):
         pipeline.save_pretrained(tmp_path)

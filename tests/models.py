@@ -1,0 +1,62 @@
+"""Tiny models with random weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTModel
+
+from dae_diffusers import DAEAutoencoderKL, DAEVQModel
+
+TINY_AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+    "latent_channels": 3,
+    "sample_size": 16,
+    "mid_block_add_attention": False,
+}
+QUANTIZERS = {
+    "vq": {"quantizer_type": "vq"},
+    "vq_l2": {"quantizer_type": "vq", "quantizer_l2_normalize": True},
+    "ema": {"quantizer_type": "ema", "quantizer_warmup_steps": 1},
+    "ema_l2": {"quantizer_type": "ema", "quantizer_warmup_steps": 1, "quantizer_l2_normalize": True},
+    "fsq": {"quantizer_type": "fsq", "quantizer_fsq_levels": (4, 3, 2), "num_vq_embeddings": 24},
+}
+
+
+def make_autoencoder(auxiliary_decoder_type: str = "dropout", **config) -> DAEAutoencoderKL:
+    torch.manual_seed(0)
+    return DAEAutoencoderKL(**{**TINY_AUTOENCODER, **config}, auxiliary_decoder_type=auxiliary_decoder_type)
+
+
+def make_vq_model(quantizer: str = "ema_l2", auxiliary_decoder_type: str = "dropout", **config) -> DAEVQModel:
+    torch.manual_seed(0)
+    config = {**TINY_AUTOENCODER, "num_vq_embeddings": 16, **QUANTIZERS[quantizer], **config}
+    return DAEVQModel(**config, auxiliary_decoder_type=auxiliary_decoder_type)
+
+
+def save_backbone(folder: Path, kind: str) -> str:
+    """Saves a vision model and its image processor: `resnet`, `vit`, or a ResNet `classifier` of three classes."""
+    torch.manual_seed(0)
+    if kind == "vit":
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32
+        )
+        config.patch_size = 8
+        model, mean, std = ViTModel(config), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    else:
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+        model_class = ResNetForImageClassification if kind == "classifier" else ResNetModel
+        model, mean, std = model_class(config), [0.5] * 3, [0.5] * 3
+    model.eval().save_pretrained(folder)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)

@@ -1,0 +1,151 @@
+"""Ways to run the training scripts: in this process, in a copy of it, or in processes of their own."""
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from dae_diffusers import run as run_module
+from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
+
+_DAE = (
+    "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
+    "--train_batch_size 4"
+)
+_DIT = (
+    "--resolution 16 --model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --max_train_steps 6 "
+    "--train_batch_size 4"
+)
+TINY_DAE = _DAE + " --logging_steps 2 --validation_steps 3 --checkpointing_steps 3 --checkpoints_total_limit 9"
+TINY_DIT = _DIT + (
+    " --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
+    "--num_sample_images 4 --sample_steps 2"
+)
+# Validated only at the end, for tests of what happens on the way.
+BARE_DAE = _DAE + " --logging_steps 1 --validation_steps 9 --checkpointing_steps 2"
+BARE_DIT = _DIT + (
+    " --logging_steps 1 --validation_steps 9 --checkpointing_steps 2 --num_sample_images 2 --sample_steps 1"
+)
+CONFIG_CLASSES = {
+    train_dae: train_dae.TrainDAEConfig,
+    train_dit: train_dit.TrainDiTConfig,
+    cache_latents: cache_latents.CacheLatentsConfig,
+    evaluate: evaluate.EvaluateConfig,
+    train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
+}
+
+
+def run(script, flags: str, **more):
+    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    script.main(parse_config(CONFIG_CLASSES[script], argv))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def resume(script, flags: str, finished: Path, folder: Path, step: int, results: tuple[str, ...], **more) -> None:
+    """Copies a finished run into `folder`, without its results, and runs it again from its checkpoint of `step`."""
+    shutil.copytree(finished, folder)
+    for name in results:
+        shutil.rmtree(folder / name)
+    name = script.__name__.rpartition(".")[-1]
+    checkpoint = folder / name / "checkpoints" / f"checkpoint-{step:08d}"
+    run(script, flags, output_dir=folder, resume_from_checkpoint=checkpoint, **more)
+
+
+def start(flags: str, script=train_dae, **more) -> None:
+    """The script as its process runs it, in this one, without the curves, which take most of the time."""
+    run_module.plot_curves = lambda *args, **kwargs: None
+    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    run_script(script.main, parse_config(CONFIG_CLASSES[script], argv))
+
+
+def launch(script: str, flags: str, *, processes: int = 1, **more) -> subprocess.Popen:
+    """Starts a training script in processes of its own, which talk through gloo."""
+    argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(), "-m"]
+    return subprocess.Popen(
+        [*command, f"dae_diffusers.training.{script}", *argv],
+        cwd="/",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeed(process: subprocess.Popen) -> None:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def in_child(action: Callable[[], None], *, wait: bool = True) -> tuple[int, str] | int:
+    """
+    Runs `action` in a copy of this process: what it patches, breaks or kills stays there, and nothing is imported anew.
+
+    Returns its exit code (negative: the signal that killed it) and everything it wrote; or, with `wait=False`, its number.
+    """
+    output = tempfile.TemporaryFile("w+")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork; the copy uses none of them
+        process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            for descriptor in (1, 2):
+                os.dup2(output.fileno(), descriptor)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+            logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            warnings.simplefilter("default")  # as in a process of its own
+            logging.captureWarnings(True)
+            action()
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if not wait:
+        output.close()
+        return process
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with output:
+        output.seek(0)
+        return code, output.read()
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name in first:
+        if tolerance:
+            torch.testing.assert_close(first[name], second[name], **tolerance)
+        else:
+            assert torch.equal(first[name], second[name]), name
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "train_dae" / "checkpoints").glob("checkpoint-*"))
