@@ -20,21 +20,31 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule, StateDictType
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dae_diffusers.checkpointing import Checkpointer, FolderLock, whole_tensor, write_atomically
 from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
+from dae_diffusers.data import ImageStream, StreamedImages, make_stream_loader, make_training_loader
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
 from dae_diffusers.plots import plot_curves
 
 logger = logging.getLogger(__name__)
 
+_WAIT_HINT = ": raise `--dataloader_num_workers`, or train from cached latents"
 _VERSIONS = ("dae-diffusers", "torch", "diffusers", "accelerate", "datasets")
 
 
@@ -155,6 +165,9 @@ class TrainingRun:
             )
         if self.accelerator.distributed_type == DistributedType.FSDP:
             _check_fsdp(name, config, self.accelerator, has_fsdp)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it is prepared without a loader
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
         logging.basicConfig(
             format="%(message)s", level=logging.INFO if self.accelerator.is_main_process else logging.ERROR
         )
@@ -183,6 +196,10 @@ class TrainingRun:
         self._started = time.monotonic()
         self._tracker_failed = False
         self._marks: dict[str, int] = {}
+        self._stream: ImageStream | None = None
+        self._stream_state: dict[str, Any] | None = None
+        self._num_batches = 0  # taken from the present loader
+        self._training_seconds = self._waiting_seconds = 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -218,6 +235,7 @@ class TrainingRun:
             self.guard.skipped = state.pop("skipped", 0)
             sums, self._counts = state.pop("log_sums"), state.pop("log_counts")
             self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
+            self._stream_state = self._find_stream(state.pop("stream", None))
             if found[1]["num_processes"] != self.accelerator.num_processes:
                 logger.warning(
                     "the checkpoint comes from %d processes, this run has %d: the result is equal only up to rounding.",
@@ -264,9 +282,84 @@ class TrainingRun:
             log_counts={k: int(v) for k, v in self._counts.items()},
             inputs=self._inputs,
             skipped=self.guard.skipped,
+            stream=self._stream_states(),
             **state,
         )
         self._write_record()
+
+    def first_microbatch(self, step: int) -> int:
+        r"""Number, over all processes, of this process's first micro-batch after so many optimiser steps."""
+        return (
+            step * self.config.gradient_accumulation_steps * self.accelerator.num_processes
+            + self.accelerator.process_index
+        )
+
+    def training_batches(self, dataset: Dataset, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        r"""
+        Endless micro-batches for this process, on its device, from the `step`-th optimiser step on; a stream goes on where
+        the checkpoint, or the last call, has left it.
+
+        The time that the loop waits for them is reported at the end.
+        """
+        config = self.config
+        options = {
+            "num_workers": config.dataloader_num_workers,
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
+        if isinstance(dataset, StreamedImages):
+            if self._stream is not None:
+                self._stream_state = self._stream.state_after(self._num_batches)
+            self._stream = ImageStream(
+                dataset,
+                config.train_batch_size,
+                seed=config.seed,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                state=self._stream_state,
+            )
+            device = self.accelerator.device
+            batches = (
+                send_to_device(batch, device, non_blocking=True)
+                for batch in make_stream_loader(self._stream, **options)
+            )
+        else:
+            loader = make_training_loader(
+                dataset,
+                batch_size=config.train_batch_size,
+                seed=config.seed,
+                start=step * config.gradient_accumulation_steps * self.accelerator.num_processes,
+                **options,
+            )
+            batches = self.accelerator.prepare(loader)
+        self._num_batches = 0
+        return self._timed(iter(batches))
+
+    def _timed(self, batches: Iterator) -> Iterator:
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches)
+            got = time.perf_counter()
+            self._num_batches += 1
+            if self._num_batches > 1:  # the first one starts the worker processes
+                self._waiting_seconds += got - asked
+            yield batch
+            if self._num_batches > 1:
+                self._training_seconds += time.perf_counter() - asked
+
+    def _stream_states(self) -> list[dict[str, Any]] | None:
+        if self._stream is None:
+            return None
+        return gather_object([self._stream.state_after(self._num_batches)])
+
+    def _find_stream(self, states: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        """Of this process, in a checkpoint; with another number of processes a new pass over the stream begins."""
+        if states is None:
+            return None
+        if len(states) == self.accelerator.num_processes:
+            return states[self.accelerator.process_index]
+        logger.warning("the stream was read by %d processes: a new pass over it begins.", len(states))
+        epoch = 1 + max(state["epoch"] for state in states)
+        return {"position": 0, "block_start": 0, "block_size": states[0]["block_size"], "epoch": epoch}
 
     def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
         r"""
@@ -352,6 +445,12 @@ class TrainingRun:
             result (`str`): The folder below `output_dir` to push, such as `vae`.
         """
         self.draw_curves()
+        if self._training_seconds:
+            share = self._waiting_seconds / self._training_seconds
+            self._record["data_wait_share"] = round(share, 4)
+            logger.info(
+                "the model waited for data %.1f %% of the time%s", 100 * share, _WAIT_HINT if share > 0.1 else ""
+            )
         self._write_record()
         self.accelerator.wait_for_everyone()
         for tracker in self.accelerator.trackers:

@@ -10,9 +10,9 @@ from PIL import Image
 from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.arrays import decode_array, read_value_range, resize_and_crop_array
 from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.data import DataConfig, load_images, resize_and_crop
+from dae_diffusers.data.arrays import decode_array, read_value_range, resize_and_crop_array
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")

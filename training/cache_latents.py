@@ -14,10 +14,10 @@ from typing import Literal
 
 from accelerate import Accelerator
 
-from dae_diffusers.arrays import read_value_range
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.latents.cache import write_latent_cache
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,10 @@ class CacheLatentsConfig(CacheConfig, DataConfig):
         DataConfig.__post_init__(self)
         CacheConfig.__post_init__(self)
         self.require_source()
-        if self.random_crop:
-            raise ConfigError("`--random_crop` cannot be cached: each epoch would see the same crops. Leave it out.")
+        if self.crops_at_random:
+            raise ConfigError("random crops cannot be cached: each epoch would see the same ones. Leave the flag out.")
+        if self.streaming:
+            raise ConfigError("`--streaming` data cannot be cached; train_dit.py encodes them as they come.")
 
 
 def main(config: CacheLatentsConfig) -> None:

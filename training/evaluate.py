@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
-from dae_diffusers.arrays import read_value_range
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
 from dae_diffusers.metrics.evaluation import (
@@ -93,6 +93,10 @@ class EvaluateConfig(EvaluationConfig, DataConfig):
     def __post_init__(self):
         DataConfig.__post_init__(self)
         EvaluationConfig.__post_init__(self)
+        if self.streaming:
+            raise ConfigError(
+                "`--streaming` does not go with evaluate.py, which counts every image once; leave it out."
+            )
         self.require_source()
 
 

@@ -24,7 +24,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
-from dae_diffusers.arrays import save_value_range
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.configuration import (
     AutoencoderConfig,
@@ -44,7 +43,16 @@ from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantizatio
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
-from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.data import (
+    DataConfig,
+    ImageDataset,
+    StreamedImages,
+    count_images,
+    describe_size,
+    load_images,
+    make_pass_loader,
+)
+from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, write_latent_cache
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
@@ -123,12 +131,12 @@ def main(config: TrainDAEConfig) -> None:
     run = TrainingRun("train_dae", config)
     with run.accelerator.main_process_first():
         train_images, validation_images = load_images(config, config.seed)
-    logger.info("%d training images, %d validation images", len(train_images), len(validation_images))
+    logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
 
     model = load_model(config)
     resume_path, start_step, state = run.start(
         {"the training images": train_images.fingerprint},
-        training_images=len(train_images),
+        **count_images(train_images),
         held_out_images=len(validation_images),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -241,7 +249,7 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
 def train_stage(
     run: TrainingRun,
     model: DAEAutoencoderKL | DAEVQModel,
-    train_images: ImageDataset,
+    train_images: ImageDataset | StreamedImages,
     validation_images: ImageDataset,
     first_step: int,
     start_step: int,
@@ -255,7 +263,6 @@ def train_stage(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = run.make_optimizer(parameters)
     lr_scheduler = run.make_lr_scheduler(optimizer, last_step - first_step)
-    first_microbatch = start_step * config.gradient_accumulation_steps * accelerator.num_processes
     perceptual_weight = config.perceptual_weight_of(config.trains_final_decoder(stage))
     perceptual_loss = (
         load_perceptual_loss(config.perceptual_model).to(accelerator.device) if perceptual_weight else None
@@ -273,21 +280,12 @@ def train_stage(
         and pays_to_cache_latents(config, accelerator.unwrap_model(model), train_images, accelerator.num_processes)
     ):
         train_images = with_cached_latents(run, accelerator.unwrap_model(model), train_images)
-    loader = make_training_loader(
-        train_images,
-        batch_size=config.train_batch_size,
-        seed=config.seed,
-        start=first_microbatch,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    loader = accelerator.prepare(loader)
-
-    step, microbatch = start_step, first_microbatch + accelerator.process_index
+    step = start_step
+    microbatch = run.first_microbatch(step)
     codebook = accelerator.unwrap_model(model).quantize if config.autoencoder == "vq" else None
     forward_options = {"sample_posterior": True} if codebook is None else {}
     progress = run.progress(last_step - first_step, start_step - first_step, f"Stage {stage}")
-    batches = iter(loader)
+    batches = run.training_batches(train_images, start_step)
     model.train()
     with StopSignal(accelerator) as stop:
         while step < last_step:
@@ -373,7 +371,7 @@ def train_stage(
 
 def pays_to_cache_latents(config: TrainDAEConfig, model, images: ImageDataset, num_processes: int) -> bool:
     """Whether stage 2 would encode more images than there are, and all their latents fit on the disk."""
-    if config.random_crop:
+    if config.crops_at_random or config.streaming:
         return False
     views = len(images) * (2 if config.random_flip else 1)
     microbatch = config.train_batch_size * config.gradient_accumulation_steps * num_processes

@@ -20,7 +20,6 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
-from dae_diffusers.arrays import read_value_range
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
     encode_moments,
@@ -30,7 +29,8 @@ from dae_diffusers.autoencoders.loading import (
 )
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.data import DataConfig, count_images, describe_size, load_images, make_pass_loader
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint
 from dae_diffusers.latents.statistics import compute_latent_statistics, has_latent_statistics, normalize_latents
 from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
@@ -103,6 +103,8 @@ class TrainDiTConfig(RunConfig, FlowMatchingConfig, DiTConfig, OptimizationConfi
             part.__post_init__(self)
         if self.latent_cache is None:
             self.require_source()
+        elif self.streaming:
+            raise ConfigError("`--latent_cache` does not go with `--streaming`; leave one of them out.")
 
 
 def main(config: TrainDiTConfig) -> None:
@@ -140,8 +142,8 @@ def main(config: TrainDiTConfig) -> None:
     parameters = list(transformer.parameters())
     num_parameters = sum(parameter.numel() for parameter in parameters)
     logger.info(
-        "%d training images, %s classes, %.1f M parameters",
-        len(train_data),
+        "%s, %s classes, %.1f M parameters",
+        describe_size(train_data),
         transformer.config.num_classes or "no",
         num_parameters / 1e6,
     )
@@ -149,27 +151,18 @@ def main(config: TrainDiTConfig) -> None:
     lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
     resume_path, step, _ = run.start(
         {"the training images": train_data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
-        training_images=len(train_data),
+        **count_images(train_data),
         parameters=num_parameters,
     )
-    first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
-    loader = make_training_loader(
-        train_data,
-        batch_size=config.train_batch_size,
-        seed=config.seed,
-        start=first_microbatch,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    transformer, optimizer, lr_scheduler, loader = accelerator.prepare(transformer, optimizer, lr_scheduler, loader)
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     parameters = list(transformer.parameters())  # FSDP has replaced them
     ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 
-    microbatch = first_microbatch + accelerator.process_index
+    microbatch = run.first_microbatch(step)
     progress = run.progress(config.max_train_steps, step, "DiT")
-    batches = iter(loader)
+    batches = run.training_batches(train_data, step)
     transformer.train()
     with StopSignal(accelerator) as stop:
         while step < config.max_train_steps:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.plots import image_grid
@@ -87,8 +87,12 @@ class TrainPriorConfig(RunConfig, SamplesConfig, PriorConfig, OptimizationConfig
         for part in (DataConfig, OptimizationConfig, PriorConfig, SamplesConfig, RunConfig):
             part.__post_init__(self)
         self.require_source()
-        if self.random_crop:
-            raise ConfigError("`--random_crop`: images are encoded once, each epoch would see the same crops.")
+        if self.crops_at_random:
+            raise ConfigError(
+                "random crops do not go with images that are encoded once: each epoch would see the same ones."
+            )
+        if self.streaming:
+            raise ConfigError("`--streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
 
 
 def main(config: TrainPriorConfig) -> None:
@@ -127,22 +131,14 @@ def main(config: TrainPriorConfig) -> None:
     )
     optimizer = run.make_optimizer(parameters)
     lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
-    first_microbatch = step * config.gradient_accumulation_steps * accelerator.num_processes
-    loader = make_training_loader(
-        train_codes,
-        batch_size=config.train_batch_size,
-        seed=config.seed,
-        start=first_microbatch,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    prior, optimizer, lr_scheduler, loader = accelerator.prepare(prior, optimizer, lr_scheduler, loader)
+    prior, optimizer, lr_scheduler = accelerator.prepare(prior, optimizer, lr_scheduler)
     ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
 
-    microbatch = first_microbatch + accelerator.process_index
+    microbatch = run.first_microbatch(step)
     progress = run.progress(config.max_train_steps, step, "Prior")
-    batches = iter(loader)
+    batches = run.training_batches(train_codes, step)
     prior.train()
     with StopSignal(accelerator) as stop:
         while step < config.max_train_steps:

@@ -1,0 +1,171 @@
+"""One image: from the bytes of a file to a square of pixels."""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from dae_diffusers.cli import UserError
+from dae_diffusers.data.arrays import decode_array, resize_and_crop_array
+from dae_diffusers.data.configuration import EMBEDDED, DataConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ImageReader:
+    r"""
+    Turns rows into squares of pixels, and batches of those into `pixel_values`, as the flags say.
+
+    Args:
+        config ([`DataConfig`]): Resolution, channels, crops, flips and range of values.
+        is_array (`bool`): Whether images are read as arrays of floats rather than as 8-bit pictures.
+    """
+
+    def __init__(self, config: DataConfig, is_array: bool):
+        self.config = config
+        self.is_array = is_array
+        self._warned_small = False
+
+    def read(self, item: Any, name: Callable[[], str], draw: int | None = None) -> np.ndarray:
+        r"""
+        Args:
+            item: A row's image: `{"bytes", "path"}`, or nested lists.
+            name (`Callable`): Gives the image's name for an error.
+            draw (`int`, *optional*): Chooses the crop; without it, the centre.
+
+        Returns:
+            `np.ndarray` of shape `(resolution, resolution, C)`: uint8, or float32 for arrays; not flipped.
+
+        Raises:
+            UserError: If it cannot be decoded or is too small.
+        """
+        try:
+            decode = decode_array if self.is_array else decode_image
+            image = decode(read_content(item), channels=self.config.image_channels)
+        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
+            raise UserError(
+                f"the image {name()} cannot be decoded ({' '.join(str(error).split())}). "
+                "Remove or replace it, or pass `--on_bad_image skip`."
+            ) from None
+        random = np.random.default_rng(draw) if draw is not None and self.config.crops_at_random else None
+        width, height = image.shape[1::-1] if self.is_array else image.size
+        self._check_size(width, height, name)
+        if random is not None and self.config.random_resized_crop is not None:
+            left, top, side = random_square(width, height, self.config.random_resized_crop, random)
+            if self.is_array:
+                image = image[top : top + side, left : left + side]
+            else:
+                image = image.crop((left, top, left + side, top + side))
+        resize = resize_and_crop_array if self.is_array else resize_and_crop
+        pixels = np.asarray(resize(image, self.config.resolution, random=random))
+        return pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
+
+    def to_pixel_values(self, pixels: np.ndarray, draws: Sequence[int | None]) -> torch.Tensor:
+        r"""
+        Args:
+            pixels (`np.ndarray` of shape `(B, resolution, resolution, C)`): As [`read`] gives them; may be changed.
+            draws (`Sequence[int | None]`): An image with an odd one is flipped, if the flags say so.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, resolution, resolution)`: float32 in [-1, 1].
+        """
+        flips = [draw is not None and self.config.random_flip and is_flipped(draw) for draw in draws]
+        if any(flips):
+            pixels[flips] = pixels[flips][:, :, ::-1]
+        low, high = self.config.value_range or (0.0, 255.0)
+        pixel_values = (
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        )
+        return pixel_values.sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
+
+    def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
+        if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
+            return
+        if not self.config.strict_size and self._warned_small:
+            return
+        seen = f"the image {name()} has {width}x{height} pixels"
+        if self.config.strict_size:
+            raise UserError(
+                f"{seen}, fewer than `--resolution` {self.config.resolution}. Remove it, lower the resolution, or drop "
+                "`--strict_size` to enlarge it."
+            )
+        self._warned_small = True
+        logger.warning("%s: enlarged to %d, like any other smaller one.", seen, self.config.resolution)
+
+
+def is_flipped(draw: int) -> bool:
+    r"""Whether a draw flips its image; images and cached latents follow the same rule."""
+    return draw % 2 == 1
+
+
+def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
+    r"""
+    Decodes an image file to 8-bit RGB (`channels=3`) or grayscale (`channels=1`).
+
+    EXIF rotation is applied; an animation gives its first frame; transparency is laid over white; CMYK, palette and
+    other modes are converted by Pillow. Files of 16 bits or floats go through `dae_diffusers.data.arrays` instead.
+
+    Raises:
+        Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float images.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF and palettes; bombs still raise
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("it has float pixels, unlike the first image")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def resize_and_crop(image: Image.Image, resolution: int, *, random: np.random.Generator | None = None) -> Image.Image:
+    r"""
+    Scales the shorter side to `resolution` and crops a square.
+
+    Large images are first halved by box filtering while they stay at least twice as large, then scaled bicubically, as
+    in ADM's preprocessing, so that nothing aliases.
+
+    Args:
+        image (`PIL.Image.Image`): Of any size.
+        resolution (`int`): Side of the result, in pixels.
+        random (`numpy.random.Generator`, *optional*): Chooses the place of the crop; without it, the centre.
+
+    Source: Dhariwal and Nichol, 2021, https://huggingface.co/papers/2105.05233.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    spare = (image.width - resolution, image.height - resolution)
+    left, top = (x // 2 for x in spare) if random is None else (int(random.integers(x + 1)) for x in spare)
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def random_square(width: int, height: int, min_area: float, random: np.random.Generator) -> tuple[int, int, int]:
+    r"""Left, top and side of a square whose area is a uniform share in `[min_area, 1]` of the largest square's."""
+    side = max(1, round(min(width, height) * random.uniform(min_area, 1) ** 0.5))
+    return int(random.integers(width - side + 1)), int(random.integers(height - side + 1)), side
+
+
+def read_content(item: Any) -> Any:
+    r"""The bytes of an image file, or the lists of an array column as they are."""
+    if item is None:
+        raise ValueError("the row is empty")
+    if not isinstance(item, dict):
+        return item
+    data = item["bytes"] if item["bytes"] is not None else Path(item["path"]).read_bytes()
+    if not data:
+        raise ValueError("the file has 0 bytes")
+    return data

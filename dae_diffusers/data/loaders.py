@@ -1,0 +1,121 @@
+"""In which order a data set's images come, and the loaders that bring them."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dae_diffusers.data.streaming import ImageStream, StreamedImages
+from dae_diffusers.randomness import derived_seed
+
+# One pass over a stream ends after this many images, over all processes.
+STREAM_PASS_SAMPLES = 50_000
+
+
+class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
+    r"""
+    Endless micro-batches of `(image number, draw)`. Micro-batch `m` is a pure function of `(seed, m)`: each pass over
+    the data is shuffled anew, no image is left out and none repeated within a pass.
+
+    It knows nothing of processes: `accelerate` deals micro-batches `m = i * num_processes + process_index` to each.
+
+    Args:
+        num_samples (`int`): Number of images.
+        batch_size (`int`): Images in a micro-batch.
+        seed (`int`): The run's.
+        start (`int`, *optional*, defaults to 0): The first micro-batch, to continue a run.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, start: int = 0):
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.drop_last = False
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position, epoch, order = self.start * self.batch_size, -1, []
+        while True:
+            batch = []
+            for _ in range(self.batch_size):
+                if position // self.num_samples != epoch:
+                    epoch = position // self.num_samples
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+                batch.append((int(order[position % self.num_samples]), derived_seed(self.seed, 1, position)))
+                position += 1
+            yield batch
+
+
+def make_training_loader(
+    dataset: Dataset, *, batch_size: int, seed: int, start: int = 0, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    r"""An endless loader of shuffled micro-batches, to be prepared by `accelerate`; see [`MicrobatchSampler`]."""
+    if batch_size > len(dataset):
+        warnings.warn(
+            f"`--train_batch_size` {batch_size} is larger than the data set ({len(dataset)} images): images repeat "
+            "within a batch. Use a smaller batch.",
+            stacklevel=2,
+        )
+    return DataLoader(
+        dataset,
+        batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start),
+        collate_fn=collate_fn_of(dataset),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def make_stream_loader(stream: ImageStream, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    r"""The batches of a stream, decoded in `num_workers` processes. It is this process's already: not for `accelerate` to deal out."""
+    return DataLoader(
+        stream.images,
+        batch_sampler=stream,
+        collate_fn=stream.images.collate_fn,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def make_pass_loader(
+    dataset: Dataset, *, batch_size: int, process_index: int = 0, num_processes: int = 1, num_workers: int = 0
+) -> DataLoader:
+    r"""
+    One pass without augmentation over this process's share; over all processes each image comes exactly once. Of a stream it
+    brings `STREAM_PASS_SAMPLES` images, shuffled as in its first pass with the seed 0.
+    """
+    if isinstance(dataset, StreamedImages):
+        stream = ImageStream(
+            dataset,
+            batch_size,
+            seed=0,
+            process_index=process_index,
+            num_processes=num_processes,
+            max_samples=-(-STREAM_PASS_SAMPLES // num_processes),
+        )
+        return make_stream_loader(stream, num_workers=num_workers)
+    share = torch.utils.data.Subset(dataset, range(process_index, len(dataset), num_processes))
+    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn_of(dataset))
+
+
+def collate_fn_of(dataset: Dataset) -> Callable | None:
+    r"""That of a dataset which makes whole batches, also below a `Subset`; None for others."""
+    while isinstance(dataset, torch.utils.data.Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "collate_fn", None)
+
+
+def describe_size(dataset: Dataset) -> str:
+    r"""How many images a run trains on, in words."""
+    if not isinstance(dataset, StreamedImages):
+        return f"{len(dataset)} training images"
+    size = "of unknown length" if dataset.num_examples is None else f"of {dataset.num_examples} images"
+    return f"a stream {size} in {dataset.rows.num_shards} shards"
+
+
+def count_images(dataset: Dataset) -> dict[str, int]:
+    r"""The same for the record of a run; empty where it is not known."""
+    number = dataset.num_examples if isinstance(dataset, StreamedImages) else len(dataset)
+    return {} if number is None else {"training_images": number}

@@ -1,0 +1,323 @@
+"""Images that are read as they come, for data sets larger than the disk, in an order that a run can go on with exactly."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from dae_diffusers.cli import UserError
+from dae_diffusers.data.configuration import DataConfig
+from dae_diffusers.data.images import ImageReader, read_content
+from dae_diffusers.randomness import derived_seed
+
+logger = logging.getLogger(__name__)
+
+# Shards are dealt to processes and shuffled; a data set of more files than this is taken in runs of several files.
+_MAX_SHARDS = 1024
+
+
+@dataclass(frozen=True)
+class StreamedRow:
+    r"""
+    One image on its way from the stream to the process that decodes it.
+
+    Attributes:
+        image: The column's value, not decoded.
+        label (`int` or `None`): Of its class.
+        number (`int`): Of the images this process has read.
+        draw (`int` or `None`): Seeds its augmentation; None: none.
+    """
+
+    image: Any
+    label: int | None
+    number: int
+    draw: int | None
+
+    @property
+    def name(self) -> str:
+        r"""Its file's, where it has one."""
+        path = isinstance(self.image, dict) and self.image.get("path")
+        return path or f"number {self.number} of the stream"
+
+
+class StreamedImages(Dataset):
+    r"""
+    A split without numbers: makes batches, as [`ImageDataset`] does, of the rows that an [`ImageStream`] hands out. Decoding
+    thus happens in the loader's worker processes, reading in the process that trains.
+
+    Args:
+        rows (`datasets.IterableDataset`): Images not decoded.
+        config ([`DataConfig`]): How images are read.
+        image_column, label_column (`str`): Of `rows`; no labels if the latter is None.
+        id2label (`dict[int, str]` or `None`): Names of the classes.
+        is_array (`bool`): Whether images are arrays rather than 8-bit pictures.
+        fingerprint (`str`): Of the data set.
+        held_out (`frozenset[bytes]`, *optional*): [`content_hash`] of images that are for validation.
+        num_examples (`int`, *optional*): How many images there are, where the data set says so.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        config: DataConfig,
+        *,
+        image_column: str,
+        label_column: str | None,
+        id2label: dict[int, str] | None,
+        is_array: bool,
+        fingerprint: str,
+        held_out: frozenset[bytes] = frozenset(),
+        num_examples: int | None = None,
+    ):
+        self.rows = rows
+        self.config = config
+        self.image_column = image_column
+        self.label_column = label_column
+        self.id2label = id2label
+        self.is_array = is_array
+        self.fingerprint = fingerprint
+        self.held_out = held_out
+        self.num_examples = num_examples
+        self._reader = ImageReader(config, is_array)
+        self._num_read = self._num_bad = 0
+
+    def __getitems__(self, rows: list[StreamedRow]) -> dict[str, torch.Tensor]:
+        images = [self._read(row) for row in rows]
+        good = [index for index, pixels in enumerate(images) if pixels is not None]
+        if not good:
+            raise UserError(f"all {len(rows)} images of a batch are bad, the last of them {rows[-1].name}.")
+        # A bad image's place is taken by the next good one.
+        chosen = [next((g for g in good if g >= index), good[0]) for index in range(len(rows))]
+        rows = [rows[index] for index in chosen]
+        pixels = np.stack([images[index] for index in chosen])
+        batch = {"pixel_values": self._reader.to_pixel_values(pixels, [row.draw for row in rows])}
+        if self.id2label is not None:
+            batch["class_labels"] = torch.tensor([self._checked_label(row) for row in rows])
+        return batch
+
+    @staticmethod
+    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        r"""For `DataLoader`: `__getitems__` has made the batch already."""
+        return batch
+
+    def _read(self, row: StreamedRow) -> np.ndarray | None:
+        self._num_read += 1
+        try:
+            return self._reader.read(row.image, lambda: row.name, row.draw)
+        except UserError as error:
+            if self.config.on_bad_image == "raise":
+                raise
+            self._num_bad += 1
+            logger.warning("left out: %s", error)
+            # By each worker process for what it has read; few images say little about a share.
+            if self._num_bad > self.config.max_bad_image_share * max(self._num_read, 1000):
+                raise UserError(
+                    f"{self._num_bad} of {self._num_read} images are bad, more than `--max_bad_image_share` "
+                    f"{self.config.max_bad_image_share} allows; the last: {error}"
+                ) from None
+            return None
+
+    def _checked_label(self, row: StreamedRow) -> int:
+        if row.label is None or not 0 <= row.label < len(self.id2label):
+            raise UserError(
+                f"the label of the image {row.name} is {row.label}, but labels must lie in 0..{len(self.id2label) - 1}. "
+                "Give the right `--num_classes`, or train without labels (`--label_column none`)."
+            )
+        return row.label
+
+
+class ImageStream(Sampler[list[StreamedRow]]):
+    r"""
+    A process's endless, shuffled micro-batches of a [`StreamedImages`].
+
+    Each pass shuffles the shards by `(seed, pass)` and deals them to the processes in turn; where there are fewer shards
+    than processes, each process reads all of them and keeps every `num_processes`-th row. Within a pass, images are shuffled
+    in blocks of `config.shuffle_buffer_size` that a thread reads ahead. So what comes is a function of the seed, the processes and the
+    position, and a state is a place in the data set and a position in a block: no buffered image is lost when a run goes on.
+
+    Args:
+        images ([`StreamedImages`]): What to read.
+        batch_size (`int`): Images in a micro-batch.
+        seed (`int`): The run's.
+        process_index, num_processes (`int`, *optional*): Whose share this is.
+        state (`dict`, *optional*): Of [`state_after`], to go on from there.
+        max_samples (`int`, *optional*): End after one pass, or after this many images, and augment none of them.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        batch_size: int,
+        *,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        state: dict[str, Any] | None = None,
+        max_samples: int | None = None,
+    ):
+        self.images = images
+        self.batch_size = batch_size
+        self.drop_last = False
+        self.seed = seed
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.max_samples = max_samples
+        self.block_size = images.config.shuffle_buffer_size
+        state = state or {"position": 0, "block_start": 0, "block_size": self.block_size, "epoch": 0}
+        if state["block_size"] != self.block_size:
+            raise UserError(
+                f"`--shuffle_buffer_size` is {self.block_size}, but the checkpoint comes from a run with "
+                f"{state['block_size']}. Go on with that."
+            )
+        self._state = state
+        self._states = {state["block_start"]: state}  # at the beginning of each block
+
+    def __iter__(self) -> Iterator[list[StreamedRow]]:
+        position, block_start, batch = self._state["position"], self._state["block_start"], []
+        place, states = _Place(self, self._state), {block_start: self._state}
+        self._states = states  # of the newest iterator
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image-stream")
+        try:
+            block = pool.submit(self._read_block, place, states)
+            while rows := block.result():
+                block = pool.submit(self._read_block, place, states)
+                order = np.random.default_rng((self.seed, 1, block_start)).permutation(len(rows))
+                for index in order[position - block_start :]:
+                    batch.append(self._row(rows[index], position))
+                    position += 1
+                    if len(batch) == self.batch_size:
+                        yield batch
+                        batch = []
+                    if position == self.max_samples:
+                        break
+                block_start += len(rows)
+                if position == self.max_samples:
+                    break
+            if batch:
+                yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def state_after(self, num_batches: int) -> dict[str, Any]:
+        r"""What JSON must hold to go on after so many micro-batches of this stream; earlier ones cannot be asked for any more."""
+        position = self._state["position"] + num_batches * self.batch_size
+        block_start = max(start for start in self._states if start <= position)
+        for old in [start for start in self._states if start < block_start]:
+            del self._states[old]
+        return {**self._states[block_start], "position": position, "block_start": block_start}
+
+    def _row(self, row: dict[str, Any], position: int) -> StreamedRow:
+        draw = None
+        if self.max_samples is None:
+            draw = derived_seed(self.seed, 1, position * self.num_processes + self.process_index)
+        label = row[self.images.label_column] if self.images.label_column is not None else None
+        return StreamedRow(row[self.images.image_column], label, position, draw)
+
+    def _read_block(self, place: "_Place", states: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            rows = place.read(self.block_size)
+        except UserError:
+            raise
+        except Exception as error:  # the network, the disk or a file's format may fail in any way
+            raise UserError(
+                f"the stream cannot be read on ({' '.join(str(error).split())[:500]}). If it can again, go on with "
+                "`--resume_from_checkpoint latest`."
+            ) from None
+        states[max(states) + len(rows)] = place.state()
+        return rows
+
+
+class _Place:
+    """A place in the endless passes over a stream's shards; `ImageStream` reads on from it, block by block."""
+
+    def __init__(self, stream: ImageStream, state: dict[str, Any]):
+        self.stream = stream
+        self.rows = stream.images.rows
+        self.num_shards = min(self.rows.num_shards, _MAX_SHARDS)
+        self.deals_rows = self.num_shards < stream.num_processes
+        self.epoch = state["epoch"]
+        self.turn = state.get("turn", 0)  # which of the epoch's shards
+        self.num_rows = state.get("num_rows", 0)  # that the epoch has given so far
+        self.num_kept = state.get("num_kept", 0)
+        self._open(state.get("shard"))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "block_size": self.stream.block_size,
+            "epoch": self.epoch,
+            "turn": self.turn,
+            "num_rows": self.num_rows,
+            "num_kept": self.num_kept,
+            "shard": None if self._shard is None else self._shard.state_dict(),
+        }
+
+    def read(self, number: int) -> list[dict[str, Any]]:
+        """The next rows, all of one pass; none only where there is one pass and it is over."""
+        kept = []
+        while len(kept) < number:
+            row = next(self._iterator, None)
+            if row is not None:
+                self.num_rows += 1
+                if self._is_mine(row):
+                    self.num_kept += 1
+                    kept.append(row)
+            elif self._shard is not None:
+                self.turn += 1
+                self._open()
+            elif kept or self.stream.max_samples is not None:
+                break
+            elif self.num_kept == 0:
+                raise UserError(
+                    f"the training split has no image for process {self.stream.process_index} of "
+                    f"{self.stream.num_processes} ({self.num_rows} rows read, {len(self.stream.images.held_out)} images held "
+                    "out). Lower `--max_validation_samples`, or use fewer processes."
+                )
+            else:
+                self.epoch, self.turn, self.num_rows, self.num_kept = self.epoch + 1, 0, 0, 0
+                self._open()
+        return kept
+
+    def _open(self, shard_state: dict[str, Any] | None = None) -> None:
+        """Begins the shard whose turn it is, or goes on inside it; without one the epoch is over."""
+        order = np.random.default_rng((self.stream.seed, 0, self.epoch)).permutation(self.num_shards)
+        if not self.deals_rows:
+            order = order[self.stream.process_index :: self.stream.num_processes]
+        self._shard, self._iterator = None, iter(())
+        if self.turn < len(order):
+            self._shard = self.rows.shard(num_shards=self.num_shards, index=int(order[self.turn]))
+            if shard_state is not None:
+                self._shard.load_state_dict(shard_state)
+            self._iterator = iter(self._shard)
+
+    def _is_mine(self, row: dict[str, Any]) -> bool:
+        if self.deals_rows and (self.num_rows - 1) % self.stream.num_processes != self.stream.process_index:
+            return False
+        images = self.stream.images
+        row[images.image_column] = fetch(row[images.image_column])
+        return not images.held_out or content_hash(row[images.image_column]) not in images.held_out
+
+
+def fetch(item: Any) -> Any:
+    r"""An image that lies elsewhere, with its bytes; others as they are."""
+    if isinstance(item, dict) and item.get("bytes") is None and "://" in (item.get("path") or ""):
+        with fsspec.open(item["path"], "rb") as file:
+            return {**item, "bytes": file.read()}
+    return item
+
+
+def content_hash(item: Any) -> bytes:
+    r"""Of an image's file or values; of nothing if it cannot be read."""
+    try:
+        content = read_content(item)
+    except (ValueError, OSError):
+        content = b""
+    data = content if isinstance(content, bytes) else np.asarray(content).tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
