@@ -8,21 +8,25 @@ import torch
 from accelerate import Accelerator
 from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import TINY_DAE, assert_same_weights, launch, resume, run, succeed, weights
+from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, resume, run, succeed, weights
 from torch.testing import assert_close
 
+from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.cli import ConfigError
 from dae_diffusers.losses.alignment import (
     LatentAlignment,
     LatentAlignmentSettings,
+    RepresentationAlignment,
+    make_projector,
     marginal_cosine_loss,
     marginal_distance_matrix_loss,
     representation_alignment_loss,
     resize_features,
 )
 from dae_diffusers.losses.perceptual import load_backbone
-from dae_diffusers.training import train_dae
+from dae_diffusers.training import cache_latents, train_dae, train_dit
 from dae_diffusers.training.train_dae import TrainDAEConfig
+from dae_diffusers.training.train_dit import TrainDiTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -240,6 +244,175 @@ def test_vf_goes_with_everything_else(image_folder, tmp_path, vf_flags, more):
 def test_bad_flags_of_the_vf_loss_are_refused_with_a_sentence(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
         TrainDAEConfig(**{"dataset_name": "digits", "resolution": 32, **flags})
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    vae = make_autoencoder().to_diffusers()
+    vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3, scaling_factor=1.0)
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repa_flags(backbone_folder, vae_folder):
+    return BARE_DIT + f" --vae {vae_folder} --repa_model {backbone_folder} --repa_projector_dim 16 --repa_layer 1"
+
+
+@pytest.fixture(scope="module")
+def trained_transformer(tmp_path_factory, image_folder, repa_flags):
+    folder = tmp_path_factory.mktemp("repa")
+    run(train_dit, repa_flags, train_data_dir=image_folder, output_dir=folder)
+    return folder
+
+
+def make_transformer() -> DAEDiTTransformer2DModel:
+    torch.manual_seed(0)
+    transformer = DAEDiTTransformer2DModel(
+        sample_size=8, in_channels=3, num_layers=3, num_attention_heads=2, attention_head_dim=8
+    )
+    for parameter in transformer.modulation.parameters():  # not the identity that a new model is
+        torch.nn.init.normal_(parameter, std=0.2)
+    return transformer
+
+
+@pytest.fixture
+def representation_alignment(backbone_folder):
+    def align(transformer: DAEDiTTransformer2DModel) -> RepresentationAlignment:
+        backbone = load_backbone(backbone_folder)
+        torch.manual_seed(1)
+        projector = make_projector(16, 12, backbone.patch_feature_dim)
+        return RepresentationAlignment(Accelerator(), backbone, projector, transformer.transformer_blocks[1], 0.5)
+
+    return align
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler itself
+@pytest.mark.parametrize("variant", ["plain", "checkpointing", "compiled", "compiled blocks"])
+def test_repa_is_of_its_block_however_the_transformer_runs(representation_alignment, pixel_values, variant):
+    transformer = make_transformer()
+    alignment = representation_alignment(transformer)
+    model = transformer
+    if variant == "checkpointing":
+        transformer.train().enable_gradient_checkpointing()
+    elif variant == "compiled":
+        model = torch.compile(transformer, backend="aot_eager")
+    elif variant == "compiled blocks":
+        transformer.compile_repeated_blocks(backend="aot_eager")
+    latents, timestep = (
+        torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)),
+        torch.tensor([100.0, 700.0]),
+    )
+    for _ in range(2):  # a second step sees nothing of the first
+        transformer.zero_grad()
+        velocity = model(latents, timestep, return_dict=False)[0]
+        term, logs = alignment.term(pixel_values, (4, 4))
+        (velocity.square().mean() + term).backward()
+
+    reference, outputs = make_transformer(), []
+    reference.transformer_blocks[1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    velocity = reference(latents, timestep, return_dict=False)[0]
+    features = resize_features(alignment.backbone.patch_features(pixel_values), (4, 4))
+    expected = representation_alignment_loss(alignment.projector(outputs[0]).mT.reshape(2, -1, 4, 4), features)
+    assert_close(logs["repa_loss"], expected)
+    assert_close(term, 0.5 * expected)
+    (velocity.square().mean() + 0.5 * expected).backward()
+    for (name, parameter), other in zip(transformer.named_parameters(), reference.parameters(), strict=True):
+        assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_repa_reaches_the_blocks_up_to_its_own(representation_alignment, pixel_values):
+    transformer = make_transformer()
+    alignment = representation_alignment(transformer)
+    transformer(torch.randn(2, 3, 8, 8), torch.tensor(500.0))
+    with torch.no_grad():  # drawing samples in between changes nothing
+        transformer(torch.randn(5, 3, 8, 8), torch.tensor(500.0))
+    alignment.term(pixel_values, (4, 4))[0].backward()
+    reached = [block.ff.down_proj.weight.grad is not None for block in transformer.transformer_blocks]
+    assert reached == [True, True, False]
+    assert all(parameter.grad.any() for parameter in alignment.projector.parameters())
+    assert all(parameter.grad is None for parameter in alignment.backbone.parameters())
+
+
+def test_repa_loss_falls(image_folder, tmp_path, repa_flags):
+    flags = repa_flags + " --max_train_steps 60 --learning_rate 3e-3 --lr_warmup_steps 0 --validation_steps 60"
+    run(train_dit, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    losses = [row["train/repa_loss"] for row in log_of(tmp_path, "train_dit") if "train/repa_loss" in row]
+    assert len(losses) == 60 and sum(losses[-10:]) < sum(losses[:10]) - 10 * 0.2
+
+
+def test_exported_pipeline_knows_nothing_of_repa(trained_transformer, image_folder, tmp_path, vae_folder):
+    run(train_dit, BARE_DIT, train_data_dir=image_folder, output_dir=tmp_path, vae=vae_folder)
+    aligned, plain = (folder / "pipeline" / "transformer" for folder in (trained_transformer, tmp_path))
+    assert (aligned / "config.json").read_text() == (plain / "config.json").read_text()
+    shapes = [{name: value.shape for name, value in weights(folder).items()} for folder in (aligned, plain)]
+    assert shapes[0] == shapes[1]
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (aligned, plain)]
+    assert files[0] == files[1]
+    pipeline = DAEDiTPipeline.from_pretrained(trained_transformer / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(class_labels=["cat"], num_inference_steps=1).images) == 1
+
+
+def test_resume_restores_the_repa_projector(trained_transformer, image_folder, tmp_path, repa_flags):
+    folder = tmp_path / "run"
+    resume(train_dit, repa_flags, trained_transformer, folder, 4, ("pipeline",), train_data_dir=image_folder)
+    for number in (0, 1):
+        assert_same_weights(*(checkpoint(path, "train_dit", 6, number) for path in (trained_transformer, folder)))
+    assert_same_weights(*(weights(path / "pipeline" / "transformer") for path in (trained_transformer, folder)))
+    assert log_of(trained_transformer, "train_dit") == log_of(folder, "train_dit")
+
+
+def test_repa_in_two_processes_equals_one_that_accumulates(image_folder, tmp_path, repa_flags):
+    more = " --gradient_accumulation_steps 2"
+    run(train_dit, repa_flags + more, train_data_dir=image_folder, output_dir=tmp_path / "1")
+    succeed(launch("train_dit", repa_flags, processes=2, train_data_dir=image_folder, output_dir=tmp_path / "2"))
+    for number in (0, 1):
+        first, second = (checkpoint(tmp_path / name, "train_dit", 6, number) for name in "12")
+        assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_repa_takes_the_images_beside_a_latent_cache(image_folder, tmp_path, repa_flags, vae_folder):
+    flags = repa_flags + " --random_flip"
+    data = {"train_data_dir": image_folder, "vae": vae_folder}
+    run(cache_latents, "--resolution 16 --dtype float32 --random_flip", output_dir=tmp_path / "cache", **data)
+    run(train_dit, flags, train_data_dir=image_folder, output_dir=tmp_path / "images")
+    run(
+        train_dit,
+        flags,
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "cached",
+        latent_cache=tmp_path / "cache",
+    )
+    first, second = (weights(tmp_path / name / "pipeline" / "transformer") for name in ("images", "cached"))
+    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_repa_in_bfloat16_without_classes(image_folder, tmp_path, repa_flags):
+    flags = repa_flags + " --mixed_precision bf16 --gradient_checkpointing --label_column none"
+    run(train_dit, flags, train_data_dir=image_folder, output_dir=tmp_path)
+    values = weights(tmp_path / "pipeline" / "transformer").values()
+    assert {value.dtype for value in values} == {torch.float32} and all(value.isfinite().all() for value in values)
+    rows = [row for row in log_of(tmp_path, "train_dit") if "train/repa_loss" in row]
+    assert len(rows) == 6 and all(-1 <= row["train/repa_loss"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"repa_weight": 0.0}, "`--repa_weight` is 0.0"),
+        ({"repa_projector_dim": 0}, "at least 1"),
+        ({"repa_layer": 13}, "blocks 1 to 12"),
+        ({"repa_layer": 0}, "blocks 1 to 12"),
+        ({"repa_model": "x", "dataset_name": None, "latent_cache": "cache"}, "give them beside"),
+        ({"repa_model": "x", "latent_cache": "cache", "random_crop": True}, "other images"),
+        ({"repa_model": "x", "image_channels": 4}, "1 or 3 channels"),
+    ],
+)
+def test_bad_flags_of_repa_are_refused_with_a_sentence(flags, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TrainDiTConfig(**{"dataset_name": "digits", **flags})
 
 
 @pytest.fixture(autouse=True)
