@@ -51,7 +51,7 @@ def marginal_distance_matrix_loss(
     `mean(relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin))` over all pairs of positions `i, j` of an image: positions that are
     alike for the vision model shall be alike in the latents. The two widths may differ.
 
-    Costs `2 N^2 (D + D')` floating-point operations per image of `N` positions, and twice that again for the gradient.
+    Costs `2 N^2 (D + D')` floating-point operations per image of `N` positions, and `4 N^2 D` for the gradient.
 
     Args:
         projected, features (`torch.Tensor` of shapes `(B, D, h, w)` and `(B, D', h, w)`): As in [`marginal_cosine_loss`].
@@ -86,7 +86,7 @@ def _similarities(features: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class LatentAlignmentSettings:
     r"""
-    The defaults are the published ones, save the cap.
+    The defaults follow the paper, save the cap.
 
     Attributes:
         weight (`float`): Of the term, times the adaptive weight.
@@ -135,7 +135,7 @@ class LatentAlignment:
         The weighted term of the autoencoder's loss.
 
         Costs a forward pass of the backbone, a 1x1 convolution and the distance matrices; with the adaptive weight also a
-        second backward pass through the decoder, which leads from `other_loss` to the encoder.
+        second backward pass through these and through the decoder, which leads from `other_loss` to the encoder.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): With their graph.
