@@ -40,16 +40,17 @@ def make_vq_model(quantizer: str = "ema_l2", auxiliary_decoder_type: str = "drop
 def save_backbone(folder: Path, kind: str) -> str:
     """Saves a vision model and its image processor: `resnet`, `vit`, or a ResNet `classifier` of three classes."""
     torch.manual_seed(0)
+    mean, std = ([0.5] * 3, [0.5] * 3) if kind == "classifier" else ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     if kind == "vit":
         config = ViTConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32
         )
         config.patch_size = 8
-        model, mean, std = ViTModel(config), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+        model = ViTModel(config)
     else:
         config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
         model_class = ResNetForImageClassification if kind == "classifier" else ResNetModel
-        model, mean, std = model_class(config), [0.5] * 3, [0.5] * 3
+        model = model_class(config)
     model.eval().save_pretrained(folder)
     processor = {
         "image_processor_type": "ViTImageProcessor",

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from models import make_autoencoder
+from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
 from scripts import BARE_DIT, free_port, in_child, start
 from test_launch_configs import arguments_of
@@ -78,3 +78,11 @@ def test_autoencoder_is_refused_under_fsdp(image_folder, tmp_path):
     )
     assert code == 2 and "error: train_dae does not run under FSDP; use" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_second_model_is_refused_under_fsdp(vae, image_folder, tmp_path):
+    flags = BARE_DIT + f" --repa_model {save_backbone(tmp_path, 'vit')}"
+    code, text = in_two_processes(
+        lambda: start(flags, script=train_dit, train_data_dir=image_folder, output_dir=tmp_path / "run", vae=vae)
+    )
+    assert code == 2 and "FSDP and DeepSpeed do not take; use DDP" in text

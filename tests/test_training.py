@@ -204,6 +204,13 @@ def test_autoencoder_without_statistics_gets_them(trained, image_folder, tmp_pat
     torch.testing.assert_close(torch.tensor(with_statistics.latents_std), torch.tensor(expected.latents_std))
     assert with_statistics.scaling_factor == 1.0
 
+    data = {"train_data_dir": image_folder, "vae": tmp_path / "vae"}
+    run(cache_latents, "--resolution 16 --dtype float32", output_dir=tmp_path / "cache", **data)
+    cached = {"vae": tmp_path / "vae", "latent_cache": tmp_path / "cache"}
+    run(train_dit, TINY_DIT, output_dir=tmp_path / "cached", **cached)
+    of_cache = DAEDiTPipeline.from_pretrained(tmp_path / "cached" / "pipeline").vae.config
+    torch.testing.assert_close(torch.tensor(of_cache.latents_std), torch.tensor(expected.latents_std))
+
 
 def test_tracker_gets_scalars_and_pictures(image_folder, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -58,6 +58,7 @@ from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import compute_latent_statistics
 from dae_diffusers.losses.adversarial import AdversarialTraining, BackboneDiscriminator, PatchDiscriminator
+from dae_diffusers.losses.alignment import LatentAlignment
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_entropy_loss, codebook_loss, commitment_loss
 from dae_diffusers.losses.perceptual import load_backbone, load_perceptual_loss
@@ -92,10 +93,10 @@ class TrainDAEConfig(
                 f"{len(self.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, self.resolution // factor) * factor} and {(self.resolution // factor + 1) * factor}."
             )
-        has_rgb_loss = self.perceptual_model is not None or self.discriminator_model is not None
-        if has_rgb_loss and self.image_channels not in (1, 3):
+        rgb_only = ("perceptual_model", "discriminator_model", "vf_model")
+        if self.image_channels not in (1, 3) and any(getattr(self, name) is not None for name in rgb_only):
             raise ConfigError(
-                f"`--perceptual_model` and `--discriminator_model` take images of 1 or 3 channels, not {self.image_channels}."
+                f"`--{'`, `--'.join(rgb_only)}` take images of 1 or 3 channels, not {self.image_channels}."
             )
         if self.mixed_precision == "fp16" and self.gradient_accumulation_steps > 1 and self.has_adversarial_loss:
             raise ConfigError(
@@ -261,14 +262,16 @@ def train_stage(
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = run.make_optimizer(parameters)
+    alignment = make_latent_alignment(run, model)
+    trained = [*parameters, *([] if alignment is None else alignment.projection.parameters())]
+    optimizer = run.make_optimizer(trained)
     lr_scheduler = run.make_lr_scheduler(optimizer, last_step - first_step)
     perceptual_weight = config.perceptual_weight_of(config.trains_final_decoder(stage))
     perceptual_loss = (
         load_perceptual_loss(config.perceptual_model).to(accelerator.device) if perceptual_weight else None
     )
     adversary = make_adversary(run, stage)
-    last_layer = model.last_layer
+    last_layer, encoder_last_layer = model.last_layer, model.encoder_last_layer
     factor = spatial_factor(model)
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema = run.make_ema(parameters)
@@ -282,6 +285,9 @@ def train_stage(
         train_images = with_cached_latents(run, accelerator.unwrap_model(model), train_images)
     step = start_step
     microbatch = run.first_microbatch(step)
+    accumulated = [model]
+    accumulated += [] if adversary is None else [adversary.discriminator]
+    accumulated += [] if alignment is None else [alignment.projection]
     codebook = accelerator.unwrap_model(model).quantize if config.autoencoder == "vq" else None
     forward_options = {"sample_posterior": True} if codebook is None else {}
     progress = run.progress(last_step - first_step, start_step - first_step, f"Stage {stage}")
@@ -291,8 +297,8 @@ def train_stage(
         while step < last_step:
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
-            with accelerator.accumulate(model, *([] if adversary is None else [adversary.discriminator])):
-                perturbation = perturb(batch["pixel_values"], stage, factor, **config.regularization())
+            with accelerator.accumulate(*accumulated):
+                perturbation = perturb(batch["pixel_values"], stage, factor, **config.perturbations())
                 pixel_values = perturbation.targets
                 reconstruction, latent = model(
                     perturbation.inputs,
@@ -311,6 +317,11 @@ def train_stage(
                         perceptual = perceptual_loss(reconstruction, pixel_values)
                     run.add(perceptual_loss=perceptual)
                     loss = loss + perceptual_weight * perceptual
+                if alignment is not None:
+                    latents = latent.sample() if codebook is None else latent.latents
+                    term, values = alignment.term(latents, batch["pixel_values"], loss, encoder_last_layer)
+                    run.add(**values)
+                    loss = loss + term
                 if adversary is not None:
                     term, values = adversary.generator_term(reconstruction, loss, last_layer, step - first_step)
                     run.add(**values)
@@ -320,7 +331,7 @@ def train_stage(
                 run.guard.watch(loss, step + 1, microbatch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    gradient_norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
                     if run.guard.allows(gradient_norm):
                         optimizer.step()
                     elif codebook is not None:
@@ -420,6 +431,19 @@ def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
     discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
     return AdversarialTraining(
         run.accelerator, discriminator, optimizer, settings, config.max_grad_norm, allows_step=run.guard.allows
+    )
+
+
+def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel) -> LatentAlignment | None:
+    """The VF loss with its projection, or None in stage 2 and without `--vf_model`."""
+    config = run.config
+    if config.vf_model is None or model.stage != 1:
+        return None
+    backbone = load_backbone(config.vf_model).to(run.accelerator.device)
+    torch.manual_seed(derived_seed(config.seed, 8))  # the same weights however many processes drew before
+    projection = torch.nn.Conv2d(num_latent_channels(model), backbone.patch_feature_dim, 1, bias=False)
+    return LatentAlignment(
+        run.accelerator, backbone, run.accelerator.prepare(projection), config.latent_alignment_settings()
     )
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
@@ -29,11 +29,13 @@ from dae_diffusers.autoencoders.loading import (
 )
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, count_images, describe_size, load_images, make_pass_loader
+from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint
+from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint
 from dae_diffusers.latents.statistics import compute_latent_statistics, has_latent_statistics, normalize_latents
+from dae_diffusers.losses.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
+from dae_diffusers.losses.perceptual import load_backbone
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
@@ -97,14 +99,51 @@ class FlowMatchingConfig:
 
 
 @dataclass
-class TrainDiTConfig(RunConfig, FlowMatchingConfig, DiTConfig, OptimizationConfig, DataConfig):
+class RepresentationAlignmentConfig:
+    """Representation alignment (REPA)."""
+
+    repa_model: str | None = field(
+        None, "align hidden states with the features of this vision model (Hub id or folder); needs the images"
+    )
+    repa_weight: float = field(0.5, "weight of the alignment")
+    repa_layer: int | None = field(None, "number of the block whose output is aligned; default: a third of the depth")
+    repa_projector_dim: int = field(2048, "width of the projector, which is not exported")
+
     def __post_init__(self):
-        for part in (DataConfig, OptimizationConfig, DiTConfig, FlowMatchingConfig, RunConfig):
+        if not self.repa_weight > 0:
+            raise ConfigError(
+                f"`--repa_weight` is {self.repa_weight}, but must be above 0; leave out `--repa_model` instead."
+            )
+        if self.repa_projector_dim < 1:
+            raise ConfigError(f"`--repa_projector_dim` is {self.repa_projector_dim}, but must be at least 1.")
+
+
+@dataclass
+class TrainDiTConfig(
+    RunConfig, RepresentationAlignmentConfig, FlowMatchingConfig, DiTConfig, OptimizationConfig, DataConfig
+):
+    def __post_init__(self):
+        for part in reversed(TrainDiTConfig.__bases__):
             part.__post_init__(self)
+        has_images = self.dataset_name is not None or self.train_data_dir is not None
         if self.latent_cache is None:
             self.require_source()
         elif self.streaming:
             raise ConfigError("`--latent_cache` does not go with `--streaming`; leave one of them out.")
+        num_layers = self.architecture()["num_layers"]
+        if self.repa_layer is not None and not 1 <= self.repa_layer <= num_layers:
+            raise ConfigError(f"`--repa_layer` is {self.repa_layer}, but the transformer has blocks 1 to {num_layers}.")
+        if self.repa_model is None:
+            return
+        if not has_images:
+            raise ConfigError(
+                "`--repa_model` looks at the images, which a latent cache does not hold: give them beside `--latent_cache` "
+                "(`--train_data_dir` or `--dataset_name`, with the flags they were cached with)."
+            )
+        if self.latent_cache is not None and self.crops_at_random:
+            raise ConfigError("random crops show other images than those in `--latent_cache`. Leave out one of them.")
+        if self.image_channels not in (1, 3):
+            raise ConfigError(f"`--repa_model` takes images of 1 or 3 channels, not {self.image_channels}.")
 
 
 def main(config: TrainDiTConfig) -> None:
@@ -113,7 +152,7 @@ def main(config: TrainDiTConfig) -> None:
     vae = load_autoencoder(config.vae).to(accelerator.device)
     config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
-        train_data, validation_data = load_data(config, vae)
+        train_data, validation_data, training_images = load_data(config, vae)
     sample_size = latent_size(config, vae, train_data)
     shares = {
         "process_index": accelerator.process_index,
@@ -139,6 +178,7 @@ def main(config: TrainDiTConfig) -> None:
     )
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    patch_size = transformer.config.patch_size
     parameters = list(transformer.parameters())
     num_parameters = sum(parameter.numel() for parameter in parameters)
     logger.info(
@@ -147,7 +187,9 @@ def main(config: TrainDiTConfig) -> None:
         transformer.config.num_classes or "no",
         num_parameters / 1e6,
     )
-    optimizer = run.make_optimizer(parameters)
+    alignment = make_alignment(run, transformer)
+    projector_parameters = [] if alignment is None else list(alignment.projector.parameters())
+    optimizer = run.make_optimizer(parameters + projector_parameters)
     lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
     resume_path, step, _ = run.start(
         {"the training images": train_data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
@@ -161,14 +203,17 @@ def main(config: TrainDiTConfig) -> None:
         run.checkpointer.load(resume_path, ema=ema)
 
     microbatch = run.first_microbatch(step)
+    accumulated = [transformer, *([] if alignment is None else [alignment.projector])]
     progress = run.progress(config.max_train_steps, step, "DiT")
-    batches = run.training_batches(train_data, step)
+    batches = run.training_batches(
+        train_data if training_images is None else ImagesWithLatents(training_images, train_data), step
+    )
     transformer.train()
     with StopSignal(accelerator) as stop:
         while step < config.max_train_steps:
             batch = next(batches)
             seed_microbatch(config.seed, microbatch)
-            with accelerator.accumulate(transformer):
+            with accelerator.accumulate(*accumulated):
                 mean, std = encode(batch, vae, accelerator)
                 latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
                 noise = torch.randn_like(latents)
@@ -187,10 +232,15 @@ def main(config: TrainDiTConfig) -> None:
                 )[0]
                 loss = flow_matching_loss(velocity, latents, noise).mean()
                 run.add(loss=loss)
+                if alignment is not None:
+                    grid = tuple(side // patch_size for side in latents.shape[2:])
+                    term, values = alignment.term(batch["pixel_values"], grid)
+                    run.add(**values)
+                    loss = loss + term
                 run.guard.watch(loss, step + 1, microbatch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    gradient_norm = accelerator.clip_grad_norm_(parameters + projector_parameters, config.max_grad_norm)
                     if run.guard.allows(gradient_norm):
                         optimizer.step()
                 optimizer.zero_grad()
@@ -236,18 +286,40 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline")
 
 
-def load_data(config: TrainDiTConfig, vae: AutoencoderKL) -> tuple[Dataset, Dataset]:
-    """Training and validation data: cached latents, or images that are encoded on the fly."""
+def make_alignment(run: TrainingRun, transformer: DAEDiTTransformer2DModel) -> RepresentationAlignment | None:
+    """REPA with its projector, or None without `--repa_model`."""
+    config, accelerator = run.config, run.accelerator
+    if config.repa_model is None:
+        return None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError("`--repa_model` trains a second model, which FSDP and DeepSpeed do not take; use DDP.")
+    backbone = load_backbone(config.repa_model).to(accelerator.device)
+    blocks = transformer.transformer_blocks
+    layer = config.repa_layer or max(1, len(blocks) // 3)
+    torch.manual_seed(derived_seed(config.seed, 9))
+    projector = make_projector(
+        transformer.patch_embed.out_features, config.repa_projector_dim, backbone.patch_feature_dim
+    )
+    return RepresentationAlignment(
+        accelerator, backbone, accelerator.prepare(projector), blocks[layer - 1], config.repa_weight
+    )
+
+
+def load_data(config: TrainDiTConfig, vae: AutoencoderKL) -> tuple[Dataset, Dataset, ImageDataset | None]:
+    """
+    Training and validation data: cached latents, or images that are encoded on the fly. Then the training images that are
+    wanted beside cached latents, if they are.
+    """
     images = None
     if config.dataset_name is not None or config.train_data_dir is not None:
         images = load_images(config, config.seed)
     if config.latent_cache is None:
-        return images
+        return (*images, None)
     caches = tuple(CachedLatents(Path(config.latent_cache) / split) for split in ("train", "validation"))
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
-    return caches
+    return (*caches, None if config.repa_model is None else images[0])
 
 
 def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int | tuple[int, int]:

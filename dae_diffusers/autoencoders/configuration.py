@@ -8,6 +8,7 @@ from dae_diffusers.autoencoders.quantizers import QuantizerType, check_quantizer
 from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType, check_auxiliary_decoder
 from dae_diffusers.cli import ConfigError, field
 from dae_diffusers.losses.adversarial import AdversarialLossType, AdversarialSettings
+from dae_diffusers.losses.alignment import LatentAlignmentSettings
 
 
 @dataclass
@@ -257,6 +258,16 @@ class RegularizationConfig:
     latent_denoising: float = field(0.0, "stage 1: scale of the noise that latents are interpolated with (l-DeTok)")
     equivariance: float = field(0.0, "stage 1: share of batches that are turned and scaled in latent space (EQ-VAE)")
     noise_tau: float = field(0.0, "stage 2: scale of the noise on the real decoder's input")
+    vf_model: str | None = field(
+        None, "stage 1: align latents with the features of this vision model (Hub id or folder), the VF loss of VA-VAE"
+    )
+    vf_weight: float = field(0.1, "weight of the VF loss")
+    vf_cosine_margin: float = field(0.5, "VF loss: cosine distance between latents and features that is free")
+    vf_distance_margin: float = field(0.25, "VF loss: difference between their cosines of two positions that is free")
+    vf_adaptive_weight_cap: float = field(
+        100.0,
+        "VF loss: upper bound of the adaptive weight, which balances gradients at the encoder's last layer; 0: not adaptive",
+    )
 
     def __post_init__(self):
         if not 0 <= self.mask_ratio < 1:
@@ -265,10 +276,24 @@ class RegularizationConfig:
             raise ConfigError(f"`--mask_patch_size` is {self.mask_patch_size}, but must be at least 1.")
         if not 0 <= self.equivariance <= 1:
             raise ConfigError(f"`--equivariance` is {self.equivariance}, but must lie between 0 and 1.")
-        for name in ("latent_denoising", "noise_tau"):
+        for name in ("latent_denoising", "noise_tau", "vf_adaptive_weight_cap"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be 0 or more.")
+        if not self.vf_weight > 0:
+            raise ConfigError(
+                f"`--vf_weight` is {self.vf_weight}, but must be above 0; leave out `--vf_model` instead."
+            )
+        for name in ("vf_cosine_margin", "vf_distance_margin"):
+            if not 0 <= getattr(self, name) < 2:
+                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 0 and below 2.")
 
-    def regularization(self) -> dict[str, Any]:
-        """As [`~dae_diffusers.losses.regularizers.perturb`] takes it."""
-        return {name: getattr(self, name) for name in RegularizationConfig.__dataclass_fields__}
+    def perturbations(self) -> dict[str, Any]:
+        """As [`~dae_diffusers.losses.regularizers.perturb`] takes them."""
+        names = ("mask_ratio", "mask_patch_size", "latent_denoising", "equivariance", "noise_tau")
+        return {name: getattr(self, name) for name in names}
+
+    def latent_alignment_settings(self) -> LatentAlignmentSettings:
+        """Of the VF loss."""
+        return LatentAlignmentSettings(
+            self.vf_weight, self.vf_cosine_margin, self.vf_distance_margin, self.vf_adaptive_weight_cap
+        )

@@ -69,6 +69,11 @@ class DecoupledAutoencoderMixin:
         decoder = self.auxiliary_decoder.decoder if self.stage == 1 and self.is_decoupled else self.decoder
         return (decoder.conv_out if hasattr(decoder, "conv_out") else decoder[0]).weight
 
+    @property
+    def encoder_last_layer(self) -> torch.nn.Parameter:
+        r"""The last weight of the encoder, where gradients of losses on images and on latents can be compared."""
+        return self.encoder.conv_out.weight
+
     def set_stage(self, stage: Literal[1, 2] | None) -> None:
         r"""
         Chooses what `forward` runs and what trains. Call it before wrapping the model and before making the optimiser.

@@ -83,11 +83,11 @@ def compute_latent_statistics(
     vae: ModelMixin, loader: DataLoader, *, device: torch.device | str = "cpu", disable_progress: bool = True
 ) -> LatentStatistics:
     r"""
-    Encodes every image once and returns the statistics over all processes.
+    Encodes every image once, unless its latents are cached, and returns the statistics over all processes.
 
     Args:
         vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
-        loader (`DataLoader`): This process's share of the images; see `make_pass_loader`.
+        loader (`DataLoader`): This process's share of the images or cached latents; see `make_pass_loader`.
         device (`torch.device`, *optional*): Where to encode.
         disable_progress (`bool`, *optional*): Whether to hide the progress bar.
 
@@ -96,7 +96,10 @@ def compute_latent_statistics(
     """
     statistics = LatentStatistics.empty(num_latent_channels(vae))
     for batch in tqdm(loader, desc="Latent statistics", disable=disable_progress, leave=False):
-        statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
+        if "latents_mean" in batch:
+            statistics.add(batch["latents_mean"].to(device), batch["latents_std"].to(device))
+        else:
+            statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
     return sum(gather_object([statistics]), start=LatentStatistics.empty(num_latent_channels(vae)))
 
 

@@ -103,6 +103,33 @@ def generator_loss(logits_fake: torch.Tensor, loss_type: AdversarialLossType = "
     return -logits_fake.float().mean() if loss_type == "hinge" else F.softplus(-logits_fake.float()).mean()
 
 
+def adaptive_weight(
+    accelerator: Accelerator, other_loss: torch.Tensor, loss: torch.Tensor, layer: torch.Tensor, *, cap: float
+) -> torch.Tensor:
+    r"""
+    `|d other_loss / d layer| / |d loss / d layer|`, the factor that makes a loss pull at a layer as hard as the others do.
+
+    The gradients are averaged over all processes, so that all of them use the same factor; under accumulation each
+    micro-batch has its own.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        other_loss, loss (`torch.Tensor`): Scalars whose graphs stay.
+        layer (`torch.Tensor`): A weight that both depend on.
+        cap (`float`): Upper bound.
+
+    Returns:
+        `torch.Tensor`: Scalar, without gradient.
+
+    Source: Esser et al., 2021, https://huggingface.co/papers/2012.09841.
+    """
+    norms = []
+    for term in (other_loss, loss):
+        (gradient,) = torch.autograd.grad(term, layer, retain_graph=True)
+        norms.append(accelerator.reduce(gradient.float(), reduction="mean").norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(max=cap)
+
+
 def augment(images: torch.Tensor) -> torch.Tensor:
     r"""
     DiffAug: random brightness, saturation, contrast, translation (by up to 1/8) and a cut-out square (half the side), for
@@ -217,9 +244,8 @@ class AdversarialTraining:
         r"""
         The weighted adversarial term of the autoencoder's loss.
 
-        The adaptive weight is `|d other_loss / d last_layer| / |d adversarial / d last_layer|`, with the gradients averaged
-        over all processes, so that all of them use the same; under accumulation each micro-batch has its own. It costs a
-        second backward pass through the discriminator and the perceptual loss, but not through the decoder.
+        The [`adaptive_weight`] costs a second backward pass through the discriminator and the perceptual loss, but not
+        through the decoder.
 
         Args:
             reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): With its graph.
@@ -244,11 +270,9 @@ class AdversarialTraining:
             parameter.requires_grad_(True)
         logs = {"adversarial_loss": loss}
         if self.settings.adaptive_weight_cap > 0:
-            norms = []
-            for term in (other_loss, loss):
-                (gradient,) = torch.autograd.grad(term, last_layer, retain_graph=True)
-                norms.append(self.accelerator.reduce(gradient.float(), reduction="mean").norm())
-            adaptive = (norms[0] / (norms[1] + 1e-6)).clamp(max=self.settings.adaptive_weight_cap)
+            adaptive = adaptive_weight(
+                self.accelerator, other_loss, loss, last_layer, cap=self.settings.adaptive_weight_cap
+            )
             logs["adaptive_weight"] = adaptive
             loss = adaptive * loss
         return weight * loss, logs

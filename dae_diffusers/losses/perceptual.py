@@ -1,11 +1,13 @@
 """Perceptual loss: distance between the features of a frozen vision model, with a gradient into the image."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from dae_diffusers.cli import UserError
 from dae_diffusers.metrics.features import load_vision_model
@@ -46,6 +48,46 @@ class FrozenBackbone(nn.Module):
         Raises:
             ValueError: For another number of channels.
         """
+        output = self._run(images, output_hidden_states=True)
+        return [hidden.transpose(1, 2) if hidden.ndim == 3 else hidden for hidden in output.hidden_states]
+
+    @torch.no_grad()
+    def patch_features(self, images: torch.Tensor) -> torch.Tensor:
+        r"""
+        The last layer's features where they lie in the image, without a class token or registers, and without gradient.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): As in [`forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, D, h, w)`: With the grid of the backbone.
+
+        Raises:
+            UserError: If the backbone's output has no grid.
+        """
+        hidden = self._run(images).last_hidden_state
+        if hidden.ndim == 4:
+            return hidden
+        if hidden.ndim == 3:
+            patch_size = getattr(self.model.config, "patch_size", 1)
+            patch = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
+            grid = self.size[0] // patch[0], self.size[1] // patch[1]
+            if grid[0] * grid[1] > hidden.shape[1]:  # patches have been merged, as in Swin
+                grid = (math.isqrt(hidden.shape[1]),) * 2
+            num_others = hidden.shape[1] - grid[0] * grid[1]  # class token and registers come first
+            if num_others <= 8:
+                return hidden[:, num_others:].transpose(1, 2).unflatten(2, grid)
+        raise UserError(
+            f"the output of the vision model, a {type(self.model).__name__}, has the shape {tuple(hidden.shape)}: no grid of "
+            "features. Use one such as DINOv2, a ViT, ResNet or ConvNeXt."
+        )
+
+    @property
+    def patch_feature_dim(self) -> int:
+        r"""`D` of [`patch_features`]."""
+        return self.patch_features(torch.zeros(1, 3, *self.size, device=self.mean.device)).shape[1]
+
+    def _run(self, images: torch.Tensor, **options) -> ModelOutput:
         if images.shape[1] not in (1, 3):
             raise ValueError(
                 f"images have {images.shape[1]} channels, but a vision model takes 1 (gray, repeated) or 3 (RGB)."
@@ -53,8 +95,7 @@ class FrozenBackbone(nn.Module):
         images = images.expand(-1, 3, -1, -1)
         if images.shape[2:] != self.size:
             images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
-        output = self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, output_hidden_states=True)
-        return [hidden.transpose(1, 2) if hidden.ndim == 3 else hidden for hidden in output.hidden_states]
+        return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
 
 
 class PerceptualLoss(nn.Module):
