@@ -244,7 +244,7 @@ def test_file_that_cannot_grow_stops_the_save_and_keeps_what_exists(save, refere
     module, name = {
         "safetensors": (Accelerator, "save_state"),
         "torch": (torch, "save"),
-        "manifest": (checkpointing, "_sha256"),
+        "manifest": (checkpointing, "sha256_of"),
     }[save]
 
     def action():

@@ -111,7 +111,7 @@ def main(config: TrainDiTConfig) -> None:
     vae = load_autoencoder(config.vae).to(accelerator.device)
     config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
-        train_data, validation_data = load_data(config, vae)
+        train_data, validation_data = load_data(config, vae, verify=accelerator.is_local_main_process)
     sample_size = latent_size(config, vae, train_data)
     shares = {
         "process_index": accelerator.process_index,
@@ -243,14 +243,15 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline")
 
 
-def load_data(config: TrainDiTConfig, vae: AutoencoderKL) -> tuple[Dataset, Dataset]:
-    """Training and validation data: cached latents, or images that are encoded on the fly."""
+def load_data(config: TrainDiTConfig, vae: AutoencoderKL, *, verify: bool) -> tuple[Dataset, Dataset]:
+    """Training and validation data: cached latents, which are verified if asked for, or images to encode on the fly."""
     images = None
     if config.dataset_name is not None or config.train_data_dir is not None:
         images = load_images(config, config.seed)
     if config.latent_cache is None:
         return images
-    caches = tuple(CachedLatents(Path(config.latent_cache) / split) for split in ("train", "validation"))
+    folders = [Path(config.latent_cache) / split for split in ("train", "validation")]
+    caches = tuple(CachedLatents(folder, verify=verify) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])

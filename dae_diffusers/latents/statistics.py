@@ -83,7 +83,7 @@ def compute_latent_statistics(
     vae: ModelMixin, loader: DataLoader, *, device: torch.device | str = "cpu", disable_progress: bool = True
 ) -> LatentStatistics:
     r"""
-    Encodes every image once and returns the statistics over all processes.
+    Encodes every image once, unless the loader gives cached latents, and returns the statistics over all processes.
 
     Args:
         vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
@@ -96,7 +96,10 @@ def compute_latent_statistics(
     """
     statistics = LatentStatistics.empty(num_latent_channels(vae))
     for batch in tqdm(loader, desc="Latent statistics", disable=disable_progress, leave=False):
-        statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
+        if "latents_mean" in batch:
+            statistics.add(batch["latents_mean"], batch["latents_std"])
+        else:
+            statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
     return sum(gather_object([statistics]), start=LatentStatistics.empty(num_latent_channels(vae)))
 
 
