@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import in_child, launch, start, succeed
+from scripts import in_child, in_two_processes, start
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel, files
 from dae_diffusers.checkpointing import FolderLock
@@ -117,7 +117,8 @@ def test_finished_cache_is_left_alone(whole_cache, vae, image_folder):
 
 def test_two_processes_make_the_cache_that_one_does(whole_cache, vae, image_folder, tmp_path):
     options = {"vae": vae, "train_data_dir": image_folder, "output_dir": tmp_path}
-    succeed(launch("cache_latents", CACHE, processes=2, **options))
+    for code, text in in_two_processes(lambda: start(CACHE, script=cache_latents, **options)):
+        assert code == 0, text
     assert contents(tmp_path) == contents(whole_cache)
 
 

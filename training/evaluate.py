@@ -80,9 +80,13 @@ class EvaluationConfig:
             raise ConfigError("give `--vae` or `--pipeline` (or both): there is nothing to evaluate.")
         if self.pipeline is not None and self.features is None:
             raise ConfigError("`--pipeline` needs `--features`, such as `inception` or facebook/dinov2-base.")
-        for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("num_images", "batch_size", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError(f"`--temperature` is {self.temperature}, but must be above 0.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"`--top_p` is {self.top_p}, but must be above 0 and at most 1.")
         if min(self.num_inference_steps) < 1:
             raise ConfigError(f"`--num_inference_steps` is {self.num_inference_steps}, but must be at least 1.")
         try:
@@ -116,6 +120,12 @@ def main(config: EvaluateConfig) -> None:
         config.value_range = list(found or [])
     with accelerator.main_process_first():
         train, validation = load_images(config, config.seed)
+    fewest = min(len(train), len(validation), config.num_images)
+    if extractor is not None and fewest < 2:
+        raise UserError(
+            f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
+            f"{config.num_images}: distances between `--features` need at least 2 of each, and mean little below some hundreds."
+        )
     options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
 
     held_out = encode_images(vae, validation, accelerator, extractor=extractor, folder=folder / "parts", **options)

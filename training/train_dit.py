@@ -70,6 +70,10 @@ class DiTConfig:
             self.architecture()
         except ValueError as error:
             raise ConfigError(f"`--model`: {error}") from None
+        if self.attention_head_dim is not None and self.attention_head_dim % 4:
+            raise ConfigError(
+                f"`--attention_head_dim` is {self.attention_head_dim}, but must be a multiple of 4 (rotary positions)."
+            )
 
     def architecture(self) -> dict[str, int]:
         """The constructor's arguments that give the transformer its size."""

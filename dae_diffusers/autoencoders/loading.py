@@ -67,6 +67,15 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
     return posterior.mean, posterior.std
 
 
+def check_finite(values: torch.Tensor, what: str = "latents of the autoencoder") -> None:
+    r"""Raises `UserError` if what a model gave is NaN or infinite anywhere, so that nobody builds on it."""
+    if not torch.isfinite(values).all():
+        raise UserError(
+            f"the {what} hold NaN or infinite values: its weights are broken, or the precision is too low. Train it again, "
+            "or use float32."
+        )
+
+
 def spatial_factor(vae: ModelMixin) -> int:
     r"""How many pixels of a side make one latent pixel."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from dae_diffusers.autoencoders.loading import encode_moments
+from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped
 from dae_diffusers.files import save_tensors_atomically, sha256_of, write_atomically
@@ -268,7 +268,10 @@ def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> 
         parts["latents_std"].append(torch.stack(stds, dim=1).to(dtype).cpu())
         if "class_labels" in batch:
             parts["class_labels"].append(batch["class_labels"])
-    return {name: torch.cat(values) for name, values in parts.items() if values}
+    tensors = {name: torch.cat(values) for name, values in parts.items() if values}
+    check_finite(tensors["latents_mean"])
+    check_finite(tensors["latents_std"])
+    return tensors
 
 
 def image_identity(images: ImageDataset) -> dict[str, Any]:

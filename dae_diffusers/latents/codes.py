@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
 from dae_diffusers.files import save_tensors_atomically
@@ -125,7 +126,7 @@ def cached_codes(
         [`CodeGrids`]: The same on every process.
 
     Raises:
-        UserError: If the file is damaged or holds the codes of another autoencoder or other images.
+        UserError: If the file is damaged, cannot be written, or holds the codes of another autoencoder or other images.
     """
     path = Path(path)
     identity = CacheIdentity(
@@ -139,9 +140,12 @@ def cached_codes(
     if not is_cached[0]:
         codes = _encode(vae, images, accelerator, batch_size, num_workers)
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"identity": json.dumps(vars(identity)), "sha256": _sha256_of(codes)}
-            save_tensors_atomically({"codes": codes}, path, metadata)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors_atomically({"codes": codes}, path, metadata)
+            except OSError as error:
+                raise UserError(f"the codes cannot be written to {path}: {error.strerror or error}") from None
     accelerator.wait_for_everyone()
     try:
         with safe_open(path, "pt") as file:
@@ -179,7 +183,9 @@ def _encode(vae, images: ImageDataset, accelerator: Accelerator, batch_size: int
     for batch in tqdm(loader, desc="Encoding", disable=not accelerator.is_local_main_process, leave=False):
         pixel_values = batch["pixel_values"].to(accelerator.device)
         views = [pixel_values, pixel_values.flip(-1)] if images.config.random_flip else [pixel_values]
-        codes = torch.stack([codes_of(vae, vae.encode(view).latents) for view in views], dim=1)
+        latents = [vae.encode(view).latents for view in views]
+        check_finite(torch.stack(latents))
+        codes = torch.stack([codes_of(vae, each) for each in latents], dim=1)
         parts.append(codes.int().cpu())
     shares = gather_object([torch.cat(parts) if parts else None])
     whole = torch.empty(len(images), *shares[0].shape[1:], dtype=torch.int32)

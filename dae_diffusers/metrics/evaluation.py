@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.utils.data import Subset
 
-from dae_diffusers.autoencoders.loading import encode_moments, is_vq, spatial_factor
+from dae_diffusers.autoencoders.loading import check_finite, encode_moments, is_vq, spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.latents.cache import image_identity
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
@@ -132,7 +132,9 @@ def encode_images(
             count = len(batch["pixel_values"])
             pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
             mean, std = encode_moments(vae, pixel_values)
+            check_finite(mean)
             reconstruction = vae.decode(mean).sample.float().clamp(-1, 1)
+            check_finite(reconstruction, "reconstructions of the autoencoder")
             values = {
                 "latents": mean,
                 "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
@@ -276,6 +278,7 @@ def draw_samples(
                     generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
                     output_type="pt",
                 ).images
+            check_finite(output, "images that the pipeline draws")
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         return {"images": torch.cat(parts)}
 
