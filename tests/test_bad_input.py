@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -75,6 +76,9 @@ def places(tmp_path_factory, image_folder):
     torch.nn.init.constant_(vq_model.encoder.conv_in.weight, torch.nan)
     vq_model.to_diffusers().save_pretrained(root / "vq_of_nan")
     save_backbone(root / "features", "classifier")
+    options = {"vae": root / "vae", "train_data_dir": image_folder, "output_dir": root / "cache"}
+    code, text = in_child(lambda: start("--resolution 16", script=cache_latents, **options))
+    assert code == 0, text
     (root / "file").touch()
     save_labelled(root / "labels", [0, 1, 0, 1], [0, 1])
     save_labelled(root / "negative_label", [0, 1, 0, -1], [0, 1])
@@ -294,35 +298,92 @@ def test_file_names_are_never_commands_or_lines(places, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("hacked"))
 
 
-FLAGS = {
-    "autoencoder": st.sampled_from(["kl", "vq"]),
-    "auxiliary_decoder": st.sampled_from(["none", "same", "dropout", "narrow", "shallow", "linear"]),
-    "stage": st.sampled_from(["1", "2", "both"]),
-    "latent_channels": st.integers(1, 4),
+# What may be said of a run; the values that are refused are few, so that most combinations train.
+RUN_FLAGS = {
     "train_batch_size": st.integers(1, 5),
     "gradient_accumulation_steps": st.integers(1, 2),
     "lr_scheduler": st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine"]),
-    "lr_warmup_steps": st.integers(-1, 3),
+    "lr_warmup_steps": st.sampled_from([0, 1, 3, -1]),
     "mixed_precision": st.sampled_from(["no", "bf16"]),
-    "adversarial_weight": st.sampled_from([0, 0.1]),
-    "quantizer": st.sampled_from(["vq", "ema", "fsq"]),
-    "resolution": st.sampled_from([16, 17, 24]),
-    "dataloader_num_workers": st.sampled_from([0, 1]),
-    "checkpoints_total_limit": st.integers(0, 2),
+    "resolution": st.sampled_from([16, 16, 24, 17]),
+    "dataloader_num_workers": st.sampled_from([0, 0, 1]),
+    "checkpoints_total_limit": st.sampled_from([1, 2, 0]),
     "skip_nonfinite": st.integers(0, 1),
 }
-SWITCHES = ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing", "warm_start_decoder")
+ANY_FLAGS = {
+    "train_dae": {
+        "autoencoder": st.sampled_from(["kl", "vq"]),
+        "auxiliary_decoder": st.sampled_from(["none", "same", "dropout", "narrow", "shallow", "linear"]),
+        "stage": st.sampled_from(["1", "all", "all", "all", "2"]),
+        "latent_channels": st.integers(1, 4),
+        "quantizer": st.sampled_from(["vq", "ema", "fsq --fsq_levels 3 2 2", "fsq"]),
+        "codebook_size": st.sampled_from([2, 12, 12, 1]),
+        "entropy_weight": st.sampled_from([0, 0.1]),
+        "stage2_cache_gib": st.sampled_from([0, 1]),
+        "perceptual_model": st.just("{features}"),
+        "adversarial_weight": st.sampled_from([0, 0.1]),
+        "stage1_adversarial_weight": st.sampled_from([0, 0.1]),
+        "adversarial_loss": st.sampled_from(["hinge", "non_saturating"]),
+        "discriminator_channels": st.sampled_from([8, 16, 12]),
+        "discriminator_layers": st.sampled_from([1, 2, 0]),
+        "adversarial_ramp_steps": st.integers(0, 2),
+        "mask_ratio": st.sampled_from([0, 0.5, 1]),
+        "mask_patch_size": st.sampled_from([4, 2, 5]),
+        "latent_denoising": st.sampled_from([0, 0.5]),
+        "equivariance": st.sampled_from([0, 1]),
+        "noise_tau": st.sampled_from([0, 0.5]),
+    },
+    "train_dit": {
+        "latent_cache": st.just("{cache}"),
+        "patch_size": st.sampled_from([1, 2, 4, 3]),
+        "class_dropout_prob": st.sampled_from([0, 0.5, 1, 2]),
+        "timestep_sampling": st.sampled_from(["uniform", "logit_normal"]),
+        "timestep_shift": st.sampled_from([1, 3, 0]),
+    },
+    "train_vqgan_prior": {
+        "num_layers": st.integers(1, 2),
+        "attention_head_dim": st.sampled_from([8, 2, 3]),
+        "attention_dropout": st.sampled_from([0, 0.5, 1]),
+        "class_dropout_prob": st.sampled_from([0, 0.5, 1]),
+        "sample_top_k": st.sampled_from([1, 100, 0]),
+        "sample_top_p": st.sampled_from([0.5, 1, 0]),
+        "sample_guidance_scale": st.sampled_from([0, 1, 3]),
+        "code_cache": st.just("{codes}"),
+    },
+}
+SWITCHES = {
+    "train_dae": (
+        "random_flip",
+        "random_crop",
+        "no_use_ema",
+        "gradient_checkpointing",
+        "warm_start_decoder",
+        "no_diffaug",
+    ),
+    "train_dit": ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing"),
+    "train_vqgan_prior": ("random_flip", "no_use_ema", "gradient_checkpointing"),
+}
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-@given(values=st.fixed_dictionaries({}, optional=FLAGS), switches=st.sets(st.sampled_from(SWITCHES)))
-def test_any_flags_train_two_steps_or_are_refused_in_a_line(values, switches, places, tmp_path_factory):
+@pytest.mark.parametrize("script", ANY_FLAGS)
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(choice=st.data())
+def test_any_flags_train_a_step_or_are_refused_in_a_line(script, choice, places, tmp_path_factory):
+    values = choice.draw(st.fixed_dictionaries({}, optional={**RUN_FLAGS, **ANY_FLAGS[script]}))
+    switches = choice.draw(st.sets(st.sampled_from(SWITCHES[script])))
+    module, flags = SCRIPTS[script]
     output = tmp_path_factory.mktemp("any")
-    flags = BARE_DAE.replace("_steps 4", "_steps 1") + "".join(f" --{name} {value}" for name, value in values.items())
+    flags = re.sub("steps 4|max_train_steps [0-9]+", lambda match: match[0].split()[0] + " 2", flags)
+    flags += " --codebook_warmup_steps 1" if script == "train_dae" else ""
+    flags += "".join(f" --{name} {value}" for name, value in values.items()).format(
+        features=places / "features", cache=places / "cache", codes=output / "codes"
+    )
     flags += "".join(f" --{name}" for name in sorted(switches))
-    code, text = in_child(lambda: start(flags, train_data_dir=places / "images", output_dir=output))
+    if script != "train_dae":
+        flags += f" --vae {places / ('vae' if script == 'train_dit' else 'vq')}"
+    code, text = in_child(lambda: start(flags, script=module, train_data_dir=places / "images", output_dir=output))
     if code == 0:
-        assert (output / ("stage1" if values.get("stage") == "1" else "vae")).exists(), flags
+        assert any((output / name).exists() for name in ("stage1", "vae", "pipeline")), flags
     else:
         errors = [line for line in text.splitlines() if "error:" in line]
         assert code in (1, 2) and len(errors) == 1 and "Traceback" not in text, flags + text
