@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
 from dae_diffusers.arrays import read_value_range
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import check_has_weights, check_image_size, is_vq, load_autoencoder
 from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
@@ -237,8 +237,11 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     try:
         class_name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
         pipeline_class = DAEVQGANPipeline if class_name == "DAEVQGANPipeline" else DAEDiTPipeline
-        return pipeline_class.from_pretrained(name_or_path).to(device)
-    except (OSError, ValueError, TypeError) as error:
+        pipeline = pipeline_class.from_pretrained(name_or_path)
+        for model in (pipeline.vae, pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.prior):
+            check_has_weights(model)
+        return pipeline.to(device)
+    except Exception as error:  # a damaged folder can fail in any way
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
 
