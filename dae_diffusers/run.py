@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from dae_diffusers.checkpointing import Checkpointer, take_folder, whole_tensor
 from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
@@ -467,7 +468,8 @@ class TrainingRun:
         if self.accelerator.distributed_type != DistributedType.FSDP:
             return self.accelerator.unwrap_model(model)
         model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-        whole = model_class.from_config(model.config)
+        make = model_class if isinstance(model, PreTrainedModel) else model_class.from_config
+        whole = make(model.config)
         whole.load_state_dict({name: whole_tensor(value.detach()) for name, value in model.state_dict().items()})
         return whole.to(self.accelerator.device)
 
