@@ -26,16 +26,16 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel
 
 DATA = "--dataset_name digits --image_channels 1 --max_train_samples 256 --max_validation_samples 32"
-TIMES = "--train_batch_size 16 --logging_steps 5 --checkpointing_steps 4 --validation_steps 40"
-DAE = f"{DATA} {TIMES} --block_out_channels 8 16 --norm_num_groups 4 --stage1_steps 60 --stage2_steps 60"
+TIMES = "--train_batch_size 16 --logging_steps 5 --checkpointing_steps 4 --validation_steps 25"
+DAE = f"{DATA} {TIMES} --block_out_channels 8 16 --norm_num_groups 4 --stage1_steps 30 --stage2_steps 30"
 # The command of each case, in this order; {root} holds the results of the cases before it and the network for features.
 COMMANDS = {
     "autoencoder": f"train_dae {DAE}",
     "codebook": f"train_dae {DAE} --autoencoder vq --codebook_size 64 --codebook_warmup_steps 10",
     "transformer": f"train_dit {DATA} {TIMES} --vae {{root}}/autoencoder/vae --model DiT-Ti/2 --num_layers 2 "
-    "--max_train_steps 100 --num_sample_images 10 --sample_steps 2",
+    "--max_train_steps 60 --num_sample_images 10 --sample_steps 2",
     "prior": f"train_vqgan_prior {DATA} {TIMES} --vae {{root}}/codebook/vae --num_layers 2 --num_attention_heads 2 "
-    "--attention_head_dim 16 --max_train_steps 100 --num_sample_images 10",
+    "--attention_head_dim 16 --max_train_steps 60 --num_sample_images 10",
     "latents": f"cache_latents {DATA} --vae {{root}}/autoencoder/vae --batch_size 8 --shard_size 8 --random_flip",
     "evaluation": f"evaluate {DATA} --pipeline {{root}}/transformer/pipeline --features {{root}}/features --num_images 600 "
     "--guidance_scales 1 2 4 --num_inference_steps 4 --batch_size 16",
