@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -15,12 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dae_diffusers.cli import UserError, storage_problem
+from dae_diffusers.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Checkpointer:
                 "ema_steps": None if ema is None else ema.optimization_step,
                 "num_processes": self.accelerator.num_processes,
                 "files": {
-                    str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+                    str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
                     for path in sorted(temporary.rglob("*"))
                     if path.is_file()
                 },
@@ -227,6 +228,31 @@ class FolderLock:
             os.close(descriptor)
 
 
+def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
+    r"""
+    Makes a folder, sees whether it can be written, and locks it. All processes call it; the main one holds the lock.
+
+    Raises:
+        UserError: On every process, if the folder cannot be written or another run has it.
+    """
+    problem, lock = [None], None
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            lock = FolderLock(folder)
+        except OSError as error:
+            problem = [f"`--output_dir`: {folder} cannot be written: {error.strerror}."]
+        except UserError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0])
+    return lock
+
+
 class StopSignal:
     r"""
     Turns SIGTERM and SIGINT into a wish to stop after the current step; the second one kills as usual.
@@ -275,13 +301,6 @@ def whole_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.contiguous()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    r"""Replaces a small file at once, so that a kill leaves the old or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, or None; and its manifest."""
     if not folder.is_dir():
@@ -293,7 +312,7 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing", {}
-            if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
+            if path.stat().st_size != facts["size"] or sha256_of(path) != facts["sha256"]:
                 return f"{name} has other content than when it was saved", {}
         kinds = {"step": int, "state": dict, "num_processes": int}
         if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
@@ -303,18 +322,6 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
         return f"it has no {_MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {_MANIFEST} cannot be read", {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(folder: Path) -> None:

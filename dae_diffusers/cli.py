@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import errno
+import math
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from transformers import HfArgumentParser
 Config = TypeVar("Config")
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -64,6 +66,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, *, d
         (config,) = parser.parse_args_into_dataclasses(
             [*(_yaml_to_argv(path, config_class) if path else []), *argv], look_for_args_file=False
         )
+        _check_finite(config)
     except ValueError as error:
         parser.error(str(error))
     return config
@@ -148,6 +151,8 @@ def _message_of(error: Exception) -> str | None:
             f"a data-loading process died ({' '.join(text.split())[:200]}), perhaps for lack of memory. Continue with "
             "`--resume_from_checkpoint latest`, with a smaller `--dataloader_num_workers` if it happens again."
         )
+    if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PROCESS):
+        return "another process of this run ended; its own message says why."
     return None
 
 
@@ -204,6 +209,13 @@ class _Parser(HfArgumentParser):
     def error(self, message: str):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(ConfigError.exit_code)
+
+
+def _check_finite(config: Any) -> None:
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ConfigError(f"`--{name}` is {value}, but must be finite.")
 
 
 def _field_owners(config_class: type) -> dict[str, type]:

@@ -34,10 +34,12 @@ from PIL import Image
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from dae_diffusers.checkpointing import Checkpointer, FolderLock, whole_tensor, write_atomically
+from dae_diffusers.checkpointing import Checkpointer, take_folder, whole_tensor
 from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
 from dae_diffusers.data import ImageStream, StreamedImages, make_stream_loader, make_training_loader
+from dae_diffusers.files import write_atomically
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
 from dae_diffusers.plots import plot_curves
@@ -506,26 +508,15 @@ class TrainingRun:
             write_atomically(self.folder / "run.json", json.dumps(self._record, indent=2))
 
     def _take_folder(self) -> None:
-        problem, self._lock = [None], None
-        if self.accelerator.is_main_process:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                probe = self.folder / f".writable-{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-                self._lock = FolderLock(self.folder)
-            except OSError as error:
-                problem = [f"`--output_dir` {self.output_dir} cannot be written: {error.strerror}."]
-            except UserError as error:
-                problem = [str(error)]
-            else:
-                if (self.folder / "config.yaml").exists() and self.config.resume_from_checkpoint is None:
-                    self._lock.release()
-                    problem = [
-                        f"`--output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "
-                        "`--resume_from_checkpoint latest`, choose another folder, or remove "
-                        f"{self.folder} to start anew."
-                    ]
+        self._lock, problem = take_folder(self.folder, self.accelerator), [None]
+        is_taken = (self.folder / "config.yaml").exists() and self.config.resume_from_checkpoint is None
+        if self.accelerator.is_main_process and is_taken:
+            self._lock.release()
+            problem = [
+                f"`--output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "
+                "`--resume_from_checkpoint latest`, choose another folder, or remove "
+                f"{self.folder} to start anew."
+            ]
         broadcast_object_list(problem)
         if problem[0]:
             raise UserError(problem[0])
@@ -576,7 +567,8 @@ class TrainingRun:
         if self.accelerator.distributed_type != DistributedType.FSDP:
             return self.accelerator.unwrap_model(model)
         model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-        whole = model_class.from_config(model.config)
+        make = model_class if isinstance(model, PreTrainedModel) else model_class.from_config
+        whole = make(model.config)
         whole.load_state_dict({name: whole_tensor(value.detach()) for name, value in model.state_dict().items()})
         return whole.to(self.accelerator.device)
 

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 from accelerate.state import AcceleratorState
@@ -103,6 +104,33 @@ def in_child(action: Callable[[], None], *, wait: bool = True) -> tuple[int, str
 
     Returns its exit code (negative: the signal that killed it) and everything it wrote; or, with `wait=False`, its number.
     """
+    process, output = _fork(action)
+    if not wait:
+        output.close()
+        return process
+    return _end_of(process, output)
+
+
+def in_two_processes(action: Callable[[], None]) -> list[tuple[int, str]]:
+    """Runs `action` in two copies of this process, which talk through gloo: exit code and text of each, as `in_child`."""
+    port = free_port()
+
+    def of_rank(rank: int):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+        os.environ.update(MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+        action()
+
+    return [_end_of(*fork) for fork in [_fork(lambda rank=rank: of_rank(rank)) for rank in range(2)]]
+
+
+def _end_of(process: int, output: IO[str]) -> tuple[int, str]:
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with output:
+        output.seek(0)
+        return code, output.read()
+
+
+def _fork(action: Callable[[], None]) -> tuple[int, IO[str]]:
     output = tempfile.TemporaryFile("w+")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork; the copy uses none of them
@@ -125,13 +153,7 @@ def in_child(action: Callable[[], None], *, wait: bool = True) -> tuple[int, str
             traceback.print_exc()
         finally:
             os._exit(code)
-    if not wait:
-        output.close()
-        return process
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    with output:
-        output.seek(0)
-        return code, output.read()
+    return process, output
 
 
 def weights(folder):

@@ -5,28 +5,41 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import warnings
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import make_autoencoder
+from models import make_autoencoder, make_vq_model, save_backbone
 from PIL import Image
-from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, start
+from scripts import BARE_DAE, BARE_DIT, CONFIG_CLASSES, checkpoints, in_child, in_two_processes, start
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
-from dae_diffusers.checkpointing import Checkpointer
+from dae_diffusers.checkpointing import Checkpointer, take_folder
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
-from dae_diffusers.training import train_dae, train_dit
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 
-SCRIPTS = {"train_dae": (train_dae, BARE_DAE), "train_dit": (train_dit, BARE_DIT)}
+BARE_PRIOR = (
+    "--resolution 16 --num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 2 "
+    "--train_batch_size 4 --num_sample_images 1"
+)
+SCRIPTS = {
+    "train_dae": (train_dae, BARE_DAE),
+    "train_dit": (train_dit, BARE_DIT),
+    "train_vqgan_prior": (train_vqgan_prior, BARE_PRIOR),
+    "cache_latents": (cache_latents, "--resolution 16"),
+    "evaluate": (evaluate, "--resolution 16"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +69,36 @@ def places(tmp_path_factory, image_folder):
     shutil.copytree(root / "vae", root / "vae_of_a_pickle")
     (root / "vae_of_a_pickle" / "diffusion_pytorch_model.safetensors").unlink()
     (root / "vae_of_a_pickle" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    torch.nn.init.constant_(autoencoder.encoder.conv_in.weight, torch.nan)
+    autoencoder.to_diffusers().save_pretrained(root / "vae_of_nan")
+    vq_model = make_vq_model("vq")
+    vq_model.to_diffusers().save_pretrained(root / "vq")
+    torch.nn.init.constant_(vq_model.encoder.conv_in.weight, torch.nan)
+    vq_model.to_diffusers().save_pretrained(root / "vq_of_nan")
+    save_backbone(root / "features", "classifier")
+    options = {"vae": root / "vae", "train_data_dir": image_folder, "output_dir": root / "cache"}
+    code, text = in_child(lambda: start("--resolution 16", script=cache_latents, **options))
+    assert code == 0, text
+    (root / "file").touch()
+    save_labelled(root / "labels", [0, 1, 0, 1], [0, 1])
+    save_labelled(root / "negative_label", [0, 1, 0, -1], [0, 1])
+    save_labelled(root / "no_label", [0, 1, 0, None], [0, 1])
+    save_labelled(root / "empty_train", [], [0, 1])
+    save_labelled(root / "empty_validation", [0, 1, 0, 1], [])
     (root / "loader").mkdir()
     (root / "loader" / "loader.py").write_text("open('hacked', 'w')\n")
     (root / "images").symlink_to(image_folder)
     return root
+
+
+def save_labelled(folder: Path, train: list, validation: list) -> None:
+    """Both splits of a data set with a column of whole numbers."""
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("int64")})
+    for split, labels in (("train", train), ("validation", validation)):
+        images = [Image.new("RGB", (20, 20), (9 * number, 0, 0)) for number in range(len(labels))]
+        rows = datasets.Dataset.from_dict({"image": images, "kind": labels}, features=features)
+        rows.to_parquet(str(folder / f"{split}.parquet"))
 
 
 class Malicious:
@@ -101,6 +140,59 @@ TABLE = [
     ("train_dit", "--train_data_dir {images} --vae {vae} --image_channels 1", 1, "takes 3 image channels"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --resolution 18", 1, "nearest valid ones are 16 and 20"),
     ("train_dit", "--vae {vae} --latent_cache {empty}", 1, "no latent cache"),
+    ("train_dae", "--train_data_dir {images} --kl_weight nan", 2, "`--kl_weight` is nan, but must be finite"),
+    ("train_dae", "--train_data_dir {images} --value_range 0 inf", 2, "must be finite"),
+    ("train_dae", "--train_data_dir {images} --output_dir {file}/run", 1, "cannot be written: Not a directory"),
+    ("train_dae", "--train_data_dir {images} --resume_from_checkpoint {nowhere}", 1, "it does not exist"),
+    ("train_dae", "--train_data_dir {images} --stage 2", 2, "--pretrained"),
+    (
+        "train_dae",
+        "--train_data_dir {images} --stage 2 --pretrained_model_name_or_path {vae}",
+        1,
+        "Choose the `--autoencoder`",
+    ),
+    ("train_dae", "--dataset_name {empty_train}", 1, 'Instruction "train" corresponds to no data'),
+    ("train_dae", "--dataset_name {empty_validation}", 1, 'Instruction "validation" corresponds to no data'),
+    ("train_dae", "--dataset_name {negative_label} --label_column kind", 1, "holds -1, but labels must lie in 0..1"),
+    ("train_dae", "--dataset_name {no_label} --label_column kind", 1, "must hold integers or strings without gaps"),
+    ("train_dae", "--dataset_name {labels} --image_column kind", 1, "not images; those are ['image']"),
+    ("train_dae", "--dataset_name {labels} --validation_split all", 1, "the splits are ['train', 'validation']"),
+    ("train_dit", "--train_data_dir {images} --vae {vae} --model DiT-Q/2", 2, "names no size"),
+    ("train_dit", "--train_data_dir {images} --vae {vae} --attention_head_dim 6", 2, "must be a multiple of 4"),
+    ("train_dit", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
+    ("train_vqgan_prior", "--vae {vq}", 2, "give one of `--dataset_name`"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --random_crop", 2, "same crops"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --sample_temperature inf", 2, "must be finite"),
+    ("train_vqgan_prior", "--train_data_dir {empty} --vae {vq}", 1, "`--train_data_dir`"),
+    ("train_vqgan_prior", "--train_data_dir {zero_bytes} --vae {vq}", 1, "the file has 0 bytes"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {nowhere}", 1, "is not an autoencoder that can be loaded"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vae}", 1, "has no codes"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vq_of_nan}", 1, "hold NaN or infinite values"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --image_channels 1", 1, "takes 3 image channels"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --resolution 17", 1, "valid ones are 16 and 18"),
+    ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --code_cache {file}", 1, "codes cannot be written"),
+    ("cache_latents", "--train_data_dir {images} --vae {vae} --batch_size 0", 2, "must be at least 1"),
+    ("cache_latents", "--train_data_dir {images} --vae {vae} --dtype int8", 2, "invalid choice: 'int8'"),
+    ("cache_latents", "--train_data_dir {images} --vae {vae} --random_crop", 2, "cannot be cached"),
+    ("cache_latents", "--train_data_dir {images} --vae {nowhere}", 1, "is not an autoencoder that can be loaded"),
+    ("cache_latents", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
+    ("cache_latents", "--train_data_dir {truncated} --vae {vae}", 1, ".png cannot be decoded"),
+    ("cache_latents", "--train_data_dir {images} --vae {vae} --output_dir {file}", 1, "cannot be written"),
+    ("evaluate", "--train_data_dir {images}", 2, "give `--vae` or `--pipeline`"),
+    ("evaluate", "--train_data_dir {images} --pipeline {nowhere}", 2, "`--pipeline` needs `--features`"),
+    ("evaluate", "--train_data_dir {images} --vae {vae} --top_p 2", 2, "`--top_p` is 2.0"),
+    ("evaluate", "--train_data_dir {images} --vae {vae} --guidance_scales 1 nan", 2, "must be finite"),
+    (
+        "evaluate",
+        "--train_data_dir {images} --pipeline {vae} --features {features}",
+        1,
+        "no file named model_index.json",
+    ),
+    ("evaluate", "--train_data_dir {images} --vae {vae} --features {vae}", 1, "cannot be loaded"),
+    ("evaluate", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
+    ("evaluate", "--train_data_dir {zero_bytes} --vae {vae}", 1, "the file has 0 bytes"),
+    ("evaluate", "--train_data_dir {two} --vae {vae} --features {features}", 1, "need at least 2 of each"),
+    ("evaluate", "--train_data_dir {images} --vae {vae} --output_dir {file}", 1, "cannot be written"),
 ]
 
 
@@ -113,16 +205,35 @@ def test_every_row_of_the_table_is_one_line_and_an_exit_code(
     module, base = SCRIPTS[script]
     names = {name.name: name for name in places.iterdir()} | {"nowhere": places / "nowhere"}
     output = tmp_path / "run"
-    found, text = in_child(lambda: start(f"{base} {flags.format(**names)}", script=module, output_dir=output))
+    found, text = in_child(lambda: start(f"{base} --output_dir {output} {flags.format(**names)}", script=module))
     errors = [line for line in text.splitlines() if "error:" in line]
     assert found == code and len(errors) == 1 and message in errors[0] and "Traceback" not in text, text
     assert not list(tmp_path.rglob("hacked")) and not list(output.rglob("checkpoint*/*"))
     # Once it is mended, the same folder takes the run, unless training had begun.
-    if not (output / script / "config.yaml").exists():
-        mended = "--train_data_dir {images}" + (" --vae {vae}" if script == "train_dit" else "")
-        config_class = {"train_dae": train_dae.TrainDAEConfig, "train_dit": train_dit.TrainDiTConfig}[script]
+    if script in ("cache_latents", "evaluate"):
+        take_folder(output, Accelerator(cpu=True)).release()
+    elif not (output / script / "config.yaml").exists():
+        mended = "--train_data_dir {images}" + ("" if script == "train_dae" else " --vae {vae}")
         flags = f"{base} {mended.format(**names)} --output_dir {output}".split()
-        module.TrainingRun(script, parse_config(config_class, flags))
+        module.TrainingRun(script, parse_config(CONFIG_CLASSES[module], flags))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_more_processes_than_images_is_no_reason_to_wait_forever(script, places, tmp_path):
+    flags = SCRIPTS[script][1].replace("_steps 4", "_steps 1")
+    autoencoder = {} if script == "train_dae" else {"vae": places / ("vq" if "vq" in script else "vae")}
+    options = {"train_data_dir": places / "two", "output_dir": tmp_path, **autoencoder}
+    for code, text in in_two_processes(lambda: start(flags, script=SCRIPTS[script][0], **options)):
+        assert code == 0, text
+
+
+def test_error_of_one_of_two_processes_ends_both_in_a_line_each(places, tmp_path):
+    options = {"train_data_dir": places / "images", "vae": places / "vae_of_nan", "output_dir": tmp_path}
+    results = in_two_processes(lambda: start("--resolution 16", script=cache_latents, **options))
+    errors = [[line for line in text.splitlines() if line.startswith("error")] for _, text in results]
+    assert [code for code, _ in results] == [1, 1] and [len(lines) for lines in errors] == [1, 1], results
+    assert "hold NaN or infinite values" in errors[0][0]
+    assert "error in process 1: another process of this run ended" in errors[1][0]
 
 
 def test_batch_larger_than_the_data_trains_and_says_so(places, tmp_path):
@@ -187,35 +298,92 @@ def test_file_names_are_never_commands_or_lines(places, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("hacked"))
 
 
-FLAGS = {
-    "autoencoder": st.sampled_from(["kl", "vq"]),
-    "auxiliary_decoder": st.sampled_from(["none", "same", "dropout", "narrow", "shallow", "linear"]),
-    "stage": st.sampled_from(["1", "2", "both"]),
-    "latent_channels": st.integers(1, 4),
+# What may be said of a run; the values that are refused are few, so that most combinations train.
+RUN_FLAGS = {
     "train_batch_size": st.integers(1, 5),
     "gradient_accumulation_steps": st.integers(1, 2),
     "lr_scheduler": st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine"]),
-    "lr_warmup_steps": st.integers(-1, 3),
+    "lr_warmup_steps": st.sampled_from([0, 1, 3, -1]),
     "mixed_precision": st.sampled_from(["no", "bf16"]),
-    "adversarial_weight": st.sampled_from([0, 0.1]),
-    "quantizer": st.sampled_from(["vq", "ema", "fsq"]),
-    "resolution": st.sampled_from([16, 17, 24]),
-    "dataloader_num_workers": st.sampled_from([0, 1]),
-    "checkpoints_total_limit": st.integers(0, 2),
+    "resolution": st.sampled_from([16, 16, 24, 17]),
+    "dataloader_num_workers": st.sampled_from([0, 0, 1]),
+    "checkpoints_total_limit": st.sampled_from([1, 2, 0]),
     "skip_nonfinite": st.integers(0, 1),
 }
-SWITCHES = ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing", "warm_start_decoder")
+ANY_FLAGS = {
+    "train_dae": {
+        "autoencoder": st.sampled_from(["kl", "vq"]),
+        "auxiliary_decoder": st.sampled_from(["none", "same", "dropout", "narrow", "shallow", "linear"]),
+        "stage": st.sampled_from(["1", "all", "all", "all", "2"]),
+        "latent_channels": st.integers(1, 4),
+        "quantizer": st.sampled_from(["vq", "ema", "fsq --fsq_levels 3 2 2", "fsq"]),
+        "codebook_size": st.sampled_from([2, 12, 12, 1]),
+        "entropy_weight": st.sampled_from([0, 0.1]),
+        "stage2_cache_gib": st.sampled_from([0, 1]),
+        "perceptual_model": st.just("{features}"),
+        "adversarial_weight": st.sampled_from([0, 0.1]),
+        "stage1_adversarial_weight": st.sampled_from([0, 0.1]),
+        "adversarial_loss": st.sampled_from(["hinge", "non_saturating"]),
+        "discriminator_channels": st.sampled_from([8, 16, 12]),
+        "discriminator_layers": st.sampled_from([1, 2, 0]),
+        "adversarial_ramp_steps": st.integers(0, 2),
+        "mask_ratio": st.sampled_from([0, 0.5, 1]),
+        "mask_patch_size": st.sampled_from([4, 2, 5]),
+        "latent_denoising": st.sampled_from([0, 0.5]),
+        "equivariance": st.sampled_from([0, 1]),
+        "noise_tau": st.sampled_from([0, 0.5]),
+    },
+    "train_dit": {
+        "latent_cache": st.just("{cache}"),
+        "patch_size": st.sampled_from([1, 2, 4, 3]),
+        "class_dropout_prob": st.sampled_from([0, 0.5, 1, 2]),
+        "timestep_sampling": st.sampled_from(["uniform", "logit_normal"]),
+        "timestep_shift": st.sampled_from([1, 3, 0]),
+    },
+    "train_vqgan_prior": {
+        "num_layers": st.integers(1, 2),
+        "attention_head_dim": st.sampled_from([8, 2, 3]),
+        "attention_dropout": st.sampled_from([0, 0.5, 1]),
+        "class_dropout_prob": st.sampled_from([0, 0.5, 1]),
+        "sample_top_k": st.sampled_from([1, 100, 0]),
+        "sample_top_p": st.sampled_from([0.5, 1, 0]),
+        "sample_guidance_scale": st.sampled_from([0, 1, 3]),
+        "code_cache": st.just("{codes}"),
+    },
+}
+SWITCHES = {
+    "train_dae": (
+        "random_flip",
+        "random_crop",
+        "no_use_ema",
+        "gradient_checkpointing",
+        "warm_start_decoder",
+        "no_diffaug",
+    ),
+    "train_dit": ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing"),
+    "train_vqgan_prior": ("random_flip", "no_use_ema", "gradient_checkpointing"),
+}
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-@given(values=st.fixed_dictionaries({}, optional=FLAGS), switches=st.sets(st.sampled_from(SWITCHES)))
-def test_any_flags_train_two_steps_or_are_refused_in_a_line(values, switches, places, tmp_path_factory):
+@pytest.mark.parametrize("script", ANY_FLAGS)
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(choice=st.data())
+def test_any_flags_train_a_step_or_are_refused_in_a_line(script, choice, places, tmp_path_factory):
+    values = choice.draw(st.fixed_dictionaries({}, optional={**RUN_FLAGS, **ANY_FLAGS[script]}))
+    switches = choice.draw(st.sets(st.sampled_from(SWITCHES[script])))
+    module, flags = SCRIPTS[script]
     output = tmp_path_factory.mktemp("any")
-    flags = BARE_DAE.replace("_steps 4", "_steps 1") + "".join(f" --{name} {value}" for name, value in values.items())
+    flags = re.sub("steps 4|max_train_steps [0-9]+", lambda match: match[0].split()[0] + " 2", flags)
+    flags += " --codebook_warmup_steps 1" if script == "train_dae" else ""
+    flags += "".join(f" --{name} {value}" for name, value in values.items()).format(
+        features=places / "features", cache=places / "cache", codes=output / "codes"
+    )
     flags += "".join(f" --{name}" for name in sorted(switches))
-    code, text = in_child(lambda: start(flags, train_data_dir=places / "images", output_dir=output))
+    if script != "train_dae":
+        flags += f" --vae {places / ('vae' if script == 'train_dit' else 'vq')}"
+    code, text = in_child(lambda: start(flags, script=module, train_data_dir=places / "images", output_dir=output))
     if code == 0:
-        assert (output / ("stage1" if values.get("stage") == "1" else "vae")).exists(), flags
+        assert any((output / name).exists() for name in ("stage1", "vae", "pipeline")), flags
     else:
         errors = [line for line in text.splitlines() if "error:" in line]
         assert code in (1, 2) and len(errors) == 1 and "Traceback" not in text, flags + text

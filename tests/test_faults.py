@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import BARE_DAE, BARE_DIT, checkpoints, free_port, in_child, start, weights
+from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes, start, weights
 
 from dae_diffusers import checkpointing, data
 from dae_diffusers import run as run_module
@@ -244,7 +244,7 @@ def test_file_that_cannot_grow_stops_the_save_and_keeps_what_exists(save, refere
     module, name = {
         "safetensors": (Accelerator, "save_state"),
         "torch": (torch, "save"),
-        "manifest": (checkpointing, "_sha256"),
+        "manifest": (checkpointing, "sha256_of"),
     }[save]
 
     def action():
@@ -441,16 +441,9 @@ def test_all_processes_leave_the_same_update_out(image_folder, tmp_path):
     one = flags + " --gradient_accumulation_steps 2"
     code, text = in_child(lambda: with_bad_kl({5}, lambda: start(one, output_dir=tmp_path / "1", **options)))
     assert code == 0, text
-    port = free_port()
-
-    def action(rank: int):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-        os.environ.update(MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-        with_bad_kl({5}, lambda: start(flags, output_dir=tmp_path / "2", **options))
-
-    second = in_child(lambda: action(1), wait=False)
-    code, text = in_child(lambda: action(0))
-    assert code == 0 and os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 0, text
+    results = in_two_processes(lambda: with_bad_kl({5}, lambda: start(flags, output_dir=tmp_path / "2", **options)))
+    assert [code for code, _ in results] == [0, 0], results
+    text = results[0][1]
     assert (
         "a loss of another process was not finite at step 3" in text or "`gradient norm` became nan at step 3" in text
     )
@@ -460,16 +453,9 @@ def test_all_processes_leave_the_same_update_out(image_folder, tmp_path):
 
 
 def test_run_of_several_processes_is_refused_by_all_of_them(reference, image_folder):
-    port = free_port()
-
-    def action(rank: int):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-        os.environ.update(MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-        start(BARE_DAE, train_data_dir=image_folder, output_dir=reference)
-
-    second = in_child(lambda: action(1), wait=False)
-    code, text = in_child(lambda: action(0))
-    assert code == 1 and os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 1
+    results = in_two_processes(lambda: start(BARE_DAE, train_data_dir=image_folder, output_dir=reference))
+    assert [code for code, _ in results] == [1, 1]
+    text = results[0][1]
     assert_one_line(text, "holds another run")
 
 

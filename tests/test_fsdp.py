@@ -9,12 +9,13 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from models import make_autoencoder, save_backbone
+from models import make_autoencoder, make_vq_model, save_backbone
 from safetensors.torch import load_file
-from scripts import BARE_DIT, free_port, in_child, start
+from scripts import BARE_DIT, assert_same_weights, free_port, in_child, start
 from test_launch_configs import arguments_of
 
-from dae_diffusers.training import train_dae, train_dit
+from dae_diffusers import DAEVQGANPipeline
+from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,36 @@ def test_fsdp_equals_one_process_and_resumes_exactly(vae, image_folder, tmp_path
     resumed = weights(tmp_path / "again")
     assert all(torch.equal(second[name], resumed[name]) for name in second)
     logs = [(tmp_path / name / "train_dit" / "log.jsonl").read_text() for name in ("two", "again")]
+    assert logs[0] == logs[1]
+
+
+def test_prior_under_fsdp_equals_one_process_and_resumes_exactly(image_folder, tmp_path):
+    make_vq_model("vq").to_diffusers().save_pretrained(tmp_path / "vq")
+    flags = (
+        "--resolution 16 --num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 6 "
+        "--train_batch_size 4 --logging_steps 1 --validation_steps 4 --checkpointing_steps 2 --num_sample_images 2 "
+    )
+    options = {"script": train_vqgan_prior, "train_data_dir": image_folder, "vae": tmp_path / "vq"}
+    one = flags + " --gradient_accumulation_steps 2"
+    code, text = in_child(lambda: start(one, output_dir=tmp_path / "one", **options))
+    assert code == 0, text
+    code, text = in_two_processes(lambda: start(flags, output_dir=tmp_path / "two", **options))
+    assert code == 0, text
+    first, second = (load_file(tmp_path / name / "pipeline" / "prior" / "model.safetensors") for name in ("one", "two"))
+    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+    pipeline = DAEVQGANPipeline.from_pretrained(tmp_path / "two" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline("cat").images) == 1
+
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "pipeline")
+    chosen = tmp_path / "again" / "train_vqgan_prior" / "checkpoints" / "checkpoint-00000004"
+    code, text = in_two_processes(
+        lambda: start(flags, output_dir=tmp_path / "again", resume_from_checkpoint=chosen, **options)
+    )
+    assert code == 0, text
+    assert_same_weights(second, load_file(tmp_path / "again" / "pipeline" / "prior" / "model.safetensors"))
+    logs = [(tmp_path / name / "train_vqgan_prior" / "log.jsonl").read_text() for name in ("two", "again")]
     assert logs[0] == logs[1]
 
 

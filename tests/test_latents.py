@@ -105,6 +105,12 @@ def test_cache_holds_what_the_encoder_gives(cache, vae, images):
     assert cache.id2label == images.id2label
 
 
+def test_statistics_of_cached_latents_are_those_of_the_images(cache, vae, images):
+    cached, encoded = (compute_latent_statistics(vae, make_pass_loader(data, batch_size=5)) for data in (cache, images))
+    torch.testing.assert_close(cached.mean, encoded.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cached.std, encoded.std, rtol=1e-5, atol=1e-5)
+
+
 def test_cache_and_images_are_drawn_in_the_same_order(cache, images):
     cached, read = (next(iter(make_training_loader(data, batch_size=9, seed=2))) for data in (cache, images))
     assert torch.equal(cached["class_labels"], read["class_labels"])

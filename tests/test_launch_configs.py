@@ -8,7 +8,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers import DAEDiTTransformer2DModel
 
@@ -48,14 +50,19 @@ def test_processes_of_the_command_line_win():
     assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (4, 32, 3)
 
 
-def test_fsdp_wraps_the_blocks_and_writes_whole_checkpoints(monkeypatch):
+def test_fsdp_wraps_the_blocks_of_both_generators_and_writes_whole_checkpoints(monkeypatch):
     environment = prepare_multi_gpu_env(arguments_of("fsdp2"))
     for name, value in environment.items():
         if name.startswith("FSDP_"):
             monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and str(plugin.state_dict_type) == "StateDictType.FULL_STATE_DICT"
-    assert plugin.transformer_cls_names_to_wrap == DAEDiTTransformer2DModel._no_split_modules
+    prior = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    )
+    for model in (DAEDiTTransformer2DModel(sample_size=8, num_layers=2), prior):
+        is_wrapped = fsdp2_prepare_auto_wrap_policy(plugin, model)
+        assert len([module for module in model.modules() if is_wrapped(module)]) == 2
 
 
 def test_deepspeed_stage_and_clipping_reach_accelerate():

@@ -271,10 +271,15 @@ def test_autoencoder_without_codes_and_damaged_codes_are_named(trained, with_pri
         run(train_vqgan_prior, TINY_PRIOR, vae=tmp_path / "kl", **options)
     AcceleratorState._reset_state(reset_partial_state=True)
     shutil.rmtree(tmp_path / "run")
-    (tmp_path / "codes").mkdir()
-    (tmp_path / "codes" / "train.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged"):
-        run(train_vqgan_prior, TINY_PRIOR, vae=trained / "vae", code_cache=tmp_path / "codes", **options)
+    whole = (with_prior / "codes" / "train.safetensors").read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for content in (b"nothing", whole[:-4], flipped):
+        (tmp_path / "codes").mkdir(exist_ok=True)
+        (tmp_path / "codes" / "train.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="damaged. Remove it to encode the images again"):
+            run(train_vqgan_prior, TINY_PRIOR, vae=trained / "vae", code_cache=tmp_path / "codes", **options)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular", "ignore:.*fewer")

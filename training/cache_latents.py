@@ -5,6 +5,8 @@ Encode the images once, so that training a DiT reads latents instead of images.
         --output_dir runs/digits/latents
 
 Then: accelerate launch training/train_dit.py --vae runs/digits/vae --latent_cache runs/digits/latents
+
+An interrupted run goes on where it stopped when the same command is given again, and makes damaged shards anew.
 """
 
 import logging
@@ -15,6 +17,7 @@ from typing import Literal
 from accelerate import Accelerator
 
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -55,6 +58,7 @@ class CacheLatentsConfig(CacheConfig, DataConfig):
 def main(config: CacheLatentsConfig) -> None:
     accelerator = Accelerator()
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    lock = take_folder(Path(config.output_dir), accelerator)
     vae = load_autoencoder(config.vae).to(accelerator.device)
     check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
     config.value_range = config.value_range or read_value_range(config.vae) or []
@@ -76,6 +80,8 @@ def main(config: CacheLatentsConfig) -> None:
             raise UserError(f"the cache cannot be written to {config.output_dir}: {error.strerror or error}") from None
         logger.info("%s: %d images in %s", name, len(images), Path(config.output_dir) / name)
     accelerator.end_training()
+    if lock is not None:
+        lock.release()
 
 
 if __name__ == "__main__":

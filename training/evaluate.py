@@ -7,7 +7,8 @@ Measure an autoencoder, its latent space, and a pipeline: numbers, grids and plo
         --features inception --guidance_scales 1 2 4 --num_inference_steps 10 25
 
 `metrics.json` and `metrics.md` in the output folder say what was measured on what; docs/metrics.md explains each number.
-An interrupted evaluation goes on where it stopped when the same command is given again.
+An interrupted evaluation goes on where it stopped when the same command is given again: what is done lies in `samples/`,
+`parts/` and `reference/` there, under a hash of what it depends on. They can be removed at the end.
 """
 
 import importlib.metadata
@@ -22,21 +23,26 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import check_has_weights, check_image_size, is_vq, load_autoencoder
+from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.files import write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
 from dae_diffusers.metrics.evaluation import (
     SampleSettings,
     draw_samples,
     encode_images,
+    evaluation_inputs,
+    generation_inputs,
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.kept import keep_values
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
@@ -74,9 +80,13 @@ class EvaluationConfig:
             raise ConfigError("give `--vae` or `--pipeline` (or both): there is nothing to evaluate.")
         if self.pipeline is not None and self.features is None:
             raise ConfigError("`--pipeline` needs `--features`, such as `inception` or facebook/dinov2-base.")
-        for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("num_images", "batch_size", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError(f"`--temperature` is {self.temperature}, but must be above 0.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"`--top_p` is {self.top_p}, but must be above 0 and at most 1.")
         if min(self.num_inference_steps) < 1:
             raise ConfigError(f"`--num_inference_steps` is {self.num_inference_steps}, but must be at least 1.")
         try:
@@ -104,11 +114,7 @@ def main(config: EvaluateConfig) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision or "no")
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"`--output_dir` {folder} cannot be written: {error.strerror}.") from None
-
+    lock = take_folder(folder, accelerator)
     pipeline = None if config.pipeline is None else load_pipeline(config.pipeline, accelerator.device)
     vae = pipeline.vae.eval() if config.vae is None else load_autoencoder(config.vae).to(accelerator.device)
     check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
@@ -118,15 +124,22 @@ def main(config: EvaluateConfig) -> None:
         config.value_range = list(found or [])
     with accelerator.main_process_first():
         train, validation = load_images(config, config.seed)
+    fewest = min(len(train), len(validation), config.num_images)
+    if extractor is not None and fewest < 2:
+        raise UserError(
+            f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
+            f"{config.num_images}: distances between `--features` need at least 2 of each, and mean little below some hundreds."
+        )
     options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
 
-    held_out = encode_images(vae, validation, accelerator, extractor=extractor, **options)
+    held_out = encode_images(vae, validation, accelerator, extractor=extractor, folder=folder / "parts", **options)
     seen = encode_images(
         vae,
         train,
         accelerator,
         extractor=extractor if pipeline is not None else None,
         max_images=config.num_images,
+        folder=folder / "parts",
         description="Encoding training images",
         **options,
     )
@@ -134,9 +147,15 @@ def main(config: EvaluateConfig) -> None:
     if train.labels is not None:
         count = len(seen.latents)
         probe = (seen.latents, torch.tensor(train.labels[:count]), torch.tensor(validation.labels))
+    inputs = [evaluation_inputs(vae, images, extractor) for images in (validation, train)] + [config.num_images]
     results: dict[str, Any] = {
         "reconstruction": reconstruction_metrics(held_out, extractor),
-        "latent_space": latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
+        "latent_space": keep_values(
+            lambda: latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
+            accelerator,
+            folder=folder / "parts",
+            of=["latent_space", inputs],
+        ),
     }
     if is_vq(vae):
         results["codebook"] = {}
@@ -176,19 +195,30 @@ def main(config: EvaluateConfig) -> None:
                 )
                 if draws_codes:
                     settings = replace(settings, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-                with accelerator.autocast():
-                    samples = draw_samples(
-                        pipeline, settings, folder / "samples", accelerator, batch_size=config.batch_size
-                    )
-                metrics, neighbors = sample_metrics(
-                    samples,
-                    extractor,
-                    reference,
-                    seen.features,
-                    seen.reconstruction_features,
-                    accelerator,
-                    batch_size=config.batch_size,
+                samples = draw_samples(
+                    pipeline, settings, folder / "samples", accelerator, batch_size=config.batch_size
                 )
+
+                def compare(samples=samples) -> dict[str, Any]:
+                    metrics, neighbors = sample_metrics(
+                        samples,
+                        extractor,
+                        reference,
+                        seen.features,
+                        seen.reconstruction_features,
+                        accelerator,
+                        batch_size=config.batch_size,
+                        folder=folder / "parts",
+                    )
+                    return {"metrics": metrics, "neighbors": neighbors.tolist()}
+
+                compared = keep_values(
+                    compare,
+                    accelerator,
+                    folder=folder / "parts",
+                    of=["generation", inputs, generation_inputs(pipeline, settings, accelerator)],
+                )
+                metrics, neighbors = compared["metrics"], torch.tensor(compared["neighbors"])
                 results["generation"].append({**settings.given(), **metrics})
                 if accelerator.is_main_process:
                     name = f"guidance-{guidance_scale:g}" + ("" if draws_codes else f"-steps-{num_inference_steps}")
@@ -196,12 +226,14 @@ def main(config: EvaluateConfig) -> None:
 
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
-        (folder / "metrics.json").write_text(json.dumps(results, indent=2))
-        (folder / "metrics.md").write_text(to_markdown(results))
+        write_atomically(folder / "metrics.md", to_markdown(results))
         if len(results.get("generation", [])) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
+        write_atomically(folder / "metrics.json", json.dumps(results, indent=2))
         logger.info("%s\nwritten to %s", to_markdown(results), folder)
     accelerator.end_training()
+    if lock is not None:
+        lock.release()
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
@@ -209,8 +241,11 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     try:
         class_name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
         pipeline_class = DAEVQGANPipeline if class_name == "DAEVQGANPipeline" else DAEDiTPipeline
-        return pipeline_class.from_pretrained(name_or_path).to(device)
-    except (OSError, ValueError, TypeError) as error:
+        pipeline = pipeline_class.from_pretrained(name_or_path)
+        for model in (pipeline.vae, pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.prior):
+            check_has_weights(model)
+        return pipeline.to(device)
+    except Exception as error:  # a damaged folder can fail in any way
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
 

@@ -405,7 +405,7 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
         num_workers=run.config.dataloader_num_workers,
     )
     model.train(was_training)
-    return ImagesWithLatents(images, CachedLatents(folder))
+    return ImagesWithLatents(images, CachedLatents(folder, verify=False))  # whole, or just made so
 
 
 def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:

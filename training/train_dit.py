@@ -72,6 +72,10 @@ class DiTConfig:
             self.architecture()
         except ValueError as error:
             raise ConfigError(f"`--model`: {error}") from None
+        if self.attention_head_dim is not None and self.attention_head_dim % 4:
+            raise ConfigError(
+                f"`--attention_head_dim` is {self.attention_head_dim}, but must be a multiple of 4 (rotary positions)."
+            )
 
     def architecture(self) -> dict[str, int]:
         """The constructor's arguments that give the transformer its size."""
@@ -152,7 +156,7 @@ def main(config: TrainDiTConfig) -> None:
     vae = load_autoencoder(config.vae).to(accelerator.device)
     config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
-        train_data, validation_data, training_images = load_data(config, vae)
+        train_data, validation_data, training_images = load_data(config, vae, verify=accelerator.is_local_main_process)
     sample_size = latent_size(config, vae, train_data)
     shares = {
         "process_index": accelerator.process_index,
@@ -305,9 +309,11 @@ def make_alignment(run: TrainingRun, transformer: DAEDiTTransformer2DModel) -> R
     )
 
 
-def load_data(config: TrainDiTConfig, vae: AutoencoderKL) -> tuple[Dataset, Dataset, ImageDataset | None]:
+def load_data(
+    config: TrainDiTConfig, vae: AutoencoderKL, *, verify: bool
+) -> tuple[Dataset, Dataset, ImageDataset | None]:
     """
-    Training and validation data: cached latents, or images that are encoded on the fly. Then the training images that are
+    Training and validation data: cached latents, verified if asked for, or images that are encoded on the fly. Then the training images that are
     wanted beside cached latents, if they are.
     """
     images = None
@@ -315,7 +321,8 @@ def load_data(config: TrainDiTConfig, vae: AutoencoderKL) -> tuple[Dataset, Data
         images = load_images(config, config.seed)
     if config.latent_cache is None:
         return (*images, None)
-    caches = tuple(CachedLatents(Path(config.latent_cache) / split) for split in ("train", "validation"))
+    folders = [Path(config.latent_cache) / split for split in ("train", "validation")]
+    caches = tuple(CachedLatents(folder, verify=verify) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])

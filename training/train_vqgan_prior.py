@@ -96,7 +96,7 @@ class TrainPriorConfig(RunConfig, SamplesConfig, PriorConfig, OptimizationConfig
 
 
 def main(config: TrainPriorConfig) -> None:
-    run = TrainingRun("train_vqgan_prior", config)
+    run = TrainingRun("train_vqgan_prior", config, has_fsdp=True)
     accelerator = run.accelerator
     vae = load_vq_model(config).to(accelerator.device)
     fingerprint = code_fingerprint(vae)
@@ -132,6 +132,7 @@ def main(config: TrainPriorConfig) -> None:
     optimizer = run.make_optimizer(parameters)
     lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
     prior, optimizer, lr_scheduler = accelerator.prepare(prior, optimizer, lr_scheduler)
+    parameters = list(prior.parameters())  # FSDP has replaced them
     ema = run.make_ema(parameters)
     if resume_path is not None:
         run.checkpointer.load(resume_path, ema=ema)
@@ -173,7 +174,7 @@ def main(config: TrainPriorConfig) -> None:
                 progress.set_postfix(loss=f"{means['train/loss']:.4f}")
             if step % config.validation_steps == 0 or is_last:
                 with ema_weights(ema, parameters):
-                    model = accelerator.unwrap_model(prior).eval()
+                    model = run.whole_model(prior).eval()
                     values = {"validation/loss": validation_loss(run, model, validation_codes)}
                     draw_samples(run, DAEVQGANPipeline(model, vae, train_codes.id2label), step)
                     model.train()
@@ -190,8 +191,8 @@ def main(config: TrainPriorConfig) -> None:
 
     if ema is not None:
         ema.copy_to(parameters)
+    model = accelerator.unwrap_model(run.whole_model(prior), keep_fp32_wrapper=False).eval()
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(prior, keep_fp32_wrapper=False).eval()
         DAEVQGANPipeline(model, vae, train_codes.id2label).save_pretrained(run.output_dir / "pipeline")
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")

@@ -28,6 +28,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             class_name = AutoencoderKL.load_config(name_or_path, subfolder=subfolder).get("_class_name")
             vae_class = _VQ_CLASSES.get(class_name, AutoencoderKL)
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+            check_has_weights(vae)
             vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae
             return vae.eval().requires_grad_(False)
         except Exception as error:  # a damaged config.json can fail in any way
@@ -65,6 +66,22 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
         return latents, torch.zeros_like(latents)
     posterior = vae.encode(pixel_values).latent_dist
     return posterior.mean, posterior.std
+
+
+def check_has_weights(model: torch.nn.Module) -> None:
+    r"""Raises `ValueError` if a file lacked weights of a diffusers model, which are then neither set nor usable."""
+    missing = [name for name, value in model.state_dict().items() if value.is_meta]
+    if missing:
+        raise ValueError(f"{len(missing)} weights of its {type(model).__name__} are missing, such as {missing[0]}.")
+
+
+def check_finite(values: torch.Tensor, what: str = "latents of the autoencoder") -> None:
+    r"""Raises `UserError` if what a model gave is NaN or infinite anywhere, so that nobody builds on it."""
+    if not torch.isfinite(values).all():
+        raise UserError(
+            f"the {what} hold NaN or infinite values: its weights are broken, or the precision is too low. Train it again, "
+            "or use float32."
+        )
 
 
 def spatial_factor(vae: ModelMixin) -> int:

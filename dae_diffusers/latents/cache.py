@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from dae_diffusers.autoencoders.loading import encode_moments
+from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped
+from dae_diffusers.files import save_tensors_atomically, sha256_of, write_atomically
 
 _MANIFEST = "manifest.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,6 +64,8 @@ class CachedLatents(Dataset):
 
     Args:
         folder (`Path`): A split's folder inside a cache.
+        verify (`bool`, *optional*, defaults to `True`): Compare the checksum of every shard, which reads it whole; once
+            for all processes of a machine is enough.
 
     Attributes:
         identity ([`CacheIdentity`]): Of what it holds.
@@ -72,29 +76,27 @@ class CachedLatents(Dataset):
         UserError: If the cache is missing, unfinished or damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, *, verify: bool = True):
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
         if manifest is None or not manifest["complete"]:
             state = "unfinished" if manifest else "no latent cache"
             raise UserError(f"{self.folder} is {state}. Make it with `accelerate launch training/cache_latents.py`.")
-        try:
-            self.identity = CacheIdentity(**manifest["identity"])
-            self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
-            self.latent_shape = tuple(manifest["latent_shape"])
-            self._shard_size = int(manifest["shard_size"])
-            sizes = {name: int(facts["size"]) for name, facts in manifest["shards"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise _damaged(self.folder) from None
+        self.identity = CacheIdentity(**manifest["identity"])
+        self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
+        self.latent_shape = tuple(manifest["latent_shape"])
+        self._shard_size = manifest["shard_size"]
         self._shards = []
-        for name, size in sizes.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise UserError(f"{path} is missing or truncated. Remove {self.folder} and cache the latents again.")
-            try:
-                self._shards.append(load_file(path))
-            except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}). Remove {self.folder} and cache again.") from None
+        for name, facts in tqdm(manifest["shards"].items(), desc="Checking shards", leave=False, disable=not verify):
+            rows = min(self._shard_size, self.identity.num_samples - len(self._shards) * self._shard_size)
+            shape = (rows, 1 + self.identity.flips, *self.latent_shape)
+            problem = _problem_of(self.folder / name, facts if verify else {"size": facts["size"]}, shape)
+            if problem is not None:
+                raise UserError(
+                    f"{self.folder / name} {problem}. Run the command that made the cache again: it makes only what is "
+                    "missing or damaged."
+                )
+            self._shards.append(load_file(self.folder / name))
 
     def __len__(self) -> int:
         return self.identity.num_samples
@@ -183,7 +185,8 @@ def write_latent_cache(
     Encodes every image once, mirrored too if its config says `random_flip`, into `folder`.
 
     Processes take turns at the shards. A shard is written to a temporary file and renamed, so an interrupted run goes on
-    where it stopped; the manifest is marked complete at the end.
+    where it stopped; the manifest is marked complete at the end. In a complete cache the checksums are compared, and what is
+    missing or damaged is made anew.
 
     Args:
         folder (`Path`): A new folder, or one that this very cache was begun in.
@@ -215,37 +218,33 @@ def write_latent_cache(
             differences.append(f"its shard size is {found['shard_size']} instead of {shard_size}")
         if differences:
             raise UserError(f"{folder} holds another latent cache: {'; '.join(differences)}. Choose another folder.")
-        if found["complete"]:
-            return
     elif accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / _MANIFEST, manifest)
+        write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2))
     accelerator.wait_for_everyone()
 
-    num_shards = -(-len(images) // shard_size)
-    mine = range(accelerator.process_index, num_shards, accelerator.num_processes)
+    known = found["shards"] if found is not None and found["complete"] else {}
+    facts = {}
+    mine = range(accelerator.process_index, _num_shards(len(images), shard_size), accelerator.num_processes)
     for shard in tqdm(mine, desc="Caching latents", unit="shard", disable=not accelerator.is_local_main_process):
         path = folder / _shard_name(shard)
-        if path.exists():  # it has its name only once it is whole
+        if _problem_of(path, known.get(path.name)) is None:
+            facts[path.name] = known.get(path.name) or _facts_of(path)
             continue
         indices = range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
         loader = DataLoader(
             Subset(images, indices), batch_size=batch_size, num_workers=num_workers, collate_fn=images.collate_fn
         )
-        tensors = _encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype])
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        temporary.rename(path)
-    accelerator.wait_for_everyone()
+        save_tensors_atomically(_encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype]), path)
+        facts[path.name] = _facts_of(path)
+    shares = gather_object([facts])
     if accelerator.is_main_process:
-        paths = [folder / _shard_name(shard) for shard in range(num_shards)]
-        manifest["latent_shape"] = list(load_file(paths[0])["latents_mean"].shape[2:])
-        manifest["shards"] = {
-            path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for path in paths
-        }
+        of_shard = {name: fact for share in shares for name, fact in share.items()}
+        manifest["shards"] = {_shard_name(shard): of_shard[_shard_name(shard)] for shard in range(len(of_shard))}
+        with safe_open(folder / _shard_name(0), "pt") as file:
+            manifest["latent_shape"] = file.get_slice("latents_mean").get_shape()[2:]
         manifest["complete"] = True
-        _write_json(folder / _MANIFEST, manifest)
+        write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2))
     accelerator.wait_for_everyone()
 
 
@@ -269,7 +268,10 @@ def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> 
         parts["latents_std"].append(torch.stack(stds, dim=1).to(dtype).cpu())
         if "class_labels" in batch:
             parts["class_labels"].append(batch["class_labels"])
-    return {name: torch.cat(values) for name, values in parts.items() if values}
+    tensors = {name: torch.cat(values) for name, values in parts.items() if values}
+    check_finite(tensors["latents_mean"])
+    check_finite(tensors["latents_std"])
+    return tensors
 
 
 def image_identity(images: ImageDataset) -> dict[str, Any]:
@@ -287,22 +289,50 @@ def _shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
+def _num_shards(num_samples: int, shard_size: int) -> int:
+    return -(-num_samples // shard_size)
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _problem_of(path: Path, facts: dict[str, Any] | None, shape: tuple[int, ...] | None = None) -> str | None:
+    """Why a shard cannot be used, as the end of a sentence; None if it is what the facts and the shape say, if given."""
+    if not path.is_file():
+        return "is missing"
+    if facts and path.stat().st_size != facts["size"]:
+        return f"is truncated: it has {path.stat().st_size} bytes instead of {facts['size']}"
+    if facts and "sha256" in facts and sha256_of(path) != facts["sha256"]:
+        return "is damaged: its content has another checksum than when it was written"
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("latents_mean", "latents_std")}
+    except (SafetensorError, OSError) as error:
+        return f"is damaged ({' '.join(str(error).split())})"
+    if shape is not None and set(shapes.values()) != {shape}:
+        return f"does not fit its manifest: its latents have the shapes {shapes} instead of {shape}"
+    return None
+
+
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        CacheIdentity(**manifest["identity"])
-        return {"complete": False, **manifest}
+        manifest = {"complete": False, **json.loads((folder / _MANIFEST).read_text())}
+        identity, shard_size = CacheIdentity(**manifest["identity"]), manifest["shard_size"]
+        sizes = (identity.num_samples, identity.resolution, identity.image_channels, shard_size)
+        is_whole = all(isinstance(size, int) and size > 0 for size in sizes)
+        is_whole &= isinstance(identity.flips, bool)
+        if manifest["complete"] and is_whole:
+            names = [_shard_name(shard) for shard in range(len(manifest["shards"]))]
+            is_whole = list(manifest["shards"]) == names  # other names might lead out of the folder
+            is_whole &= len(names) == _num_shards(identity.num_samples, shard_size)
+            is_whole &= all(isinstance(fact["size"] + len(fact["sha256"]), int) for fact in manifest["shards"].values())
+            is_whole &= len([int(size) for size in manifest["latent_shape"]]) == 3
+            is_whole &= all(key.isdecimal() for key in manifest["id2label"] or {})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(folder) from None
-
-
-def _damaged(folder: Path) -> UserError:
-    return UserError(f"{folder / _MANIFEST} is damaged. Remove {folder} and cache the latents again.")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2))
-    temporary.replace(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{folder / _MANIFEST} is damaged. Remove {folder} and cache the latents again.")
+    return manifest

@@ -1,20 +1,22 @@
 """Images as grids of codes: how often each code occurs, and grids that were encoded once for training on them."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import VQModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
+from dae_diffusers.files import save_tensors_atomically
 from dae_diffusers.latents.cache import CacheIdentity, autoencoder_fingerprint, image_identity
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
 
@@ -124,7 +126,7 @@ def cached_codes(
         [`CodeGrids`]: The same on every process.
 
     Raises:
-        UserError: If the file is damaged or holds the codes of another autoencoder or other images.
+        UserError: If the file is damaged, cannot be written, or holds the codes of another autoencoder or other images.
     """
     path = Path(path)
     identity = CacheIdentity(
@@ -133,22 +135,29 @@ def cached_codes(
         dtype=_DTYPE,
         **image_identity(images),
     )
-    if not path.exists():
+    is_cached = [path.exists()]
+    broadcast_object_list(is_cached)
+    if not is_cached[0]:
         codes = _encode(vae, images, accelerator, batch_size, num_workers)
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file({"codes": codes}, temporary, metadata={"identity": json.dumps(vars(identity))})
-            temporary.rename(path)
+            metadata = {"identity": json.dumps(vars(identity)), "sha256": _sha256_of(codes)}
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors_atomically({"codes": codes}, path, metadata)
+            except OSError as error:
+                raise UserError(f"the codes cannot be written to {path}: {error.strerror or error}") from None
     accelerator.wait_for_everyone()
     try:
         with safe_open(path, "pt") as file:
-            found = CacheIdentity(**json.loads(file.metadata()["identity"]))
+            metadata = file.metadata()
+            found = CacheIdentity(**json.loads(metadata["identity"]))
             codes = file.get_tensor("codes")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is not a file of codes, or is damaged. Remove it to encode the images again."
-        ) from None
+        is_whole = metadata["sha256"] == _sha256_of(codes)
+        is_whole &= 0 <= codes.min().item() and codes.max().item() < vae.config.num_vq_embeddings
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is not a file of codes, or is damaged. Remove it to encode the images again.")
     differences = found.differences(identity)
     if differences:
         raise UserError(
@@ -157,6 +166,10 @@ def cached_codes(
         )
     labels = None if images.labels is None else torch.tensor(images.labels)
     return CodeGrids(codes, labels, images.id2label)
+
+
+def _sha256_of(codes: torch.Tensor) -> str:
+    return hashlib.sha256(codes.contiguous().numpy()).hexdigest()
 
 
 @torch.no_grad()
@@ -170,7 +183,9 @@ def _encode(vae, images: ImageDataset, accelerator: Accelerator, batch_size: int
     for batch in tqdm(loader, desc="Encoding", disable=not accelerator.is_local_main_process, leave=False):
         pixel_values = batch["pixel_values"].to(accelerator.device)
         views = [pixel_values, pixel_values.flip(-1)] if images.config.random_flip else [pixel_values]
-        codes = torch.stack([codes_of(vae, vae.encode(view).latents) for view in views], dim=1)
+        latents = [vae.encode(view).latents for view in views]
+        check_finite(torch.stack(latents))
+        codes = torch.stack([codes_of(vae, each) for each in latents], dim=1)
         parts.append(codes.int().cpu())
     shares = gather_object([torch.cat(parts) if parts else None])
     whole = torch.empty(len(images), *shares[0].shape[1:], dtype=torch.int32)

@@ -67,6 +67,8 @@ class LatentStatistics:
         Raises:
             ValueError: If a channel is constant, which nothing can normalise.
         """
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.std).all()):
+            raise ValueError("the latents hold NaN or infinite values: the weights of the encoder are broken.")
         dead = [channel for channel, std in enumerate(self.std.tolist()) if not std > 1e-6]
         if dead:
             raise ValueError(

@@ -1,7 +1,6 @@
 """The measurements of `training/evaluate.py`: an autoencoder, its latent space, and what a pipeline draws."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
-from dae_diffusers.autoencoders.loading import encode_moments, is_vq, spatial_factor
+from dae_diffusers.autoencoders.loading import check_finite, encode_moments, is_vq, spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
+from dae_diffusers.latents.cache import image_identity
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics.distances import (
@@ -30,6 +27,7 @@ from dae_diffusers.metrics.distances import (
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio, structural_similarity
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
+from dae_diffusers.metrics.kept import keep_rows, model_hash
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size
 from dae_diffusers.randomness import derived_seed
 
@@ -107,6 +105,7 @@ def encode_images(
     max_images: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
+    folder: Path | None = None,
     description: str = "Reconstructing",
 ) -> EncodedImages:
     r"""
@@ -119,49 +118,66 @@ def encode_images(
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Of the features.
         max_images (`int`, *optional*): Only the first this many.
         batch_size, num_workers (`int`, *optional*): Per process; they change no result.
+        folder (`Path`, *optional*): Where to keep what is done, so that an interrupted evaluation goes on from there.
         description (`str`, *optional*): Of the progress bar.
 
     Returns:
         [`EncodedImages`]: The same on every process.
     """
-    if max_images is not None and max_images < len(images):
-        images = Subset(images, range(max_images))
-    loader = make_pass_loader(
-        images,
-        batch_size=batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=num_workers,
+
+    def encode(chunk: range) -> dict[str, torch.Tensor]:
+        loader = make_pass_loader(Subset(images, chunk), batch_size=batch_size, num_workers=num_workers)
+        rows: dict[str, list[torch.Tensor]] = {}
+        for batch in loader:
+            count = len(batch["pixel_values"])
+            pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
+            mean, std = encode_moments(vae, pixel_values)
+            check_finite(mean)
+            reconstruction = vae.decode(mean).sample.float().clamp(-1, 1)
+            check_finite(reconstruction, "reconstructions of the autoencoder")
+            values = {
+                "latents": mean,
+                "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
+                "ssim": structural_similarity(reconstruction, pixel_values),
+            }
+            if not is_vq(vae):
+                values["std"] = std
+            if extractor is not None:
+                values["features"] = extractor(pixel_values)
+                values["reconstruction_features"] = extractor(reconstruction)
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value[:count].float().cpu())
+        return {name: torch.cat(values) for name, values in rows.items()}
+
+    rows = keep_rows(
+        encode,
+        min(len(images), max_images or len(images)),
+        accelerator,
+        folder=folder,
+        of=folder and evaluation_inputs(vae, images, extractor),
+        description=description,
     )
-    rows: dict[str, list[torch.Tensor]] = {}
-    diagnostics = None
-    for batch in tqdm(loader, desc=description, disable=not accelerator.is_local_main_process, leave=False):
-        count = len(batch["pixel_values"])
-        pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
-        mean, std = encode_moments(vae, pixel_values)
-        reconstruction = vae.decode(mean).sample.float().clamp(-1, 1)
-        diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
-        diagnostics.add(mean[:count], None if is_vq(vae) else std[:count])
-        values = {
-            "latents": mean,
-            "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
-            "ssim": structural_similarity(reconstruction, pixel_values),
-        }
-        if extractor is not None:
-            values["features"] = extractor(pixel_values)
-            values["reconstruction_features"] = extractor(reconstruction)
-        for name, value in values.items():
-            rows.setdefault(name, []).append(value[:count].float().cpu())
-    gathered = gather_in_order({name: torch.cat(values) for name, values in rows.items()}, len(images), accelerator)
-    parts = [part for part in gather_object([diagnostics]) if part is not None]
+    diagnostics = LatentDiagnostics.empty(tuple(rows["latents"].shape[1:]))
+    for start in range(0, len(rows["latents"]), 64):
+        part = slice(start, start + 64)
+        diagnostics.add(rows["latents"][part], rows["std"][part] if "std" in rows else None)
     return EncodedImages(
-        latents=gathered["latents"],
-        features=gathered.get("features"),
-        reconstruction_features=gathered.get("reconstruction_features"),
-        psnr=gathered["psnr"],
-        ssim=gathered["ssim"],
-        diagnostics=sum(parts[1:], start=parts[0]),
+        latents=rows["latents"],
+        features=rows.get("features"),
+        reconstruction_features=rows.get("reconstruction_features"),
+        psnr=rows["psnr"],
+        ssim=rows["ssim"],
+        diagnostics=diagnostics,
     )
+
+
+def evaluation_inputs(vae: ModelMixin, images: ImageDataset, extractor: FeatureExtractor | None) -> dict[str, Any]:
+    r"""What the measurements of an autoencoder on some images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
+    return {
+        "vae": model_hash(vae),
+        "images": [len(images), image_identity(images), list(images.config.value_range)],
+        "extractor": None if extractor is None else extractor.fingerprint,
+    }
 
 
 @torch.no_grad()
@@ -233,50 +249,63 @@ def draw_samples(
     Args:
         pipeline (`DiffusionPipeline`): With the signature of `DAEDiTPipeline` or `DAEVQGANPipeline`.
         settings ([`SampleSettings`]): What to draw.
-        folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline's weights and the settings.
-        accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
+        folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline, the settings and the precision.
+        accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks, and draw in its precision.
         batch_size (`int`, *optional*): Images at once; changes no image beyond float rounding.
         chunk_size (`int`, *optional*): Images in a chunk.
 
     Returns:
         `torch.Tensor` of shape `(num_images, C, H, W)`: uint8, the same on every process.
     """
-    folder = Path(folder) / _sample_key(pipeline, settings)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     labels = settings.labels(pipeline.null_class)
-    chunks = list(range(0, settings.num_images, chunk_size))
-    mine = chunks[accelerator.process_index :: accelerator.num_processes]
     pipeline.set_progress_bar_config(disable=True)
     image_pixels = _image_pixels(pipeline)
-    bar = tqdm(mine, desc="Drawing", unit="chunk", disable=not accelerator.is_local_main_process, leave=False)
-    for start in bar:
-        path = folder / f"{start:08d}.safetensors"
-        if _read_chunk(path) is not None:
-            continue
+
+    def draw(chunk: range) -> dict[str, torch.Tensor]:
         parts = []
-        stop = min(start + chunk_size, settings.num_images)
-        for first in range(start, stop, batch_size):
-            count = min(batch_size, stop - first)
+        for first in range(chunk.start, chunk.stop, batch_size):
+            count = min(batch_size, chunk.stop - first)
             numbers = (
                 torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
             )
             given = (
                 {"num_images_per_label": len(numbers)} if labels is None else {"class_labels": labels[numbers].tolist()}
             )
-            output = pipeline(
-                **given,
-                **settings.call_kwargs(),
-                generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
-                output_type="pt",
-            ).images
+            with accelerator.autocast():
+                output = pipeline(
+                    **given,
+                    **settings.call_kwargs(),
+                    generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
+                    output_type="pt",
+                ).images
+            check_finite(output, "images that the pipeline draws")
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
-        temporary = path.with_suffix(f".tmp{accelerator.process_index}")
-        save_file({"images": torch.cat(parts)}, temporary)
-        temporary.replace(path)
-    accelerator.wait_for_everyone()
-    return torch.cat([_read_chunk(folder / f"{start:08d}.safetensors") for start in chunks])
+        return {"images": torch.cat(parts)}
+
+    return keep_rows(
+        draw,
+        settings.num_images,
+        accelerator,
+        folder=folder,
+        of=generation_inputs(pipeline, settings, accelerator),
+        chunk_size=chunk_size,
+        description="Drawing",
+    )["images"]
+
+
+def generation_inputs(
+    pipeline: DiffusionPipeline, settings: SampleSettings, accelerator: Accelerator
+) -> dict[str, Any]:
+    r"""What drawn images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
+    return {
+        "models": [
+            model_hash(pipeline.prior if hasattr(pipeline, "prior") else pipeline.transformer),
+            model_hash(pipeline.vae),
+        ],
+        "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
+        "settings": settings.given(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
 
 
 @torch.no_grad()
@@ -289,6 +318,7 @@ def sample_metrics(
     accelerator: Accelerator,
     *,
     batch_size: int = 64,
+    folder: Path | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
     r"""
     How samples compare with the training images.
@@ -300,23 +330,35 @@ def sample_metrics(
         train_features, train_reconstruction_features (`torch.Tensor` of shape `(M, D)`): Of some training images, and
             of what the autoencoder makes of them.
         accelerator ([`~accelerate.Accelerator`]): Of this run.
+        batch_size (`int`, *optional*): Images at once, per process.
+        folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation goes on from there.
 
     Returns:
         `tuple[dict, torch.Tensor]`: The metrics, and for each sample the number of its nearest training image, `(N,)`.
         `gap` is the Fréchet distance to the training images' *reconstructions*: the generator's own error.
         Precision, recall, density and coverage compare the first `min(N, M)` of both.
     """
-    mine = samples[accelerator.process_index :: accelerator.num_processes]
-    rows: dict[str, list[torch.Tensor]] = {"features": [], "logits": []}
-    for part in mine.split(batch_size):
-        images = pad_batch(part.to(accelerator.device).float() / 127.5 - 1)
-        if extractor.num_classes is None:
-            rows["features"].append(extractor(images)[: len(part)].cpu())
-        else:
-            features, logits = extractor.features_and_logits(images)
-            rows["features"].append(features[: len(part)].cpu())
-            rows["logits"].append(logits[: len(part)].cpu())
-    gathered = gather_in_order({k: torch.cat(v) for k, v in rows.items() if v}, len(samples), accelerator)
+
+    def extract(chunk: range) -> dict[str, torch.Tensor]:
+        rows: dict[str, list[torch.Tensor]] = {}
+        for part in samples[chunk.start : chunk.stop].split(batch_size):
+            images = pad_batch(part.to(accelerator.device).float() / 127.5 - 1)
+            if extractor.num_classes is None:
+                values = {"features": extractor(images)}
+            else:
+                values = dict(zip(("features", "logits"), extractor.features_and_logits(images), strict=True))
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value[: len(part)].cpu())
+        return {name: torch.cat(values) for name, values in rows.items()}
+
+    gathered = keep_rows(
+        extract,
+        len(samples),
+        accelerator,
+        folder=folder,
+        of=folder and [hashlib.sha256(samples.contiguous().numpy()).hexdigest(), extractor.fingerprint],
+        description="Features of samples",
+    )
     features = gathered["features"]
     statistics = statistics_of(features)
     count = min(len(features), len(train_features))
@@ -357,25 +399,6 @@ def gather_in_order(rows: dict[str, torch.Tensor], total: int, accelerator: Acce
             if name in part:
                 whole[name][process :: accelerator.num_processes] = part[name]
     return whole
-
-
-def _sample_key(pipeline: DiffusionPipeline, settings: SampleSettings) -> str:
-    digest = hashlib.sha256(json.dumps(settings.given(), sort_keys=True).encode())
-    if hasattr(pipeline, "scheduler"):
-        digest.update(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    generator = pipeline.prior if hasattr(pipeline, "prior") else pipeline.transformer
-    for model in (generator, pipeline.vae):
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _read_chunk(path: Path) -> torch.Tensor | None:
-    try:
-        return load_file(path)["images"] if path.exists() else None
-    except (SafetensorError, OSError, KeyError):
-        return None
 
 
 def _image_pixels(pipeline: DiffusionPipeline) -> int:

@@ -230,11 +230,12 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
         UserError: If the model or its image processor does not exist, is no vision model, or lacks weights.
     """
     try:
-        architectures = AutoConfig.from_pretrained(name_or_path).architectures or []
+        # Without the flag, transformers would ask on a terminal.
+        architectures = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).architectures or []
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
         is_classifier = any(architecture.endswith("ForImageClassification") for architecture in architectures)
         model, loading = (AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(
-            name_or_path, output_loading_info=True, dtype=torch.float32
+            name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(

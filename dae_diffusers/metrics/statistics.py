@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.metrics.features import FeatureExtractor
 
 logger = logging.getLogger(__name__)
+
+# A long pass over reference images is saved this often, to go on from there after an interruption.
+SAVE_SECONDS = 60
 
 
 @dataclass
@@ -180,7 +185,8 @@ def reference_statistics(
     Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
 
     The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (content, number,
-    channels) and of their resolution. A damaged file is reported and made anew; one that cannot be written is reported.
+    channels) and of their resolution. A damaged file is reported and made anew; one that cannot be written is reported. An
+    interrupted pass goes on from where it was saved last, if as many processes take part.
 
     Args:
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
@@ -202,30 +208,45 @@ def reference_statistics(
         "image_channels": str(images.config.image_channels),
         "resolution": str(images.config.resolution),
     }
-    path = None
+    path = partial = None
     if cache_dir is not None:
         key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
         path = Path(cache_dir) / f"{extractor.name}-{key}.safetensors"
+        partial = path.with_suffix(f".{state.process_index}-of-{state.num_processes}.safetensors")
     # One process looks and tells the others: they might see the file at different moments.
     cached = [_read_cache(path) if path is not None and state.is_main_process else None]
     statistics = broadcast_object_list(cached)[0]
     if statistics is not None:
         return statistics
+    statistics = (partial and _read_cache(partial)) or FeatureStatistics.empty(extractor.feature_dim)
     loader = make_pass_loader(
-        images,
+        Subset(images, range(statistics.count * state.num_processes, len(images))),
         batch_size=batch_size,
         process_index=state.process_index,
         num_processes=state.num_processes,
         num_workers=num_workers,
     )
-    batches = tqdm(loader, desc=f"Reference {extractor.name}", disable=disable_progress, leave=False)
-    statistics = feature_statistics(extractor, (batch["pixel_values"] for batch in batches))
+    saved = time.monotonic()
+    for batch in tqdm(loader, desc=f"Reference {extractor.name}", disable=disable_progress, leave=False):
+        pixel_values = batch["pixel_values"]
+        statistics.add(extractor(pad_batch(pixel_values))[: len(pixel_values)])
+        if partial is not None and time.monotonic() - saved >= SAVE_SECONDS:
+            _write_cache(statistics, partial, metadata)
+            saved = time.monotonic()
+    statistics = sum(gather_object([statistics]), start=FeatureStatistics.empty(extractor.feature_dim))
     if path is not None and state.is_main_process:
-        try:
-            statistics.save(path, metadata)
-        except OSError as error:  # the statistics are good all the same
-            logger.warning("%s cannot be written (%s); the next run computes it anew.", path, error.strerror or error)
+        _write_cache(statistics, path, metadata)
+    state.wait_for_everyone()
+    if partial is not None and partial.exists():
+        partial.unlink()
     return statistics
+
+
+def _write_cache(statistics: FeatureStatistics, path: Path, metadata: dict[str, str]) -> None:
+    try:
+        statistics.save(path, metadata)
+    except OSError as error:  # the statistics are good all the same
+        logger.warning("%s cannot be written (%s); the next run computes it anew.", path, error.strerror or error)
 
 
 def _read_cache(path: Path) -> FeatureStatistics | None:

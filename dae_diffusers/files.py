@@ -1,0 +1,45 @@
+"""Files that a kill at any instant leaves as they were or whole and new."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_atomically(path: Path, text: str) -> None:
+    r"""Replaces a small file at once."""
+    temporary = _temporary(path)
+    temporary.write_text(text)
+    _flush_and_rename(temporary, path)
+
+
+def save_tensors_atomically(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    r"""Writes or replaces a safetensors file at once."""
+    temporary = _temporary(path)
+    save_file(tensors, temporary, metadata=metadata)
+    _flush_and_rename(temporary, path)
+
+
+def sha256_of(path: Path) -> str:
+    r"""Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a kill; and nobody's link is written through
+    return temporary
+
+
+def _flush_and_rename(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
