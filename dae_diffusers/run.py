@@ -28,6 +28,7 @@ from accelerate.utils import (
     send_to_device,
     set_seed,
 )
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -42,7 +43,8 @@ from dae_diffusers.data import ImageStream, StreamedImages, make_stream_loader, 
 from dae_diffusers.files import write_atomically
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
-from dae_diffusers.plots import plot_curves
+from dae_diffusers.plots import image_grid, plot_curves
+from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class OptimizationConfig:
         None, "autocast; the weights stay float32; default: what `accelerate` is configured to"
     )
     gradient_checkpointing: bool = field(False, "recompute activations in the backward pass to save memory")
+    compile: bool = field(False, "compile the networks, block by block: slow first steps, faster ones after that")
     allow_tf32: bool = field(False, "TF32 matrix products on GPUs that have them")
 
     def __post_init__(self):
@@ -421,6 +424,37 @@ class TrainingRun:
         for tracker in self.accelerator.trackers:
             self._guard_tracker(lambda tracker=tracker: _log_image(tracker, name, grid, step))
 
+    def log_samples(self, pipeline: DiffusionPipeline, num_classes: int | None, step: int, **options: Any) -> None:
+        r"""
+        Draws a grid from the same noise every time, a column for each class, on the main process.
+
+        Args:
+            pipeline (`DiffusionPipeline`): That takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
+            num_classes (`int` or `None`): Of the data; None: no labels.
+            step (`int`): Optimiser steps done.
+            options: For the pipeline.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        number = self.config.num_sample_images
+        labels = None if num_classes is None else [n % num_classes for n in range(number)]
+        generators = [torch.Generator().manual_seed(derived_seed(self.config.seed, 4, n)) for n in range(number)]
+        pipeline.set_progress_bar_config(disable=True)
+        images = []
+        for start in range(0, number, self.config.train_batch_size):
+            chosen = slice(start, start + self.config.train_batch_size)
+            images.append(
+                pipeline(
+                    class_labels=None if labels is None else labels[chosen],
+                    num_images_per_label=len(generators[chosen]) if labels is None else 1,
+                    generator=generators[chosen],
+                    output_type="pt",
+                    **options,
+                ).images
+            )
+        columns = num_classes if num_classes is not None and num_classes <= 20 else None
+        self.log_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
+
     def draw_curves(self) -> None:
         r"""Draws `curves.png` from the whole log."""
         if self.accelerator.is_main_process:
@@ -529,6 +563,13 @@ class TrainingRun:
         except Exception as error:  # a tracker may fail in any way; the run must not
             self._tracker_failed = True
             logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+
+    def compile_blocks(self, blocks: Iterable[torch.nn.Module]) -> None:
+        r"""With `--compile`: compiles each in its place, so that equal blocks share their code and weights keep their names."""
+        if self.config.compile:
+            torch._functorch.config.donated_buffer = False  # adaptive weights go through a graph twice
+            for block in blocks:
+                block.compile()
 
     def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
         r"""AdamW by the flags, in one pass over memory: several times faster than the loop that is PyTorch's default on a CPU."""

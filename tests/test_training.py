@@ -361,3 +361,22 @@ def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
 def test_resume_with_cached_latents_equals_an_uninterrupted_run(cached, image_folder, tmp_path, step):
     resume(train_dae, LONG_STAGE_TWO, cached, tmp_path / "run", step, ("vae",), train_data_dir=image_folder)
     assert_same_weights(weights(cached / "vae"), weights(tmp_path / "run" / "vae"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the tracer
+@pytest.mark.parametrize("more", ["", " --adversarial_weight 0.5 --discriminator_channels 8 --discriminator_layers 2"])
+def test_compiled_networks_train_as_others_do(trained, image_folder, tmp_path, monkeypatch, more):
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def compile_eagerly(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager")  # traces and differentiates as for a GPU, without generating code
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    run(train_dae, TINY_DAE + " --compile" + more, train_data_dir=image_folder, output_dir=tmp_path)
+    assert compiled == ["Encoder", "AuxiliaryDecoder", "Decoder"]
+    if not more:
+        assert_same_weights(weights(trained / "vae"), weights(tmp_path / "vae"), rtol=1e-3, atol=1e-4)
+        run(train_dit, TINY_DIT + " --compile", train_data_dir=image_folder, output_dir=tmp_path, vae=trained / "vae")
+        transformers = [weights(folder / "pipeline" / "transformer") for folder in (trained, tmp_path)]
+        assert_same_weights(*transformers, rtol=1e-3, atol=1e-4)

@@ -135,6 +135,7 @@ def main(config: TrainDAEConfig) -> None:
     logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
 
     model = load_model(config)
+    run.compile_blocks(filter(None, (model.encoder, model.auxiliary_decoder, model.decoder)))
     resume_path, start_step, state = run.start(
         {"the training images": train_images.fingerprint},
         **count_images(train_images),

@@ -37,7 +37,6 @@ from dae_diffusers.losses.alignment import RepresentationAlignment, make_project
 from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
 from dae_diffusers.losses.perceptual import load_backbone
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
-from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
 from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -183,6 +182,7 @@ def main(config: TrainDiTConfig) -> None:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     patch_size = transformer.config.patch_size
+    run.compile_blocks(transformer.transformer_blocks)
     parameters = list(transformer.parameters())
     num_parameters = sum(parameter.numel() for parameter in parameters)
     logger.info(
@@ -265,7 +265,13 @@ def main(config: TrainDiTConfig) -> None:
                 with ema_weights(ema, parameters):
                     model = run.whole_model(transformer).eval()
                     values = {"validation/loss": validation_loss(run, model, vae, validation_data, shares)}
-                    draw_samples(run, make_pipeline(config, model, vae, train_data), step)
+                    run.log_samples(
+                        make_pipeline(config, model, vae, train_data),
+                        model.config.num_classes,
+                        step,
+                        guidance_scale=config.sample_guidance_scale,
+                        num_inference_steps=config.sample_steps,
+                    )
                     model.train()
                 run.log(values, step)
                 run.draw_curves()
@@ -377,33 +383,6 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
         losses += flow_matching_loss(velocity, latents, noise).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
-
-
-def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
-    """A grid from fixed noise, a column for each class, made by the main process."""
-    if not run.accelerator.is_main_process:
-        return
-    config, num_classes = run.config, pipeline.transformer.config.num_classes
-    labels = None if num_classes is None else [n % num_classes for n in range(config.num_sample_images)]
-    generators = [
-        torch.Generator().manual_seed(derived_seed(config.seed, 4, n)) for n in range(config.num_sample_images)
-    ]
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, config.num_sample_images, config.train_batch_size):
-        chosen = slice(start, start + config.train_batch_size)
-        images.append(
-            pipeline(
-                class_labels=None if labels is None else labels[chosen],
-                num_images_per_label=len(generators[chosen]) if labels is None else 1,
-                guidance_scale=config.sample_guidance_scale,
-                num_inference_steps=config.sample_steps,
-                generator=generators[chosen],
-                output_type="pt",
-            ).images
-        )
-    columns = num_classes if num_classes is not None and num_classes <= 20 else None
-    run.log_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
 
 
 def save_pipeline(pipeline: DAEDiTPipeline, ema: EMAModel | None, parameters: list, folder: Path) -> None:

@@ -25,8 +25,7 @@ from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_s
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
-from dae_diffusers.plots import image_grid
-from dae_diffusers.randomness import derived_seed, seed_microbatch
+from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 
 logger = logging.getLogger(__name__)
@@ -121,6 +120,7 @@ def main(config: TrainPriorConfig) -> None:
     if config.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.
         getattr(prior, "activation_checkpointing_enable", prior.gradient_checkpointing_enable)()
+    run.compile_blocks(prior.model.layers)
     parameters = list(prior.parameters())
     logger.info(
         "%d training images of %d x %d codes, %s classes, %.1f M parameters",
@@ -176,7 +176,15 @@ def main(config: TrainPriorConfig) -> None:
                 with ema_weights(ema, parameters):
                     model = run.whole_model(prior).eval()
                     values = {"validation/loss": validation_loss(run, model, validation_codes)}
-                    draw_samples(run, DAEVQGANPipeline(model, vae, train_codes.id2label), step)
+                    run.log_samples(
+                        DAEVQGANPipeline(model, vae, train_codes.id2label),
+                        prior.config.num_classes or None,
+                        step,
+                        guidance_scale=config.sample_guidance_scale,
+                        temperature=config.sample_temperature,
+                        top_k=config.sample_top_k,
+                        top_p=config.sample_top_p,
+                    )
                     model.train()
                 run.log(values, step)
                 run.draw_curves()
@@ -269,35 +277,6 @@ def validation_loss(run: TrainingRun, model: LlamaForCausalLM, codes: CodeGrids)
         losses += each.mean(dim=1).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
-
-
-def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> None:
-    """A grid from fixed draws, a column for each class, made by the main process."""
-    if not run.accelerator.is_main_process:
-        return
-    config, num_classes = run.config, pipeline.null_class
-    labels = None if num_classes is None else [n % num_classes for n in range(config.num_sample_images)]
-    generators = [
-        torch.Generator().manual_seed(derived_seed(config.seed, 4, n)) for n in range(config.num_sample_images)
-    ]
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, config.num_sample_images, config.train_batch_size):
-        chosen = slice(start, start + config.train_batch_size)
-        images.append(
-            pipeline(
-                class_labels=None if labels is None else labels[chosen],
-                num_images_per_label=len(generators[chosen]) if labels is None else 1,
-                guidance_scale=config.sample_guidance_scale,
-                temperature=config.sample_temperature,
-                top_k=config.sample_top_k,
-                top_p=config.sample_top_p,
-                generator=generators[chosen],
-                output_type="pt",
-            ).images
-        )
-    columns = num_classes if num_classes is not None and num_classes <= 20 else None
-    run.log_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
 
 
 if __name__ == "__main__":
