@@ -8,6 +8,10 @@ and *generators* (transformers trained on each latent space). Every training goe
 What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again. At the
 end `results.md`, `results.json` and the pictures are written anew from everything that exists.
 
+With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
+the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
+budget of its own.
+
 The rule of success was fixed before the first run: the generation distance (gFD) of a decoupled condition is below that of
 `same` and of `joint`, with 95 % intervals of the paired differences that exclude 0.
 """
@@ -65,6 +69,7 @@ def main():
     parser.add_argument("--conditions", nargs="+", help="only these")
     parser.add_argument("--generators", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the experiment's")
+    parser.add_argument("--decoder_steps", type=int, help="train every decoder on for so many steps and measure again")
     parser.add_argument("--only_summary", action="store_true", help="write the tables from what is finished")
     arguments = parser.parse_args()
     experiment = yaml.safe_load(arguments.experiment.read_text())
@@ -85,6 +90,9 @@ def main():
         for budget, seed, condition in tqdm(list(todo), desc="Autoencoders", unit="run"):
             if budget in experiment["conditions"][condition].get("budgets", experiment["budgets"]):
                 run(experiment, budget, condition, seed, chosen["generators"], arguments.output_dir)
+                if arguments.decoder_steps is not None:
+                    options = (chosen["generators"], arguments.output_dir, arguments.decoder_steps)
+                    train_decoder_on(experiment, budget, condition, seed, *options)
     rows = read_rows(arguments.output_dir)
     if not rows:
         raise SystemExit(f"nothing is finished in {arguments.output_dir}.")
@@ -129,23 +137,72 @@ def run(
         write_json(folder / "autoencoder.json", row)
     for name in missing:
         target = folder / name
-        flags = {**shared, **experiment["transformer"], **(experiment["generators"][name] or {})}
-        cost = launch("train_dit", {**flags, "output_dir": target, "vae": folder / "vae"})
+        transformer_flags = {**shared, **experiment["transformer"], **(experiment["generators"][name] or {})}
+        cost = launch("train_dit", {**transformer_flags, "output_dir": target, "vae": folder / "vae"})
         pipeline = DAEDiTPipeline.from_pretrained(target / "pipeline").to(accelerator.device)
-        settings = SampleSettings(experiment["num_images"], 1.0, experiment["num_inference_steps"], seed=1000 + seed)
-        samples = draw_samples(pipeline, settings, target / "samples", accelerator)
-        reference = reference_statistics(extractor, images[0], cache_dir=output_dir / "reference")
-        metrics, _ = sample_metrics(
-            samples, extractor, reference, seen.features, seen.reconstruction_features, accelerator
-        )
         row = {
             "generator": name,
             "parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
             "generator_cost": cost,
             "validation_loss": last_value(target / "train_dit" / "log.jsonl", "validation/loss"),
-            "generation": metrics,
+            "generation": measure_samples(experiment, pipeline, target, seed, images, seen, extractor, accelerator),
         }
         write_json(target / "generator.json", row)
+
+
+def train_decoder_on(
+    experiment: dict[str, Any],
+    budget: str,
+    condition: str,
+    seed: int,
+    generators: list[str],
+    output_dir: Path,
+    steps: int,
+) -> None:
+    """Trains the decoder of a finished run on, alone, and measures the autoencoder and the samples of its transformers again."""
+    before = output_dir / budget / condition / f"seed-{seed}"
+    folder = output_dir / f"{budget}+{steps}" / condition / f"seed-{seed}"
+    finished = [name for name in generators if (before / name / "generator.json").exists()]
+    missing = [name for name in finished if not (folder / name / "generator.json").exists()]
+    if not missing:
+        return
+    data = {"dataset_name": experiment["dataset_name"], **experiment["data"]}
+    flags = {**data, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
+    flags |= experiment["autoencoder"]
+    flags |= {"pretrained_vae": before / "vae", "stage": 2, "stage2_steps": steps, "auxiliary_decoder": "linear"}
+    if not (folder / "vae").exists():
+        cost = launch("train_dae", flags)
+        (folder / "cost.json").write_text(json.dumps(cost))
+    accelerator = Accelerator()
+    images = load_images(DataConfig(**data), seed)
+    extractor = load_feature_extractor(experiment["features"])
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
+    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
+    row = json.loads((before / "autoencoder.json").read_text())  # the latents are the same
+    held_out = encode_images(vae, images[1], accelerator, extractor=extractor)
+    cost = row["autoencoder_cost"]["cpu_seconds"] + json.loads((folder / "cost.json").read_text())["cpu_seconds"]
+    row |= {"budget": folder.parents[1].name, "reconstruction": reconstruction_metrics(held_out, extractor)}
+    row["autoencoder_cost"] = {"cpu_seconds": cost, "flops": math.nan}
+    write_json(folder / "autoencoder.json", row)
+    for name in missing:
+        pipeline = DAEDiTPipeline.from_pretrained(before / name / "pipeline", vae=vae).to(accelerator.device)
+        (folder / name).mkdir(exist_ok=True)
+        row = json.loads((before / name / "generator.json").read_text())
+        row["generation"] = measure_samples(
+            experiment, pipeline, folder / name, seed, images, seen, extractor, accelerator
+        )
+        write_json(folder / name / "generator.json", row)
+
+
+def measure_samples(
+    experiment: dict[str, Any], pipeline: DAEDiTPipeline, folder: Path, seed: int, images, seen, extractor, accelerator
+) -> dict[str, float]:
+    """Draws samples into a folder and compares them with the training images, and with their reconstructions (`gap`)."""
+    settings = SampleSettings(experiment["num_images"], 1.0, experiment["num_inference_steps"], seed=1000 + seed)
+    samples = draw_samples(pipeline, settings, folder / "samples", accelerator)
+    reference = reference_statistics(extractor, images[0], cache_dir=folder.parents[3] / "reference")
+    metrics, _ = sample_metrics(samples, extractor, reference, seen.features, seen.reconstruction_features, accelerator)
+    return metrics
 
 
 def measure_autoencoder(
@@ -252,7 +309,8 @@ PREDICTORS = ("rFD", "gap", "iFD", "CD paired", "CD excess", "CD unpaired", "DiT
 def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
     """For each budget and generator: means, paired differences and the verdict; rank correlations with gFD."""
     lines = []
-    for budget, generator in itertools.product(experiment["budgets"], experiment["generators"]):
+    budgets = dict.fromkeys(row["budget"] for row in rows)
+    for budget, generator in itertools.product(budgets, experiment["generators"]):
         chosen = [row for row in rows if row["budget"] == budget and row["generator"] == generator]
         if not chosen:
             continue
@@ -264,7 +322,9 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
             f"## Budget `{budget}`, generator `{generator}` ({chosen[0]['parameters'] / 1e6:.2f} M parameters)",
             "",
         ]
-        lines += [f"Autoencoder steps: {describe_budget(experiment['budgets'][budget])}.", ""]
+        base, _, decoder_steps = budget.partition("+")
+        more = f", then {decoder_steps} of the decoder alone" if decoder_steps else ""
+        lines += [f"Autoencoder steps: {describe_budget(experiment['budgets'][base])}{more}.", ""]
         lines += [*table_of_means(runs), "", *table_of_differences(runs), "", *table_of_correlations(chosen), ""]
     return "\n".join(lines)
 
