@@ -1,10 +1,12 @@
 """The guides say nothing that does not work: flags are parsed, and every block runs, with fewer steps, top to bottom."""
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from importlib import import_module
 from pathlib import Path
 
@@ -100,6 +102,13 @@ def folder(tmp_path, image_folder):
     work = tmp_path / "work"
     work.mkdir()
     (work / "my_images").symlink_to(image_folder)
+    (work / "my_shards").mkdir()
+    with tarfile.open(work / "my_shards" / "train.tar", "w") as tar:
+        for number, path in enumerate(sorted(image_folder.glob("*/*.png"))):
+            tar.add(path, f"{number:03d}.png")
+            label = tarfile.TarInfo(f"{number:03d}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"01"[number % 2 :][:1]))
     save_backbone(work / "facebook" / "dinov2-small", "classifier")
     return work
 

@@ -15,6 +15,7 @@ from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run
 from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.data import DataConfig, ImageStream, load_images, make_pass_loader, make_stream_loader
 from dae_diffusers.data import streaming as streaming_module
+from dae_diffusers.data.streaming import content_hash
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -130,7 +131,7 @@ def test_state_of_another_block_size_is_refused(parquet):
 
 
 def test_held_out_images_are_never_trained_on(tmp_path):
-    config = config_of(write_parquet(tmp_path / "data", 3), max_validation_samples=6)
+    config = config_of(write_parquet(tmp_path / "data", 3), max_validation_samples=6, validation_fraction=0.5)
     train, validation = load_images(config)
     held_out = [n for batch in make_pass_loader(validation, batch_size=4) for n in numbers_of(batch)]
     seen = [n for batch in make_pass_loader(train, batch_size=4) for n in numbers_of(batch)]
@@ -138,9 +139,16 @@ def test_held_out_images_are_never_trained_on(tmp_path):
 
 
 def test_no_image_left_is_a_sentence(tmp_path):
-    train, _ = load_images(config_of(write_parquet(tmp_path / "data", 1, number=8), max_validation_samples=8))
+    train, _ = load_images(config_of(write_parquet(tmp_path / "data", 1, number=8), max_validation_samples=1))
+    train.held_out = frozenset(content_hash({"bytes": png(number)}) for number in range(8))
     with pytest.raises(UserError, match="Lower `--max_validation_samples`"):
         next(iter(ImageStream(train, 2, seed=0)))
+
+
+def test_small_stream_holds_out_a_share(tars):
+    config = DataConfig(train_data_dir=str(tars), streaming=True, resolution=8, validation_fraction=0.25)
+    train, validation = load_images(config)
+    assert len(validation) == 12 and train.num_examples == 48
 
 
 def test_more_files_than_shards_are_dealt_in_runs(tmp_path, monkeypatch):
@@ -216,7 +224,7 @@ def test_tar_files_are_read_from_the_disk_too(tars):
     assert train[0]["pixel_values"].shape == (3, 16, 16)
 
 
-STREAM = " --streaming --label_column cls --num_classes 2 --max_validation_samples 8 --shuffle_buffer_size 10"
+STREAM = " --streaming --label_column cls --num_classes 2 --max_validation_samples 8 --validation_fraction 0.5 --shuffle_buffer_size 10"
 
 
 @pytest.fixture(scope="module")

@@ -110,8 +110,11 @@ def _streamed(
         if not rows:
             raise UserError(f"the split {config.validation_split or 'for validation'!r} is empty.")
     else:
-        share = config.max_validation_samples if num_examples is None else config.validation_fraction * num_examples
-        rows = _take(train, max(1, min(config.max_validation_samples, round(share))), image_column)
+        rows = _take(train, config.max_validation_samples + 1, image_column)
+        if len(rows) <= config.max_validation_samples:
+            num_examples = len(rows)  # the whole of a small stream
+        share = len(rows) if num_examples is None else config.validation_fraction * num_examples
+        rows = rows[: max(1, min(config.max_validation_samples, round(share)))]
         held_out = frozenset(content_hash(row[image_column]) for row in rows)
     if train.num_shards == 1:
         logger.warning(
