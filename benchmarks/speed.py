@@ -6,20 +6,25 @@ How fast training and sampling are, beside diffusers' own classes and the plaine
 
 What is compared takes turns, repetition by repetition, so that whatever else the machine does hits all alike; tables show
 medians, the spread (half the distance of the quartiles), and ratios to the first row. FLOPs are counted in matrix products and
-convolutions, and set against the rate that one large product reaches in the same run. Writes `speed.md` and `speed.json`.
+convolutions, and set against the rate that one large product reaches in the same run. Writes `speed.md`, `speed.json` and
+`growth.png`.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +34,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.cli import parse_config
-from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_training_loader
+from dae_diffusers.data import DataConfig, ImageDataset, MicrobatchSampler, load_images, make_training_loader
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.training import train_dae, train_dit
 
@@ -86,6 +92,9 @@ def main():
             print("\n".join(to_table(title, rows)), flush=True)
         (arguments.output_dir / "speed.json").write_text(json.dumps(results, indent=2))
         (arguments.output_dir / "speed.md").write_text("\n".join(lines))
+    grown = {title: rows for title, rows in results.items() if title.startswith("Growth with")}
+    if grown:
+        plot_growth(grown, arguments.output_dir / "growth.png")
 
 
 # What is measured -------------------------------------------------------------------------------------------------
@@ -139,28 +148,42 @@ class PlainDiT(nn.Module):
         return F.pixel_shuffle(x, self.patch_size)
 
 
+def make_transformer(name: str, side: int, dim: int, depth: int, heads: int) -> nn.Module:
+    if name.startswith("diffusers"):
+        return diffusers_transformer(side, dim, depth, heads)
+    if name.startswith("plain"):
+        return PlainDiT(side, 4, 2, dim, depth, heads)
+    model = DAEDiTTransformer2DModel(
+        sample_size=side, in_channels=4, num_layers=depth, num_attention_heads=heads, attention_head_dim=dim // heads,
+        num_classes=10,
+    )  # fmt: skip
+    if "checkpointing" in name:
+        model.enable_gradient_checkpointing()
+    if "compiled" in name:
+        model.compile_repeated_blocks()
+    return model
+
+
+TRANSFORMERS = ("diffusers DiTTransformer2DModel", "plain PyTorch DiT", "DAEDiTTransformer2DModel")
+
+
+def transformer_shape(setting: Setting) -> tuple[int, int, int, int]:
+    """Width, depth, heads and batch: of DiT-XL on a GPU, of a small one on a CPU."""
+    return (1152, 28, 16, 32) if setting.is_gpu else (384, 12, 6, 8)
+
+
 def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
     """A training step (forward, backward, AdamW) of equal depth, width and tokens, float32."""
     tables = {}
-    dim, depth, heads, batch = (1152, 28, 16, 32) if setting.is_gpu else (384, 12, 6, 8)
+    dim, depth, heads, batch = transformer_shape(setting)
     for tokens in (64, 256):
-        side = 2 * int(tokens**0.5)
-        latents = torch.randn(batch, 4, side, side, device=setting.device)
-        timestep = torch.randint(1000, (batch,), device=setting.device)
-        labels = torch.randint(10, (batch,), device=setting.device)
-        ours = DAEDiTTransformer2DModel(
-            sample_size=side, in_channels=4, num_layers=depth, num_attention_heads=heads,
-            attention_head_dim=dim // heads, num_classes=10,
-        )  # fmt: skip
-        models = {
-            "diffusers DiTTransformer2DModel": diffusers_transformer(side, dim, depth, heads),
-            "plain PyTorch DiT": PlainDiT(side, 4, 2, dim, depth, heads),
-            "DAEDiTTransformer2DModel": ours,
-        }
         calls, flops, notes = {}, {}, {}
-        for name, model in models.items():
-            step = make_transformer_step(model.to(setting.device).train(), latents, timestep, labels)
-            calls[name], flops[name] = step, count_flops(step)
+        for name in (*TRANSFORMERS, "DAEDiTTransformer2DModel, compiled blocks"):
+            side = 2 * int(tokens**0.5)
+            model = make_transformer(name, side, dim, depth, heads).to(setting.device).train()
+            calls[name] = make_transformer_step(model, batch, side)
+            # The counter does not see into compiled code.
+            flops[name] = flops[TRANSFORMERS[-1]] if "compiled" in name else count_flops(calls[name])
             notes[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
         tables[f"Training step, width {dim}, depth {depth}, {tokens} tokens, batch {batch}"] = compare(
             setting, calls, flops, notes
@@ -168,8 +191,11 @@ def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
     return tables
 
 
-def make_transformer_step(model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor):
+def make_transformer_step(model: nn.Module, batch: int, side: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    device = next(model.parameters()).device
+    latents = torch.randn(batch, 4, side, side, device=device)
+    timestep, labels = (torch.randint(high, (batch,), device=device) for high in (1000, 10))
     timestep = timestep.float() if isinstance(model, DAEDiTTransformer2DModel) else timestep
 
     def step():
@@ -222,32 +248,47 @@ def sampling(setting: Setting) -> dict[str, list[Row]]:
     return {f"Sampling, width {dim}, depth {depth}, 64 tokens, 8 images, 25 steps, guidance 4": rows_of}
 
 
+AUTOENCODERS = {  # kind of auxiliary decoder, stage
+    "joint step": ("none", 1),
+    "stage 1, dropout": ("dropout", 1),
+    "stage 1, narrow": ("narrow", 1),
+    "stage 1, linear": ("linear", 1),
+    "stage 2": ("dropout", 2),
+    "stage 2, cached latents": ("dropout", 2),
+}
+
+
+def autoencoder_shape(setting: Setting) -> tuple[tuple[int, ...], int, int]:
+    """Channels, batch and side of the images."""
+    return ((128, 256, 512, 512), 8, 256) if setting.is_gpu else ((32, 64, 64), 16, 32)
+
+
+def make_autoencoder_step(name: str, pixel_values: torch.Tensor, widths: tuple[int, ...]) -> Callable[[], None]:
+    kind, stage = AUTOENCODERS[name]
+    model = make_vae(DAEAutoencoderKL, widths, device=pixel_values.device, auxiliary_decoder_type=kind).train()
+    model.set_stage(stage)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    moments = None
+    if "cached" in name:
+        with torch.no_grad():
+            posterior = model.encode(pixel_values).latent_dist
+        moments = (posterior.mean, posterior.std)
+
+    def step():
+        reconstruction = model(pixel_values, sample_posterior=True, moments=moments).sample
+        (reconstruction - pixel_values).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
     """Training steps of one configuration, encoding and decoding, and what that makes of a whole run."""
-    widths, batch = ((128, 256, 512, 512), 8) if setting.is_gpu else ((32, 64, 64), 16)
-    side = 256 if setting.is_gpu else 32
+    widths, batch, side = autoencoder_shape(setting)
     pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
-    calls, flops = {}, {}
-    for name, kind, stage in (
-        ("joint step", "none", 1), ("stage 1, dropout", "dropout", 1), ("stage 1, narrow", "narrow", 1),
-        ("stage 1, linear", "linear", 1), ("stage 2", "dropout", 2), ("stage 2, cached latents", "dropout", 2),
-    ):  # fmt: skip
-        model = make_vae(DAEAutoencoderKL, widths, device=setting.device, auxiliary_decoder_type=kind).train()
-        model.set_stage(stage)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-        moments = None
-        if "cached" in name:
-            with torch.no_grad():
-                posterior = model.encode(pixel_values).latent_dist
-            moments = (posterior.mean, posterior.std)
-
-        def step(model=model, optimizer=optimizer, moments=moments):
-            reconstruction = model(pixel_values, sample_posterior=True, moments=moments).sample
-            (reconstruction - pixel_values).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        calls[name], flops[name] = step, count_flops(step)
+    calls = {name: make_autoencoder_step(name, pixel_values, widths) for name in AUTOENCODERS}
+    flops = {name: count_flops(call) for name, call in calls.items()}
     steps = compare(setting, calls, flops)
     seconds = {row.name: row.seconds for row in steps}
     runs = [Row("joint, 6000 steps", 6000 * seconds["joint step"], 0.0, 1.0)]
@@ -363,12 +404,88 @@ def data_loading(setting: Setting) -> dict[str, list[Row]]:
     return tables
 
 
+def memory(setting: Setting) -> dict[str, list[Row]]:
+    """Peak of two training steps, above what the process held before, each in a process of its own."""
+    dim, depth, heads, batch = transformer_shape(setting)
+    widths, images, side = autoencoder_shape(setting)
+    rows = []
+    for name in (*TRANSFORMERS, "DAEDiTTransformer2DModel, gradient checkpointing", *AUTOENCODERS):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            peak = pool.submit(peak_of_steps, name, setting).result()
+        rows.append(Row(name, 0.0, 0.0, 1.0, note=f"{peak / 2**20:.0f} MiB"))
+    title = (
+        f"Peak memory: transformer of 256 tokens, batch {batch}; autoencoder of {side}x{side} pixels, batch {images}"
+    )
+    return {title: rows}
+
+
+def peak_of_steps(name: str, setting: Setting) -> int:
+    """Bytes. Run in a new process."""
+    before = 0 if setting.is_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name in AUTOENCODERS:
+        widths, batch, side = autoencoder_shape(setting)
+        pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
+        step = make_autoencoder_step(name, pixel_values, widths)
+    else:
+        dim, depth, heads, batch = transformer_shape(setting)
+        model = make_transformer(name, 32, dim, depth, heads).to(setting.device).train()
+        step = make_transformer_step(model, batch, 32)
+    for _ in range(2):
+        step()
+    if setting.is_gpu:
+        return torch.cuda.max_memory_allocated(setting.device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def growth(setting: Setting) -> dict[str, list[Row]]:
+    """How the cost of a step grows with tokens, batch, resolution and images; drawn in `growth.png`."""
+    dim, depth, heads, batch = transformer_shape(setting)
+    widths, images, _ = autoencoder_shape(setting)
+    tables = {}
+    for title, values, make in (
+        ("tokens", (16, 64, 256, 1024), lambda n: transformer_step_of(setting, n, max(1, batch // 4))),
+        ("batch", (1, 2, 4, 8), lambda n: transformer_step_of(setting, 64, n)),
+        (
+            "pixels of a side",
+            (16, 32, 64, 128),
+            lambda n: make_autoencoder_step("joint step", torch.rand(2, 3, n, n, device=setting.device), widths),
+        ),
+        ("images in the data set", (10**3, 10**4, 10**5, 10**6), batches_of),
+    ):
+        calls = {str(value): make(value) for value in values}
+        tables[f"Growth with {title}"] = compare(setting, calls)
+    return tables
+
+
+def transformer_step_of(setting: Setting, tokens: int, batch: int) -> Callable[[], None]:
+    dim, depth, heads, _ = transformer_shape(setting)
+    side = 2 * int(tokens**0.5)
+    model = make_transformer(TRANSFORMERS[-1], side, dim, depth, heads).to(setting.device).train()
+    return make_transformer_step(model, batch, side)
+
+
+def batches_of(num_images: int) -> Callable[[], None]:
+    """A hundred micro-batches of 64 numbers from somewhere in a pass."""
+    return lambda: [*itertools.islice(iter(MicrobatchSampler(num_images, 64, seed=0, start=7)), 100)]
+
+
+def plot_growth(tables: dict[str, list[dict]], path: Path) -> None:
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axis, (title, rows) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
+        axis.loglog([int(row["name"]) for row in rows], [row["seconds"] for row in rows], marker="o")
+        axis.set_xlabel(title.removeprefix("Growth with "))
+    figure.axes[0].set_ylabel("seconds")
+    figure.savefig(path, dpi=120)
+
+
 SECTIONS: dict[str, Callable[[Setting], dict[str, list[Row]]]] = {
     "transformer": transformer_steps,
     "sampling": sampling,
     "autoencoder": autoencoder_steps,
     "scripts": script_overhead,
     "data": data_loading,
+    "memory": memory,
+    "growth": growth,
 }
 
 
@@ -414,6 +531,9 @@ def to_table(title: str, rows: list[Row]) -> list[str]:
         "| | ms | ± | speed-up | share of the matrix-product rate | |",
         "|---|---|---|---|---|---|",
     ]
+    if all(row.seconds == 0 for row in rows):  # no times were taken
+        lines[2:] = ["| | |", "|---|---|", *(f"| {row.name} | {row.note} |" for row in rows)]
+        rows = []
     for row in rows:
         share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
         lines.append(
