@@ -4,7 +4,7 @@ Does a long run need more memory than a short one? The resident size of real run
     python benchmarks/memory.py --output_dir runs/memory --steps 10000
 
 Makes shards of random JPEGs, trains the tiniest autoencoder on them, once mapped from the disk and once with `--streaming`, each
-with a worker process, and looks every second at the memory that all processes of the run hold for themselves. Writes
+with a worker process, and looks every second at the memory that all processes of the run hold. Writes
 `memory.md` and `memory.png`; exits with 1 if the second half of a run holds over 5 % more than the first.
 """
 
@@ -99,18 +99,18 @@ def watch(name: str, flags: str, shards: Path, arguments: argparse.Namespace) ->
             time.sleep(1)
             step = last_step(log)
             if step:
-                points.append((step, own_memory(process.pid) / 2**20))
+                points.append((step, held_memory(process.pid) / 2**20))
         if process.returncode != 0:
             output.seek(0)
             sys.exit(f"the run ended with {process.returncode}:\n{output.read()[-2000:]}")
     return [point for point in points if point[1] > 0]
 
 
-def own_memory(pid: int) -> int:
-    """Bytes that a process and its children hold for themselves; a mapped file belongs to nobody."""
+def held_memory(pid: int) -> int:
+    """Bytes that a process and its children hold; pages that they share count once."""
     try:
         process = psutil.Process(pid)
-        return sum(part.memory_full_info().uss for part in (process, *process.children(recursive=True)))
+        return sum(part.memory_full_info().pss for part in (process, *process.children(recursive=True)))
     except psutil.Error:  # one of them has just ended
         return 0
 

@@ -1,6 +1,7 @@
 """Images become what the documentation says, in an order that is a pure function of (seed, position)."""
 
 import io
+import zipfile
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from dae_diffusers.data import (
     make_training_loader,
     resize_and_crop,
 )
+from dae_diffusers.data.images import read_content
 
 
 def encoded(image: Image.Image, format: str = "png", **options) -> bytes:
@@ -271,3 +273,47 @@ def test_fingerprint_follows_the_content(image_folder):
     config = DataConfig(train_data_dir=str(image_folder), resolution=16)
     assert load_images(config)[0].fingerprint == load_images(config)[0].fingerprint
     assert load_images(config)[0].fingerprint != load_images(config, seed=1)[0].fingerprint
+
+
+def test_images_inside_an_archive_are_read_where_they_are(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number in range(4):
+            archive.writestr(f"cat/{number}.png", encoded(Image.new("RGB", (8, 8), (number, 0, 0))))
+    path = f"zip://cat/3.png::{tmp_path / 'images.zip'}"
+    assert decode_image(read_content({"bytes": None, "path": path})).getpixel((0, 0)) == (3, 0, 0)
+
+
+def test_labels_with_enormous_gaps_are_refused(tmp_path):
+    rows = [{"image": {"bytes": encoded(Image.new("L", (8, 8))), "path": None}, "label": 10**12 * n} for n in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="without large gaps"):
+        load_images(DataConfig(dataset_name=str(tmp_path), label_column="label", resolution=8, image_channels=1))
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_random_resized_crop_shows_squares_of_all_sizes_and_places(tmp_path, is_array):
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None] * 4, (40, 64))
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        if is_array:
+            np.save(tmp_path / "images" / f"{number}.npy", ramp.astype(np.float32))
+        else:
+            Image.fromarray(ramp).save(tmp_path / "images" / f"{number}.png")
+    config = DataConfig(
+        train_data_dir=str(tmp_path / "images"), resolution=8, image_channels=1, random_resized_crop=0.25, value_range=[0, 255] if is_array else []
+    )  # fmt: skip
+    images = load_images(config)[0]
+    rows = torch.stack([images[(0, draw)]["pixel_values"][0, 4] for draw in range(100)])
+    widths = (rows[:, -1] - rows[:, 0]) * 127.5 / 4 * 8 / 7  # in pixels of the file
+    assert 15 < widths.min() < 25 and 35 < widths.max() < 45
+    assert rows[:, 0].std() > 0.1
+    assert torch.equal(images[(0, 5)]["pixel_values"], images[(0, 5)]["pixel_values"])
+    assert torch.equal(images[0]["pixel_values"], images[0]["pixel_values"])  # the centre crop, without a draw
+
+
+def test_crops_exclude_each_other():
+    with pytest.raises(ConfigError, match="exclude each other"):
+        DataConfig(dataset_name="digits", random_crop=True, random_resized_crop=0.5)
+    with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        DataConfig(dataset_name="digits", random_resized_crop=0.0)

@@ -45,6 +45,11 @@ def label_names(train, validation, column: str | None) -> tuple[dict[int, str] |
         return dict(enumerate(feature.names)), None
     values = set(train[column]) | (set(validation[column]) if column in validation.features else set())
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        if max(values) >= max(10_000, 100 * len(values)):
+            raise UserError(
+                f"`--label_column` {column!r} holds {len(values)} different integers, up to {max(values)}; labels are numbers from "
+                "0 without large gaps. Number the classes anew, or train without labels (`--label_column none`)."
+            )
         return {index: str(index) for index in range(max(values) + 1)}, None
     if all(isinstance(value, str) for value in values):
         return dict(enumerate(sorted(values))), {value: index for index, value in enumerate(sorted(values))}

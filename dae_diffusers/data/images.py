@@ -4,9 +4,9 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -160,12 +160,15 @@ def random_square(width: int, height: int, min_area: float, random: np.random.Ge
 
 
 def read_content(item: Any) -> Any:
-    r"""The bytes of an image file, or the lists of an array column as they are."""
+    r"""The bytes of an image file, wherever it lies, or the lists of an array column as they are."""
     if item is None:
         raise ValueError("the row is empty")
     if not isinstance(item, dict):
         return item
-    data = item["bytes"] if item["bytes"] is not None else Path(item["path"]).read_bytes()
+    data = item["bytes"]
+    if data is None:
+        with fsspec.open(item["path"], "rb") if "://" in item["path"] else open(item["path"], "rb") as file:
+            data = file.read()
     if not data:
         raise ValueError("the file has 0 bytes")
     return data

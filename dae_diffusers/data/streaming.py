@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -308,8 +307,7 @@ class _Place:
 def fetch(item: Any) -> Any:
     r"""An image that lies elsewhere, with its bytes; others as they are."""
     if isinstance(item, dict) and item.get("bytes") is None and "://" in (item.get("path") or ""):
-        with fsspec.open(item["path"], "rb") as file:
-            return {**item, "bytes": file.read()}
+        return {**item, "bytes": read_content(item)}
     return item
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class CacheIdentity:
         num_samples, resolution, image_channels (`int`): Of the images.
         flips (`bool`): Whether mirrored images are encoded too.
         dtype (`str`): Of the stored numbers.
+        value_range (`list[float]`): Of the images; empty: 8-bit ones.
     """
 
     autoencoder: str
@@ -45,6 +46,7 @@ class CacheIdentity:
     image_channels: int
     flips: bool
     dtype: str
+    value_range: list[float] = field(default_factory=list)
 
     def differences(self, other: "CacheIdentity") -> list[str]:
         r"""The attributes that differ, each as a phrase."""
@@ -282,6 +284,7 @@ def image_identity(images: ImageDataset) -> dict[str, Any]:
         "resolution": config.resolution,
         "image_channels": config.image_channels,
         "flips": config.random_flip,
+        "value_range": list(config.value_range),
     }
 
 
