@@ -48,7 +48,8 @@ def save_backbone(folder: Path, kind: str) -> str:
         config.patch_size = 8
         model = ViTModel(config)
     else:
-        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+        sizes = [8, 8] if kind == "classifier" else [8, 16]  # fewer features than the tests have images
+        config = ResNetConfig(embedding_size=8, hidden_sizes=sizes, depths=[1, 1], layer_type="basic", num_labels=3)
         model_class = ResNetForImageClassification if kind == "classifier" else ResNetModel
         model = model_class(config)
     model.eval().save_pretrained(folder)

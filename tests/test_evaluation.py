@@ -23,8 +23,6 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")  # few images, so that it is quick
-
 
 @pytest.fixture(scope="module")
 def extractor_folder(tmp_path_factory):
