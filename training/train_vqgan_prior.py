@@ -88,7 +88,7 @@ class TrainPriorConfig(RunConfig, SamplesConfig, PriorConfig, OptimizationConfig
         self.require_source()
         if self.crops_at_random:
             raise ConfigError(
-                "random crops do not go with images that are encoded once: each epoch would see the same ones."
+                "random crops do not go with images that are encoded once: each epoch would see the same crops."
             )
         if self.streaming:
             raise ConfigError("`--streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
@@ -178,7 +178,7 @@ def main(config: TrainPriorConfig) -> None:
                     values = {"validation/loss": validation_loss(run, model, validation_codes)}
                     run.log_samples(
                         DAEVQGANPipeline(model, vae, train_codes.id2label),
-                        prior.config.num_classes or None,
+                        model.config.num_classes or None,
                         step,
                         guidance_scale=config.sample_guidance_scale,
                         temperature=config.sample_temperature,
