@@ -50,7 +50,9 @@ class CacheLatentsConfig(CacheConfig, DataConfig):
         CacheConfig.__post_init__(self)
         self.require_source()
         if self.crops_at_random:
-            raise ConfigError("random crops cannot be cached: each epoch would see the same ones. Leave the flag out.")
+            raise ConfigError(
+                "`--random_crop` and `--random_resized_crop` cannot be cached: each epoch would see the same crops."
+            )
         if self.streaming:
             raise ConfigError("`--streaming` data cannot be cached; train_dit.py encodes them as they come.")
 

@@ -144,7 +144,9 @@ class TrainDiTConfig(
                 "(`--train_data_dir` or `--dataset_name`, with the flags they were cached with)."
             )
         if self.latent_cache is not None and self.crops_at_random:
-            raise ConfigError("random crops show other images than those in `--latent_cache`. Leave out one of them.")
+            raise ConfigError(
+                "`--random_crop` and `--random_resized_crop` show other images than those in `--latent_cache`. Leave out one of them."
+            )
         if self.image_channels not in (1, 3):
             raise ConfigError(f"`--repa_model` takes images of 1 or 3 channels, not {self.image_channels}.")
 

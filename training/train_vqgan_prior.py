@@ -88,7 +88,7 @@ class TrainPriorConfig(RunConfig, SamplesConfig, PriorConfig, OptimizationConfig
         self.require_source()
         if self.crops_at_random:
             raise ConfigError(
-                "random crops do not go with images that are encoded once: each epoch would see the same crops."
+                "`--random_crop` and `--random_resized_crop` do not go with images that are encoded once: each epoch would see the same crops."
             )
         if self.streaming:
             raise ConfigError("`--streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
