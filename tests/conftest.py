@@ -48,3 +48,11 @@ def image_folder(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{number:02d}.png")
     return root
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Compiled code is kept by function, for all models of a process."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

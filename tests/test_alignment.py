@@ -290,7 +290,9 @@ def representation_alignment(backbone_folder):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler itself
 @pytest.mark.parametrize("variant", ["plain", "checkpointing", "compiled", "compiled blocks"])
-def test_repa_is_of_its_block_however_the_transformer_runs(representation_alignment, pixel_values, variant):
+def test_repa_is_of_its_block_however_the_transformer_runs(
+    fresh_compiler, representation_alignment, pixel_values, variant
+):
     transformer = make_transformer()
     alignment = representation_alignment(transformer)
     model = transformer

@@ -365,7 +365,7 @@ def test_resume_with_cached_latents_equals_an_uninterrupted_run(cached, image_fo
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the tracer
 @pytest.mark.parametrize("more", ["", " --adversarial_weight 0.5 --discriminator_channels 8 --discriminator_layers 2"])
-def test_compiled_networks_train_as_others_do(trained, image_folder, tmp_path, monkeypatch, more):
+def test_compiled_networks_train_as_others_do(trained, image_folder, tmp_path, monkeypatch, fresh_compiler, more):
     compiled, compile_module = [], torch.nn.Module.compile
 
     def compile_eagerly(module):

@@ -274,7 +274,7 @@ def test_attention_backend_can_be_chosen(inputs):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of dynamo's own
-def test_compiled_blocks_agree_and_compile_once(inputs):
+def test_compiled_blocks_agree_and_compile_once(fresh_compiler, inputs):
     transformer = make_transformer()
     compiled = copy.deepcopy(transformer)
     compiled.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
