@@ -113,20 +113,11 @@ def run(
     missing = [name for name in generators if name in wanted and not (folder / name / "generator.json").exists()]
     if (folder / "autoencoder.json").exists() and not missing:
         return
-    data = {"dataset_name": experiment["dataset_name"], **experiment["data"]}
-    shared = {**data, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
+    shared = shared_flags(experiment, folder, seed)
     options = {k: v for k, v in experiment["conditions"][condition].items() if k not in ("budgets", "generators")}
     steps = experiment["budgets"][budget]["joint" if options["auxiliary_decoder"] == "none" else "decoupled"]
     flags = {**shared, **experiment["autoencoder"], **steps, **options}
-    if not (folder / "vae").exists():
-        cost = launch("train_dae", flags)
-        (folder / "cost.json").write_text(json.dumps(cost))
-
-    accelerator = Accelerator()
-    images = load_images(DataConfig(**data), seed)
-    extractor = load_feature_extractor(experiment["features"])
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
-    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
+    accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     if not (folder / "autoencoder.json").exists():
         row = {"budget": budget, "condition": condition, "seed": seed}
         row["autoencoder_cost"] = {
@@ -166,18 +157,9 @@ def train_decoder_on(
     missing = [name for name in finished if not (folder / name / "generator.json").exists()]
     if not missing:
         return
-    data = {"dataset_name": experiment["dataset_name"], **experiment["data"]}
-    flags = {**data, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
-    flags |= experiment["autoencoder"]
+    flags = {**shared_flags(experiment, folder, seed), **experiment["autoencoder"]}
     flags |= {"pretrained_vae": before / "vae", "stage": 2, "stage2_steps": steps, "auxiliary_decoder": "linear"}
-    if not (folder / "vae").exists():
-        cost = launch("train_dae", flags)
-        (folder / "cost.json").write_text(json.dumps(cost))
-    accelerator = Accelerator()
-    images = load_images(DataConfig(**data), seed)
-    extractor = load_feature_extractor(experiment["features"])
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
-    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
+    accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     row = json.loads((before / "autoencoder.json").read_text())  # the latents are the same
     held_out = encode_images(vae, images[1], accelerator, extractor=extractor)
     cost = row["autoencoder_cost"]["cpu_seconds"] + json.loads((folder / "cost.json").read_text())["cpu_seconds"]
@@ -192,6 +174,31 @@ def train_decoder_on(
             experiment, pipeline, folder / name, seed, images, seen, extractor, accelerator
         )
         write_json(folder / name / "generator.json", row)
+
+
+def data_flags(experiment: dict[str, Any]) -> dict[str, Any]:
+    return {"dataset_name": experiment["dataset_name"], **experiment["data"]}
+
+
+def shared_flags(experiment: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
+    """Of every training script."""
+    more = {"output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest"}
+    return {**data_flags(experiment), **more, **QUIET}
+
+
+def train_autoencoder(
+    experiment: dict[str, Any], flags: dict[str, Any], folder: Path, seed: int
+) -> tuple[Accelerator, tuple, FeatureExtractor, AutoencoderKL, EncodedImages]:
+    """Trains an autoencoder unless it exists, and returns it among what measures it; the last are the training images in it."""
+    if not (folder / "vae").exists():
+        cost = launch("train_dae", flags)
+        (folder / "cost.json").write_text(json.dumps(cost))
+    accelerator = Accelerator()
+    images = load_images(DataConfig(**data_flags(experiment)), seed)
+    extractor = load_feature_extractor(experiment["features"])
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
+    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
+    return accelerator, images, extractor, vae, seen
 
 
 def measure_samples(

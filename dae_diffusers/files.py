@@ -1,4 +1,4 @@
-"""Files that a kill at any instant leaves as they were or whole and new."""
+"""Files that a kill at any instant leaves as they were or whole and new, and hashes of what is in them."""
 
 import hashlib
 import os
@@ -31,6 +31,14 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def add_weights(digest: "hashlib._Hash", model: torch.nn.Module, parts: tuple[str, ...] | None = None) -> None:
+    r"""Adds names and values, in float32, of a model's weights to a hash; of some of its children only, if they are named."""
+    for name, value in sorted(model.state_dict().items()):
+        if parts is None or name.split(".")[0] in parts:
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
 
 
 def _temporary(path: Path) -> Path:

@@ -332,7 +332,7 @@ class TrainingRun:
                 dataset,
                 batch_size=config.train_batch_size,
                 seed=config.seed,
-                start=step * config.gradient_accumulation_steps * self.accelerator.num_processes,
+                start=self.first_microbatch(step) - self.accelerator.process_index,  # `accelerate` deals them out
                 **options,
             )
             batches = self.accelerator.prepare(loader)
@@ -571,14 +571,23 @@ class TrainingRun:
             for block in blocks:
                 block.compile()
 
-    def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-        r"""AdamW by the flags, in one pass over memory: several times faster than the loop that is PyTorch's default on a CPU."""
+    def make_optimizer(self, parameters: list[torch.nn.Parameter], **instead: Any) -> torch.optim.AdamW:
+        r"""
+        AdamW by the flags, in one pass over memory: several times faster than the loop that is PyTorch's default on a CPU.
+
+        Args:
+            parameters (`list[torch.nn.Parameter]`): What trains.
+            instead: `lr`, `betas` or `weight_decay`, instead of the flags'.
+        """
+        config = self.config
+        settings = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "weight_decay": config.adam_weight_decay,
+            **instead,
+        }
         return torch.optim.AdamW(
-            parameters,
-            lr=self.config.learning_rate,
-            betas=(self.config.adam_beta1, self.config.adam_beta2),
-            weight_decay=self.config.adam_weight_decay,
-            fused=self.accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
+            parameters, **settings, fused=self.accelerator.device.type in ("cpu", "cuda", "mps", "xpu")
         )
 
     def make_lr_scheduler(

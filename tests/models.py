@@ -31,6 +31,14 @@ def make_autoencoder(auxiliary_decoder_type: str = "dropout", **config) -> DAEAu
     return DAEAutoencoderKL(**{**TINY_AUTOENCODER, **config}, auxiliary_decoder_type=auxiliary_decoder_type)
 
 
+def save_autoencoder(folder: Path) -> Path:
+    """Saves what a user would have trained: without the auxiliary decoder, with statistics of the latents."""
+    autoencoder = make_autoencoder()
+    autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
+    autoencoder.to_diffusers().save_pretrained(folder)
+    return folder
+
+
 def make_vq_model(quantizer: str = "ema_l2", auxiliary_decoder_type: str = "dropout", **config) -> DAEVQModel:
     torch.manual_seed(0)
     config = {**TINY_AUTOENCODER, "num_vq_embeddings": 16, **QUANTIZERS[quantizer], **config}

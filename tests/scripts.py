@@ -1,5 +1,6 @@
 """Ways to run the training scripts: in this process, in a copy of it, or in processes of their own."""
 
+import json
 import logging
 import os
 import shutil
@@ -167,6 +168,10 @@ def assert_same_weights(first, second, **tolerance):
             torch.testing.assert_close(first[name], second[name], **tolerance)
         else:
             assert torch.equal(first[name], second[name]), name
+
+
+def log_of(folder: Path, script: str = "train_dae") -> list[dict]:
+    return [json.loads(line) for line in (folder / script / "log.jsonl").read_text().splitlines()]
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Alignment with a frozen vision model: its laws, and what it changes in the two training scripts."""
 
-import json
 import logging
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, resume, run, succeed, weights
+from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, log_of, resume, run, succeed, weights
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -51,10 +50,6 @@ def trained_autoencoder(tmp_path_factory, image_folder, vf_flags):
     folder = tmp_path_factory.mktemp("vf")
     run(train_dae, vf_flags, train_data_dir=image_folder, output_dir=folder)
     return folder
-
-
-def log_of(folder, script: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / script / "log.jsonl").read_text().splitlines()]
 
 
 def checkpoint(folder, script: str, step: int, number: int) -> dict[str, torch.Tensor]:

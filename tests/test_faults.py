@@ -1,7 +1,6 @@
 """Whatever goes wrong while a script runs, one line says so, and a resumed run ends with the very same weights."""
 
 import functools
-import json
 import os
 import resource
 import shutil
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes, start, weights
+from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes, log_of, start, weights
 
 from dae_diffusers import checkpointing, data
 from dae_diffusers import run as run_module
@@ -408,7 +407,7 @@ def test_tolerated_update_is_left_out_and_counted_over_interruptions(image_folde
         for step in (2, 3)
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    rows = [json.loads(line) for line in (tmp_path / "train_dae" / "log.jsonl").read_text().splitlines()]
+    rows = log_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3] and "train/gradient_norm" not in rows[2]
 
     options["resume_from_checkpoint"] = "latest"

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from models import make_autoencoder, make_vq_model, save_backbone
+from models import make_vq_model, save_autoencoder, save_backbone
 from safetensors.torch import load_file
 from scripts import BARE_DIT, assert_same_weights, free_port, in_child, start
 from test_launch_configs import arguments_of
@@ -20,11 +20,7 @@ from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    autoencoder = make_autoencoder()
-    autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
-    autoencoder.to_diffusers().save_pretrained(folder)
-    return folder
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 def in_two_processes(action) -> tuple[int, str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
-from models import make_autoencoder, save_backbone
+from models import make_autoencoder, save_autoencoder, save_backbone
 from safetensors.torch import load_file
 from scripts import in_child, in_two_processes, start
 
@@ -65,11 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    autoencoder = make_autoencoder()
-    autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
-    autoencoder.to_diffusers().save_pretrained(folder)
-    return folder
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,18 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from scripts import CONFIG_CLASSES, TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run, succeed, weights
+from scripts import (
+    CONFIG_CLASSES,
+    TINY_DAE,
+    TINY_DIT,
+    assert_same_weights,
+    launch,
+    log_of,
+    resume,
+    run,
+    succeed,
+    weights,
+)
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.cli import UserError, parse_config
@@ -49,7 +60,7 @@ def test_run_leaves_logs_curves_and_grids(trained):
     for script, grid in (("train_dae", "reconstruction-stage2-00000008.png"), ("train_dit", "samples-00000006.png")):
         assert (trained / script / "curves.png").stat().st_size > 1000
         assert (trained / script / "grids" / grid).exists()
-        rows = [json.loads(line) for line in (trained / script / "log.jsonl").read_text().splitlines()]
+        rows = log_of(trained, script)
         assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
         assert {"train/learning_rate", "train/gradient_norm"} <= rows[0].keys()
     assert any("validation/loss" in row for row in rows)
@@ -152,7 +163,7 @@ def test_sigterm_saves_exits_with_143_and_the_run_goes_on_identically(trained, i
 def test_every_auxiliary_decoder_trains(kind, image_folder, tmp_path):
     flags = TINY_DAE + f" --stage1_steps 1 --stage2_steps 1 --auxiliary_decoder {kind}"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "train_dae" / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in log_of(tmp_path)]
     assert max(steps) == 2
     assert (tmp_path / "stage1").exists() == (kind != "none")
     AutoencoderKL.from_pretrained(tmp_path / "vae")
@@ -163,7 +174,7 @@ def test_warm_started_decoder_begins_better(image_folder, tmp_path):
     values = {}
     for name, more in (("cold", ""), ("warm", " --warm_start_decoder")):
         run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path / name)
-        rows = [json.loads(line) for line in (tmp_path / name / "train_dae" / "log.jsonl").read_text().splitlines()]
+        rows = log_of(tmp_path / name)
         values[name] = rows[-2]["train/reconstruction_loss"]  # of the only step of stage 2
     assert values["warm"] < values["cold"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import TINY_DAE, assert_same_weights, launch, resume, run, succeed, weights
+from scripts import TINY_DAE, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
 from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.training import train_dae
@@ -37,10 +37,6 @@ def trained(tmp_path_factory, image_folder, flags):
     folder = tmp_path_factory.mktemp("run")
     run(train_dae, flags, train_data_dir=image_folder, output_dir=folder)
     return folder
-
-
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "train_dae" / "log.jsonl").read_text().splitlines()]
 
 
 def test_losses_begin_when_they_should_and_are_logged(trained):

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import VQModel
 from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run, succeed, weights
+from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
@@ -56,7 +56,7 @@ def test_folder_of_stage_one_loads_as_what_would_be_published(trained):
 
 
 def test_log_has_the_use_of_the_codebook_over_all_validation_images(trained):
-    rows = [json.loads(line) for line in (trained / "train_dae" / "log.jsonl").read_text().splitlines()]
+    rows = log_of(trained)
     assert all("train/commitment_loss" in row for row in rows if "train/reconstruction_loss" in row)
     validated = [row for row in rows if "validation/psnr" in row]
     assert validated and all(0 < row["validation/codebook_usage"] <= 1 for row in validated)

@@ -194,13 +194,7 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
                 f"`--pretrained_vae` {config.pretrained_vae} is a {type(vae).__name__}, but must be an AutoencoderKL."
             )
         check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
-        return DAEAutoencoderKL.from_diffusers(
-            vae,
-            auxiliary_decoder_type=config.auxiliary_decoder,
-            auxiliary_dropout=config.auxiliary_dropout,
-            auxiliary_channel_multiplier=config.auxiliary_channel_multiplier,
-            auxiliary_layers_per_block=config.auxiliary_layers_per_block,
-        )
+        return DAEAutoencoderKL.from_diffusers(vae, **config.auxiliary_settings())
     model_class = DAEVQModel if config.autoencoder == "vq" else DAEAutoencoderKL
     if config.stage != "2":
         levels = len(config.block_out_channels)
@@ -220,10 +214,7 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
             norm_num_groups=config.norm_num_groups,
             mid_block_add_attention=config.mid_block_add_attention,
             sample_size=config.resolution,
-            auxiliary_decoder_type=config.auxiliary_decoder,
-            auxiliary_dropout=config.auxiliary_dropout,
-            auxiliary_channel_multiplier=config.auxiliary_channel_multiplier,
-            auxiliary_layers_per_block=config.auxiliary_layers_per_block,
+            **config.auxiliary_settings(),
         )
     path = config.pretrained_model_name_or_path
     for subfolder in ("stage1", None):
@@ -422,12 +413,11 @@ def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
         )
     else:
         discriminator = BackboneDiscriminator(load_backbone(config.discriminator_model), config.discriminator_channels)
-    optimizer = torch.optim.AdamW(
+    optimizer = run.make_optimizer(
         [parameter for parameter in discriminator.parameters() if parameter.requires_grad],
         lr=config.discriminator_learning_rate,
         betas=(0.5, 0.9),
         weight_decay=0.0,
-        fused=run.accelerator.device.type in ("cpu", "cuda", "mps", "xpu"),
     )
     discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
     return AdversarialTraining(

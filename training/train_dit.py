@@ -145,7 +145,8 @@ class TrainDiTConfig(
             )
         if self.latent_cache is not None and self.crops_at_random:
             raise ConfigError(
-                "`--random_crop` and `--random_resized_crop` show other images than those in `--latent_cache`. Leave out one of them."
+                "`--random_crop` and `--random_resized_crop` show other images than those in `--latent_cache`. Leave out one "
+                "of them."
             )
         if self.image_channels not in (1, 3):
             raise ConfigError(f"`--repa_model` takes images of 1 or 3 channels, not {self.image_channels}.")
@@ -321,8 +322,8 @@ def load_data(
     config: TrainDiTConfig, vae: AutoencoderKL, *, verify: bool
 ) -> tuple[Dataset, Dataset, ImageDataset | None]:
     """
-    Training and validation data: cached latents, verified if asked for, or images that are encoded on the fly. Then the training images that are
-    wanted beside cached latents, if they are.
+    Training and validation data: cached latents, verified if asked for, or images that are encoded on the fly. Then the
+    training images that REPA wants beside cached latents, or None.
     """
     images = None
     if config.dataset_name is not None or config.train_data_dir is not None:

@@ -83,12 +83,13 @@ class SamplesConfig:
 @dataclass
 class TrainPriorConfig(RunConfig, SamplesConfig, PriorConfig, OptimizationConfig, DataConfig):
     def __post_init__(self):
-        for part in (DataConfig, OptimizationConfig, PriorConfig, SamplesConfig, RunConfig):
+        for part in reversed(TrainPriorConfig.__bases__):
             part.__post_init__(self)
         self.require_source()
         if self.crops_at_random:
             raise ConfigError(
-                "`--random_crop` and `--random_resized_crop` do not go with images that are encoded once: each epoch would see the same crops."
+                "`--random_crop` and `--random_resized_crop` do not go with images that are encoded once: each epoch would see "
+                "the same crops."
             )
         if self.streaming:
             raise ConfigError("`--streaming` does not go with train_vqgan_prior.py, which encodes every image once.")

@@ -160,6 +160,15 @@ class StageConfig:
         """Whether the decoder of this stage is the one that is published."""
         return stage == 2 or self.auxiliary_decoder == "none"
 
+    def auxiliary_settings(self) -> dict[str, Any]:
+        """The arguments of an autoencoder's constructor that give the auxiliary decoder its shape."""
+        return {
+            "auxiliary_decoder_type": self.auxiliary_decoder,
+            "auxiliary_dropout": self.auxiliary_dropout,
+            "auxiliary_channel_multiplier": self.auxiliary_channel_multiplier,
+            "auxiliary_layers_per_block": self.auxiliary_layers_per_block,
+        }
+
     def stage_steps(self) -> dict[int, int]:
         """Optimiser steps of each stage that this run has."""
         if self.auxiliary_decoder == "none":

@@ -12,11 +12,11 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import UserError
 from dae_diffusers.data.arrays import is_array_data
+from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, read_content
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 IMAGE_MEMORY_BYTES = 2**30
 
 
-class ImageDataset(Dataset):
+class ImageDataset(BatchDataset):
     r"""
     One split, as tensors.
 
@@ -81,16 +81,10 @@ class ImageDataset(Dataset):
         }
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        r"""A whole batch at once; `collate_fn` leaves it as it is."""
         indices, draws = zip(*(item if isinstance(item, tuple) else (item, None) for item in items), strict=True)
         batch = {"pixel_values": self._reader.to_pixel_values(self._batch(indices, draws), draws)}
         if self.labels is not None:
             batch["class_labels"] = torch.tensor([self.labels[index] for index in indices])
-        return batch
-
-    @staticmethod
-    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        r"""For `DataLoader`: `__getitems__` has made the batch already."""
         return batch
 
     def _batch(self, indices: Sequence[int], draws: Sequence[int | None]) -> np.ndarray:

@@ -10,9 +10,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from dae_diffusers.cli import UserError
+from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, read_content
 from dae_diffusers.randomness import derived_seed
@@ -47,7 +48,7 @@ class StreamedRow:
         return path or f"number {self.number} of the stream"
 
 
-class StreamedImages(Dataset):
+class StreamedImages(BatchDataset):
     r"""
     A split without numbers: makes batches, as [`ImageDataset`] does, of the rows that an [`ImageStream`] hands out. Decoding
     thus happens in the loader's worker processes, reading in the process that trains.
@@ -100,11 +101,6 @@ class StreamedImages(Dataset):
         batch = {"pixel_values": self._reader.to_pixel_values(pixels, [row.draw for row in rows])}
         if self.id2label is not None:
             batch["class_labels"] = torch.tensor([self._checked_label(row) for row in rows])
-        return batch
-
-    @staticmethod
-    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        r"""For `DataLoader`: `__getitems__` has made the batch already."""
         return batch
 
     def _read(self, row: StreamedRow) -> np.ndarray | None:

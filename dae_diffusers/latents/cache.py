@@ -13,13 +13,14 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped
-from dae_diffusers.files import save_tensors_atomically, sha256_of, write_atomically
+from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.files import add_weights, save_tensors_atomically, sha256_of, write_atomically
 
 _MANIFEST = "manifest.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +58,7 @@ class CacheIdentity:
         ]
 
 
-class CachedLatents(Dataset):
+class CachedLatents(BatchDataset):
     r"""
     One cached split, indexed like [`~dae_diffusers.data.ImageDataset`]: by number, or by `(number, draw)`.
 
@@ -108,9 +109,6 @@ class CachedLatents(Dataset):
         r"""Of the images that the latents were made from."""
         return self.identity.data
 
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        return {name: value[0] for name, value in self.__getitems__([item]).items()}
-
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         indices = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
         flips = torch.tensor(
@@ -126,11 +124,6 @@ class CachedLatents(Dataset):
                 stored = self._shards[shard][name]
                 picked = stored[rows[here]] if name == "class_labels" else stored[rows[here], flips[here]]
                 value[here] = picked.to(value.dtype)
-        return batch
-
-    @staticmethod
-    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        r"""For `DataLoader`: `__getitems__` has made the batch already."""
         return batch
 
     def check(self, *, autoencoder: str, images: ImageDataset | None) -> None:
@@ -153,7 +146,7 @@ class CachedLatents(Dataset):
             )
 
 
-class ImagesWithLatents(Dataset):
+class ImagesWithLatents(BatchDataset):
     r"""
     Images beside their cached latents, under the same numbers and draws: `pixel_values` and labels as
     [`~dae_diffusers.data.ImageDataset`] gives them, `latents_mean` and `latents_std` as [`CachedLatents`] does.
@@ -162,7 +155,6 @@ class ImagesWithLatents(Dataset):
     def __init__(self, images: ImageDataset, latents: CachedLatents):
         self.images = images
         self.latents = latents
-        self.collate_fn = images.collate_fn
 
     def __len__(self) -> int:
         return len(self.images)
@@ -253,10 +245,7 @@ def write_latent_cache(
 def autoencoder_fingerprint(vae: ModelMixin, parts: tuple[str, ...] = ("encoder", "quant_conv")) -> str:
     r"""Hash of the weights that make latents; the decoder may change without making a cache stale."""
     digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        if name.split(".")[0] in parts:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    add_weights(digest, vae, parts)
     return digest.hexdigest()[:16]
 
 

@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import VQModel
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
+from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.files import save_tensors_atomically
 from dae_diffusers.latents.cache import CacheIdentity, autoencoder_fingerprint, image_identity
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
@@ -54,7 +55,7 @@ def codebook_metrics(counts: torch.Tensor) -> dict[str, float]:
     return {"codebook_usage": codebook_usage(counts), "codebook_perplexity": codebook_perplexity(counts)}
 
 
-class CodeGrids(Dataset):
+class CodeGrids(BatchDataset):
     r"""
     The codes of one split, indexed like [`~dae_diffusers.data.ImageDataset`]: by number, or by `(number, draw)`.
 
@@ -82,9 +83,6 @@ class CodeGrids(Dataset):
         r"""Rows and columns of codes."""
         return tuple(self.codes.shape[2:])
 
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        return {name: value[0] for name, value in self.__getitems__([item]).items()}
-
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         numbers = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
         has_flips = self.codes.shape[1] == 2
@@ -92,11 +90,6 @@ class CodeGrids(Dataset):
         batch = {"codes": self.codes[numbers, flips].long()}
         if self.class_labels is not None:
             batch["class_labels"] = self.class_labels[numbers]
-        return batch
-
-    @staticmethod
-    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        r"""For `DataLoader`: `__getitems__` has made the batch already."""
         return batch
 
 

@@ -86,7 +86,7 @@ def _similarities(features: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class LatentAlignmentSettings:
     r"""
-    The defaults follow the paper, save the cap.
+    The defaults are those of public re-implementations, save the cap.
 
     Attributes:
         weight (`float`): Of the term, times the adaptive weight.
@@ -106,7 +106,7 @@ class LatentAlignment:
     The VF loss of VA-VAE: [`marginal_cosine_loss`] plus [`marginal_distance_matrix_loss`] between linearly projected latents
     and the features of the same images in a frozen vision model.
 
-    Both losses see the projected latents, as in the authors' code. The projection trains with the autoencoder: put its
+    Both losses see the projected latents. The projection trains with the autoencoder: put its
     parameters into the same optimiser, and both models into `accelerator.accumulate`.
 
     Args:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.files import save_tensors_atomically, write_atomically
+from dae_diffusers.files import add_weights, save_tensors_atomically, write_atomically
 
 
 def keep_rows(
@@ -102,9 +102,7 @@ def model_hash(model: torch.nn.Module) -> str:
     r"""Of a model's weights and of its config, without where it came from."""
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
     digest = hashlib.sha256(hash_of({key: value for key, value in config.items() if key[0] != "_"}).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy())
+    add_weights(digest, model)
     return digest.hexdigest()[:16]
 
 

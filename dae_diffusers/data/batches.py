@@ -1,0 +1,21 @@
+"""What all data sets here have in common: they make whole batches."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+
+class BatchDataset(Dataset):
+    r"""A data set whose `__getitems__` makes a whole batch at once, which is faster than one item after the other."""
+
+    def __getitem__(self, item: Any) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: list[Any]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    @staticmethod
+    def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        r"""For `DataLoader`: the batch is made already."""
+        return batch
