@@ -21,6 +21,7 @@ Config = TypeVar("Config")
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -100,8 +101,8 @@ def flags_of(config: Any) -> list[str]:
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
     r"""
-    Calls `run(config)`, and turns a [`UserError`], a disk that cannot be written and a data-loading process that died
-    into one line on stderr and an exit code.
+    Calls `run(config)`, and turns a [`UserError`], a disk that cannot be written, memory that does not suffice and a
+    data-loading process that died into one line on stderr and an exit code.
 
     Raises:
         SystemExit: With the error's exit code.
@@ -145,6 +146,14 @@ def _message_of(error: Exception) -> str | None:
         return (
             f"{problem}. Checkpoints saved before are whole: mend this and run the command again, training scripts with "
             "`--resume_from_checkpoint latest`."
+        )
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+    ):
+        return (
+            f"out of memory ({' '.join(text.split())[:200]}). Use a smaller batch, resolution or model; training scripts keep "
+            "the batch of an update with a smaller `--train_batch_size` and a larger `--gradient_accumulation_steps`, and "
+            "need less with `--gradient_checkpointing`, where they have it."
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (

@@ -114,6 +114,8 @@ TABLE = [
     ("train_dae", "--train_data_dir {images} --auxiliary_decoder weak", 2, "invalid choice: 'weak'"),
     ("train_dae", "--train_data_dir {images} --skip_nonfinite -1", 2, "must be 0 or more"),
     ("train_dae", "--train_data_dir {images} --resolution 17", 2, "nearest valid ones are 16 and 18"),
+    ("train_dae", "--train_data_dir {images} --resolution 40000", 2, "must be in [1, 8192]"),
+    ("train_dae", "--train_data_dir {images} --block_out_channels 8000000", 1, "out of memory (["),
     ("train_dae", "", 2, "give one of `--dataset_name`"),
     ("train_dae", "--train_data_dir {nowhere}", 1, "is not a folder"),
     ("train_dae", "--train_data_dir {empty}", 1, "`--train_data_dir`"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 import yaml
 
 from dae_diffusers.cli import ConfigError, UserError, config_text, field, parse_config, run_script
@@ -115,6 +116,19 @@ def test_user_errors_of_a_script_are_one_line_and_an_exit_code(capsys):
             run_script(run, None)
         assert exit_info.value.code == code
         assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_memory_that_does_not_suffice_is_one_line(capsys):
+    for error in (MemoryError("Unable to allocate 8.00 TiB"), torch.OutOfMemoryError("CUDA out of memory. Tried\nto")):
+
+        def run(config, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(run, None)
+        assert exit_info.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: out of memory ({' '.join(str(error).split())}). Use a smaller batch")
 
 
 def test_other_errors_are_not_hidden():

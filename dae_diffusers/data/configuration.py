@@ -6,6 +6,7 @@ from typing import Literal
 from dae_diffusers.cli import ConfigError, field
 
 EMBEDDED = {"digits"}
+MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much, as a decompression bomb
 
 
 @dataclass
@@ -52,8 +53,8 @@ class DataConfig:
     dataloader_num_workers: int = field(0, "processes that read images beside each training process")
 
     def __post_init__(self):
-        if self.resolution < 1:
-            raise ConfigError(f"`--resolution` is {self.resolution}, but must be at least 1.")
+        if not 1 <= self.resolution <= MAX_RESOLUTION:
+            raise ConfigError(f"`--resolution` is {self.resolution}, but must be in [1, {MAX_RESOLUTION}].")
         if self.image_channels < 1:
             raise ConfigError(f"`--image_channels` is {self.image_channels}, but must be at least 1.")
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):

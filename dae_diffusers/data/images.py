@@ -48,6 +48,8 @@ class ImageReader:
         try:
             decode = decode_array if self.is_array else decode_image
             image = decode(read_content(item), channels=self.config.image_channels)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             raise UserError(
                 f"the image {name()} cannot be decoded ({' '.join(str(error).split())}). "
