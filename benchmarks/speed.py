@@ -19,6 +19,8 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -401,7 +404,40 @@ def data_loading(setting: Setting) -> dict[str, list[Row]]:
         tables["A batch of 64 latents (4x8x8)"] = compare(
             setting, {"encoded on the fly": encode, "from the cache": lambda: cached.__getitems__(items)}
         )
+        tables["Share of the training time that the model waits for data"] = waiting(Path(folder), workers)
     return tables
+
+
+def waiting(folder: Path, workers: int) -> list[Row]:
+    """As `run.json` reports it, in the first pass, in which every image is decoded."""
+    random = np.random.default_rng(0)
+    (folder / "small").mkdir()
+    content = []
+    for number in range(5000):
+        path = folder / "small" / f"{number}.png"
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32)).save(path)
+        content.append({"image": {"bytes": path.read_bytes(), "path": path.name}})
+    features = datasets.Features({"image": datasets.Image()})
+    (folder / "parquet").mkdir()
+    datasets.Dataset.from_list(content, features=features).to_parquet(folder / "parquet" / "train.parquet")
+    flags = "--stage 1 --auxiliary_decoder dropout --random_flip --validation_steps 100000 --checkpointing_steps 100000 --max_validation_samples 8"
+    kinds = {
+        "32x32 PNG in Parquet, channels (16, 32, 32), batch 64": f"--dataset_name {folder}/parquet --resolution 32 "
+        "--block_out_channels 16 32 32 --train_batch_size 64 --stage1_steps 60",
+        "512x512 JPEG to 256x256, channels (16, 32, 32), batch 4": f"--train_data_dir {folder}/jpeg --resolution 256 "
+        "--random_crop --block_out_channels 16 32 32 --train_batch_size 4 --stage1_steps 12",
+    }
+    rows = []
+    for kind, more in kinds.items():
+        for num_workers in (0, workers):
+            output = folder / f"waiting-{len(rows)}"
+            argv = f"{flags} {more} --dataloader_num_workers {num_workers} --output_dir {output}".split()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            train_dae.main(parse_config(train_dae.TrainDAEConfig, argv))
+            share = json.loads((output / "train_dae" / "run.json").read_text())["data_wait_share"]
+            rows.append(Row(f"{kind}, {num_workers} workers", 0.0, 0.0, 1.0, note=f"{share:.1%}"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return rows
 
 
 def memory(setting: Setting) -> dict[str, list[Row]]:
@@ -454,7 +490,32 @@ def growth(setting: Setting) -> dict[str, list[Row]]:
     ):
         calls = {str(value): make(value) for value in values}
         tables[f"Growth with {title}"] = compare(setting, calls)
+    tables["Growth with processes"] = step_in_processes(setting)
     return tables
+
+
+def step_in_processes(setting: Setting) -> list[Row]:
+    """A step of `train_dae.py` with 16 digits a process: the time of 60 steps less that of 20, so without start and end."""
+    available = torch.cuda.device_count() if setting.is_gpu else os.cpu_count() or 1
+    launch = "accelerate.commands.launch" + (
+        " --num_machines 1" if setting.is_gpu else " --cpu --num_cpu_threads_per_process 1"
+    )
+    script = (
+        "-m dae_diffusers.training.train_dae --dataset_name digits --image_channels 1 --block_out_channels 16 32 32"
+    )
+    never = "--train_batch_size 16 --stage 1 --validation_steps 100000 --checkpointing_steps 100000"
+    rows: list[Row] = []
+    for number in (n for n in (1, 2, 4, 8) if n <= available):
+        seconds = []
+        for steps in (20, 60):
+            with tempfile.TemporaryDirectory() as folder:
+                kind = "--multi_gpu " if setting.is_gpu and number > 1 else ""
+                command = f"-m {launch} {kind}--num_processes {number} {script} {never} --stage1_steps {steps} --output_dir {folder}"
+                subprocess.run([sys.executable, *command.split()], check=True, capture_output=True)
+                seconds.append(json.loads((Path(folder) / "train_dae" / "run.json").read_text())["seconds"])
+        rows.append(to_row(str(number), [(seconds[1] - seconds[0]) / 40], rows[0].seconds if rows else None))
+        rows[-1].note = f"{16 * number / rows[-1].seconds:.0f} images/s"
+    return rows
 
 
 def transformer_step_of(setting: Setting, tokens: int, batch: int) -> Callable[[], None]:
