@@ -66,6 +66,7 @@ class NonFiniteGuard:
             UserError: When more updates than tolerated would be left out; names step, term and micro-batch.
         """
         watched, self._watched = self._watched, []
+        gradient_norm = torch.as_tensor(gradient_norm, device=self.accelerator.device)  # DeepSpeed gives a number
         seen = [losses["loss"] for _, losses in watched]
         if self.accelerator.mixed_precision != "fp16":
             seen.append(whole_tensor(gradient_norm.detach()))

@@ -133,8 +133,8 @@ class TrainingRun:
     Args:
         name (`str`): The script's.
         config: A dataclass with the fields of [`RunConfig`] and [`OptimizationConfig`].
-        has_fsdp (`bool`, *optional*, defaults to `False`): Whether the script takes its models' weights from
-            [`whole_model`], as FSDP needs it.
+        one_model (`bool`, *optional*, defaults to `False`): Whether the script trains one model only, whose weights it takes
+            from [`whole_model`], as FSDP and DeepSpeed need it.
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): Made from the config.
@@ -146,7 +146,7 @@ class TrainingRun:
         UserError: If the folder holds another run, is in use by one, or cannot be written.
     """
 
-    def __init__(self, name: str, config: Any, *, has_fsdp: bool = False):
+    def __init__(self, name: str, config: Any, *, one_model: bool = False):
         self.name = name
         self.config = config
         self.output_dir = Path(config.output_dir)
@@ -169,10 +169,9 @@ class TrainingRun:
                 "`--mixed_precision bf16`, or leave the flag out."
             )
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            _check_fsdp(name, config, self.accelerator, has_fsdp)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it is prepared without a loader
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+            _check_fsdp(name, config, self.accelerator, one_model)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            settle_deepspeed(name, config, self.accelerator, one_model)
         logging.basicConfig(
             format="%(message)s", level=logging.INFO if self.accelerator.is_main_process else logging.ERROR
         )
@@ -638,8 +637,8 @@ def ema_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) 
         ema.restore(parameters)
 
 
-def _check_fsdp(name: str, config: Any, accelerator: Accelerator, has_fsdp: bool) -> None:
-    if not has_fsdp:
+def _check_fsdp(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
+    if not one_model:
         raise ConfigError(f"{name} does not run under FSDP; use training/configs/accelerate/ddp.yaml.")
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
@@ -649,6 +648,31 @@ def _check_fsdp(name: str, config: Any, accelerator: Accelerator, has_fsdp: bool
         )
     if config.push_to_hub and config.hub_strategy == "every_save":
         raise ConfigError("`--hub_strategy every_save` does not go with FSDP; use `end`.")
+
+
+def settle_deepspeed(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
+    r"""
+    Gives DeepSpeed the script's flags; under bfloat16 the weights stay in float32, as everywhere else.
+
+    Raises:
+        ConfigError: If the script does not run so.
+    """
+    if not one_model:
+        raise ConfigError(f"{name} does not run under DeepSpeed; use training/configs/accelerate/ddp.yaml.")
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise ConfigError(
+            "the script does not run with `zero_stage: 3`; use 2, or training/configs/accelerate/fsdp2.yaml."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError("fp16 does not go with DeepSpeed here; use `--mixed_precision bf16`.")
+    settings = plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = config.train_batch_size  # it is prepared without a loader
+    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    settings["gradient_clipping"] = config.max_grad_norm
+    if accelerator.mixed_precision == "bf16":
+        settings["bf16"] = {"enabled": False}
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

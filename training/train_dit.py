@@ -153,7 +153,7 @@ class TrainDiTConfig(
 
 
 def main(config: TrainDiTConfig) -> None:
-    run = TrainingRun("train_dit", config, has_fsdp=True)
+    run = TrainingRun("train_dit", config, one_model=True)
     accelerator = run.accelerator
     vae = load_autoencoder(config.vae).to(accelerator.device)
     config.value_range = config.value_range or read_value_range(config.vae) or []

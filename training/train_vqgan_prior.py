@@ -96,7 +96,7 @@ class TrainPriorConfig(RunConfig, SamplesConfig, PriorConfig, OptimizationConfig
 
 
 def main(config: TrainPriorConfig) -> None:
-    run = TrainingRun("train_vqgan_prior", config, has_fsdp=True)
+    run = TrainingRun("train_vqgan_prior", config, one_model=True)
     accelerator = run.accelerator
     vae = load_vq_model(config).to(accelerator.device)
     fingerprint = code_fingerprint(vae)
