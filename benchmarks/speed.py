@@ -6,8 +6,9 @@ How fast training and sampling are, beside diffusers' own classes and the plaine
 
 What is compared takes turns, repetition by repetition, so that whatever else the machine does hits all alike; tables show
 medians, the spread (half the distance of the quartiles), and ratios to the first row. FLOPs are counted in matrix products and
-convolutions, and set against the rate that one large product reaches in the same run. Writes `speed.md`, `speed.json` and
-`growth.png`.
+convolutions, and set against the rate that one large product reaches in the same run. The limit is the time that these take at
+that rate, plus that in which the bytes that do not fit into a cache (weights, gradients and moments in AdamW, weights of
+every sampling step, cached latents) pass at the bandwidth of one large copy. Writes `speed.md`, `speed.json` and `growth.png`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -57,6 +58,7 @@ class Row:
     seconds: float
     spread: float
     ratio: float  # of the first row's time to this one's: above 1 is faster
+    share_of_rate: float | None = None
     share_of_limit: float | None = None
     note: str = ""
 
@@ -66,6 +68,7 @@ class Setting:
     device: torch.device
     repetitions: int
     matmul_rate: float = 0.0  # FLOP/s
+    bandwidth: float = 0.0  # byte/s
 
     @property
     def is_gpu(self) -> bool:
@@ -81,9 +84,10 @@ def main():
     arguments = parser.parse_args()
     setting = Setting(torch.device(arguments.device), arguments.repetitions)
     setting.matmul_rate = measure_matmul_rate(setting)
+    setting.bandwidth = measure_bandwidth(setting)
     lines = [
-        f"{describe_machine(setting)}; float32 matrix product {setting.matmul_rate / 1e9:.0f} GFLOP/s; "
-        f"medians of {arguments.repetitions} repetitions.",
+        f"{describe_machine(setting)}; float32 matrix product {setting.matmul_rate / 1e9:.0f} GFLOP/s, copy "
+        f"{setting.bandwidth / 1e9:.1f} GB/s read and written; medians of {arguments.repetitions} repetitions.",
         "",
     ]
     results = {}
@@ -180,16 +184,17 @@ def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
     tables = {}
     dim, depth, heads, batch = transformer_shape(setting)
     for tokens in (64, 256):
-        calls, flops, notes = {}, {}, {}
+        calls, flops, moved, notes = {}, {}, {}, {}
         for name in (*TRANSFORMERS, "DAEDiTTransformer2DModel, compiled blocks"):
             side = 2 * int(tokens**0.5)
             model = make_transformer(name, side, dim, depth, heads).to(setting.device).train()
             calls[name] = make_transformer_step(model, batch, side)
             # The counter does not see into compiled code.
             flops[name] = flops[TRANSFORMERS[-1]] if "compiled" in name else count_flops(calls[name])
+            moved[name] = bytes_of_adamw(model.parameters())
             notes[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
         tables[f"Training step, width {dim}, depth {depth}, {tokens} tokens, batch {batch}"] = compare(
-            setting, calls, flops, notes
+            setting, calls, flops, moved, notes
         )
     return tables
 
@@ -230,7 +235,7 @@ def sampling(setting: Setting) -> dict[str, list[Row]]:
         "the same, guidance in [0.2, 0.8]": DAEDiTPipeline(stock, vae, scheduler),
         "DAEDiTPipeline, our transformer": DAEDiTPipeline(own, vae, scheduler),
     }
-    images, calls, notes = {}, {}, {}
+    images, calls, flops, moved = {}, {}, {}, {}
     for name, pipeline in pipelines.items():
         pipeline.set_progress_bar_config(disable=True)
         interval = {"guidance_interval": (0.2, 0.8)} if "guidance in" in name else {}
@@ -244,7 +249,9 @@ def sampling(setting: Setting) -> dict[str, list[Row]]:
                 ).images  # fmt: skip
 
         calls[name] = draw
-    rows_of = compare(setting, calls, {}, notes)
+        flops[name] = count_flops(draw)
+        moved[name] = 25 * sum(p.numel() * p.element_size() for p in pipeline.transformer.parameters())
+    rows_of = compare(setting, calls, flops, moved)
     first, second = list(pipelines)[:2]
     difference = np.abs(images[first] - images[second]).max()
     rows_of[1].note = f"largest difference of a pixel {difference:.1e} of 1"
@@ -266,11 +273,15 @@ def autoencoder_shape(setting: Setting) -> tuple[tuple[int, ...], int, int]:
     return ((128, 256, 512, 512), 8, 256) if setting.is_gpu else ((32, 64, 64), 16, 32)
 
 
-def make_autoencoder_step(name: str, pixel_values: torch.Tensor, widths: tuple[int, ...]) -> Callable[[], None]:
+def make_autoencoder_step(
+    name: str, pixel_values: torch.Tensor, widths: tuple[int, ...]
+) -> tuple[Callable[[], None], int]:
+    """A training step, and the bytes that its optimiser moves."""
     kind, stage = AUTOENCODERS[name]
     model = make_vae(DAEAutoencoderKL, widths, device=pixel_values.device, auxiliary_decoder_type=kind).train()
     model.set_stage(stage)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     moments = None
     if "cached" in name:
         with torch.no_grad():
@@ -283,16 +294,17 @@ def make_autoencoder_step(name: str, pixel_values: torch.Tensor, widths: tuple[i
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, bytes_of_adamw(parameters)
 
 
 def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
     """Training steps of one configuration, encoding and decoding, and what that makes of a whole run."""
     widths, batch, side = autoencoder_shape(setting)
     pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
-    calls = {name: make_autoencoder_step(name, pixel_values, widths) for name in AUTOENCODERS}
+    made = {name: make_autoencoder_step(name, pixel_values, widths) for name in AUTOENCODERS}
+    calls = {name: step for name, (step, _) in made.items()}
     flops = {name: count_flops(call) for name, call in calls.items()}
-    steps = compare(setting, calls, flops)
+    steps = compare(setting, calls, flops, {name: moved for name, (_, moved) in made.items()})
     seconds = {row.name: row.seconds for row in steps}
     runs = [Row("joint, 6000 steps", 6000 * seconds["joint step"], 0.0, 1.0)]
     for kind in ("dropout", "narrow", "linear"):
@@ -401,8 +413,13 @@ def data_loading(setting: Setting) -> dict[str, list[Row]]:
             with torch.no_grad():
                 vae.encode(pixel_values).latent_dist.sample()
 
+        batch = cached.__getitems__(items)
+        moved = 2 * sum(value.numel() * value.element_size() for value in batch.values())  # read and written
         tables["A batch of 64 latents (4x8x8)"] = compare(
-            setting, {"encoded on the fly": encode, "from the cache": lambda: cached.__getitems__(items)}
+            setting,
+            {"encoded on the fly": encode, "from the cache": lambda: cached.__getitems__(items)},
+            {"encoded on the fly": count_flops(encode)},
+            {"from the cache": moved},
         )
         tables["Share of the training time that the model waits for data"] = waiting(Path(folder), workers)
     return tables
@@ -461,7 +478,7 @@ def peak_of_steps(name: str, setting: Setting) -> int:
     if name in AUTOENCODERS:
         widths, batch, side = autoencoder_shape(setting)
         pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
-        step = make_autoencoder_step(name, pixel_values, widths)
+        step, _ = make_autoencoder_step(name, pixel_values, widths)
     else:
         dim, depth, heads, batch = transformer_shape(setting)
         model = make_transformer(name, 32, dim, depth, heads).to(setting.device).train()
@@ -484,7 +501,7 @@ def growth(setting: Setting) -> dict[str, list[Row]]:
         (
             "pixels of a side",
             (16, 32, 64, 128),
-            lambda n: make_autoencoder_step("joint step", torch.rand(2, 3, n, n, device=setting.device), widths),
+            lambda n: make_autoencoder_step("joint step", torch.rand(2, 3, n, n, device=setting.device), widths)[0],
         ),
         ("images in the data set", (10**3, 10**4, 10**5, 10**6), batches_of),
     ):
@@ -557,9 +574,10 @@ def compare(
     setting: Setting,
     calls: dict[str, Callable[[], None]],
     flops: dict[str, int] | None = None,
+    moved: dict[str, int] | None = None,
     notes: dict[str, str] | None = None,
 ) -> list[Row]:
-    """Times the calls in turns."""
+    """Times the calls in turns. `moved`: bytes."""
     for call in calls.values():
         call()  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -573,8 +591,10 @@ def compare(
     first = statistics.median(next(iter(seconds.values())))
     rows = [to_row(name, values, first) for name, values in seconds.items()]
     for row in rows:
-        if flops and row.name in flops:
-            row.share_of_limit = flops[row.name] / row.seconds / setting.matmul_rate
+        computing = (flops or {}).get(row.name, 0) / setting.matmul_rate
+        limit = computing + (moved or {}).get(row.name, 0) / setting.bandwidth
+        row.share_of_rate = computing / row.seconds or None
+        row.share_of_limit = limit / row.seconds or None
         row.note = (notes or {}).get(row.name, row.note)
     return rows
 
@@ -589,16 +609,16 @@ def to_table(title: str, rows: list[Row]) -> list[str]:
     lines = [
         f"### {title}",
         "",
-        "| | ms | ± | speed-up | share of the matrix-product rate | |",
-        "|---|---|---|---|---|---|",
+        "| | ms | ± | speed-up | share of the matrix-product rate | share of the limit | |",
+        "|---|---|---|---|---|---|---|",
     ]
     if all(row.seconds == 0 for row in rows):  # no times were taken
         lines[2:] = ["| | |", "|---|---|", *(f"| {row.name} | {row.note} |" for row in rows)]
         rows = []
     for row in rows:
-        share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
+        shares = " | ".join("" if x is None else f"{x:.0%}" for x in (row.share_of_rate, row.share_of_limit))
         lines.append(
-            f"| {row.name} | {1e3 * row.seconds:.4g} | {1e3 * row.spread:.2g} | {row.ratio:.2f} | {share} | {row.note} |"
+            f"| {row.name} | {1e3 * row.seconds:.4g} | {1e3 * row.spread:.2g} | {row.ratio:.2f} | {shares} | {row.note} |"
         )
     return [*lines, ""]
 
@@ -615,6 +635,25 @@ def measure_matmul_rate(setting: Setting) -> float:
         synchronize(setting)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def measure_bandwidth(setting: Setting) -> float:
+    """Bytes read and written a second by the fastest of several copies of 256 MiB."""
+    source = torch.ones(2**26, device=setting.device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        synchronize(setting)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(setting)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def bytes_of_adamw(parameters: Iterable[torch.Tensor]) -> int:
+    """It reads weight, gradient and two moments, and writes all but the gradient."""
+    return 7 * sum(p.numel() * p.element_size() for p in parameters)
 
 
 def count_flops(call: Callable[[], None]) -> int:
