@@ -122,7 +122,7 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
         ({"mask_ratio": 1.0}, "below 1"),
         ({"equivariance": 2.0}, "between 0 and 1"),
         ({"noise_tau": -0.1}, "0 or more"),
-        ({"pretrained_vae": "x", "autoencoder": "vq", "codebook_warmup_steps": 1}, "kl"),
+        ({"pretrained_vae": "x", "autoencoder": "vq", "codebook_warmup_steps": 1}, "makes a codebook of its own"),
         ({"pretrained_vae": "x", "pretrained_model_name_or_path": "y", "stage": "2"}, "not both"),
         (
             {"adversarial_weight": 1, "mixed_precision": "fp16", "gradient_accumulation_steps": 2, "resolution": 32},

@@ -72,6 +72,21 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, image_folder, tmp_path
         assert expected.replace(str(trained), "") == resumed.replace(str(tmp_path / "run"), "")
 
 
+@pytest.mark.parametrize("flags", ["--stage 2", "--quantizer vq", "--quantizer vq --auxiliary_decoder none"])
+def test_training_starts_from_a_published_codebook(flags, trained, image_folder, tmp_path):
+    flags = f"{TINY_VQ} --learning_rate 1e-9 --pretrained_vae {trained / 'vae'} {flags}"
+    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run")
+    before, after = weights(trained / "vae"), weights(tmp_path / "run" / "vae")
+    assert_same_weights(before, after, rtol=0, atol=1e-6)
+    is_kept = [torch.equal(before[name], after[name]) for name in before if name.startswith(("encoder.", "quant"))]
+    assert all(is_kept) == ("--stage 2" in flags)
+
+
+def test_published_autoencoder_of_the_other_kind_is_refused(trained, image_folder, tmp_path):
+    with pytest.raises(UserError, match="is a VQModel, but `--autoencoder kl` takes a model of class AutoencoderKL"):
+        run(train_dae, TINY_DAE, pretrained_vae=trained / "vae", train_data_dir=image_folder, output_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

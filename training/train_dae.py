@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -114,9 +114,13 @@ class TrainDAEConfig(
                 "`--equivariance` shrinks images below what the PatchGAN judges: use it with `--discriminator_model`, or "
                 "without `--stage1_adversarial_weight`."
             )
-        if self.autoencoder == "vq" and self.pretrained_vae is not None:
-            raise ConfigError("`--pretrained_vae` takes an `AutoencoderKL`; leave `--autoencoder` at kl.")
-        uses_kmeans = self.autoencoder == "vq" and self.quantizer == "ema"
+        trains_codebook = self.autoencoder == "vq" and self.stage != "2"
+        if trains_codebook and self.pretrained_vae is not None and self.quantizer != "vq":
+            raise ConfigError(
+                f"`--quantizer {self.quantizer}` makes a codebook of its own. With `--pretrained_vae` use `--quantizer vq`, which "
+                "trains the given one on, or `--stage 2`, which keeps it."
+            )
+        uses_kmeans = trains_codebook and self.quantizer == "ema"
         if uses_kmeans and self.codebook_warmup_steps >= self.stage_steps().get(1, math.inf):
             raise ConfigError(
                 f"`--codebook_warmup_steps` is {self.codebook_warmup_steps}, but must be below the "
@@ -187,15 +191,18 @@ def main(config: TrainDAEConfig) -> None:
 
 def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
     """A new model, one that starts from a published autoencoder, or, for stage 2 alone, the one that a stage 1 has left."""
+    model_class, diffusers_class = (
+        (DAEVQModel, VQModel) if config.autoencoder == "vq" else (DAEAutoencoderKL, AutoencoderKL)
+    )
     if config.pretrained_vae is not None:
         vae = load_autoencoder(config.pretrained_vae)
-        if not isinstance(vae, AutoencoderKL):
+        if not isinstance(vae, diffusers_class):
             raise UserError(
-                f"`--pretrained_vae` {config.pretrained_vae} is a {type(vae).__name__}, but must be an AutoencoderKL."
+                f"`--pretrained_vae` {config.pretrained_vae} is a {type(vae).__name__}, but `--autoencoder {config.autoencoder}` "
+                f"takes a model of class {diffusers_class.__name__}. Choose the `--autoencoder` that fits it: kl or vq."
             )
         check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
-        return DAEAutoencoderKL.from_diffusers(vae, **config.auxiliary_settings())
-    model_class = DAEVQModel if config.autoencoder == "vq" else DAEAutoencoderKL
+        return model_class.from_diffusers(vae, **config.auxiliary_settings())
     if config.stage != "2":
         levels = len(config.block_out_channels)
         latents = {"latent_channels": config.latent_channels}

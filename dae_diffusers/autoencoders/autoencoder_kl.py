@@ -93,26 +93,6 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         )
         self.auxiliary_decoder = self._make_auxiliary_decoder(use_post_quant_conv=use_post_quant_conv)
 
-    @classmethod
-    def from_diffusers(cls, vae: AutoencoderKL, **auxiliary) -> "DAEAutoencoderKL":
-        r"""
-        Starts from a trained autoencoder: its architecture and weights, and a fresh auxiliary decoder.
-
-        Args:
-            vae ([`~diffusers.AutoencoderKL`]): Any. Statistics of its latents are not taken over: they will change.
-            auxiliary: The arguments of this class that begin with `auxiliary_`.
-
-        Returns:
-            [`DAEAutoencoderKL`]
-        """
-        config = {name: value for name, value in vae.config.items() if name not in ("latents_mean", "latents_std")}
-        model = cls.from_config({**config, **auxiliary})
-        missing, unexpected = model.load_state_dict(vae.state_dict(), strict=False)
-        strange = [name for name in missing if not name.startswith("auxiliary_decoder.")] + list(unexpected)
-        if strange:
-            raise ValueError(f"the autoencoder does not fit its own config: {strange[:5]}.")
-        return model
-
     def forward(
         self,
         sample: torch.Tensor,

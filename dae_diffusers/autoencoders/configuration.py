@@ -95,8 +95,9 @@ class StageConfig:
     )
     pretrained_vae: str | None = field(
         None,
-        "start from this diffusers `AutoencoderKL` (Hub id or folder) instead of fresh weights; its architecture replaces "
-        "the flags. Stage 1 trains its encoder on against a fresh auxiliary decoder, stage 2 its decoder",
+        "start from this diffusers `AutoencoderKL`, or `VQModel` with `--autoencoder vq` (Hub id or folder), instead of fresh "
+        "weights; its architecture replaces the flags. Stage 1 trains its encoder on against a fresh auxiliary decoder, "
+        "stage 2 its decoder",
     )
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",

@@ -34,6 +34,27 @@ class DecoupledAutoencoderMixin:
 
     stage: Literal[1, 2] | None = None
 
+    @classmethod
+    def from_diffusers(cls, vae: ModelMixin, **auxiliary) -> "DecoupledAutoencoderMixin":
+        r"""
+        Starts from a trained autoencoder: its architecture and weights, and a fresh auxiliary decoder.
+
+        Args:
+            vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): Any of the class that this one extends. Statistics
+                of its latents are not taken over: they may change. A codebook becomes one that is learnt by gradient.
+            auxiliary: The arguments of this class that begin with `auxiliary_`.
+
+        Returns:
+            A model of this class.
+        """
+        config = {name: value for name, value in vae.config.items() if name not in ("latents_mean", "latents_std")}
+        model = cls.from_config({**config, **auxiliary})
+        missing, unexpected = model.load_state_dict(vae.state_dict(), strict=False)
+        strange = [name for name in missing if not name.startswith("auxiliary_decoder.")] + list(unexpected)
+        if strange:
+            raise ValueError(f"the autoencoder does not fit its own config: {strange[:5]}.")
+        return model
+
     def _make_auxiliary_decoder(
         self, *, use_post_quant_conv: bool = True, code_channels: int | None = None
     ) -> AuxiliaryDecoder | None:
