@@ -3,6 +3,7 @@ How fast training and sampling are, beside diffusers' own classes and the plaine
 
     python benchmarks/speed.py --output_dir runs/speed
     python benchmarks/speed.py --output_dir runs/speed --sections transformer sampling --repetitions 9
+    python benchmarks/speed.py --output_dir runs/speed-gpu --device cuda --mixed_precision bf16
 
 What is compared takes turns, repetition by repetition, so that whatever else the machine does hits all alike; tables show
 medians, the spread (half the distance of the quartiles), and ratios to the first row. FLOPs are counted in matrix products and
@@ -18,7 +19,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +39,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,12 +68,20 @@ class Row:
 class Setting:
     device: torch.device
     repetitions: int
-    matmul_rate: float = 0.0  # FLOP/s
+    mixed_precision: str = "no"
+    matmul_rate: float = 0.0  # FLOP/s, in that precision
     bandwidth: float = 0.0  # byte/s
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.mixed_precision == "bf16")
 
 
 def main():
@@ -81,12 +90,13 @@ def main():
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="of the steps and of sampling")
     arguments = parser.parse_args()
-    setting = Setting(torch.device(arguments.device), arguments.repetitions)
+    setting = Setting(torch.device(arguments.device), arguments.repetitions, arguments.mixed_precision)
     setting.matmul_rate = measure_matmul_rate(setting)
     setting.bandwidth = measure_bandwidth(setting)
     lines = [
-        f"{describe_machine(setting)}; float32 matrix product {setting.matmul_rate / 1e9:.0f} GFLOP/s, copy "
+        f"{describe_machine(setting)}; {str(setting.dtype)[6:]} matrix product {setting.matmul_rate / 1e9:.0f} GFLOP/s, copy "
         f"{setting.bandwidth / 1e9:.1f} GB/s read and written; medians of {arguments.repetitions} repetitions.",
         "",
     ]
@@ -180,7 +190,7 @@ def transformer_shape(setting: Setting) -> tuple[int, int, int, int]:
 
 
 def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
-    """A training step (forward, backward, AdamW) of equal depth, width and tokens, float32."""
+    """A training step (forward, backward, AdamW) of equal depth, width and tokens."""
     tables = {}
     dim, depth, heads, batch = transformer_shape(setting)
     for tokens in (64, 256):
@@ -188,18 +198,20 @@ def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
         for name in (*TRANSFORMERS, "DAEDiTTransformer2DModel, compiled blocks"):
             side = 2 * int(tokens**0.5)
             model = make_transformer(name, side, dim, depth, heads).to(setting.device).train()
-            calls[name] = make_transformer_step(model, batch, side)
+            calls[name] = make_transformer_step(setting, model, batch, side)
             # The counter does not see into compiled code.
             flops[name] = flops[TRANSFORMERS[-1]] if "compiled" in name else count_flops(calls[name])
             moved[name] = bytes_of_adamw(model.parameters())
             notes[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-        tables[f"Training step, width {dim}, depth {depth}, {tokens} tokens, batch {batch}"] = compare(
-            setting, calls, flops, moved, notes
-        )
+        title = f"Training step, width {dim}, depth {depth}, {tokens} tokens, batch {batch}"
+        rows = compare(setting, calls, flops, moved, notes)
+        for row in rows:
+            row.note += f", {batch / row.seconds:.1f} images/s"
+        tables[title] = rows
     return tables
 
 
-def make_transformer_step(model: nn.Module, batch: int, side: int) -> Callable[[], None]:
+def make_transformer_step(setting: Setting, model: nn.Module, batch: int, side: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     device = next(model.parameters()).device
     latents = torch.randn(batch, 4, side, side, device=device)
@@ -207,9 +219,10 @@ def make_transformer_step(model: nn.Module, batch: int, side: int) -> Callable[[
     timestep = timestep.float() if isinstance(model, DAEDiTTransformer2DModel) else timestep
 
     def step():
-        output = model(latents, timestep, class_labels=labels)
+        with setting.autocast():
+            output = model(latents, timestep, class_labels=labels)
         output = output if isinstance(output, torch.Tensor) else output.sample
-        output[:, :4].square().mean().backward()
+        output[:, :4].float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -242,7 +255,7 @@ def sampling(setting: Setting) -> dict[str, list[Row]]:
 
         def draw(name=name, pipeline=pipeline, interval=interval):
             generator = torch.Generator(setting.device).manual_seed(0)
-            with torch.no_grad():
+            with torch.no_grad(), setting.autocast():
                 images[name] = pipeline(
                     class_labels=list(range(8)), guidance_scale=4.0, num_inference_steps=25, generator=generator,
                     output_type="np", **interval,
@@ -274,7 +287,7 @@ def autoencoder_shape(setting: Setting) -> tuple[tuple[int, ...], int, int]:
 
 
 def make_autoencoder_step(
-    name: str, pixel_values: torch.Tensor, widths: tuple[int, ...]
+    setting: Setting, name: str, pixel_values: torch.Tensor, widths: tuple[int, ...]
 ) -> tuple[Callable[[], None], int]:
     """A training step, and the bytes that its optimiser moves."""
     kind, stage = AUTOENCODERS[name]
@@ -289,7 +302,8 @@ def make_autoencoder_step(
         moments = (posterior.mean, posterior.std)
 
     def step():
-        reconstruction = model(pixel_values, sample_posterior=True, moments=moments).sample
+        with setting.autocast():
+            reconstruction = model(pixel_values, sample_posterior=True, moments=moments).sample
         (reconstruction - pixel_values).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -301,10 +315,12 @@ def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
     """Training steps of one configuration, encoding and decoding, and what that makes of a whole run."""
     widths, batch, side = autoencoder_shape(setting)
     pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
-    made = {name: make_autoencoder_step(name, pixel_values, widths) for name in AUTOENCODERS}
+    made = {name: make_autoencoder_step(setting, name, pixel_values, widths) for name in AUTOENCODERS}
     calls = {name: step for name, (step, _) in made.items()}
     flops = {name: count_flops(call) for name, call in calls.items()}
     steps = compare(setting, calls, flops, {name: moved for name, (_, moved) in made.items()})
+    for row in steps:
+        row.note = f"{batch / row.seconds:.0f} images/s"
     seconds = {row.name: row.seconds for row in steps}
     runs = [Row("joint, 6000 steps", 6000 * seconds["joint step"], 0.0, 1.0)]
     for kind in ("dropout", "narrow", "linear"):
@@ -318,11 +334,11 @@ def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
         latents = plain.encode(pixel_values).latent_dist.mean
 
         def encode():
-            with torch.no_grad():
+            with torch.no_grad(), setting.autocast():
                 plain.encode(pixel_values).latent_dist.mode()
 
         def decode():
-            with torch.no_grad():
+            with torch.no_grad(), setting.autocast():
                 plain.decode(latents)
 
     throughput = compare(
@@ -339,46 +355,52 @@ def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
 
 
 def script_overhead(setting: Setting) -> dict[str, list[Row]]:
-    """Steps of the training scripts beside a bare loop over tensors that lie ready, same model and optimiser."""
+    """Steps of the training scripts beside a bare loop over tensors that lie ready, same model and optimiser, in turns."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            for name, values in steps_in_turn(setting, Path(folder)).items():
+                seconds[name] = seconds.get(name, []) + values
     tables = {}
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        data = f"--dataset_name digits --image_channels 1 --resolution 32 --output_dir {folder}"
-        never = "--validation_steps 100000 --checkpointing_steps 100000 --logging_steps 50"
-        dae_flags = (
-            f"{data} {never} --block_out_channels 16 32 32 --stage1_steps 40 --stage2_steps 2 --train_batch_size 16"
-        )
-        seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, train_dae.TrainDAEConfig, dae_flags, first=40)}
-        vae = AutoencoderKL.from_pretrained(f"{folder}/vae").to(setting.device).eval()
-        for split, images in zip(
-            ("train", "validation"), load_images(DataConfig("digits", image_channels=1)), strict=True
-        ):
-            write_latent_cache(Path(folder) / "latents" / split, vae, images, Accelerator(), batch_size=64)
-        dit_flags = (
-            f"{data} {never} --vae {folder}/vae --latent_cache {folder}/latents --model DiT-Ti/2 --max_train_steps 40 --train_batch_size 32 --num_sample_images 1 "
-            "--sample_steps 1"
-        )
-        seconds["train_dit.py"] = steps_of_script(train_dit, train_dit.TrainDiTConfig, dit_flags, first=40)
-        config = parse_config(train_dae.TrainDAEConfig, dae_flags.split())
-        model = train_dae.load_model(config).to(setting.device).train()
-        model.set_stage(1)
-        pixel_values = torch.rand(16, 1, 32, 32, device=setting.device) * 2 - 1
-        seconds["bare loop, stage 1"] = bare_loop(
-            [p for p in model.parameters() if p.requires_grad],
-            lambda: (model(pixel_values, sample_posterior=True).sample - pixel_values).abs().mean(),
-        )
-        transformer = DAEDiTPipeline.from_pretrained(f"{folder}/pipeline").transformer.to(setting.device).train()
-        latents = torch.randn(32, 4, 8, 8, device=setting.device)
-        timestep = torch.rand(32, device=setting.device) * 1000
-        labels = torch.randint(10, (32,), device=setting.device)
-        seconds["bare loop, transformer"] = bare_loop(
-            list(transformer.parameters()),
-            lambda: (transformer(latents, timestep, labels).sample - latents).square().mean(),
-        )
-    for bare, script in (("bare loop, stage 1", "train_dae.py, stage 1"), ("bare loop, transformer", "train_dit.py")):
+    for script, bare in (("train_dae.py, stage 1", "bare loop, stage 1"), ("train_dit.py", "bare loop, transformer")):
         rows = [to_row(name, seconds[name], statistics.median(seconds[bare])) for name in (bare, script)]
         rows[1].note = f"overhead {rows[1].seconds / rows[0].seconds - 1:+.1%}"
         tables[f"The script's own time: {script}"] = rows
     return tables
+
+
+def steps_in_turn(setting: Setting, folder: Path) -> dict[str, list[float]]:
+    """Each script, and the bare loop that belongs to it right after."""
+    data = f"--dataset_name digits --image_channels 1 --resolution 32 --output_dir {folder}"
+    never = "--validation_steps 100000 --checkpointing_steps 100000 --logging_steps 50"
+    dae_flags = f"{data} {never} --block_out_channels 16 32 32 --stage1_steps 40 --stage2_steps 2 --train_batch_size 16"
+    seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, train_dae.TrainDAEConfig, dae_flags, first=40)}
+    model = train_dae.load_model(parse_config(train_dae.TrainDAEConfig, dae_flags.split())).to(setting.device).train()
+    model.set_stage(1)
+    pixel_values = torch.rand(16, 1, 32, 32, device=setting.device) * 2 - 1
+    seconds["bare loop, stage 1"] = bare_loop(
+        [p for p in model.parameters() if p.requires_grad],
+        lambda: (model(pixel_values, sample_posterior=True).sample - pixel_values).abs().mean(),
+    )
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(setting.device).eval()
+    splits = load_images(DataConfig("digits", image_channels=1))
+    for split, images in zip(("train", "validation"), splits, strict=True):
+        write_latent_cache(folder / "latents" / split, vae, images, Accelerator(), batch_size=64)
+    dit_flags = (
+        f"{data} {never} --vae {folder}/vae --latent_cache {folder}/latents --model DiT-Ti/2 --max_train_steps 40 "
+        "--train_batch_size 32 --num_sample_images 1 --sample_steps 1"
+    )
+    seconds["train_dit.py"] = steps_of_script(train_dit, train_dit.TrainDiTConfig, dit_flags, first=40)
+    transformer = DAEDiTPipeline.from_pretrained(folder / "pipeline").transformer.to(setting.device).train()
+    latents = torch.randn(32, 4, 8, 8, device=setting.device)
+    timestep = torch.rand(32, device=setting.device) * 1000
+    labels = torch.randint(10, (32,), device=setting.device)
+    seconds["bare loop, transformer"] = bare_loop(
+        list(transformer.parameters()),
+        lambda: (transformer(latents, timestep, labels).sample - latents).square().mean(),
+    )
+    return seconds
 
 
 def data_loading(setting: Setting) -> dict[str, list[Row]]:
@@ -474,20 +496,26 @@ def memory(setting: Setting) -> dict[str, list[Row]]:
 
 def peak_of_steps(name: str, setting: Setting) -> int:
     """Bytes. Run in a new process."""
-    before = 0 if setting.is_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = 0 if setting.is_gpu else peak_of_process()
     if name in AUTOENCODERS:
         widths, batch, side = autoencoder_shape(setting)
         pixel_values = torch.rand(batch, 3, side, side, device=setting.device) * 2 - 1
-        step, _ = make_autoencoder_step(name, pixel_values, widths)
+        step, _ = make_autoencoder_step(setting, name, pixel_values, widths)
     else:
         dim, depth, heads, batch = transformer_shape(setting)
         model = make_transformer(name, 32, dim, depth, heads).to(setting.device).train()
-        step = make_transformer_step(model, batch, 32)
+        step = make_transformer_step(setting, model, batch, 32)
     for _ in range(2):
         step()
     if setting.is_gpu:
         return torch.cuda.max_memory_allocated(setting.device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return peak_of_process() - before
+
+
+def peak_of_process() -> int:
+    """Bytes. Not `ru_maxrss`, which a process takes over from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def growth(setting: Setting) -> dict[str, list[Row]]:
@@ -501,7 +529,9 @@ def growth(setting: Setting) -> dict[str, list[Row]]:
         (
             "pixels of a side",
             (16, 32, 64, 128),
-            lambda n: make_autoencoder_step("joint step", torch.rand(2, 3, n, n, device=setting.device), widths)[0],
+            lambda n: make_autoencoder_step(
+                setting, "joint step", torch.rand(2, 3, n, n, device=setting.device), widths
+            )[0],
         ),
         ("images in the data set", (10**3, 10**4, 10**5, 10**6), batches_of),
     ):
@@ -539,7 +569,7 @@ def transformer_step_of(setting: Setting, tokens: int, batch: int) -> Callable[[
     dim, depth, heads, _ = transformer_shape(setting)
     side = 2 * int(tokens**0.5)
     model = make_transformer(TRANSFORMERS[-1], side, dim, depth, heads).to(setting.device).train()
-    return make_transformer_step(model, batch, side)
+    return make_transformer_step(setting, model, batch, side)
 
 
 def batches_of(num_images: int) -> Callable[[], None]:
@@ -550,7 +580,11 @@ def batches_of(num_images: int) -> Callable[[], None]:
 def plot_growth(tables: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(12, 3), layout="constrained")
     for axis, (title, rows) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
-        axis.loglog([int(row["name"]) for row in rows], [row["seconds"] for row in rows], marker="o")
+        values = [int(row["name"]) for row in rows]
+        axis.semilogx(values, [row["seconds"] for row in rows], marker="o")
+        axis.set_xticks(values, [EngFormatter(sep="")(value) for value in values])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
         axis.set_xlabel(title.removeprefix("Growth with "))
     figure.axes[0].set_ylabel("seconds")
     figure.savefig(path, dpi=120)
@@ -624,9 +658,9 @@ def to_table(title: str, rows: list[Row]) -> list[str]:
 
 
 def measure_matmul_rate(setting: Setting) -> float:
-    """FLOP/s of the fastest of several large float32 products."""
+    """FLOP/s of the fastest of several large products."""
     size = 8192 if setting.is_gpu else 1536
-    a, b = (torch.randn(size, size, device=setting.device) for _ in range(2))
+    a, b = (torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         synchronize(setting)
