@@ -496,6 +496,7 @@ def memory(setting: Setting) -> dict[str, list[Row]]:
 
 def peak_of_steps(name: str, setting: Setting) -> int:
     """Bytes. Run in a new process."""
+    nn.Conv2d(4, 8, 3)(torch.rand(1, 4, 8, 8)).square().mean().backward()  # loads the libraries
     before = 0 if setting.is_gpu else peak_of_process()
     if name in AUTOENCODERS:
         widths, batch, side = autoencoder_shape(setting)
