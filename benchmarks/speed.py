@@ -618,11 +618,7 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(setting.repetitions):
         for name, call in calls.items():
-            synchronize(setting)
-            start = time.perf_counter()
-            call()
-            synchronize(setting)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(setting, call))
     first = statistics.median(next(iter(seconds.values())))
     rows = [to_row(name, values, first) for name, values in seconds.items()]
     for row in rows:
@@ -659,31 +655,31 @@ def to_table(title: str, rows: list[Row]) -> list[str]:
 
 
 def measure_matmul_rate(setting: Setting) -> float:
-    """FLOP/s of the fastest of several large products."""
+    """FLOP/s of a large product."""
     size = 8192 if setting.is_gpu else 1536
     a, b = (torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize(setting)
-        start = time.perf_counter()
-        a @ b
-        synchronize(setting)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 / fastest(setting, lambda: a @ b)
 
 
 def measure_bandwidth(setting: Setting) -> float:
-    """Bytes read and written a second by the fastest of several copies of 256 MiB."""
+    """Bytes read and written a second by a copy of 256 MiB."""
     source = torch.ones(2**26, device=setting.device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        synchronize(setting)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(setting)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() * source.element_size() / best
+    return 2 * source.numel() * source.element_size() / fastest(setting, lambda: target.copy_(source))
+
+
+def fastest(setting: Setting, call: Callable[[], object]) -> float:
+    """Seconds of the fastest of ten."""
+    return min(timed(setting, call) for _ in range(10))
+
+
+def timed(setting: Setting, call: Callable[[], object]) -> float:
+    """Seconds."""
+    synchronize(setting)
+    start = time.perf_counter()
+    call()
+    synchronize(setting)
+    return time.perf_counter() - start
 
 
 def bytes_of_adamw(parameters: Iterable[torch.Tensor]) -> int:

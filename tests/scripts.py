@@ -40,6 +40,8 @@ BARE_DAE = _DAE + " --logging_steps 1 --validation_steps 9 --checkpointing_steps
 BARE_DIT = _DIT + (
     " --logging_steps 1 --validation_steps 9 --checkpointing_steps 2 --num_sample_images 2 --sample_steps 1"
 )
+TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+PRIOR = "pipeline/prior/model.safetensors"
 CONFIG_CLASSES = {
     train_dae: train_dae.TrainDAEConfig,
     train_dit: train_dit.TrainDiTConfig,
@@ -57,12 +59,16 @@ def run(script, flags: str, **more):
 
 def resume(script, flags: str, finished: Path, folder: Path, step: int, results: tuple[str, ...], **more) -> None:
     """Copies a finished run into `folder`, without its results, and runs it again from its checkpoint of `step`."""
+    checkpoint = _copy_run(script, finished, folder, step, results)
+    run(script, flags, output_dir=folder, resume_from_checkpoint=checkpoint, **more)
+
+
+def _copy_run(script, finished: Path, folder: Path, step: int, results: tuple[str, ...]) -> Path:
+    """Its checkpoint of `step`, in `folder`."""
     shutil.copytree(finished, folder)
     for name in results:
         shutil.rmtree(folder / name)
-    name = script.__name__.rpartition(".")[-1]
-    checkpoint = folder / name / "checkpoints" / f"checkpoint-{step:08d}"
-    run(script, flags, output_dir=folder, resume_from_checkpoint=checkpoint, **more)
+    return folder / script.__name__.rpartition(".")[-1] / "checkpoints" / f"checkpoint-{step:08d}"
 
 
 def start(flags: str, script=train_dae, **more) -> None:
@@ -122,6 +128,24 @@ def in_two_processes(action: Callable[[], None]) -> list[tuple[int, str]]:
         action()
 
     return [_end_of(*fork) for fork in [_fork(lambda rank=rank: of_rank(rank)) for rank in range(2)]]
+
+
+def in_both_processes(action: Callable[[], None]) -> tuple[int, str]:
+    """Like `in_two_processes`, for processes that end alike: their exit code, and the text of the first."""
+    (code, text), (second_code, second_text) = in_two_processes(action)
+    assert second_code == code, text + second_text
+    return code, text
+
+
+def assert_goes_on_exactly(in_processes, script, flags: str, folder: Path, step: int, result: str, **more) -> None:
+    """Like `resume`, for processes, beside the finished run; then compares `result` and log, bit by bit."""
+    again = folder.with_name("again")
+    checkpoint = _copy_run(script, folder, again, step, ("pipeline",))
+    code, text = in_processes(lambda: start(flags, script, output_dir=again, resume_from_checkpoint=checkpoint, **more))
+    assert code == 0, text
+    assert_same_weights(load_file(folder / result), load_file(again / result))
+    name = checkpoint.parents[1].name
+    assert (folder / name / "log.jsonl").read_text() == (again / name / "log.jsonl").read_text()
 
 
 def _end_of(process: int, output: IO[str]) -> tuple[int, str]:
