@@ -2,11 +2,14 @@
 Does decoupling help? Autoencoders that differ only in how they were trained, the same generators on each, paired seeds.
 
     python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/digits.yaml --output_dir runs/claim-digits
+    python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/cifar10_16px.yaml --output_dir runs/claim-mine \\
+        --data train_data_dir=my_images resolution=32 --seeds 0
 
 An experiment names *budgets* (how many steps joint and two-stage training get), *conditions* (how the autoencoder is trained)
 and *generators* (transformers trained on each latent space). Every training goes through the scripts in processes of its own.
-What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again. At the
-end `results.md`, `results.json` and the pictures are written anew from everything that exists.
+What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again; two
+budgets that give a condition the same steps share its runs. On a CPU, start it once for each core, with other `--seeds` and
+`OMP_NUM_THREADS=1`. At the end `results.md`, `results.json` and the pictures are written anew from everything that exists.
 
 With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
 the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
@@ -21,8 +24,10 @@ import itertools
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +68,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", type=Path, required=True, help="a file of benchmarks/experiments/")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--features", help="feature extractor, instead of the experiment's")
-    parser.add_argument("--dataset_name", help="data set, instead of the experiment's")
+    parser.add_argument("--dataset_name", help="short for `--data dataset_name=...`")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FLAG=VALUE",
+        help="flags of the training scripts that choose the images, such as train_data_dir=my_images resolution=64, instead of "
+        "the experiment's",
+    )
+    parser.add_argument(
+        "--features",
+        help="feature extractor (Hub id or folder); default: the experiment's, a classifier trained on the images",
+    )
     parser.add_argument("--budgets", nargs="+", help="only these")
     parser.add_argument("--conditions", nargs="+", help="only these")
     parser.add_argument("--generators", nargs="+", help="only these")
@@ -73,9 +88,13 @@ def main():
     parser.add_argument("--only_summary", action="store_true", help="write the tables from what is finished")
     arguments = parser.parse_args()
     experiment = yaml.safe_load(arguments.experiment.read_text())
-    for name in ("features", "dataset_name", "seeds"):
+    for name in ("features", "seeds"):
         if getattr(arguments, name) is not None:
             experiment[name] = getattr(arguments, name)
+    try:
+        experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
+    except ValueError as error:
+        parser.error(str(error))
     chosen = {}
     for name in ("budgets", "conditions", "generators"):
         chosen[name] = getattr(arguments, name) or list(experiment[name])
@@ -83,53 +102,88 @@ def main():
         if unknown:
             parser.error(f"unknown {name} {sorted(unknown)}; the experiment has {list(experiment[name])}.")
 
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = arguments.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
     if not arguments.only_summary:
+        experiment["features"] = find_features(experiment, output_dir)
         # Seed by seed, so that an interrupted benchmark has complete pairs.
         todo = itertools.product(chosen["budgets"], experiment["seeds"], chosen["conditions"])
         for budget, seed, condition in tqdm(list(todo), desc="Autoencoders", unit="run"):
-            if budget in experiment["conditions"][condition].get("budgets", experiment["budgets"]):
-                run(experiment, budget, condition, seed, chosen["generators"], arguments.output_dir)
-                if arguments.decoder_steps is not None:
-                    options = (chosen["generators"], arguments.output_dir, arguments.decoder_steps)
-                    train_decoder_on(experiment, budget, condition, seed, *options)
-    rows = read_rows(arguments.output_dir)
+            options = experiment["conditions"][condition]
+            if budget not in options.get("budgets", experiment["budgets"]):
+                continue
+            generators = [
+                name for name in chosen["generators"] if name in options.get("generators", chosen["generators"])
+            ]
+            run(experiment, budget, condition, seed, generators, output_dir)
+            if arguments.decoder_steps is not None:
+                train_decoder_on(experiment, budget, condition, seed, generators, output_dir, arguments.decoder_steps)
+    rows = read_rows(output_dir)
     if not rows:
-        raise SystemExit(f"nothing is finished in {arguments.output_dir}.")
-    (arguments.output_dir / "results.json").write_text(json.dumps(rows, indent=2))
+        raise SystemExit(f"nothing is finished in {output_dir}.")
+    write_json(output_dir / "results.json", rows)
     text = summarize(rows, experiment)
-    (arguments.output_dir / "results.md").write_text(text)
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        plot_frontier(rows, budget, experiment, arguments.output_dir / f"frontier-{budget}.png")
+    (output_dir / "results.md").write_text(text)
+    for budget in budgets_of(rows, experiment):
+        chosen_rows = rows_of_budget(rows, experiment, budget)
+        plot_frontier(chosen_rows, experiment, output_dir / f"frontier-{budget}.png")
+        plot_sizes(chosen_rows, experiment, output_dir / f"sizes-{budget}.png")
     print(text)
+
+
+def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None) -> dict[str, Any]:
+    """The experiment's flags of the data, with those given as `flag=value`; a new source of images replaces the old one."""
+    flags = dict(item.partition("=")[::2] for item in given)
+    if dataset_name is not None:
+        flags["dataset_name"] = dataset_name
+    unknown = set(flags) - {field.name for field in fields(DataConfig)}
+    if unknown:
+        raise ValueError(f"`--data` has no {sorted(unknown)}; it takes {[field.name for field in fields(DataConfig)]}.")
+    if {"dataset_name", "train_data_dir"} & set(flags):
+        data = {name: value for name, value in data.items() if name not in ("dataset_name", "train_data_dir")}
+    return {**data, **{name: yaml.safe_load(value) for name, value in flags.items()}}
+
+
+def find_features(experiment: dict[str, Any], output_dir: Path) -> str:
+    """The feature extractor's name; one that the experiment describes by its training is trained on the images first."""
+    if not isinstance(experiment["features"], dict):
+        return experiment["features"]
+    folder = output_dir / "features" / "classifier"
+    if not (folder / "results.json").exists():
+        script = Path(__file__).with_name("train_feature_extractor.py")
+        launch([str(script)], {**experiment["data"], **experiment["features"], "output_dir": folder})
+    return str(folder)
 
 
 def run(
     experiment: dict[str, Any], budget: str, condition: str, seed: int, generators: list[str], output_dir: Path
 ) -> None:
     """Trains an autoencoder and the transformers on its latents, and measures all of them."""
-    folder = output_dir / budget / condition / f"seed-{seed}"
-    wanted = experiment["conditions"][condition].get("generators", generators)
-    missing = [name for name in generators if name in wanted and not (folder / name / "generator.json").exists()]
+    folder = folder_of(output_dir, experiment, budget, condition, seed)
+    missing = [name for name in generators if not (folder / name / "generator.json").exists()]
     if (folder / "autoencoder.json").exists() and not missing:
         return
-    shared = shared_flags(experiment, folder, seed)
     options = {k: v for k, v in experiment["conditions"][condition].items() if k not in ("budgets", "generators")}
-    steps = experiment["budgets"][budget]["joint" if options["auxiliary_decoder"] == "none" else "decoupled"]
-    flags = {**shared, **experiment["autoencoder"], **steps, **options}
+    flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
+    flags |= {**steps_of(experiment, budget, condition), **options}
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     if not (folder / "autoencoder.json").exists():
-        row = {"budget": budget, "condition": condition, "seed": seed}
+        row = {"condition": condition, "steps": folder.parent.name, "seed": seed}
         row["autoencoder_cost"] = {
             **json.loads((folder / "cost.json").read_text()),
             "flops": training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)})),
         }
         row |= measure_autoencoder(vae, images, seen, extractor, accelerator, folder)
         write_json(folder / "autoencoder.json", row)
+    latents = folder / "latents"
+    if missing:
+        launch_script(
+            "cache_latents", {**experiment["data"], "vae": folder / "vae", "output_dir": latents, "seed": seed}
+        )
     for name in missing:
         target = folder / name
-        transformer_flags = {**shared, **experiment["transformer"], **(experiment["generators"][name] or {})}
-        cost = launch("train_dit", {**transformer_flags, "output_dir": target, "vae": folder / "vae"})
+        flags = {**shared_flags(target, seed), **experiment["transformer"], **(experiment["generators"][name] or {})}
+        cost = launch_script("train_dit", {**flags, "vae": folder / "vae", "latent_cache": latents})
         pipeline = DAEDiTPipeline.from_pretrained(target / "pipeline").to(accelerator.device)
         row = {
             "generator": name,
@@ -139,6 +193,7 @@ def run(
             "generation": measure_samples(experiment, pipeline, target, seed, images, seen, extractor, accelerator),
         }
         write_json(target / "generator.json", row)
+    shutil.rmtree(latents, ignore_errors=True)
 
 
 def train_decoder_on(
@@ -151,20 +206,23 @@ def train_decoder_on(
     steps: int,
 ) -> None:
     """Trains the decoder of a finished run on, alone, and measures the autoencoder and the samples of its transformers again."""
-    before = output_dir / budget / condition / f"seed-{seed}"
-    folder = output_dir / f"{budget}+{steps}" / condition / f"seed-{seed}"
-    finished = [name for name in generators if (before / name / "generator.json").exists()]
-    missing = [name for name in finished if not (folder / name / "generator.json").exists()]
+    before = folder_of(output_dir, experiment, budget, condition, seed)
+    folder = folder_of(output_dir, experiment, budget, condition, seed, decoder_steps=steps)
+    missing = [name for name in generators if not (folder / name / "generator.json").exists()]
     if not missing:
         return
-    flags = {**shared_flags(experiment, folder, seed), **experiment["autoencoder"]}
-    flags |= {"pretrained_vae": before / "vae", "stage": 2, "stage2_steps": steps, "auxiliary_decoder": "linear"}
+    flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
+    flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "stage2_steps": steps, "auxiliary_decoder": "linear"}
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     row = json.loads((before / "autoencoder.json").read_text())  # the latents are the same
     held_out = encode_images(vae, images[1], accelerator, extractor=extractor)
-    cost = row["autoencoder_cost"]["cpu_seconds"] + json.loads((folder / "cost.json").read_text())["cpu_seconds"]
-    row |= {"budget": folder.parents[1].name, "reconstruction": reconstruction_metrics(held_out, extractor)}
-    row["autoencoder_cost"] = {"cpu_seconds": cost, "flops": math.nan}
+    cost, more = row["autoencoder_cost"], json.loads((folder / "cost.json").read_text())
+    flops = training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)}))
+    row["autoencoder_cost"] = {
+        "cpu_seconds": cost["cpu_seconds"] + more["cpu_seconds"],
+        "flops": cost["flops"] + flops,
+    }
+    row |= {"steps": folder.parent.name, "reconstruction": reconstruction_metrics(held_out, extractor)}
     write_json(folder / "autoencoder.json", row)
     for name in missing:
         pipeline = DAEDiTPipeline.from_pretrained(before / name / "pipeline", vae=vae).to(accelerator.device)
@@ -176,14 +234,36 @@ def train_decoder_on(
         write_json(folder / name / "generator.json", row)
 
 
-def data_flags(experiment: dict[str, Any]) -> dict[str, Any]:
-    return {"dataset_name": experiment["dataset_name"], **experiment["data"]}
+def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[str, int]:
+    """`stage1_steps` and `stage2_steps`; joint training takes their sum."""
+    is_joint = experiment["conditions"][condition]["auxiliary_decoder"] == "none"
+    return experiment["budgets"][budget]["joint" if is_joint else "decoupled"]
 
 
-def shared_flags(experiment: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
-    """Of every training script."""
-    more = {"output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest"}
-    return {**data_flags(experiment), **more, **QUIET}
+def describe_steps(experiment: dict[str, Any], budget: str, condition: str, decoder_steps: int | None = None) -> str:
+    """Such as `450` for joint training, `210+340` for two stages; more of the decoder alone stands at the end."""
+    steps = steps_of(experiment, budget, condition)
+    is_joint = experiment["conditions"][condition]["auxiliary_decoder"] == "none"
+    parts = [sum(steps.values())] if is_joint else [steps["stage1_steps"], steps["stage2_steps"]]
+    return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
+
+
+def folder_of(
+    output_dir: Path,
+    experiment: dict[str, Any],
+    budget: str,
+    condition: str,
+    seed: int,
+    *,
+    decoder_steps: int | None = None,
+) -> Path:
+    """Of an autoencoder: named after what it is trained with, so that budgets share it."""
+    return output_dir / condition / describe_steps(experiment, budget, condition, decoder_steps) / f"seed-{seed}"
+
+
+def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
+    """Of both training scripts."""
+    return {"output_dir": output_dir, "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
 
 
 def train_autoencoder(
@@ -191,10 +271,9 @@ def train_autoencoder(
 ) -> tuple[Accelerator, tuple, FeatureExtractor, AutoencoderKL, EncodedImages]:
     """Trains an autoencoder unless it exists, and returns it among what measures it; the last are the training images in it."""
     if not (folder / "vae").exists():
-        cost = launch("train_dae", flags)
-        (folder / "cost.json").write_text(json.dumps(cost))
+        write_json(folder / "cost.json", launch_script("train_dae", flags))
     accelerator = Accelerator()
-    images = load_images(DataConfig(**data_flags(experiment)), seed)
+    images = load_images(DataConfig(**experiment["data"]), seed)
     extractor = load_feature_extractor(experiment["features"])
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
     seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
@@ -259,9 +338,14 @@ def read_rows(output_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def launch(script: str, flags: dict[str, Any]) -> dict[str, float]:
-    """Runs a training script and returns the seconds of processor time that it took, start-up included."""
-    argv = [sys.executable, "-m", f"dae_diffusers.training.{script}"]
+def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
+    """As `launch`, a script of `training/`."""
+    return launch(["-m", f"dae_diffusers.training.{name}"], flags)
+
+
+def launch(command: list[str], flags: dict[str, Any]) -> dict[str, float]:
+    """Runs a script of Python and returns the seconds of processor time that it took, start-up included."""
+    argv = [sys.executable, *command]
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")
@@ -270,7 +354,7 @@ def launch(script: str, flags: dict[str, Any]) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(argv, capture_output=True, text=True)
     if result.returncode != 0:
-        raise SystemExit(f"{script} failed:\n{result.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(argv)} failed:\n{result.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
@@ -313,35 +397,47 @@ Runs = dict[str, dict[int, dict[str, float]]]
 PREDICTORS = ("rFD", "gap", "iFD", "CD paired", "CD excess", "CD unpaired", "DiT val", "HF share", "eff. rank", "probe")
 
 
+def budgets_of(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[str]:
+    """The experiment's, and with `+N` those after which the decoder was trained on for N steps; without empty ones."""
+    extra = {
+        int(row["steps"].removeprefix(f"{base}+"))
+        for row in rows
+        for budget in experiment["budgets"]
+        for base in [describe_steps(experiment, budget, row["condition"])]
+        if row["steps"].startswith(f"{base}+")
+    }
+    budgets = [
+        f"{budget}+{steps}" if steps else budget for budget in experiment["budgets"] for steps in [0, *sorted(extra)]
+    ]
+    return [budget for budget in budgets if rows_of_budget(rows, experiment, budget)]
+
+
+def rows_of_budget(rows: list[dict[str, Any]], experiment: dict[str, Any], budget: str) -> list[dict[str, Any]]:
+    base, _, decoder_steps = budget.partition("+")
+    more = int(decoder_steps) if decoder_steps else None
+    return [row for row in rows if row["steps"] == describe_steps(experiment, base, row["condition"], more)]
+
+
 def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
     """For each budget and generator: means, paired differences and the verdict; rank correlations with gFD."""
     lines = []
-    budgets = dict.fromkeys(row["budget"] for row in rows)
-    for budget, generator in itertools.product(budgets, experiment["generators"]):
-        chosen = [row for row in rows if row["budget"] == budget and row["generator"] == generator]
+    for budget, generator in itertools.product(budgets_of(rows, experiment), experiment["generators"]):
+        chosen = [row for row in rows_of_budget(rows, experiment, budget) if row["generator"] == generator]
         if not chosen:
             continue
         runs: Runs = {condition: {} for condition in experiment["conditions"]}
         for row in chosen:
             runs[row["condition"]][row["seed"]] = numbers_of(row)
         runs = {condition: seeds for condition, seeds in runs.items() if seeds}
+        steps = dict.fromkeys(row["steps"] for row in chosen)
         lines += [
             f"## Budget `{budget}`, generator `{generator}` ({chosen[0]['parameters'] / 1e6:.2f} M parameters)",
             "",
+            f"Autoencoder steps (stage 1 + stage 2, or joint): {', '.join(steps)}.",
+            "",
         ]
-        base, _, decoder_steps = budget.partition("+")
-        more = f", then {decoder_steps} of the decoder alone" if decoder_steps else ""
-        lines += [f"Autoencoder steps: {describe_budget(experiment['budgets'][base])}{more}.", ""]
-        lines += [*table_of_means(runs), "", *table_of_differences(runs), "", *table_of_correlations(chosen), ""]
+        lines += [*table_of_means(runs), "", *table_of_differences(runs), "", *table_of_correlations(runs), ""]
     return "\n".join(lines)
-
-
-def describe_budget(budget: dict[str, dict[str, int]]) -> str:
-    joint, decoupled = budget["joint"], budget["decoupled"]
-    return (
-        f"joint {joint['stage1_steps'] + joint['stage2_steps']}, two stages {decoupled['stage1_steps']} + "
-        f"{decoupled['stage2_steps']}"
-    )
 
 
 def table_of_means(runs: Runs) -> list[str]:
@@ -373,20 +469,28 @@ def table_of_differences(runs: Runs) -> list[str]:
     return lines
 
 
-def table_of_correlations(rows: list[dict[str, Any]]) -> list[str]:
-    """Spearman's with gFD over all runs, and the same with rFD held fixed (partial rank correlation)."""
-    numbers = [numbers_of(row) for row in rows]
-    values = {name: [run[name] for run in numbers] for name in numbers[0]}
-    lines = [f"Spearman's rank correlation with gFD over {len(rows)} runs:", ""]
+def table_of_correlations(runs: Runs) -> list[str]:
+    """Spearman's with gFD over all runs, with rFD held fixed (partial rank correlation), and over the conditions' means."""
+    numbers = [run for seeds in runs.values() for run in seeds.values()]
+    means = [
+        {name: math.fsum(run[name] for run in seeds.values()) / len(seeds) for name in numbers[0]}
+        for seeds in runs.values()
+    ]
+    lines = [
+        f"Spearman's rank correlation with gFD over {len(numbers)} runs and the means of {len(means)} conditions:",
+        "",
+    ]
     lines += [f"| | {' | '.join(PREDICTORS)} |", "|---" * (len(PREDICTORS) + 1) + "|"]
-    plain = {name: rank_correlation(values[name], values["gFD"]) for name in PREDICTORS}
-    partial = {
-        name: partial_correlation(plain[name], rank_correlation(values[name], values["rFD"]), plain["rFD"])
-        for name in PREDICTORS
-    }
-    for label, row in (("all runs", plain), ("at matched rFD", partial)):
-        cells = ["" if math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for label, points in (("runs", numbers), ("conditions", means)):
+        values = {name: [point[name] for point in points] for name in points[0]}
+        plain = {name: rank_correlation(values[name], values["gFD"]) for name in PREDICTORS}
+        partial = {
+            name: partial_correlation(plain[name], rank_correlation(values[name], values["rFD"]), plain["rFD"])
+            for name in PREDICTORS
+        }
+        for of_label, row in ((label, plain), (f"{label}, at matched rFD", partial)):
+            cells = ["" if math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
+            lines.append(f"| {of_label} | {' | '.join(cells)} |")
     return lines
 
 
@@ -433,29 +537,58 @@ def partial_correlation(xy: float, xz: float, yz: float) -> float:
     return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-9 else math.nan
 
 
-def plot_frontier(rows: list[dict[str, Any]], budget: str, experiment: dict[str, Any], path: Path) -> None:
+def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:
     """gFD and gap against rFD for the first generator: a colour for each condition, a point for each seed; the means of
     the joint conditions (several KL weights) are joined: the curve to beat."""
     generator = next(iter(experiment["generators"]))
-    chosen = [row for row in rows if row["budget"] == budget and row["generator"] == generator]
+    chosen = [row for row in rows if row["generator"] == generator]
     if not chosen:
         return
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2), ("gFD", "gap"), strict=True):
-        means = {}
+        means = []
         for number, condition in enumerate(experiment["conditions"]):
             points = [(n["rFD"], n[name]) for n in (numbers_of(row) for row in chosen if row["condition"] == condition)]
             if not points:
                 continue
             joint = condition.startswith("joint")
             x, y = zip(*points, strict=True)
-            axis.scatter(x, y, label=condition, marker="s" if joint else "o", color=f"C{number}", s=22)
+            color = f"C{number % 10}"
+            mean = (sum(x) / len(x), sum(y) / len(y))
+            axis.scatter(x, y, marker="s" if joint else "o", color=color, s=12, alpha=0.5)
+            marker = "s" if joint else "oD"[number // 10]
+            axis.scatter(*mean, label=condition, marker=marker, color=color, s=44, edgecolor="black", linewidth=0.6)
             if joint:
-                means[condition] = (sum(x) / len(x), sum(y) / len(y))
+                means.append(mean)
         if means:
-            axis.plot(*zip(*sorted(means.values()), strict=True), color="0.6", linewidth=1, zorder=0)
+            axis.plot(*zip(*sorted(means), strict=True), color="0.6", linewidth=1, zorder=0)
+        axis.set_xscale("log")
         axis.set_xlabel("rFD of the autoencoder (lower is better)")
         axis.set_ylabel(f"{name} (lower is better)")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right")
+    figure.savefig(path, dpi=120)
+
+
+def plot_sizes(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:
+    """gFD against the transformer's size, for conditions that have several: does a smaller one suffice?"""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for number, condition in enumerate(experiment["conditions"]):
+        sizes: dict[float, list[float]] = {}
+        for row in rows:
+            if row["condition"] == condition:
+                sizes.setdefault(row["parameters"] / 1e6, []).append(numbers_of(row)["gFD"])
+        if len(sizes) < 2:
+            continue
+        points = sorted((size, math.fsum(values) / len(values)) for size, values in sizes.items())
+        axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=condition)
+        axis.scatter(*zip(*[(s, v) for s, vs in sizes.items() for v in vs], strict=True), color=f"C{number % 10}", s=12)
+    if not axis.lines:
+        return
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("parameters of the transformer (millions)")
+    axis.set_ylabel("gFD (lower is better)")
     axis.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
