@@ -101,8 +101,8 @@ def flags_of(config: Any) -> list[str]:
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
     r"""
-    Calls `run(config)`, and turns a [`UserError`], a disk that cannot be written, memory that does not suffice and a
-    data-loading process that died into one line on stderr and an exit code.
+    Calls `run(config)`, and turns a [`UserError`], an optional package that is missing, a disk that cannot be written,
+    memory that does not suffice and a data-loading process that died into one line on stderr and an exit code.
 
     Raises:
         SystemExit: With the error's exit code.
@@ -142,6 +142,8 @@ def _message_of(error: Exception) -> str | None:
     if isinstance(error, UserError):
         # From a data-loading process it comes with that one's stack; the last line is the sentence.
         return text.strip().splitlines()[-1].partition("UserError: ")[2] if "Original Traceback" in text else text
+    if isinstance(error, ImportError) and "pip install" in text:  # of ours, for an optional package
+        return text
     if problem := storage_problem(error):
         return (
             f"{problem}. Checkpoints saved before are whole: mend this and run the command again, training scripts with "

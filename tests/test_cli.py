@@ -131,6 +131,16 @@ def test_memory_that_does_not_suffice_is_one_line(capsys):
         assert line.startswith(f"error: out of memory ({' '.join(str(error).split())}). Use a smaller batch")
 
 
+def test_optional_package_that_is_missing_is_one_line(capsys):
+    def run(config):
+        raise ImportError("SSIM needs the package torchmetrics: `pip install torchmetrics`.")
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(run, None)
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == "error: SSIM needs the package torchmetrics: `pip install torchmetrics`.\n"
+
+
 def test_other_errors_are_not_hidden():
     def run(config):
         raise RuntimeError("a bug")

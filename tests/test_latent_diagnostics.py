@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dae_diffusers.latents.diagnostics as diagnostics_module
-from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
+from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy, plot_latent_space
 from dae_diffusers.latents.statistics import LatentStatistics
 
 
@@ -171,6 +171,28 @@ def test_high_frequency_share_of_mixtures_and_noise():
     assert diagnose(units).high_frequency_share == pytest.approx(0.5, abs=1e-6)
     assert diagnose(torch.randn(500, 1, 32, 32)).high_frequency_share == pytest.approx(0.8, abs=0.01)
     assert diagnose(torch.randn(500, 3, 1, 1)).high_frequency_share == 0
+
+
+@pytest.mark.parametrize("cycles", [(1, 0), (0, 3), (2, 2), (4, 0)])
+def test_radial_spectrum_finds_the_frequency_of_a_wave(cycles):
+    spectrum = diagnose(wave(*cycles)).radial_spectrum
+    assert spectrum.sum().item() == pytest.approx(1)
+    assert spectrum[round(math.hypot(*cycles))].item() == pytest.approx(1)
+
+
+def test_radial_spectrum_agrees_with_the_high_frequency_share():
+    diagnostics = diagnose(wave(1) + 2 * wave(3) + torch.randn(40, 1, 1, 1))
+    spectrum = diagnostics.radial_spectrum
+    assert spectrum[3].item() == pytest.approx(diagnostics.high_frequency_share)
+    assert spectrum[3].item() == pytest.approx(4 * spectrum[1].item(), rel=1e-6)
+    assert spectrum[0] > 0
+
+
+def test_picture_of_the_latent_space(tmp_path):
+    mean, std = random_posteriors()
+    plot_latent_space(diagnose(mean, std), tmp_path / "with.png")
+    plot_latent_space(diagnose(mean), tmp_path / "without.png")
+    assert min(path.stat().st_size for path in tmp_path.iterdir()) > 5000
 
 
 def test_too_few_images_are_warned_of():

@@ -1,10 +1,13 @@
 """Feature extractors, statistics, distances and image quality: each against its definition written the slow way."""
 
+import importlib.machinery
 import importlib.util
 import json
 import logging
 import math
 import sys
+import types
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +45,12 @@ from dae_diffusers.metrics.distances import (
     subset_kernel_distance,
 )
 from dae_diffusers.metrics.features import load_feature_extractor, prepare_images
-from dae_diffusers.metrics.image_quality import load_lpips, peak_signal_to_noise_ratio, structural_similarity
+from dae_diffusers.metrics.image_quality import (
+    image_measures,
+    load_lpips,
+    peak_signal_to_noise_ratio,
+    structural_similarity,
+)
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import FeatureStatistics, feature_statistics, reference_statistics
 
@@ -274,6 +282,48 @@ def test_optional_packages_are_named_when_missing(monkeypatch):
         load_lpips()
     with pytest.raises(ImportError, match="pip install torchmetrics"):
         structural_similarity(random_images(), random_images())
+
+
+@pytest.fixture
+def lpips_package(monkeypatch):
+    """A stand-in with the interface of `lpips`: mean absolute difference, in images of 8 pixels or more."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            if net == "squeeze":
+                raise urllib.error.URLError("no route to the weights")
+
+        def forward(self, first, second):
+            assert first.shape[1] == 3
+            if min(first.shape[2:]) < 8:
+                raise RuntimeError("Output size is too small")
+            return (first - second).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    package = types.ModuleType("lpips")
+    package.LPIPS, package.__spec__ = LPIPS, importlib.machinery.ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", package)
+
+
+def test_measures_are_what_the_machine_and_the_images_allow(lpips_package, caplog):
+    caplog.set_level("INFO")
+    assert list(image_measures((3, 16, 16))) == ["psnr", "ssim"]
+    measures = image_measures((1, 16, 16), lpips_net="alex")
+    assert list(measures) == ["psnr", "ssim", "lpips_alex"]
+    reconstruction, pixel_values = torch.full((2, 1, 16, 16), 3.0), torch.zeros(2, 1, 16, 16)
+    assert measures["lpips_alex"](reconstruction, pixel_values).tolist() == [1, 1]  # clamped to 1
+    assert not caplog.records
+    assert list(image_measures((3, 7, 7), lpips_net="alex")) == ["psnr", "ssim"]
+    assert list(image_measures((3, 5, 5))) == ["psnr"]
+    assert list(image_measures((3, 16, 16), lpips_net="squeeze")) == ["psnr", "ssim"]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "LPIPS is left out", "SSIM is left out", "LPIPS is left out"
+    ]  # fmt: skip
+
+
+def test_measures_do_without_optional_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    assert list(image_measures((3, 16, 16), lpips_net="alex")) == ["psnr"]
 
 
 # The script that trains one

@@ -20,16 +20,23 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from matplotlib.figure import Figure
 
-from dae_diffusers.autoencoders.loading import check_has_weights, check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import (
+    check_has_weights,
+    check_image_size,
+    encode_moments,
+    is_vq,
+    load_autoencoder,
+)
 from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.files import write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
+from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
 from dae_diffusers.metrics.evaluation import (
     SampleSettings,
@@ -42,6 +49,7 @@ from dae_diffusers.metrics.evaluation import (
     sample_metrics,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.image_quality import image_measures
 from dae_diffusers.metrics.kept import keep_values
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -69,6 +77,9 @@ class EvaluationConfig:
     top_p: float | None = field(None, "the same: draw from the fewest likeliest codes with this share")
     label_sampling: Literal["balanced", "random"] = field("balanced", "labels of the drawn images")
     batch_size: int = field(64, "images at once in each process; changes no result")
+    lpips_net: Literal["alex", "vgg", "squeeze", "none"] = field(
+        "alex", "network of the LPIPS, which is measured where the package `lpips` is installed"
+    )
     seed: int = field(0, "of noise and labels; with that of training, the same held-out images")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
     complexity: bool = field(False, "also the complexity distance of the latent space (minutes)")
@@ -132,12 +143,23 @@ def main(config: EvaluateConfig) -> None:
         )
     options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
 
-    held_out = encode_images(vae, validation, accelerator, extractor=extractor, folder=folder / "parts", **options)
+    shape = (config.image_channels, config.resolution, config.resolution)
+    lpips_net = None if config.lpips_net == "none" else config.lpips_net
+    held_out = encode_images(
+        vae,
+        validation,
+        accelerator,
+        extractor=extractor,
+        measures=image_measures(shape, lpips_net=lpips_net, device=accelerator.device),
+        folder=folder / "parts",
+        **options,
+    )
     seen = encode_images(
         vae,
         train,
         accelerator,
         extractor=extractor if pipeline is not None else None,
+        measures={},
         max_images=config.num_images,
         folder=folder / "parts",
         description="Encoding training images",
@@ -165,6 +187,9 @@ def main(config: EvaluateConfig) -> None:
             metrics = codebook_metrics(torch.bincount(codes, minlength=vae.config.num_vq_embeddings))
             results["codebook"] |= {f"{split}_{name}": value for name, value in metrics.items()}
 
+    if accelerator.is_main_process:
+        plot_latent_space(held_out.diagnostics, folder / "latent_space.png")
+        draw_reconstructions(vae, validation, folder / "reconstructions.png")
     if config.complexity and accelerator.is_main_process:
         complexity = complexity_distance(
             vae,
@@ -248,6 +273,16 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     except Exception as error:  # a damaged folder can fail in any way
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
+
+
+@torch.no_grad()
+def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, count: int = 12) -> None:
+    """Held-out images, what the autoencoder makes of them, and four times the difference (gray: none)."""
+    pixel_values = torch.stack([images[n]["pixel_values"] for n in range(min(count, len(images)))])
+    mean, _ = encode_moments(vae, pixel_values.to(vae.device))
+    reconstruction = vae.decode(mean).sample.float().cpu().clamp(-1, 1)
+    rows = torch.cat([pixel_values, reconstruction, 4 * (reconstruction - pixel_values)])
+    image_grid(rows, columns=len(pixel_values)).save(path)
 
 
 def save_grids(folder, name, samples, settings, pipeline, train: ImageDataset, neighbors: torch.Tensor) -> None:

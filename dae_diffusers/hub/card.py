@@ -35,6 +35,7 @@ GENERATORS = {
 METRICS = {
     "psnr": ("PSNR", "dB, reconstructions, higher is better"),
     "ssim": ("SSIM", "reconstructions, at most 1"),
+    "lpips": ("LPIPS", "reconstructions, lower is better"),
     "rfid": ("rFID", "reconstructions, lower is better"),
     "rfd": ("rFD", "Fréchet distance of reconstructions, lower is better"),
     "probe_accuracy": ("Linear probe", "accuracy of a linear classifier on the latents"),

@@ -3,8 +3,10 @@
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 # Up to this many latent elements (134 MB of float64) the covariance is that of whole latents, above it of channels.
 MAX_COVARIANCE_DIM = 4096
@@ -177,13 +179,19 @@ class LatentDiagnostics:
         frequency 0). A frequency counts as high if `(fy^2 + fx^2)^(1/2) > 0.25`. White noise has about 0.8, a 1x1
         latent 0.
         """
-        _, height, width = self.shape
-        power = self.spectrum.clone()
-        power[:, 0, 0] -= self.num_images * (self.mean * height * width).square()
-        power = power.clamp(min=0) / self._std_or_one.square().view(-1, 1, 1)
-        rows, columns = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
-        is_high = torch.hypot(rows[:, None], columns) > HIGH_FREQUENCY
-        return (power[:, is_high].sum() / power.sum()).item()
+        power, frequency = self._power()
+        return (power[:, frequency > HIGH_FREQUENCY].sum() / power.sum()).item()
+
+    @property
+    def radial_spectrum(self) -> torch.Tensor:
+        r"""
+        Shares of that power by spatial frequency, `(K,)`, float64, summing to 1: bin `k` holds the frequencies
+        `(fy^2 + fx^2)^(1/2)` that round to `k / max(h, w)` cycles per latent pixel; bin 0 is each latent's mean.
+        """
+        power, frequency = self._power()
+        bins = (frequency * max(self.shape[1:])).round().long()
+        shares = torch.zeros(int(bins.max()) + 1, dtype=torch.float64)
+        return shares.index_add_(0, bins.flatten(), power.sum(dim=0).flatten() / power.sum())
 
     @property
     def effective_rank(self) -> float:
@@ -213,7 +221,7 @@ class LatentDiagnostics:
         return 0.5 * (math.log(2 * math.pi * math.e) + eigenvalues.log().mean().item())
 
     def summary(self) -> dict[str, float | int | str | list[float] | None]:
-        r"""All of it as plain numbers, for logs and JSON; lists have one entry per channel."""
+        r"""All of it as plain numbers, for JSON; lists have one entry per channel, that of the spectrum one per frequency."""
         kurtosis = self.excess_kurtosis
         return {
             "num_images": self.num_images,
@@ -224,6 +232,7 @@ class LatentDiagnostics:
             "dead_channel_share": self.dead_channels.double().mean().item(),
             "excess_kurtosis": kurtosis[~kurtosis.isnan()].mean().item(),
             "high_frequency_share": self.high_frequency_share,
+            "radial_spectrum": self.radial_spectrum.tolist(),
             "effective_rank": self.effective_rank,
             "gaussian_entropy": self.gaussian_entropy,
             "covariance_of": self.covariance_of,
@@ -271,6 +280,15 @@ class LatentDiagnostics:
     def _std_or_one(self) -> torch.Tensor:
         return torch.where(self.std > 0, self.std, 1)
 
+    def _power(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Power of the normalised means, `(C, h, w)`, and the frequency of each place, `(h, w)`."""
+        _, height, width = self.shape
+        power = self.spectrum.clone()
+        power[:, 0, 0] -= self.num_images * (self.mean * height * width).square()
+        power = power.clamp(min=0) / self._std_or_one.square().view(-1, 1, 1)
+        rows, columns = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
+        return power, torch.hypot(rows[:, None], columns)
+
     def _covariance_of_means(self) -> torch.Tensor:
         """Of the normalised posterior means."""
         dim, height_width = len(self.total), self.shape[1] * self.shape[2]
@@ -291,6 +309,44 @@ class LatentDiagnostics:
             raise ValueError(
                 f"{self.num_with_std} of {self.num_images} latents came with `std`. Give it with all batches or none."
             )
+
+
+def plot_latent_space(diagnostics: LatentDiagnostics, path: str | Path) -> None:
+    r"""
+    Draws, channel by channel, what latents' standard deviation and its share that is posterior noise are; the power by
+    spatial frequency; and how many directions hold the variance.
+
+    Args:
+        diagnostics ([`LatentDiagnostics`]): Of the latents.
+        path (`str` or `Path`): The PNG to write.
+    """
+    figure = Figure(figsize=(15, 3.4), layout="constrained")
+    channels, power, directions = figure.subplots(1, 3)
+    numbers = range(diagnostics.shape[0])
+    channels.bar(numbers, diagnostics.std.tolist(), color="C0", label="all")
+    noise = diagnostics.posterior_std_ratio * diagnostics.std
+    channels.bar(numbers, noise.tolist(), color="C1", label="the posterior's noise")
+    channels.set_title("standard deviation", fontsize=10)
+    channels.set_xlabel("channel", fontsize=8)
+    channels.legend(fontsize=7, frameon=False)
+    spectrum = diagnostics.radial_spectrum
+    frequencies = [number / max(diagnostics.shape[1:]) for number in range(len(spectrum))]
+    power.plot(frequencies, spectrum.tolist(), marker=".")
+    power.axvline(HIGH_FREQUENCY, color="0.7", linestyle=":", label="counts as high above this")
+    power.set_title("share of the power", fontsize=10)
+    power.set_xlabel("cycles per latent pixel", fontsize=8)
+    power.legend(fontsize=7, frameon=False)
+    eigenvalues = _eigenvalues(diagnostics._covariance_of_means()).flip(0)
+    directions.plot(range(1, len(eigenvalues) + 1), (eigenvalues.cumsum(0) / eigenvalues.sum()).tolist())
+    rank = diagnostics.effective_rank
+    directions.axvline(rank, color="0.7", linestyle=":", label=f"effective rank {rank:.1f}")
+    directions.set_title("share of the variance in the first directions", fontsize=10)
+    directions.set_xlabel("principal components", fontsize=8)
+    directions.legend(fontsize=7, frameon=False)
+    for axis in (channels, power, directions):
+        axis.tick_params(labelsize=8)
+        axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
 
 
 def linear_probe_accuracy(

@@ -25,7 +25,7 @@ from dae_diffusers.metrics.distances import (
     precision_recall,
 )
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio, structural_similarity
+from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import keep_rows, model_hash
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size
@@ -41,15 +41,14 @@ class EncodedImages:
         latents (`torch.Tensor` of shape `(N, C, h, w)`): Posterior means, raw.
         features, reconstruction_features (`torch.Tensor` of shape `(N, D)` or `None`): Of the images and of their
             reconstructions.
-        psnr, ssim (`torch.Tensor` of shape `(N,)`): Of the reconstructions.
+        quality (`dict[str, torch.Tensor]`): Of the reconstructions: a number for each image, `(N,)`, by measure.
         diagnostics ([`~dae_diffusers.latents.diagnostics.LatentDiagnostics`]): Of the latents.
     """
 
     latents: torch.Tensor
     features: torch.Tensor | None
     reconstruction_features: torch.Tensor | None
-    psnr: torch.Tensor
-    ssim: torch.Tensor
+    quality: dict[str, torch.Tensor]
     diagnostics: LatentDiagnostics
 
 
@@ -102,6 +101,7 @@ def encode_images(
     accelerator: Accelerator,
     *,
     extractor: FeatureExtractor | None = None,
+    measures: dict[str, ImageMeasure] | None = None,
     max_images: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -116,6 +116,8 @@ def encode_images(
         images ([`~dae_diffusers.data.ImageDataset`]): The images.
         accelerator ([`~accelerate.Accelerator`]): Of this run.
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Of the features.
+        measures (`dict[str, ImageMeasure]`, *optional*): Of the reconstructions' quality; default: what
+            [`~dae_diffusers.metrics.image_quality.image_measures`] finds.
         max_images (`int`, *optional*): Only the first this many.
         batch_size, num_workers (`int`, *optional*): Per process; they change no result.
         folder (`Path`, *optional*): Where to keep what is done, so that an interrupted evaluation goes on from there.
@@ -124,6 +126,8 @@ def encode_images(
     Returns:
         [`EncodedImages`]: The same on every process.
     """
+    if measures is None:
+        measures = image_measures(tuple(images[0]["pixel_values"].shape))
 
     def encode(chunk: range) -> dict[str, torch.Tensor]:
         loader = make_pass_loader(Subset(images, chunk), batch_size=batch_size, num_workers=num_workers)
@@ -135,11 +139,8 @@ def encode_images(
             check_finite(mean)
             reconstruction = vae.decode(mean).sample.float().clamp(-1, 1)
             check_finite(reconstruction, "reconstructions of the autoencoder")
-            values = {
-                "latents": mean,
-                "psnr": peak_signal_to_noise_ratio(reconstruction, pixel_values),
-                "ssim": structural_similarity(reconstruction, pixel_values),
-            }
+            values = {"latents": mean}
+            values |= {name: measure(reconstruction, pixel_values) for name, measure in measures.items()}
             if not is_vq(vae):
                 values["std"] = std
             if extractor is not None:
@@ -154,7 +155,7 @@ def encode_images(
         min(len(images), max_images or len(images)),
         accelerator,
         folder=folder,
-        of=folder and evaluation_inputs(vae, images, extractor),
+        of=folder and {**evaluation_inputs(vae, images, extractor), "measures": sorted(measures)},
         description=description,
     )
     diagnostics = LatentDiagnostics.empty(tuple(rows["latents"].shape[1:]))
@@ -165,8 +166,7 @@ def encode_images(
         latents=rows["latents"],
         features=rows.get("features"),
         reconstruction_features=rows.get("reconstruction_features"),
-        psnr=rows["psnr"],
-        ssim=rows["ssim"],
+        quality={name: rows[name] for name in measures},
         diagnostics=diagnostics,
     )
 
@@ -195,8 +195,8 @@ def decode_features(
 
 
 def reconstruction_metrics(encoded: EncodedImages, extractor: FeatureExtractor | None) -> dict[str, float]:
-    r"""`psnr` (dB, mean over images), `ssim`, and the Fréchet distance of reconstructions to their own images."""
-    metrics = {"psnr": encoded.psnr.double().mean().item(), "ssim": encoded.ssim.double().mean().item()}
+    r"""`psnr` (dB), `ssim`, `lpips_<net>`: means over images; and the Fréchet distance of reconstructions to the images."""
+    metrics = {name: values.double().mean().item() for name, values in encoded.quality.items()}
     if extractor is not None:
         name = extractor.distance_name("r")
         metrics[name] = frechet_distance(

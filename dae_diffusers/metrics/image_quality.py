@@ -1,9 +1,18 @@
 """How close a reconstruction is to its image."""
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Literal
 
 import torch
+
+logger = logging.getLogger(__name__)
+
+LPIPSNet = Literal["alex", "vgg", "squeeze"]
+
+# From `reconstruction` and `pixel_values`, both (B, C, H, W) in [-1, 1], to a number for each image, (B,).
+ImageMeasure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # SSIM's window: a Gaussian of standard deviation 1.5 cut to 11 pixels, 5 on each side of its centre.
 _SSIM_SIGMA = 1.5
@@ -70,9 +79,40 @@ def structural_similarity(reconstruction: torch.Tensor, pixel_values: torch.Tens
     )
 
 
-def load_lpips(
-    net: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu"
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def image_measures(
+    image_shape: tuple[int, int, int], *, lpips_net: LPIPSNet | None = None, device: torch.device | str = "cpu"
+) -> dict[str, ImageMeasure]:
+    r"""
+    All measures that this machine has for images of a kind. What is left out is named in the log, with the reason.
+
+    Args:
+        image_shape (`tuple[int, int, int]`): Channels, height and width.
+        lpips_net (`str`, *optional*): Network of the LPIPS; None for no LPIPS.
+        device (`torch.device`, *optional*): Where the LPIPS computes.
+
+    Returns:
+        `dict[str, ImageMeasure]`: `psnr` always; `ssim` with `torchmetrics`, for images of at least 6x6 pixels;
+        `lpips_<net>` with `lpips` and its weights, for images of 1 or 3 channels that are large enough for the network.
+    """
+    measures: dict[str, ImageMeasure] = {"psnr": peak_signal_to_noise_ratio}
+    nothing = torch.zeros(1, *image_shape)
+    try:
+        structural_similarity(nothing, nothing)
+        measures["ssim"] = structural_similarity
+    except (ImportError, ValueError) as error:
+        logger.info("SSIM is left out: %s", error)
+    if lpips_net is None or importlib.util.find_spec("lpips") is None:
+        return measures
+    try:
+        lpips = load_lpips(lpips_net, device)
+        lpips(nothing, nothing)
+        measures[f"lpips_{lpips_net}"] = lpips
+    except (ImportError, OSError, RuntimeError) as error:  # packages, weights, images that are too small
+        logger.info("LPIPS is left out: %s", " ".join(str(error).split())[:300])
+    return measures
+
+
+def load_lpips(net: LPIPSNet = "alex", device: torch.device | str = "cpu") -> ImageMeasure:
     r"""
     Loads the LPIPS metric of the package `lpips`, version 0.1 of its weights.
 
@@ -87,6 +127,7 @@ def load_lpips(
 
     Raises:
         ImportError: Without the package `lpips`, which needs `torchvision` too.
+        OSError: If the weights of the network are not on the disk and cannot be fetched.
 
     Source: Zhang et al., 2018, https://huggingface.co/papers/1801.03924.
     """

@@ -1,0 +1,190 @@
+"""The benchmark of the claim: what it trains, what it does not repeat, and its statistics against scipy's."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import yaml
+from models import save_backbone
+from scripts import CONFIG_CLASSES
+
+from dae_diffusers.cli import parse_config
+from dae_diffusers.training import cache_latents, train_dae, train_dit
+
+SCRIPTS = {"train_dae": train_dae, "cache_latents": cache_latents, "train_dit": train_dit}
+EXPERIMENT = {
+    "data": {"dataset_name": "digits", "resolution": 16},
+    "num_images": 12,
+    "num_inference_steps": 1,
+    "seeds": [0],
+    "autoencoder": {
+        "block_out_channels": [8, 8],
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+        "train_batch_size": 4,
+        "lr_warmup_steps": 0,
+    },
+    "budgets": {
+        "time": {
+            "joint": {"stage1_steps": 1, "stage2_steps": 2},
+            "decoupled": {"stage1_steps": 2, "stage2_steps": 2},
+        },
+        "steps": {
+            "joint": {"stage1_steps": 1, "stage2_steps": 2},
+            "decoupled": {"stage1_steps": 1, "stage2_steps": 2},
+        },
+    },
+    "transformer": {
+        "model": "DiT-Ti/2",
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "max_train_steps": 1,
+        "train_batch_size": 4,
+    },
+    "generators": {"narrow": {"num_attention_heads": 1}, "wide": {"num_attention_heads": 2}},
+    "conditions": {
+        "joint": {"auxiliary_decoder": "none"},
+        "same": {"auxiliary_decoder": "same", "generators": ["narrow"]},
+        "linear": {"auxiliary_decoder": "linear", "budgets": ["time"], "generators": ["narrow"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parents[1] / "benchmarks" / "decoupled_vs_joint.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def launched(benchmark, monkeypatch):
+    """The scripts run in this process; their names and output folders are counted."""
+    calls = []
+
+    def launch_script(name, flags):
+        words = [
+            word
+            for flag, value in flags.items()
+            for word in (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
+        ]
+        script = SCRIPTS[name]
+        script.main(parse_config(CONFIG_CLASSES[script], words))
+        calls.append((name, flags["output_dir"]))
+        return {"cpu_seconds": 1.0}
+
+    monkeypatch.setattr(benchmark, "launch_script", launch_script)
+    monkeypatch.setattr(
+        benchmark,
+        "COMPLEXITY",
+        benchmark.ComplexityConfig(capacities=(0,), seeds=(0,), unpaired_steps=1, evaluation_steps=1),
+    )
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, image_folder, tmp_path, monkeypatch):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT | {"features": {}}, sort_keys=False))
+    command = [
+        "benchmark", "--experiment", f"{tmp_path}/experiment.yaml", "--output_dir", f"{tmp_path}/claim",
+        "--features", save_backbone(tmp_path / "backbone", "classifier"), "--decoder_steps", "1",
+        "--data", f"train_data_dir={image_folder}", "validation_fraction=0.5",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+
+    folders = [str(Path(folder).relative_to(tmp_path / "claim")) for name, folder in launched if name == "train_dae"]
+    assert sorted(folders) == sorted(
+        f"{condition}/{steps}/seed-0"
+        for condition, all_steps in {
+            "joint": ["3", "3+1"],
+            "same": ["2+2", "2+2+1", "1+2", "1+2+1"],
+            "linear": ["2+2", "2+2+1"],
+        }.items()
+        for steps in all_steps
+    )
+    assert sum(name == "train_dit" for name, _ in launched) == 5
+    assert not list((tmp_path / "claim").rglob("latents"))
+    rows = json.loads((tmp_path / "claim" / "results.json").read_text())
+    assert {(row["condition"], row["steps"], row["generator"]) for row in rows} == {
+        *(("joint", steps, size) for steps in ("3", "3+1") for size in ("narrow", "wide")),
+        *(("same", steps, "narrow") for steps in ("2+2", "2+2+1", "1+2", "1+2+1")),
+        *(("linear", steps, "narrow") for steps in ("2+2", "2+2+1")),
+    }
+    # The same latents and transformer, another decoder.
+    first, second = (
+        next(row for row in rows if (row["condition"], row["steps"]) == ("same", steps)) for steps in ("2+2", "2+2+1")
+    )
+    assert first["latent_space"] == second["latent_space"] and first["validation_loss"] == second["validation_loss"]
+    assert first["reconstruction"] != second["reconstruction"] and first["generation"] != second["generation"]
+    assert second["autoencoder_cost"]["flops"] > first["autoencoder_cost"]["flops"]
+    text = (tmp_path / "claim" / "results.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert [title.partition(" (")[0] for title in titles] == [
+        f"## Budget `{budget}`, generator `{size}`"
+        for budget in ("time", "time+1", "steps", "steps+1")
+        for size in ("narrow", "wide")
+    ]
+    assert "too few seeds" in text
+    assert len(list((tmp_path / "claim").glob("frontier-*.png"))) == 4
+    assert len(list((tmp_path / "claim").glob("sizes-*.png"))) == 4
+
+    launched.clear()
+    benchmark.main()
+    assert launched == []
+    assert (tmp_path / "claim" / "results.md").read_text() == text
+
+
+def test_data_flags_replace_those_of_the_experiment(benchmark):
+    data = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
+    assert benchmark.choose_data(data, [], None) == data
+    assert benchmark.choose_data(data, ["resolution=32"], "my/data") == data | {
+        "dataset_name": "my/data",
+        "resolution": 32,
+    }
+    assert benchmark.choose_data(data, ["train_data_dir=a=b"], None) == {
+        "train_data_dir": "a=b",
+        "image_channels": 1,
+        "resolution": 16,
+    }
+    with pytest.raises(ValueError, match="`--data` has no .'resolutoin'."):
+        benchmark.choose_data(data, ["resolutoin=32"], None)
+
+
+@pytest.mark.parametrize("num_seeds", range(2, 11))
+def test_intervals_are_those_of_the_paired_t_test(benchmark, num_seeds):
+    random = np.random.default_rng(num_seeds)
+    a, b = random.normal(3, 1, num_seeds), random.normal(2, 1, num_seeds)
+    runs = {
+        "dropout": {seed: {"gFD": value} for seed, value in enumerate(a)} | {99: {"gFD": 1e9}},
+        "joint": {seed: {"gFD": value} for seed, value in enumerate(b)} | {98: {"gFD": -1e9}},
+    }
+    expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+    mean, low, high = benchmark.paired_difference(runs, "dropout", "joint", "gFD")
+    assert [mean, low, high] == pytest.approx([(a - b).mean(), expected.low, expected.high], abs=1e-3)
+
+
+def test_rank_correlations_are_scipys(benchmark):
+    random = np.random.default_rng(0)
+    z = random.normal(size=20)
+    x, y = z + random.normal(size=20), z + random.normal(size=20)
+    assert benchmark.rank_correlation(list(x), list(y)) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    ranks = [scipy.stats.rankdata(values) for values in (x, y, z)]
+    rest = [values - np.polyval(np.polyfit(ranks[2], values, 1), ranks[2]) for values in ranks[:2]]
+    correlations = [benchmark.rank_correlation(list(a), list(b)) for a, b in ((x, y), (x, z), (y, z))]
+    assert benchmark.partial_correlation(*correlations) == pytest.approx(np.corrcoef(*rest)[0, 1])
+
+
+def test_success_needs_both_baselines(benchmark):
+    def of(*values):
+        return {seed: {"gFD": value, "gap": value} for seed, value in enumerate(values)}
+
+    runs = {"joint": of(5, 6, 7), "same": of(4.9, 5.9, 7.1), "better": of(3, 4, 5.1), "half": of(4.0, 4.9, 7.3)}
+    verdicts = [line.split("|")[-2].strip() for line in benchmark.table_of_differences(runs)[4:]]
+    assert verdicts == ["", "", "yes", "no"]
