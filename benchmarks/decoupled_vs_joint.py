@@ -11,6 +11,9 @@ What is finished leaves a JSON file in its folder and is not repeated, so the co
 budgets that give a condition the same steps share its runs. On a CPU, start it once for each core, with other `--seeds` and
 `OMP_NUM_THREADS=1`. At the end `results.md`, `results.json` and the pictures are written anew from everything that exists.
 
+A condition with `latents_of` has the stage 1 and the transformers of another condition and differs from it only in how the real
+decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done.
+
 With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
 the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
 budget of its own.
@@ -27,6 +30,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,14 +48,13 @@ from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
-    SampleSettings,
-    draw_samples,
     encode_images,
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
+from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.training.train_dae import TrainDAEConfig, load_model
 
@@ -115,7 +118,10 @@ def main():
             generators = [
                 name for name in chosen["generators"] if name in options.get("generators", chosen["generators"])
             ]
-            run(experiment, budget, condition, seed, generators, output_dir)
+            if "latents_of" in options:
+                train_other_decoder(experiment, budget, condition, seed, generators, output_dir)
+            else:
+                run(experiment, budget, condition, seed, generators, output_dir)
             if arguments.decoder_steps is not None:
                 train_decoder_on(experiment, budget, condition, seed, generators, output_dir, arguments.decoder_steps)
     rows = read_rows(output_dir)
@@ -163,16 +169,11 @@ def run(
     missing = [name for name in generators if not (folder / name / "generator.json").exists()]
     if (folder / "autoencoder.json").exists() and not missing:
         return
-    options = {k: v for k, v in experiment["conditions"][condition].items() if k not in ("budgets", "generators")}
-    flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
-    flags |= {**steps_of(experiment, budget, condition), **options}
+    flags = autoencoder_flags(experiment, budget, condition, seed, folder)
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     if not (folder / "autoencoder.json").exists():
         row = {"condition": condition, "steps": folder.parent.name, "seed": seed}
-        row["autoencoder_cost"] = {
-            **json.loads((folder / "cost.json").read_text()),
-            "flops": training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)})),
-        }
+        row["autoencoder_cost"] = cost_of(flags, folder)
         row |= measure_autoencoder(vae, images, seen, extractor, accelerator, folder)
         write_json(folder / "autoencoder.json", row)
     latents = folder / "latents"
@@ -196,6 +197,24 @@ def run(
     shutil.rmtree(latents, ignore_errors=True)
 
 
+def train_other_decoder(
+    experiment: dict[str, Any], budget: str, condition: str, seed: int, generators: list[str], output_dir: Path
+) -> None:
+    """Stage 2 of a condition whose stage 1 and transformers are those of another."""
+    options = experiment["conditions"][condition]
+    before = folder_of(output_dir, experiment, budget, options["latents_of"], seed)
+    folder = folder_of(output_dir, experiment, budget, condition, seed)
+    whole = autoencoder_flags(experiment, budget, condition, seed, folder)
+    stage2 = {"stage": "2", "pretrained_model_name_or_path": str(before)}
+
+    def cost() -> dict[str, float]:
+        """As if both stages had been trained: the base's, with one second stage for another."""
+        shared = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"]
+        return {"cpu_seconds": shared["cpu_seconds"], "flops": cost_of(whole, before)["flops"]}
+
+    decode_again(experiment, before, folder, {**whole, **stage2}, condition, seed, generators, cost)
+
+
 def train_decoder_on(
     experiment: dict[str, Any],
     budget: str,
@@ -205,25 +224,38 @@ def train_decoder_on(
     output_dir: Path,
     steps: int,
 ) -> None:
-    """Trains the decoder of a finished run on, alone, and measures the autoencoder and the samples of its transformers again."""
+    """Trains the decoder of a finished run on, alone."""
     before = folder_of(output_dir, experiment, budget, condition, seed)
     folder = folder_of(output_dir, experiment, budget, condition, seed, decoder_steps=steps)
+    flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
+    flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "stage2_steps": steps, "auxiliary_decoder": "linear"}
+
+    def cost() -> dict[str, float]:
+        first, more = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"], cost_of(flags, folder)
+        return {name: first[name] + more[name] for name in first}
+
+    decode_again(experiment, before, folder, flags, condition, seed, generators, cost)
+
+
+def decode_again(
+    experiment: dict[str, Any],
+    before: Path,
+    folder: Path,
+    flags: dict[str, Any],
+    condition: str,
+    seed: int,
+    generators: list[str],
+    cost: Callable[[], dict[str, float]],
+) -> None:
+    """Trains another decoder for the latents of a finished run, and measures it and the samples of the same transformers."""
     missing = [name for name in generators if not (folder / name / "generator.json").exists()]
     if not missing:
         return
-    flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
-    flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "stage2_steps": steps, "auxiliary_decoder": "linear"}
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
-    row = json.loads((before / "autoencoder.json").read_text())  # the latents are the same
-    held_out = encode_images(vae, images[1], accelerator, extractor=extractor)
-    cost, more = row["autoencoder_cost"], json.loads((folder / "cost.json").read_text())
-    flops = training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)}))
-    row["autoencoder_cost"] = {
-        "cpu_seconds": cost["cpu_seconds"] + more["cpu_seconds"],
-        "flops": cost["flops"] + flops,
-    }
-    row |= {"steps": folder.parent.name, "reconstruction": reconstruction_metrics(held_out, extractor)}
-    write_json(folder / "autoencoder.json", row)
+    if not (folder / "autoencoder.json").exists():
+        row = {"condition": condition, "steps": folder.parent.name, "seed": seed, "autoencoder_cost": cost()}
+        row |= measure_autoencoder(vae, images, seen, extractor, accelerator, folder)
+        write_json(folder / "autoencoder.json", row)
     for name in missing:
         pipeline = DAEDiTPipeline.from_pretrained(before / name / "pipeline", vae=vae).to(accelerator.device)
         (folder / name).mkdir(exist_ok=True)
@@ -234,10 +266,30 @@ def train_decoder_on(
         write_json(folder / name / "generator.json", row)
 
 
+def autoencoder_flags(
+    experiment: dict[str, Any], budget: str, condition: str, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Of `train_dae.py`."""
+    flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
+    flags |= steps_of(experiment, budget, condition)
+    return flags | {
+        name: value
+        for name, value in experiment["conditions"][condition].items()
+        if name not in ("budgets", "generators", "latents_of", "steps")
+    }
+
+
+def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Of an autoencoder that was trained there with those flags."""
+    flops = training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)}))
+    return {**json.loads((folder / "cost.json").read_text()), "flops": flops}
+
+
 def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[str, int]:
-    """`stage1_steps` and `stage2_steps`; joint training takes their sum."""
-    is_joint = experiment["conditions"][condition]["auxiliary_decoder"] == "none"
-    return experiment["budgets"][budget]["joint" if is_joint else "decoupled"]
+    """`stage1_steps` and `stage2_steps`; joint training takes their sum. A condition may have its own for a budget."""
+    options = experiment["conditions"][condition]
+    is_joint = options["auxiliary_decoder"] == "none"
+    return options.get("steps", {}).get(budget) or experiment["budgets"][budget]["joint" if is_joint else "decoupled"]
 
 
 def describe_steps(experiment: dict[str, Any], budget: str, condition: str, decoder_steps: int | None = None) -> str:

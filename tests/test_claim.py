@@ -50,6 +50,13 @@ EXPERIMENT = {
         "joint": {"auxiliary_decoder": "none"},
         "same": {"auxiliary_decoder": "same", "generators": ["narrow"]},
         "linear": {"auxiliary_decoder": "linear", "budgets": ["time"], "generators": ["narrow"]},
+        "warm": {
+            "latents_of": "same",
+            "auxiliary_decoder": "same",
+            "warm_start_decoder": True,
+            "budgets": ["time"],
+            "generators": ["narrow"],
+        },
     },
 }
 
@@ -106,6 +113,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
             "joint": ["3", "3+1"],
             "same": ["2+2", "2+2+1", "1+2", "1+2+1"],
             "linear": ["2+2", "2+2+1"],
+            "warm": ["2+2", "2+2+1"],
         }.items()
         for steps in all_steps
     )
@@ -115,15 +123,19 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     assert {(row["condition"], row["steps"], row["generator"]) for row in rows} == {
         *(("joint", steps, size) for steps in ("3", "3+1") for size in ("narrow", "wide")),
         *(("same", steps, "narrow") for steps in ("2+2", "2+2+1", "1+2", "1+2+1")),
-        *(("linear", steps, "narrow") for steps in ("2+2", "2+2+1")),
+        *((condition, steps, "narrow") for condition in ("linear", "warm") for steps in ("2+2", "2+2+1")),
     }
-    # The same latents and transformer, another decoder.
-    first, second = (
-        next(row for row in rows if (row["condition"], row["steps"]) == ("same", steps)) for steps in ("2+2", "2+2+1")
+    # The same latents and transformer, other decoders.
+    first, more, warm = (
+        next(row for row in rows if (row["condition"], row["steps"], row["generator"]) == (*which, "narrow"))
+        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"))
     )
-    assert first["latent_space"] == second["latent_space"] and first["validation_loss"] == second["validation_loss"]
-    assert first["reconstruction"] != second["reconstruction"] and first["generation"] != second["generation"]
-    assert second["autoencoder_cost"]["flops"] > first["autoencoder_cost"]["flops"]
+    for other in (more, warm):
+        assert first["latent_space"]["std"] == other["latent_space"]["std"]
+        assert first["validation_loss"] == other["validation_loss"]
+        assert first["reconstruction"] != other["reconstruction"] and first["generation"] != other["generation"]
+    assert more["autoencoder_cost"]["flops"] > first["autoencoder_cost"]["flops"]
+    assert warm["autoencoder_cost"] == first["autoencoder_cost"]
     text = (tmp_path / "claim" / "results.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert [title.partition(" (")[0] for title in titles] == [

@@ -1,20 +1,29 @@
 """An evaluation counts each image once and depends on no batch and no process."""
 
 import json
+from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderTiny,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from models import make_autoencoder, save_backbone
-from scripts import launch, succeed
+from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.autoencoders.loading import load_autoencoder
+from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import (
-    SampleSettings,
-    draw_samples,
     encode_images,
     latent_metrics,
     reconstruction_metrics,
@@ -22,6 +31,8 @@ from dae_diffusers.metrics.evaluation import (
     statistics_of,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples
+from dae_diffusers.training import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +102,8 @@ def test_interrupted_drawing_goes_on(pipeline, tmp_path, monkeypatch):
     lost.write_bytes(b"cut short")
     calls = []
     original = DAEDiTPipeline.__call__
-    monkeypatch.setattr(DAEDiTPipeline, "__call__", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    counted = wraps(original)(lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    monkeypatch.setattr(DAEDiTPipeline, "__call__", counted)
     again = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)
     assert torch.equal(whole, again) and len(calls) == 1
 
@@ -157,6 +169,89 @@ def numbers_in(value, path=""):
     elif isinstance(value, (list, dict)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from numbers_in(inner, f"{path}/{key}")
+
+
+class Painter(DiffusionPipeline):
+    """Text to image: paints as bright as the text is long, with a little noise."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+
+    def __call__(self, prompt, num_inference_steps=1, generator=None, output_type="pil"):
+        assert output_type == "np"
+        noise = [torch.rand(4, 4, 3, generator=each) for each in generator]
+        images = torch.stack([len(text) / 100 + (each - 0.5) / 50 for text, each in zip(prompt, noise, strict=True)])
+        return SimpleNamespace(images=images.numpy())
+
+
+def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
+    settings = SampleSettings(7, 3.0, 2, prompts=("a cat", "a dromedary"))
+    samples = draw_samples(Painter(DDPMScheduler()), settings, tmp_path, Accelerator(), batch_size=3)
+    assert samples.shape == (7, 3, 4, 4)
+    assert samples.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx([12.75, 28.05] * 3 + [12.75], abs=1)
+    assert len(samples.flatten(1).unique(dim=0)) == 7
+    with pytest.raises(UserError, match="give `--prompt`"):
+        Sampler(Painter(DDPMScheduler()))
+    with pytest.raises(UserError, match=r"\(3, 4, 4\), but those to compare with have \(3, 8, 8\)"):
+        draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))
+
+
+def test_prompts_name_the_classes_of_the_images(images, monkeypatch):
+    flags = {"pipeline": "x", "features": "y", "dataset_name": "digits"}
+    for prompt, expected in (("a photo of a {label}", ("a photo of a cat", "a photo of a dog")), ("{}", ("{}",))):
+        assert evaluate.prompts_of(evaluate.EvaluateConfig(**flags, prompt=prompt), images) == expected
+    assert evaluate.prompts_of(evaluate.EvaluateConfig(**flags), images) is None
+    monkeypatch.setattr(images, "id2label", None)
+    with pytest.raises(UserError, match="no labels"):
+        evaluate.prompts_of(evaluate.EvaluateConfig(**flags, prompt="a {label}"), images)
+
+
+def test_pipelines_that_cannot_be_called_are_named():
+    class Upscaler(Painter):
+        def __call__(self, image):
+            pass
+
+    with pytest.raises(UserError, match=r"a Upscaler cannot be evaluated: .* but \['image'\]"):
+        Sampler(Upscaler(DDPMScheduler()))
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(extractor_folder, image_folder, tmp_path):
+    unet = UNet2DModel(
+        sample_size=16, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    flags = "--resolution 16 --validation_fraction 0.5 --num_images 12 --guidance_scales 1 2 --num_inference_steps 1 2"
+    folders = {"pipeline": tmp_path / "ddpm", "features": extractor_folder, "train_data_dir": image_folder}
+    run(evaluate, flags, output_dir=tmp_path / "evaluation", **folders)
+    results = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert "reconstruction" not in results and "latent_space" not in results
+    assert [row["num_inference_steps"] for row in results["generation"]] == [1, 2]  # nothing is guided
+    assert all("gap" not in row and "guidance_scale" not in row for row in results["generation"])
+    assert results["setting"]["pipeline"] == "DDPMPipeline" and results["setting"]["features"]["fingerprint"]
+    assert "DDPMScheduler" in (tmp_path / "evaluation" / "metrics.md").read_text()
+    pictures = sorted(path.name for path in (tmp_path / "evaluation").glob("*.png"))
+    assert pictures == [
+        "nearest-steps-1.png",
+        "nearest-steps-2.png",
+        "samples-steps-1.png",
+        "samples-steps-2.png",
+        "sweep.png",
+    ]
+
+
+def test_autoencoder_of_a_pipeline_is_one_that_can_be_measured(pipeline):
+    assert autoencoder_of(pipeline) is pipeline.vae
+    assert autoencoder_of(Painter(DDPMScheduler())) is None
+    assert autoencoder_of(SimpleNamespace(components={"vae": AutoencoderTiny()})) is None
+
+
+def test_autoencoders_of_another_class_are_refused(tmp_path):
+    AutoencoderTiny().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its class is AutoencoderTiny"):
+        load_autoencoder(str(tmp_path))
 
 
 def test_complexity_distance_is_measured_and_drawn(extractor_folder, pipeline, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import time
 from argparse import Namespace
 from collections import Counter
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel, files
 from dae_diffusers.checkpointing import FolderLock
 from dae_diffusers.latents import cache
 from dae_diffusers.metrics import evaluation, statistics
-from dae_diffusers.metrics.evaluation import SampleSettings
 from dae_diffusers.metrics.kept import hash_of
+from dae_diffusers.metrics.sampling import SampleSettings, generation_inputs
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import cache_latents, evaluate, train_dit
 
@@ -32,6 +33,7 @@ def die_at(module, name: str, is_due) -> None:
     """From now on this process kills itself instead of the first call of `module.name` for which `is_due(*args)`."""
     original = getattr(module, name)
 
+    @wraps(original)
     def call_or_die(*args, **kwargs):
         if is_due(*args):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -272,12 +274,12 @@ def test_samples_of_another_setting_or_model_have_another_name(to_evaluate):
     settings = (SampleSettings(3, 1.0, 1), SampleSettings(3, 1.0, 1, seed=1), SampleSettings(3, 2.0, 1))
     pipeline = DAEDiTPipeline.from_pretrained(to_evaluate["pipeline"])
     accelerators = (Accelerator(), Namespace(mixed_precision="bf16"))
-    inputs = [evaluation.generation_inputs(pipeline, setting, accelerators[0]) for setting in settings]
-    inputs += [evaluation.generation_inputs(pipeline, settings[0], accelerators[1])]
+    inputs = [generation_inputs(pipeline, setting, accelerators[0]) for setting in settings]
+    inputs += [generation_inputs(pipeline, settings[0], accelerators[1])]
     for part in ("transformer", "vae"):
         with torch.no_grad():
             next(getattr(pipeline, part).parameters()).view(-1)[0] += 1
-        inputs += [evaluation.generation_inputs(pipeline, settings[0], accelerators[0])]
+        inputs += [generation_inputs(pipeline, settings[0], accelerators[0])]
     assert len({hash_of(each) for each in inputs}) == len(inputs)
 
 

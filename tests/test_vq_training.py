@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import wraps
 
 import pytest
 import torch
@@ -302,7 +303,8 @@ def test_evaluation_draws_codes(with_prior, image_folder, tmp_path, monkeypatch)
     extractor = save_backbone(tmp_path / "extractor", "classifier")
     calls = []
     original = DAEVQGANPipeline.__call__
-    monkeypatch.setattr(DAEVQGANPipeline, "__call__", lambda self, *a, **k: calls.append(k) or original(self, *a, **k))
+    counted = wraps(original)(lambda self, *a, **k: calls.append(k) or original(self, *a, **k))
+    monkeypatch.setattr(DAEVQGANPipeline, "__call__", counted)
     run(
         evaluate, "--resolution 16 --validation_fraction 0.5 --num_images 12 --top_p 0.9 --guidance_scales 1 2",
         train_data_dir=image_folder, pipeline=with_prior / "pipeline", features=extractor, output_dir=tmp_path / "out",

@@ -12,6 +12,7 @@ An interrupted evaluation goes on where it stopped when the same command is give
 """
 
 import importlib.metadata
+import itertools
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
@@ -39,24 +40,27 @@ from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
 from dae_diffusers.metrics.evaluation import (
-    SampleSettings,
-    draw_samples,
+    EncodedImages,
     encode_images,
     evaluation_inputs,
-    generation_inputs,
+    image_features,
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
 )
-from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
 from dae_diffusers.metrics.kept import keep_values
+from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples, generation_inputs
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 
 logger = logging.getLogger(__name__)
+
+# Options of a pipeline's call that are swept, and the flags with their values.
+SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
 
 
 @dataclass
@@ -76,6 +80,9 @@ class EvaluationConfig:
     top_k: int | None = field(None, "the same: draw from the this many likeliest codes only")
     top_p: float | None = field(None, "the same: draw from the fewest likeliest codes with this share")
     label_sampling: Literal["balanced", "random"] = field("balanced", "labels of the drawn images")
+    prompt: str | None = field(
+        None, "text for a text-to-image pipeline; {label} in it stands for the name of an image's class"
+    )
     batch_size: int = field(64, "images at once in each process; changes no result")
     lpips_net: Literal["alex", "vgg", "squeeze", "none"] = field(
         "alex", "network of the LPIPS, which is measured where the package `lpips` is installed"
@@ -127,41 +134,100 @@ def main(config: EvaluateConfig) -> None:
     folder = Path(config.output_dir)
     lock = take_folder(folder, accelerator)
     pipeline = None if config.pipeline is None else load_pipeline(config.pipeline, accelerator.device)
-    vae = pipeline.vae.eval() if config.vae is None else load_autoencoder(config.vae).to(accelerator.device)
-    check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
+    vae = load_autoencoder(config.vae).to(accelerator.device) if config.vae else autoencoder_of(pipeline)
+    if vae is None:
+        logger.info("%s has no autoencoder that can be measured: only what it draws is.", config.pipeline)
+    else:
+        check_image_size(vae.eval(), channels=config.image_channels, resolution=config.resolution)
     extractor = None if config.features is None else load_feature_extractor(config.features, accelerator.device)
     if not config.value_range:
         found = read_value_range(config.vae) if config.vae else pipeline.config.get("value_range")
         config.value_range = list(found or [])
     with accelerator.main_process_first():
         train, validation = load_images(config, config.seed)
+    sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config, train))
     fewest = min(len(train), len(validation), config.num_images)
     if extractor is not None and fewest < 2:
         raise UserError(
             f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
             f"{config.num_images}: distances between `--features` need at least 2 of each, and mean little below some hundreds."
         )
-    options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
 
+    results, seen = {}, None
+    if vae is not None:
+        results, seen = evaluate_autoencoder(config, vae, train, validation, extractor, accelerator)
+    if sampler is not None:
+        results["generation"] = evaluate_samples(config, sampler, vae, train, seen, extractor, accelerator)
+
+    if accelerator.is_main_process:
+        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
+        write_atomically(folder / "metrics.md", to_markdown(results))
+        if len(results.get("generation", [])) > 1:
+            plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
+        write_atomically(folder / "metrics.json", json.dumps(results, indent=2))
+        logger.info("%s\nwritten to %s", to_markdown(results), folder)
+    accelerator.end_training()
+    if lock is not None:
+        lock.release()
+
+
+def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
+    """Ours, also for any other with a class-conditional transformer and latents; else as diffusers loads it."""
+    try:
+        index = DiffusionPipeline.load_config(name_or_path)
+        parts = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+        pipeline_class = DiffusionPipeline
+        if index.get("_class_name") == "DAEVQGANPipeline":
+            pipeline_class = DAEVQGANPipeline
+        elif parts == {"scheduler", "transformer", "vae"}:
+            pipeline_class = DAEDiTPipeline
+        pipeline = pipeline_class.from_pretrained(name_or_path)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                check_has_weights(part)
+        return pipeline.to(device)
+    except Exception as error:  # a damaged folder can fail in any way
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
+
+
+def prompts_of(config: EvaluateConfig, images: ImageDataset) -> tuple[str, ...] | None:
+    """A text for each class of the images, or one for all."""
+    if config.prompt is None or "{label}" not in config.prompt:
+        return None if config.prompt is None else (config.prompt,)
+    if images.id2label is None:
+        raise UserError(
+            "`--prompt` speaks of a {label}, but the images have no labels. Name their column, or leave it out."
+        )
+    return tuple(config.prompt.replace("{label}", images.id2label[label]) for label in sorted(images.id2label))
+
+
+def evaluate_autoencoder(
+    config: EvaluateConfig,
+    vae: ModelMixin,
+    train: ImageDataset,
+    validation: ImageDataset,
+    extractor: FeatureExtractor | None,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Any], EncodedImages]:
+    """Reconstruction, latent space, codebook and complexity distance; beside them, training images as it encodes them."""
+    folder = Path(config.output_dir)
+    options = {
+        "batch_size": config.batch_size,
+        "num_workers": config.dataloader_num_workers,
+        "folder": folder / "parts",
+    }
     shape = (config.image_channels, config.resolution, config.resolution)
     lpips_net = None if config.lpips_net == "none" else config.lpips_net
-    held_out = encode_images(
-        vae,
-        validation,
-        accelerator,
-        extractor=extractor,
-        measures=image_measures(shape, lpips_net=lpips_net, device=accelerator.device),
-        folder=folder / "parts",
-        **options,
-    )
+    measures = image_measures(shape, lpips_net=lpips_net, device=accelerator.device)
+    held_out = encode_images(vae, validation, accelerator, extractor=extractor, measures=measures, **options)
     seen = encode_images(
         vae,
         train,
         accelerator,
-        extractor=extractor if pipeline is not None else None,
+        extractor=None if config.pipeline is None else extractor,
         measures={},
         max_images=config.num_images,
-        folder=folder / "parts",
         description="Encoding training images",
         **options,
     )
@@ -169,14 +235,17 @@ def main(config: EvaluateConfig) -> None:
     if train.labels is not None:
         count = len(seen.latents)
         probe = (seen.latents, torch.tensor(train.labels[:count]), torch.tensor(validation.labels))
-    inputs = [evaluation_inputs(vae, images, extractor) for images in (validation, train)] + [config.num_images]
     results: dict[str, Any] = {
         "reconstruction": reconstruction_metrics(held_out, extractor),
         "latent_space": keep_values(
             lambda: latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
             accelerator,
             folder=folder / "parts",
-            of=["latent_space", inputs],
+            of=[
+                "latent_space",
+                [evaluation_inputs(vae, images, extractor) for images in (validation, train)],
+                config.num_images,
+            ],
         ),
     }
     if is_vq(vae):
@@ -186,7 +255,6 @@ def main(config: EvaluateConfig) -> None:
             codes = torch.cat([codes_of(vae, part.to(accelerator.device)).flatten() for part in parts])
             metrics = codebook_metrics(torch.bincount(codes, minlength=vae.config.num_vq_embeddings))
             results["codebook"] |= {f"{split}_{name}": value for name, value in metrics.items()}
-
     if accelerator.is_main_process:
         plot_latent_space(held_out.diagnostics, folder / "latent_space.png")
         draw_reconstructions(vae, validation, folder / "reconstructions.png")
@@ -202,77 +270,83 @@ def main(config: EvaluateConfig) -> None:
         results["complexity"] = complexity.summary
         plot_complexity({"this latent space": complexity}, folder / "complexity.png")
     accelerator.wait_for_everyone()
+    return results, seen
 
-    if pipeline is not None:
-        reference = reference_statistics(
-            extractor,
-            train,
-            cache_dir=folder / "reference",
-            **options,
-            disable_progress=not accelerator.is_local_main_process,
+
+def evaluate_samples(
+    config: EvaluateConfig,
+    sampler: Sampler,
+    vae: ModelMixin | None,
+    train: ImageDataset,
+    seen: EncodedImages | None,
+    extractor: FeatureExtractor,
+    accelerator: Accelerator,
+) -> list[dict[str, Any]]:
+    """A row for each setting of guidance and steps that the pipeline has; `seen` are training images in its autoencoder."""
+    folder = Path(config.output_dir)
+    options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
+    if seen is None:
+        limits = {"max_images": config.num_images, "folder": folder / "parts"}
+        features, reconstruction_features = image_features(train, extractor, accelerator, **limits, **options), None
+    else:
+        features, reconstruction_features = seen.features, seen.reconstruction_features
+    reference = reference_statistics(
+        extractor,
+        train,
+        cache_dir=folder / "reference",
+        **options,
+        disable_progress=not accelerator.is_local_main_process,
+    )
+    sweep = [getattr(config, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
+    draws_codes = "temperature" in sampler.accepted
+    rows = []
+    for guidance_scale, num_inference_steps in itertools.product(*sweep):
+        settings = SampleSettings(
+            config.num_images,
+            guidance_scale,
+            num_inference_steps,
+            config.label_sampling,
+            config.seed,
+            prompts=sampler.prompts,
         )
-        results["generation"] = []
-        for guidance_scale in config.guidance_scales:
-            draws_codes = isinstance(pipeline, DAEVQGANPipeline)
-            for num_inference_steps in [None] if draws_codes else config.num_inference_steps:
-                settings = SampleSettings(
-                    config.num_images, guidance_scale, num_inference_steps, config.label_sampling, config.seed
-                )
-                if draws_codes:
-                    settings = replace(settings, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-                samples = draw_samples(
-                    pipeline, settings, folder / "samples", accelerator, batch_size=config.batch_size
-                )
+        if draws_codes:
+            settings = replace(settings, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        samples = draw_samples(
+            sampler.pipeline,
+            settings,
+            folder / "samples",
+            accelerator,
+            image_shape=(config.image_channels, config.resolution, config.resolution),
+            batch_size=config.batch_size,
+        )
 
-                def compare(samples=samples) -> dict[str, Any]:
-                    metrics, neighbors = sample_metrics(
-                        samples,
-                        extractor,
-                        reference,
-                        seen.features,
-                        seen.reconstruction_features,
-                        accelerator,
-                        batch_size=config.batch_size,
-                        folder=folder / "parts",
-                    )
-                    return {"metrics": metrics, "neighbors": neighbors.tolist()}
+        def compare(samples=samples) -> dict[str, Any]:
+            metrics, neighbors = sample_metrics(
+                samples,
+                extractor,
+                reference,
+                features,
+                reconstruction_features,
+                accelerator,
+                batch_size=config.batch_size,
+                folder=folder / "parts",
+            )
+            return {"metrics": metrics, "neighbors": neighbors.tolist()}
 
-                compared = keep_values(
-                    compare,
-                    accelerator,
-                    folder=folder / "parts",
-                    of=["generation", inputs, generation_inputs(pipeline, settings, accelerator)],
-                )
-                metrics, neighbors = compared["metrics"], torch.tensor(compared["neighbors"])
-                results["generation"].append({**settings.given(), **metrics})
-                if accelerator.is_main_process:
-                    name = f"guidance-{guidance_scale:g}" + ("" if draws_codes else f"-steps-{num_inference_steps}")
-                    save_grids(folder, name, samples, settings, pipeline, train, neighbors)
-
-    if accelerator.is_main_process:
-        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
-        write_atomically(folder / "metrics.md", to_markdown(results))
-        if len(results.get("generation", [])) > 1:
-            plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
-        write_atomically(folder / "metrics.json", json.dumps(results, indent=2))
-        logger.info("%s\nwritten to %s", to_markdown(results), folder)
-    accelerator.end_training()
-    if lock is not None:
-        lock.release()
-
-
-def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
-    """Ours, or any other of diffusers with class labels, latents and a VAE."""
-    try:
-        class_name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
-        pipeline_class = DAEVQGANPipeline if class_name == "DAEVQGANPipeline" else DAEDiTPipeline
-        pipeline = pipeline_class.from_pretrained(name_or_path)
-        for model in (pipeline.vae, pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.prior):
-            check_has_weights(model)
-        return pipeline.to(device)
-    except Exception as error:  # a damaged folder can fail in any way
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
+        drawn = generation_inputs(sampler.pipeline, settings, accelerator)
+        compared = keep_values(
+            compare,
+            accelerator,
+            folder=folder / "parts",
+            of=["generation", evaluation_inputs(vae, train, extractor), drawn],
+        )
+        metrics, neighbors = compared["metrics"], torch.tensor(compared["neighbors"])
+        rows.append({name: value for name, value in settings.given().items() if name != "prompts"} | metrics)
+        if accelerator.is_main_process:
+            chosen = (("guidance", guidance_scale), ("steps", num_inference_steps))
+            name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
+            save_grids(folder, name, samples, sampler.num_classes, train, neighbors)
+    return rows
 
 
 @torch.no_grad()
@@ -285,9 +359,15 @@ def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, coun
     image_grid(rows, columns=len(pixel_values)).save(path)
 
 
-def save_grids(folder, name, samples, settings, pipeline, train: ImageDataset, neighbors: torch.Tensor) -> None:
+def save_grids(
+    folder: Path,
+    name: str,
+    samples: torch.Tensor,
+    num_classes: int | None,
+    train: ImageDataset,
+    neighbors: torch.Tensor,
+) -> None:
     """A grid of samples, and each of twelve samples beside its nearest training image."""
-    num_classes = pipeline.null_class
     columns = num_classes if num_classes is not None and num_classes <= 20 else 10
     image_grid(samples[: 8 * columns].float() / 127.5 - 1, columns=columns).save(folder / f"samples-{name}.png")
     chosen = range(min(12, len(samples)))
@@ -297,24 +377,34 @@ def save_grids(folder, name, samples, settings, pipeline, train: ImageDataset, n
     image_grid(torch.stack(pairs), columns=len(chosen)).save(folder / f"nearest-{name}.png")
 
 
-def describe(config, vae, pipeline, train, validation, extractor, accelerator) -> dict[str, Any]:
+def describe(
+    config: EvaluateConfig,
+    vae: ModelMixin | None,
+    pipeline: DiffusionPipeline | None,
+    train: ImageDataset,
+    validation: ImageDataset,
+    extractor: FeatureExtractor | None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
     """Everything that the numbers depend on."""
+    parts = ("_class_name", "latent_channels", "block_out_channels")
+    packages = ("dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets")
     return {
         "config": asdict(config),
-        "autoencoder": {key: vae.config.get(key) for key in ("_class_name", "latent_channels", "block_out_channels")},
+        "pipeline": None if pipeline is None else type(pipeline).__name__,
+        "autoencoder": None if vae is None else {name: vae.config.get(name) for name in parts},
         "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
-        "features": None if extractor is None else {"name": extractor.name, "description": extractor.description},
+        "features": extractor
+        and {"name": extractor.name, "description": extractor.description, "fingerprint": extractor.fingerprint},
         "train_images": {"number": len(train), "fingerprint": train.fingerprint},
         "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
         "num_processes": accelerator.num_processes,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("dae-diffusers", "diffusers", "torch", "transformers")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """The numbers as tables."""
+    """The numbers as tables, and what they depend on most; all of it stands in `metrics.json`."""
     lines = []
     for part in [name for name in ("reconstruction", "latent_space", "codebook") if name in results]:
         lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
@@ -326,6 +416,19 @@ def to_markdown(results: dict[str, Any]) -> str:
             lines += [f"### {part.capitalize()}", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
             lines += [f"| {' | '.join(map(to_cell, row.values()))} |" for row in rows if tuple(row) == names]
             lines.append("")
+    setting = results["setting"]
+    shown = {
+        "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
+        "validation images": "{number} ({fingerprint})".format(**setting["validation_images"]),
+        "resolution": setting["config"]["resolution"],
+        "features": setting["features"] and "{name} ({fingerprint}): {description}".format(**setting["features"]),
+        "autoencoder": setting["autoencoder"] and setting["autoencoder"]["_class_name"],
+        "pipeline": setting["pipeline"],
+        "scheduler": setting["scheduler"] and setting["scheduler"].get("_class_name"),
+        "versions": ", ".join(f"{name} {version}" for name, version in setting["versions"].items()),
+    }
+    lines += ["### Setting", "| what | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
@@ -336,16 +439,20 @@ def to_cell(value: Any) -> str:
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
-    """The distance against guidance, a line for each number of steps."""
+    """The distance against guidance, a line for each number of steps; against steps, where nothing is guided."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
-    for steps in sorted({row.get("num_inference_steps") for row in rows}):
-        chosen = [row for row in rows if row.get("num_inference_steps") == steps]
-        points = sorted((row["guidance_scale"], row[distance]) for row in chosen)
-        axis.plot(*zip(*points, strict=True), marker="o", label="codes" if steps is None else f"{steps} steps")
-    axis.set_xlabel("guidance scale")
+    across, along = ("num_inference_steps", "guidance_scale")
+    if all(row.get("guidance_scale") is None for row in rows):
+        across, along = along, across
+    for value in dict.fromkeys(row.get(across) for row in rows):
+        points = sorted((row[along], row[distance]) for row in rows if row.get(across) == value)
+        label = None if value is None else f"{value} steps"
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+    axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
     axis.set_ylabel(distance)
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -6,7 +6,13 @@ from diffusers import AutoencoderKL, ModelMixin, VQModel
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.cli import UserError
 
-_VQ_CLASSES = {"VQModel": VQModel, "DAEVQModel": DAEVQModel}
+# Of a DAEAutoencoderKL too, only the plain half is loaded.
+_CLASSES = {
+    "AutoencoderKL": AutoencoderKL,
+    "DAEAutoencoderKL": AutoencoderKL,
+    "VQModel": VQModel,
+    "DAEVQModel": DAEVQModel,
+}
 
 
 def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
@@ -26,7 +32,9 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     for subfolder in (None, "vae"):
         try:
             class_name = AutoencoderKL.load_config(name_or_path, subfolder=subfolder).get("_class_name")
-            vae_class = _VQ_CLASSES.get(class_name, AutoencoderKL)
+            if class_name not in _CLASSES:
+                raise ValueError(f"its class is {class_name}.")
+            vae_class = _CLASSES[class_name]
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             check_has_weights(vae)
             vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae

@@ -1,14 +1,14 @@
-"""The measurements of `training/evaluate.py`: an autoencoder, its latent space, and what a pipeline draws."""
+"""The measurements of `training/evaluate.py`: an autoencoder, its latent space, and images that a pipeline has drawn."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch.utils.data import Subset
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments, is_vq, spatial_factor
@@ -28,8 +28,7 @@ from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import keep_rows, model_hash
-from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch
 
 
 @dataclass
@@ -50,48 +49,6 @@ class EncodedImages:
     reconstruction_features: torch.Tensor | None
     quality: dict[str, torch.Tensor]
     diagnostics: LatentDiagnostics
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    r"""
-    How images are drawn. Image `n` depends on `(seed, n)` and its label alone, on no batch and no process.
-
-    Attributes:
-        num_images (`int`): How many.
-        guidance_scale (`float`): Classifier-free guidance; 1 is none.
-        num_inference_steps (`int` or `None`): Denoising steps; None for a pipeline that has none.
-        label_sampling (`str`): `balanced`, each class equally often (to one), or `random`, uniformly.
-        seed (`int`): Of labels and noise.
-        temperature, top_k, top_p (*optional*): Of a pipeline that draws codes; None is its default.
-    """
-
-    num_images: int
-    guidance_scale: float
-    num_inference_steps: int | None
-    label_sampling: Literal["balanced", "random"] = "balanced"
-    seed: int = 0
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def given(self) -> dict[str, Any]:
-        r"""Every setting that is not None, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def call_kwargs(self) -> dict[str, Any]:
-        r"""What the pipeline is called with for every image."""
-        names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p")
-        return {name: value for name, value in self.given().items() if name in names}
-
-    def labels(self, num_classes: int | None) -> torch.Tensor | None:
-        r"""The label of each image, `(num_images,)` int64; None without classes."""
-        if num_classes is None:
-            return None
-        if self.label_sampling == "balanced":
-            return torch.arange(self.num_images) % num_classes
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, 6))
-        return torch.randint(num_classes, (self.num_images,), generator=generator)
 
 
 @torch.no_grad()
@@ -171,10 +128,43 @@ def encode_images(
     )
 
 
-def evaluation_inputs(vae: ModelMixin, images: ImageDataset, extractor: FeatureExtractor | None) -> dict[str, Any]:
+@torch.no_grad()
+def image_features(
+    images: ImageDataset,
+    extractor: FeatureExtractor,
+    accelerator: Accelerator,
+    *,
+    max_images: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    folder: Path | None = None,
+) -> torch.Tensor:
+    r"""Features of the first images alone, `(N, D)`; everything as in [`encode_images`]."""
+
+    def extract(chunk: range) -> dict[str, torch.Tensor]:
+        loader = make_pass_loader(Subset(images, chunk), batch_size=batch_size, num_workers=num_workers)
+        features = [
+            extractor(pad_batch(batch["pixel_values"].to(accelerator.device)))[: len(batch["pixel_values"])].cpu()
+            for batch in loader
+        ]
+        return {"features": torch.cat(features)}
+
+    return keep_rows(
+        extract,
+        min(len(images), max_images or len(images)),
+        accelerator,
+        folder=folder,
+        of=folder and evaluation_inputs(None, images, extractor),
+        description="Features of training images",
+    )["features"]
+
+
+def evaluation_inputs(
+    vae: ModelMixin | None, images: ImageDataset, extractor: FeatureExtractor | None
+) -> dict[str, Any]:
     r"""What the measurements of an autoencoder on some images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
     return {
-        "vae": model_hash(vae),
+        "vae": None if vae is None else model_hash(vae),
         "images": [len(images), image_identity(images), list(images.config.value_range)],
         "extractor": None if extractor is None else extractor.fingerprint,
     }
@@ -234,87 +224,13 @@ def latent_metrics(
     return metrics
 
 
-def draw_samples(
-    pipeline: DiffusionPipeline,
-    settings: SampleSettings,
-    folder: Path,
-    accelerator: Accelerator,
-    *,
-    batch_size: int = 64,
-    chunk_size: int = 256,
-) -> torch.Tensor:
-    r"""
-    Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
-
-    Args:
-        pipeline (`DiffusionPipeline`): With the signature of `DAEDiTPipeline` or `DAEVQGANPipeline`.
-        settings ([`SampleSettings`]): What to draw.
-        folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline, the settings and the precision.
-        accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks, and draw in its precision.
-        batch_size (`int`, *optional*): Images at once; changes no image beyond float rounding.
-        chunk_size (`int`, *optional*): Images in a chunk.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, C, H, W)`: uint8, the same on every process.
-    """
-    labels = settings.labels(pipeline.null_class)
-    pipeline.set_progress_bar_config(disable=True)
-    image_pixels = _image_pixels(pipeline)
-
-    def draw(chunk: range) -> dict[str, torch.Tensor]:
-        parts = []
-        for first in range(chunk.start, chunk.stop, batch_size):
-            count = min(batch_size, chunk.stop - first)
-            numbers = (
-                torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
-            )
-            given = (
-                {"num_images_per_label": len(numbers)} if labels is None else {"class_labels": labels[numbers].tolist()}
-            )
-            with accelerator.autocast():
-                output = pipeline(
-                    **given,
-                    **settings.call_kwargs(),
-                    generator=[torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers],
-                    output_type="pt",
-                ).images
-            check_finite(output, "images that the pipeline draws")
-            parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
-        return {"images": torch.cat(parts)}
-
-    return keep_rows(
-        draw,
-        settings.num_images,
-        accelerator,
-        folder=folder,
-        of=generation_inputs(pipeline, settings, accelerator),
-        chunk_size=chunk_size,
-        description="Drawing",
-    )["images"]
-
-
-def generation_inputs(
-    pipeline: DiffusionPipeline, settings: SampleSettings, accelerator: Accelerator
-) -> dict[str, Any]:
-    r"""What drawn images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
-    return {
-        "models": [
-            model_hash(pipeline.prior if hasattr(pipeline, "prior") else pipeline.transformer),
-            model_hash(pipeline.vae),
-        ],
-        "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
-        "settings": settings.given(),
-        "mixed_precision": accelerator.mixed_precision,
-    }
-
-
 @torch.no_grad()
 def sample_metrics(
     samples: torch.Tensor,
     extractor: FeatureExtractor,
     reference: FeatureStatistics,
     train_features: torch.Tensor,
-    train_reconstruction_features: torch.Tensor,
+    train_reconstruction_features: torch.Tensor | None,
     accelerator: Accelerator,
     *,
     batch_size: int = 64,
@@ -327,8 +243,9 @@ def sample_metrics(
         samples (`torch.Tensor` of shape `(N, C, H, W)`): uint8.
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
         reference ([`FeatureStatistics`]): Of all training images.
-        train_features, train_reconstruction_features (`torch.Tensor` of shape `(M, D)`): Of some training images, and
-            of what the autoencoder makes of them.
+        train_features (`torch.Tensor` of shape `(M, D)`): Of some training images.
+        train_reconstruction_features (`torch.Tensor` of shape `(M, D)` or `None`): Of what the autoencoder makes of them;
+            None where there is no autoencoder, and hence no `gap`.
         accelerator ([`~accelerate.Accelerator`]): Of this run.
         batch_size (`int`, *optional*): Images at once, per process.
         folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation goes on from there.
@@ -362,11 +279,10 @@ def sample_metrics(
     features = gathered["features"]
     statistics = statistics_of(features)
     count = min(len(features), len(train_features))
-    metrics = {
-        extractor.distance_name("g"): frechet_distance(statistics, reference),
-        "gap": frechet_distance(statistics, statistics_of(train_reconstruction_features)),
-        "kernel_distance": kernel_distance(features, train_features),
-    }
+    metrics = {extractor.distance_name("g"): frechet_distance(statistics, reference)}
+    if train_reconstruction_features is not None:
+        metrics["gap"] = frechet_distance(statistics, statistics_of(train_reconstruction_features))
+    metrics["kernel_distance"] = kernel_distance(features, train_features)
     metrics["precision"], metrics["recall"] = precision_recall(train_features[:count], features[:count])
     metrics["density"], metrics["coverage"] = density_coverage(train_features[:count], features[:count])
     if "logits" in gathered:
@@ -399,10 +315,3 @@ def gather_in_order(rows: dict[str, torch.Tensor], total: int, accelerator: Acce
             if name in part:
                 whole[name][process :: accelerator.num_processes] = part[name]
     return whole
-
-
-def _image_pixels(pipeline: DiffusionPipeline) -> int:
-    """Of the images that it draws; few where its parts do not say."""
-    size = getattr(pipeline, "transformer", pipeline).config.get("sample_size") or 1
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * width * spatial_factor(pipeline.vae) ** 2

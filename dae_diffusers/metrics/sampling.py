@@ -1,0 +1,217 @@
+"""Drawing images from any pipeline, so that each of them depends on its number alone."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
+
+from dae_diffusers.autoencoders.loading import check_finite, spatial_factor
+from dae_diffusers.cli import UserError
+from dae_diffusers.metrics.kept import keep_rows, model_hash
+from dae_diffusers.metrics.statistics import padded_size
+from dae_diffusers.randomness import derived_seed
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    r"""
+    How images are drawn. Image `n` depends on `(seed, n)` and its label alone, on no batch and no process.
+
+    Attributes:
+        num_images (`int`): How many.
+        guidance_scale (`float` or `None`): Classifier-free guidance; 1 is none. None for a pipeline that has none.
+        num_inference_steps (`int` or `None`): Denoising steps; None for a pipeline that has none.
+        label_sampling (`str`): `balanced`, each class equally often (to one), or `random`, uniformly.
+        seed (`int`): Of labels and noise.
+        temperature, top_k, top_p (*optional*): Of a pipeline that draws codes; None is its default.
+        prompts (`tuple[str, ...]`, *optional*): Text for each class, of a text-to-image pipeline; a single one if there are
+            no classes.
+    """
+
+    num_images: int
+    guidance_scale: float | None
+    num_inference_steps: int | None
+    label_sampling: Literal["balanced", "random"] = "balanced"
+    seed: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    prompts: tuple[str, ...] | None = None
+
+    def given(self) -> dict[str, Any]:
+        r"""Every setting that is not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def call_kwargs(self) -> dict[str, Any]:
+        r"""What the pipeline is called with for every image."""
+        names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p")
+        return {name: value for name, value in self.given().items() if name in names}
+
+    def labels(self, num_classes: int | None) -> torch.Tensor | None:
+        r"""The label of each image, `(num_images,)` int64; None without classes."""
+        if num_classes is None:
+            return None
+        if self.label_sampling == "balanced":
+            return torch.arange(self.num_images) % num_classes
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, 6))
+        return torch.randint(num_classes, (self.num_images,), generator=generator)
+
+
+class Sampler:
+    r"""
+    A pipeline behind one call, whatever its own is.
+
+    | pipeline | drawn for each image | classes |
+    |---|---|---|
+    | with `num_images_per_label` (ours, and stock DiT pipelines loaded as ours) | a class, or none | its own |
+    | with `prompt` (text-to-image) | the prompt of a class | the number of prompts |
+    | with `batch_size` (unconditional ones) | nothing | none |
+
+    Args:
+        pipeline (`DiffusionPipeline`): On its device.
+        prompts (`tuple[str, ...]`, *optional*): See [`SampleSettings`].
+
+    Raises:
+        UserError: For a pipeline of another kind, and a text-to-image one without prompts.
+
+    Attributes:
+        accepted (`set[str]`): Names of the call's options.
+        num_classes (`int` or `None`): See the table.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, prompts: tuple[str, ...] | None = None):
+        self.pipeline = pipeline
+        self.prompts = prompts
+        self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
+        self.num_classes: int | None = None
+        if "num_images_per_label" in self.accepted:
+            self.num_classes = pipeline.null_class
+            self._given: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
+                {"num_images_per_label": count} if labels is None else {"class_labels": labels}
+            )
+        elif "prompt" in self.accepted:
+            if prompts is None:
+                raise UserError(
+                    f"a {type(pipeline).__name__} draws what a text says: give `--prompt`, such as 'a photo of a {{label}}'."
+                )
+            self.num_classes = len(prompts) if len(prompts) > 1 else None
+            self._given = lambda labels, count: {"prompt": [prompts[label] for label in labels or [0] * count]}
+        elif "batch_size" in self.accepted:
+            self._given = lambda labels, count: {"batch_size": count}
+        else:
+            raise UserError(
+                f"a {type(pipeline).__name__} cannot be evaluated: its call takes none of `class_labels` with "
+                f"`num_images_per_label`, `prompt` and `batch_size`, but {sorted(self.accepted - {'self'})}."
+            )
+
+    def __call__(
+        self, labels: list[int] | None, count: int, generators: list[torch.Generator], **options
+    ) -> torch.Tensor:
+        r"""`count` images, `(count, C, H, W)` in [0, 1]; options that the pipeline does not know are left out."""
+        images = self.pipeline(
+            **self._given(labels, count),
+            **{name: value for name, value in options.items() if name in self.accepted},
+            generator=generators,
+            output_type="np",
+        ).images
+        return torch.as_tensor(images).permute(0, 3, 1, 2)
+
+
+def autoencoder_of(pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
+    r"""What it decodes its latents with; None for a pipeline without latents, or with an autoencoder of another class."""
+    parts = (pipeline.components.get(name) for name in ("vae", "vqvae"))
+    return next((part for part in parts if isinstance(part, AutoencoderKL | VQModel)), None)
+
+
+def draw_samples(
+    pipeline: DiffusionPipeline,
+    settings: SampleSettings,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    batch_size: int = 64,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    r"""
+    Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
+
+    Args:
+        pipeline (`DiffusionPipeline`): Of a kind that [`Sampler`] knows.
+        settings ([`SampleSettings`]): What to draw.
+        folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline, the settings and the precision.
+        accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks, and draw in its precision.
+        image_shape (`tuple[int, int, int]`, *optional*): Channels, height and width that images must have.
+        batch_size (`int`, *optional*): Images at once; changes no image beyond float rounding.
+        chunk_size (`int`, *optional*): Images in a chunk.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, C, H, W)`: uint8, the same on every process.
+
+    Raises:
+        UserError: For images of another shape, and with NaN or infinite values.
+    """
+    sampler = Sampler(pipeline, settings.prompts)
+    labels = settings.labels(sampler.num_classes)
+    pipeline.set_progress_bar_config(disable=True)
+    image_pixels = _image_pixels(pipeline)
+
+    def draw(chunk: range) -> dict[str, torch.Tensor]:
+        parts = []
+        for first in range(chunk.start, chunk.stop, batch_size):
+            count = min(batch_size, chunk.stop - first)
+            numbers = (
+                torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
+            )
+            generators = [torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers]
+            chosen = None if labels is None else labels[numbers].tolist()
+            with accelerator.autocast():
+                output = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
+            check_finite(output, "images that the pipeline draws")
+            if image_shape is not None and tuple(output.shape[1:]) != tuple(image_shape):
+                raise UserError(
+                    f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but those to compare with have "
+                    f"{tuple(image_shape)}. Set `--image_channels` and `--resolution` to its own."
+                )
+            parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
+        return {"images": torch.cat(parts)}
+
+    return keep_rows(
+        draw,
+        settings.num_images,
+        accelerator,
+        folder=folder,
+        of=generation_inputs(pipeline, settings, accelerator),
+        chunk_size=chunk_size,
+        description="Drawing",
+    )["images"]
+
+
+def generation_inputs(
+    pipeline: DiffusionPipeline, settings: SampleSettings, accelerator: Accelerator
+) -> dict[str, Any]:
+    r"""What drawn images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
+    return {
+        "models": {
+            name: model_hash(part)
+            for name, part in sorted(pipeline.components.items())
+            if isinstance(part, torch.nn.Module)
+        },
+        "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
+        "settings": settings.given(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def _image_pixels(pipeline: DiffusionPipeline) -> int:
+    """Of the images that it draws; few where its parts do not say."""
+    model = next((getattr(pipeline, name) for name in ("transformer", "unet") if hasattr(pipeline, name)), pipeline)
+    size = getattr(getattr(model, "config", None), "sample_size", None) or 1
+    height, width = (size, size) if isinstance(size, int) else size
+    vae = autoencoder_of(pipeline)
+    return height * width * (1 if vae is None else spatial_factor(vae) ** 2)
