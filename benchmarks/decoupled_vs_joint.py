@@ -225,6 +225,7 @@ def train_decoder_on(
     steps: int,
 ) -> None:
     """Trains the decoder of a finished run on, alone."""
+    with_transformers = experiment["conditions"][condition].get("latents_of", condition)
     before = folder_of(output_dir, experiment, budget, condition, seed)
     folder = folder_of(output_dir, experiment, budget, condition, seed, decoder_steps=steps)
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
@@ -234,7 +235,8 @@ def train_decoder_on(
         first, more = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"], cost_of(flags, folder)
         return {name: first[name] + more[name] for name in first}
 
-    decode_again(experiment, before, folder, flags, condition, seed, generators, cost)
+    transformers = folder_of(output_dir, experiment, budget, with_transformers, seed)
+    decode_again(experiment, transformers, folder, flags, condition, seed, generators, cost)
 
 
 def decode_again(
@@ -450,7 +452,7 @@ PREDICTORS = ("rFD", "gap", "iFD", "CD paired", "CD excess", "CD unpaired", "DiT
 
 
 def budgets_of(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[str]:
-    """The experiment's, and with `+N` those after which the decoder was trained on for N steps; without empty ones."""
+    """The experiment's, and with `+N` those after which the decoder was trained on for N steps; only if they have runs of their own."""
     extra = {
         int(row["steps"].removeprefix(f"{base}+"))
         for row in rows
@@ -461,7 +463,13 @@ def budgets_of(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[s
     budgets = [
         f"{budget}+{steps}" if steps else budget for budget in experiment["budgets"] for steps in [0, *sorted(extra)]
     ]
-    return [budget for budget in budgets if rows_of_budget(rows, experiment, budget)]
+    shown, seen = [], []
+    for budget in budgets:
+        new = [row for row in rows_of_budget(rows, experiment, budget) if row not in seen]
+        if new:
+            shown.append(budget)
+            seen += new
+    return shown
 
 
 def rows_of_budget(rows: list[dict[str, Any]], experiment: dict[str, Any], budget: str) -> list[dict[str, Any]]:
@@ -511,7 +519,7 @@ def table_of_differences(runs: Runs) -> list[str]:
         intervals = [paired_difference(runs, condition, baseline, name) for name, baseline in columns]
         cells = [show_interval(interval) for interval in intervals]
         against = intervals[: len(BASELINES)]
-        if condition.startswith(BASELINES):
+        if condition == "same" or condition.startswith("joint"):
             success = ""
         elif None in against or any(math.isinf(interval[2]) for interval in against):
             success = "too few seeds"
