@@ -40,6 +40,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -598,8 +599,8 @@ def partial_correlation(xy: float, xz: float, yz: float) -> float:
 
 
 def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:
-    """gFD and gap against rFD for the first generator: a colour for each condition, a point for each seed; the means of
-    the joint conditions (several KL weights) are joined: the curve to beat."""
+    """gFD and gap against rFD for the first generator: a colour for each condition, a small point for each seed, a large one
+    for their mean; joint training at several KL weights is joined by a line: the curve to beat."""
     generator = next(iter(experiment["generators"]))
     chosen = [row for row in rows if row["generator"] == generator]
     if not chosen:
@@ -618,11 +619,14 @@ def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: 
             axis.scatter(x, y, marker="s" if joint else "o", color=color, s=12, alpha=0.5)
             marker = "s" if joint else "oD"[number // 10]
             axis.scatter(*mean, label=condition, marker=marker, color=color, s=44, edgecolor="black", linewidth=0.6)
-            if joint:
+            if condition == "joint" or condition.startswith("joint-kl"):
                 means.append(mean)
         if means:
             axis.plot(*zip(*sorted(means), strict=True), color="0.6", linewidth=1, zorder=0)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("rFD of the autoencoder (lower is better)")
         axis.set_ylabel(f"{name} (lower is better)")
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right")
