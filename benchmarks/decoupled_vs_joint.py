@@ -210,8 +210,7 @@ def train_other_decoder(
 
     def cost() -> dict[str, float]:
         """As if both stages had been trained: the base's, with one second stage for another."""
-        shared = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"]
-        return {"cpu_seconds": shared["cpu_seconds"], "flops": cost_of(whole, before)["flops"]}
+        return cost_of(whole, before)
 
     decode_again(experiment, before, folder, {**whole, **stage2}, condition, seed, generators, cost)
 
@@ -284,8 +283,7 @@ def autoencoder_flags(
 
 def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
     """Of an autoencoder that was trained there with those flags."""
-    flops = training_flops(TrainDAEConfig(**{**flags, "output_dir": str(folder)}))
-    return {**json.loads((folder / "cost.json").read_text()), "flops": flops}
+    return {**json.loads((folder / "cost.json").read_text()), "flops": training_flops(TrainDAEConfig(**flags))}
 
 
 def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[str, int]:
@@ -318,7 +316,7 @@ def folder_of(
 
 def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
     """Of both training scripts."""
-    return {"output_dir": output_dir, "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
+    return {"output_dir": str(output_dir), "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
 
 
 def train_autoencoder(
@@ -331,7 +329,8 @@ def train_autoencoder(
     images = load_images(DataConfig(**experiment["data"]), seed)
     extractor = load_feature_extractor(experiment["features"])
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
-    seen = encode_images(vae, images[0], accelerator, extractor=extractor, max_images=experiment["num_images"])
+    limits = {"measures": {}, "max_images": experiment["num_images"]}
+    seen = encode_images(vae, images[0], accelerator, extractor=extractor, **limits)
     return accelerator, images, extractor, vae, seen
 
 
@@ -400,18 +399,24 @@ def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
 
 def launch(command: list[str], flags: dict[str, Any]) -> dict[str, float]:
     """Runs a script of Python and returns the seconds of processor time that it took, start-up included."""
-    argv = [sys.executable, *command]
-    for name, value in flags.items():
-        if value is True:
-            argv.append(f"--{name}")
-        elif value is not False and value is not None:
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    argv = [sys.executable, *command, *words_of(flags)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(argv, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(argv)} failed:\n{result.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+
+
+def words_of(flags: dict[str, Any]) -> list[str]:
+    """Flags as a command line has them."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not False and value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def last_value(log: Path, name: str) -> float:

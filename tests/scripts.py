@@ -1,5 +1,6 @@
 """Ways to run the training scripts: in this process, in a copy of it, or in processes of their own."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 import torch
@@ -49,6 +51,15 @@ CONFIG_CLASSES = {
     evaluate: evaluate.EvaluateConfig,
     train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
 }
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """A script of `benchmarks/`, which is no package."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(script, flags: str, **more):

@@ -1,6 +1,5 @@
 """The benchmark of the claim: what it trains, what it does not repeat, and its statistics against scipy's."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import scipy.stats
 import yaml
 from models import save_backbone
-from scripts import CONFIG_CLASSES
+from scripts import CONFIG_CLASSES, load_benchmark
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.training import cache_latents, train_dae, train_dit
@@ -63,11 +62,7 @@ EXPERIMENT = {
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = Path(__file__).parents[1] / "benchmarks" / "decoupled_vs_joint.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("decoupled_vs_joint")
 
 
 @pytest.fixture
@@ -76,13 +71,8 @@ def launched(benchmark, monkeypatch):
     calls = []
 
     def launch_script(name, flags):
-        words = [
-            word
-            for flag, value in flags.items()
-            for word in (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
-        ]
         script = SCRIPTS[name]
-        script.main(parse_config(CONFIG_CLASSES[script], words))
+        script.main(parse_config(CONFIG_CLASSES[script], benchmark.words_of(flags)))
         calls.append((name, flags["output_dir"]))
         return {"cpu_seconds": 1.0}
 

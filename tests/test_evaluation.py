@@ -254,6 +254,14 @@ def test_autoencoders_of_another_class_are_refused(tmp_path):
         load_autoencoder(str(tmp_path))
 
 
+def test_autoencoder_whose_config_names_no_class_is_an_autoencoder_kl(pipeline, tmp_path):
+    pipeline.vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["_class_name"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(load_autoencoder(str(tmp_path))) is type(pipeline.vae)
+
+
 def test_complexity_distance_is_measured_and_drawn(extractor_folder, pipeline, tmp_path):
     vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
     vae.save_pretrained(tmp_path / "vae")

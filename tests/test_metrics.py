@@ -8,13 +8,13 @@ import math
 import sys
 import types
 import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from accelerate.state import AcceleratorState
+from scripts import load_benchmark
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.kid import poly_mmd
 from transformers import (
@@ -335,11 +335,7 @@ def fresh_accelerator_state():
 
 @pytest.fixture(scope="module")
 def training_script():
-    path = Path(__file__).parents[1] / "benchmarks" / "train_feature_extractor.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("train_feature_extractor")
 
 
 def test_trained_extractor_is_what_its_folder_loads(training_script, tmp_path):

@@ -31,7 +31,8 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     reasons = []
     for subfolder in (None, "vae"):
         try:
-            class_name = AutoencoderKL.load_config(name_or_path, subfolder=subfolder).get("_class_name")
+            config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
+            class_name = config.get("_class_name", "AutoencoderKL")
             if class_name not in _CLASSES:
                 raise ValueError(f"its class is {class_name}.")
             vae_class = _CLASSES[class_name]

@@ -201,8 +201,7 @@ class LatentDiagnostics:
 
         Source: Roy and Vetterli, 2007, https://ieeexplore.ieee.org/document/7098875.
         """
-        eigenvalues = _eigenvalues(self._covariance_of_means())
-        return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
+        return _effective_rank(_eigenvalues(self._covariance_of_means()))
 
     @property
     def gaussian_entropy(self) -> float:
@@ -338,7 +337,7 @@ def plot_latent_space(diagnostics: LatentDiagnostics, path: str | Path) -> None:
     power.legend(fontsize=7, frameon=False)
     eigenvalues = _eigenvalues(diagnostics._covariance_of_means()).flip(0)
     directions.plot(range(1, len(eigenvalues) + 1), (eigenvalues.cumsum(0) / eigenvalues.sum()).tolist())
-    rank = diagnostics.effective_rank
+    rank = _effective_rank(eigenvalues)
     directions.axvline(rank, color="0.7", linestyle=":", label=f"effective rank {rank:.1f}")
     directions.set_title("share of the variance in the first directions", fontsize=10)
     directions.set_xlabel("principal components", fontsize=8)
@@ -398,6 +397,10 @@ def _eigenvalues(covariance: torch.Tensor) -> torch.Tensor:
     eigenvalues = torch.linalg.eigvalsh(covariance)
     rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
     return torch.where(eigenvalues > rounding, eigenvalues, 0)
+
+
+def _effective_rank(eigenvalues: torch.Tensor) -> float:
+    return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
 
 
 def _ridge_solve(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
