@@ -45,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.cli import UserError, run_script
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance
 from dae_diffusers.metrics.evaluation import (
@@ -68,7 +69,8 @@ QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps
 COMPLEXITY = ComplexityConfig(capacities=(0, 16), seeds=(0,))
 
 
-def main():
+def parse_arguments() -> argparse.Namespace:
+    """The flags, with `experiment` as the mapping that its file holds and the other flags have changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", type=Path, required=True, help="a file of benchmarks/experiments/")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -91,33 +93,36 @@ def main():
     parser.add_argument("--decoder_steps", type=int, help="train every decoder on for so many steps and measure again")
     parser.add_argument("--only_summary", action="store_true", help="write the tables from what is finished")
     arguments = parser.parse_args()
-    experiment = yaml.safe_load(arguments.experiment.read_text())
+    try:
+        experiment = yaml.safe_load(arguments.experiment.read_text())
+        experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        parser.error(str(error))
     for name in ("features", "seeds"):
         if getattr(arguments, name) is not None:
             experiment[name] = getattr(arguments, name)
-    try:
-        experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
-    except ValueError as error:
-        parser.error(str(error))
-    chosen = {}
     for name in ("budgets", "conditions", "generators"):
-        chosen[name] = getattr(arguments, name) or list(experiment[name])
-        unknown = set(chosen[name]) - set(experiment[name])
+        setattr(arguments, name, getattr(arguments, name) or list(experiment[name]))
+        unknown = set(getattr(arguments, name)) - set(experiment[name])
         if unknown:
             parser.error(f"unknown {name} {sorted(unknown)}; the experiment has {list(experiment[name])}.")
+    arguments.experiment = experiment
+    return arguments
 
-    output_dir = arguments.output_dir
+
+def main(arguments: argparse.Namespace) -> None:
+    experiment, output_dir = arguments.experiment, arguments.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     if not arguments.only_summary:
         experiment["features"] = find_features(experiment, output_dir)
         # Seed by seed, so that an interrupted benchmark has complete pairs.
-        todo = itertools.product(chosen["budgets"], experiment["seeds"], chosen["conditions"])
+        todo = itertools.product(arguments.budgets, experiment["seeds"], arguments.conditions)
         for budget, seed, condition in tqdm(list(todo), desc="Autoencoders", unit="run"):
             options = experiment["conditions"][condition]
             if budget not in options.get("budgets", experiment["budgets"]):
                 continue
             generators = [
-                name for name in chosen["generators"] if name in options.get("generators", chosen["generators"])
+                name for name in arguments.generators if name in options.get("generators", arguments.generators)
             ]
             if "latents_of" in options:
                 train_other_decoder(experiment, budget, condition, seed, generators, output_dir)
@@ -127,7 +132,7 @@ def main():
                 train_decoder_on(experiment, budget, condition, seed, generators, output_dir, arguments.decoder_steps)
     rows = read_rows(output_dir)
     if not rows:
-        raise SystemExit(f"nothing is finished in {output_dir}.")
+        raise UserError(f"nothing is finished in {output_dir}.")
     write_json(output_dir / "results.json", rows)
     text = summarize(rows, experiment)
     (output_dir / "results.md").write_text(text)
@@ -152,8 +157,9 @@ def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None
 
 
 def find_features(experiment: dict[str, Any], output_dir: Path) -> str:
-    """The feature extractor's name; one that the experiment describes by its training is trained on the images first."""
+    """The feature extractor's name, tried out; one that the experiment describes by its training is trained on the images."""
     if not isinstance(experiment["features"], dict):
+        load_feature_extractor(experiment["features"])
         return experiment["features"]
     folder = output_dir / "features" / "classifier"
     if not (folder / "results.json").exists():
@@ -403,7 +409,7 @@ def launch(command: list[str], flags: dict[str, Any]) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(argv, capture_output=True, text=True)
     if result.returncode != 0:
-        raise SystemExit(f"{' '.join(argv)} failed:\n{result.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(argv)} failed:\n{result.stderr[-2000:]}")  # whole: it may be a traceback
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
@@ -663,4 +669,4 @@ def plot_sizes(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Pat
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, parse_arguments())

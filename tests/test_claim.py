@@ -11,7 +11,7 @@ import yaml
 from models import save_backbone
 from scripts import CONFIG_CLASSES, load_benchmark
 
-from dae_diffusers.cli import parse_config
+from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 SCRIPTS = {"train_dae": train_dae, "cache_latents": cache_latents, "train_dit": train_dit}
@@ -94,7 +94,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         "--data", f"train_data_dir={image_folder}", "validation_fraction=0.5",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
-    benchmark.main()
+    benchmark.main(benchmark.parse_arguments())
 
     folders = [str(Path(folder).relative_to(tmp_path / "claim")) for name, folder in launched if name == "train_dae"]
     assert sorted(folders) == sorted(
@@ -138,9 +138,42 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     assert len(list((tmp_path / "claim").glob("sizes-*.png"))) == 4
 
     launched.clear()
-    benchmark.main()
+    benchmark.main(benchmark.parse_arguments())
     assert launched == []
     assert (tmp_path / "claim" / "results.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--experiment nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+        ("--experiment {experiment} --conditions jonit", "unknown conditions ['jonit']; the experiment has ['joint'"),
+        ("--experiment {experiment} --data resolutoin=32", "`--data` has no ['resolutoin']"),
+    ],
+)
+def test_wrong_flags_are_named(benchmark, flags, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    words = flags.format(experiment=tmp_path / "experiment.yaml").split()
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--output_dir", f"{tmp_path}/claim", *words])
+    with pytest.raises(SystemExit) as exit_info:
+        benchmark.parse_arguments()
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_path, monkeypatch):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    command = [
+        "--experiment",
+        f"{tmp_path}/experiment.yaml",
+        "--output_dir",
+        f"{tmp_path}/claim",
+        "--features",
+        "no/model",
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *command])
+    with pytest.raises(UserError, match="'no/model' cannot be loaded"):
+        benchmark.main(benchmark.parse_arguments())
+    assert launched == []
 
 
 def test_data_flags_replace_those_of_the_experiment(benchmark):
