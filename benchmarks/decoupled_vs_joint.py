@@ -329,7 +329,7 @@ def train_autoencoder(
     experiment: dict[str, Any], flags: dict[str, Any], folder: Path, seed: int
 ) -> tuple[Accelerator, tuple, FeatureExtractor, AutoencoderKL, EncodedImages]:
     """Trains an autoencoder unless it exists, and returns it among what measures it; the last are the training images in it."""
-    if not (folder / "vae").exists():
+    if not (folder / "cost.json").exists():  # the last thing that is written
         write_json(folder / "cost.json", launch_script("train_dae", flags))
     accelerator = Accelerator()
     images = load_images(DataConfig(**experiment["data"]), seed)
@@ -404,7 +404,10 @@ def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
 
 
 def launch(command: list[str], flags: dict[str, Any]) -> dict[str, float]:
-    """Runs a script of Python and returns the seconds of processor time that it took, start-up included."""
+    """
+    Runs a script of Python and returns the seconds of processor time that it took, start-up included. Of one that goes on
+    after an interruption, only those since then.
+    """
     argv = [sys.executable, *command, *words_of(flags)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(argv, capture_output=True, text=True)

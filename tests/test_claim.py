@@ -142,6 +142,14 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     assert launched == []
     assert (tmp_path / "claim" / "results.md").read_text() == text
 
+    # Interrupted after the autoencoder was saved, before its cost was.
+    folder = tmp_path / "claim" / "linear" / "2+2" / "seed-0"
+    for name in ("cost", "autoencoder"):
+        (folder / f"{name}.json").unlink()
+    benchmark.main(benchmark.parse_arguments())
+    assert launched == [("train_dae", str(folder))]
+    assert (tmp_path / "claim" / "results.md").read_text() == text
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
