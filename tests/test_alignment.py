@@ -20,9 +20,9 @@ from dae_diffusers.losses.alignment import (
     marginal_cosine_loss,
     marginal_distance_matrix_loss,
     representation_alignment_loss,
-    resize_features,
 )
 from dae_diffusers.losses.perceptual import load_backbone
+from dae_diffusers.losses.resizing import resize
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 from dae_diffusers.training.train_dae import TrainDAEConfig
 from dae_diffusers.training.train_dit import TrainDiTConfig
@@ -105,7 +105,7 @@ def test_features_lie_where_their_patches_lie(any_backbone_folder):
     change = (features[1] - features[0]).norm(dim=0)
     rows, columns = change.shape
     assert change.argmax() == columns - 1
-    quarter = resize_features(features, (2, 2))
+    quarter = resize(features, (2, 2))
     assert quarter.shape == (2, features.shape[1], 2, 2)
     assert (quarter[1] - quarter[0]).norm(dim=0).argmax() == 1
 
@@ -310,7 +310,7 @@ def test_repa_is_of_its_block_however_the_transformer_runs(
     reference, outputs = make_transformer(), []
     reference.transformer_blocks[1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     velocity = reference(latents, timestep, return_dict=False)[0]
-    features = resize_features(alignment.backbone.patch_features(pixel_values), (4, 4))
+    features = resize(alignment.backbone.patch_features(pixel_values), (4, 4))
     expected = representation_alignment_loss(alignment.projector(outputs[0]).mT.reshape(2, -1, 4, 4), features)
     assert_close(logs["repa_loss"], expected)
     assert_close(term, 0.5 * expected)

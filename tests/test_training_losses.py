@@ -81,9 +81,11 @@ def test_discriminator_on_a_backbone_in_bfloat16(image_folder, tmp_path, flags, 
 
 
 def test_all_regularisers_at_once(image_folder, tmp_path):
-    flags = TINY_DAE + " --mask_ratio 0.3 --latent_denoising 1 --equivariance 0.5 --noise_tau 0.3"
-    for kind in ("kl", "vq"):
-        more = "" if kind == "kl" else " --autoencoder vq --codebook_size 16 --codebook_warmup_steps 1"
+    flags = TINY_DAE + " --mask_ratio 0.3 --latent_denoising 1 --equivariance 0.9 --noise_tau 0.3"
+    backbone = save_backbone(tmp_path / "backbone", "resnet")  # of larger images: everything is resized
+    kl = f" --mixed_precision bf16 --perceptual_model {backbone}"
+    vq = " --autoencoder vq --codebook_size 16 --codebook_warmup_steps 1"
+    for kind, more in (("kl", kl), ("vq", vq)):
         run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path / kind)
         assert (tmp_path / kind / "vae" / "config.json").exists()
 

@@ -9,23 +9,7 @@ from torch import nn
 
 from dae_diffusers.losses.adversarial import adaptive_weight
 from dae_diffusers.losses.perceptual import FrozenBackbone
-
-
-def resize_features(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    r"""
-    Features on another grid, bilinear with antialiasing.
-
-    Args:
-        features (`torch.Tensor` of shape `(B, D, h, w)`): As [`FrozenBackbone.patch_features`] gives them.
-        size (`tuple[int, int]`): Rows and columns of the result.
-
-    Returns:
-        `torch.Tensor` of shape `(B, D, *size)`, float32.
-    """
-    features = features.float()
-    if features.shape[2:] == size:
-        return features
-    return F.interpolate(features, size=size, mode="bilinear", antialias=True, align_corners=False)
+from dae_diffusers.losses.resizing import resize
 
 
 def marginal_cosine_loss(projected: torch.Tensor, features: torch.Tensor, margin: float = 0.5) -> torch.Tensor:
@@ -148,7 +132,7 @@ class LatentAlignment:
         """
         with self.accelerator.autocast():
             features = self.backbone.patch_features(pixel_values)
-        features = resize_features(features, tuple(latents.shape[2:]))
+        features = resize(features, tuple(latents.shape[2:]))
         projected = self.projection(latents)
         cosine = marginal_cosine_loss(projected, features, self.settings.cosine_margin)
         distance = marginal_distance_matrix_loss(projected, features, self.settings.distance_margin)
@@ -211,7 +195,7 @@ class RepresentationAlignment:
         with self.accelerator.autocast():
             features = self.backbone.patch_features(pixel_values)
         projected = self.projector(hidden_states).transpose(1, 2).unflatten(2, grid)
-        loss = representation_alignment_loss(projected, resize_features(features, grid))
+        loss = representation_alignment_loss(projected, resize(features, grid))
         return self.weight * loss, {"repa_loss": loss}
 
 

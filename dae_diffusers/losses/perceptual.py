@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dae_diffusers.cli import UserError
+from dae_diffusers.losses.resizing import resize
 from dae_diffusers.metrics.features import load_vision_model
 
 
@@ -92,9 +93,7 @@ class FrozenBackbone(nn.Module):
             raise ValueError(
                 f"images have {images.shape[1]} channels, but a vision model takes 1 (gray, repeated) or 3 (RGB)."
             )
-        images = images.expand(-1, 3, -1, -1)
-        if images.shape[2:] != self.size:
-            images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
+        images = resize(images.expand(-1, 3, -1, -1), tuple(self.size))
         return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
 
 

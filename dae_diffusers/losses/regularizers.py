@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
+
+from dae_diffusers.losses.resizing import resize
 
 
 def mask_patches(pixel_values: torch.Tensor, ratio: float, patch_size: int) -> torch.Tensor:
@@ -104,9 +105,7 @@ class SpatialTransform:
         return self._apply(images, tuple(self.factor * side for side in self.size))
 
     def _apply(self, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        if values.shape[2:] != size:
-            values = F.interpolate(values, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return values.rot90(self.quarter_turns, dims=(2, 3))
+        return resize(values, size).rot90(self.quarter_turns, dims=(2, 3))
 
 
 @dataclass(frozen=True)
