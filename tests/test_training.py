@@ -349,9 +349,13 @@ def test_cached_latents_change_nothing_in_stage_two(cached, image_folder, tmp_pa
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "encoded")
     assert_same_weights(weights(cached / "vae"), weights(tmp_path / "encoded" / "vae"), rtol=1e-3, atol=1e-5)
     assert not (cached / "train_dae" / "latents").exists()
+    configs = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (cached, tmp_path / "encoded")]
+    for name in ("latents_mean", "latents_std"):
+        assert configs[0][name] == pytest.approx(configs[1][name], rel=1e-5, abs=1e-6)
 
 
 def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
+    """And never again: the statistics are those of what is cached."""
     encoded = []
     original = DAEAutoencoderKL.encode
 
@@ -360,6 +364,7 @@ def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
             encoded.append(len(x))
         return original(self, x, *args, **kwargs)
 
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda *args, **kwargs: pytest.fail("encoded once more"))
     monkeypatch.setattr(DAEAutoencoderKL, "encode", count)
     flags = LONG_STAGE_TWO + " --validation_steps 1000 --validation_fraction 0.25"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)

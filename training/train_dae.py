@@ -53,7 +53,12 @@ from dae_diffusers.data import (
     make_pass_loader,
 )
 from dae_diffusers.data.arrays import save_value_range
-from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, write_latent_cache
+from dae_diffusers.latents.cache import (
+    CachedLatents,
+    ImagesWithLatents,
+    autoencoder_fingerprint,
+    write_latent_cache,
+)
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import compute_latent_statistics
@@ -162,21 +167,23 @@ def main(config: TrainDAEConfig) -> None:
         run.mark(f"end of stage {stage}", first_step)
 
     if config.stage != "1":
-        loader = make_pass_loader(
-            train_images,
-            batch_size=config.train_batch_size,
-            process_index=run.accelerator.process_index,
-            num_processes=run.accelerator.num_processes,
-            num_workers=config.dataloader_num_workers,
-        )
+        shares = {
+            "batch_size": config.train_batch_size,
+            "process_index": run.accelerator.process_index,
+            "num_processes": run.accelerator.num_processes,
+            "num_workers": config.dataloader_num_workers,
+        }
         vae = model.to_diffusers().to(run.accelerator.device)
         if is_vq(vae):
-            metrics = codebook_metrics(count_codes(vae, loader, run.accelerator))
+            metrics = codebook_metrics(count_codes(vae, make_pass_loader(train_images, **shares), run.accelerator))
             logger.info(
                 "over all training images: %s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             )
         statistics = compute_latent_statistics(
-            vae, loader, device=run.accelerator.device, disable_progress=not run.accelerator.is_local_main_process
+            vae,
+            make_pass_loader(cached_latents(run, vae, train_images) or train_images, **shares),
+            device=run.accelerator.device,
+            disable_progress=not run.accelerator.is_local_main_process,
         )
         try:
             statistics.write_to_config(vae)
@@ -186,6 +193,7 @@ def main(config: TrainDAEConfig) -> None:
             vae.save_pretrained(run.output_dir / "vae")
             save_value_range(config.value_range, run.output_dir / "vae")
             logger.info("saved %s", run.output_dir / "vae")
+            shutil.rmtree(latent_folder(run), ignore_errors=True)
     run.finish("stage1" if config.stage == "1" else "vae")
 
 
@@ -370,8 +378,6 @@ def train_stage(
                 stop.exit()
     progress.close()
     accelerator.wait_for_everyone()
-    if isinstance(train_images, ImagesWithLatents) and accelerator.is_main_process:
-        shutil.rmtree(run.folder / "latents")
     if ema is not None:
         ema.copy_to(parameters)
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -390,8 +396,8 @@ def pays_to_cache_latents(config: TrainDAEConfig, model, images: ImageDataset, n
 
 
 def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> ImagesWithLatents:
-    """Encodes every image once, since the encoder no longer changes; the cache goes when the stage is done."""
-    folder = run.folder / "latents"
+    """Encodes every image once, since the encoder no longer changes; the cache goes when the run is done."""
+    folder = latent_folder(run)
     was_training = model.training
     model.eval()
     write_latent_cache(
@@ -405,6 +411,20 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     )
     model.train(was_training)
     return ImagesWithLatents(images, CachedLatents(folder, verify=False))  # whole, or just made so
+
+
+def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:
+    """What stage 2 has encoded of the images, or None."""
+    try:
+        latents = CachedLatents(latent_folder(run), verify=False)
+        latents.check(autoencoder=autoencoder_fingerprint(vae), images=images)
+    except UserError:
+        return None
+    return latents
+
+
+def latent_folder(run: TrainingRun) -> Path:
+    return run.folder / "latents"
 
 
 def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
