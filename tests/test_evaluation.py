@@ -248,8 +248,9 @@ def test_autoencoder_of_a_pipeline_is_one_that_can_be_measured(pipeline):
     assert autoencoder_of(SimpleNamespace(components={"vae": AutoencoderTiny()})) is None
 
 
-def test_autoencoders_of_another_class_are_refused(tmp_path):
-    AutoencoderTiny().save_pretrained(tmp_path)
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_autoencoders_of_another_class_are_refused(tmp_path, subfolder):
+    AutoencoderTiny().save_pretrained(tmp_path / subfolder)
     with pytest.raises(UserError, match="its class is AutoencoderTiny"):
         load_autoencoder(str(tmp_path))
 

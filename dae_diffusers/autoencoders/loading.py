@@ -28,8 +28,9 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     Raises:
         UserError: If there is none, or it is damaged.
     """
-    reasons = []
+    reason = None
     for subfolder in (None, "vae"):
+        config = None
         try:
             config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
             class_name = config.get("_class_name", "AutoencoderKL")
@@ -41,9 +42,10 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae
             return vae.eval().requires_grad_(False)
         except Exception as error:  # a damaged config.json can fail in any way
-            reasons.append(" ".join(str(error).split())[:300])
+            if reason is None or config is not None:  # that of the place where there is something
+                reason = " ".join(str(error).split())[:300]
     raise UserError(
-        f"`{name_or_path}` is not an autoencoder that can be loaded: {reasons[0]} Expected is a diffusers "
+        f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Expected is a diffusers "
         "`AutoencoderKL` or `VQModel` folder or Hub id, such as the `vae` folder that training/train_dae.py makes."
     )
 
