@@ -8,11 +8,13 @@ Does decoupling help? Autoencoders that differ only in how they were trained, th
 An experiment names *budgets* (how many steps joint and two-stage training get), *conditions* (how the autoencoder is trained)
 and *generators* (transformers trained on each latent space). Every training goes through the scripts in processes of its own.
 What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again; two
-budgets that give a condition the same steps share its runs. On a CPU, start it once for each core, with other `--seeds` and
-`OMP_NUM_THREADS=1`. At the end `results.md`, `results.json` and the pictures are written anew from everything that exists.
+budgets that give a condition the same steps share its runs. Start it several times, with other `--seeds` or `--conditions`: once
+for each core of a CPU, with `OMP_NUM_THREADS=1`; on a GPU, which small models do not fill, about as often as there are cores, best
+under NVIDIA's MPS. At the end `results.md`, `results.json` and the pictures are written anew from everything that exists.
 
 A condition with `latents_of` has the stage 1 and the transformers of another condition and differs from it only in how the real
-decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done.
+decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done. One with `baselines: [joint-c8, same-c8]` is compared with
+those instead of `joint` and `same`.
 
 With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
 the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
@@ -283,7 +285,7 @@ def autoencoder_flags(
     return flags | {
         name: value
         for name, value in experiment["conditions"][condition].items()
-        if name not in ("budgets", "generators", "latents_of", "steps")
+        if name not in ("baselines", "budgets", "generators", "latents_of", "steps")
     }
 
 
@@ -511,7 +513,14 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
             f"Autoencoder steps (stage 1 + stage 2, or joint): {', '.join(steps)}.",
             "",
         ]
-        lines += [*table_of_means(runs), "", *table_of_differences(runs), "", *table_of_correlations(runs), ""]
+        lines += [
+            *table_of_means(runs),
+            "",
+            *table_of_differences(runs, experiment),
+            "",
+            *table_of_correlations(runs),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -525,23 +534,27 @@ def table_of_means(runs: Runs) -> list[str]:
     return lines
 
 
-def table_of_differences(runs: Runs) -> list[str]:
+def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
     """Of gFD and gap against both baselines, and whether the rule of success is met."""
-    columns = [(name, baseline) for name in ("gFD", "gap") for baseline in BASELINES]
     lines = ["Paired differences with 95 % intervals (negative: the condition is better):", ""]
-    lines += [f"| condition | {' | '.join(f'{n} minus {b}' for n, b in columns)} | success |", "|---" * 6 + "|"]
+    columns = [f"{name} minus {baseline}" for name in ("gFD", "gap") for baseline in BASELINES]
+    lines += [f"| condition | {' | '.join(columns)} | success |", "|---" * 6 + "|"]
+    others = set()
     for condition in runs:
-        intervals = [paired_difference(runs, condition, baseline, name) for name, baseline in columns]
+        baselines = tuple(experiment["conditions"][condition].get("baselines", BASELINES))
+        intervals = [paired_difference(runs, condition, of, name) for name in ("gFD", "gap") for of in baselines]
         cells = [show_interval(interval) for interval in intervals]
         against = intervals[: len(BASELINES)]
-        if condition == "same" or condition.startswith("joint"):
+        if condition in baselines or condition.startswith("joint"):
             success = ""
         elif None in against or any(math.isinf(interval[2]) for interval in against):
             success = "too few seeds"
         else:
             success = "yes" if all(interval[2] < 0 for interval in against) else "no"
         lines.append(f"| {condition} | {' | '.join(cells)} | {success} |")
-    return lines
+        if baselines != BASELINES:
+            others.add(f"`{condition}` is compared with `{'` and `'.join(baselines)}`")
+    return lines + (["", f"Here {'; '.join(sorted(others))}."] if others else [])
 
 
 def table_of_correlations(runs: Runs) -> list[str]:

@@ -229,5 +229,12 @@ def test_success_needs_both_baselines(benchmark):
         return {seed: {"gFD": value, "gap": value} for seed, value in enumerate(values)}
 
     runs = {"joint": of(5, 6, 7), "same": of(4.9, 5.9, 7.1), "better": of(3, 4, 5.1), "half": of(4.0, 4.9, 7.3)}
-    verdicts = [line.split("|")[-2].strip() for line in benchmark.table_of_differences(runs)[4:]]
-    assert verdicts == ["", "", "yes", "no"]
+    conditions = dict.fromkeys(runs, {})
+    lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["", "", "yes", "no"]
+    # Against others the same condition fails.
+    runs |= {"joint-c8": of(2, 3, 4), "same-c8": of(9, 9, 9)}
+    conditions = dict.fromkeys(runs, {}) | {"better": {"baselines": ["joint-c8", "same-c8"]}}
+    lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
+    assert [line.split("|")[-2].strip() for line in lines[:4]] == ["", "", "no", "no"]
+    assert lines[-1] == "Here `better` is compared with `joint-c8` and `same-c8`."
