@@ -423,9 +423,7 @@ def words_of(flags: dict[str, Any]) -> list[str]:
     """Flags as a command line has them."""
     words = []
     for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not False and value is not None:
+        if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 

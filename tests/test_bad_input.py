@@ -359,7 +359,7 @@ SWITCHES = {
         "random_crop",
         "no_use_ema",
         "gradient_checkpointing",
-        "warm_start_decoder",
+        "no_warm_start_decoder",
         "no_diffaug",
     ),
     "train_dit": ("random_flip", "random_crop", "no_use_ema", "gradient_checkpointing"),

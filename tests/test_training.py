@@ -172,7 +172,7 @@ def test_every_auxiliary_decoder_trains(kind, image_folder, tmp_path):
 def test_warm_started_decoder_begins_better(image_folder, tmp_path):
     flags = TINY_DAE + " --stage1_steps 30 --stage2_steps 1 --learning_rate 1e-2 --lr_warmup_steps 0"
     values = {}
-    for name, more in (("cold", ""), ("warm", " --warm_start_decoder")):
+    for name, more in (("cold", " --no_warm_start_decoder"), ("warm", "")):
         run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path / name)
         rows = log_of(tmp_path / name)
         values[name] = rows[-2]["train/reconstruction_loss"]  # of the only step of stage 2
@@ -313,7 +313,6 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dae, "--dataset_name digits --auxiliary_decoder dropout --auxiliary_dropout 1", "below 1"),
         (train_dae, "--dataset_name digits --stage 2", "pretrained_model_name_or_path"),
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
-        (train_dae, "--dataset_name digits --auxiliary_decoder linear --warm_start_decoder", "same or dropout"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
         (train_dit, "--dataset_name digits --model DiT-M/2", "DiT-S"),
         (train_dit, "", "one of"),

@@ -90,12 +90,17 @@ def test_all_regularisers_at_once(image_folder, tmp_path):
         assert (tmp_path / kind / "vae" / "config.json").exists()
 
 
-@pytest.mark.parametrize("stage", ["all", "2"])
+@pytest.mark.parametrize("stage", ["all", "2", "1"])
 def test_training_starts_from_a_published_autoencoder(image_folder, tmp_path, stage):
+    """And never from the auxiliary decoder, not even in a run of its own."""
     published = make_autoencoder("none", layers_per_block=2).to_diffusers()
     published.save_pretrained(tmp_path / "published")
     flags = TINY_DAE + f" --stage {stage} --learning_rate 1e-9 --pretrained_vae {tmp_path / 'published'}"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run")
+    if stage == "1":
+        flags = TINY_DAE + f" --stage 2 --learning_rate 1e-9 --pretrained_model_name_or_path {tmp_path / 'run'}"
+        run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "2")
+        (tmp_path / "2" / "vae").rename(tmp_path / "run" / "vae")
     config = json.loads((tmp_path / "run" / "vae" / "config.json").read_text())
     assert config["layers_per_block"] == 2 and len(config["latents_mean"]) == 3
     before, after = weights(tmp_path / "published"), weights(tmp_path / "run" / "vae")

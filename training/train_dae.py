@@ -154,8 +154,9 @@ def main(config: TrainDAEConfig) -> None:
     first_step = 0
     for stage, num_steps in config.stage_steps().items():
         if stage >= state.get("stage", 0):
-            if stage == 2 and config.warm_start_decoder:
+            if stage == 2 and config.warm_start_decoder and model.can_start_warm:
                 model.start_decoder_from_auxiliary()
+                logger.info("the decoder starts from the auxiliary one")
             model.set_stage(stage)
             model = train_stage(
                 run, model, train_images, validation_images, first_step, max(start_step, first_step), resume_path

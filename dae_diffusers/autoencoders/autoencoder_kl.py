@@ -36,6 +36,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_dropout (`float`, *optional*, defaults to 0.1): Channel dropout rate in [0, 1) of `dropout`.
         auxiliary_channel_multiplier (`float`, *optional*, defaults to 0.25): Relative width in (0, 1] of `narrow`.
         auxiliary_layers_per_block (`int`, *optional*, defaults to 0): `layers_per_block` of `shallow`.
+        auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the auxiliary
+            one; not where it came trained.
         latents_mean, latents_std (`list[float]` of length `latent_channels`, *optional*):
             Statistics of the raw latents over the training set, with `scaling_factor = 1.0`.
 
@@ -70,6 +72,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_dropout: float = 0.1,
         auxiliary_channel_multiplier: float = 0.25,
         auxiliary_layers_per_block: int = 0,
+        auxiliary_warm_start: bool = True,
     ):
         super().__init__(
             in_channels=in_channels,

@@ -107,12 +107,13 @@ class StageConfig:
     auxiliary_dropout: float = field(0.1, "channel dropout rate of `dropout`")
     auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`")
     auxiliary_layers_per_block: int = field(0, "residual blocks per resolution of `shallow`, less one")
-    stage1_steps: int = field(2000, "optimiser steps of stage 1")
-    stage2_steps: int = field(4000, "optimiser steps of stage 2; each costs about six tenths of one of joint training")
+    stage1_steps: int = field(4000, "optimiser steps of stage 1")
+    stage2_steps: int = field(2000, "optimiser steps of stage 2; each costs about six tenths of one of joint training")
     warm_start_decoder: bool = field(
-        False, "start stage 2 from the auxiliary decoder's weights (`same` and `dropout`) instead of afresh"
+        True,
+        "start stage 2 from the auxiliary decoder's weights instead of afresh, where it has the real one's shape (`same` and "
+        "`dropout`) and no decoder came with `--pretrained_vae`",
     )
-
     stage2_cache_gib: float = field(
         4.0,
         "stage 2 encodes every image once, into a cache below the output folder, if that saves work and the cache stays below "
@@ -136,11 +137,6 @@ class StageConfig:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
         if self.stage != "all" and self.auxiliary_decoder == "none":
             raise ConfigError("`--auxiliary_decoder none` has only one stage: use `--stage all`.")
-        if self.warm_start_decoder and self.auxiliary_decoder not in ("same", "dropout"):
-            raise ConfigError(
-                "`--warm_start_decoder` needs an auxiliary decoder of the real one's shape: `--auxiliary_decoder` same or "
-                f"dropout, not {self.auxiliary_decoder}."
-            )
         sources = [
             name for name in ("pretrained_model_name_or_path", "pretrained_vae") if getattr(self, name) is not None
         ]

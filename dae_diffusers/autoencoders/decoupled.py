@@ -41,14 +41,15 @@ class DecoupledAutoencoderMixin:
 
         Args:
             vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): Any of the class that this one extends. Statistics
-                of its latents are not taken over: they may change. A codebook becomes one that is learnt by gradient.
+                of its latents are not taken over: they may change. A codebook becomes one that is learnt by gradient. Stage 2
+                trains its decoder on (`auxiliary_warm_start` is False).
             auxiliary: The arguments of this class that begin with `auxiliary_`.
 
         Returns:
             A model of this class.
         """
         config = {name: value for name, value in vae.config.items() if name not in ("latents_mean", "latents_std")}
-        model = cls.from_config({**config, **auxiliary})
+        model = cls.from_config({**config, **auxiliary, "auxiliary_warm_start": False})
         missing, unexpected = model.load_state_dict(vae.state_dict(), strict=False)
         strange = [name for name in missing if not name.startswith("auxiliary_decoder.")] + list(unexpected)
         if strange:
@@ -83,6 +84,11 @@ class DecoupledAutoencoderMixin:
     def is_decoupled(self) -> bool:
         r"""Whether there is an auxiliary decoder, that is, whether training takes two stages."""
         return self.auxiliary_decoder is not None
+
+    @property
+    def can_start_warm(self) -> bool:
+        r"""Whether [`start_decoder_from_auxiliary`] works and overwrites nothing that is trained."""
+        return self.config.auxiliary_decoder_type in ("same", "dropout") and self.config.auxiliary_warm_start
 
     @property
     def last_layer(self) -> torch.nn.Parameter:
@@ -143,12 +149,13 @@ class DecoupledAutoencoderMixin:
         Copies the auxiliary decoder's weights into the real decoder, to start stage 2 warm.
 
         Raises:
-            ValueError: When their shapes differ, or there is no auxiliary decoder.
+            ValueError: When their shapes differ, there is no auxiliary decoder, or the real one came trained.
         """
-        if not self.is_decoupled or self.config.auxiliary_decoder_type not in ("same", "dropout"):
+        if not self.can_start_warm:
             raise ValueError(
                 "The real decoder can start from the auxiliary decoder only where both have the same shape, that is for "
-                f"`auxiliary_decoder_type` same and dropout; this model has {self.config.auxiliary_decoder_type!r}."
+                "`auxiliary_decoder_type` same and dropout, and with `auxiliary_warm_start`; this model has "
+                f"{self.config.auxiliary_decoder_type!r} and {self.config.auxiliary_warm_start}."
             )
         self.decoder.load_state_dict(self.auxiliary_decoder.decoder.state_dict())
         if self.post_quant_conv is not None:

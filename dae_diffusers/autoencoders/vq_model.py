@@ -46,7 +46,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         quantizer_dead_code_threshold (`float`, *optional*, defaults to 0.03): Of `ema`.
         quantizer_fsq_levels (`list[int]`, *optional*): Of `fsq`; their product is `num_vq_embeddings` and their number
             the dimension of the codes.
-        auxiliary_decoder_type, auxiliary_dropout, auxiliary_channel_multiplier, auxiliary_layers_per_block:
+        auxiliary_decoder_type, auxiliary_dropout, auxiliary_channel_multiplier, auxiliary_layers_per_block, auxiliary_warm_start:
             As in [`~dae_diffusers.DAEAutoencoderKL`].
         latents_mean, latents_std (`list[float]`, *optional*):
             Statistics of the latents before quantisation over the training set, with `scaling_factor = 1.0`.
@@ -89,6 +89,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         auxiliary_dropout: float = 0.1,
         auxiliary_channel_multiplier: float = 0.25,
         auxiliary_layers_per_block: int = 0,
+        auxiliary_warm_start: bool = True,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
     ):
