@@ -33,13 +33,19 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule, StateDictType
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dae_diffusers.checkpointing import Checkpointer, take_folder, whole_tensor
 from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
-from dae_diffusers.data import ImageStream, StreamedImages, make_stream_loader, make_training_loader
+from dae_diffusers.data import (
+    ImageStream,
+    StreamedImages,
+    make_pass_loader,
+    make_stream_loader,
+    make_training_loader,
+)
 from dae_diffusers.files import write_atomically
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
@@ -296,6 +302,16 @@ class TrainingRun:
         return (
             step * self.config.gradient_accumulation_steps * self.accelerator.num_processes
             + self.accelerator.process_index
+        )
+
+    def pass_loader(self, dataset: Dataset, *, num_workers: int = 0) -> DataLoader:
+        r"""One pass over this process's share, in batches of the training's size; see [`~dae_diffusers.data.make_pass_loader`]."""
+        return make_pass_loader(
+            dataset,
+            batch_size=self.config.train_batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            num_workers=num_workers,
         )
 
     def training_batches(self, dataset: Dataset, step: int) -> Iterator[dict[str, torch.Tensor]]:

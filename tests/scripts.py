@@ -37,6 +37,11 @@ TINY_DIT = _DIT + (
     " --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
     "--num_sample_images 4 --sample_steps 2"
 )
+TINY_PRIOR = (
+    "--resolution 16 --num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 6 "
+    "--train_batch_size 4 --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
+    "--num_sample_images 4 --random_flip"
+)
 # Validated only at the end, for tests of what happens on the way.
 BARE_DAE = _DAE + " --logging_steps 1 --validation_steps 9 --checkpointing_steps 2"
 BARE_DIT = _DIT + (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import save_backbone
-from scripts import TINY_DAE, TINY_DIT, assert_same_weights, log_of, resume, run, weights
+from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, assert_same_weights, log_of, resume, run, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
@@ -18,19 +18,12 @@ from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings(
-        "default"
-    ),  # compilers, and whatever versions a GPU machine has, warn of their own things
+    # Compilers, and whatever versions a GPU machine has, warn of things of their own.
+    pytest.mark.filterwarnings("default"),
 ]
 
-TINY_PRIOR = (
-    "--resolution 16 --num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 4 "
-    "--train_batch_size 4 --logging_steps 2 --num_sample_images 4"
-)
 # Kernels that add in no fixed order make runs of equal seeds differ a little.
 NEARLY = {"rtol": 1e-3, "atol": 1e-4}
-
-
 # Without dropout: compiled code draws other masks.
 SAME = TINY_DAE + " --auxiliary_decoder same"
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import VQModel
 from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, log_of, resume, run, succeed, weights
+from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
@@ -185,13 +185,6 @@ def test_impossible_flags_exit_with_two(flags, message, capsys):
         parse_config(train_dae.TrainDAEConfig, f"--dataset_name digits {flags}".split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
-
-
-TINY_PRIOR = (
-    "--resolution 16 --num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 6 "
-    "--train_batch_size 4 --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
-    "--num_sample_images 4 --random_flip"
-)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.configuration import (
@@ -50,7 +49,6 @@ from dae_diffusers.data import (
     count_images,
     describe_size,
     load_images,
-    make_pass_loader,
 )
 from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.latents.cache import (
@@ -61,7 +59,7 @@ from dae_diffusers.latents.cache import (
 )
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
-from dae_diffusers.latents.statistics import compute_latent_statistics
+from dae_diffusers.latents.statistics import write_latent_statistics
 from dae_diffusers.losses.adversarial import AdversarialTraining, BackboneDiscriminator, PatchDiscriminator
 from dae_diffusers.losses.alignment import LatentAlignment
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
@@ -154,9 +152,14 @@ def main(config: TrainDAEConfig) -> None:
     first_step = 0
     for stage, num_steps in config.stage_steps().items():
         if stage >= state.get("stage", 0):
-            if stage == 2 and config.warm_start_decoder and model.can_start_warm:
-                model.start_decoder_from_auxiliary()
-                logger.info("the decoder starts from the auxiliary one")
+            if stage == 2 and config.warm_start_decoder:
+                if model.can_start_warm:
+                    model.start_decoder_from_auxiliary()
+                    logger.info("the decoder starts from the auxiliary one")
+                else:
+                    logger.info(
+                        "the decoder does not start from the auxiliary one: their shapes differ, or it came trained"
+                    )
             model.set_stage(stage)
             model = train_stage(
                 run, model, train_images, validation_images, first_step, max(start_step, first_step), resume_path
@@ -168,28 +171,16 @@ def main(config: TrainDAEConfig) -> None:
         run.mark(f"end of stage {stage}", first_step)
 
     if config.stage != "1":
-        shares = {
-            "batch_size": config.train_batch_size,
-            "process_index": run.accelerator.process_index,
-            "num_processes": run.accelerator.num_processes,
-            "num_workers": config.dataloader_num_workers,
-        }
         vae = model.to_diffusers().to(run.accelerator.device)
+        num_workers = config.dataloader_num_workers
         if is_vq(vae):
-            metrics = codebook_metrics(count_codes(vae, make_pass_loader(train_images, **shares), run.accelerator))
+            loader = run.pass_loader(train_images, num_workers=num_workers)
+            metrics = codebook_metrics(count_codes(vae, loader, run.accelerator))
             logger.info(
                 "over all training images: %s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             )
-        statistics = compute_latent_statistics(
-            vae,
-            make_pass_loader(cached_latents(run, vae, train_images) or train_images, **shares),
-            device=run.accelerator.device,
-            disable_progress=not run.accelerator.is_local_main_process,
-        )
-        try:
-            statistics.write_to_config(vae)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        source = cached_latents(run, vae, train_images) or train_images
+        write_latent_statistics(vae, run.pass_loader(source, num_workers=num_workers), run.accelerator)
         if run.accelerator.is_main_process:
             vae.save_pretrained(run.output_dir / "vae")
             save_value_range(config.value_range, run.output_dir / "vae")
@@ -497,17 +488,11 @@ def validate(
     """
     accelerator, was_training = run.accelerator, model.training
     model.eval()
-    loader: DataLoader = make_pass_loader(
-        images,
-        batch_size=run.config.train_batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
     psnr, l1, pairs = [], [], []
     counts = diagnostics = None
     if is_vq(model):
         counts = torch.zeros(model.config.num_vq_embeddings, dtype=torch.int64, device=accelerator.device)
-    for batch in loader:
+    for batch in run.pass_loader(images):
         pixel_values = batch["pixel_values"].to(accelerator.device)
         with accelerator.autocast():
             reconstruction, latent = model(pixel_values, return_dict=False)

@@ -28,11 +28,11 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.checkpointing import StopSignal
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images, make_pass_loader
+from dae_diffusers.cli import ConfigError, field, parse_config, run_script
+from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint
-from dae_diffusers.latents.statistics import compute_latent_statistics, has_latent_statistics, normalize_latents
+from dae_diffusers.latents.statistics import has_latent_statistics, normalize_latents, write_latent_statistics
 from dae_diffusers.losses.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
 from dae_diffusers.losses.perceptual import load_backbone
@@ -160,21 +160,10 @@ def main(config: TrainDiTConfig) -> None:
     with accelerator.main_process_first():
         train_data, validation_data, training_images = load_data(config, vae, verify=accelerator.is_local_main_process)
     sample_size = latent_size(config, vae, train_data)
-    shares = {
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "batch_size": config.train_batch_size,
-    }
     if not has_latent_statistics(vae):
         logger.info("%s has no latent statistics: computing them over the training data", config.vae)
-        loader = make_pass_loader(train_data, **shares, num_workers=config.dataloader_num_workers)
-        statistics = compute_latent_statistics(
-            vae, loader, device=accelerator.device, disable_progress=not accelerator.is_local_main_process
-        )
-        try:
-            statistics.write_to_config(vae)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        loader = run.pass_loader(train_data, num_workers=config.dataloader_num_workers)
+        write_latent_statistics(vae, loader, accelerator)
 
     transformer = DAEDiTTransformer2DModel(
         sample_size=sample_size,
@@ -267,7 +256,7 @@ def main(config: TrainDiTConfig) -> None:
             if step % config.validation_steps == 0 or is_last:
                 with ema_weights(ema, parameters):
                     model = run.whole_model(transformer).eval()
-                    values = {"validation/loss": validation_loss(run, model, vae, validation_data, shares)}
+                    values = {"validation/loss": validation_loss(run, model, vae, validation_data)}
                     run.log_samples(
                         make_pipeline(config, model, vae, train_data),
                         model.config.num_classes,
@@ -364,18 +353,18 @@ def encode(batch: dict, vae: AutoencoderKL, accelerator) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
-def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data: Dataset, shares: dict) -> float:
+def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
     generator = torch.Generator().manual_seed(derived_seed(run.config.seed, 3))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
     shift = run.config.timestep_shift
     all_sigmas = shift * quantiles / (1 + (shift - 1) * quantiles)
     all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
-    losses, start = [], shares["process_index"]
-    for batch in make_pass_loader(data, **shares):
+    losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
+    for batch in run.pass_loader(data):
         mean, _ = encode(batch, vae, run.accelerator)
         latents = normalize_latents(mean, vae)
-        mine = slice(start, start + len(latents) * shares["num_processes"], shares["num_processes"])
+        mine = slice(start, start + len(latents) * step, step)
         start = mine.stop
         noise, sigmas = all_noise[mine].to(latents), all_sigmas[mine].to(latents)
         labels = batch["class_labels"].to(latents.device) if "class_labels" in batch else None

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.randomness import seed_microbatch
@@ -265,13 +265,7 @@ def code_losses(prior: torch.nn.Module, codes: torch.Tensor, labels: torch.Tenso
 def validation_loss(run: TrainingRun, model: LlamaForCausalLM, codes: CodeGrids) -> float:
     """Nats per code over the validation images, with their labels."""
     accelerator, losses = run.accelerator, []
-    loader = make_pass_loader(
-        codes,
-        batch_size=run.config.train_batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    for batch in loader:
+    for batch in run.pass_loader(codes):
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():
             each = code_losses(model, batch["codes"], class_tokens(batch, codes), model.config.num_codes)

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import encode_moments, num_latent_channels
+from dae_diffusers.cli import UserError
 
 
 @dataclass
@@ -103,6 +105,26 @@ def compute_latent_statistics(
         else:
             statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
     return sum(gather_object([statistics]), start=LatentStatistics.empty(num_latent_channels(vae)))
+
+
+def write_latent_statistics(vae: ModelMixin, loader: DataLoader, accelerator: Accelerator) -> None:
+    r"""
+    [`compute_latent_statistics`], put into the autoencoder's config.
+
+    Args:
+        vae, loader: As there.
+        accelerator ([`~accelerate.Accelerator`]): Of this run.
+
+    Raises:
+        UserError: If the latents cannot be normalised.
+    """
+    statistics = compute_latent_statistics(
+        vae, loader, device=accelerator.device, disable_progress=not accelerator.is_local_main_process
+    )
+    try:
+        statistics.write_to_config(vae)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
