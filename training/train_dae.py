@@ -152,7 +152,7 @@ def main(config: TrainDAEConfig) -> None:
     first_step = 0
     for stage, num_steps in config.stage_steps().items():
         if stage >= state.get("stage", 0):
-            if stage == 2 and config.warm_start_decoder:
+            if stage == 2 and config.warm_start_decoder and resume_path is None:
                 if model.can_start_warm:
                     model.start_decoder_from_auxiliary()
                     logger.info("the decoder starts from the auxiliary one")
