@@ -25,9 +25,11 @@ The rule of success was fixed before the first run: the generation distance (gFD
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -49,7 +51,12 @@ from tqdm.auto import tqdm
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import UserError, run_script
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
-from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance
+from dae_diffusers.metrics.complexity import (
+    MAX_EVAL_IMAGES,
+    MAX_TRAIN_IMAGES,
+    ComplexityConfig,
+    complexity_distance,
+)
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     encode_images,
@@ -62,8 +69,20 @@ from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.training.train_dae import TrainDAEConfig, load_model
 
-# 97.5 % quantile of Student's t for n - 1 degrees of freedom, n = 2...10.
-T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+# 97.5 % quantile of Student's t for n - 1 degrees of freedom, n = 2...16; of more seeds the last is used, which widens the interval.
+T_QUANTILES = dict(
+    enumerate(
+        (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131), 2
+    )
+)
+SHARED = (
+    "data",
+    "features",
+    "num_images",
+    "num_inference_steps",
+    "autoencoder",
+    "transformer",
+)  # by all runs of a folder
 BASELINES = ("joint", "same")
 QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 
@@ -97,6 +116,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     try:
         experiment = yaml.safe_load(arguments.experiment.read_text())
+        missing = {*SHARED, "seeds", "budgets", "generators", "conditions"} - {"features"} - set(experiment or {})
+        if missing:
+            raise ValueError(f"{arguments.experiment} has no {sorted(missing)}.")
         experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
     except (OSError, yaml.YAMLError, ValueError) as error:
         parser.error(str(error))
@@ -115,6 +137,7 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     experiment, output_dir = arguments.experiment, arguments.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
+    check_same_experiment(experiment, output_dir)
     if not arguments.only_summary:
         experiment["features"] = find_features(experiment, output_dir)
         # Seed by seed, so that an interrupted benchmark has complete pairs.
@@ -132,7 +155,7 @@ def main(arguments: argparse.Namespace) -> None:
                 run(experiment, budget, condition, seed, generators, output_dir)
             if arguments.decoder_steps is not None:
                 train_decoder_on(experiment, budget, condition, seed, generators, output_dir, arguments.decoder_steps)
-    rows = read_rows(output_dir)
+    rows = [row for row in read_rows(output_dir) if row["condition"] in experiment["conditions"]]
     if not rows:
         raise UserError(f"nothing is finished in {output_dir}.")
     write_json(output_dir / "results.json", rows)
@@ -145,8 +168,35 @@ def main(arguments: argparse.Namespace) -> None:
     print(text)
 
 
+def check_same_experiment(experiment: dict[str, Any], output_dir: Path) -> None:
+    """
+    Keeps what the runs of a folder have in common, and what each condition and generator is, and compares it with what is kept.
+
+    Raises:
+        UserError: If something differs: finished runs would be taken for those of this experiment.
+    """
+    path = output_dir / "experiment.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    this = {name: experiment.get(name) for name in SHARED}
+    for name, options in experiment["conditions"].items():
+        not_trained_with = ("baselines", "budgets", "generators", "steps")  # the steps are in the folder's name
+        this[f"condition {name}"] = {key: value for key, value in options.items() if key not in not_trained_with}
+    this |= {f"generator {name}": options for name, options in experiment["generators"].items()}
+    this = json.loads(json.dumps(this))
+    for name in kept.keys() & this.keys():
+        if kept[name] != this[name]:
+            raise UserError(
+                f"{output_dir} holds runs of another experiment: `{name}` was {kept[name]} and is {this[name]}. Choose "
+                "another `--output_dir`."
+            )
+    write_json(path, kept | this)
+
+
 def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None) -> dict[str, Any]:
     """The experiment's flags of the data, with those given as `flag=value`; a new source of images replaces the old one."""
+    without_value = [item for item in given if "=" not in item]
+    if without_value:
+        raise ValueError(f"`--data` takes FLAG=VALUE, not {without_value}.")
     flags = dict(item.partition("=")[::2] for item in given)
     if dataset_name is not None:
         flags["dataset_name"] = dataset_name
@@ -166,7 +216,12 @@ def find_features(experiment: dict[str, Any], output_dir: Path) -> str:
     folder = output_dir / "features" / "classifier"
     if not (folder / "results.json").exists():
         script = Path(__file__).with_name("train_feature_extractor.py")
-        launch([str(script)], {**experiment["data"], **experiment["features"], "output_dir": folder})
+        # Elsewhere, and moved at the end: it may be interrupted, or be trained by another process too.
+        unfinished = folder.with_name(f"classifier-{os.getpid()}")
+        launch([str(script)], {**experiment["data"], **experiment["features"], "output_dir": unfinished})
+        with contextlib.suppress(OSError):  # another was faster
+            unfinished.replace(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return str(folder)
 
 
@@ -330,15 +385,16 @@ def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
 def train_autoencoder(
     experiment: dict[str, Any], flags: dict[str, Any], folder: Path, seed: int
 ) -> tuple[Accelerator, tuple, FeatureExtractor, AutoencoderKL, EncodedImages]:
-    """Trains an autoencoder unless it exists, and returns it among what measures it; the last are the training images in it."""
+    """Trains an autoencoder unless it exists, and returns it among what measures it; the last are some training images in it."""
     if not (folder / "cost.json").exists():  # the last thing that is written
         write_json(folder / "cost.json", launch_script("train_dae", flags))
     accelerator = Accelerator()
     images = load_images(DataConfig(**experiment["data"]), seed)
     extractor = load_feature_extractor(experiment["features"])
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
-    limits = {"measures": {}, "max_images": experiment["num_images"]}
-    seen = encode_images(vae, images[0], accelerator, extractor=extractor, **limits)
+    train, validation = images
+    images = (train, train.choose(experiment["num_images"]), validation)
+    seen = encode_images(vae, images[1], accelerator, extractor=extractor, measures={})
     return accelerator, images, extractor, vae, seen
 
 
@@ -357,12 +413,15 @@ def measure_autoencoder(
     vae: AutoencoderKL, images, seen: EncodedImages, extractor: FeatureExtractor, accelerator, folder: Path
 ) -> dict[str, Any]:
     """Reconstruction, latent space and complexity distance, on images that it was not trained on."""
-    held_out = encode_images(vae, images[1], accelerator, extractor=extractor)
-    labels = [torch.tensor(split.labels) for split in images]
-    probe = (seen.latents, labels[0][: len(seen.latents)], labels[1])
+    train, some, validation = images
+    held_out = encode_images(vae, validation, accelerator, extractor=extractor)
+    probe = train.labels and (seen.latents, torch.tensor(some.labels), torch.tensor(validation.labels))
     complexity = complexity_distance(
         vae,
-        *(make_pass_loader(part, batch_size=64) for part in images),
+        *(
+            make_pass_loader(part.choose(limit), batch_size=64)
+            for part, limit in ((train, MAX_TRAIN_IMAGES), (validation, MAX_EVAL_IMAGES))
+        ),
         COMPLEXITY,
         rows_path=folder / "complexity.jsonl",
         device=accelerator.device,
@@ -453,7 +512,7 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
         "DiT val": row["validation_loss"],
         "HF share": latents["high_frequency_share"],
         "eff. rank": latents["effective_rank"],
-        "probe": latents["probe_accuracy"],
+        "probe": latents.get("probe_accuracy", math.nan),
         "AE CPU s": row["autoencoder_cost"]["cpu_seconds"],
         "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,
         "DiT CPU s": row["generator_cost"]["cpu_seconds"],
@@ -514,6 +573,8 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
         lines += [
             *table_of_means(runs),
             "",
+            *table_of_runs(runs),
+            "",
             *table_of_differences(runs, experiment),
             "",
             *table_of_correlations(runs),
@@ -529,6 +590,22 @@ def table_of_means(runs: Runs) -> list[str]:
     for condition, seeds in runs.items():
         cells = [mean_and_deviation([run[name] for run in seeds.values()]) for name in names]
         lines.append(f"| {condition} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_runs(runs: Runs) -> list[str]:
+    """The numbers that matter most, seed by seed; none where each condition has one."""
+    if all(len(seeds) == 1 for seeds in runs.values()):
+        return []
+    numbers = sorted({seed for seeds in runs.values() for seed in seeds})
+    lines = ["PSNR / rFD / gFD / gap of each seed:", ""]
+    lines += [f"| condition | {' | '.join(map(str, numbers))} |", "|---" * (len(numbers) + 1) + "|"]
+    for condition, seeds in runs.items():
+        cells = [
+            " / ".join(f"{seeds[seed][name]:.4g}" for name in ("PSNR", "rFD", "gFD", "gap")) if seed in seeds else ""
+            for seed in numbers
+        ]
+        lines.append(f"| {condition} | {' | '.join(cells)} |")
     return lines
 
 
@@ -575,7 +652,8 @@ def table_of_correlations(runs: Runs) -> list[str]:
             for name in PREDICTORS
         }
         for of_label, row in ((label, plain), (f"{label}, at matched rFD", partial)):
-            cells = ["" if math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
+            few = len(points) < (5 if row is partial else 3)  # a partial correlation of three points is always 1 or -1
+            cells = ["" if few or math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
             lines.append(f"| {of_label} | {' | '.join(cells)} |")
     return lines
 
@@ -595,10 +673,10 @@ def paired_difference(runs: Runs, condition: str, baseline: str, name: str) -> t
         return None
     differences = [runs[condition][s][name] - runs[baseline][s][name] for s in seeds]
     mean = math.fsum(differences) / len(seeds)
-    if len(seeds) not in T_QUANTILES:
+    if len(seeds) < min(T_QUANTILES):
         return mean, -math.inf, math.inf
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (len(seeds) - 1))
-    half = T_QUANTILES[len(seeds)] * deviation / math.sqrt(len(seeds))
+    half = T_QUANTILES[min(len(seeds), max(T_QUANTILES))] * deviation / math.sqrt(len(seeds))
     return mean, mean - half, mean + half
 
 
@@ -610,11 +688,15 @@ def show_interval(interval: tuple[float, float, float] | None) -> str:
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's, without ties."""
-    if len(x) < 3:
+    """Spearman's; equal values share the mean of their ranks."""
+    if len(x) < 3 or any(map(math.isnan, [*x, *y])):
         return math.nan
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (x, y)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    return float(torch.corrcoef(torch.stack([mean_ranks(values) for values in (x, y)]))[0, 1])
+
+
+def mean_ranks(values: list[float]) -> torch.Tensor:
+    _, which, counts = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]
 
 
 def partial_correlation(xy: float, xz: float, yz: float) -> float:
@@ -642,7 +724,7 @@ def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: 
             color = f"C{number % 10}"
             mean = (sum(x) / len(x), sum(y) / len(y))
             axis.scatter(x, y, marker="s" if joint else "o", color=color, s=12, alpha=0.5)
-            marker = "s" if joint else "oD"[number // 10]
+            marker = "s" if joint else "oDv^"[number // 10 % 4]
             axis.scatter(*mean, label=condition, marker=marker, color=color, s=44, edgecolor="black", linewidth=0.6)
             if condition == "joint" or condition.startswith("joint-kl"):
                 means.append(mean)

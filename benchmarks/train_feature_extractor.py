@@ -8,7 +8,7 @@ folder).
     python benchmarks/train_feature_extractor.py --dataset_name cifar10 --random_flip --mixed_precision bf16 \\
         --output_dir features/cifar10
 
-The result is an ordinary `transformers` folder, for `load_feature_extractor` and every `--feature_extractor` flag.
+The result is an ordinary `transformers` folder, for `load_feature_extractor` and the `--features` of `evaluate.py`.
 """
 
 import json

@@ -137,10 +137,24 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     assert len(list((tmp_path / "claim").glob("frontier-*.png"))) == 4
     assert len(list((tmp_path / "claim").glob("sizes-*.png"))) == 4
 
+    assert "| condition | 0 |" not in text  # one seed: the means are the runs
+
     launched.clear()
     benchmark.main(benchmark.parse_arguments())
     assert launched == []
     assert (tmp_path / "claim" / "results.md").read_text() == text
+
+    # Another experiment must not take these runs for its own; a condition that is no longer in it is left out.
+    other = EXPERIMENT | {"features": {}, "num_images": 13}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
+    with pytest.raises(UserError, match="holds runs of another experiment: `num_images` was 12 and is 13"):
+        benchmark.main(benchmark.parse_arguments())
+    conditions = {name: options for name, options in EXPERIMENT["conditions"].items() if name != "linear"}
+    fewer = EXPERIMENT | {"features": {}, "conditions": conditions}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(fewer, sort_keys=False))
+    benchmark.main(benchmark.parse_arguments())
+    assert "linear" not in (tmp_path / "claim" / "results.md").read_text()
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT | {"features": {}}, sort_keys=False))
 
     # Interrupted after the autoencoder was saved, before its cost was.
     folder = tmp_path / "claim" / "linear" / "2+2" / "seed-0"
@@ -157,6 +171,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         ("--experiment nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
         ("--experiment {experiment} --conditions jonit", "unknown conditions ['jonit']; the experiment has ['joint'"),
         ("--experiment {experiment} --data resolutoin=32", "`--data` has no ['resolutoin']"),
+        ("--experiment {experiment} --data random_flip", "`--data` takes FLAG=VALUE, not ['random_flip']"),
     ],
 )
 def test_wrong_flags_are_named(benchmark, flags, message, tmp_path, monkeypatch, capsys):
@@ -200,7 +215,7 @@ def test_data_flags_replace_those_of_the_experiment(benchmark):
         benchmark.choose_data(data, ["resolutoin=32"], None)
 
 
-@pytest.mark.parametrize("num_seeds", range(2, 11))
+@pytest.mark.parametrize("num_seeds", range(2, 17))
 def test_intervals_are_those_of_the_paired_t_test(benchmark, num_seeds):
     random = np.random.default_rng(num_seeds)
     a, b = random.normal(3, 1, num_seeds), random.normal(2, 1, num_seeds)
@@ -218,6 +233,9 @@ def test_rank_correlations_are_scipys(benchmark):
     z = random.normal(size=20)
     x, y = z + random.normal(size=20), z + random.normal(size=20)
     assert benchmark.rank_correlation(list(x), list(y)) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    tied = x.round()
+    assert len(set(tied)) < 10
+    assert benchmark.rank_correlation(list(tied), list(y)) == pytest.approx(scipy.stats.spearmanr(tied, y).statistic)
     ranks = [scipy.stats.rankdata(values) for values in (x, y, z)]
     rest = [values - np.polyval(np.polyfit(ranks[2], values, 1), ranks[2]) for values in ranks[:2]]
     correlations = [benchmark.rank_correlation(list(a), list(b)) for a, b in ((x, y), (x, z), (y, z))]

@@ -122,6 +122,29 @@ def test_pass_over_the_data_is_a_permutation_and_passes_differ():
     assert stream[:10] != stream[10:]
 
 
+def test_parts_of_data_sorted_by_class_hold_every_class(tmp_path):
+    for split, number in (("train", 40), ("test", 20)):
+        for level, name in enumerate("abcd"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for n in range(number):
+                Image.new("RGB", (8, 8), (level * 60, n, 0)).save(folder / f"{n:02d}.png")
+    config = DataConfig(train_data_dir=str(tmp_path), resolution=8, max_validation_samples=40, max_train_samples=80)
+    train, validation = load_images(config)
+    assert (len(train), len(validation)) == (80, 40)
+    some = train.choose(40)
+    for images, least in ((train, 10), (validation, 4), (some, 4)):
+        assert torch.tensor(images.labels).bincount(minlength=4).min() >= least
+        assert images.labels == sorted(images.labels)  # in their order
+    assert all(
+        (images[n]["pixel_values"][0] * 127.5 + 127.5).round().int().eq(images.labels[n] * 60).all()
+        for n in range(40)
+        for images in (some, validation)
+    )
+    assert train.choose(80) is train and train.choose(1000) is train
+    assert torch.equal(some[7]["pixel_values"], load_images(config)[0].choose(40)[7]["pixel_values"])
+
+
 def test_stream_starts_anywhere():
     whole = iter(MicrobatchSampler(10, 4, seed=3))
     expected = [next(whole) for _ in range(9)]

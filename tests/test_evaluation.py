@@ -22,7 +22,14 @@ from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.latents.statistics import normalize_latents
+from dae_diffusers.metrics.distances import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from dae_diffusers.metrics.evaluation import (
     encode_images,
     latent_metrics,
@@ -31,6 +38,7 @@ from dae_diffusers.metrics.evaluation import (
     statistics_of,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples
 from dae_diffusers.training import evaluate
 
@@ -60,6 +68,48 @@ def pipeline():
     )
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
     return DAEDiTPipeline(transformer.eval(), vae, FlowMatchEulerDiscreteScheduler(), id2label={0: "cat", 1: "dog"})
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
+    accelerator = Accelerator()
+    encoded = encode_images(pipeline.vae, images, accelerator, extractor=extractor)
+    pixels = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
+    brighter = ((0.3 * pixels + 1.6) * 127.5).clamp(0, 255)
+    noise = 40 * torch.randn(brighter.shape, generator=torch.Generator().manual_seed(0))
+    samples = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, brighter, (pixels + 1) * 127.5 + noise)
+    samples = samples.clamp(0, 255).round().to(torch.uint8)
+    with torch.no_grad():
+        features, logits = extractor.features_and_logits(samples.float() / 127.5 - 1)
+    metrics, neighbors = sample_metrics(
+        samples,
+        extractor,
+        statistics_of(encoded.features),
+        encoded.features,
+        encoded.reconstruction_features,
+        accelerator,
+    )
+    real = encoded.features
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    expected = {
+        extractor.distance_name("g"): frechet_distance(statistics_of(features), statistics_of(real)),
+        "gap": frechet_distance(statistics_of(features), statistics_of(encoded.reconstruction_features)),
+        "kernel_distance": kernel_distance(features, real),
+        **dict(zip(("precision", "recall"), precision_recall(real, features), strict=True)),
+        **dict(zip(("density", "coverage"), density_coverage(real, features), strict=True)),
+        f"classifier_score_{extractor.name}": inception_score(logits[order].softmax(dim=1))[0],
+    }
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    assert len({round(value, 6) for value in expected.values()}) >= 6  # else a mix-up would not show
+    assert neighbors.tolist() == torch.cdist(features, real).argmin(dim=1).tolist()
+
+    between = interpolate_to_neighbors(encoded.latents, normalize_latents(encoded.latents, pipeline.vae))
+    with torch.no_grad():
+        decoded = extractor(pipeline.vae.decode(between).sample.clamp(-1, 1))
+    latent = latent_metrics(pipeline.vae, encoded, extractor, accelerator)
+    distance = frechet_distance(statistics_of(decoded), statistics_of(real))
+    assert latent["i" + extractor.distance_name("r")[1:]] == pytest.approx(distance, rel=1e-3)
+    assert distance != pytest.approx(reconstruction_metrics(encoded, extractor)[extractor.distance_name("r")], rel=0.05)
 
 
 def test_encoding_is_independent_of_the_batch_size(images, extractor, pipeline):
@@ -93,6 +143,15 @@ def test_samples_depend_on_their_number_alone(pipeline, tmp_path):
     parts = draw_samples(pipeline, settings, tmp_path / "b", accelerator, batch_size=3, chunk_size=4)
     assert whole.shape == (10, 3, 16, 16) and whole.dtype == torch.uint8
     assert (whole.int() - parts.int()).abs().max() <= 1  # rounding of other batch sizes
+
+
+def test_samples_do_not_depend_on_the_range_that_images_are_given_back_in(pipeline, tmp_path):
+    settings = SampleSettings(4, 1.0, 1)
+    plain = draw_samples(pipeline, settings, tmp_path / "plain", Accelerator())
+    parts = {name: pipeline.components[name] for name in ("transformer", "vae", "scheduler")}
+    pipeline = DAEDiTPipeline(**parts, id2label=dict(pipeline.id2label), value_range=[-1000.0, 3000.0])
+    scaled = draw_samples(pipeline, settings, tmp_path / "scaled", Accelerator())
+    assert plain.float().std() > 1 and (plain.int() - scaled.int()).abs().max() <= 1
 
 
 def test_interrupted_drawing_goes_on(pipeline, tmp_path, monkeypatch):

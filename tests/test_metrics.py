@@ -474,7 +474,10 @@ def test_reference_cache_tells_extractors_data_and_resolutions_apart(tmp_path, r
         (resnet_folder, {"num_images": 20}),
     ]:
         reference_statistics(load_feature_extractor(folder), load_digits(**digits), cache_dir=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    images = load_digits()
+    images.config.value_range = [0.0, 1000.0]
+    reference_statistics(load_feature_extractor(resnet_folder), images, cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
 def test_feature_statistics_are_those_of_the_features(resnet_folder):

@@ -38,7 +38,13 @@ from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.files import write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space
-from dae_diffusers.metrics.complexity import ComplexityConfig, complexity_distance, plot_complexity
+from dae_diffusers.metrics.complexity import (
+    MAX_EVAL_IMAGES,
+    MAX_TRAIN_IMAGES,
+    ComplexityConfig,
+    complexity_distance,
+    plot_complexity,
+)
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     encode_images,
@@ -98,6 +104,8 @@ class EvaluationConfig:
             raise ConfigError("give `--vae` or `--pipeline` (or both): there is nothing to evaluate.")
         if self.pipeline is not None and self.features is None:
             raise ConfigError("`--pipeline` needs `--features`, such as `inception` or facebook/dinov2-base.")
+        if self.seed < 0:
+            raise ConfigError(f"`--seed` is {self.seed}, but must be at least 0.")
         for name in ("num_images", "batch_size", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
@@ -125,6 +133,10 @@ class EvaluateConfig(EvaluationConfig, DataConfig):
             raise ConfigError(
                 "`--streaming` does not go with evaluate.py, which counts every image once; leave it out."
             )
+        if self.features is not None and self.image_channels not in (1, 3):
+            raise ConfigError(
+                f"`--features` are made for gray and for RGB, not for {self.image_channels} channels; leave them out."
+            )
         self.require_source()
 
 
@@ -146,18 +158,25 @@ def main(config: EvaluateConfig) -> None:
     with accelerator.main_process_first():
         train, validation = load_images(config, config.seed)
     sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config, train))
-    fewest = min(len(train), len(validation), config.num_images)
-    if extractor is not None and fewest < 2:
+    for name in ("prompt", "temperature", "top_k", "top_p"):
+        if getattr(config, name) is not None and (sampler is None or name not in sampler.accepted):
+            raise UserError(
+                f"`--{name}` means nothing to {'an autoencoder' if sampler is None else type(pipeline).__name__}; leave it out."
+            )
+    # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
+    needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
+    if extractor is not None and (len(validation) < 2 or min(len(train), config.num_images) < needed):
         raise UserError(
             f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
-            f"{config.num_images}: distances between `--features` need at least 2 of each, and mean little below some hundreds."
+            f"{config.num_images}: metrics in `--features` need at least {needed} of each, and mean little below some hundreds."
         )
 
+    some = train.choose(config.num_images)
     results, seen = {}, None
     if vae is not None:
-        results, seen = evaluate_autoencoder(config, vae, train, validation, extractor, accelerator)
+        results, seen = evaluate_autoencoder(config, vae, train, some, validation, extractor, accelerator)
     if sampler is not None:
-        results["generation"] = evaluate_samples(config, sampler, vae, train, seen, extractor, accelerator)
+        results["generation"] = evaluate_samples(config, sampler, vae, train, some, seen, extractor, accelerator)
 
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
@@ -206,11 +225,12 @@ def evaluate_autoencoder(
     config: EvaluateConfig,
     vae: ModelMixin,
     train: ImageDataset,
+    some: ImageDataset,
     validation: ImageDataset,
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Any], EncodedImages]:
-    """Reconstruction, latent space, codebook and complexity distance; beside them, training images as it encodes them."""
+    """Reconstruction, latent space, codebook and complexity distance; beside them, some training images as it encodes them."""
     folder = Path(config.output_dir)
     options = {
         "batch_size": config.batch_size,
@@ -223,29 +243,23 @@ def evaluate_autoencoder(
     held_out = encode_images(vae, validation, accelerator, extractor=extractor, measures=measures, **options)
     seen = encode_images(
         vae,
-        train,
+        some,
         accelerator,
         extractor=None if config.pipeline is None else extractor,
         measures={},
-        max_images=config.num_images,
         description="Encoding training images",
         **options,
     )
     probe = None
-    if train.labels is not None:
-        count = len(seen.latents)
-        probe = (seen.latents, torch.tensor(train.labels[:count]), torch.tensor(validation.labels))
+    if some.labels is not None:
+        probe = (seen.latents, torch.tensor(some.labels), torch.tensor(validation.labels))
     results: dict[str, Any] = {
         "reconstruction": reconstruction_metrics(held_out, extractor),
         "latent_space": keep_values(
             lambda: latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
             accelerator,
             folder=folder / "parts",
-            of=[
-                "latent_space",
-                [evaluation_inputs(vae, images, extractor) for images in (validation, train)],
-                config.num_images,
-            ],
+            of=["latent_space", [evaluation_inputs(vae, images, extractor) for images in (validation, some)]],
         ),
     }
     if is_vq(vae):
@@ -261,7 +275,10 @@ def evaluate_autoencoder(
     if config.complexity and accelerator.is_main_process:
         complexity = complexity_distance(
             vae,
-            *(make_pass_loader(images, batch_size=config.batch_size) for images in (train, validation)),
+            *(
+                make_pass_loader(images.choose(limit), batch_size=config.batch_size)
+                for images, limit in ((train, MAX_TRAIN_IMAGES), (validation, MAX_EVAL_IMAGES))
+            ),
             config.complexity_config(),
             feature_extractor=extractor,
             rows_path=folder / "complexity.jsonl",
@@ -278,16 +295,17 @@ def evaluate_samples(
     sampler: Sampler,
     vae: ModelMixin | None,
     train: ImageDataset,
+    some: ImageDataset,
     seen: EncodedImages | None,
     extractor: FeatureExtractor,
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
-    """A row for each setting of guidance and steps that the pipeline has; `seen` are training images in its autoencoder."""
+    """A row for each setting of guidance and steps that the pipeline has; `seen` are some training images in its autoencoder."""
     folder = Path(config.output_dir)
     options = {"batch_size": config.batch_size, "num_workers": config.dataloader_num_workers}
     if seen is None:
-        limits = {"max_images": config.num_images, "folder": folder / "parts"}
-        features, reconstruction_features = image_features(train, extractor, accelerator, **limits, **options), None
+        features = image_features(some, extractor, accelerator, folder=folder / "parts", **options)
+        reconstruction_features = None
     else:
         features, reconstruction_features = seen.features, seen.reconstruction_features
     reference = reference_statistics(
@@ -338,14 +356,14 @@ def evaluate_samples(
             compare,
             accelerator,
             folder=folder / "parts",
-            of=["generation", evaluation_inputs(vae, train, extractor), drawn],
+            of=["generation", *(evaluation_inputs(vae, images, extractor) for images in (train, some)), drawn],
         )
         metrics, neighbors = compared["metrics"], torch.tensor(compared["neighbors"])
         rows.append({name: value for name, value in settings.given().items() if name != "prompts"} | metrics)
         if accelerator.is_main_process:
             chosen = (("guidance", guidance_scale), ("steps", num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
-            save_grids(folder, name, samples, sampler.num_classes, train, neighbors)
+            save_grids(folder, name, samples, sampler.num_classes, some, neighbors)
     return rows
 
 

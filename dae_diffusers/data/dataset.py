@@ -1,24 +1,21 @@
 """Images that have numbers: one split of a data set on the disk, as tensors."""
 
 import hashlib
-import io
 import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.data.arrays import is_array_data
+from dae_diffusers.data.arrays import RANGES, Depth
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.images import ImageReader, read_content
+from dae_diffusers.data.images import ImageReader, depth_of, read_content
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +36,8 @@ class ImageDataset(BatchDataset):
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         fingerprint (`str`): Hash of the content, for caches and resumed runs.
-        is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures; decided by the first one if not
-            given.
+        depth (`str` or `None`): Of the first image, if not given; the others must fit it.
+        is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class ImageDataset(BatchDataset):
         image_column: str,
         labels: list[int] | None = None,
         id2label: dict[int, str] | None = None,
-        is_array: bool | None = None,
+        depth: Depth | None = None,
     ):
         self.rows = rows.select_columns([image_column])
         self.config = config
@@ -59,11 +56,10 @@ class ImageDataset(BatchDataset):
         self.labels = labels
         self.id2label = id2label
         self.fingerprint = _fingerprint(self.rows, image_column, labels)
-        self._given_is_array = is_array
-        if is_array is None:
-            is_array = holds_arrays(self.rows[0][image_column], config)
-        self.is_array = is_array
-        self._reader = ImageReader(config, is_array)
+        self._given_depth = depth
+        self.depth = depth or depth_of(self.rows[0][image_column])
+        self._reader = ImageReader(config, self.depth)
+        self.is_array = self._reader.is_array
         num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
         self._memory = None
         if num_bytes <= IMAGE_MEMORY_BYTES and not config.crops_at_random:
@@ -128,28 +124,33 @@ class ImageDataset(BatchDataset):
                 f"{len(self) - len(good)} of {len(self)} images are bad, more than `--max_bad_image_share` "
                 f"{self.config.max_bad_image_share} allows; the first: {next(filter(None, problems))}"
             )
-        if len(good) == len(self):
+        return self._select(good, self._given_depth)  # the first may have been bad
+
+    def choose(self, limit: int) -> "ImageDataset":
+        r"""At most `limit` of the images, chosen at random but always the same, in their order: data may be sorted by class."""
+        return self._select(choose_indices(len(self), limit), self.depth)
+
+    def _select(self, indices: Sequence[int], depth: Depth | None) -> "ImageDataset":
+        if len(indices) == len(self):
             return self
-        labels = None if self.labels is None else [self.labels[index] for index in good]
         return ImageDataset(
-            self.rows.select(good),
+            self.rows.select(indices),
             self.config,
             image_column=self.image_column,
-            labels=labels,
+            labels=None if self.labels is None else [self.labels[index] for index in indices],
             id2label=self.id2label,
-            is_array=self._given_is_array,
+            depth=depth,
         )
 
     def measure_range(self) -> list[float]:
         r"""
-        Lowest and highest value: of the type for 16-bit pictures, else of all images.
+        Lowest and highest value: of the type for 8-bit and 16-bit pictures, else of all images.
 
         Raises:
             UserError: If all values are the same.
         """
-        known = range_of_type(self.rows[0][self.image_column])
-        if known is not None:
-            return known
+        if self.depth in RANGES:
+            return list(RANGES[self.depth])
         low, high = math.inf, -math.inf
         for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
             pixels = self._batch([index], [None])
@@ -163,24 +164,9 @@ class ImageDataset(BatchDataset):
         return self._reader.read(self.rows[index][self.image_column], lambda: self.name_of(index), draw)
 
 
-def holds_arrays(item: Any, config: DataConfig) -> bool:
-    r"""Whether images like this one are read as arrays rather than as 8-bit pictures."""
-    if config.value_range or config.image_channels not in (1, 3):
-        return True
-    try:
-        return is_array_data(read_content(item))
-    except (ValueError, OSError):
-        return False
-
-
-def range_of_type(item: Any) -> list[float] | None:
-    r"""Lowest and highest value of an 8-bit or 16-bit picture; None for other numbers, whose range must be measured or given."""
-    content = read_content(item)
-    if isinstance(content, bytes) and not content.startswith(b"\x93NUMPY"):
-        with Image.open(io.BytesIO(content)) as image:
-            if image.mode != "F":
-                return [0.0, 65535.0] if image.mode.startswith("I") else [0.0, 255.0]
-    return None
+def choose_indices(count: int, limit: int) -> np.ndarray:
+    r"""`min(count, limit)` ascending indices below `count`: all of them, or a random choice that is always the same."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:limit]) if limit < count else np.arange(count)
 
 
 def _fingerprint(rows: datasets.Dataset, image_column: str, labels: list[int] | None) -> str:

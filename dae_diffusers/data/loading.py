@@ -9,10 +9,11 @@ import datasets
 import numpy as np
 
 from dae_diffusers.cli import UserError, did_you_mean
-from dae_diffusers.data.arrays import load_array_folder
+from dae_diffusers.data.arrays import RANGES, load_array_folder
 from dae_diffusers.data.columns import find_image_column, find_label_column, label_ids, label_names
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
-from dae_diffusers.data.dataset import ImageDataset, holds_arrays, range_of_type
+from dae_diffusers.data.dataset import ImageDataset, choose_indices
+from dae_diffusers.data.images import ImageReader, depth_of
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.randomness import derived_seed
 
@@ -49,14 +50,14 @@ def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset | Strea
         num_validation = max(1, round(config.validation_fraction * len(train)))
         train, validation = train.select(order[num_validation:]), train.select(np.sort(order[:num_validation]))
     if config.max_train_samples is not None:
-        train = train.select(range(min(config.max_train_samples, len(train))))
-    validation = validation.select(range(min(config.max_validation_samples, len(validation))))
+        train = train.select(choose_indices(len(train), config.max_train_samples))
+    validation = validation.select(choose_indices(len(validation), config.max_validation_samples))
     for name, rows in ((config.train_split, train), (validation_name, validation)):
         if len(rows) == 0:
             raise UserError(f"the split {name!r} is empty.")
 
     id2label, value2id = label_names(train, validation, label_column)
-    result = []
+    result, is_range_given = [], bool(config.value_range)
     for rows in (train, validation):
         labels = None if label_column is None else label_ids(rows[label_column], value2id, id2label, label_column)
         images = ImageDataset(
@@ -65,11 +66,13 @@ def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset | Strea
             image_column=image_column,
             labels=labels,
             id2label=id2label,
-            is_array=result[0].is_array if result else None,  # one way for both splits
+            depth=result[0].depth if result else None,  # one way for both splits
         )
+        if images.is_array and not config.value_range:
+            config.value_range = list(RANGES.get(images.depth, []))
         result.append(images.without_bad_images() if config.on_bad_image == "skip" else images)
-    if result[0].is_array and not config.value_range:
-        config.value_range = result[0].measure_range()
+    if result[0].is_array and not is_range_given:
+        config.value_range = config.value_range or result[0].measure_range()
         logger.info("the images' values lie in [%g, %g]", *config.value_range)
     return tuple(result)
 
@@ -95,14 +98,13 @@ def _streamed(
     for row in first:
         digest.update(content_hash(row[image_column]) + str(row.get(label_column)).encode())
 
-    is_array = holds_arrays(first[0][image_column], config)
-    if is_array and not config.value_range:
-        value_range = range_of_type(first[0][image_column])
-        if value_range is None:
+    depth = depth_of(first[0][image_column])
+    if ImageReader(config, depth).is_array and not config.value_range:
+        if depth not in RANGES:
             raise UserError(
                 "the range of a stream's values cannot be measured in advance: give `--value_range LOW HIGH`."
             )
-        config.value_range = value_range
+        config.value_range = list(RANGES[depth])
 
     held_out = frozenset()
     if validation is not None:
@@ -129,7 +131,7 @@ def _streamed(
         image_column=image_column,
         labels=None if label_column is None else label_ids(kept[label_column], None, id2label, label_column),
         id2label=id2label,
-        is_array=is_array,
+        depth=depth,
     )
     train_images = StreamedImages(
         train,
@@ -137,7 +139,7 @@ def _streamed(
         image_column=image_column,
         label_column=label_column,
         id2label=id2label,
-        is_array=is_array,
+        depth=depth,
         fingerprint=digest.hexdigest()[:16],
         held_out=held_out,
         num_examples=num_examples,
@@ -184,6 +186,19 @@ def _validation_split(config: DataConfig, splits: dict) -> str | None:
     return next((name for name in ("validation", "val", "test") if name in splits and name != config.train_split), None)
 
 
+def _without_split_labels(splits: datasets.DatasetDict, folder: Path) -> datasets.DatasetDict:
+    """Where the splits' folders hold images and no classes, `datasets` takes them for classes, if for some images only."""
+    feature = next(iter(splits.values())).features.get("label")
+    if not isinstance(feature, datasets.ClassLabel) or len(splits) < 2:
+        return splits
+    if not all((folder / name).is_dir() for name in feature.names):
+        return splits
+    labels = [set(rows["label"]) for rows in splits.values()]
+    if {None} not in labels or any(len(values) > 1 for values in labels):
+        return splits
+    return splits.remove_columns("label")
+
+
 def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     try:
         if config.train_data_dir is not None:
@@ -197,7 +212,9 @@ def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset | datasets.It
                     f"`--train_data_dir` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
                     "is: leave `--streaming` out. Parquet files: `--dataset_name FOLDER`."
                 )
-            return load_array_folder(folder) or datasets.load_dataset("imagefolder", data_dir=str(folder))
+            return load_array_folder(folder) or _without_split_labels(
+                datasets.load_dataset("imagefolder", data_dir=str(folder)), folder
+            )
         if config.dataset_name in EMBEDDED:
             folder = files("dae_diffusers") / "assets"
             names = {split: str(folder / f"{config.dataset_name}_{split}.parquet") for split in ("train", "test")}

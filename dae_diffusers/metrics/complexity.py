@@ -63,6 +63,8 @@ _MIN_VARIANCE = 1e-10
 
 # Images that one pass without gradients takes.
 _CHUNK = 256
+# What the distance is measured with at most; more changes it little.
+MAX_TRAIN_IMAGES, MAX_EVAL_IMAGES = 8192, 2048
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ def complexity_distance(
     loader_eval: Iterable[dict[str, torch.Tensor]],
     config: ComplexityConfig | None = None,
     *,
-    max_train_images: int = 8192,
-    max_eval_images: int = 2048,
+    max_train_images: int = MAX_TRAIN_IMAGES,
+    max_eval_images: int = MAX_EVAL_IMAGES,
     compare_decoder: bool = True,
     feature_extractor: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rows_path: str | Path | None = None,
@@ -232,7 +234,7 @@ def complexity_distance(
         loader_train, loader_eval (`Iterable` of `{"pixel_values": (B, C, H, W)}`): Images in [-1, 1], as
             `make_pass_loader` gives them. In a fixed order, or nothing finished can be found in `rows_path`.
         config ([`ComplexityConfig`], *optional*): How to measure.
-        max_train_images, max_eval_images (`int`): Take only so many, the first ones.
+        max_train_images, max_eval_images (`int`): Take only so many, the first ones; data sorted by class must be shuffled.
         compare_decoder (`bool`): Whether to measure the autoencoder's own decoder beside the generators.
         feature_extractor, rows_path, device, disable_progress: As in [`measure_complexity`].
 

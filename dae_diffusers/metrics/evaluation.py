@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch.utils.data import Subset
 
@@ -59,7 +58,6 @@ def encode_images(
     *,
     extractor: FeatureExtractor | None = None,
     measures: dict[str, ImageMeasure] | None = None,
-    max_images: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     folder: Path | None = None,
@@ -75,7 +73,6 @@ def encode_images(
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Of the features.
         measures (`dict[str, ImageMeasure]`, *optional*): Of the reconstructions' quality; default: what
             [`~dae_diffusers.metrics.image_quality.image_measures`] finds.
-        max_images (`int`, *optional*): Only the first this many.
         batch_size, num_workers (`int`, *optional*): Per process; they change no result.
         folder (`Path`, *optional*): Where to keep what is done, so that an interrupted evaluation goes on from there.
         description (`str`, *optional*): Of the progress bar.
@@ -109,7 +106,7 @@ def encode_images(
 
     rows = keep_rows(
         encode,
-        min(len(images), max_images or len(images)),
+        len(images),
         accelerator,
         folder=folder,
         of=folder and {**evaluation_inputs(vae, images, extractor), "measures": sorted(measures)},
@@ -134,12 +131,11 @@ def image_features(
     extractor: FeatureExtractor,
     accelerator: Accelerator,
     *,
-    max_images: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     folder: Path | None = None,
 ) -> torch.Tensor:
-    r"""Features of the first images alone, `(N, D)`; everything as in [`encode_images`]."""
+    r"""Features of the images alone, `(N, D)`; everything as in [`encode_images`]."""
 
     def extract(chunk: range) -> dict[str, torch.Tensor]:
         loader = make_pass_loader(Subset(images, chunk), batch_size=batch_size, num_workers=num_workers)
@@ -151,7 +147,7 @@ def image_features(
 
     return keep_rows(
         extract,
-        min(len(images), max_images or len(images)),
+        len(images),
         accelerator,
         folder=folder,
         of=folder and evaluation_inputs(None, images, extractor),
@@ -165,7 +161,7 @@ def evaluation_inputs(
     r"""What the measurements of an autoencoder on some images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
     return {
         "vae": None if vae is None else model_hash(vae),
-        "images": [len(images), image_identity(images), list(images.config.value_range)],
+        "images": [len(images), image_identity(images)],
         "extractor": None if extractor is None else extractor.fingerprint,
     }
 
@@ -175,13 +171,16 @@ def decode_features(
     vae: ModelMixin, latents: torch.Tensor, extractor: FeatureExtractor, accelerator: Accelerator, batch_size: int = 64
 ) -> torch.Tensor:
     r"""Features of decoded raw latents, `(N, C, h, w)` to `(N, D)`, shared out over the processes."""
-    mine = latents[accelerator.process_index :: accelerator.num_processes]
-    features = []
     image_pixels = latents[0, 0].numel() * spatial_factor(vae) ** 2
-    for part in mine.split(batch_size):
-        images = vae.decode(pad_batch(part.to(accelerator.device), image_pixels)).sample.float().clamp(-1, 1)
-        features.append(extractor(images)[: len(part)].cpu())
-    return gather_in_order({"features": torch.cat(features)}, len(latents), accelerator)["features"]
+
+    def extract(chunk: range) -> dict[str, torch.Tensor]:
+        features = []
+        for part in latents[chunk.start : chunk.stop].split(batch_size):
+            images = vae.decode(pad_batch(part.to(accelerator.device), image_pixels)).sample.float().clamp(-1, 1)
+            features.append(extractor(images)[: len(part)].cpu())
+        return {"features": torch.cat(features)}
+
+    return keep_rows(extract, len(latents), accelerator, folder=None, of=None, description="Decoding")["features"]
 
 
 def reconstruction_metrics(encoded: EncodedImages, extractor: FeatureExtractor | None) -> dict[str, float]:
@@ -297,21 +296,3 @@ def statistics_of(features: torch.Tensor) -> FeatureStatistics:
     statistics = FeatureStatistics.empty(features.shape[1])
     statistics.add(features)
     return statistics
-
-
-def gather_in_order(rows: dict[str, torch.Tensor], total: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    r"""
-    Puts the rows of all processes into the order of the whole, where process `p` of `P` holds rows `p, p + P, ...`.
-
-    What is computed from the result does not depend on the number of processes.
-    """
-    if accelerator.num_processes == 1:
-        return rows
-    parts = gather_object([rows])
-    whole = {}
-    for name in parts[0]:
-        whole[name] = torch.empty(total, *parts[0][name].shape[1:], dtype=parts[0][name].dtype)
-        for process, part in enumerate(parts):
-            if name in part:
-                whole[name][process :: accelerator.num_processes] = part[name]
-    return whole

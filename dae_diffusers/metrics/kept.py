@@ -16,6 +16,9 @@ from tqdm.auto import tqdm
 from dae_diffusers.cli import UserError
 from dae_diffusers.files import add_weights, save_tensors_atomically, write_atomically
 
+# Of what is kept: raised when a measurement changes, so that results of an older version are not taken for those of this one.
+_VERSION = 2
+
 
 def keep_rows(
     compute: Callable[[range], dict[str, torch.Tensor]],
@@ -44,7 +47,7 @@ def keep_rows(
     """
     chunks = [range(first, min(first + chunk_size, num_rows)) for first in range(0, num_rows, chunk_size)]
     if folder is not None:
-        folder = Path(folder) / hash_of([of, num_rows, chunk_size])
+        folder = Path(folder) / hash_of([_VERSION, of, num_rows, chunk_size])
         folder.mkdir(parents=True, exist_ok=True)
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     parts = {}
@@ -81,7 +84,7 @@ def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder:
     Returns:
         The values as JSON gives them back, the same on every process.
     """
-    path = Path(folder) / f"{hash_of(of)}.json"
+    path = Path(folder) / f"{hash_of([_VERSION, of])}.json"
     found = [_read_values(path) if accelerator.is_main_process else None]
     broadcast_object_list(found)
     if found[0] is not None:

@@ -80,7 +80,7 @@ class Sampler:
         UserError: For a pipeline of another kind, and a text-to-image one without prompts.
 
     Attributes:
-        accepted (`set[str]`): Names of the call's options.
+        accepted (`set[str]`): Names of the call's options that change what this pipeline draws.
         num_classes (`int` or `None`): See the table.
     """
 
@@ -91,6 +91,8 @@ class Sampler:
         self.num_classes: int | None = None
         if "num_images_per_label" in self.accepted:
             self.num_classes = pipeline.null_class
+            if self.num_classes is None:
+                self.accepted.discard("guidance_scale")  # there is nothing to guide towards
             self._given: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
                 {"num_images_per_label": count} if labels is None else {"class_labels": labels}
             )
@@ -119,7 +121,13 @@ class Sampler:
             generator=generators,
             output_type="np",
         ).images
-        return torch.as_tensor(images).permute(0, 3, 1, 2)
+        images = torch.as_tensor(images).permute(0, 3, 1, 2)
+        if value_range := self.pipeline.config.get(
+            "value_range"
+        ):  # our pipelines give numbers as the training images had them
+            low, high = value_range
+            images = (images - low) / (high - low)
+        return images
 
 
 def autoencoder_of(pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:

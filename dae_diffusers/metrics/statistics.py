@@ -185,7 +185,7 @@ def reference_statistics(
     Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
 
     The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (content, number,
-    channels) and of their resolution. A damaged file is reported and made anew; one that cannot be written is reported. An
+    channels, range of values) and of their resolution. A damaged file is reported and made anew; one that cannot be written is reported. An
     interrupted pass goes on from where it was saved last, if as many processes take part.
 
     Args:
@@ -207,6 +207,7 @@ def reference_statistics(
         "num_images": str(len(images)),
         "image_channels": str(images.config.image_channels),
         "resolution": str(images.config.resolution),
+        "value_range": json.dumps(list(images.config.value_range)),
     }
     path = partial = None
     if cache_dir is not None:
