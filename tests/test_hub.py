@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,10 +19,12 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
+from models import save_autoencoder
 from safetensors.torch import load_file
 from scripts import TINY_DAE, TINY_DIT, run
+from test_vqgan_pipeline import make_pipeline
 
-from dae_diffusers import DAEDiTPipeline
+from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.hub.card import make_card, measurements
 from dae_diffusers.hub.results import read_result
@@ -324,15 +327,100 @@ def test_autoencoder_alone_is_published(client, trained, tmp_path):
 
 def test_export_writes_the_same_without_a_hub(published, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    push_script(trained, REPO, "--license", "cc-by-4.0", "--export_dir", tmp_path / "out")
+    push_script(trained, REPO, "--license", "cc-by-4.0", "--fp16", "--stage1", "--export_dir", tmp_path / "out")
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert files == {name for name in published if ".fp16." not in name}
+    assert files == published.keys() | {f"stage1/{path.name}" for path in (trained / "stage1").iterdir()}
+    for name in published:
+        assert (tmp_path / "out" / name).read_bytes() == published[name], name
     images = sample(
         DiffusionPipeline.from_pretrained(
             tmp_path / "out", custom_pipeline=str(tmp_path / "out"), trust_remote_code=True
         )
     )
     assert torch.equal(images, sample(DAEDiTPipeline.from_pretrained(trained / "pipeline")))
+
+
+@pytest.mark.parametrize("flags", [["--revision", "next"], ["--create_pr"]])
+def test_export_refuses_what_only_an_upload_can_do(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit):
+        push_script(tmp_path, REPO, "--export_dir", tmp_path / "out", *flags)
+    assert "does not go with `--revision` or `--create_pr`" in capsys.readouterr().err
+
+
+def test_half_precision_weights_of_a_vqgan_are_those_of_all_its_components(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    push_script(tmp_path / "pipeline", "user/codes", "--fp16", "--export_dir", tmp_path / "out")
+    for name in ("vae/diffusion_pytorch_model", "prior/model"):
+        halved, whole = (load_file(tmp_path / "out" / f"{name}{variant}.safetensors") for variant in (".fp16", ""))
+        assert halved.keys() == whole.keys() and all(torch.equal(halved[key], whole[key].half()) for key in whole)
+    pipe = DAEVQGANPipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=torch.float16)
+    assert pipe.prior.dtype == pipe.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("part", ["pipeline", "vae"])
+def test_what_stands_beside_a_model_is_published_only_if_a_run_left_it(trained, tmp_path, part):
+    shutil.copytree(trained / part, tmp_path / part)
+    for name, content in {
+        "app/config.yaml": "password: hunter2",
+        "list/config.yaml": "- hunter2",
+        "train_dit/config.yaml": "- hunter2",
+        "metrics.json": '{"psnr": 1.0}',
+        "evaluation/metrics.json": '{"reconstruction": {"psnr": 2.0}}',
+        "samples.png": "not ours",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    result = read_result(tmp_path / part)
+    assert (result.scripts, result.metrics, result.pictures) == ({}, {}, {})
+
+    shutil.copytree(trained / "train_dae", tmp_path / "train_dae")  # now it is a run, with strangers in it
+    result = read_result(tmp_path / part)
+    assert result.scripts.keys() == {"train_dae"} and result.metrics["check"] == {"psnr": 1.0}
+
+
+def card_of(folder: Path, **flags) -> ModelCard:
+    """That of an autoencoder trained with these flags and measured meanwhile."""
+    save_autoencoder(folder / "vae")
+    (folder / "train_dae").mkdir()
+    (folder / "train_dae" / "config.yaml").write_text(yaml.safe_dump(flags))
+    (folder / "train_dae" / "log.jsonl").write_text('{"step": 1, "validation/psnr": 20.0}\n')
+    return make_card(read_result(folder), "user/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("faces", True),
+        ("user/faces", True),
+        ("/data/private/faces", False),
+        ("/data/digits", False),
+        ("./faces", False),
+    ],
+)
+def test_only_an_id_on_the_hub_is_named_as_one(tmp_path, name, is_id):
+    card = card_of(tmp_path, dataset_name=name)
+    assert card.data.datasets == ([name] if is_id else None)
+    assert card.data.eval_results[0].dataset_type == (name if is_id else "imagefolder")
+    assert "/data" not in str(card) and "UCI" not in str(card)
+
+
+@pytest.mark.parametrize("split", ["val", None])
+def test_split_is_stated_only_if_the_run_recorded_it(tmp_path, split):
+    card = card_of(tmp_path, dataset_name="user/faces", train_split="train", validation_split=split)
+    assert ModelCard(str(card)).data.eval_results[0].dataset_split == split
+
+
+def test_split_of_an_evaluation_is_its_own(tmp_path):
+    evaluation = {
+        "reconstruction": {"psnr": 21.0},
+        "generation": [{"gfd_tiny": 7.0}],
+        "setting": {"config": {"train_split": "all", "validation_split": "test"}},
+    }
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(evaluation))
+    card = card_of(tmp_path, dataset_name="user/faces", train_split="train", validation_split="val")
+    splits = {each.metric_type: each.dataset_split for each in card.data.eval_results}
+    assert splits == {"psnr": "test", "gfd_tiny": "all"}
 
 
 def test_other_pipelines_get_a_card_too(trained, tmp_path):

@@ -12,6 +12,7 @@ The first word is the output folder of a training run, or a pipeline's folder; t
 import logging
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +41,19 @@ class PushConfig:
     stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
     space: bool = field(False, "also make a Space, a page on which the model can be tried")
     space_id: str | None = field(None, "`user/name` of the Space; default: that of the model")
-    export_dir: str | None = field(None, "write everything into this folder instead of uploading it; Space in `space/`")
+    export_dir: str | None = field(
+        None, "write everything into this folder instead of uploading it; Space in `space/`, stage 1 in `stage1/`"
+    )
 
     def __post_init__(self):
         if self.folder is None or self.repo_id is None:
             raise ConfigError("give a folder and a repository: push.py runs/digits user/digits. See --help.")
         if self.export_dir is not None and "/" not in self.repo_id:
             raise ConfigError(f"`--export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
+        if self.export_dir is not None and (self.revision is not None or self.create_pr):
+            raise ConfigError(
+                "`--export_dir` uploads nothing, so it does not go with `--revision` or `--create_pr`; leave them out."
+            )
 
 
 def main(config: PushConfig) -> None:
@@ -103,12 +110,17 @@ def export(config: PushConfig, result: results.Result) -> None:
     """Writes what would be uploaded."""
     folder = Path(config.export_dir)
     found = card.repository_files(result, config.repo_id, license=config.license, card=not config.keep_card)
-    if config.space:
-        found.update({f"space/{name}": content for name, content in upload.space_files(config.repo_id).items()})
-    for name, content in found.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, path)
+    with tempfile.TemporaryDirectory() as temporary:
+        if config.fp16:
+            found.update(upload.half_precision_files(found, Path(temporary)))
+        if config.stage1:
+            found.update(upload.stage1_files(result.folder))
+        if config.space:
+            found.update({f"space/{name}": content for name, content in upload.space_files(config.repo_id).items()})
+        for name, content in found.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, path)
     logger.info("%d files in %s", len(found), folder)
 
 

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
-from dae_diffusers.hub.results import Result
+from dae_diffusers.hub.results import Result, Script
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
 TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
@@ -58,21 +58,21 @@ METRICS = {
 
 @dataclass
 class Measurement:
-    r"""One number, what it depends on, and which split of the images it is compared with."""
+    r"""One number, what it depends on, and which split of the images it is compared with; None if nobody wrote it down."""
 
     metric: str
     value: float
     name: str
     meaning: str
     setting: dict[str, Any]
-    split: str
+    split: str | None
 
 
 def measurements(result: Result) -> list[Measurement]:
     r"""Every number of `result.metrics` that the card knows how to name, evaluations before what training logged."""
     found: dict[tuple, Measurement] = {}
 
-    def add(values: dict[str, Any], setting: dict[str, Any], split: str = "validation_split"):
+    def add(values: dict[str, Any], setting: dict[str, Any], split: str | None):
         for metric, value in values.items():
             base = next((each for each in METRICS if metric == each or metric.startswith(f"{each}_")), None)
             if base is None or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -84,16 +84,17 @@ def measurements(result: Result) -> list[Measurement]:
 
     evaluation = result.metrics.get("evaluation", {})
     images = evaluation.get("setting", {}).get("validation_images", {}).get("number")
+    config = evaluation.get("setting", {}).get("config", {})
     for part in ("reconstruction", "latent_space"):
-        add(evaluation.get(part, {}), {"num_images": images} if images else {})
+        add(evaluation.get(part, {}), {"num_images": images} if images else {}, config.get("validation_split"))
     for row in evaluation.get("generation", []):
-        add(row, _setting_of(row), "split")
+        add(row, _setting_of(row), config.get("train_split"))
     check = result.metrics.get("check", {})
-    add(check, _setting_of(check), "split")
+    add(check, _setting_of(check), result.data_script.config.get("train_split") if result.data_script else None)
     known = {measurement.metric for measurement in found.values()}
-    for name in result.scripts:
+    for name, script in result.scripts.items():
         values = {k: v for k, v in result.metrics.get(name, {}).items() if k not in known}
-        add(values, {"logged_by": name, "step": values.get("step")})
+        add(values, {"logged_by": name, "step": values.get("step")}, script.config.get("validation_split"))
     return list(found.values())
 
 
@@ -113,7 +114,7 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
     found = measurements(result)
     generator = GENERATORS.get(result.index.get("_class_name", ""), {})
     decoupled = result.scripts["train_dae"].config.get("auxiliary_decoder") if "train_dae" in result.scripts else None
-    data = _data_description(result.data_config)
+    data = _data_description(result.data_script)
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -132,7 +133,7 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
                 task_type=TASK if result.pipeline is not None else "image-to-image",
                 dataset_type=data.get("id") or data.get("type", "images"),
                 dataset_name=data.get("name", "images"),
-                dataset_split=data.get(each.split),
+                dataset_split=each.split,
                 metric_type=each.metric,
                 metric_name=each.name,
                 metric_value=round(each.value, 5),
@@ -208,20 +209,18 @@ def _without_origin(path: Path) -> Path | bytes:
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _data_description(config: dict[str, Any]) -> dict[str, Any]:
+def _data_description(script: Script | None) -> dict[str, Any]:
     """What the images are: their id on the Hub where they have one, else what can be said without a path."""
-    if not config:
+    if script is None:
         return {}
+    config = script.config
     name = config.get("dataset_name")
-    described = {
-        "split": config.get("train_split", "train"),
-        "validation_split": config.get("validation_split") or "validation",
-        "resolution": config.get("resolution"),
-        "channels": config.get("image_channels"),
-    }
+    described = {"resolution": config.get("resolution"), "channels": config.get("image_channels")}
+    if script.has_local_data:
+        return {**described, "type": "imagefolder", "name": f"images of the author ({name})"}
     if name in EMBEDDED:
         return {**described, "type": "digits", "name": "handwritten digits (UCI, doi:10.24432/C50P49, CC BY 4.0)"}
-    if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists():
+    if name and re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name) and not Path(name).exists():
         return {**described, "id": name, "name": name}
     return {**described, "type": "imagefolder", "name": f"images of the author ({name or config['train_data_dir']})"}
 

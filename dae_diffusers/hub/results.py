@@ -11,6 +11,9 @@ from dae_diffusers.cli import UserError
 
 PIPELINE_INDEX = "model_index.json"
 
+# Each keeps its own files in the run's folder under its name; in the order in which they run.
+_SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior")
+
 # Flags of the machine and of publishing, which say nothing about the model.
 _NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
 
@@ -25,12 +28,14 @@ class Script:
             their last part.
         record (`dict`): Its `run.json`: command, seconds, hardware, versions, counts. Empty for runs without one.
         validation (`dict`): The last validation values of its log.
+        has_local_data (`bool`): Whether `dataset_name` was an absolute path, which the config no longer shows.
     """
 
     folder: Path
     config: dict[str, Any]
     record: dict[str, Any]
     validation: dict[str, float]
+    has_local_data: bool = False
 
 
 @dataclass
@@ -46,7 +51,6 @@ class Result:
         scripts (`dict[str, Script]`): By name, in the order in which they ran.
         metrics (`dict`): What was measured, by source.
         pictures (`dict[str, tuple[Path, str]]`): File name in the repository to file and caption.
-        stage1 (`Path`, *optional*): The autoencoder with its auxiliary decoder.
     """
 
     folder: Path
@@ -57,15 +61,14 @@ class Result:
     scripts: dict[str, Script] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, tuple[Path, str]] = field(default_factory=dict)
-    stage1: Path | None = None
 
     @property
-    def data_config(self) -> dict[str, Any]:
-        r"""The flags of data of the first script that read images."""
+    def data_script(self) -> Script | None:
+        r"""The first script that read images, whose flags say which."""
         for script in self.scripts.values():
             if script.config.get("dataset_name") or script.config.get("train_data_dir"):
-                return script.config
-        return {}
+                return script
+        return None
 
 
 def read_result(folder: str | Path) -> Result:
@@ -74,7 +77,7 @@ def read_result(folder: str | Path) -> Result:
 
     Args:
         folder (`str` or `Path`): The output folder of a training run, or a pipeline's or an autoencoder's folder. What
-            stands beside the latter two (logs, metrics) is found too.
+            stands beside the latter two (logs, metrics) is found too, if a training script of ours has left it there.
 
     Returns:
         [`Result`]: With a pipeline, an autoencoder or both.
@@ -88,7 +91,7 @@ def read_result(folder: str | Path) -> Result:
     if (folder / PIPELINE_INDEX).exists():
         pipeline, run = folder, folder.resolve().parent
     elif (folder / "config.json").exists():
-        return _describe(Result(folder.resolve().parent, None, folder))
+        return _describe(Result(folder.resolve().parent, None, folder), is_run=False)
     else:
         pipeline, run = folder / "pipeline", folder
     if not (pipeline / PIPELINE_INDEX).exists():
@@ -98,11 +101,11 @@ def read_result(folder: str | Path) -> Result:
                 f"{folder} holds nothing that can be published: neither pipeline/{PIPELINE_INDEX} nor vae/config.json. "
                 "Give the `--output_dir` of a finished training run."
             )
-        return _describe(Result(run, None, vae))
+        return _describe(Result(run, None, vae), is_run=True)
     result = Result(run, pipeline, pipeline / "vae" if (pipeline / "vae").is_dir() else None)
     result.index = _read_json(pipeline / PIPELINE_INDEX)
     _check_code(result)
-    return _describe(result)
+    return _describe(result, is_run=pipeline != folder)
 
 
 def latest_grid(script_folder: Path, pattern: str) -> Path | None:
@@ -131,32 +134,37 @@ def _is_stock(class_name: Any) -> bool:
     return hasattr(diffusers, str(class_name))
 
 
-def _describe(result: Result) -> Result:
+def _describe(result: Result, *, is_run: bool) -> Result:
+    """Adds what is read. Without `is_run`, the result's folder is only the one above, and may be somebody else's."""
     if result.vae is not None:
         result.vae_config = _read_json(result.vae / "config.json")
-    folders = [path.parent for path in sorted(result.folder.glob("*/config.yaml"))]
+    folders = [result.folder / name for name in _SCRIPTS if _is_script(result.folder / name)]
+    if not is_run and not folders:
+        return result
     for path in list(folders):  # the autoencoder may come from another run
-        used = (_read_yaml(path / "config.yaml") or {}).get("vae")
+        used = _read_yaml(path / "config.yaml").get("vae")
         if used and Path(used).is_dir():
             other = Path(used) if (Path(used) / "train_dae").is_dir() else Path(used).resolve().parent
-            if other.resolve() != result.folder.resolve() and (other / "train_dae" / "config.yaml").exists():
+            if other.resolve() != result.folder.resolve() and _is_script(other / "train_dae"):
                 folders.insert(0, other / "train_dae")
-    order = {"train_dae": 0}
-    for path in sorted(folders, key=lambda path: order.get(path.name, 1)):
+    for path in folders:
         if result.pipeline is None and path.name != "train_dae":
             continue
         result.scripts.setdefault(path.name, _read_script(path))
     result.metrics = _read_metrics(result)
     result.pictures = _find_pictures(result)
-    if (result.folder / "stage1" / "config.json").exists():
-        result.stage1 = result.folder / "stage1"
     return result
+
+
+def _is_script(folder: Path) -> bool:
+    path = folder / "config.yaml"
+    return path.exists() and isinstance(_read_yaml(path), dict)
 
 
 def _read_script(folder: Path) -> Script:
     config = {
         name: value
-        for name, value in (_read_yaml(folder / "config.yaml") or {}).items()
+        for name, value in _read_yaml(folder / "config.yaml").items()
         if name not in _NOT_PUBLISHED and not name.startswith(("hub_", "push_"))
     }
     record = _read_json(folder / "run.json") if (folder / "run.json").exists() else {}
@@ -168,7 +176,8 @@ def _read_script(folder: Path) -> Script:
             break
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         validation = {**values, "step": row["step"]} if values else validation
-    return Script(folder, _without_paths(config), _without_paths(record), validation)
+    has_local_data = Path(config.get("dataset_name") or "").is_absolute()
+    return Script(folder, _without_paths(config), _without_paths(record), validation, has_local_data)
 
 
 def _read_metrics(result: Result) -> dict[str, Any]:
@@ -216,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

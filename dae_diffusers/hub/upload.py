@@ -26,7 +26,7 @@ from dae_diffusers.hub.results import read_result
 logger = logging.getLogger(__name__)
 
 STAGE1_BRANCH = "stage1"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
 
 
 def check_hub_access(repo_id: str, *, private: bool = False, license: str | None = None) -> str:
@@ -112,7 +112,7 @@ def push_folder(
 
     Raises:
         UserError: If the folder holds nothing to publish.
-        Exception: Whatever the connection fails with; see [`push_or_explain`].
+        Exception: Whatever the connection fails with.
     """
     result = read_result(folder)
     api = HfApi()
@@ -149,15 +149,25 @@ def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> s
     Raises:
         UserError: If there is no stage 1 in the folder.
     """
-    stage1 = Path(folder) / "stage1"
-    if not (stage1 / "config.json").exists():
-        raise UserError(f"{folder} has no stage1/config.json: it is not the `--output_dir` of training/train_dae.py.")
+    files = stage1_files(folder)
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
     api.create_branch(repository.repo_id, branch=STAGE1_BRANCH, exist_ok=True)
-    files = {f"stage1/{path.name}": path for path in sorted(stage1.iterdir()) if path.is_file()}
     _commit(api, repository.repo_id, files, message="Upload stage 1", revision=STAGE1_BRANCH)
     return f"{repository}/tree/{STAGE1_BRANCH}"
+
+
+def stage1_files(folder: str | Path) -> dict[str, Path]:
+    r"""
+    The autoencoder of stage 1 in the output folder of a run, by path in the repository.
+
+    Raises:
+        UserError: If there is none.
+    """
+    stage1 = Path(folder) / "stage1"
+    if not (stage1 / "config.json").exists():
+        raise UserError(f"{folder} has no stage1/config.json: it is not the `--output_dir` of training/train_dae.py.")
+    return {f"stage1/{path.name}": path for path in sorted(stage1.iterdir()) if path.is_file()}
 
 
 def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
@@ -271,7 +281,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
         folder (`Path`): Where the copies are written.
 
     Returns:
-        `dict`: Path in the repository, `<component>/diffusion_pytorch_model.fp16.safetensors`, to file.
+        `dict`: Path in the repository, such as `vae/diffusion_pytorch_model.fp16.safetensors`, to file.
 
     Raises:
         UserError: If the weights are in several files.
@@ -283,8 +293,8 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
                 f"`--fp16`: {name} says that the weights lie in several files, which is not supported. Save the pipeline "
                 'with `pipe.to(torch.float16).save_pretrained(folder, variant="fp16")` beside the others instead.'
             )
-        if Path(name).name == _WEIGHTS:
-            target = Path(name).with_name(_WEIGHTS.replace(".safetensors", ".fp16.safetensors")).as_posix()
+        if Path(name).name in _WEIGHTS:
+            target = Path(name).with_suffix(".fp16.safetensors").as_posix()
             copies[target] = folder / target.replace("/", "-")
             halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
             save_file(halved, copies[target], metadata={"format": "pt"})
