@@ -37,6 +37,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
         vae ([`VQModel`]): Decodes codes.
         id2label (`dict`, *optional*):
             Class id (or its digits) to name; a name may hold several, separated by commas.
+        value_range (`list` of two numbers, *optional*):
+            Lowest and highest value of the original images where these were no 8-bit pictures; `output_type="np"` gives
+            images in it.
 
     Raises:
         `ValueError`: If the prior was trained on the codes of another model.
@@ -44,12 +47,19 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "prior->vae"
 
-    def __init__(self, prior: PreTrainedModel, vae: VQModel, id2label: dict[int, str] | dict[str, str] | None = None):
+    def __init__(
+        self,
+        prior: PreTrainedModel,
+        vae: VQModel,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        value_range: list[float] | None = None,
+    ):
         super().__init__()
         self.register_modules(prior=prior, vae=vae)
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
-        self.register_to_config(id2label=self.id2label or None)
+        self.value_range = value_range
+        self.register_to_config(id2label=self.id2label or None, value_range=value_range)
         _check_codes(prior, vae)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -222,6 +232,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
         if output_type != "codes":
             output_type = "np" if output_type == "numpy" else output_type
             images = self.image_processor.postprocess(self.decode_codes(images), output_type=output_type)
+            if output_type == "np" and self.value_range is not None:
+                low, high = self.value_range
+                images = images * (high - low) + low
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from scripts import TINY_DAE, TINY_DIT, run
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.data import DataConfig, load_images, resize_and_crop
-from dae_diffusers.data.arrays import decode_array, read_value_range, resize_and_crop_array
+from dae_diffusers.data.arrays import decode_array, read_value_range, resize_and_crop_array, save_value_range
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -63,6 +64,7 @@ def test_from_files_to_samples_in_the_original_values(kind, tiff_folder, npy_fol
     assert images.shape == (2, 16, 16, channels)
     np.testing.assert_allclose(images, unit.permute(0, 2, 3, 1).numpy() * (high - low) + low, rtol=1e-5)
     assert json.loads((output / "pipeline" / "model_index.json").read_text())["value_range"] == [low, high]
+    assert read_value_range(str(output / "pipeline")) == [low, high]  # what a generator on its autoencoder asks for
 
 
 def test_sixteen_bits_are_kept(tmp_path):
@@ -82,6 +84,62 @@ def test_both_splits_are_read_the_same_way(tmp_path):
         Image.fromarray(values).save(tmp_path / split / "a" / "0.png")
     train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, image_channels=1))
     assert torch.equal(train[0]["pixel_values"], validation[0]["pixel_values"])
+
+
+def save_pictures(folder, *pictures):
+    """`train/a/0.png`, `train/a/1.png`, ..., the last one in `test/a`."""
+    for number, picture in enumerate(pictures):
+        path = folder / ("train" if number < len(pictures) - 1 else "test") / "a" / f"{number}.tiff"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return {"train_data_dir": str(folder), "resolution": 8, "image_channels": 1}
+
+
+@pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
+def test_white_is_white_in_8_bit_pictures_among_16_bit_ones(on_bad_image, tmp_path):
+    gray = np.full((8, 8), 200, np.uint8)
+    flags = save_pictures(tmp_path, gray.astype(np.uint16) * 257, gray, np.stack([gray] * 3, axis=-1))
+    config = DataConfig(**flags, on_bad_image=on_bad_image)
+    train, validation = load_images(config)
+    assert config.value_range == [0, 65535]
+    for item in (*(train[n] for n in range(2)), validation[0]):
+        expected = torch.full((1, 8, 8), 200 / 255 * 2 - 1)
+        torch.testing.assert_close(item["pixel_values"], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("first", "value_range", "seen"),
+    [(np.uint16, [1000.0, 3000.0], "8-bit"), (np.float32, [], "8-bit"), (np.uint8, [0.0, 255.0], "16-bit")],
+)
+def test_pictures_of_another_depth_are_refused_where_their_scale_is_unknown(first, value_range, seen, tmp_path):
+    gradient = np.arange(64).reshape(8, 8)
+    other = np.uint8 if seen == "8-bit" else np.uint16
+    flags = save_pictures(tmp_path, gradient.astype(first), gradient.astype(other), gradient.astype(first))
+    with pytest.raises(UserError, match=f"1.tiff cannot be decoded .it holds {seen} pixels, unlike the first image"):
+        load_images(DataConfig(**flags, value_range=value_range))[0][1]
+
+
+def test_a_part_of_the_images_is_read_like_the_whole(tmp_path):
+    gray = np.full((8, 8), 100, np.uint8)
+    train, _ = load_images(DataConfig(**save_pictures(tmp_path, gray, *[gray.astype(np.uint16) * 257] * 6)))
+    part = train.choose(2)
+    assert not train.is_array and part.depth == train.depth == "8-bit"
+    assert all(torch.equal(part[n]["pixel_values"], train[0]["pixel_values"]) for n in range(2))
+
+
+def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch):
+    assert read_value_range(str(tmp_path)) is None and read_value_range(None) is None
+    (tmp_path / "vae").mkdir()
+    save_value_range([-5.0, 7.0], tmp_path / "vae")
+    assert read_value_range(str(tmp_path / "vae")) == read_value_range(str(tmp_path)) == [-5, 7]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--user--model"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (tmp_path / "vae").rename(repository / "snapshots" / ("0" * 40))
+    assert read_value_range("user/model") == [-5, 7]
+    assert read_value_range("user/other") is None and read_value_range("no/such/folder") is None  # offline too
 
 
 def test_array_columns_of_a_dataset(tmp_path):

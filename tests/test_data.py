@@ -58,6 +58,26 @@ def test_flat_folder_has_no_labels(tmp_path):
     assert train.id2label is None and set(train[0]) == {"pixel_values"}
 
 
+@pytest.mark.parametrize("held_out", ["validation", "val", "test"])
+def test_split_folders_without_classes_have_no_labels(held_out, tmp_path):
+    for split in ("train", held_out):
+        (tmp_path / split).mkdir()
+        for number in range(2):
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / split / f"{number}.png")
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=16))
+    assert (len(train), len(validation)) == (2, 2)
+    assert train.id2label is None and set(train[0]) == set(validation[0]) == {"pixel_values"}
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    for folder in ("train/train", "train/validation", "validation/train", "validation/validation"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "0.png")
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=16))
+    assert train.id2label == {0: "train", 1: "validation"}
+    assert len({*train.labels}) == len({*validation.labels}) == 2
+
+
 def test_white_is_one_and_black_is_minus_one():
     data = datasets.Dataset.from_dict(
         {"image": [{"bytes": encoded(Image.new("RGB", (8, 8), c)), "path": None} for c in ("white", "black")] * 2},

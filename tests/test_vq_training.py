@@ -4,11 +4,14 @@ import json
 import shutil
 from functools import wraps
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import VQModel
+from hub_server import HubServer
 from models import make_autoencoder, save_backbone
+from PIL import Image
 from safetensors.torch import load_file
 from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
@@ -16,6 +19,7 @@ from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.latents.codes import CodeGrids, codes_of
 from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
@@ -207,6 +211,9 @@ def test_prior_is_saved_as_a_pipeline_that_draws_by_class_name(trained, with_pri
     assert pipeline.prior.config.code_fingerprint == code_fingerprint(VQModel.from_pretrained(trained / "vae"))
     assert (with_prior / "train_vqgan_prior" / "grids" / "samples-00000006.png").exists()
     assert (with_prior / "train_vqgan_prior" / "curves.png").stat().st_size > 1000
+    num_parameters = sum(parameter.numel() for parameter in pipeline.prior.parameters())
+    record = json.loads((with_prior / "train_vqgan_prior" / "run.json").read_text())
+    assert record["counts"] == {"training_images": 23, "parameters": num_parameters}
 
 
 def test_cached_codes_are_those_of_the_images_and_their_mirror_images(trained, with_prior, image_folder):
@@ -229,6 +236,35 @@ def test_resumed_prior_equals_an_uninterrupted_one(trained, with_prior, image_fo
     assert_same_weights(prior_weights(with_prior), prior_weights(tmp_path / "run"))
     logs = [(folder / "train_vqgan_prior" / "log.jsonl").read_text() for folder in (with_prior, tmp_path / "run")]
     assert logs[0] == logs[1]
+
+
+def test_prior_sees_images_in_the_range_of_its_autoencoder(trained, tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    save_value_range([-100.0, 500.0], tmp_path / "vae")
+    data = {"train_data_dir": tmp_path / "images", "output_dir": tmp_path / "run"}
+    run(train_vqgan_prior, TINY_PRIOR, vae=tmp_path / "vae", **data)
+    config = DataConfig(train_data_dir=str(tmp_path / "images"), resolution=16, value_range=[-100.0, 500.0])
+    pixel_values = torch.stack([item["pixel_values"] for item in load_images(config)[0]])
+    vae = VQModel.from_pretrained(trained / "vae")
+    with torch.no_grad():
+        expected = codes_of(vae, vae.encode(pixel_values).latents)
+    assert torch.equal(load_file(tmp_path / "run" / "codes" / "train.safetensors")["codes"][:, 0], expected.int())
+    assert DAEVQGANPipeline.from_pretrained(tmp_path / "run" / "pipeline").value_range == [-100, 500]
+
+
+def test_prior_is_pushed_at_every_save(trained, image_folder, tmp_path, monkeypatch):
+    flags = TINY_PRIOR + " --push_to_hub --hub_strategy every_save --hub_license mit --mixed_precision bf16"
+    with HubServer() as hub:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+        succeed(launch("train_vqgan_prior", flags, output_dir=tmp_path / "run", **data))
+        messages = list(hub.repositories["model", "writer/run"].messages.values())
+    assert messages == ["initial commit", "Step 3", "Upload DAEVQGANPipeline"]
 
 
 def test_two_processes_train_the_prior_that_one_does(trained, with_prior, image_folder, tmp_path):

@@ -208,6 +208,16 @@ def test_saved_pipeline_returns_in_every_precision(tmp_path):
     assert type(VQModel.from_pretrained(tmp_path, subfolder="vae")) is VQModel
 
 
+def test_numbers_come_in_the_range_of_the_training_images(tmp_path):
+    pipeline = make_pipeline()
+    pipeline = DAEVQGANPipeline(pipeline.prior, pipeline.vae, NAMES, value_range=[-1000.0, 3000.0])
+    pipeline.save_pretrained(tmp_path)
+    loaded = DAEVQGANPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    images, unit = (loaded("cat", generator=generators(0), output_type=kind).images for kind in ("np", "pt"))
+    torch.testing.assert_close(torch.from_numpy(images).permute(0, 3, 1, 2), unit * 4000 - 1000)
+
+
 ELSEWHERE = """
 import sys
 for name in ("dae_diffusers", "dae_diffusers.pipelines"):

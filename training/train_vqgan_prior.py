@@ -10,19 +10,23 @@ The images are encoded once, into `<output_dir>/codes`. The result is `<output_d
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from diffusers import VQModel
+from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder, spatial_factor
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
-from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.randomness import seed_microbatch
@@ -99,11 +103,15 @@ def main(config: TrainPriorConfig) -> None:
     run = TrainingRun("train_vqgan_prior", config, one_model=True)
     accelerator = run.accelerator
     vae = load_vq_model(config).to(accelerator.device)
-    fingerprint = code_fingerprint(vae)
+    config.value_range = config.value_range or read_value_range(config.vae) or []
     with accelerator.main_process_first():
         images = load_images(config, config.seed)
+    prior = make_prior(config, vae, images[0])
+    num_parameters = sum(parameter.numel() for parameter in prior.parameters())
     resume_path, step, _ = run.start(
-        {"the training images": images[0].fingerprint, "the codes of `--vae`": fingerprint}
+        {"the training images": images[0].fingerprint, "the codes of `--vae`": prior.config.code_fingerprint},
+        **count_images(images[0]),
+        parameters=num_parameters,
     )
     folder = Path(config.code_cache or run.output_dir / "codes")
     train_codes, validation_codes = (
@@ -117,18 +125,17 @@ def main(config: TrainPriorConfig) -> None:
         )
         for split, split_images in zip(("train", "validation"), images, strict=True)
     )
-    prior = make_prior(config, vae, train_codes, fingerprint)
     if config.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.
         getattr(prior, "activation_checkpointing_enable", prior.gradient_checkpointing_enable)()
     run.compile_blocks(prior.model.layers)
     parameters = list(prior.parameters())
     logger.info(
-        "%d training images of %d x %d codes, %s classes, %.1f M parameters",
-        len(train_codes),
+        "%s of %d x %d codes, %s classes, %.1f M parameters",
+        describe_size(images[0]),
         *train_codes.grid_size,
         prior.config.num_classes or "no",
-        sum(parameter.numel() for parameter in parameters) / 1e6,
+        num_parameters / 1e6,
     )
     optimizer = run.make_optimizer(parameters)
     lr_scheduler = run.make_lr_scheduler(optimizer, config.max_train_steps)
@@ -178,7 +185,7 @@ def main(config: TrainPriorConfig) -> None:
                     model = run.whole_model(prior).eval()
                     values = {"validation/loss": validation_loss(run, model, validation_codes)}
                     run.log_samples(
-                        DAEVQGANPipeline(model, vae, train_codes.id2label),
+                        make_pipeline(config, model, vae, train_codes),
                         model.config.num_classes or None,
                         step,
                         guidance_scale=config.sample_guidance_scale,
@@ -192,6 +199,9 @@ def main(config: TrainPriorConfig) -> None:
                 progress.write(f"step {step}: validation/loss {values['validation/loss']:.4f}")
             if step % config.checkpointing_steps == 0 or is_last:
                 run.save_checkpoint(step, ema=ema)
+                if not is_last:
+                    make = partial(make_pipeline, config, accelerator.unwrap_model(prior), vae, train_codes)
+                    run.push_snapshot(step, "pipeline", partial(save_snapshot, make, ema, parameters))
             if stop.requested():
                 if step % config.checkpointing_steps and not is_last:
                     run.save_checkpoint(step, ema=ema)
@@ -202,7 +212,7 @@ def main(config: TrainPriorConfig) -> None:
         ema.copy_to(parameters)
     model = accelerator.unwrap_model(run.whole_model(prior), keep_fp32_wrapper=False).eval()
     if accelerator.is_main_process:
-        DAEVQGANPipeline(model, vae, train_codes.id2label).save_pretrained(run.output_dir / "pipeline")
+        make_pipeline(config, model, vae, train_codes).save_pretrained(run.output_dir / "pipeline")
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")
 
@@ -219,10 +229,10 @@ def load_vq_model(config: TrainPriorConfig) -> VQModel:
     return vae
 
 
-def make_prior(config: TrainPriorConfig, vae: VQModel, codes: CodeGrids, fingerprint: str) -> LlamaForCausalLM:
+def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> LlamaForCausalLM:
     """A new transformer whose tokens are the codes, then the classes, then no class."""
-    num_codes, (height, width) = vae.config.num_vq_embeddings, codes.grid_size
-    num_classes = 0 if codes.id2label is None else len(codes.id2label)
+    num_codes, side = vae.config.num_vq_embeddings, config.resolution // spatial_factor(vae)
+    num_classes = 0 if images.id2label is None else len(images.id2label)
     hidden_size = config.num_attention_heads * config.attention_head_dim
     return LlamaForCausalLM(
         LlamaConfig(
@@ -232,7 +242,7 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, codes: CodeGrids, fingerp
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_attention_heads,
-            max_position_embeddings=height * width,
+            max_position_embeddings=side * side,
             attention_dropout=config.attention_dropout,
             bos_token_id=None,
             eos_token_id=None,
@@ -240,10 +250,23 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, codes: CodeGrids, fingerp
             # What DAEVQGANPipeline asks for:
             num_codes=num_codes,
             num_classes=num_classes,
-            grid_size=[height, width],
-            code_fingerprint=fingerprint,
+            grid_size=[side, side],
+            code_fingerprint=code_fingerprint(vae),
         )
     )
+
+
+def save_snapshot(make: Callable[[], DAEVQGANPipeline], ema: EMAModel | None, parameters: list, folder: Path) -> None:
+    """What training has come to, with averaged weights."""
+    with ema_weights(ema, parameters):
+        make().save_pretrained(folder)
+
+
+def make_pipeline(
+    config: TrainPriorConfig, model: LlamaForCausalLM, vae: VQModel, codes: CodeGrids
+) -> DAEVQGANPipeline:
+    """What is saved in the end, and what draws the samples on the way."""
+    return DAEVQGANPipeline(model, vae, codes.id2label, config.value_range or None)
 
 
 def class_tokens(batch: dict, codes: CodeGrids) -> torch.Tensor:

@@ -4,12 +4,14 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from PIL import Image
 
 from dae_diffusers.cli import UserError
@@ -17,19 +19,24 @@ from dae_diffusers.cli import UserError
 _NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
 
+Depth = Literal["8-bit", "16-bit", "numbers"]
+# Lowest and highest value where the depth says them; of numbers they must be measured or given.
+RANGES: dict[Depth, list[float]] = {"8-bit": [0.0, 255.0], "16-bit": [0.0, 65535.0]}
 
-def is_array_data(item: Any) -> bool:
-    r"""Whether a row's image must be read as an array: nested lists, `.npy`, and files of 16 bits or of floats."""
-    if not isinstance(item, bytes):
-        return True
-    if item.startswith(_NPY_MAGIC):
-        return True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(item)).mode[0] in "IF"
-    except Exception:  # a damaged file; reading it for real says so
-        return False
+
+def find_depth(content: Any) -> Depth:
+    r"""
+    What a row's image holds: pixels of 8 or 16 bits, or numbers of any size, as nested lists, `.npy` and float files do.
+
+    Raises:
+        Exception: Whatever Pillow raises for data that it cannot read.
+    """
+    if not isinstance(content, bytes) or content.startswith(_NPY_MAGIC):
+        return "numbers"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mode = Image.open(io.BytesIO(content)).mode
+    return "numbers" if mode == "F" else "16-bit" if mode.startswith("I") else "8-bit"
 
 
 def decode_array(item: Any, *, channels: int) -> np.ndarray:
@@ -131,16 +138,34 @@ def save_value_range(value_range: list[float], folder: Path) -> None:
 
 def read_value_range(name_or_path: str | None) -> list[float] | None:
     r"""
-    The range that [`save_value_range`] left in a local autoencoder's folder; None without one.
+    The range that [`save_value_range`] left beside an autoencoder, or that its pipeline has; None without one.
+
+    Args:
+        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of a pipeline that has one in `vae/`.
 
     Raises:
-        UserError: If the file is damaged.
+        UserError: If a file is damaged.
     """
-    path = Path(name_or_path or "") / _RANGE_FILE
-    if name_or_path is None or not path.is_file():
-        return None
+    for name in () if name_or_path is None else (_RANGE_FILE, f"vae/{_RANGE_FILE}", "model_index.json"):
+        path = _find_file(name_or_path, name)
+        if path is None:
+            continue
+        try:
+            value_range = json.loads(path.read_text()).get("value_range")
+            if value_range is not None:
+                return [float(value) for value in value_range]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}). Pass `--value_range LOW HIGH` and remove the file."
+            ) from None
+    return None
+
+
+def _find_file(name_or_path: str, name: str) -> Path | None:
+    path = Path(name_or_path) / name
+    if Path(name_or_path).is_dir():
+        return path if path.is_file() else None
     try:
-        value_range = json.loads(path.read_text()).get("value_range")
-        return None if value_range is None else [float(value) for value in value_range]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Pass `--value_range LOW HIGH` and remove the file.") from None
+        return Path(hf_hub_download(name_or_path, name))
+    except (HFValidationError, HfHubHTTPError, EntryNotFoundError):  # no Hub id, nothing there, or offline
+        return None

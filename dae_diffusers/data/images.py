@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.data.arrays import decode_array, resize_and_crop_array
+from dae_diffusers.data.arrays import RANGES, Depth, decode_array, find_depth, resize_and_crop_array
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,18 @@ class ImageReader:
 
     Args:
         config ([`DataConfig`]): Resolution, channels, crops, flips and range of values.
+        depth (`str` or `None`): Of the data's first image; None where it cannot be read.
+
+    Attributes:
         is_array (`bool`): Whether images are read as arrays of floats rather than as 8-bit pictures.
     """
 
-    def __init__(self, config: DataConfig, is_array: bool):
+    def __init__(self, config: DataConfig, depth: Depth | None):
         self.config = config
-        self.is_array = is_array
+        self.depth = depth
+        self.is_array = (
+            bool(config.value_range) or config.image_channels not in (1, 3) or depth in ("16-bit", "numbers")
+        )
         self._warned_small = False
 
     def read(self, item: Any, name: Callable[[], str], draw: int | None = None) -> np.ndarray:
@@ -46,7 +52,7 @@ class ImageReader:
             UserError: If it cannot be decoded or is too small.
         """
         try:
-            decode = decode_array if self.is_array else decode_image
+            decode = self._decode_array if self.is_array else decode_image
             image = decode(read_content(item), channels=self.config.image_channels)
         except MemoryError:
             raise
@@ -85,6 +91,16 @@ class ImageReader:
             torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         )
         return pixel_values.sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
+
+    def _decode_array(self, content: Any, *, channels: int) -> np.ndarray:
+        """In the values of the first image: white is 65535 in an 8-bit picture too, if it is in the others."""
+        depth, has_full_range = find_depth(content), list(self.config.value_range) == RANGES["16-bit"]
+        if depth == "8-bit" and has_full_range and channels in (1, 3):
+            image = np.asarray(decode_image(content, channels=channels), dtype=np.float32) * 257
+            return image.reshape(*image.shape[:2], channels)
+        if self.depth not in (None, depth) and not (depth == "16-bit" and has_full_range):
+            raise ValueError(f"it holds {depth} pixels, unlike the first image, which holds {self.depth} ones")
+        return decode_array(content, channels=channels)
 
     def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
         if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
@@ -159,6 +175,14 @@ def random_square(width: int, height: int, min_area: float, random: np.random.Ge
     r"""Left, top and side of a square whose area is a uniform share in `[min_area, 1]` of the largest square's."""
     side = max(1, round(min(width, height) * random.uniform(min_area, 1) ** 0.5))
     return int(random.integers(width - side + 1)), int(random.integers(height - side + 1)), side
+
+
+def depth_of(item: Any) -> Depth | None:
+    r"""[`~dae_diffusers.data.arrays.find_depth`] of a row's image; None if it is damaged: reading it for real says so."""
+    try:
+        return find_depth(read_content(item))
+    except Exception:
+        return None
 
 
 def read_content(item: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dae_diffusers.cli import UserError
+from dae_diffusers.data.arrays import Depth
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, read_content
@@ -58,7 +59,7 @@ class StreamedImages(BatchDataset):
         config ([`DataConfig`]): How images are read.
         image_column, label_column (`str`): Of `rows`; no labels if the latter is None.
         id2label (`dict[int, str]` or `None`): Names of the classes.
-        is_array (`bool`): Whether images are arrays rather than 8-bit pictures.
+        depth (`str` or `None`): Of the first image; the others must fit it.
         fingerprint (`str`): Of the data set.
         held_out (`frozenset[bytes]`, *optional*): [`content_hash`] of images that are for validation.
         num_examples (`int`, *optional*): How many images there are, where the data set says so.
@@ -72,7 +73,7 @@ class StreamedImages(BatchDataset):
         image_column: str,
         label_column: str | None,
         id2label: dict[int, str] | None,
-        is_array: bool,
+        depth: Depth | None,
         fingerprint: str,
         held_out: frozenset[bytes] = frozenset(),
         num_examples: int | None = None,
@@ -82,11 +83,11 @@ class StreamedImages(BatchDataset):
         self.image_column = image_column
         self.label_column = label_column
         self.id2label = id2label
-        self.is_array = is_array
         self.fingerprint = fingerprint
         self.held_out = held_out
         self.num_examples = num_examples
-        self._reader = ImageReader(config, is_array)
+        self._reader = ImageReader(config, depth)
+        self.is_array = self._reader.is_array
         self._num_read = self._num_bad = 0
 
     def __getitems__(self, rows: list[StreamedRow]) -> dict[str, torch.Tensor]:
