@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from dae_diffusers.cli import UserError, storage_problem
 from dae_diffusers.files import sha256_of
@@ -141,6 +142,9 @@ class Checkpointer:
         r"""
         Restores the prepared objects and the averages. All processes call it, after preparing the same objects.
 
+        The optimisers keep the settings that they were made with, such as the learning rate, and take only their moments
+        from the checkpoint.
+
         Raises:
             UserError: If the checkpoint is of other objects, such as a model of another size, or holds pickled code, which
                 is not run.
@@ -154,7 +158,18 @@ class Checkpointer:
             ) from None
 
     def _load(self, path: Path, ema: EMAModel | None) -> None:
+        optimizers, schedulers = self.accelerator._optimizers, [each.scheduler for each in self.accelerator._schedulers]
+        settings = [
+            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            for optimizer in optimizers
+        ]
+        base_lrs = [list(scheduler.base_lrs) for scheduler in schedulers]
         self.accelerator.load_state(str(path))
+        for optimizer, of_groups in zip(optimizers, settings, strict=True):
+            for group, of_group in zip(optimizer.param_groups, of_groups, strict=True):
+                group.update(of_group)
+        for scheduler, of_scheduler in zip(schedulers, base_lrs, strict=True):
+            _set_base_lrs(scheduler, of_scheduler)
         if ema is not None:
             shadow = load_file(path / _EMA)
             for n, value in enumerate(ema.shadow_params):
@@ -299,6 +314,16 @@ class StopSignal:
 def whole_tensor(value: torch.Tensor) -> torch.Tensor:
     r"""The tensor itself, or, where FSDP has spread it, all of it on every process; then all processes call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value.contiguous()
+
+
+def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
+    """Lets a schedule go on from where it is, around other learning rates."""
+    scheduler.base_lrs = base_lrs
+    scheduler._last_lr = [
+        base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
 
 
 def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:

@@ -5,6 +5,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -189,6 +190,8 @@ class _Parser(HfArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        # argparse's own takes -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
         self.add_argument("--config", metavar="FILE.yaml", help="a YAML file with any of the flags below; flags win")
         owners = _field_owners(config_class)
         self.dataclass_types = [config_class]
@@ -270,7 +273,8 @@ def _yaml_to_argv(path: str, config_class: type) -> list[str]:
             if fields[name].default is not None:
                 raise ConfigError(f"{path}: `{name}` has no value; leave the line out to use the default.")
         elif isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
+            if value or fields[name].default_factory is dataclasses.MISSING or fields[name].default_factory():
+                argv += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
             raise ConfigError(f"{path}: `{name}` must be one value or a list, but is a mapping.")
         else:

@@ -558,8 +558,9 @@ class TrainingRun:
 
     def _take_folder(self) -> None:
         self._lock, problem = take_folder(self.folder, self.accelerator), [None]
-        is_taken = (self.folder / "config.yaml").exists() and self.config.resume_from_checkpoint is None
-        if self.accelerator.is_main_process and is_taken:
+        # Not by config.yaml, which a run that failed before its first step has left too.
+        is_taken = bool(read_log(self.folder)) or any(self.folder.glob("checkpoints/checkpoint-*"))
+        if self.accelerator.is_main_process and is_taken and self.config.resume_from_checkpoint is None:
             self._lock.release()
             problem = [
                 f"`--output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "

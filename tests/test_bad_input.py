@@ -62,6 +62,11 @@ def places(tmp_path_factory, image_folder):
     autoencoder = make_autoencoder()
     autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
     autoencoder.to_diffusers().save_pretrained(root / "vae")
+    make_autoencoder(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    ).save_pretrained(root / "stage1_of_three_levels")
     shutil.copytree(root / "vae", root / "truncated_vae")
     os.truncate(root / "truncated_vae" / "diffusion_pytorch_model.safetensors", 2000)
     shutil.copytree(root / "vae", root / "vae_without_weights")
@@ -142,6 +147,7 @@ TABLE = [
     ("train_dit", "--train_data_dir {images} --vae {vae} --image_channels 1", 1, "takes 3 image channels"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --resolution 18", 1, "nearest valid ones are 16 and 20"),
     ("train_dit", "--vae {vae} --latent_cache {empty}", 1, "no latent cache"),
+    ("train_dit", "--vae {vae} --latent_cache {cache} --patch_size 3", 1, "is not divisible by 6"),
     ("train_dae", "--train_data_dir {images} --kl_weight nan", 2, "`--kl_weight` is nan, but must be finite"),
     ("train_dae", "--train_data_dir {images} --value_range 0 inf", 2, "must be finite"),
     ("train_dae", "--train_data_dir {images} --output_dir {file}/run", 1, "cannot be written: Not a directory"),
@@ -152,6 +158,31 @@ TABLE = [
         "--train_data_dir {images} --stage 2 --pretrained_model_name_or_path {vae}",
         1,
         "Choose the `--autoencoder`",
+    ),
+    (
+        "train_dae",
+        "--train_data_dir {images} --stage 2 --pretrained_model_name_or_path {stage1_of_three_levels} --resolution 18",
+        1,
+        "nearest valid ones are 16 and 20",
+    ),
+    (
+        "train_dae",
+        "--train_data_dir {images} --adversarial_weight 1 --discriminator_model {nowhere}",
+        1,
+        "cannot be loaded",
+    ),
+    (
+        "train_dae",
+        "--train_data_dir {images} --perceptual_model {nowhere} --stage1_perceptual_weight 0",
+        1,
+        "cannot be loaded",
+    ),
+    (
+        "train_dae",
+        "--train_data_dir {images} --auxiliary_decoder none --adversarial_weight 1 --equivariance 1 "
+        "--discriminator_layers 1",
+        2,
+        "or without `--adversarial_weight`",
     ),
     ("train_dae", "--dataset_name {empty_train}", 1, 'Instruction "train" corresponds to no data'),
     ("train_dae", "--dataset_name {empty_validation}", 1, 'Instruction "validation" corresponds to no data'),
@@ -219,10 +250,10 @@ def test_every_row_of_the_table_is_one_line_and_an_exit_code(
     errors = [line for line in text.splitlines() if "error:" in line]
     assert found == code and len(errors) == 1 and message in errors[0] and "Traceback" not in text, text
     assert not list(tmp_path.rglob("hacked")) and not list(output.rglob("checkpoint*/*"))
-    # Once it is mended, the same folder takes the run, unless training had begun.
+    # Once it is mended, the same folder takes the run.
     if script in ("cache_latents", "evaluate"):
         take_folder(output, Accelerator(cpu=True)).release()
-    elif not (output / script / "config.yaml").exists():
+    else:
         mended = "--train_data_dir {images}" + ("" if script == "train_dae" else " --vae {vae}")
         flags = f"{base} {mended.format(**names)} --output_dir {output}".split()
         module.TrainingRun(script, parse_config(CONFIG_CLASSES[module], flags))

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from dae_diffusers.checkpointing import Checkpointer, StopSignal
@@ -53,6 +54,43 @@ def test_restored_training_goes_on_identically(accelerator, tmp_path):
     step()
     assert all(torch.equal(a, b) for a, b in zip(expected, (*model.parameters(), *ema.shadow_params), strict=True))
     assert ema.optimization_step == 4
+
+
+def test_restored_optimizers_keep_the_settings_they_were_made_with(accelerator, tmp_path):
+    checkpointer = Checkpointer(accelerator, tmp_path)
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    before = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "eps": 1e-8}
+    after = {"lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.1, "eps": 1e-6}
+
+    def make(settings):
+        accelerator.free_memory()
+        scheduled = torch.optim.AdamW(parameters[:1], **settings)
+        scheduler = get_scheduler("cosine", scheduled, num_warmup_steps=2, num_training_steps=10)
+        return accelerator.prepare(scheduled, scheduler, torch.optim.AdamW(parameters[1:], **settings))
+
+    def step(scheduled, scheduler, constant):
+        for parameter in parameters:
+            parameter.grad = torch.ones(3)
+        scheduled.step()
+        constant.step()
+        scheduler.step()
+        return scheduler.get_last_lr()[0]
+
+    objects = make(before)
+    for _ in range(4):
+        step(*objects)
+    checkpointer.save(4)
+    rates = [step(*objects) for _ in range(3)]
+    for settings, factor in ((before, 1), (after, 0.5)):
+        scheduled, scheduler, constant = objects = make(settings)
+        checkpointer.load(tmp_path / "checkpoint-00000004")
+        for group in (scheduled.param_groups[0], constant.param_groups[0]):
+            assert {name: group[name] for name in ("betas", "weight_decay", "eps")} == {
+                name: settings[name] for name in ("betas", "weight_decay", "eps")
+            }
+        assert constant.param_groups[0]["lr"] == settings["lr"]
+        assert scheduled.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+        assert [step(*objects) for _ in range(3)] == [factor * rate for rate in rates]
 
 
 def test_only_the_newest_are_kept(accelerator, tmp_path):

@@ -61,6 +61,28 @@ def test_saved_config_is_read_back(tmp_path):
     assert parse_config(Whole, [f"--config={tmp_path / 'config.yaml'}"]) == config
 
 
+@pytest.mark.parametrize("config_class", [TrainDAEConfig, TrainDiTConfig, TrainPriorConfig, CacheLatentsConfig])
+def test_saved_config_of_every_script_is_read_back(config_class, tmp_path):
+    config = parse_config(config_class, ["--dataset_name", "digits"])
+    (tmp_path / "config.yaml").write_text(config_text(config))
+    assert parse_config(config_class, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_empty_list_is_refused_where_the_default_is_none(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("widths: []")
+    assert "expected at least one argument" in error_of(capsys, "--config", str(tmp_path / "config.yaml"))
+
+
+def test_negative_numbers_with_an_exponent_are_values(tmp_path):
+    (tmp_path / "config.yaml").write_text("value_range: [-1.0e-5, 1.0e-5]")
+    argv = ["--dataset_name", "digits"]
+    config = parse_config(TrainDAEConfig, [*argv, "--config", str(tmp_path / "config.yaml")])
+    assert config.value_range == [-1e-5, 1e-5]
+    for number in ("-1e-3", "-1E-3", "-.5e-3", "-2.e+1", "-.5", "-3"):
+        config = parse_config(TrainDAEConfig, [*argv, "--value_range", number, "100"])
+        assert config.value_range == [float(number), 100]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

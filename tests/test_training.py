@@ -91,6 +91,24 @@ def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, 
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("script", ["train_dae", "train_dit"])
+def test_learning_rate_may_be_changed_on_resuming(trained, image_folder, tmp_path, script):
+    module, flags, results = {
+        "train_dae": (train_dae, TINY_DAE, ("vae", "stage1")),
+        "train_dit": (train_dit, TINY_DIT, ("pipeline",)),
+    }[script]
+    vae = {} if script == "train_dae" else {"vae": trained / "vae"}
+    rate = parse_config(CONFIG_CLASSES[module], f"{flags} --train_data_dir x".split()).learning_rate / 2
+    more = {"train_data_dir": image_folder, "learning_rate": rate, **vae}
+    resume(module, flags, trained, tmp_path / "run", 3, results, **more)
+    before, after = (
+        {row["step"]: row["train/learning_rate"] for row in log_of(folder, script) if "train/learning_rate" in row}
+        for folder in (trained, tmp_path / "run")
+    )
+    assert after == {step: value if step <= 3 else value / 2 for step, value in before.items()}
+    assert any(value > 0 for step, value in after.items() if step > 3)
+
+
 def test_second_stage_alone_equals_both_in_one_run(trained, image_folder, tmp_path):
     # The second stage of a whole run begins at another micro-batch, so only its frozen half can be equal.
     run(train_dae, TINY_DAE + " --stage 1", train_data_dir=image_folder, output_dir=tmp_path / "one")
@@ -376,6 +394,18 @@ def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
 def test_resume_with_cached_latents_equals_an_uninterrupted_run(cached, image_folder, tmp_path, step):
     resume(train_dae, LONG_STAGE_TWO, cached, tmp_path / "run", step, ("vae",), train_data_dir=image_folder)
     assert_same_weights(weights(cached / "vae"), weights(tmp_path / "run" / "vae"))
+
+
+@pytest.mark.parametrize("left", ["of another encoder", "damaged"])
+def test_latents_that_a_killed_run_has_left_are_replaced(cached, image_folder, tmp_path, left):
+    latents = tmp_path / "train_dae" / "latents"
+    options = {"train_data_dir": image_folder, "vae": cached / "vae", "output_dir": tmp_path / "other"}
+    run(cache_latents, "--resolution 16 --dtype float32", **options)
+    shutil.copytree(tmp_path / "other" / "train", latents)
+    if left == "damaged":
+        (latents / "manifest.json").write_text("[")
+    run(train_dae, LONG_STAGE_TWO, train_data_dir=image_folder, output_dir=tmp_path)
+    assert_same_weights(weights(cached / "vae"), weights(tmp_path / "vae"))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the tracer

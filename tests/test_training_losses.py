@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,21 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
 def test_bad_flags_are_refused_with_a_sentence(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
         TrainDAEConfig(**{"dataset_name": "digits", "resolution": 32, **flags})
+
+
+def test_fp16_that_accelerate_is_configured_to_is_refused_like_the_flag(monkeypatch):
+    run = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision="fp16"))
+    monkeypatch.setattr(train_dae, "TrainingRun", lambda *args: run)
+    with pytest.raises(ConfigError, match="loss scale"):
+        train_dae.main(
+            TrainDAEConfig(dataset_name="digits", resolution=32, adversarial_weight=1, gradient_accumulation_steps=2)
+        )
+
+
+def test_adversarial_loss_that_stage_one_does_not_have_goes_with_equivariance():
+    weights = {"auxiliary_decoder": "none", "stage1_adversarial_weight": 1.0}
+    TrainDAEConfig(dataset_name="digits", resolution=32, equivariance=0.5, **weights)
+    TrainDAEConfig(dataset_name="digits", resolution=32, equivariance=0.5, adversarial_weight=1.0)
 
 
 @pytest.fixture(autouse=True)

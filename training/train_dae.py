@@ -10,6 +10,7 @@ The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel
 holds the latents' statistics.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -55,6 +56,7 @@ from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
     autoencoder_fingerprint,
+    image_identity,
     write_latent_cache,
 )
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
@@ -90,7 +92,8 @@ class TrainDAEConfig(
             part.__post_init__(self)
         self.require_source()
         factor = 2 ** (len(self.block_out_channels) - 1)
-        if self.pretrained_vae is None and self.resolution % factor:
+        is_new = self.pretrained_vae is None and self.pretrained_model_name_or_path is None
+        if is_new and self.resolution % factor:
             raise ConfigError(
                 f"`--resolution` {self.resolution} is not divisible by {factor}, the factor of an autoencoder with "
                 f"{len(self.block_out_channels)} resolutions. The nearest valid ones are "
@@ -101,21 +104,19 @@ class TrainDAEConfig(
             raise ConfigError(
                 f"`--{'`, `--'.join(rgb_only)}` take images of 1 or 3 channels, not {self.image_channels}."
             )
-        if self.mixed_precision == "fp16" and self.gradient_accumulation_steps > 1 and self.has_adversarial_loss:
-            raise ConfigError(
-                "an adversarial loss with `--gradient_accumulation_steps` needs `--mixed_precision bf16` or no, not fp16: "
-                "the two models share one loss scale, which may change between the micro-batches of a step."
-            )
+        self.check_mixed_precision(self.mixed_precision)
         smallest = 3 * 2**self.discriminator_layers
         if self.has_adversarial_loss and self.discriminator_model is None and self.resolution < smallest:
             raise ConfigError(
                 f"a discriminator of {self.discriminator_layers} layers needs images of at least {smallest} pixels; "
                 f"`--resolution` is {self.resolution}. Lower `--discriminator_layers`."
             )
-        if self.stage1_adversarial_weight > 0 and self.equivariance > 0 and self.discriminator_model is None:
+        is_final = self.trains_final_decoder(1)
+        judges_stage1 = 1 in self.stage_steps() and self.adversarial_settings_of(is_final) is not None
+        if judges_stage1 and self.equivariance > 0 and self.discriminator_model is None:
             raise ConfigError(
                 "`--equivariance` shrinks images below what the PatchGAN judges: use it with `--discriminator_model`, or "
-                "without `--stage1_adversarial_weight`."
+                f"without `--{'adversarial_weight' if is_final else 'stage1_adversarial_weight'}`."
             )
         trains_codebook = self.autoencoder == "vq" and self.stage != "2"
         if trains_codebook and self.pretrained_vae is not None and self.quantizer != "vq":
@@ -134,9 +135,18 @@ class TrainDAEConfig(
     def has_adversarial_loss(self) -> bool:
         return self.adversarial_weight > 0 or self.stage1_adversarial_weight > 0
 
+    def check_mixed_precision(self, mixed_precision: str | None) -> None:
+        """Of the flag, and of what `accelerate` makes of it."""
+        if mixed_precision == "fp16" and self.gradient_accumulation_steps > 1 and self.has_adversarial_loss:
+            raise ConfigError(
+                "an adversarial loss with `--gradient_accumulation_steps` needs `--mixed_precision bf16` or no, not fp16: "
+                "the two models share one loss scale, which may change between the micro-batches of a step."
+            )
+
 
 def main(config: TrainDAEConfig) -> None:
     run = TrainingRun("train_dae", config)
+    config.check_mixed_precision(run.accelerator.mixed_precision)
     with run.accelerator.main_process_first():
         train_images, validation_images = load_images(config, config.seed)
     logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
@@ -149,6 +159,7 @@ def main(config: TrainDAEConfig) -> None:
         held_out_images=len(validation_images),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+    check_vision_models(config, state.get("stage", 0))
     first_step = 0
     for stage, num_steps in config.stage_steps().items():
         if stage >= state.get("stage", 0):
@@ -238,12 +249,17 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
             reason = " ".join(str(error).split())[:300]
     else:
         raise UserError(f"`--pretrained_model_name_or_path` {path} holds no stage-1 autoencoder: {reason}")
-    if model.config.in_channels != config.image_channels:
-        raise UserError(
-            f"the stage-1 autoencoder in {path} takes {model.config.in_channels} image channels, but "
-            f"`--image_channels` is {config.image_channels}."
-        )
+    check_image_size(model, channels=config.image_channels, resolution=config.resolution)
     return model
+
+
+def check_vision_models(config: TrainDAEConfig, first_stage: int) -> None:
+    """Loads those of the losses of all stages from this one on, so that a wrong name is not found only after stage 1."""
+    final = [config.trains_final_decoder(stage) for stage in config.stage_steps() if stage >= first_stage]
+    if any(config.perceptual_weight_of(each) > 0 for each in final):
+        load_perceptual_loss(config.perceptual_model)
+    if config.discriminator_model is not None and any(config.adversarial_settings_of(each) for each in final):
+        load_backbone(config.discriminator_model)
 
 
 def train_stage(
@@ -392,6 +408,9 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     folder = latent_folder(run)
     was_training = model.training
     model.eval()
+    if run.accelerator.is_main_process:
+        remove_other_latents(folder, model, images)
+    run.accelerator.wait_for_everyone()
     write_latent_cache(
         folder,
         model,
@@ -403,6 +422,20 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     )
     model.train(was_training)
     return ImagesWithLatents(images, CachedLatents(folder, verify=False))  # whole, or just made so
+
+
+def remove_other_latents(folder: Path, model, images: ImageDataset) -> None:
+    """Removes a cache that a killed run has left, unless this encoder has made it, of these images."""
+    wanted = {"autoencoder": autoencoder_fingerprint(model), **image_identity(images)}
+    try:
+        found = json.loads((folder / "manifest.json").read_text())["identity"]
+        is_other = any(found[name] != value for name, value in wanted.items())
+    except FileNotFoundError:
+        return
+    except (ValueError, LookupError, TypeError):  # damaged
+        is_other = True
+    if is_other:
+        shutil.rmtree(folder)
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:

@@ -329,17 +329,14 @@ def load_data(
 
 def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int | tuple[int, int]:
     """Side of the latents, once it is clear that they can be cut into patches."""
-    resolution = config.resolution
-    if isinstance(data, CachedLatents):
-        resolution = data.identity.resolution
-    else:
-        check_image_size(
-            vae,
-            channels=config.image_channels,
-            resolution=resolution,
-            patch_size=config.architecture()["patch_size"],
-        )
-    return resolution // spatial_factor(vae)
+    images = data.identity if isinstance(data, CachedLatents) else config
+    check_image_size(
+        vae,
+        channels=images.image_channels,
+        resolution=images.resolution,
+        patch_size=config.architecture()["patch_size"],
+    )
+    return images.resolution // spatial_factor(vae)
 
 
 @torch.no_grad()
