@@ -26,6 +26,7 @@ from test_vqgan_pipeline import make_pipeline
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import make_card, measurements
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder
@@ -314,6 +315,12 @@ def test_stage_one_goes_to_a_branch(client, trained):
     push_script(trained, "writer/stages", "--stage1")
     assert "stage1/config.json" in client.files("writer/stages", revision="stage1")
     assert not any(name.startswith("stage1") for name in client.files("writer/stages"))
+
+
+def test_stage_one_does_not_say_where_its_weights_lay(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "config.json").write_text('{"_name_or_path": "/home/me/secret", "latent_channels": 4}')
+    assert json.loads(upload.stage1_files(tmp_path)["stage1/config.json"]) == {"latent_channels": 4}
 
 
 def test_autoencoder_alone_is_published(client, trained, tmp_path):

@@ -187,7 +187,7 @@ def repository_files(
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         if path.is_file() and not hidden and relative.name != "README.md":
-            found[f"{prefix}{relative.as_posix()}"] = _without_origin(path) if path.suffix == ".json" else path
+            found[f"{prefix}{relative.as_posix()}"] = without_origin(path) if path.suffix == ".json" else path
     for name, (path, _) in result.pictures.items():
         found[f"images/{name}"] = path
     for name, script in result.scripts.items():
@@ -201,8 +201,8 @@ def repository_files(
     return found
 
 
-def _without_origin(path: Path) -> Path | bytes:
-    """diffusers writes the folder that a model was loaded from into its config; nobody else needs to know it."""
+def without_origin(path: Path) -> Path | bytes:
+    r"""A JSON file to publish. diffusers writes the folder that a model was loaded from into its config; nobody needs to know it."""
     config = json.loads(path.read_text())
     if config.pop("_name_or_path", None) is None:
         return path

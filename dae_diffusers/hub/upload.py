@@ -20,7 +20,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors.torch import load_file, save_file
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.hub.card import repository_files
+from dae_diffusers.hub.card import repository_files, without_origin
 from dae_diffusers.hub.results import read_result
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> s
     return f"{repository}/tree/{STAGE1_BRANCH}"
 
 
-def stage1_files(folder: str | Path) -> dict[str, Path]:
+def stage1_files(folder: str | Path) -> dict[str, Path | bytes]:
     r"""
     The autoencoder of stage 1 in the output folder of a run, by path in the repository.
 
@@ -167,7 +167,11 @@ def stage1_files(folder: str | Path) -> dict[str, Path]:
     stage1 = Path(folder) / "stage1"
     if not (stage1 / "config.json").exists():
         raise UserError(f"{folder} has no stage1/config.json: it is not the `--output_dir` of training/train_dae.py.")
-    return {f"stage1/{path.name}": path for path in sorted(stage1.iterdir()) if path.is_file()}
+    return {
+        f"stage1/{path.name}": without_origin(path) if path.suffix == ".json" else path
+        for path in sorted(stage1.iterdir())
+        if path.is_file()
+    }
 
 
 def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
