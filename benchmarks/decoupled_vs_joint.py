@@ -69,20 +69,11 @@ from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.training.train_dae import TrainDAEConfig, load_model
 
-# 97.5 % quantile of Student's t for n - 1 degrees of freedom, n = 2...16; of more seeds the last is used, which widens the interval.
-T_QUANTILES = dict(
-    enumerate(
-        (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131), 2
-    )
-)
-SHARED = (
-    "data",
-    "features",
-    "num_images",
-    "num_inference_steps",
-    "autoencoder",
-    "transformer",
-)  # by all runs of a folder
+# 97.5 % quantiles of Student's t for n - 1 degrees of freedom, n = 2...16; for more seeds the last, which widens the interval.
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T_QUANTILES = dict(enumerate(_QUANTILES, start=2))
+# What all runs of a folder share.
+SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
 BASELINES = ("joint", "same")
 QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 

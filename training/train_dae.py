@@ -10,7 +10,6 @@ The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel
 holds the latents' statistics.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -56,7 +55,6 @@ from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
     autoencoder_fingerprint,
-    image_identity,
     write_latent_cache,
 )
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
@@ -254,11 +252,13 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
 
 
 def check_vision_models(config: TrainDAEConfig, first_stage: int) -> None:
-    """Loads those of the losses of all stages from this one on, so that a wrong name is not found only after stage 1."""
+    """Loads those that only a later stage's losses need, so that a wrong name is not found after hours of training."""
     final = [config.trains_final_decoder(stage) for stage in config.stage_steps() if stage >= first_stage]
-    if any(config.perceptual_weight_of(each) > 0 for each in final):
+    perceptual = [config.perceptual_weight_of(each) > 0 for each in final]
+    if any(perceptual) and not perceptual[0]:
         load_perceptual_loss(config.perceptual_model)
-    if config.discriminator_model is not None and any(config.adversarial_settings_of(each) for each in final):
+    adversarial = [config.adversarial_settings_of(each) is not None for each in final]
+    if config.discriminator_model is not None and any(adversarial) and not adversarial[0]:
         load_backbone(config.discriminator_model)
 
 
@@ -408,9 +408,6 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     folder = latent_folder(run)
     was_training = model.training
     model.eval()
-    if run.accelerator.is_main_process:
-        remove_other_latents(folder, model, images)
-    run.accelerator.wait_for_everyone()
     write_latent_cache(
         folder,
         model,
@@ -419,23 +416,10 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
         batch_size=run.config.train_batch_size,
         dtype="float32",
         num_workers=run.config.dataloader_num_workers,
+        replace=True,  # a killed run may have left that of another stage 1
     )
     model.train(was_training)
     return ImagesWithLatents(images, CachedLatents(folder, verify=False))  # whole, or just made so
-
-
-def remove_other_latents(folder: Path, model, images: ImageDataset) -> None:
-    """Removes a cache that a killed run has left, unless this encoder has made it, of these images."""
-    wanted = {"autoencoder": autoencoder_fingerprint(model), **image_identity(images)}
-    try:
-        found = json.loads((folder / "manifest.json").read_text())["identity"]
-        is_other = any(found[name] != value for name, value in wanted.items())
-    except FileNotFoundError:
-        return
-    except (ValueError, LookupError, TypeError):  # damaged
-        is_other = True
-    if is_other:
-        shutil.rmtree(folder)
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:

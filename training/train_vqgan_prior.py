@@ -10,7 +10,6 @@ The images are encoded once, into `<output_dir>/codes`. The result is `<output_d
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -200,8 +199,8 @@ def main(config: TrainPriorConfig) -> None:
             if step % config.checkpointing_steps == 0 or is_last:
                 run.save_checkpoint(step, ema=ema)
                 if not is_last:
-                    make = partial(make_pipeline, config, accelerator.unwrap_model(prior), vae, train_codes)
-                    run.push_snapshot(step, "pipeline", partial(save_snapshot, make, ema, parameters))
+                    parts = (config, accelerator.unwrap_model(prior), vae, train_codes)
+                    run.push_snapshot(step, "pipeline", partial(save_pipeline, parts, ema, parameters))
             if stop.requested():
                 if step % config.checkpointing_steps and not is_last:
                     run.save_checkpoint(step, ema=ema)
@@ -256,10 +255,10 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
     )
 
 
-def save_snapshot(make: Callable[[], DAEVQGANPipeline], ema: EMAModel | None, parameters: list, folder: Path) -> None:
-    """What training has come to, with averaged weights."""
+def save_pipeline(parts: tuple, ema: EMAModel | None, parameters: list, folder: Path) -> None:
+    """What training has come to, with averaged weights; `parts` are those of [`make_pipeline`]."""
     with ema_weights(ema, parameters):
-        make().save_pretrained(folder)
+        make_pipeline(*parts).save_pretrained(folder)
 
 
 def make_pipeline(

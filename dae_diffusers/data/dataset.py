@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.data.arrays import RANGES, Depth
+from dae_diffusers.data.arrays import Depth
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, depth_of, read_content
@@ -144,13 +144,11 @@ class ImageDataset(BatchDataset):
 
     def measure_range(self) -> list[float]:
         r"""
-        Lowest and highest value: of the type for 8-bit and 16-bit pictures, else of all images.
+        Lowest and highest value of all images. That of 8-bit and 16-bit pictures is known without: see `RANGES`.
 
         Raises:
             UserError: If all values are the same.
         """
-        if self.depth in RANGES:
-            return list(RANGES[self.depth])
         low, high = math.inf, -math.inf
         for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
             pixels = self._batch([index], [None])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ def write_latent_cache(
     dtype: str = "float16",
     shard_size: int = 8192,
     num_workers: int = 0,
+    replace: bool = False,
 ) -> None:
     r"""
     Encodes every image once, mirrored too if its config says `random_flip`, into `folder`.
@@ -191,6 +193,7 @@ def write_latent_cache(
         dtype (`str`, *optional*): `float32`, `float16` or `bfloat16`.
         shard_size (`int`, *optional*): Images in a shard.
         num_workers (`int`, *optional*): Processes that read images beside each.
+        replace (`bool`, *optional*): Whether to remove another or a damaged cache in that folder instead of refusing it.
 
     Raises:
         UserError: If the folder holds another cache.
@@ -205,11 +208,13 @@ def write_latent_cache(
         "shard_size": shard_size,
         "complete": False,
     }
+    if replace:
+        if accelerator.is_main_process and _is_other(folder, identity, shard_size):
+            shutil.rmtree(folder)
+        accelerator.wait_for_everyone()
     found = _read_manifest(folder)
     if found is not None:
-        differences = CacheIdentity(**found["identity"]).differences(identity)
-        if found["shard_size"] != shard_size:
-            differences.append(f"its shard size is {found['shard_size']} instead of {shard_size}")
+        differences = _differences(found, identity, shard_size)
         if differences:
             raise UserError(f"{folder} holds another latent cache: {'; '.join(differences)}. Choose another folder.")
     elif accelerator.is_main_process:
@@ -305,6 +310,22 @@ def _problem_of(path: Path, facts: dict[str, Any] | None, shape: tuple[int, ...]
     if shape is not None and set(shapes.values()) != {shape}:
         return f"does not fit its manifest: its latents have the shapes {shapes} instead of {shape}"
     return None
+
+
+def _differences(manifest: dict[str, Any], identity: CacheIdentity, shard_size: int) -> list[str]:
+    differences = CacheIdentity(**manifest["identity"]).differences(identity)
+    if manifest["shard_size"] != shard_size:
+        differences.append(f"its shard size is {manifest['shard_size']} instead of {shard_size}")
+    return differences
+
+
+def _is_other(folder: Path, identity: CacheIdentity, shard_size: int) -> bool:
+    """Whether a folder holds a cache, and it is damaged or not this one."""
+    try:
+        manifest = _read_manifest(folder)
+    except UserError:
+        return True
+    return manifest is not None and bool(_differences(manifest, identity, shard_size))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

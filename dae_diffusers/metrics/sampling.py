@@ -122,9 +122,8 @@ class Sampler:
             output_type="np",
         ).images
         images = torch.as_tensor(images).permute(0, 3, 1, 2)
-        if value_range := self.pipeline.config.get(
-            "value_range"
-        ):  # our pipelines give numbers as the training images had them
+        value_range = self.pipeline.config.get("value_range")
+        if value_range is not None:  # our pipelines give numbers as the training images had them
             low, high = value_range
             images = (images - low) / (high - low)
         return images

@@ -185,8 +185,8 @@ def reference_statistics(
     Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
 
     The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (content, number,
-    channels, range of values) and of their resolution. A damaged file is reported and made anew; one that cannot be written is reported. An
-    interrupted pass goes on from where it was saved last, if as many processes take part.
+    channels, range of values) and of their resolution. A damaged file is reported and made anew; one that cannot be written
+    is reported. An interrupted pass goes on from where it was saved last, if as many processes take part.
 
     Args:
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
