@@ -178,6 +178,7 @@ def test_export_keeps_the_dtype(autoencoder):
         ({"auxiliary_decoder_type": "dropout", "auxiliary_dropout": 1.0}, "below 1"),
         ({"auxiliary_decoder_type": "narrow", "auxiliary_channel_multiplier": 0.0}, "above 0"),
         ({"auxiliary_decoder_type": "shallow", "auxiliary_layers_per_block": -1}, "0 or more"),
+        ({"auxiliary_decoder_type": "shallow", "auxiliary_layers_per_block": 1}, "below the `layers_per_block`"),
     ],
 )
 def test_bad_auxiliary_decoders_are_refused(config, message):

@@ -117,6 +117,12 @@ TABLE = [
     ("train_dae", "--train_data_dir {images} --stage3_steps 4", 2, "unknown flag `--stage3_steps`. Did you mean"),
     ("train_dae", "--train_data_dir {images} --resolution big", 2, "invalid int value: 'big'"),
     ("train_dae", "--train_data_dir {images} --auxiliary_decoder weak", 2, "invalid choice: 'weak'"),
+    (
+        "train_dae",
+        "--train_data_dir {images} --auxiliary_decoder shallow --auxiliary_layers_per_block 1",
+        2,
+        "must be below the `layers_per_block` of the real decoder, 1",
+    ),
     ("train_dae", "--train_data_dir {images} --skip_nonfinite -1", 2, "must be 0 or more"),
     ("train_dae", "--train_data_dir {images} --resolution 17", 2, "nearest valid ones are 16 and 18"),
     ("train_dae", "--train_data_dir {images} --resolution 40000", 2, "must be in [1, 8192]"),

@@ -35,11 +35,11 @@ from dae_diffusers.metrics.evaluation import (
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
-    statistics_of,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples
+from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import evaluate
 
 
@@ -84,7 +84,7 @@ def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
     metrics, neighbors = sample_metrics(
         samples,
         extractor,
-        statistics_of(encoded.features),
+        FeatureStatistics.of(encoded.features),
         encoded.features,
         encoded.reconstruction_features,
         accelerator,
@@ -92,8 +92,8 @@ def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
     real = encoded.features
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     expected = {
-        extractor.distance_name("g"): frechet_distance(statistics_of(features), statistics_of(real)),
-        "gap": frechet_distance(statistics_of(features), statistics_of(encoded.reconstruction_features)),
+        extractor.distance_name("g"): frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(real)),
+        "gap": frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(encoded.reconstruction_features)),
         "kernel_distance": kernel_distance(features, real),
         **dict(zip(("precision", "recall"), precision_recall(real, features), strict=True)),
         **dict(zip(("density", "coverage"), density_coverage(real, features), strict=True)),
@@ -107,7 +107,7 @@ def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
     with torch.no_grad():
         decoded = extractor(pipeline.vae.decode(between).sample.clamp(-1, 1))
     latent = latent_metrics(pipeline.vae, encoded, extractor, accelerator)
-    distance = frechet_distance(statistics_of(decoded), statistics_of(real))
+    distance = frechet_distance(FeatureStatistics.of(decoded), FeatureStatistics.of(real))
     assert latent["i" + extractor.distance_name("r")[1:]] == pytest.approx(distance, rel=1e-3)
     assert distance != pytest.approx(reconstruction_metrics(encoded, extractor)[extractor.distance_name("r")], rel=0.05)
 
@@ -189,11 +189,11 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     encoded = encode_images(pipeline.vae, images, accelerator, extractor=extractor)
     pixels = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
     samples = ((pixels + 1) * 127.5).round().to(torch.uint8)
-    reference = statistics_of(encoded.features)
+    reference = FeatureStatistics.of(encoded.features)
     metrics, neighbors = sample_metrics(
         samples, extractor, reference, encoded.features, encoded.reconstruction_features, accelerator
     )
-    expected_gap = frechet_distance(reference, statistics_of(encoded.reconstruction_features))
+    expected_gap = frechet_distance(reference, FeatureStatistics.of(encoded.reconstruction_features))
     assert neighbors.tolist() == list(range(len(images)))
     assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1
     distance = next(value for name, value in metrics.items() if name.startswith("gfd_"))

@@ -360,8 +360,9 @@ def test_half_precision_weights_of_a_vqgan_are_those_of_all_its_components(tmp_p
     for name in ("vae/diffusion_pytorch_model", "prior/model"):
         halved, whole = (load_file(tmp_path / "out" / f"{name}{variant}.safetensors") for variant in (".fp16", ""))
         assert halved.keys() == whole.keys() and all(torch.equal(halved[key], whole[key].half()) for key in whole)
-    pipe = DAEVQGANPipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=torch.float16)
-    assert pipe.prior.dtype == pipe.vae.dtype == torch.float16
+    for dtype in (torch.float16, torch.float32):
+        pipe = DAEVQGANPipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=dtype)
+        assert pipe.prior.dtype == pipe.vae.dtype == dtype
 
 
 @pytest.mark.parametrize("part", ["pipeline", "vae"])

@@ -42,7 +42,6 @@ from dae_diffusers.metrics.distances import (
     kernel_distance,
     nearest_neighbors,
     precision_recall,
-    subset_kernel_distance,
 )
 from dae_diffusers.metrics.features import load_feature_extractor, prepare_images
 from dae_diffusers.metrics.image_quality import (
@@ -52,7 +51,7 @@ from dae_diffusers.metrics.image_quality import (
     structural_similarity,
 )
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.statistics import FeatureStatistics, feature_statistics, reference_statistics
+from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 
 PREPROCESSING = {"size": (16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -84,12 +83,6 @@ def tiny_resnet(cls=ResNetForImageClassification):
 
 def random_images(num=5, channels=3, size=10):
     return torch.rand(num, channels, size, size) * 2 - 1
-
-
-def statistics_of(features):
-    statistics = FeatureStatistics.empty(features.shape[1])
-    statistics.add(features)
-    return statistics
 
 
 # Feature extractors
@@ -378,7 +371,7 @@ def test_statistics_do_not_depend_on_batches_order_or_processes(sizes):
     merged = FeatureStatistics.empty(6)
     for batch in features[torch.randperm(40)].split(sizes):
         merged.add(batch)
-    processes = [statistics_of(features[rank::3]) for rank in range(3)]
+    processes = [FeatureStatistics.of(features[rank::3]) for rank in range(3)]
     expected = torch.from_numpy(np.cov(features.double().numpy(), rowvar=False))
     for statistics in (merged, sum(processes, start=FeatureStatistics.empty(6))):
         assert statistics.count == 40
@@ -387,7 +380,7 @@ def test_statistics_do_not_depend_on_batches_order_or_processes(sizes):
 
 
 def test_adding_statistics_changes_neither():
-    a, b = statistics_of(torch.randn(5, 3)), statistics_of(torch.randn(4, 3))
+    a, b = FeatureStatistics.of(torch.randn(5, 3)), FeatureStatistics.of(torch.randn(4, 3))
     mean, scatter = a.mean.clone(), a.scatter.clone()
     a + b
     assert a.count == 5 and torch.equal(a.mean, mean) and torch.equal(a.scatter, scatter)
@@ -406,7 +399,7 @@ def test_unusable_features_are_refused():
 
 
 def test_saved_statistics_are_loaded_bit_for_bit(tmp_path):
-    statistics = statistics_of(torch.randn(9, 4))
+    statistics = FeatureStatistics.of(torch.randn(9, 4))
     statistics.save(tmp_path / "new" / "a.safetensors", {"extractor": "x"})
     loaded, metadata = FeatureStatistics.load(tmp_path / "new" / "a.safetensors")
     assert metadata == {"extractor": "x"} and loaded.count == 9
@@ -416,7 +409,7 @@ def test_saved_statistics_are_loaded_bit_for_bit(tmp_path):
 
 def test_failed_save_leaves_the_file_before(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    statistics_of(torch.randn(9, 4)).save(path)
+    FeatureStatistics.of(torch.randn(9, 4)).save(path)
     before = path.read_bytes()
 
     def disk_full(descriptor):
@@ -424,7 +417,7 @@ def test_failed_save_leaves_the_file_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="No space"):
-        statistics_of(torch.randn(8, 4)).save(path)
+        FeatureStatistics.of(torch.randn(8, 4)).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -480,21 +473,13 @@ def test_reference_cache_tells_extractors_data_and_resolutions_apart(tmp_path, r
     assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
-def test_feature_statistics_are_those_of_the_features(resnet_folder):
-    extractor, images = load_feature_extractor(resnet_folder), random_images(11)
-    statistics = feature_statistics(extractor, images.split(4))
-    expected = statistics_of(extractor(images))
-    torch.testing.assert_close(statistics.mean, expected.mean, rtol=0, atol=1e-6)
-    torch.testing.assert_close(statistics.scatter, expected.scatter, rtol=0, atol=1e-5)
-
-
 # Fréchet distance
 
 
 def test_frechet_distance_equals_the_matrix_root():
     a = torch.randn(300, 20) @ torch.randn(20, 20)
     b = torch.randn(200, 20) @ torch.randn(20, 20) + 0.5
-    a, b = statistics_of(a), statistics_of(b)
+    a, b = FeatureStatistics.of(a), FeatureStatistics.of(b)
     root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
     assert np.abs(root.imag).max() < 1e-6
     expected = (a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace() - 2 * root.trace().real
@@ -515,15 +500,15 @@ def test_frechet_distance_of_commuting_gaussians_has_its_closed_form():
 
 
 def test_frechet_distance_of_a_set_to_itself_is_0():
-    a = statistics_of(torch.randn(100, 30) @ torch.randn(30, 30))
+    a = FeatureStatistics.of(torch.randn(100, 30) @ torch.randn(30, 30))
     assert 0 <= frechet_distance(a, a) < 1e-10 * a.covariance.trace()
 
 
 def test_frechet_distance_takes_singular_covariances():
     features = torch.randn(100, 5)
     dead = torch.cat([features, torch.zeros(100, 7)], dim=1)  # features that a ReLU has switched off
-    a, b = statistics_of(dead), statistics_of(2 * dead + 1)
-    full = frechet_distance(statistics_of(features), statistics_of(2 * features + 1))
+    a, b = FeatureStatistics.of(dead), FeatureStatistics.of(2 * dead + 1)
+    full = frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(2 * features + 1))
     assert frechet_distance(a, b) == pytest.approx(full + 7, rel=1e-7)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     point = FeatureStatistics(100, torch.zeros(12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64))
@@ -542,7 +527,7 @@ def test_frechet_distance_takes_covariances_without_a_common_direction():
 
 
 def test_frechet_distance_warns_of_too_few_images():
-    few, many = statistics_of(torch.randn(6, 6)), statistics_of(torch.randn(60, 6))
+    few, many = FeatureStatistics.of(torch.randn(6, 6)), FeatureStatistics.of(torch.randn(60, 6))
     with pytest.warns(UserWarning, match="6 images for 6 features"):
         frechet_distance(many, few)
 
@@ -550,12 +535,12 @@ def test_frechet_distance_warns_of_too_few_images():
 def test_what_is_no_covariance_is_refused():
     scatter = torch.tensor([1.0, 1.0, -0.1], dtype=torch.float64).diag()
     broken = FeatureStatistics(100, torch.zeros(3, dtype=torch.float64), scatter)
-    good = statistics_of(torch.randn(100, 3))
+    good = FeatureStatistics.of(torch.randn(100, 3))
     for pair in ((broken, good), (good, broken)):
         with pytest.raises(ValueError, match="no covariance"):
             frechet_distance(*pair)
     with pytest.raises(ValueError, match="two extractors"):
-        frechet_distance(good, statistics_of(torch.randn(100, 4)))
+        frechet_distance(good, FeatureStatistics.of(torch.randn(100, 4)))
 
 
 # Kernel distance
@@ -590,17 +575,6 @@ def test_kernel_distance_equals_its_sums(tile):
 def test_kernel_distance_has_no_bias():
     values = [kernel_distance(torch.randn(20, 3), torch.randn(20, 3)) for _ in range(400)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 20
-
-
-def test_subset_kernel_distance_is_mean_and_std_over_subsets():
-    x, y = torch.randn(30, 4), torch.randn(25, 4) + 0.3
-    mean, std = subset_kernel_distance(x, y, num_subsets=10, subset_size=12)
-    assert (mean, std) == subset_kernel_distance(x, y, num_subsets=10, subset_size=12)
-    assert (mean, std) != subset_kernel_distance(x, y, num_subsets=10, subset_size=12, seed=1)
-    whole = subset_kernel_distance(x[:25], y, num_subsets=3, subset_size=25)  # every subset is everything
-    assert whole == pytest.approx((kernel_distance(x[:25], y), 0), abs=1e-12)
-    with pytest.raises(ValueError, match="at least 26"):
-        subset_kernel_distance(x, y, subset_size=26)
 
 
 # Neighbours

@@ -40,6 +40,7 @@ from dae_diffusers.autoencoders.loading import (
 )
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
+from dae_diffusers.autoencoders.weak_decoders import check_shallow
 from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
 from dae_diffusers.data import (
@@ -97,6 +98,11 @@ class TrainDAEConfig(
                 f"{len(self.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, self.resolution // factor) * factor} and {(self.resolution // factor + 1) * factor}."
             )
+        if is_new and self.auxiliary_decoder == "shallow":
+            try:
+                check_shallow(self.auxiliary_layers_per_block, self.layers_per_block)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         rgb_only = ("perceptual_model", "discriminator_model", "vf_model")
         if self.image_channels not in (1, 3) and any(getattr(self, name) is not None for name in rgb_only):
             raise ConfigError(
@@ -211,7 +217,10 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
                 f"takes a model of class {diffusers_class.__name__}. Choose the `--autoencoder` that fits it: kl or vq."
             )
         check_image_size(vae, channels=config.image_channels, resolution=config.resolution)
-        return model_class.from_diffusers(vae, **config.auxiliary_settings())
+        try:
+            return model_class.from_diffusers(vae, **config.auxiliary_settings())
+        except ValueError as error:  # an auxiliary decoder that does not fit this architecture
+            raise UserError(str(error)) from None
     if config.stage != "2":
         levels = len(config.block_out_channels)
         latents = {"latent_channels": config.latent_channels}

@@ -106,7 +106,9 @@ class StageConfig:
     )
     auxiliary_dropout: float = field(0.1, "channel dropout rate of `dropout`")
     auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`")
-    auxiliary_layers_per_block: int = field(0, "residual blocks per resolution of `shallow`, less one")
+    auxiliary_layers_per_block: int = field(
+        0, "residual blocks per resolution of `shallow`, less one; below `layers_per_block`"
+    )
     stage1_steps: int = field(4000, "optimiser steps of stage 1")
     stage2_steps: int = field(2000, "optimiser steps of stage 2; each costs about six tenths of one of joint training")
     warm_start_decoder: bool = field(

@@ -33,7 +33,10 @@ class AuxiliaryDecoder(nn.Module):
         use_post_quant_conv (`bool`): Whether the real decoder has a 1x1 convolution before it.
         dropout (`float`): Rate in [0, 1) of `dropout`.
         channel_multiplier (`float`): Factor in (0, 1] of `narrow`.
-        auxiliary_layers_per_block (`int`): Depth >= 0 of `shallow`.
+        auxiliary_layers_per_block (`int`): Depth >= 0 of `shallow`, below the real decoder's.
+
+    Raises:
+        ValueError: For an unknown type, a strength out of its range, or a `shallow` decoder that is none.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class AuxiliaryDecoder(nn.Module):
             block_out_channels = tuple(max(1, round(channel_multiplier * width)) for width in block_out_channels)
             norm_num_groups = math.gcd(norm_num_groups, *block_out_channels)
         if decoder_type == "shallow":
+            check_shallow(auxiliary_layers_per_block, layers_per_block)
             layers_per_block = auxiliary_layers_per_block
         self.decoder = Decoder(
             in_channels=latent_channels,
@@ -107,6 +111,15 @@ def check_auxiliary_decoder(
         raise ValueError(f"`auxiliary_channel_multiplier` is {channel_multiplier}, but must be above 0, at most 1.")
     if auxiliary_layers_per_block < 0:
         raise ValueError(f"`auxiliary_layers_per_block` is {auxiliary_layers_per_block}, but must be 0 or more.")
+
+
+def check_shallow(auxiliary_layers_per_block: int, layers_per_block: int) -> None:
+    r"""Raises `ValueError` if a `shallow` auxiliary decoder would not be shallower than the real one."""
+    if auxiliary_layers_per_block >= layers_per_block:
+        raise ValueError(
+            f"`auxiliary_layers_per_block` of `shallow` is {auxiliary_layers_per_block}, but must be below the "
+            f"`layers_per_block` of the real decoder, {layers_per_block}. The control that is as deep is `same`."
+        )
 
 
 def _drop_channels(module: nn.Module, args: tuple, output: torch.Tensor, rate: float) -> torch.Tensor:

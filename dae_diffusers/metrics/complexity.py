@@ -633,7 +633,7 @@ class _Task:
             values = {"wasserstein": distance, "std_left": distance / math.sqrt(self.data_variance)}
         if self.features is not None:
             values["frechet_distance"] = frechet_distance(
-                *(_statistics(features) for features in (self._extract(images_eval), self.features))
+                *(FeatureStatistics.of(features) for features in (self._extract(images_eval), self.features))
             )
         for name, value in values.items():
             if not math.isfinite(value):
@@ -790,12 +790,6 @@ def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators too
         return build()
-
-
-def _statistics(features: torch.Tensor) -> FeatureStatistics:
-    statistics = FeatureStatistics.empty(features.shape[1])
-    statistics.add(features)
-    return statistics
 
 
 def _raise_if_not_finite(loss: torch.Tensor, form: ComplexityForm, step: int) -> None:

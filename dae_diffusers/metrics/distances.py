@@ -76,46 +76,6 @@ def kernel_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float
     return within_a + within_b - 2 * _kernel_sum(features_a, features_b) / (n * m)
 
 
-def subset_kernel_distance(
-    features_a: torch.Tensor,
-    features_b: torch.Tensor,
-    *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    r"""
-    Kernel distance as most papers report it: mean and standard deviation of [`kernel_distance`] over random subsets,
-    drawn without replacement.
-
-    The standard deviation is that of one subset (divided by `num_subsets`, as in numpy). It is no error of the mean:
-    the subsets overlap.
-
-    Args:
-        features_a, features_b (`torch.Tensor` of shapes `(N, D)` and `(M, D)`): At least `subset_size` vectors each.
-        num_subsets, subset_size (`int`, *optional*): Number of subsets, and of vectors of each set in them.
-        seed (`int`, *optional*, defaults to 0): Chooses the subsets.
-
-    Returns:
-        `tuple[float, float]`: Mean and standard deviation.
-
-    Source: Binkowski et al., 2018, https://huggingface.co/papers/1801.01401.
-    """
-    if num_subsets < 1 or subset_size < 2:
-        raise ValueError(
-            f"`num_subsets` is {num_subsets} and `subset_size` {subset_size}, but must be at least 1 and 2."
-        )
-    _check_features(features_a, features_b, min_count=subset_size)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(features: torch.Tensor) -> torch.Tensor:
-        return features[torch.randperm(len(features), generator=generator)[:subset_size].to(features.device)]
-
-    distances = [kernel_distance(draw(features_a), draw(features_b)) for _ in range(num_subsets)]
-    distances = torch.tensor(distances, dtype=torch.float64)
-    return distances.mean().item(), distances.std(correction=0).item()
-
-
 def precision_recall(
     features_real: torch.Tensor, features_generated: torch.Tensor, *, num_neighbors: int = 3
 ) -> tuple[float, float]:

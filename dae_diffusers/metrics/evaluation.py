@@ -189,7 +189,7 @@ def reconstruction_metrics(encoded: EncodedImages, extractor: FeatureExtractor |
     if extractor is not None:
         name = extractor.distance_name("r")
         metrics[name] = frechet_distance(
-            statistics_of(encoded.reconstruction_features), statistics_of(encoded.features)
+            FeatureStatistics.of(encoded.reconstruction_features), FeatureStatistics.of(encoded.features)
         )
     return metrics
 
@@ -216,7 +216,7 @@ def latent_metrics(
         between = interpolate_to_neighbors(encoded.latents, normalize_latents(encoded.latents, vae))
         features = decode_features(vae, between, extractor, accelerator)
         name = "i" + extractor.distance_name("r")[1:]
-        metrics[name] = frechet_distance(statistics_of(features), statistics_of(encoded.features))
+        metrics[name] = frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(encoded.features))
     if probe is not None:
         latents, labels, test_labels = probe
         metrics["probe_accuracy"] = linear_probe_accuracy(latents, labels, encoded.latents, test_labels)
@@ -276,11 +276,11 @@ def sample_metrics(
         description="Features of samples",
     )
     features = gathered["features"]
-    statistics = statistics_of(features)
+    statistics = FeatureStatistics.of(features)
     count = min(len(features), len(train_features))
     metrics = {extractor.distance_name("g"): frechet_distance(statistics, reference)}
     if train_reconstruction_features is not None:
-        metrics["gap"] = frechet_distance(statistics, statistics_of(train_reconstruction_features))
+        metrics["gap"] = frechet_distance(statistics, FeatureStatistics.of(train_reconstruction_features))
     metrics["kernel_distance"] = kernel_distance(features, train_features)
     metrics["precision"], metrics["recall"] = precision_recall(train_features[:count], features[:count])
     metrics["density"], metrics["coverage"] = density_coverage(train_features[:count], features[:count])
@@ -289,10 +289,3 @@ def sample_metrics(
         name = "inception_score" if extractor.name == "inception" else f"classifier_score_{extractor.name}"
         metrics[name] = inception_score(gathered["logits"][order].softmax(dim=1))[0]
     return metrics, nearest_neighbors(features, train_features)[1][:, 0]
-
-
-def statistics_of(features: torch.Tensor) -> FeatureStatistics:
-    r"""Statistics of a whole feature matrix, `(N, D)`."""
-    statistics = FeatureStatistics.empty(features.shape[1])
-    statistics.add(features)
-    return statistics

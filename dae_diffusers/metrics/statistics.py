@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +53,13 @@ class FeatureStatistics:
             torch.zeros(feature_dim, dtype=torch.float64),
             torch.zeros(feature_dim, feature_dim, dtype=torch.float64),
         )
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> "FeatureStatistics":
+        r"""Statistics of a whole feature matrix, `(N, D)`; errors as in [`add`]."""
+        statistics = cls.empty(features.shape[1])
+        statistics.add(features)
+        return statistics
 
     def add(self, features: torch.Tensor) -> None:
         r"""
@@ -152,24 +158,6 @@ def pad_batch(rows: torch.Tensor, image_pixels: int | None = None) -> torch.Tens
     """
     missing = padded_size(len(rows), image_pixels or rows[0, 0].numel()) - len(rows)
     return rows if missing == 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-
-
-def feature_statistics(extractor: FeatureExtractor, batches: Iterable[torch.Tensor]) -> FeatureStatistics:
-    r"""
-    Extracts features and returns their statistics over all processes. All processes call it.
-
-    Args:
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
-        batches (`Iterable[torch.Tensor]`): This process's share of the images, `(B, C, H, W)` in [-1, 1]; no image may
-            come twice or be left out, neither in a process nor between them.
-
-    Returns:
-        [`FeatureStatistics`]: The same on every process.
-    """
-    statistics = FeatureStatistics.empty(extractor.feature_dim)
-    for images in batches:
-        statistics.add(extractor(pad_batch(images))[: len(images)])
-    return sum(gather_object([statistics]), start=FeatureStatistics.empty(extractor.feature_dim))
 
 
 def reference_statistics(
