@@ -13,8 +13,10 @@ for each core of a CPU, with `OMP_NUM_THREADS=1`; on a GPU, which small models d
 under NVIDIA's MPS. At the end `results.md`, `results.json` and the pictures are written anew from everything that exists.
 
 A condition with `latents_of` has the stage 1 and the transformers of another condition and differs from it only in how the real
-decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done. One with `baselines: [joint-c8, same-c8]` is compared with
-those instead of `joint` and `same`.
+decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done. One with `decoder_of` has the whole autoencoder and the
+transformers of another; its decoder is trained on for `stage2_steps`, with the losses that the condition names
+(`perceptual_model`, `adversarial_weight`), its encoder frozen. One with `baselines: [joint-c8, same-c8]` is compared with those
+instead of `joint` and `same`.
 
 With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
 the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
@@ -140,7 +142,9 @@ def main(arguments: argparse.Namespace) -> None:
             generators = [
                 name for name in arguments.generators if name in options.get("generators", arguments.generators)
             ]
-            if "latents_of" in options:
+            if "decoder_of" in options:
+                train_decoder_on(experiment, budget, condition, seed, generators, output_dir)
+            elif "latents_of" in options:
                 train_other_decoder(experiment, budget, condition, seed, generators, output_dir)
             else:
                 run(experiment, budget, condition, seed, generators, output_dir)
@@ -276,19 +280,27 @@ def train_decoder_on(
     seed: int,
     generators: list[str],
     output_dir: Path,
-    steps: int,
+    steps: int | None = None,
 ) -> None:
-    """Trains the decoder of a finished run on, alone."""
-    with_transformers = experiment["conditions"][condition].get("latents_of", condition)
-    before = folder_of(output_dir, experiment, budget, condition, seed)
+    """Trains the decoder of a finished run on, alone: of the condition itself for some steps, or as its `decoder_of` says."""
+    options = experiment["conditions"][condition]
     folder = folder_of(output_dir, experiment, budget, condition, seed, decoder_steps=steps)
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
-    flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "stage2_steps": steps, "auxiliary_decoder": "linear"}
+    if steps is None:
+        before = folder_of(output_dir, experiment, budget, options["decoder_of"], seed)
+        flags |= without_keys(options)
+    else:
+        before = folder_of(output_dir, experiment, budget, condition, seed)
+        flags["stage2_steps"] = steps
+    flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "auxiliary_decoder": "linear"}
 
     def cost() -> dict[str, float]:
         first, more = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"], cost_of(flags, folder)
         return {name: first[name] + more[name] for name in first}
 
+    with_transformers = condition
+    while base := {"latents_of", "decoder_of"} & set(experiment["conditions"][with_transformers]):
+        with_transformers = experiment["conditions"][with_transformers][base.pop()]
     transformers = folder_of(output_dir, experiment, budget, with_transformers, seed)
     decode_again(experiment, transformers, folder, flags, condition, seed, generators, cost)
 
@@ -327,12 +339,13 @@ def autoencoder_flags(
 ) -> dict[str, Any]:
     """Of `train_dae.py`."""
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
-    flags |= steps_of(experiment, budget, condition)
-    return flags | {
-        name: value
-        for name, value in experiment["conditions"][condition].items()
-        if name not in ("baselines", "budgets", "generators", "latents_of", "steps")
-    }
+    return flags | steps_of(experiment, budget, condition) | without_keys(experiment["conditions"][condition])
+
+
+def without_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `train_dae.py` among the options of a condition."""
+    keys = ("baselines", "budgets", "decoder_of", "generators", "latents_of", "steps")
+    return {name: value for name, value in options.items() if name not in keys}
 
 
 def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -349,8 +362,12 @@ def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[st
 
 def describe_steps(experiment: dict[str, Any], budget: str, condition: str, decoder_steps: int | None = None) -> str:
     """Such as `450` for joint training, `210+340` for two stages; more of the decoder alone stands at the end."""
+    options = experiment["conditions"][condition]
+    if "decoder_of" in options:
+        parts = [describe_steps(experiment, budget, options["decoder_of"]), options["stage2_steps"]]
+        return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
     steps = steps_of(experiment, budget, condition)
-    is_joint = experiment["conditions"][condition]["auxiliary_decoder"] == "none"
+    is_joint = options["auxiliary_decoder"] == "none"
     parts = [sum(steps.values())] if is_joint else [steps["stage1_steps"], steps["stage2_steps"]]
     return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
 

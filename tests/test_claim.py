@@ -56,6 +56,13 @@ EXPERIMENT = {
             "budgets": ["time"],
             "generators": ["narrow"],
         },
+        "more": {
+            "decoder_of": "warm",
+            "stage2_steps": 3,
+            "mse_weight": 0.0,
+            "budgets": ["time"],
+            "generators": ["narrow"],
+        },
     },
 }
 
@@ -104,6 +111,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
             "same": ["2+2", "2+2+1", "1+2", "1+2+1"],
             "linear": ["2+2", "2+2+1"],
             "warm": ["2+2", "2+2+1"],
+            "more": ["2+2+3", "2+2+3+1"],
         }.items()
         for steps in all_steps
     )
@@ -114,17 +122,20 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         *(("joint", steps, size) for steps in ("3", "3+1") for size in ("narrow", "wide")),
         *(("same", steps, "narrow") for steps in ("2+2", "2+2+1", "1+2", "1+2+1")),
         *((condition, steps, "narrow") for condition in ("linear", "warm") for steps in ("2+2", "2+2+1")),
+        *(("more", steps, "narrow") for steps in ("2+2+3", "2+2+3+1")),
     }
     # The same latents and transformer, other decoders.
-    first, more, warm = (
+    first, longer, warm, more = (
         next(row for row in rows if (row["condition"], row["steps"], row["generator"]) == (*which, "narrow"))
-        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"))
+        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"), ("more", "2+2+3"))
     )
-    for other in (more, warm):
+    for other in (longer, warm, more):
         assert first["latent_space"]["std"] == other["latent_space"]["std"]
         assert first["validation_loss"] == other["validation_loss"]
         assert first["reconstruction"] != other["reconstruction"] and first["generation"] != other["generation"]
-    assert more["autoencoder_cost"]["flops"] > first["autoencoder_cost"]["flops"]
+    assert more["autoencoder_cost"]["flops"] > longer["autoencoder_cost"]["flops"] > first["autoencoder_cost"]["flops"]
+    flags = yaml.safe_load((tmp_path / "claim" / "more" / "2+2+3" / "seed-0" / "train_dae" / "config.yaml").read_text())
+    assert flags["pretrained_vae"].endswith("warm/2+2/seed-0/vae") and flags["mse_weight"] == 0
     assert warm["autoencoder_cost"] == first["autoencoder_cost"]
     text = (tmp_path / "claim" / "results.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
