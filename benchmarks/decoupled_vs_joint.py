@@ -557,7 +557,12 @@ def budgets_of(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[s
 def rows_of_budget(rows: list[dict[str, Any]], experiment: dict[str, Any], budget: str) -> list[dict[str, Any]]:
     base, _, decoder_steps = budget.partition("+")
     more = int(decoder_steps) if decoder_steps else None
-    return [row for row in rows if row["steps"] == describe_steps(experiment, base, row["condition"], more)]
+    return [
+        row
+        for row in rows
+        if base in experiment["conditions"][row["condition"]].get("budgets", experiment["budgets"])
+        and row["steps"] == describe_steps(experiment, base, row["condition"], more)
+    ]
 
 
 def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
@@ -585,7 +590,14 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
             "",
             *table_of_differences(runs, experiment),
             "",
-            *table_of_correlations(runs),
+            *table_of_correlations(
+                {
+                    condition: seeds
+                    for condition, seeds in runs.items()
+                    if "decoder_of"
+                    not in experiment["conditions"][condition]  # the same latents and transformers again
+                }
+            ),
             "",
         ]
     return "\n".join(lines)
@@ -622,7 +634,7 @@ def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
     lines = ["Paired differences with 95 % intervals (negative: the condition is better):", ""]
     columns = [f"{name} minus {baseline}" for name in ("gFD", "gap") for baseline in BASELINES]
     lines += [f"| condition | {' | '.join(columns)} | success |", "|---" * 6 + "|"]
-    others = set()
+    others: dict[tuple[str, ...], list[str]] = {}
     for condition in runs:
         baselines = tuple(experiment["conditions"][condition].get("baselines", BASELINES))
         intervals = [paired_difference(runs, condition, of, name) for name in ("gFD", "gap") for of in baselines]
@@ -636,8 +648,12 @@ def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
             success = "yes" if all(interval[2] < 0 for interval in against) else "no"
         lines.append(f"| {condition} | {' | '.join(cells)} | {success} |")
         if baselines != BASELINES:
-            others.add(f"`{condition}` is compared with `{'` and `'.join(baselines)}`")
-    return lines + (["", f"Here {'; '.join(sorted(others))}."] if others else [])
+            others.setdefault(baselines, []).append(condition)
+    notes = [
+        f"`{'`, `'.join(conditions)}` compared with `{'` and `'.join(baselines)}`"
+        for baselines, conditions in others.items()
+    ]
+    return lines + (["", f"Here {'; '.join(notes)}."] if others else [])
 
 
 def table_of_correlations(runs: Runs) -> list[str]:

@@ -266,4 +266,4 @@ def test_success_needs_both_baselines(benchmark):
     conditions = dict.fromkeys(runs, {}) | {"better": {"baselines": ["joint-c8", "same-c8"]}}
     lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
     assert [line.split("|")[-2].strip() for line in lines[:4]] == ["", "", "no", "no"]
-    assert lines[-1] == "Here `better` is compared with `joint-c8` and `same-c8`."
+    assert lines[-1] == "Here `better` compared with `joint-c8` and `same-c8`."
