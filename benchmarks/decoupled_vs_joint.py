@@ -730,8 +730,8 @@ def partial_correlation(xy: float, xz: float, yz: float) -> float:
 
 
 def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:
-    """gFD and gap against rFD for the first generator: a colour for each condition, a small point for each seed, a large one
-    for their mean; joint training at several KL weights is joined by a line: the curve to beat."""
+    """gFD and gap against rFD for the first generator: a small point for each seed, a large one for their mean; joint training at
+    several KL weights is joined by a line: the curve to beat."""
     generator = next(iter(experiment["generators"]))
     chosen = [row for row in rows if row["generator"] == generator]
     if not chosen:
@@ -739,16 +739,13 @@ def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2), ("gFD", "gap"), strict=True):
         means = []
-        for number, condition in enumerate(experiment["conditions"]):
+        for condition, (color, marker) in styles_of(experiment).items():
             points = [(n["rFD"], n[name]) for n in (numbers_of(row) for row in chosen if row["condition"] == condition)]
             if not points:
                 continue
-            joint = condition.startswith("joint")
             x, y = zip(*points, strict=True)
-            color = f"C{number % 10}"
             mean = (sum(x) / len(x), sum(y) / len(y))
-            axis.scatter(x, y, marker="s" if joint else "o", color=color, s=12, alpha=0.5)
-            marker = "s" if joint else "oDv^"[number // 10 % 4]
+            axis.scatter(x, y, marker=marker, color=color, s=12, alpha=0.5)
             axis.scatter(*mean, label=condition, marker=marker, color=color, s=44, edgecolor="black", linewidth=0.6)
             if condition == "joint" or condition.startswith("joint-kl"):
                 means.append(mean)
@@ -762,6 +759,26 @@ def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: 
         axis.set_ylabel(f"{name} (lower is better)")
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right")
     figure.savefig(path, dpi=120)
+
+
+def styles_of(experiment: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """
+    Colour and marker of each condition. Those with the same baselines share a marker; the two baselines have the same two
+    colours everywhere.
+    """
+    styles, groups = {}, {}
+    for condition, options in experiment["conditions"].items():
+        baselines = tuple(options.get("baselines", BASELINES))
+        others = groups.setdefault(baselines, [])
+        if condition in baselines:
+            place, turn = baselines.index(condition), 0
+        else:
+            turn, place = divmod(len(others), 8)
+            place += 2
+            others.append(condition)
+        number = list(groups).index(baselines) + 7 * turn
+        styles[condition] = f"C{place}", "oDv^P*Xs<>phd8"[number % 14]
+    return styles
 
 
 def plot_sizes(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,7 @@ from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 SCRIPTS = {"train_dae": train_dae, "cache_latents": cache_latents, "train_dit": train_dit}
+EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
 EXPERIMENT = {
     "data": {"dataset_name": "digits", "resolution": 16},
     "num_images": 12,
@@ -267,3 +268,12 @@ def test_success_needs_both_baselines(benchmark):
     lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
     assert [line.split("|")[-2].strip() for line in lines[:4]] == ["", "", "no", "no"]
     assert lines[-1] == "Here `better` compared with `joint-c8` and `same-c8`."
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_16px", "cifar10_16px_gpu"])
+def test_every_condition_has_a_look_of_its_own(benchmark, name):
+    experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+    styles = benchmark.styles_of(experiment)
+    assert list(styles) == list(experiment["conditions"])
+    assert len(set(styles.values())) == len(styles)
+    assert styles["joint"][0] == "C0" and styles["same"][0] == "C1"
