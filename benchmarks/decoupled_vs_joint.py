@@ -286,23 +286,23 @@ def train_decoder_on(
     options = experiment["conditions"][condition]
     folder = folder_of(output_dir, experiment, budget, condition, seed, decoder_steps=steps)
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
-    if steps is None:
-        before = folder_of(output_dir, experiment, budget, options["decoder_of"], seed)
-        flags |= without_keys(options)
-    else:
-        before = folder_of(output_dir, experiment, budget, condition, seed)
-        flags["stage2_steps"] = steps
+    flags |= flags_among(options) if steps is None else {"stage2_steps": steps}
+    before = folder_of(output_dir, experiment, budget, options["decoder_of"] if steps is None else condition, seed)
     flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "auxiliary_decoder": "linear"}
 
     def cost() -> dict[str, float]:
         first, more = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"], cost_of(flags, folder)
         return {name: first[name] + more[name] for name in first}
 
-    with_transformers = condition
-    while base := {"latents_of", "decoder_of"} & set(experiment["conditions"][with_transformers]):
-        with_transformers = experiment["conditions"][with_transformers][base.pop()]
-    transformers = folder_of(output_dir, experiment, budget, with_transformers, seed)
+    transformers = folder_of(output_dir, experiment, budget, origin_of_latents(experiment, condition), seed)
     decode_again(experiment, transformers, folder, flags, condition, seed, generators, cost)
+
+
+def origin_of_latents(experiment: dict[str, Any], condition: str) -> str:
+    """The condition whose encoder and transformers this one has: its own, or those that it names, which may name others."""
+    options = experiment["conditions"][condition]
+    base = options.get("latents_of") or options.get("decoder_of")
+    return condition if base is None else origin_of_latents(experiment, base)
 
 
 def decode_again(
@@ -339,10 +339,10 @@ def autoencoder_flags(
 ) -> dict[str, Any]:
     """Of `train_dae.py`."""
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
-    return flags | steps_of(experiment, budget, condition) | without_keys(experiment["conditions"][condition])
+    return flags | steps_of(experiment, budget, condition) | flags_among(experiment["conditions"][condition])
 
 
-def without_keys(options: dict[str, Any]) -> dict[str, Any]:
+def flags_among(options: dict[str, Any]) -> dict[str, Any]:
     """The flags of `train_dae.py` among the options of a condition."""
     keys = ("baselines", "budgets", "decoder_of", "generators", "latents_of", "steps")
     return {name: value for name, value in options.items() if name not in keys}
@@ -365,10 +365,10 @@ def describe_steps(experiment: dict[str, Any], budget: str, condition: str, deco
     options = experiment["conditions"][condition]
     if "decoder_of" in options:
         parts = [describe_steps(experiment, budget, options["decoder_of"]), options["stage2_steps"]]
-        return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
-    steps = steps_of(experiment, budget, condition)
-    is_joint = options["auxiliary_decoder"] == "none"
-    parts = [sum(steps.values())] if is_joint else [steps["stage1_steps"], steps["stage2_steps"]]
+    else:
+        steps = steps_of(experiment, budget, condition)
+        is_joint = options["auxiliary_decoder"] == "none"
+        parts = [sum(steps.values())] if is_joint else [steps["stage1_steps"], steps["stage2_steps"]]
     return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
 
 
@@ -576,6 +576,12 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
         for row in chosen:
             runs[row["condition"]][row["seed"]] = numbers_of(row)
         runs = {condition: seeds for condition, seeds in runs.items() if seeds}
+        # A decoder that was trained on brings the same latents and transformers again.
+        with_own_latents = {
+            condition: seeds
+            for condition, seeds in runs.items()
+            if "decoder_of" not in experiment["conditions"][condition]
+        }
         steps = dict.fromkeys(row["steps"] for row in chosen)
         lines += [
             f"## Budget `{budget}`, generator `{generator}` ({chosen[0]['parameters'] / 1e6:.2f} M parameters)",
@@ -590,14 +596,7 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
             "",
             *table_of_differences(runs, experiment),
             "",
-            *table_of_correlations(
-                {
-                    condition: seeds
-                    for condition, seeds in runs.items()
-                    if "decoder_of"
-                    not in experiment["conditions"][condition]  # the same latents and transformers again
-                }
-            ),
+            *table_of_correlations(with_own_latents),
             "",
         ]
     return "\n".join(lines)
@@ -650,7 +649,7 @@ def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
         if baselines != BASELINES:
             others.setdefault(baselines, []).append(condition)
     notes = [
-        f"`{'`, `'.join(conditions)}` compared with `{'` and `'.join(baselines)}`"
+        f"`{'`, `'.join(conditions)}` {'is' if len(conditions) == 1 else 'are'} compared with `{'` and `'.join(baselines)}`"
         for baselines, conditions in others.items()
     ]
     return lines + (["", f"Here {'; '.join(notes)}."] if others else [])
@@ -658,6 +657,8 @@ def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
 
 def table_of_correlations(runs: Runs) -> list[str]:
     """Spearman's with gFD over all runs, with rFD held fixed (partial rank correlation), and over the conditions' means."""
+    if not runs:
+        return []
     numbers = [run for seeds in runs.values() for run in seeds.values()]
     means = [
         {name: math.fsum(run[name] for run in seeds.values()) / len(seeds) for name in numbers[0]}

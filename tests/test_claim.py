@@ -267,7 +267,11 @@ def test_success_needs_both_baselines(benchmark):
     conditions = dict.fromkeys(runs, {}) | {"better": {"baselines": ["joint-c8", "same-c8"]}}
     lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
     assert [line.split("|")[-2].strip() for line in lines[:4]] == ["", "", "no", "no"]
-    assert lines[-1] == "Here `better` compared with `joint-c8` and `same-c8`."
+    assert lines[-1] == "Here `better` is compared with `joint-c8` and `same-c8`."
+
+
+def test_no_run_means_no_correlations(benchmark):
+    assert benchmark.table_of_correlations({}) == []
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_16px", "cifar10_16px_gpu"])
