@@ -319,6 +319,13 @@ def decode_again(
     missing = [name for name in generators if not (folder / name / "generator.json").exists()]
     if not missing:
         return
+    started_from = Path(flags["pretrained_vae"]).parent if "pretrained_vae" in flags else before
+    needed = [started_from / "autoencoder.json", *(before / name / "generator.json" for name in missing)]
+    unfinished = [str(path.parent) for path in needed if not path.exists()]
+    if unfinished:
+        raise UserError(
+            f"`{condition}` goes on from runs that are not finished: {', '.join(unfinished)}. Run their conditions first."
+        )
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     if not (folder / "autoencoder.json").exists():
         row = {"condition": condition, "steps": folder.parent.name, "seed": seed, "autoencoder_cost": cost()}

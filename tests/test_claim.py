@@ -270,6 +270,26 @@ def test_success_needs_both_baselines(benchmark):
     assert lines[-1] == "Here `better` is compared with `joint-c8` and `same-c8`."
 
 
+@pytest.mark.parametrize(("condition", "base"), [("warm", "same"), ("more", "warm")])
+def test_what_a_condition_goes_on_from_must_be_finished(benchmark, launched, condition, base, tmp_path, monkeypatch):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    features = save_backbone(tmp_path / "backbone", "classifier")
+    command = [
+        "--experiment",
+        f"{tmp_path}/experiment.yaml",
+        "--output_dir",
+        f"{tmp_path}/claim",
+        "--features",
+        features,
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *command, "--conditions", condition, "--generators", "narrow"])
+    with pytest.raises(
+        UserError, match=rf"`{condition}` goes on from runs that are not finished: .*/{base}/2\+2/seed-0, "
+    ):
+        benchmark.main(benchmark.parse_arguments())
+    assert launched == []
+
+
 def test_no_run_means_no_correlations(benchmark):
     assert benchmark.table_of_correlations({}) == []
 
