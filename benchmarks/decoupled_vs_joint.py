@@ -583,11 +583,11 @@ def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
         for row in chosen:
             runs[row["condition"]][row["seed"]] = numbers_of(row)
         runs = {condition: seeds for condition, seeds in runs.items() if seeds}
-        # A decoder that was trained on brings the same latents and transformers again.
+        # Another decoder brings the same latents and transformers again.
         with_own_latents = {
             condition: seeds
             for condition, seeds in runs.items()
-            if "decoder_of" not in experiment["conditions"][condition]
+            if origin_of_latents(experiment, condition) == condition
         }
         steps = dict.fromkeys(row["steps"] for row in chosen)
         lines += [

@@ -1,6 +1,7 @@
 """The benchmark of the claim: what it trains, what it does not repeat, and its statistics against scipy's."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -146,6 +147,9 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         for size in ("narrow", "wide")
     ]
     assert "too few seeds" in text
+    # `warm` and `more` have the latents and the transformer of `same`: they are no runs of their own.
+    counted = re.findall(r"rank correlation with gFD over (\d+) runs and the means of (\d+) conditions", text)
+    assert counted == [(number, number) for number in "31312121"]
     assert len(list((tmp_path / "claim").glob("frontier-*.png"))) == 4
     assert len(list((tmp_path / "claim").glob("sizes-*.png"))) == 4
 
