@@ -51,7 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.cli import UserError, run_script
+from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.metrics.complexity import (
     MAX_EVAL_IMAGES,
@@ -109,15 +109,25 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     try:
         experiment = yaml.safe_load(arguments.experiment.read_text())
-        missing = {*SHARED, "seeds", "budgets", "generators", "conditions"} - {"features"} - set(experiment or {})
+        if not isinstance(experiment, dict):
+            raise ValueError(f"{arguments.experiment} is no experiment.")
+        experiment |= {name: getattr(arguments, name) for name in ("features", "seeds") if getattr(arguments, name)}
+        missing = {*SHARED, "seeds", "budgets", "generators", "conditions"} - set(experiment)
         if missing:
             raise ValueError(f"{arguments.experiment} has no {sorted(missing)}.")
         experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
-    except (OSError, yaml.YAMLError, ValueError) as error:
+        parse_config(DataConfig, words_of(experiment["data"])).require_source()
+        for name, options in experiment["conditions"].items():
+            baselines = options.get("baselines", BASELINES)
+            if len(baselines) != len(BASELINES) or (
+                baselines is not BASELINES and set(baselines) - set(experiment["conditions"])
+            ):
+                raise ValueError(
+                    f"`baselines` of {name} are {baselines}, but must be two conditions, those that stand for joint training and for "
+                    "the control."
+                )
+    except (OSError, yaml.YAMLError, ValueError, ConfigError) as error:
         parser.error(str(error))
-    for name in ("features", "seeds"):
-        if getattr(arguments, name) is not None:
-            experiment[name] = getattr(arguments, name)
     for name in ("budgets", "conditions", "generators"):
         setattr(arguments, name, getattr(arguments, name) or list(experiment[name]))
         unknown = set(getattr(arguments, name)) - set(experiment[name])
@@ -130,9 +140,15 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     experiment, output_dir = arguments.experiment, arguments.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    check_same_experiment(experiment, output_dir)
+    kept = check_same_experiment(experiment, output_dir)
     if not arguments.only_summary:
         experiment["features"] = find_features(experiment, output_dir)
+        fingerprint = load_feature_extractor(experiment["features"]).fingerprint
+        if kept.setdefault("fingerprint of the features", fingerprint) != fingerprint:
+            raise UserError(
+                f"the runs in {output_dir} were judged by other weights of {experiment['features']}. Choose another `--output_dir`."
+            )
+        write_json(output_dir / "experiment.json", kept)
         # Seed by seed, so that an interrupted benchmark has complete pairs.
         todo = itertools.product(arguments.budgets, experiment["seeds"], arguments.conditions)
         for budget, seed, condition in tqdm(list(todo), desc="Autoencoders", unit="run"):
@@ -163,9 +179,10 @@ def main(arguments: argparse.Namespace) -> None:
     print(text)
 
 
-def check_same_experiment(experiment: dict[str, Any], output_dir: Path) -> None:
+def check_same_experiment(experiment: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """
-    Keeps what the runs of a folder have in common, and what each condition and generator is, and compares it with what is kept.
+    What the runs of a folder have in common, and what each condition and generator is: that of this experiment with what is
+    kept of those before, which it must not contradict.
 
     Raises:
         UserError: If something differs: finished runs would be taken for those of this experiment.
@@ -184,7 +201,7 @@ def check_same_experiment(experiment: dict[str, Any], output_dir: Path) -> None:
                 f"{output_dir} holds runs of another experiment: `{name}` was {kept[name]} and is {this[name]}. Choose "
                 "another `--output_dir`."
             )
-    write_json(path, kept | this)
+    return kept | this
 
 
 def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None) -> dict[str, Any]:
@@ -204,9 +221,8 @@ def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None
 
 
 def find_features(experiment: dict[str, Any], output_dir: Path) -> str:
-    """The feature extractor's name, tried out; one that the experiment describes by its training is trained on the images."""
+    """The feature extractor's name; one that the experiment describes by its training is trained on the images."""
     if not isinstance(experiment["features"], dict):
-        load_feature_extractor(experiment["features"])
         return experiment["features"]
     folder = output_dir / "features" / "classifier"
     if not (folder / "results.json").exists():
@@ -449,7 +465,7 @@ def measure_autoencoder(
 
 
 def training_flops(config: TrainDAEConfig) -> float:
-    """Floating-point operations of all matrix products and convolutions of an autoencoder's training."""
+    """Of the matrix products and convolutions of an autoencoder's training; without a perceptual model and a discriminator."""
     model, total = load_model(config), 0
     pixel_values = torch.zeros(1, config.image_channels, config.resolution, config.resolution)
     for stage, steps in config.stage_steps().items():
@@ -461,8 +477,9 @@ def training_flops(config: TrainDAEConfig) -> float:
 
 
 def write_json(path: Path, row: dict[str, Any]) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(row, indent=2))
-    path.with_suffix(".tmp").replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write the same file
+    temporary.write_text(json.dumps(row, indent=2))
+    temporary.replace(path)
 
 
 def read_rows(output_dir: Path) -> list[dict[str, Any]]:
@@ -526,7 +543,7 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
         "CD unpaired": complexity["unpaired", widest]["std_left"],
         "DiT val": row["validation_loss"],
         "HF share": latents["high_frequency_share"],
-        "eff. rank": latents["effective_rank"],
+        "eff. rank": math.nan if latents["effective_rank"] is None else latents["effective_rank"],  # too few images
         "probe": latents.get("probe_accuracy", math.nan),
         "AE CPU s": row["autoencoder_cost"]["cpu_seconds"],
         "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,
@@ -695,7 +712,7 @@ def mean_and_deviation(values: list[float]) -> str:
     if len(values) == 1:
         return f"{mean:.4g}"
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.4g} ± {deviation:.2g}"
+    return f"{mean:.4g} ± {0 if deviation < 1e-9 * abs(mean) else deviation:.2g}"
 
 
 def paired_difference(runs: Runs, condition: str, baseline: str, name: str) -> tuple[float, float, float] | None:

@@ -29,6 +29,7 @@ from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_s
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
+from dae_diffusers.run import PROCESS_GROUP
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -85,6 +86,13 @@ class TrainFeatureExtractorConfig(TrainingConfig, ClassifierConfig, DataConfig):
     def __post_init__(self):
         for part in (DataConfig, ClassifierConfig, TrainingConfig):
             part.__post_init__(self)
+        self.require_source()
+        if self.streaming:
+            raise ConfigError("`--streaming` does not go with this script; leave it out.")
+        if self.image_channels not in (1, 3):
+            raise ConfigError(
+                f"`--image_channels` is {self.image_channels}, but features are of gray (1) or RGB (3) images."
+            )
         if not 0 <= self.max_shift < self.resolution:
             raise ConfigError(f"`--max_shift` is {self.max_shift}, but must be 0 or more and below `--resolution`.")
 
@@ -93,7 +101,7 @@ def main(config: TrainFeatureExtractorConfig) -> None:
     output_dir = Path(config.output_dir)
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
     set_seed(config.seed)
     with accelerator.main_process_first():
         train_images, test_images = load_images(config, config.seed)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -55,6 +57,9 @@ from dae_diffusers.randomness import derived_seed
 logger = logging.getLogger(__name__)
 
 _WAIT_HINT = ": raise `--dataloader_num_workers`, or train from cached latents"
+# The others wait while the main process prepares a data set or measures something: NCCL would give up after ten minutes.
+PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+
 _VERSIONS = ("dae-diffusers", "torch", "diffusers", "accelerate", "datasets")
 
 
@@ -161,6 +166,7 @@ class TrainingRun:
             raise ConfigError(f"`--report_to {config.report_to}` needs a package: pip install {config.report_to}")
         try:
             self.accelerator = Accelerator(
+                kwargs_handlers=[PROCESS_GROUP],
                 mixed_precision=config.mixed_precision,
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
                 step_scheduler_with_optimizer=False,  # a step is one optimiser update, whatever the process count

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import yaml
 from models import save_backbone
+from safetensors.torch import load_file, save_file
 from scripts import CONFIG_CLASSES, load_benchmark
 
 from dae_diffusers.cli import UserError, parse_config
@@ -180,6 +181,12 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     assert launched == [("train_dae", str(folder))]
     assert (tmp_path / "claim" / "results.md").read_text() == text
 
+    # Other weights under the same name are another ruler.
+    weights = tmp_path / "backbone" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="were judged by other weights of .*backbone"):
+        benchmark.main(benchmark.parse_arguments())
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -187,12 +194,24 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         ("--experiment nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
         ("--experiment {experiment} --conditions jonit", "unknown conditions ['jonit']; the experiment has ['joint'"),
         ("--experiment {experiment} --data resolutoin=32", "`--data` has no ['resolutoin']"),
+        ("--experiment {experiment} --data resolution=wide", "argument --resolution: invalid int value: 'wide'"),
+        ("--experiment {other}", "has no ['features', 'transformer']"),
+        ("--experiment {compared}", "`baselines` of linear are ['joint'], but must be two conditions"),
+        ("--experiment {empty}", "is no experiment"),
         ("--experiment {experiment} --data random_flip", "`--data` takes FLAG=VALUE, not ['random_flip']"),
     ],
 )
 def test_wrong_flags_are_named(benchmark, flags, message, tmp_path, monkeypatch, capsys):
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    words = flags.format(experiment=tmp_path / "experiment.yaml").split()
+    whole = EXPERIMENT | {"features": "backbone"}
+    experiments = {
+        "experiment": whole,
+        "other": {name: value for name, value in whole.items() if name not in ("features", "transformer")},
+        "compared": whole | {"conditions": {"joint": {}, "linear": {"baselines": ["joint"]}}},
+        "empty": None,
+    }
+    for name, experiment in experiments.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(experiment))
+    words = flags.format(**{path.stem: path for path in tmp_path.glob("*.yaml")}).split()
     monkeypatch.setattr(sys, "argv", ["benchmark", "--output_dir", f"{tmp_path}/claim", *words])
     with pytest.raises(SystemExit) as exit_info:
         benchmark.parse_arguments()

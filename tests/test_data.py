@@ -20,6 +20,7 @@ from dae_diffusers.data import (
     make_training_loader,
     resize_and_crop,
 )
+from dae_diffusers.data.dataset import encoded_sizes
 from dae_diffusers.data.images import read_content
 
 
@@ -316,6 +317,31 @@ def test_fingerprint_follows_the_content(image_folder):
     config = DataConfig(train_data_dir=str(image_folder), resolution=16)
     assert load_images(config)[0].fingerprint == load_images(config)[0].fingerprint
     assert load_images(config)[0].fingerprint != load_images(config, seed=1)[0].fingerprint
+
+
+def test_fingerprint_follows_every_image(tmp_path):
+    for split, count in (("train", 200), ("validation", 1)):
+        (tmp_path / split).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / split / f"{number:03d}.png")
+    config = DataConfig(train_data_dir=str(tmp_path), resolution=8)
+    before = load_images(config)[0].fingerprint
+    noise = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "train" / "002.png")  # none of those whose content is hashed
+    assert load_images(config)[0].fingerprint != before
+
+
+def test_sizes_of_encoded_images_are_read_from_files_and_from_tables(tmp_path):
+    content = [encoded(Image.new("RGB", (8, 8 + number), (number, 0, 0))) for number in range(6)]
+    (tmp_path / "2.png").write_bytes(content[2])
+    items = [{"bytes": data, "path": None} for data in content]
+    items[2] = {"bytes": None, "path": str(tmp_path / "2.png")}
+    items[4] = {"bytes": None, "path": str(tmp_path / "missing.png")}
+    rows = datasets.Dataset.from_dict({"image": items}).cast_column("image", datasets.Image(decode=False))
+    sizes = [0 if number == 4 else len(data) for number, data in enumerate(content)]
+    assert encoded_sizes(rows, "image").tolist() == sizes
+    assert encoded_sizes(rows.select([5, 2, 4, 2]), "image").tolist() == [sizes[n] for n in (5, 2, 4, 2)]
+    assert len(encoded_sizes(datasets.Dataset.from_dict({"image": [[1.0], [2.0]]}), "image")) == 0
 
 
 def test_images_inside_an_archive_are_read_where_they_are(tmp_path):

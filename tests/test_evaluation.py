@@ -1,28 +1,33 @@
 """An evaluation counts each image once and depends on no batch and no process."""
 
 import json
+import math
 from functools import wraps
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderTiny,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from matplotlib.figure import Figure
 from models import make_autoencoder, save_backbone
 from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import UserError
-from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.latents.statistics import normalize_latents
+from dae_diffusers.metrics.complexity import _encode
 from dae_diffusers.metrics.distances import (
     density_coverage,
     frechet_distance,
@@ -32,13 +37,15 @@ from dae_diffusers.metrics.distances import (
 )
 from dae_diffusers.metrics.evaluation import (
     encode_images,
+    evaluation_inputs,
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples
+from dae_diffusers.metrics.kept import hash_of
+from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples, generation_inputs
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import evaluate
 
@@ -129,10 +136,8 @@ def test_encoding_is_independent_of_the_batch_size(images, extractor, pipeline):
 def test_latent_metrics_have_a_probe_and_an_interpolation_distance(images, extractor, pipeline):
     encoded = encode_images(pipeline.vae, images, Accelerator(), extractor=extractor)
     labels = torch.tensor(images.labels)
-    with pytest.warns(UserWarning, match="covariance is singular"):
-        metrics = latent_metrics(
-            pipeline.vae, encoded, extractor, Accelerator(), probe=(encoded.latents, labels, labels)
-        )
+    metrics = latent_metrics(pipeline.vae, encoded, extractor, Accelerator(), probe=(encoded.latents, labels, labels))
+    assert metrics["effective_rank"] is None  # fewer images than latent elements
     assert any(name.startswith("ifd_") for name in metrics) and 0 <= metrics["probe_accuracy"] <= 1
 
 
@@ -175,6 +180,57 @@ def test_samples_of_other_weights_or_settings_are_drawn_anew(pipeline, tmp_path)
     changed = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())
     assert not torch.equal(first, changed)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_results_are_kept_under_is_the_same_in_every_process_and_names_the_features(images, extractor, pipeline):
+    """diffusers notes the options that a scheduler's file did not have, in an order that is another in each process."""
+    settings, keys = SampleSettings(1, 1.0, 1), []
+    pipeline.scheduler = DDPMScheduler.from_config({})
+    assert len(pipeline.scheduler.config["_use_default_values"]) > 1
+    for _ in range(2):
+        keys.append(hash_of(generation_inputs(pipeline, settings, Accelerator())))
+        pipeline.scheduler.register_to_config(
+            _use_default_values=pipeline.scheduler.config["_use_default_values"][::-1]
+        )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    keys.append(hash_of(generation_inputs(pipeline, settings, Accelerator())))
+    assert keys[0] == keys[1] != keys[2]
+
+    before = hash_of(evaluation_inputs(pipeline.vae, images, extractor))
+    extractor.name = "renamed"
+    assert hash_of(evaluation_inputs(pipeline.vae, images, extractor)) != before
+
+
+def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, image_folder, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias += 0.1
+    pipeline.vae.save_pretrained(tmp_path / "vae")
+    flags = "--resolution 16 --validation_fraction 0.5 --num_images 12 --num_inference_steps 1"
+    folders = {"pipeline": tmp_path / "pipeline", "features": extractor_folder, "train_data_dir": image_folder}
+    with pytest.raises(UserError, match="is not the autoencoder that `--pipeline` .* decodes with"):
+        run(evaluate, flags, output_dir=tmp_path / "evaluation", vae=tmp_path / "vae", **folders)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert evaluate.has_same_weights(
+        load_autoencoder(str(tmp_path / "pipeline")), make_autoencoder("none").to_diffusers()
+    )
+
+
+def test_results_are_json_whatever_they_hold():
+    results = {"psnr": math.inf, "rows": ({"kl": [1.0, math.nan]}, None), "name": "x", "number": 3}
+    expected = {"psnr": None, "rows": [{"kl": [1.0, None]}, None], "name": "x", "number": 3}
+    assert evaluate.finite_or_none(results) == expected
+
+
+def test_sweep_is_drawn_over_what_was_swept(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: labels.append(figure.axes[0].get_xlabel()))
+    for scales, steps in (((1.0,), (5, 10)), ((1.0, 2.0), (5,)), ((1.0, 2.0), (5, 10)), ((None,), (5, 10))):
+        rows = [
+            {"guidance_scale": scale, "num_inference_steps": count, "gfd": 1.0} for scale in scales for count in steps
+        ]
+        evaluate.plot_sweep(rows, "gfd", tmp_path / "sweep.png")
+    assert labels == ["steps", "guidance scale", "guidance scale", "steps"]
 
 
 def test_labels_are_balanced_or_random():
@@ -335,9 +391,37 @@ def test_complexity_distance_is_measured_and_drawn(extractor_folder, pipeline, t
     assert "variance_left" in (tmp_path / "evaluation" / "metrics.md").read_text()
 
 
+def test_complexity_depends_on_no_batch_size_and_its_errors_are_the_users(pipeline, tmp_path, monkeypatch):
+    vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
+    vae.save_pretrained(tmp_path / "vae")
+    sizes = []
+
+    def measure(vae, train_loader, eval_loader, config, **kwargs):
+        sizes.extend([train_loader.batch_size, eval_loader.batch_size])
+        raise ValueError("`latents_train` is constant.")
+
+    monkeypatch.setattr(evaluate, "complexity_distance", measure)
+    flags = "--dataset_name digits --image_channels 1 --resolution 16 --complexity --batch_size 7"
+    with pytest.raises(UserError, match="`--complexity` cannot be measured: `latents_train` is constant"):
+        run(evaluate, flags, vae=tmp_path / "vae", output_dir=tmp_path / "evaluation")
+    assert sizes == [64, 64]
+
+
+def test_latents_of_the_complexity_distance_do_not_depend_on_the_batch_size(pipeline, images):
+    encoded = [
+        _encode(pipeline.vae, make_pass_loader(images, batch_size=size), 100, "images", True, "cpu", True)
+        for size in (1, 7, 64)
+    ]
+    assert [len(tensor) for tensor in encoded[0]] == [len(images)] * 3
+    for other in encoded[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(encoded[0], other, strict=True))
+
+
 def test_complexity_flags_are_checked():
     from dae_diffusers.cli import ConfigError
     from dae_diffusers.training.evaluate import EvaluateConfig
 
+    with pytest.raises(ConfigError, match="`--complexity_seeds` is 0"):
+        EvaluateConfig(vae="x", dataset_name="digits", complexity_seeds=0)
     with pytest.raises(ConfigError, match="complexity distance: `capacities`"):
         EvaluateConfig(vae="x", dataset_name="digits", complexity_capacities=[-1])

@@ -61,6 +61,19 @@ def test_summary_is_json():
     assert diagnose(random_posteriors()[0]).summary()["kl"] is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_too_few_or_constant_latents_do_not_say_is_none():
+    mean, std = random_posteriors()
+    few = diagnose(mean[:48], std[:48])
+    assert not few.has_full_covariance and diagnose(mean[:49], std[:49]).has_full_covariance
+    summary = few.summary()
+    assert summary["effective_rank"] is None and summary["gaussian_entropy"] is None
+    assert summary["high_frequency_share"] > 0
+    constant = diagnose(torch.ones(60, 3, 4, 4)).summary()
+    assert json.loads(json.dumps(constant, allow_nan=False)) == constant
+    assert constant["high_frequency_share"] is constant["excess_kurtosis"] is constant["gaussian_entropy"] is None
+
+
 def test_mean_and_std_are_those_of_the_config():
     mean, std = random_posteriors()
     statistics = LatentStatistics.empty(3)

@@ -350,6 +350,20 @@ def test_trained_extractor_is_what_its_folder_loads(training_script, tmp_path):
         training_script.main(config)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give one of `--dataset_name`"),
+        ("--dataset_name uoft-cs/cifar10 --streaming", "`--streaming` does not go with this script"),
+        ("--dataset_name digits --image_channels 4", "`--image_channels` is 4"),
+    ],
+)
+def test_what_no_extractor_can_be_trained_on_is_refused(training_script, flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(training_script.TrainFeatureExtractorConfig, flags.split())
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_random_shift_moves_whole_images(training_script):
     images = random_images(20, size=6)
     shifted = training_script.random_shift(images, 2)
@@ -513,6 +527,20 @@ def test_frechet_distance_takes_singular_covariances():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     point = FeatureStatistics(100, torch.zeros(12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64))
     assert frechet_distance(point, point) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+@pytest.mark.parametrize("difference", [0.1, 0.001])
+def test_frechet_distance_of_fewer_images_than_features_is_exact(difference):
+    """Against the nuclear norm of the product of the centred features, which needs no root of a matrix."""
+    random = np.random.default_rng(0)
+    a = random.normal(size=(60, 200))
+    b = a + difference * random.normal(size=a.shape)
+    centered = [features - features.mean(axis=0) for features in (a, b)]
+    expected = ((a - b).mean(axis=0) ** 2).sum() + sum((features**2).sum() for features in centered) / 59
+    expected -= 2 * np.linalg.norm(centered[0] @ centered[1].T, "nuc") / 59
+    distance = frechet_distance(*(FeatureStatistics.of(torch.tensor(features)) for features in (a, b)))
+    assert distance == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_takes_covariances_without_a_common_direction():

@@ -22,6 +22,7 @@ from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_s
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.latents.cache import write_latent_cache
+from dae_diffusers.run import PROCESS_GROUP
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class CacheLatentsConfig(CacheConfig, DataConfig):
 
 
 def main(config: CacheLatentsConfig) -> None:
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     lock = take_folder(Path(config.output_dir), accelerator)
     vae = load_autoencoder(config.vae).to(accelerator.device)

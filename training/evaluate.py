@@ -15,6 +15,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from dae_diffusers.files import write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.complexity import (
+    HEADLINES,
     MAX_EVAL_IMAGES,
     MAX_TRAIN_IMAGES,
     ComplexityConfig,
@@ -57,11 +59,19 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
 from dae_diffusers.metrics.kept import keep_values
-from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples, generation_inputs
+from dae_diffusers.metrics.sampling import (
+    Sampler,
+    SampleSettings,
+    autoencoder_of,
+    draw_samples,
+    generation_inputs,
+    scheduler_options,
+)
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
+from dae_diffusers.run import PROCESS_GROUP
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +125,8 @@ class EvaluationConfig:
             raise ConfigError(f"`--top_p` is {self.top_p}, but must be above 0 and at most 1.")
         if min(self.num_inference_steps) < 1:
             raise ConfigError(f"`--num_inference_steps` is {self.num_inference_steps}, but must be at least 1.")
+        if self.complexity_seeds < 1:
+            raise ConfigError(f"`--complexity_seeds` is {self.complexity_seeds}, but must be at least 1.")
         try:
             self.complexity_config()
         except ValueError as error:
@@ -141,12 +153,19 @@ class EvaluateConfig(EvaluationConfig, DataConfig):
 
 
 def main(config: EvaluateConfig) -> None:
-    accelerator = Accelerator(mixed_precision=config.mixed_precision or "no")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision or "no", kwargs_handlers=[PROCESS_GROUP])
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     folder = Path(config.output_dir)
     lock = take_folder(folder, accelerator)
     pipeline = None if config.pipeline is None else load_pipeline(config.pipeline, accelerator.device)
-    vae = load_autoencoder(config.vae).to(accelerator.device) if config.vae else autoencoder_of(pipeline)
+    vae = autoencoder_of(pipeline) if pipeline is not None else None
+    if config.vae is not None:
+        own, vae = vae, load_autoencoder(config.vae).to(accelerator.device)
+        if own is not None and not has_same_weights(own, vae):
+            raise UserError(
+                f"`--vae` {config.vae} is not the autoencoder that `--pipeline` {config.pipeline} decodes with, so that `gap` would "
+                "mean nothing. Leave `--vae` out, or evaluate the two in runs of their own."
+            )
     if vae is None:
         logger.info("%s has no autoencoder that can be measured: only what it draws is.", config.pipeline)
     else:
@@ -163,6 +182,12 @@ def main(config: EvaluateConfig) -> None:
             raise UserError(
                 f"`--{name}` means nothing to {'an autoencoder' if sampler is None else type(pipeline).__name__}; leave it out."
             )
+    if sampler is not None and config.label_sampling == "balanced" and config.num_images < (sampler.num_classes or 0):
+        logger.warning(
+            "`--num_images` %d of %d classes: only the first ones are drawn. Draw more, or use `--label_sampling random`.",
+            config.num_images,
+            sampler.num_classes,
+        )
     # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
     needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
     if extractor is not None and (len(validation) < 2 or min(len(train), config.num_images) < needed):
@@ -183,11 +208,16 @@ def main(config: EvaluateConfig) -> None:
         write_atomically(folder / "metrics.md", to_markdown(results))
         if len(results.get("generation", [])) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
-        write_atomically(folder / "metrics.json", json.dumps(results, indent=2))
+        write_atomically(folder / "metrics.json", json.dumps(finite_or_none(results), indent=2, allow_nan=False))
         logger.info("%s\nwritten to %s", to_markdown(results), folder)
     accelerator.end_training()
     if lock is not None:
         lock.release()
+
+
+def has_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
@@ -273,17 +303,22 @@ def evaluate_autoencoder(
         plot_latent_space(held_out.diagnostics, folder / "latent_space.png")
         draw_reconstructions(vae, validation, folder / "reconstructions.png")
     if config.complexity and accelerator.is_main_process:
-        complexity = complexity_distance(
-            vae,
-            *(
-                make_pass_loader(images.choose(limit), batch_size=config.batch_size)
-                for images, limit in ((train, MAX_TRAIN_IMAGES), (validation, MAX_EVAL_IMAGES))
-            ),
-            config.complexity_config(),
-            feature_extractor=extractor,
-            rows_path=folder / "complexity.jsonl",
-            device=accelerator.device,
+        # Not `--batch_size`: training on the latents would amplify what it changes in their last digits.
+        loaders = (
+            make_pass_loader(images.choose(limit), batch_size=64)
+            for images, limit in ((train, MAX_TRAIN_IMAGES), (validation, MAX_EVAL_IMAGES))
         )
+        try:
+            complexity = complexity_distance(
+                vae,
+                *loaders,
+                config.complexity_config(),
+                feature_extractor=extractor,
+                rows_path=folder / "complexity.jsonl",
+                device=accelerator.device,
+            )
+        except (ValueError, FloatingPointError) as error:
+            raise UserError(f"`--complexity` cannot be measured: {error}") from None
         results["complexity"] = complexity.summary
         plot_complexity({"this latent space": complexity}, folder / "complexity.png")
     accelerator.wait_for_everyone()
@@ -406,12 +441,15 @@ def describe(
 ) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     parts = ("_class_name", "latent_channels", "block_out_channels")
-    packages = ("dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets")
+    packages = (
+        *("dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"),
+        *(name for name in ("torchmetrics", "torch-fidelity", "lpips") if is_installed(name)),
+    )
     return {
         "config": asdict(config),
         "pipeline": None if pipeline is None else type(pipeline).__name__,
         "autoencoder": None if vae is None else {name: vae.config.get(name) for name in parts},
-        "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
+        "scheduler": None if pipeline is None else scheduler_options(pipeline),
         "features": extractor
         and {"name": extractor.name, "description": extractor.description, "fingerprint": extractor.fingerprint},
         "train_images": {"number": len(train), "fingerprint": train.fingerprint},
@@ -421,6 +459,23 @@ def describe(
     }
 
 
+def is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def finite_or_none(value: Any) -> Any:
+    """The same with None for NaN and infinite numbers, which JSON does not know: the PSNR of equal images is infinite."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def to_markdown(results: dict[str, Any]) -> str:
     """The numbers as tables, and what they depend on most; all of it stands in `metrics.json`."""
     lines = []
@@ -428,12 +483,18 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
         lines += [f"| {k} | {v:.5g} |" for k, v in results[part].items() if isinstance(v, (int, float))]
         lines.append("")
-    for part in ("complexity", "generation"):
-        rows = results.get(part, [])
-        for names in dict.fromkeys(tuple(row) for row in rows):  # the two forms of the complexity distance differ
-            lines += [f"### {part.capitalize()}", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-            lines += [f"| {' | '.join(map(to_cell, row.values()))} |" for row in rows if tuple(row) == names]
-            lines.append("")
+    for form, distance in HEADLINES.items():
+        rows = [
+            {
+                "capacity": "the decoder" if row["capacity"] is None else str(row["capacity"]),
+                "seeds": str(row["num_seeds"]),
+                **{name: row.get(name) for name in (distance, f"{distance}_std", f"{distance}_difference")},
+            }
+            for row in results.get("complexity", [])
+            if row["form"] == form
+        ]
+        lines += table(f"Complexity distance, {form}", rows)
+    lines += table("Generation", results.get("generation", []))
     setting = results["setting"]
     shown = {
         "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
@@ -450,6 +511,14 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown; none without rows."""
+    if not rows:
+        return []
+    lines = [f"### {title}", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    return [*lines, *(f"| {' | '.join(map(to_cell, row.values()))} |" for row in rows), ""]
+
+
 def to_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
@@ -457,15 +526,17 @@ def to_cell(value: Any) -> str:
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
-    """The distance against guidance, a line for each number of steps; against steps, where nothing is guided."""
+    """The distance against guidance, a line for each number of steps; against steps, where guidance is always the same."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
     across, along = ("num_inference_steps", "guidance_scale")
-    if all(row.get("guidance_scale") is None for row in rows):
+    if len({row.get("guidance_scale") for row in rows}) == 1:
         across, along = along, across
     for value in dict.fromkeys(row.get(across) for row in rows):
         points = sorted((row[along], row[distance]) for row in rows if row.get(across) == value)
-        label = None if value is None else f"{value} steps"
+        label = (
+            None if value is None else f"{value} steps" if across == "num_inference_steps" else f"guidance {value:g}"
+        )
         axis.plot(*zip(*points, strict=True), marker="o", label=label)
     axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
     axis.set_ylabel(distance)

@@ -3,11 +3,15 @@
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm.auto import tqdm
 
@@ -35,7 +39,6 @@ class ImageDataset(BatchDataset):
 
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
-        fingerprint (`str`): Hash of the content, for caches and resumed runs.
         depth (`str` or `None`): Of the first image, if not given; the others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
     """
@@ -55,7 +58,6 @@ class ImageDataset(BatchDataset):
         self.image_column = image_column
         self.labels = labels
         self.id2label = id2label
-        self.fingerprint = _fingerprint(self.rows, image_column, labels)
         self._given_depth = depth
         self.depth = depth or depth_of(self.rows[0][image_column])
         self._reader = ImageReader(config, self.depth)
@@ -66,6 +68,23 @@ class ImageDataset(BatchDataset):
             shape = (len(rows), config.resolution, config.resolution, config.image_channels)
             self._memory = np.empty(shape, np.float32 if self.is_array else np.uint8)
             self._is_in_memory = np.zeros(len(rows), bool)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        r"""
+        Hash of what the images are, for caches and resumed runs: their number, all labels, the size in bytes of every
+        encoded image, and the content of up to 64 spread over the data. Where they lie does not matter.
+        """
+        digest = hashlib.sha256(str(len(self)).encode())
+        digest.update(np.asarray(self.labels if self.labels is not None else [], dtype=np.int64).tobytes())
+        digest.update(encoded_sizes(self.rows, self.image_column).tobytes())
+        for index in np.unique(np.linspace(0, len(self) - 1, num=min(64, len(self))).astype(int)):
+            try:
+                content = read_content(self.rows[int(index)][self.image_column])
+                digest.update(content if isinstance(content, bytes) else np.asarray(content).tobytes())
+            except (ValueError, OSError):
+                digest.update(b"unreadable")
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,14 +186,26 @@ def choose_indices(count: int, limit: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(count)[:limit]) if limit < count else np.arange(count)
 
 
-def _fingerprint(rows: datasets.Dataset, image_column: str, labels: list[int] | None) -> str:
-    """Hash of the number of rows, all labels and up to 64 images spread over the data."""
-    digest = hashlib.sha256(str(len(rows)).encode())
-    digest.update(np.asarray(labels if labels is not None else [], dtype=np.int64).tobytes())
-    for index in np.unique(np.linspace(0, len(rows) - 1, num=min(64, len(rows))).astype(int)):
-        try:
-            content = read_content(rows[int(index)][image_column])
-            digest.update(content if isinstance(content, bytes) else np.asarray(content).tobytes())
-        except (ValueError, OSError):
-            digest.update(b"unreadable")
-    return digest.hexdigest()[:16]
+def encoded_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
+    r"""
+    Bytes of each encoded image, `(N,)` int64, without reading any: 0 for a file that is missing or on no local disk. Of a
+    column of arrays none at all, `(0,)`.
+    """
+    images = rows.data.column(column)
+    if not pa.types.is_struct(images.type):
+        return np.empty(0, np.int64)
+    # Selected rows are numbers beside the whole table. Asked for by them, it would copy the images.
+    chosen = np.arange(len(rows)) if rows._indices is None else rows._indices.column(0).to_numpy()
+    sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_numpy()[chosen]  # NaN where the bytes are elsewhere
+    paths = pc.struct_field(images, "path")
+    elsewhere = np.flatnonzero(np.isnan(sizes.astype(float)))
+    for index in elsewhere:
+        sizes[index] = _file_size(paths[chosen[index]].as_py())
+    return sizes.astype(np.int64)
+
+
+def _file_size(path: str | None) -> int:
+    try:
+        return os.stat(path).st_size if path else 0
+    except OSError:
+        return 0

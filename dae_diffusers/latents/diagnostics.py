@@ -132,6 +132,11 @@ class LatentDiagnostics:
         return "latent" if len(self.total) == math.prod(self.shape) else "channels"
 
     @property
+    def has_full_covariance(self) -> bool:
+        r"""Whether more vectors were seen than they have elements; with fewer the covariance is singular."""
+        return self._num_vectors > len(self.total)
+
+    @property
     def mean(self) -> torch.Tensor:
         r"""Mean of each channel, `(C,)`, float64, raw."""
         return self.powers[0] / self._num_elements
@@ -220,8 +225,11 @@ class LatentDiagnostics:
         return 0.5 * (math.log(2 * math.pi * math.e) + eigenvalues.log().mean().item())
 
     def summary(self) -> dict[str, float | int | str | list[float] | None]:
-        r"""All of it as plain numbers, for JSON; lists have one entry per channel, that of the spectrum one per frequency."""
-        kurtosis = self.excess_kurtosis
+        r"""
+        All of it as plain numbers, for JSON; lists have one entry per channel, that of the spectrum one per frequency. What is
+        not defined is None: `effective_rank` and `gaussian_entropy` where the covariance is singular for want of images, a
+        logarithm of 0, the spectrum of latents that are all the same.
+        """
         return {
             "num_images": self.num_images,
             "mean": self.mean.tolist(),
@@ -229,11 +237,11 @@ class LatentDiagnostics:
             "kl": None if self.kl is None else self.kl.tolist(),
             "posterior_std_ratio": self.posterior_std_ratio.tolist(),
             "dead_channel_share": self.dead_channels.double().mean().item(),
-            "excess_kurtosis": kurtosis[~kurtosis.isnan()].mean().item(),
-            "high_frequency_share": self.high_frequency_share,
-            "radial_spectrum": self.radial_spectrum.tolist(),
-            "effective_rank": self.effective_rank,
-            "gaussian_entropy": self.gaussian_entropy,
+            "excess_kurtosis": _finite_or_none(self.excess_kurtosis.nanmean().item()),
+            "high_frequency_share": _finite_or_none(self.high_frequency_share),
+            "radial_spectrum": [_finite_or_none(share) for share in self.radial_spectrum.tolist()],
+            "effective_rank": _finite_or_none(self.effective_rank) if self.has_full_covariance else None,
+            "gaussian_entropy": _finite_or_none(self.gaussian_entropy) if self.has_full_covariance else None,
             "covariance_of": self.covariance_of,
         }
 
@@ -242,18 +250,16 @@ class LatentDiagnostics:
         The single numbers of [`summary`], for a log during training; those of the covariance only if there are enough
         images for it. Beside them the mean over channels of `kl` and `posterior_std_ratio`, where there is a posterior.
         """
-        kurtosis = self.excess_kurtosis
         scalars = {
             "dead_channel_share": self.dead_channels.double().mean().item(),
-            "excess_kurtosis": kurtosis[~kurtosis.isnan()].mean().item(),
+            "excess_kurtosis": self.excess_kurtosis.nanmean().item(),
             "high_frequency_share": self.high_frequency_share,
             "std": self.std.mean().item(),
         }
         if self.kl is not None:
             scalars["kl"] = self.kl.mean().item()
             scalars["posterior_std_ratio"] = self.posterior_std_ratio.mean().item()
-        of_latents = self.covariance_of == "latent"
-        if (self.num_images if of_latents else self._num_elements) > len(self.total):
+        if self.has_full_covariance:
             scalars |= {"effective_rank": self.effective_rank, "gaussian_entropy": self.gaussian_entropy}
         return scalars
 
@@ -263,6 +269,11 @@ class LatentDiagnostics:
         if self.num_images == 0:
             raise ValueError("no latents were added yet.")
         return self.num_images * self.shape[1] * self.shape[2]
+
+    @property
+    def _num_vectors(self) -> int:
+        """Of [`covariance_of`]."""
+        return self.num_images if self.covariance_of == "latent" else self._num_elements
 
     @property
     def _variance_of_means(self) -> torch.Tensor:
@@ -292,8 +303,8 @@ class LatentDiagnostics:
         """Of the normalised posterior means."""
         dim, height_width = len(self.total), self.shape[1] * self.shape[2]
         of_latents = self.covariance_of == "latent"
-        count = self.num_images if of_latents else self._num_elements
-        if count <= dim:
+        count = self._num_vectors
+        if not self.has_full_covariance:
             warnings.warn(
                 f"{count} images for {dim} latent elements: the covariance is singular, effective rank and Gaussian "
                 "entropy are far too low. Add more images.",
@@ -337,11 +348,12 @@ def plot_latent_space(diagnostics: LatentDiagnostics, path: str | Path) -> None:
     power.legend(fontsize=7, frameon=False)
     eigenvalues = _eigenvalues(diagnostics._covariance_of_means()).flip(0)
     directions.plot(range(1, len(eigenvalues) + 1), (eigenvalues.cumsum(0) / eigenvalues.sum()).tolist())
-    rank = _effective_rank(eigenvalues)
-    directions.axvline(rank, color="0.7", linestyle=":", label=f"effective rank {rank:.1f}")
+    if diagnostics.has_full_covariance:
+        rank = _effective_rank(eigenvalues)
+        directions.axvline(rank, color="0.7", linestyle=":", label=f"effective rank {rank:.1f}")
+        directions.legend(fontsize=7, frameon=False)
     directions.set_title("share of the variance in the first directions", fontsize=10)
     directions.set_xlabel("principal components", fontsize=8)
-    directions.legend(fontsize=7, frameon=False)
     for axis in (channels, power, directions):
         axis.tick_params(labelsize=8)
         axis.set_ylim(bottom=0)
@@ -390,6 +402,10 @@ def linear_probe_accuracy(
         weights = train.T @ _ridge_solve(train @ train.T, centered, ridge * len(train))
     predictions = (test @ weights + targets.mean(dim=0)).argmax(dim=1)
     return (predictions == test_labels.to(predictions.device)).double().mean().item()
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _eigenvalues(covariance: torch.Tensor) -> torch.Tensor:

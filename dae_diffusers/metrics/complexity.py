@@ -40,13 +40,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch
 from dae_diffusers.randomness import derived_seed
 
 ComplexityForm = Literal["paired", "unpaired"]
 
 # What each form is ranked by, as a share of the data's variance and of its root.
-_HEADLINE = {"paired": "variance_left", "unpaired": "std_left"}
+HEADLINES = {"paired": "variance_left", "unpaired": "std_left"}
 
 # Part of every row's key. Raise it when the same inputs give other numbers.
 _VERSION = 1
@@ -107,8 +107,8 @@ class ComplexityConfig:
             if not isinstance(values, tuple) or not values or len(set(values)) != len(values):
                 raise ValueError(f"`{name}` is {values!r}, but must be a tuple of one or more different values.")
         for form in self.forms:
-            if form not in _HEADLINE:
-                raise ValueError(f"`forms` holds {form!r}; known are {sorted(_HEADLINE)}.")
+            if form not in HEADLINES:
+                raise ValueError(f"`forms` holds {form!r}; known are {sorted(HEADLINES)}.")
         for name in ("capacities", "seeds"):
             for value in getattr(self, name):
                 if not isinstance(value, int) or value < 0:
@@ -413,7 +413,7 @@ def plot_complexity(results: dict[str, ComplexityResult], path: str | Path, *, t
     """
     if not results:
         raise ValueError("`results` is empty: there is nothing to draw.")
-    forms = [form for form in _HEADLINE if any(form in result.config.forms for result in results.values())]
+    forms = [form for form in HEADLINES if any(form in result.config.forms for result in results.values())]
     capacities = sorted({capacity for result in results.values() for capacity in result.config.capacities})
     labels = {
         "paired": "paired: share of the variance left",
@@ -422,7 +422,7 @@ def plot_complexity(results: dict[str, ComplexityResult], path: str | Path, *, t
     figure = Figure(figsize=(5.0 * len(forms), 3.8), layout="constrained")
     figure.suptitle(title)
     for axis, form in zip(figure.subplots(1, len(forms), squeeze=False).flat, forms, strict=True):
-        value = _HEADLINE[form]
+        value = HEADLINES[form]
         for number, (name, result) in enumerate(results.items()):
             entries = {entry["capacity"]: entry for entry in result.summary if entry["form"] == form}
             decoder = entries.pop(None, None)
@@ -697,8 +697,7 @@ def _encode(vae, loader, limit: int, name: str, decode: bool, device, disable_pr
     with torch.no_grad():
         for batch in tqdm(loader, desc=f"Encoding {name}", disable=disable_progress, leave=False):
             pixel_values = batch["pixel_values"][: limit - count]
-            inputs = pixel_values.to(device, vae.dtype)
-            encoded = vae.encode(inputs)
+            encoded = vae.encode(pad_batch(pixel_values.to(device, vae.dtype)))
             if hasattr(encoded, "latent_dist"):
                 latents = encoded.latent_dist.mean
             elif hasattr(encoded, "latents") and hasattr(vae, "quantize"):
@@ -708,9 +707,10 @@ def _encode(vae, loader, limit: int, name: str, decode: bool, device, disable_pr
                     f"{type(vae).__name__} gives neither a posterior nor latents to quantise. Use an `AutoencoderKL` "
                     "or `VQModel`, or call `measure_complexity` with latents of your own."
                 )
-            reconstruction = vae.decode(latents).sample.float().cpu() if decode else None
-            parts.append((latents.float().cpu(), pixel_values.float().cpu(), reconstruction))
-            count += len(pixel_values)
+            reconstructions = vae.decode(latents).sample.float().cpu() if decode else latents
+            size = len(pixel_values)
+            parts.append((latents[:size].float().cpu(), pixel_values.float().cpu(), reconstructions[:size]))
+            count += size
             if count >= limit:
                 break
     if count == 0:

@@ -49,7 +49,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     product = root @ covariance_b @ root
     # Rounding goes with the factors: the product itself may be far smaller, if they share no direction.
     scale = values.max() * torch.linalg.matrix_norm(covariance_b)
-    trace_of_root = _clip_rounding(torch.linalg.eigvalsh((product + product.T) / 2), scale).sqrt().sum()
+    eigenvalues = _clip_rounding(torch.linalg.eigvalsh((product + product.T) / 2), scale)  # ascending
+    rank = min(len(eigenvalues), a.count - 1, b.count - 1)  # at most; the others are rounding, whose root is not small
+    trace_of_root = eigenvalues[len(eigenvalues) - rank :].sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root
     return max(distance.item(), 0.0)
 

@@ -162,7 +162,7 @@ def evaluation_inputs(
     return {
         "vae": None if vae is None else model_hash(vae),
         "images": [len(images), image_identity(images)],
-        "extractor": None if extractor is None else extractor.fingerprint,
+        "extractor": None if extractor is None else [extractor.name, extractor.fingerprint],
     }
 
 

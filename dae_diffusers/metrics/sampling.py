@@ -209,10 +209,20 @@ def generation_inputs(
             for name, part in sorted(pipeline.components.items())
             if isinstance(part, torch.nn.Module)
         },
-        "scheduler": dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else None,
+        "scheduler": scheduler_options(pipeline),
         "settings": settings.given(),
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
+    r"""
+    The options of its scheduler and the scheduler's class; None for a pipeline without one. What diffusers notes beside them
+    is left out: the order of `_use_default_values` changes from process to process.
+    """
+    if not hasattr(pipeline, "scheduler"):
+        return None
+    return {name: value for name, value in pipeline.scheduler.config.items() if name == "_class_name" or name[0] != "_"}
 
 
 def _image_pixels(pipeline: DiffusionPipeline) -> int:

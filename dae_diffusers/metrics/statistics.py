@@ -109,7 +109,7 @@ class FeatureStatistics:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+        temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")  # several runs may share the folder
         tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -172,7 +172,7 @@ def reference_statistics(
     r"""
     Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
 
-    The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (content, number,
+    The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (their fingerprint, number,
     channels, range of values) and of their resolution. A damaged file is reported and made anew; one that cannot be written
     is reported. An interrupted pass goes on from where it was saved last, if as many processes take part.
 
