@@ -44,7 +44,7 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import hash_of
+from dae_diffusers.metrics.kept import KeptRows, hash_of, keep_rows
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples, generation_inputs
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import evaluate
@@ -144,40 +144,54 @@ def test_latent_metrics_have_a_probe_and_an_interpolation_distance(images, extra
 def test_samples_depend_on_their_number_alone(pipeline, tmp_path):
     settings = SampleSettings(10, 2.0, 2)
     accelerator = Accelerator()
-    whole = draw_samples(pipeline, settings, tmp_path / "a", accelerator, batch_size=10)
-    parts = draw_samples(pipeline, settings, tmp_path / "b", accelerator, batch_size=3, chunk_size=4)
+    whole = draw_samples(pipeline, settings, tmp_path / "a", accelerator, batch_size=10)[:]
+    parts = draw_samples(pipeline, settings, tmp_path / "b", accelerator, batch_size=3, chunk_size=4)[:]
     assert whole.shape == (10, 3, 16, 16) and whole.dtype == torch.uint8
     assert (whole.int() - parts.int()).abs().max() <= 1  # rounding of other batch sizes
 
 
 def test_samples_do_not_depend_on_the_range_that_images_are_given_back_in(pipeline, tmp_path):
     settings = SampleSettings(4, 1.0, 1)
-    plain = draw_samples(pipeline, settings, tmp_path / "plain", Accelerator())
+    plain = draw_samples(pipeline, settings, tmp_path / "plain", Accelerator())[:]
     parts = {name: pipeline.components[name] for name in ("transformer", "vae", "scheduler")}
     pipeline = DAEDiTPipeline(**parts, id2label=dict(pipeline.id2label), value_range=[-1000.0, 3000.0])
-    scaled = draw_samples(pipeline, settings, tmp_path / "scaled", Accelerator())
+    scaled = draw_samples(pipeline, settings, tmp_path / "scaled", Accelerator())[:]
     assert plain.float().std() > 1 and (plain.int() - scaled.int()).abs().max() <= 1
 
 
 def test_interrupted_drawing_goes_on(pipeline, tmp_path, monkeypatch):
     settings = SampleSettings(8, 1.0, 1)
-    whole = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)
+    whole = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)[:]
     (lost, kept) = sorted(tmp_path.rglob("*.safetensors"))
     lost.write_bytes(b"cut short")
     calls = []
     original = DAEDiTPipeline.__call__
     counted = wraps(original)(lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
     monkeypatch.setattr(DAEDiTPipeline, "__call__", counted)
-    again = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)
+    again = draw_samples(pipeline, settings, tmp_path, Accelerator(), chunk_size=4)[:]
     assert torch.equal(whole, again) and len(calls) == 1
 
 
+def test_drawn_images_are_read_from_their_files_by_slices(tmp_path):
+    rows = torch.randint(256, (10, 3, 2, 2), dtype=torch.uint8)
+    kept = keep_rows(
+        lambda chunk: {"images": rows[chunk.start : chunk.stop]}, 10, Accelerator(), folder=tmp_path, of="x", chunk_size=4,
+        load=False,
+    )["images"]  # fmt: skip
+    assert isinstance(kept, KeptRows) and len(kept) == 10 and len(list(tmp_path.rglob("*.safetensors"))) == 3
+    for part in (slice(None), slice(0, 4), slice(3, 9), slice(8, 20), slice(-3, -1)):
+        assert torch.equal(kept[part], rows[part])
+    for nothing in (slice(4, 4), slice(10, 12), slice(0, 8, 2)):
+        with pytest.raises(ValueError, match="only neighbouring ones are read"):
+            kept[nothing]
+
+
 def test_samples_of_other_weights_or_settings_are_drawn_anew(pipeline, tmp_path):
-    first = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())
+    first = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())[:]
     draw_samples(pipeline, SampleSettings(4, 1.0, 2), tmp_path, Accelerator())
     with torch.no_grad():
         pipeline.transformer.proj_out.bias += 1
-    changed = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())
+    changed = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())[:]
     assert not torch.equal(first, changed)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -302,7 +316,7 @@ class Painter(DiffusionPipeline):
 
 def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
     settings = SampleSettings(7, 3.0, 2, prompts=("a cat", "a dromedary"))
-    samples = draw_samples(Painter(DDPMScheduler()), settings, tmp_path, Accelerator(), batch_size=3)
+    samples = draw_samples(Painter(DDPMScheduler()), settings, tmp_path, Accelerator(), batch_size=3)[:]
     assert samples.shape == (7, 3, 4, 4)
     assert samples.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx([12.75, 28.05] * 3 + [12.75], abs=1)
     assert len(samples.flatten(1).unique(dim=0)) == 7

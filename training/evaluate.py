@@ -58,7 +58,7 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
-from dae_diffusers.metrics.kept import keep_values
+from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
@@ -415,19 +415,18 @@ def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, coun
 def save_grids(
     folder: Path,
     name: str,
-    samples: torch.Tensor,
+    samples: KeptRows,
     num_classes: int | None,
     train: ImageDataset,
     neighbors: torch.Tensor,
 ) -> None:
     """A grid of samples, and each of twelve samples beside its nearest training image."""
     columns = num_classes if num_classes is not None and num_classes <= 20 else 10
-    image_grid(samples[: 8 * columns].float() / 127.5 - 1, columns=columns).save(folder / f"samples-{name}.png")
-    chosen = range(min(12, len(samples)))
-    pairs = [samples[n].float() / 127.5 - 1 for n in chosen] + [
-        train[int(neighbors[n])]["pixel_values"] for n in chosen
-    ]
-    image_grid(torch.stack(pairs), columns=len(chosen)).save(folder / f"nearest-{name}.png")
+    few = samples[: 8 * columns].float() / 127.5 - 1
+    image_grid(few, columns=columns).save(folder / f"samples-{name}.png")
+    few = few[:12]
+    nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
+    image_grid(torch.cat([few, nearest]), columns=len(few)).save(folder / f"nearest-{name}.png")
 
 
 def describe(

@@ -26,7 +26,7 @@ from dae_diffusers.metrics.distances import (
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import keep_rows, model_hash
+from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_hash
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch
 
 
@@ -225,7 +225,7 @@ def latent_metrics(
 
 @torch.no_grad()
 def sample_metrics(
-    samples: torch.Tensor,
+    samples: torch.Tensor | KeptRows,
     extractor: FeatureExtractor,
     reference: FeatureStatistics,
     train_features: torch.Tensor,
@@ -239,7 +239,7 @@ def sample_metrics(
     How samples compare with the training images.
 
     Args:
-        samples (`torch.Tensor` of shape `(N, C, H, W)`): uint8.
+        samples (`torch.Tensor` or [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
         reference ([`FeatureStatistics`]): Of all training images.
         train_features (`torch.Tensor` of shape `(M, D)`): Of some training images.
@@ -272,7 +272,7 @@ def sample_metrics(
         len(samples),
         accelerator,
         folder=folder,
-        of=folder and [hashlib.sha256(samples.contiguous().numpy()).hexdigest(), extractor.fingerprint],
+        of=folder and [_hash_of_rows(samples), extractor.fingerprint],
         description="Features of samples",
     )
     features = gathered["features"]
@@ -289,3 +289,10 @@ def sample_metrics(
         name = "inception_score" if extractor.name == "inception" else f"classifier_score_{extractor.name}"
         metrics[name] = inception_score(gathered["logits"][order].softmax(dim=1))[0]
     return metrics, nearest_neighbors(features, train_features)[1][:, 0]
+
+
+def _hash_of_rows(rows: torch.Tensor | KeptRows) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), 256):
+        digest.update(rows[start : start + 256].contiguous().numpy())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -18,6 +18,43 @@ from dae_diffusers.files import add_weights, save_tensors_atomically, write_atom
 
 # Of what is kept: raised when a measurement changes, so that results of an older version are not taken for those of this one.
 _VERSION = 2
+
+
+class KeptRows:
+    r"""
+    Rows of a tensor that lie in files, read when they are asked for: drawn images of a large evaluation fit into no memory,
+    least of all once for each process.
+
+    Example:
+        ```python
+        samples = draw_samples(pipeline, settings, folder, accelerator)
+        first = samples[:64]  # (64, C, H, W)
+        ```
+
+    Args:
+        name (`str`): Of the tensor in the files.
+        files (`dict[range, Path]`): Numbers of some rows, in order, to the safetensors file that holds them.
+    """
+
+    def __init__(self, name: str, files: dict[range, Path]):
+        self.name = name
+        self.files = files
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files))
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        r"""Neighbouring rows as a tensor. Raises ValueError for a slice of none, and for one with a step."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1 or start >= stop:
+            raise ValueError(f"{rows} of {len(self)} rows: only neighbouring ones are read, and at least one.")
+        parts = []
+        for chunk, path in self.files.items():
+            first, last = max(start, chunk.start), min(stop, chunk.stop)
+            if first < last:
+                with safe_open(path, framework="pt") as file:
+                    parts.append(file.get_slice(self.name)[first - chunk.start : last - chunk.start])
+        return torch.cat(parts)
 
 
 def keep_rows(
@@ -29,7 +66,8 @@ def keep_rows(
     of: Any,
     chunk_size: int = 256,
     description: str = "",
-) -> dict[str, torch.Tensor]:
+    load: bool = True,
+) -> dict[str, torch.Tensor] | dict[str, KeptRows]:
     r"""
     Tensors with a row for each image, computed in chunks that the processes take turns at. All processes call it.
 
@@ -41,34 +79,39 @@ def keep_rows(
         of: Everything that the rows depend on, as JSON can hold it.
         chunk_size (`int`, *optional*): Rows in a chunk.
         description (`str`, *optional*): Of the progress bar.
+        load (`bool`, *optional*, defaults to `True`): Whether to return the rows themselves, in the memory of each process,
+            or [`KeptRows`], which need a folder.
 
     Returns:
-        `dict[str, torch.Tensor]`: All rows in order, the same on every process.
+        `dict[str, torch.Tensor]` or `dict[str, KeptRows]`: All rows in order, the same on every process.
     """
     chunks = [range(first, min(first + chunk_size, num_rows)) for first in range(0, num_rows, chunk_size)]
     if folder is not None:
         folder = Path(folder) / hash_of([_VERSION, of, num_rows, chunk_size])
         folder.mkdir(parents=True, exist_ok=True)
+    files = {chunk: folder / f"{chunk.start:08d}.safetensors" for chunk in chunks} if folder is not None else {}
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     parts = {}
     for chunk in tqdm(mine, description, unit="chunk", disable=not accelerator.is_local_main_process, leave=False):
-        path = folder and folder / f"{chunk.start:08d}.safetensors"
-        rows = path and _read_rows(path)
+        rows = _read_rows(files[chunk]) if files else None
         if rows is None:
             rows = {name: value.contiguous() for name, value in compute(chunk).items()}
-            if path is not None:
-                save_tensors_atomically(rows, path)
-        parts[chunk.start] = rows
+            if files:
+                save_tensors_atomically(rows, files[chunk])
+        if load:
+            parts[chunk] = rows
     accelerator.wait_for_everyone()
+    if not all(path.exists() for path in files.values()):
+        raise UserError(f"{folder} is not the same on all machines. Choose a folder that they share.")
+    if not load:
+        with safe_open(files[chunks[0]], framework="pt") as file:
+            return {name: KeptRows(name, files) for name in file.keys()}  # noqa: SIM118
     if accelerator.num_processes > 1:
-        if folder is None:
-            parts = {start: rows for share in gather_object([parts]) for start, rows in share.items()}
+        if files:
+            parts = {chunk: parts.get(chunk) or load_file(path) for chunk, path in files.items()}
         else:
-            parts = {chunk.start: _read_rows(folder / f"{chunk.start:08d}.safetensors") for chunk in chunks}
-            if None in parts.values():
-                raise UserError(f"{folder} is not the same on all machines. Choose a folder that they share.")
-    names = parts[0]
-    return {name: torch.cat([parts[chunk.start][name] for chunk in chunks]) for name in names}
+            parts = {chunk: rows for share in gather_object([parts]) for chunk, rows in share.items()}
+    return {name: torch.cat([parts[chunk][name] for chunk in chunks]) for name in parts[chunks[0]]}
 
 
 def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder: Path, of: Any) -> Any:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 
 from dae_diffusers.autoencoders.loading import check_finite, spatial_factor
 from dae_diffusers.cli import UserError
-from dae_diffusers.metrics.kept import keep_rows, model_hash
+from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_hash
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.randomness import derived_seed
 
@@ -144,7 +144,7 @@ def draw_samples(
     image_shape: tuple[int, int, int] | None = None,
     batch_size: int = 64,
     chunk_size: int = 256,
-) -> torch.Tensor:
+) -> KeptRows:
     r"""
     Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
 
@@ -158,7 +158,8 @@ def draw_samples(
         chunk_size (`int`, *optional*): Images in a chunk.
 
     Returns:
-        `torch.Tensor` of shape `(num_images, C, H, W)`: uint8, the same on every process.
+        [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(num_images, C, H, W)`: uint8, the same on every process; a slice
+        of them is a tensor.
 
     Raises:
         UserError: For images of another shape, and with NaN or infinite values.
@@ -196,6 +197,7 @@ def draw_samples(
         of=generation_inputs(pipeline, settings, accelerator),
         chunk_size=chunk_size,
         description="Drawing",
+        load=False,
     )["images"]
 
 
