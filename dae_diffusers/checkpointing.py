@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -111,7 +111,7 @@ class Checkpointer:
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
         r"""
-        The checkpoint to go on from.
+        The checkpoint to go on from. All processes call it; the main one chooses and verifies.
 
         Args:
             path (`str`): `latest`, or the folder of one checkpoint.
@@ -121,8 +121,26 @@ class Checkpointer:
             checkpoint is reported and the one before it is used.
 
         Raises:
-            UserError: If a named checkpoint does not exist or is damaged, or if all that exist are damaged.
+            UserError: On every process, if a named checkpoint does not exist or is damaged, if all that exist are damaged, or
+                if a process does not see the one that was chosen.
         """
+        found, problem = None, None
+        if self.accelerator.is_main_process:
+            try:
+                found = self._find(path)
+            except UserError as error:
+                problem = str(error)
+        found, problem = broadcast_object_list([found, problem])
+        if problem is not None:
+            raise UserError(problem)
+        if found is not None and not all(gather_object([(found[0] / _MANIFEST).exists()])):
+            raise UserError(
+                f"{found[0]} is not there for all processes. Choose an `--output_dir` that all machines share."
+            )
+        return found
+
+    def _find(self, path: str) -> tuple[Path, dict[str, Any]] | None:
+        """What [`newest`] describes, as this process sees it."""
         if path != "latest":
             problem, manifest = _verify(Path(path))
             if problem:

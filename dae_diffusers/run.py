@@ -254,7 +254,8 @@ class TrainingRun:
             self._stream_state = self._find_stream(state.pop("stream", None))
             if found[1]["num_processes"] != self.accelerator.num_processes:
                 logger.warning(
-                    "the checkpoint comes from %d processes, this run has %d: the result is equal only up to rounding.",
+                    "the checkpoint comes from %d processes, this run has %d. Equal up to rounding is the result only with the same "
+                    "`--train_batch_size` and as many micro-batches in a step: processes times `--gradient_accumulation_steps`.",
                     found[1]["num_processes"],
                     self.accelerator.num_processes,
                 )

@@ -67,6 +67,22 @@ def test_from_files_to_samples_in_the_original_values(kind, tiff_folder, npy_fol
     assert read_value_range(str(output / "pipeline")) == [low, high]  # what a generator on its autoencoder asks for
 
 
+@pytest.mark.parametrize("start", ["--pretrained_vae {run}/vae", "--pretrained_model_name_or_path {run}", "alone"])
+def test_training_on_keeps_the_range_of_the_autoencoder(start, npy_folder, tmp_path):
+    """The frozen encoder must see other images in the scale of those that it was trained on."""
+    flags = TINY_DAE + " --image_channels 12"
+    if start == "alone":  # a stage 1 without a `vae/` beside it
+        flags, start = f"{flags} --stage 1", "--pretrained_model_name_or_path {run}"
+    run(train_dae, flags, train_data_dir=npy_folder, output_dir=tmp_path / "run")
+    value_range = read_value_range(str(tmp_path / "run"))
+    (tmp_path / "halved").mkdir()
+    for path in npy_folder.glob("*.npy"):
+        np.save(tmp_path / "halved" / path.name, np.load(path) / 2)
+    flags = f"{TINY_DAE} --image_channels 12 --stage 2 {start.format(run=tmp_path / 'run')}"
+    run(train_dae, flags, train_data_dir=tmp_path / "halved", output_dir=tmp_path / "more")
+    assert read_value_range(str(tmp_path / "more" / "vae")) == value_range is not None
+
+
 def test_sixteen_bits_are_kept(tmp_path):
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) + 30000
     for number in range(2):

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from models import save_autoencoder
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, run
 from test_vqgan_pipeline import make_pipeline
 
@@ -29,7 +29,7 @@ from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import make_card, measurements
 from dae_diffusers.hub.results import read_result
-from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder
+from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
 
 REPO = "writer/animals"
@@ -192,6 +192,34 @@ def test_card_says_how_it_was_made(published):
     assert "dae-diffusers" in record["versions"] and not re.search(r"\{\{|\{%|None", text)
 
 
+@pytest.mark.parametrize(
+    ("flags", "stage1", "sentence", "is_decoupled"),
+    [
+        ({"auxiliary_decoder": "dropout"}, "linear", "against a weak auxiliary decoder (`linear`)", True),
+        ({"auxiliary_decoder": "dropout", "stage": "2"}, "narrow", "against a weak auxiliary decoder (`narrow`)", True),
+        ({"auxiliary_decoder": "same"}, "same", "against a decoder like the one in `vae/`", False),
+        ({"auxiliary_decoder": "none"}, None, "Encoder and decoder were trained together", False),
+        (
+            {"auxiliary_decoder": "dropout", "stage": "2", "pretrained_vae": "stabilityai/sd-vae-ft-mse"},
+            None,
+            "are those of `stabilityai/sd-vae-ft-mse`; the decoder in `vae/` was trained on",
+            False,
+        ),
+    ],
+)
+def test_card_says_how_the_autoencoder_was_trained(trained, tmp_path, flags, stage1, sentence, is_decoupled):
+    result = read_result(trained)
+    result.folder = tmp_path
+    if stage1 is not None:
+        (tmp_path / "stage1").mkdir()
+        (tmp_path / "stage1" / "config.json").write_text(json.dumps({"auxiliary_decoder_type": stage1}))
+    result.scripts["train_dae"].config |= flags
+    card = make_card(result, REPO)
+    assert sentence in card.content
+    assert ("decoupled-autoencoder" in card.data.tags) == is_decoupled == ("Complexity Matters" in card.content)
+    assert ("a decoupled autoencoder" in card.content) == is_decoupled
+
+
 def test_card_snippets_load_in_all_three_ways(hub, published, trained, bare_python, tmp_path):
     with_package, without, autoencoder = re.findall(r"```python\n(.*?)```", published["README.md"].decode(), re.DOTALL)
     expected = sample(DAEDiTPipeline.from_pretrained(trained / "pipeline"))
@@ -275,6 +303,26 @@ def test_options_of_from_pretrained_hold_with_the_package(client, published, tra
     expected = load_file(trained / "vae" / "diffusion_pytorch_model.safetensors")
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(value, expected[name].half())
+
+
+def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    shutil.copy(path, tmp_path / "run" / "pipeline" / "vae" / path.name)
+    push_folder(tmp_path / "run", REPO, revision="moved")  # without `fp16`
+    assert client.files(REPO, revision="moved").keys() == published.keys()
+    halved = load(client.files(REPO, revision="moved")["vae/diffusion_pytorch_model.fp16.safetensors"])
+    for name, value in load_file(path).items():
+        assert torch.equal(halved[name], value.half())
+
+
+def test_weights_of_another_form_are_stale():
+    published = ["README.md", "vae/a.safetensors", "vae/a.fp16.safetensors", "vae/config.json", "other/b.safetensors"]
+    shards = ["vae/a-1-of-2.safetensors", "vae/a-2-of-2.safetensors", "vae/a.safetensors.index.json", "README.md"]
+    assert stale_weights(published, shards) == ["vae/a.safetensors", "vae/a.fp16.safetensors"]
+    assert stale_weights(shards, published) == shards[:3]
+    assert stale_weights(published, published) == []
 
 
 def test_pushing_again_keeps_the_license_and_makes_no_empty_commit(client, published, trained):

@@ -51,7 +51,7 @@ from dae_diffusers.data import (
     describe_size,
     load_images,
 )
-from dae_diffusers.data.arrays import save_value_range
+from dae_diffusers.data.arrays import read_value_range, save_value_range
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
@@ -151,6 +151,8 @@ class TrainDAEConfig(
 def main(config: TrainDAEConfig) -> None:
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
+    before = config.pretrained_vae or (config.pretrained_model_name_or_path if config.stage == "2" else None)
+    config.value_range = config.value_range or read_value_range(before) or []
     with run.accelerator.main_process_first():
         train_images, validation_images = load_images(config, config.seed)
     logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
@@ -182,6 +184,7 @@ def main(config: TrainDAEConfig) -> None:
             resume_path = None  # a later stage begins afresh
             if stage == 1 and model.is_decoupled and run.accelerator.is_main_process:
                 model.save_pretrained(run.output_dir / "stage1")
+                save_value_range(config.value_range, run.output_dir / "stage1")
         first_step += num_steps
         run.mark(f"end of stage {stage}", first_step)
 

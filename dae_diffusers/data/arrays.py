@@ -141,12 +141,14 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     The range that [`save_value_range`] left beside an autoencoder, or that its pipeline has; None without one.
 
     Args:
-        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of a pipeline that has one in `vae/`.
+        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of what has one in `vae/` or `stage1/`.
 
     Raises:
         UserError: If a file is damaged.
     """
-    for name in () if name_or_path is None else (_RANGE_FILE, f"vae/{_RANGE_FILE}", "model_index.json"):
+    for name in (
+        () if name_or_path is None else (_RANGE_FILE, f"vae/{_RANGE_FILE}", f"stage1/{_RANGE_FILE}", "model_index.json")
+    ):
         path = _find_file(name_or_path, name)
         if path is None:
             continue

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,8 +67,8 @@ class ImageDataset(BatchDataset):
         self._memory = None
         if num_bytes <= IMAGE_MEMORY_BYTES and not config.crops_at_random:
             shape = (len(rows), config.resolution, config.resolution, config.image_channels)
-            self._memory = np.empty(shape, np.float32 if self.is_array else np.uint8)
-            self._is_in_memory = np.zeros(len(rows), bool)
+            self._memory = _shared_zeros(shape, np.float32 if self.is_array else np.uint8)
+            self._is_in_memory = _shared_zeros((len(rows),), np.bool_)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -132,9 +133,12 @@ class ImageDataset(BatchDataset):
                 return str(error)
 
         with ThreadPoolExecutor() as pool:
-            problems = list(
-                tqdm(pool.map(problem, range(len(self))), total=len(self), desc="Checking images", leave=False)
-            )
+            problems = []
+            with tqdm(total=len(self), desc="Checking images", leave=False) as progress:
+                for start in range(0, len(self), 4096):  # what waits for a thread takes 2 KB an image
+                    part = range(start, min(start + 4096, len(self)))
+                    problems += pool.map(problem, part)
+                    progress.update(len(part))
         good = [index for index, text in enumerate(problems) if text is None]
         for text in filter(None, problems):
             logger.warning("left out: %s", text)
@@ -202,6 +206,12 @@ def encoded_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     for index in elsewhere:
         sizes[index] = _file_size(paths[chosen[index]].as_py())
     return sizes.astype(np.int64)
+
+
+def _shared_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Memory that the processes of a loader share, so that each image is decoded and held once; pages are taken as they are filled."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
 
 def _file_size(path: str | None) -> int:

@@ -1,5 +1,7 @@
 """In which order a data set's images come, and the loaders that bring them."""
 
+import ctypes
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -9,6 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dae_diffusers.data.streaming import ImageStream, StreamedImages
 from dae_diffusers.randomness import derived_seed
+
+# Of glibc's malloc.h: from this size on memory is mapped, and given back when it is freed.
+M_MMAP_THRESHOLD = -3
 
 # One pass over a stream ends after this many images, over all processes.
 STREAM_PASS_SAMPLES = 50_000
@@ -63,6 +68,7 @@ def make_training_loader(
         batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start),
         collate_fn=collate_fn_of(dataset),
         num_workers=num_workers,
+        worker_init_fn=give_back_memory,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )
@@ -75,6 +81,7 @@ def make_stream_loader(stream: ImageStream, *, num_workers: int = 0, pin_memory:
         batch_sampler=stream,
         collate_fn=stream.images.collate_fn,
         num_workers=num_workers,
+        worker_init_fn=give_back_memory,
         pin_memory=pin_memory,
     )
 
@@ -97,7 +104,23 @@ def make_pass_loader(
         )
         return make_stream_loader(stream, num_workers=num_workers)
     share = torch.utils.data.Subset(dataset, range(process_index, len(dataset), num_processes))
-    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn_of(dataset))
+    return DataLoader(
+        share,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=give_back_memory,
+        collate_fn=collate_fn_of(dataset),
+    )
+
+
+def give_back_memory(worker: int) -> None:
+    r"""
+    Lets a loader's process give every freed batch back to the system at once. glibc otherwise keeps them on its heap, as many as
+    a hundred: gigabytes in each process for large images. Other systems' libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def collate_fn_of(dataset: Dataset) -> Callable | None:

@@ -205,8 +205,9 @@ class ImageStream(Sampler[list[StreamedRow]]):
     def state_after(self, num_batches: int) -> dict[str, Any]:
         r"""What JSON must hold to go on after so many micro-batches of this stream; earlier ones cannot be asked for any more."""
         position = self._state["position"] + num_batches * self.batch_size
-        block_start = max(start for start in self._states if start <= position)
-        for old in [start for start in self._states if start < block_start]:
+        starts = list(self._states)  # at once: the reading thread adds to them
+        block_start = max(start for start in starts if start <= position)
+        for old in [start for start in starts if start < block_start]:
             del self._states[old]
         return {**self._states[block_start], "position": position, "block_start": block_start}
 

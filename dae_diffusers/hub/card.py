@@ -113,7 +113,8 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
     """
     found = measurements(result)
     generator = GENERATORS.get(result.index.get("_class_name", ""), {})
-    decoupled = result.scripts["train_dae"].config.get("auxiliary_decoder") if "train_dae" in result.scripts else None
+    origin = result.autoencoder_origin
+    decoupled = origin.get("auxiliary_decoder")
     data = _data_description(result.data_script)
     card_data = ModelCardData(
         license=license,
@@ -122,7 +123,7 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
         tags=[
             *(generator.get("tags", [])),
             *(["latent-diffusion", "class-conditional"] if result.index.get("id2label") else []),
-            *(["decoupled-autoencoder"] if decoupled not in (None, "none") else []),
+            *(["decoupled-autoencoder"] if decoupled not in (None, "none", "same") else []),
             "autoencoder",
             "dae-diffusers",
         ],
@@ -157,6 +158,7 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
         vae_class=result.vae_config.get("_class_name"),
         latent=_latent_description(result),
         decoupled=decoupled,
+        fine_tuned_from=origin.get("fine_tuned_from"),
         data=data,
         classes=_class_names(result),
         scripts=[_script_description(name, script) for name, script in result.scripts.items()],
@@ -230,7 +232,7 @@ def _latent_description(result: Result) -> dict[str, Any]:
     if not config:
         return {}
     factor = 2 ** (len(config.get("block_out_channels", [1])) - 1)
-    size = config.get("sample_size")
+    size = result.data_script.config.get("resolution") if result.data_script else config.get("sample_size")
     return {
         "channels": config.get("latent_channels"),
         "factor": factor,

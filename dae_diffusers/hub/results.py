@@ -70,6 +70,24 @@ class Result:
                 return script
         return None
 
+    @property
+    def autoencoder_origin(self) -> dict[str, str]:
+        r"""
+        How the autoencoder was trained, as far as the run's folder says: `auxiliary_decoder`, the kind that its encoder was
+        trained against (`none` is joint training); or `fine_tuned_from`, if only the decoder of a given one was trained.
+        """
+        if "train_dae" not in self.scripts:
+            return {}
+        config = self.scripts["train_dae"].config
+        stage1 = self.folder / "stage1" / "config.json"
+        if config.get("stage") == "2" and config.get("pretrained_vae"):
+            return {"fine_tuned_from": config["pretrained_vae"]}
+        if stage1.exists():
+            return {"auxiliary_decoder": _read_json(stage1).get("auxiliary_decoder_type", "none")}
+        if config.get("stage") == "2":  # of a stage 1 elsewhere, whose kind the flags do not say
+            return {}
+        return {"auxiliary_decoder": config["auxiliary_decoder"]} if "auxiliary_decoder" in config else {}
+
 
 def read_result(folder: str | Path) -> Result:
     r"""

@@ -5,11 +5,11 @@ import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, RepoCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -103,7 +103,8 @@ def push_folder(
         license (`str`, *optional*): An identifier that the Hub knows. If none is given, that of the card that is there.
         revision (`str`, *optional*): Branch, made if need be.
         create_pr (`bool`, *optional*): Open a pull request instead of writing to the branch.
-        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`.
+        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`. Those of an earlier push are made anew in any
+            case, or taken away where that is not possible: nobody is to load old weights beside new ones.
         keep_card (`bool`, *optional*): Leave the `README.md` that is there as it is.
         step (`int`, *optional*): While training goes on: steps done.
 
@@ -122,8 +123,10 @@ def push_folder(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     license = license or published_license(repo_id, revision)
     files = repository_files(result, repo_id, license=license, step=step, card=not keep_card)
+    published = api.list_repo_files(repo_id, revision=revision)
+    is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
     with tempfile.TemporaryDirectory() as temporary:
-        if fp16:
+        if fp16 or (not is_sharded and any(name.endswith(".fp16.safetensors") for name in published)):
             files.update(half_precision_files(files, Path(temporary)))
         commit = _commit(
             api,
@@ -319,7 +322,24 @@ def _commit(api, repo_id: str, files: dict[str, Path | bytes], *, message: str, 
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
+    published = api.list_repo_files(repo_id, revision=kwargs.get("revision"), repo_type=kwargs.get("repo_type"))
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_weights(published, files)]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
+
+
+def stale_weights(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""
+    Weights in a repository that are none of `files` but lie beside some of them: a single file beside new shards, half-precision
+    copies beside sharded weights. `from_pretrained` would take them for those of this push.
+    """
+    folders = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
+    return [
+        name
+        for name in published
+        if name not in files
+        and name.rpartition("/")[0] in folders
+        and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
 
 
 def _is_transient(error: Exception) -> bool:
