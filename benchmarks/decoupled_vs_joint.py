@@ -118,9 +118,9 @@ def parse_arguments() -> argparse.Namespace:
         experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
         parse_config(DataConfig, words_of(experiment["data"])).require_source()
         for name, options in experiment["conditions"].items():
-            baselines = options.get("baselines", BASELINES)
-            if len(baselines) != len(BASELINES) or (
-                baselines is not BASELINES and set(baselines) - set(experiment["conditions"])
+            baselines = options.get("baselines")
+            if baselines is not None and (
+                len(baselines) != len(BASELINES) or set(baselines) - set(experiment["conditions"])
             ):
                 raise ValueError(
                     f"`baselines` of {name} are {baselines}, but must be two conditions, those that stand for joint training and for "
@@ -526,7 +526,8 @@ def last_value(log: Path, name: str) -> float:
 
 def numbers_of(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a run that the tables show, by their short names."""
-    reconstruction, generation, latents = row["reconstruction"], row["generation"], row["latent_space"]
+    reconstruction, generation = row["reconstruction"], row["generation"]
+    latents = {name: math.nan if value is None else value for name, value in row["latent_space"].items()}
     complexity = {(entry["form"], entry["capacity"]): entry for entry in row["complexity"]}
     widest = max(capacity for form, capacity in complexity if form == "paired" and capacity is not None)
     return {
@@ -543,7 +544,7 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
         "CD unpaired": complexity["unpaired", widest]["std_left"],
         "DiT val": row["validation_loss"],
         "HF share": latents["high_frequency_share"],
-        "eff. rank": math.nan if latents["effective_rank"] is None else latents["effective_rank"],  # too few images
+        "eff. rank": latents["effective_rank"],
         "probe": latents.get("probe_accuracy", math.nan),
         "AE CPU s": row["autoencoder_cost"]["cpu_seconds"],
         "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,

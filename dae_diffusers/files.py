@@ -1,8 +1,10 @@
-"""Files that a kill at any instant leaves as they were or whole and new, and hashes of what is in them."""
+"""Files that a kill at any instant leaves as they were or whole and new, what may stand in them, and hashes of it."""
 
 import hashlib
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +24,15 @@ def save_tensors_atomically(
     temporary = _temporary(path)
     save_file(tensors, temporary, metadata=metadata)
     _flush_and_rename(temporary, path)
+
+
+def finite_or_none(value: Any) -> Any:
+    r"""The same with None for NaN and infinite numbers, which JSON does not know: the PSNR of equal images is infinite."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256_of(path: Path) -> str:

@@ -254,7 +254,7 @@ class TrainingRun:
             self._stream_state = self._find_stream(state.pop("stream", None))
             if found[1]["num_processes"] != self.accelerator.num_processes:
                 logger.warning(
-                    "the checkpoint comes from %d processes, this run has %d. Equal up to rounding is the result only with the same "
+                    "the checkpoint comes from %d processes, this run has %d. The result is equal, up to rounding, only with the same "
                     "`--train_batch_size` and as many micro-batches in a step: processes times `--gradient_accumulation_steps`.",
                     found[1]["num_processes"],
                     self.accelerator.num_processes,

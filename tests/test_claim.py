@@ -218,17 +218,15 @@ def test_wrong_flags_are_named(benchmark, flags, message, tmp_path, monkeypatch,
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_path, monkeypatch):
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    command = [
-        "--experiment",
-        f"{tmp_path}/experiment.yaml",
-        "--output_dir",
-        f"{tmp_path}/claim",
-        "--features",
-        "no/model",
-    ]
+def give(monkeypatch, folder: Path, *flags: str) -> None:
+    """The experiment in a file of the folder, on the command line with some flags."""
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    command = ["--experiment", f"{folder}/experiment.yaml", "--output_dir", f"{folder}/claim", *flags]
     monkeypatch.setattr(sys, "argv", ["benchmark", *command])
+
+
+def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_path, monkeypatch):
+    give(monkeypatch, tmp_path, "--features", "no/model")
     with pytest.raises(UserError, match="'no/model' cannot be loaded"):
         benchmark.main(benchmark.parse_arguments())
     assert launched == []
@@ -295,17 +293,8 @@ def test_success_needs_both_baselines(benchmark):
 
 @pytest.mark.parametrize(("condition", "base"), [("warm", "same"), ("more", "warm")])
 def test_what_a_condition_goes_on_from_must_be_finished(benchmark, launched, condition, base, tmp_path, monkeypatch):
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     features = save_backbone(tmp_path / "backbone", "classifier")
-    command = [
-        "--experiment",
-        f"{tmp_path}/experiment.yaml",
-        "--output_dir",
-        f"{tmp_path}/claim",
-        "--features",
-        features,
-    ]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *command, "--conditions", condition, "--generators", "narrow"])
+    give(monkeypatch, tmp_path, "--features", features, "--conditions", condition, "--generators", "narrow")
     with pytest.raises(
         UserError, match=rf"`{condition}` goes on from runs that are not finished: .*/{base}/2\+2/seed-0, "
     ):

@@ -15,8 +15,8 @@ import importlib.metadata
 import itertools
 import json
 import logging
-import math
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.files import write_atomically
+from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.complexity import (
@@ -158,14 +158,7 @@ def main(config: EvaluateConfig) -> None:
     folder = Path(config.output_dir)
     lock = take_folder(folder, accelerator)
     pipeline = None if config.pipeline is None else load_pipeline(config.pipeline, accelerator.device)
-    vae = autoencoder_of(pipeline) if pipeline is not None else None
-    if config.vae is not None:
-        own, vae = vae, load_autoencoder(config.vae).to(accelerator.device)
-        if own is not None and not has_same_weights(own, vae):
-            raise UserError(
-                f"`--vae` {config.vae} is not the autoencoder that `--pipeline` {config.pipeline} decodes with, so that `gap` would "
-                "mean nothing. Leave `--vae` out, or evaluate the two in runs of their own."
-            )
+    vae = choose_autoencoder(config, pipeline, accelerator.device)
     if vae is None:
         logger.info("%s has no autoencoder that can be measured: only what it draws is.", config.pipeline)
     else:
@@ -213,6 +206,22 @@ def main(config: EvaluateConfig) -> None:
     accelerator.end_training()
     if lock is not None:
         lock.release()
+
+
+def choose_autoencoder(
+    config: EvaluateConfig, pipeline: DiffusionPipeline | None, device: torch.device
+) -> ModelMixin | None:
+    """That of `--vae`, which must be the pipeline's where both are given; else the pipeline's, if it has one."""
+    own = None if pipeline is None else autoencoder_of(pipeline)
+    if config.vae is None:
+        return own
+    vae = load_autoencoder(config.vae).to(device)
+    if own is not None and not has_same_weights(own, vae):
+        raise UserError(
+            f"`--vae` {config.vae} is not the autoencoder that `--pipeline` {config.pipeline} decodes with, so that `gap` would "
+            "mean nothing. Leave `--vae` out, or evaluate the two in runs of their own."
+        )
+    return vae
 
 
 def has_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -440,10 +449,8 @@ def describe(
 ) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     parts = ("_class_name", "latent_channels", "block_out_channels")
-    packages = (
-        *("dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"),
-        *(name for name in ("torchmetrics", "torch-fidelity", "lpips") if is_installed(name)),
-    )
+    packages = ["dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"]
+    packages += [name for name in ("torchmetrics", "torch-fidelity", "lpips") if find_spec(name.replace("-", "_"))]
     return {
         "config": asdict(config),
         "pipeline": None if pipeline is None else type(pipeline).__name__,
@@ -456,23 +463,6 @@ def describe(
         "num_processes": accelerator.num_processes,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def finite_or_none(value: Any) -> Any:
-    """The same with None for NaN and infinite numbers, which JSON does not know: the PSNR of equal images is infinite."""
-    if isinstance(value, dict):
-        return {name: finite_or_none(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_none(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -528,14 +518,13 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     """The distance against guidance, a line for each number of steps; against steps, where guidance is always the same."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
-    across, along = ("num_inference_steps", "guidance_scale")
+    legends = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
+    across, along = legends
     if len({row.get("guidance_scale") for row in rows}) == 1:
         across, along = along, across
     for value in dict.fromkeys(row.get(across) for row in rows):
         points = sorted((row[along], row[distance]) for row in rows if row.get(across) == value)
-        label = (
-            None if value is None else f"{value} steps" if across == "num_inference_steps" else f"guidance {value:g}"
-        )
+        label = None if value is None else legends[across].format(value)
         axis.plot(*zip(*points, strict=True), marker="o", label=label)
     axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
     axis.set_ylabel(distance)

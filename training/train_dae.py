@@ -151,8 +151,8 @@ class TrainDAEConfig(
 def main(config: TrainDAEConfig) -> None:
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
-    before = config.pretrained_vae or (config.pretrained_model_name_or_path if config.stage == "2" else None)
-    config.value_range = config.value_range or read_value_range(before) or []
+    starts_from = config.pretrained_vae or (config.pretrained_model_name_or_path if config.stage == "2" else None)
+    config.value_range = config.value_range or read_value_range(starts_from) or []
     with run.accelerator.main_process_first():
         train_images, validation_images = load_images(config, config.seed)
     logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))

@@ -146,9 +146,9 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     Raises:
         UserError: If a file is damaged.
     """
-    for name in (
-        () if name_or_path is None else (_RANGE_FILE, f"vae/{_RANGE_FILE}", f"stage1/{_RANGE_FILE}", "model_index.json")
-    ):
+    if name_or_path is None:
+        return None
+    for name in (_RANGE_FILE, f"vae/{_RANGE_FILE}", f"stage1/{_RANGE_FILE}", "model_index.json"):
         path = _find_file(name_or_path, name)
         if path is None:
             continue

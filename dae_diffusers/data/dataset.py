@@ -202,8 +202,7 @@ def encoded_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     chosen = np.arange(len(rows)) if rows._indices is None else rows._indices.column(0).to_numpy()
     sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_numpy()[chosen]  # NaN where the bytes are elsewhere
     paths = pc.struct_field(images, "path")
-    elsewhere = np.flatnonzero(np.isnan(sizes.astype(float)))
-    for index in elsewhere:
+    for index in np.flatnonzero(np.isnan(sizes)):
         sizes[index] = _file_size(paths[chosen[index]].as_py())
     return sizes.astype(np.int64)
 

@@ -114,7 +114,8 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
     found = measurements(result)
     generator = GENERATORS.get(result.index.get("_class_name", ""), {})
     origin = result.autoencoder_origin
-    decoupled = origin.get("auxiliary_decoder")
+    auxiliary_decoder = origin.get("auxiliary_decoder")
+    is_decoupled = auxiliary_decoder not in (None, "none", "same")
     data = _data_description(result.data_script)
     card_data = ModelCardData(
         license=license,
@@ -123,7 +124,7 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
         tags=[
             *(generator.get("tags", [])),
             *(["latent-diffusion", "class-conditional"] if result.index.get("id2label") else []),
-            *(["decoupled-autoencoder"] if decoupled not in (None, "none", "same") else []),
+            *(["decoupled-autoencoder"] if is_decoupled else []),
             "autoencoder",
             "dae-diffusers",
         ],
@@ -157,7 +158,8 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
         call=_example_call(result, generator),
         vae_class=result.vae_config.get("_class_name"),
         latent=_latent_description(result),
-        decoupled=decoupled,
+        auxiliary_decoder=auxiliary_decoder,
+        is_decoupled=is_decoupled,
         fine_tuned_from=origin.get("fine_tuned_from"),
         data=data,
         classes=_class_names(result),

@@ -133,6 +133,7 @@ def push_folder(
             repo_id,
             files,
             message=f"Step {step}" if step is not None else f"Upload {result.index.get('_class_name', 'autoencoder')}",
+            published=published,
             revision=revision,
             create_pr=create_pr,
         )
@@ -156,7 +157,8 @@ def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> s
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
     api.create_branch(repository.repo_id, branch=STAGE1_BRANCH, exist_ok=True)
-    _commit(api, repository.repo_id, files, message="Upload stage 1", revision=STAGE1_BRANCH)
+    published = api.list_repo_files(repository.repo_id, revision=STAGE1_BRANCH)
+    _commit(api, repository.repo_id, files, message="Upload stage 1", published=published, revision=STAGE1_BRANCH)
     return f"{repository}/tree/{STAGE1_BRANCH}"
 
 
@@ -317,12 +319,14 @@ def published_license(repo_id: str, revision: str | None) -> str | None:
     return ModelCard.load(path).data.license
 
 
-def _commit(api, repo_id: str, files: dict[str, Path | bytes], *, message: str, **kwargs):
+def _commit(
+    api, repo_id: str, files: dict[str, Path | bytes], *, message: str, published: Iterable[str] = (), **kwargs
+):
+    """Adds files; of those that are `published`, it takes away weights that would be taken for theirs."""
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    published = api.list_repo_files(repo_id, revision=kwargs.get("revision"), repo_type=kwargs.get("repo_type"))
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale_weights(published, files)]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from dae_diffusers.files import finite_or_none
+
 # Up to this many latent elements (134 MB of float64) the covariance is that of whole latents, above it of channels.
 MAX_COVARIANCE_DIM = 4096
 
@@ -230,20 +232,21 @@ class LatentDiagnostics:
         not defined is None: `effective_rank` and `gaussian_entropy` where the covariance is singular for want of images, a
         logarithm of 0, the spectrum of latents that are all the same.
         """
-        return {
+        values = {
             "num_images": self.num_images,
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
             "kl": None if self.kl is None else self.kl.tolist(),
             "posterior_std_ratio": self.posterior_std_ratio.tolist(),
             "dead_channel_share": self.dead_channels.double().mean().item(),
-            "excess_kurtosis": _finite_or_none(self.excess_kurtosis.nanmean().item()),
-            "high_frequency_share": _finite_or_none(self.high_frequency_share),
-            "radial_spectrum": [_finite_or_none(share) for share in self.radial_spectrum.tolist()],
-            "effective_rank": _finite_or_none(self.effective_rank) if self.has_full_covariance else None,
-            "gaussian_entropy": _finite_or_none(self.gaussian_entropy) if self.has_full_covariance else None,
+            "excess_kurtosis": self.excess_kurtosis.nanmean().item(),
+            "high_frequency_share": self.high_frequency_share,
+            "radial_spectrum": self.radial_spectrum.tolist(),
+            "effective_rank": self.effective_rank if self.has_full_covariance else None,
+            "gaussian_entropy": self.gaussian_entropy if self.has_full_covariance else None,
             "covariance_of": self.covariance_of,
         }
+        return finite_or_none(values)
 
     def scalars(self) -> dict[str, float]:
         r"""
@@ -402,10 +405,6 @@ def linear_probe_accuracy(
         weights = train.T @ _ridge_solve(train @ train.T, centered, ridge * len(train))
     predictions = (test @ weights + targets.mean(dim=0)).argmax(dim=1)
     return (predictions == test_labels.to(predictions.device)).double().mean().item()
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _eigenvalues(covariance: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dae_diffusers.cli import UserError
 from dae_diffusers.files import add_weights, save_tensors_atomically, write_atomically
 
 # Of what is kept: raised when a measurement changes, so that results of an older version are not taken for those of this one.
-_VERSION = 2
+_VERSION = 3
 
 
 class KeptRows:
