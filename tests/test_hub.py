@@ -220,6 +220,13 @@ def test_card_says_how_the_autoencoder_was_trained(trained, tmp_path, flags, sta
     assert ("a decoupled autoencoder" in card.content) == is_decoupled
 
 
+@pytest.mark.parametrize(("class_dropout_prob", "guidance_scale"), [(0.0, "1.0"), (0.1, "2.0")])
+def test_card_shows_guidance_only_where_it_was_learnt(trained, class_dropout_prob, guidance_scale):
+    result = read_result(trained)
+    result.scripts["train_dit"].config["class_dropout_prob"] = class_dropout_prob
+    assert f'"dog", guidance_scale={guidance_scale}, num_inference_steps=25' in make_card(result, REPO).content
+
+
 def test_card_snippets_load_in_all_three_ways(hub, published, trained, bare_python, tmp_path):
     with_package, without, autoencoder = re.findall(r"```python\n(.*?)```", published["README.md"].decode(), re.DOTALL)
     expected = sample(DAEDiTPipeline.from_pretrained(trained / "pipeline"))

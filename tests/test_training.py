@@ -223,6 +223,22 @@ def test_flat_folder_trains_an_unconditional_pipeline(trained, image_folder, tmp
     assert len(pipeline(num_images_per_label=3, num_inference_steps=2).images) == 3
 
 
+@pytest.mark.parametrize(("class_dropout_prob", "guidance_scale"), [(0, 1), (0.5, 2)])
+def test_grid_is_guided_only_by_a_model_that_learnt_to_do_without_the_class(
+    trained, image_folder, tmp_path, monkeypatch, class_dropout_prob, guidance_scale
+):
+    scales = []
+    draw = DAEDiTPipeline.__call__
+    monkeypatch.setattr(
+        DAEDiTPipeline,
+        "__call__",
+        lambda *args, **kwargs: scales.append(kwargs["guidance_scale"]) or draw(*args, **kwargs),
+    )
+    flags = {"vae": trained / "vae", "train_data_dir": image_folder, "output_dir": tmp_path, "max_train_steps": 1}
+    run(train_dit, TINY_DIT, class_dropout_prob=class_dropout_prob, **flags)
+    assert set(scales) == {guidance_scale}
+
+
 def test_autoencoder_without_statistics_gets_them(trained, image_folder, tmp_path):
     vae = AutoencoderKL.from_pretrained(trained / "vae")
     vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5)
@@ -333,6 +349,7 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
         (train_dit, "--dataset_name digits --model DiT-M/2", "DiT-S"),
+        (train_dit, "--dataset_name digits --class_dropout_prob 1", "label_column none"),
         (train_dit, "", "one of"),
         (cache_latents, "--dataset_name digits --random_crop", "cannot be cached"),
     ],

@@ -62,8 +62,11 @@ class DiTConfig:
     max_train_steps: int = field(10000, "optimiser steps")
 
     def __post_init__(self):
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ConfigError(f"`--class_dropout_prob` is {self.class_dropout_prob}, but must lie in [0, 1].")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ConfigError(
+                f"`--class_dropout_prob` is {self.class_dropout_prob}, but must be at least 0 and below 1; for a model without "
+                "classes, `--label_column none`."
+            )
         for name in ("max_train_steps", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
@@ -91,7 +94,9 @@ class FlowMatchingConfig:
     timestep_shift: float = field(1.0, "above 1: more noise, in training and in sampling; for large latents")
     num_sample_images: int = field(40, "images of the grid drawn at each validation, from the same noise every time")
     sample_steps: int = field(25, "denoising steps of the grid")
-    sample_guidance_scale: float = field(2.0, "classifier-free guidance of the grid; 1 is none")
+    sample_guidance_scale: float = field(
+        2.0, "classifier-free guidance of the grid; 1 is none, as is any with `--class_dropout_prob 0`"
+    )
 
     def __post_init__(self):
         if not self.timestep_shift > 0:
@@ -261,7 +266,7 @@ def main(config: TrainDiTConfig) -> None:
                         make_pipeline(config, model, vae, train_data),
                         model.config.num_classes,
                         step,
-                        guidance_scale=config.sample_guidance_scale,
+                        guidance_scale=config.sample_guidance_scale if config.class_dropout_prob else 1,
                         num_inference_steps=config.sample_steps,
                     )
                     model.train()

@@ -59,8 +59,11 @@ class PriorConfig:
             )
         if not 0 <= self.attention_dropout < 1:
             raise ConfigError(f"`--attention_dropout` is {self.attention_dropout}, but must be at least 0 and below 1.")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ConfigError(f"`--class_dropout_prob` is {self.class_dropout_prob}, but must lie in [0, 1].")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ConfigError(
+                f"`--class_dropout_prob` is {self.class_dropout_prob}, but must be at least 0 and below 1; for a model without "
+                "classes, `--label_column none`."
+            )
 
 
 @dataclass
@@ -68,7 +71,9 @@ class SamplesConfig:
     """Samples."""
 
     num_sample_images: int = field(40, "images of the grid drawn at each validation, by the same draws every time")
-    sample_guidance_scale: float = field(2.0, "classifier-free guidance of the grid; 1 is none")
+    sample_guidance_scale: float = field(
+        2.0, "classifier-free guidance of the grid; 1 is none, as is any with `--class_dropout_prob 0`"
+    )
     sample_temperature: float = field(1.0, "temperature of the grid")
     sample_top_k: int | None = field(None, "draw the grid from the this many likeliest codes only")
     sample_top_p: float | None = field(None, "draw the grid from the fewest likeliest codes with this share")
@@ -187,7 +192,7 @@ def main(config: TrainPriorConfig) -> None:
                         make_pipeline(config, model, vae, train_codes),
                         model.config.num_classes or None,
                         step,
-                        guidance_scale=config.sample_guidance_scale,
+                        guidance_scale=config.sample_guidance_scale if config.class_dropout_prob else 1,
                         temperature=config.sample_temperature,
                         top_k=config.sample_top_k,
                         top_p=config.sample_top_p,

@@ -22,12 +22,14 @@ GENERATORS = {
     "DAEDiTPipeline": {
         "what": "A Diffusion Transformer trained with flow matching",
         "tags": ["dit", "flow-matching"],
-        "call": "guidance_scale=2.0, num_inference_steps=25",
+        "script": "train_dit",
+        "call": ["num_inference_steps=25"],
     },
     "DAEVQGANPipeline": {
         "what": "An autoregressive transformer over the codes of a vector-quantised autoencoder",
         "tags": ["vqgan", "autoregressive"],
-        "call": "guidance_scale=2.0, top_p=0.95",
+        "script": "train_vqgan_prior",
+        "call": ["top_p=0.95"],
     },
 }
 
@@ -253,12 +255,15 @@ def _class_names(result: Result) -> list[str]:
 
 def _example_call(result: Result, generator: dict[str, Any]) -> str:
     names = _class_names(result)
-    words = (
-        [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"]
-        if names
-        else ["num_images_per_label=1"]
-    )
-    return ", ".join([*words, *([generator["call"]] if generator else [])])
+    if not names:
+        return ", ".join(["num_images_per_label=1", *generator.get("call", [])])
+    words = [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"]
+    if generator:
+        script = result.scripts.get(generator["script"])
+        # Guidance needs a model that has learnt to do without the class.
+        is_guided = script is None or script.config.get("class_dropout_prob") != 0
+        words.append(f"guidance_scale={2.0 if is_guided else 1.0}")
+    return ", ".join([*words, *generator.get("call", [])])
 
 
 def _script_description(name: str, script: Any) -> dict[str, Any]:
