@@ -25,7 +25,7 @@ demo-vq: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 space: .venv/installed
 	test -f runs/demo/metrics.json || $(MAKE) demo

@@ -497,12 +497,11 @@ class TrainingRun:
 
     def finish(self, result: str) -> None:
         r"""
-        Draws the curves, closes the trackers and pushes if asked to; what cannot be uploaded is a warning.
+        Closes the trackers and pushes if asked to; what cannot be uploaded is a warning.
 
         Args:
             result (`str`): The folder below `output_dir` to push, such as `vae`.
         """
-        self.draw_curves()
         if self._training_seconds:
             share = self._waiting_seconds / self._training_seconds
             self._record["data_wait_share"] = round(share, 4)

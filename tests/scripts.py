@@ -12,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import IO
@@ -67,9 +68,21 @@ def load_benchmark(name: str) -> ModuleType:
     return module
 
 
-def run(script, flags: str, **more):
+@contextmanager
+def without_curves():
+    """Curves take most of the time of a tiny run."""
+    plot_curves = run_module.plot_curves
+    run_module.plot_curves = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        run_module.plot_curves = plot_curves
+
+
+def run(script, flags: str, *, curves: bool = False, **more):
     argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    script.main(parse_config(CONFIG_CLASSES[script], argv))
+    with nullcontext() if curves else without_curves():
+        script.main(parse_config(CONFIG_CLASSES[script], argv))
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -88,10 +101,10 @@ def _copy_run(script, finished: Path, folder: Path, step: int, results: tuple[st
 
 
 def start(flags: str, script=train_dae, **more) -> None:
-    """The script as its process runs it, in this one, without the curves, which take most of the time."""
-    run_module.plot_curves = lambda *args, **kwargs: None
+    """The script as its process runs it, in this one, without the curves."""
     argv = flags.split() + [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    run_script(script.main, parse_config(CONFIG_CLASSES[script], argv))
+    with without_curves():
+        run_script(script.main, parse_config(CONFIG_CLASSES[script], argv))
 
 
 def launch(script: str, flags: str, *, processes: int = 1, **more) -> subprocess.Popen:

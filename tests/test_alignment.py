@@ -153,7 +153,7 @@ def test_vf_loss_falls_and_belongs_to_stage_one(image_folder, tmp_path, vf_flags
     flags = vf_flags + " --vf_weight 1 --stage1_steps 60 --stage2_steps 2 --learning_rate 3e-3 --lr_warmup_steps 0"
     run(
         train_dae,
-        flags + " --logging_steps 1 --checkpointing_steps 60",
+        flags + " --logging_steps 1 --validation_steps 99 --checkpointing_steps 60",
         train_data_dir=image_folder,
         output_dir=tmp_path,
     )

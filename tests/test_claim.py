@@ -11,7 +11,7 @@ import scipy.stats
 import yaml
 from models import save_backbone
 from safetensors.torch import load_file, save_file
-from scripts import CONFIG_CLASSES, load_benchmark
+from scripts import CONFIG_CLASSES, load_benchmark, without_curves
 
 from dae_diffusers.cli import UserError, parse_config
 from dae_diffusers.training import cache_latents, train_dae, train_dit
@@ -82,7 +82,8 @@ def launched(benchmark, monkeypatch):
 
     def launch_script(name, flags):
         script = SCRIPTS[name]
-        script.main(parse_config(CONFIG_CLASSES[script], benchmark.words_of(flags)))
+        with without_curves():
+            script.main(parse_config(CONFIG_CLASSES[script], benchmark.words_of(flags)))
         calls.append((name, flags["output_dir"]))
         return {"cpu_seconds": 1.0}
 

@@ -57,8 +57,8 @@ def trained(tmp_path_factory, image_folder):
     """A finished run with an evaluation's numbers beside it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("hub") / "animals"
-    run(train_dae, TINY_DAE, train_data_dir=image_folder, output_dir=folder)
-    run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=folder, vae=folder / "vae")
+    run(train_dae, TINY_DAE, curves=True, train_data_dir=image_folder, output_dir=folder)
+    run(train_dit, TINY_DIT, curves=True, train_data_dir=image_folder, output_dir=folder, vae=folder / "vae")
     evaluation = {
         "reconstruction": {"psnr": 21.5, "rfd_tiny": 3.25},
         "latent_space": {"num_images": 5, "effective_rank": 2.5, "mean": [0.0, 1.0]},

@@ -35,8 +35,8 @@ def trained(tmp_path_factory, image_folder):
     """A finished autoencoder and transformer."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("run")
-    run(train_dae, TINY_DAE, train_data_dir=image_folder, output_dir=folder)
-    run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=folder, vae=folder / "vae")
+    run(train_dae, TINY_DAE, curves=True, train_data_dir=image_folder, output_dir=folder)
+    run(train_dit, TINY_DIT, curves=True, train_data_dir=image_folder, output_dir=folder, vae=folder / "vae")
     return folder
 
 
@@ -188,7 +188,9 @@ def test_every_auxiliary_decoder_trains(kind, image_folder, tmp_path):
 
 
 def test_warm_started_decoder_begins_better(image_folder, tmp_path):
-    flags = TINY_DAE + " --stage1_steps 30 --stage2_steps 1 --learning_rate 1e-2 --lr_warmup_steps 0"
+    flags = (
+        TINY_DAE + " --stage1_steps 30 --stage2_steps 1 --learning_rate 1e-2 --lr_warmup_steps 0 --validation_steps 99"
+    )
     values = {}
     for name, more in (("cold", " --no_warm_start_decoder"), ("warm", "")):
         run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path / name)

@@ -196,7 +196,8 @@ def with_prior(trained, image_folder, tmp_path_factory):
     """A finished prior over the codes of `trained`."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("prior")
-    run(train_vqgan_prior, TINY_PRIOR, train_data_dir=image_folder, output_dir=folder, vae=trained / "vae")
+    data = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    run(train_vqgan_prior, TINY_PRIOR, curves=True, output_dir=folder, **data)
     return folder
 
 
