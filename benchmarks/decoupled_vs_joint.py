@@ -10,7 +10,7 @@ and *generators* (transformers trained on each latent space). Every training goe
 What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again; two
 budgets that give a condition the same steps share its runs. Start it several times, with other `--seeds` or `--conditions`: once
 for each core of a CPU, with `OMP_NUM_THREADS=1`; on a GPU, which small models do not fill, about as often as there are cores, best
-under NVIDIA's MPS. At the end `results.md`, `results.json` and the pictures are written anew from everything that exists.
+under NVIDIA's MPS. At the end `results.json`, `results.csv`, `results.md` and the pictures are written anew from everything that exists.
 
 A condition with `latents_of` has the stage 1 and the transformers of another condition and differs from it only in how the real
 decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done. One with `decoder_of` has the whole autoencoder and the
@@ -44,9 +44,21 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from claim_tables import (
+    BASELINES,
+    KEYS,
+    Run,
+    budgets_of,
+    describe_steps,
+    origin_of_latents,
+    plot_frontier,
+    plot_sizes,
+    rows_of_budget,
+    steps_of,
+    summarize,
+    write_runs,
+)
 from diffusers import AutoencoderKL
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -71,12 +83,8 @@ from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.training.train_dae import TrainDAEConfig, load_model
 
-# 97.5 % quantiles of Student's t for n - 1 degrees of freedom, n = 2...16; for more seeds the last, which widens the interval.
-_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-T_QUANTILES = dict(enumerate(_QUANTILES, start=2))
 # What all runs of a folder share.
 SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
-BASELINES = ("joint", "same")
 QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 
 # Enough to order latent spaces; the defaults of `evaluate.py --complexity` take longer and give error bars.
@@ -170,10 +178,12 @@ def main(arguments: argparse.Namespace) -> None:
     if not rows:
         raise UserError(f"nothing is finished in {output_dir}.")
     write_json(output_dir / "results.json", rows)
-    text = summarize(rows, experiment)
+    runs = [run_of(row) for row in rows]
+    write_runs(runs, output_dir / "results.csv")
+    text = summarize(runs, experiment)
     (output_dir / "results.md").write_text(text)
-    for budget in budgets_of(rows, experiment):
-        chosen_rows = rows_of_budget(rows, experiment, budget)
+    for budget in budgets_of(runs, experiment):
+        chosen_rows = rows_of_budget(runs, experiment, budget)
         plot_frontier(chosen_rows, experiment, output_dir / f"frontier-{budget}.png")
         plot_sizes(chosen_rows, experiment, output_dir / f"sizes-{budget}.png")
     print(text)
@@ -314,13 +324,6 @@ def train_decoder_on(
     decode_again(experiment, transformers, folder, flags, condition, seed, generators, cost)
 
 
-def origin_of_latents(experiment: dict[str, Any], condition: str) -> str:
-    """The condition whose encoder and transformers this one has: its own, or those that it names, which may name others."""
-    options = experiment["conditions"][condition]
-    base = options.get("latents_of") or options.get("decoder_of")
-    return condition if base is None else origin_of_latents(experiment, base)
-
-
 def decode_again(
     experiment: dict[str, Any],
     before: Path,
@@ -374,25 +377,6 @@ def flags_among(options: dict[str, Any]) -> dict[str, Any]:
 def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
     """Of an autoencoder that was trained there with those flags."""
     return {**json.loads((folder / "cost.json").read_text()), "flops": training_flops(TrainDAEConfig(**flags))}
-
-
-def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[str, int]:
-    """`stage1_steps` and `stage2_steps`; joint training takes their sum. A condition may have its own for a budget."""
-    options = experiment["conditions"][condition]
-    is_joint = options["auxiliary_decoder"] == "none"
-    return options.get("steps", {}).get(budget) or experiment["budgets"][budget]["joint" if is_joint else "decoupled"]
-
-
-def describe_steps(experiment: dict[str, Any], budget: str, condition: str, decoder_steps: int | None = None) -> str:
-    """Such as `450` for joint training, `210+340` for two stages; more of the decoder alone stands at the end."""
-    options = experiment["conditions"][condition]
-    if "decoder_of" in options:
-        parts = [describe_steps(experiment, budget, options["decoder_of"]), options["stage2_steps"]]
-    else:
-        steps = steps_of(experiment, budget, condition)
-        is_joint = options["auxiliary_decoder"] == "none"
-        parts = [sum(steps.values())] if is_joint else [steps["stage1_steps"], steps["stage2_steps"]]
-    return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
 
 
 def folder_of(
@@ -524,13 +508,13 @@ def last_value(log: Path, name: str) -> float:
     return next(row[name] for row in reversed(rows) if name in row)
 
 
-def numbers_of(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a run that the tables show, by their short names."""
+def run_of(row: dict[str, Any]) -> Run:
+    """What the tables show of a run."""
     reconstruction, generation = row["reconstruction"], row["generation"]
     latents = {name: math.nan if value is None else value for name, value in row["latent_space"].items()}
     complexity = {(entry["form"], entry["capacity"]): entry for entry in row["complexity"]}
     widest = max(capacity for form, capacity in complexity if form == "paired" and capacity is not None)
-    return {
+    return {name: row[name] for name in KEYS} | {
         "PSNR": reconstruction["psnr"],
         "rFD": next(value for name, value in reconstruction.items() if name.startswith(("rfd", "rfid"))),
         "gFD": next(value for name, value in generation.items() if name.startswith(("gfd", "gfid"))),
@@ -550,285 +534,6 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
         "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,
         "DiT CPU s": row["generator_cost"]["cpu_seconds"],
     }
-
-
-# condition -> seed -> name -> number
-Runs = dict[str, dict[int, dict[str, float]]]
-
-PREDICTORS = ("rFD", "gap", "iFD", "CD paired", "CD excess", "CD unpaired", "DiT val", "HF share", "eff. rank", "probe")
-
-
-def budgets_of(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[str]:
-    """The experiment's, and with `+N` those after which the decoder was trained on for N steps; only if they have runs of their own."""
-    extra = {
-        int(row["steps"].removeprefix(f"{base}+"))
-        for row in rows
-        for budget in experiment["budgets"]
-        for base in [describe_steps(experiment, budget, row["condition"])]
-        if row["steps"].startswith(f"{base}+")
-    }
-    budgets = [
-        f"{budget}+{steps}" if steps else budget for budget in experiment["budgets"] for steps in [0, *sorted(extra)]
-    ]
-    shown, seen = [], []
-    for budget in budgets:
-        new = [row for row in rows_of_budget(rows, experiment, budget) if row not in seen]
-        if new:
-            shown.append(budget)
-            seen += new
-    return shown
-
-
-def rows_of_budget(rows: list[dict[str, Any]], experiment: dict[str, Any], budget: str) -> list[dict[str, Any]]:
-    base, _, decoder_steps = budget.partition("+")
-    more = int(decoder_steps) if decoder_steps else None
-    return [
-        row
-        for row in rows
-        if base in experiment["conditions"][row["condition"]].get("budgets", experiment["budgets"])
-        and row["steps"] == describe_steps(experiment, base, row["condition"], more)
-    ]
-
-
-def summarize(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> str:
-    """For each budget and generator: means, paired differences and the verdict; rank correlations with gFD."""
-    lines = []
-    for budget, generator in itertools.product(budgets_of(rows, experiment), experiment["generators"]):
-        chosen = [row for row in rows_of_budget(rows, experiment, budget) if row["generator"] == generator]
-        if not chosen:
-            continue
-        runs: Runs = {condition: {} for condition in experiment["conditions"]}
-        for row in chosen:
-            runs[row["condition"]][row["seed"]] = numbers_of(row)
-        runs = {condition: seeds for condition, seeds in runs.items() if seeds}
-        # Another decoder brings the same latents and transformers again.
-        with_own_latents = {
-            condition: seeds
-            for condition, seeds in runs.items()
-            if origin_of_latents(experiment, condition) == condition
-        }
-        steps = dict.fromkeys(row["steps"] for row in chosen)
-        lines += [
-            f"## Budget `{budget}`, generator `{generator}` ({chosen[0]['parameters'] / 1e6:.2f} M parameters)",
-            "",
-            f"Autoencoder steps (stage 1 + stage 2, or joint): {', '.join(steps)}.",
-            "",
-        ]
-        lines += [
-            *table_of_means(runs),
-            "",
-            *table_of_runs(runs),
-            "",
-            *table_of_differences(runs, experiment),
-            "",
-            *table_of_correlations(with_own_latents),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def table_of_means(runs: Runs) -> list[str]:
-    names = list(next(iter(next(iter(runs.values())).values())))
-    lines = ["Mean ± standard deviation over seeds:", ""]
-    lines += [f"| condition | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for condition, seeds in runs.items():
-        cells = [mean_and_deviation([run[name] for run in seeds.values()]) for name in names]
-        lines.append(f"| {condition} | {len(seeds)} | {' | '.join(cells)} |")
-    return lines
-
-
-def table_of_runs(runs: Runs) -> list[str]:
-    """The numbers that matter most, seed by seed; none where each condition has one."""
-    if all(len(seeds) == 1 for seeds in runs.values()):
-        return []
-    numbers = sorted({seed for seeds in runs.values() for seed in seeds})
-    lines = ["PSNR / rFD / gFD / gap of each seed:", ""]
-    lines += [f"| condition | {' | '.join(map(str, numbers))} |", "|---" * (len(numbers) + 1) + "|"]
-    for condition, seeds in runs.items():
-        cells = [
-            " / ".join(f"{seeds[seed][name]:.4g}" for name in ("PSNR", "rFD", "gFD", "gap")) if seed in seeds else ""
-            for seed in numbers
-        ]
-        lines.append(f"| {condition} | {' | '.join(cells)} |")
-    return lines
-
-
-def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
-    """Of gFD and gap against both baselines, and whether the rule of success is met."""
-    lines = ["Paired differences with 95 % intervals (negative: the condition is better):", ""]
-    columns = [f"{name} minus {baseline}" for name in ("gFD", "gap") for baseline in BASELINES]
-    lines += [f"| condition | {' | '.join(columns)} | success |", "|---" * 6 + "|"]
-    others: dict[tuple[str, ...], list[str]] = {}
-    for condition in runs:
-        baselines = tuple(experiment["conditions"][condition].get("baselines", BASELINES))
-        intervals = [paired_difference(runs, condition, of, name) for name in ("gFD", "gap") for of in baselines]
-        cells = [show_interval(interval) for interval in intervals]
-        against = intervals[: len(BASELINES)]
-        if condition in baselines or condition.startswith("joint"):
-            success = ""
-        elif None in against or any(math.isinf(interval[2]) for interval in against):
-            success = "too few seeds"
-        else:
-            success = "yes" if all(interval[2] < 0 for interval in against) else "no"
-        lines.append(f"| {condition} | {' | '.join(cells)} | {success} |")
-        if baselines != BASELINES:
-            others.setdefault(baselines, []).append(condition)
-    notes = [
-        f"`{'`, `'.join(conditions)}` {'is' if len(conditions) == 1 else 'are'} compared with `{'` and `'.join(baselines)}`"
-        for baselines, conditions in others.items()
-    ]
-    return lines + (["", f"Here {'; '.join(notes)}."] if others else [])
-
-
-def table_of_correlations(runs: Runs) -> list[str]:
-    """Spearman's with gFD over all runs, with rFD held fixed (partial rank correlation), and over the conditions' means."""
-    if not runs:
-        return []
-    numbers = [run for seeds in runs.values() for run in seeds.values()]
-    means = [
-        {name: math.fsum(run[name] for run in seeds.values()) / len(seeds) for name in numbers[0]}
-        for seeds in runs.values()
-    ]
-    lines = [
-        f"Spearman's rank correlation with gFD over {len(numbers)} runs and the means of {len(means)} conditions:",
-        "",
-    ]
-    lines += [f"| | {' | '.join(PREDICTORS)} |", "|---" * (len(PREDICTORS) + 1) + "|"]
-    for label, points in (("runs", numbers), ("conditions", means)):
-        values = {name: [point[name] for point in points] for name in points[0]}
-        plain = {name: rank_correlation(values[name], values["gFD"]) for name in PREDICTORS}
-        partial = {
-            name: partial_correlation(plain[name], rank_correlation(values[name], values["rFD"]), plain["rFD"])
-            for name in PREDICTORS
-        }
-        for of_label, row in ((label, plain), (f"{label}, at matched rFD", partial)):
-            few = len(points) < (5 if row is partial else 3)  # a partial correlation of three points is always 1 or -1
-            cells = ["" if few or math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
-            lines.append(f"| {of_label} | {' | '.join(cells)} |")
-    return lines
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.4g}"
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.4g} ± {0 if deviation < 1e-9 * abs(mean) else deviation:.2g}"
-
-
-def paired_difference(runs: Runs, condition: str, baseline: str, name: str) -> tuple[float, float, float] | None:
-    """Mean difference over the seeds that both have, and its 95 % interval by Student's t."""
-    seeds = sorted(runs[condition].keys() & runs.get(baseline, {}).keys())
-    if condition == baseline or not seeds:
-        return None
-    differences = [runs[condition][s][name] - runs[baseline][s][name] for s in seeds]
-    mean = math.fsum(differences) / len(seeds)
-    if len(seeds) < min(T_QUANTILES):
-        return mean, -math.inf, math.inf
-    deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (len(seeds) - 1))
-    half = T_QUANTILES[min(len(seeds), max(T_QUANTILES))] * deviation / math.sqrt(len(seeds))
-    return mean, mean - half, mean + half
-
-
-def show_interval(interval: tuple[float, float, float] | None) -> str:
-    if interval is None:
-        return ""
-    mean, low, high = interval
-    return f"{mean:+.3g} (1 seed)" if math.isinf(low) else f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
-
-
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's; equal values share the mean of their ranks."""
-    if len(x) < 3 or any(map(math.isnan, [*x, *y])):
-        return math.nan
-    return float(torch.corrcoef(torch.stack([mean_ranks(values) for values in (x, y)]))[0, 1])
-
-
-def mean_ranks(values: list[float]) -> torch.Tensor:
-    _, which, counts = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]
-
-
-def partial_correlation(xy: float, xz: float, yz: float) -> float:
-    """Of x and y with z held fixed, from the three correlations."""
-    rest = (1 - xz**2) * (1 - yz**2)
-    return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-9 else math.nan
-
-
-def plot_frontier(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:
-    """gFD and gap against rFD for the first generator: a small point for each seed, a large one for their mean; joint training at
-    several KL weights is joined by a line: the curve to beat."""
-    generator = next(iter(experiment["generators"]))
-    chosen = [row for row in rows if row["generator"] == generator]
-    if not chosen:
-        return
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("gFD", "gap"), strict=True):
-        means = []
-        for condition, (color, marker) in styles_of(experiment).items():
-            points = [(n["rFD"], n[name]) for n in (numbers_of(row) for row in chosen if row["condition"] == condition)]
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            mean = (sum(x) / len(x), sum(y) / len(y))
-            axis.scatter(x, y, marker=marker, color=color, s=12, alpha=0.5)
-            axis.scatter(*mean, label=condition, marker=marker, color=color, s=44, edgecolor="black", linewidth=0.6)
-            if condition == "joint" or condition.startswith("joint-kl"):
-                means.append(mean)
-        if means:
-            axis.plot(*zip(*sorted(means), strict=True), color="0.6", linewidth=1, zorder=0)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("rFD of the autoencoder (lower is better)")
-        axis.set_ylabel(f"{name} (lower is better)")
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right")
-    figure.savefig(path, dpi=120)
-
-
-def styles_of(experiment: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """
-    Colour and marker of each condition. Those with the same baselines share a marker; the two baselines have the same two
-    colours everywhere.
-    """
-    styles, groups = {}, {}
-    for condition, options in experiment["conditions"].items():
-        baselines = tuple(options.get("baselines", BASELINES))
-        others = groups.setdefault(baselines, [])
-        if condition in baselines:
-            place, turn = baselines.index(condition), 0
-        else:
-            turn, place = divmod(len(others), 8)
-            place += 2
-            others.append(condition)
-        number = list(groups).index(baselines) + 7 * turn
-        styles[condition] = f"C{place}", "oDv^P*Xs<>phd8"[number % 14]
-    return styles
-
-
-def plot_sizes(rows: list[dict[str, Any]], experiment: dict[str, Any], path: Path) -> None:
-    """gFD against the transformer's size, for conditions that have several: does a smaller one suffice?"""
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for number, condition in enumerate(experiment["conditions"]):
-        sizes: dict[float, list[float]] = {}
-        for row in rows:
-            if row["condition"] == condition:
-                sizes.setdefault(row["parameters"] / 1e6, []).append(numbers_of(row)["gFD"])
-        if len(sizes) < 2:
-            continue
-        points = sorted((size, math.fsum(values) / len(values)) for size, values in sizes.items())
-        axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=condition)
-        axis.scatter(*zip(*[(s, v) for s, vs in sizes.items() for v in vs], strict=True), color=f"C{number % 10}", s=12)
-    if not axis.lines:
-        return
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("parameters of the transformer (millions)")
-    axis.set_ylabel("gFD (lower is better)")
-    axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Ways to run the training scripts: in this process, in a copy of it, or in processes of their own."""
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -60,12 +60,11 @@ CONFIG_CLASSES = {
 
 
 def load_benchmark(name: str) -> ModuleType:
-    """A script of `benchmarks/`, which is no package."""
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A script of `benchmarks/`, which is no package: they find each other in their folder."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 @contextmanager

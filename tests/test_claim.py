@@ -18,6 +18,7 @@ from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 SCRIPTS = {"train_dae": train_dae, "cache_latents": cache_latents, "train_dit": train_dit}
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
+RESULTS = EXPERIMENTS.with_name("results")
 EXPERIMENT = {
     "data": {"dataset_name": "digits", "resolution": 16},
     "num_images": 12,
@@ -73,6 +74,11 @@ EXPERIMENT = {
 @pytest.fixture(scope="module")
 def benchmark():
     return load_benchmark("decoupled_vs_joint")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return load_benchmark("claim_tables")
 
 
 @pytest.fixture
@@ -250,7 +256,7 @@ def test_data_flags_replace_those_of_the_experiment(benchmark):
 
 
 @pytest.mark.parametrize("num_seeds", range(2, 17))
-def test_intervals_are_those_of_the_paired_t_test(benchmark, num_seeds):
+def test_intervals_are_those_of_the_paired_t_test(tables, num_seeds):
     random = np.random.default_rng(num_seeds)
     a, b = random.normal(3, 1, num_seeds), random.normal(2, 1, num_seeds)
     runs = {
@@ -258,36 +264,36 @@ def test_intervals_are_those_of_the_paired_t_test(benchmark, num_seeds):
         "joint": {seed: {"gFD": value} for seed, value in enumerate(b)} | {98: {"gFD": -1e9}},
     }
     expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
-    mean, low, high = benchmark.paired_difference(runs, "dropout", "joint", "gFD")
+    mean, low, high = tables.paired_difference(runs, "dropout", "joint", "gFD")
     assert [mean, low, high] == pytest.approx([(a - b).mean(), expected.low, expected.high], abs=1e-3)
 
 
-def test_rank_correlations_are_scipys(benchmark):
+def test_rank_correlations_are_scipys(tables):
     random = np.random.default_rng(0)
     z = random.normal(size=20)
     x, y = z + random.normal(size=20), z + random.normal(size=20)
-    assert benchmark.rank_correlation(list(x), list(y)) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert tables.rank_correlation(list(x), list(y)) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     tied = x.round()
     assert len(set(tied)) < 10
-    assert benchmark.rank_correlation(list(tied), list(y)) == pytest.approx(scipy.stats.spearmanr(tied, y).statistic)
+    assert tables.rank_correlation(list(tied), list(y)) == pytest.approx(scipy.stats.spearmanr(tied, y).statistic)
     ranks = [scipy.stats.rankdata(values) for values in (x, y, z)]
     rest = [values - np.polyval(np.polyfit(ranks[2], values, 1), ranks[2]) for values in ranks[:2]]
-    correlations = [benchmark.rank_correlation(list(a), list(b)) for a, b in ((x, y), (x, z), (y, z))]
-    assert benchmark.partial_correlation(*correlations) == pytest.approx(np.corrcoef(*rest)[0, 1])
+    correlations = [tables.rank_correlation(list(a), list(b)) for a, b in ((x, y), (x, z), (y, z))]
+    assert tables.partial_correlation(*correlations) == pytest.approx(np.corrcoef(*rest)[0, 1])
 
 
-def test_success_needs_both_baselines(benchmark):
+def test_success_needs_both_baselines(tables):
     def of(*values):
         return {seed: {"gFD": value, "gap": value} for seed, value in enumerate(values)}
 
     runs = {"joint": of(5, 6, 7), "same": of(4.9, 5.9, 7.1), "better": of(3, 4, 5.1), "half": of(4.0, 4.9, 7.3)}
     conditions = dict.fromkeys(runs, {})
-    lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
+    lines = tables.table_of_differences(runs, {"conditions": conditions})[4:]
     assert [line.split("|")[-2].strip() for line in lines] == ["", "", "yes", "no"]
     # Against others the same condition fails.
     runs |= {"joint-c8": of(2, 3, 4), "same-c8": of(9, 9, 9)}
     conditions = dict.fromkeys(runs, {}) | {"better": {"baselines": ["joint-c8", "same-c8"]}}
-    lines = benchmark.table_of_differences(runs, {"conditions": conditions})[4:]
+    lines = tables.table_of_differences(runs, {"conditions": conditions})[4:]
     assert [line.split("|")[-2].strip() for line in lines[:4]] == ["", "", "no", "no"]
     assert lines[-1] == "Here `better` is compared with `joint-c8` and `same-c8`."
 
@@ -303,14 +309,45 @@ def test_what_a_condition_goes_on_from_must_be_finished(benchmark, launched, con
     assert launched == []
 
 
-def test_no_run_means_no_correlations(benchmark):
-    assert benchmark.table_of_correlations({}) == []
+def test_no_run_means_no_correlations(tables):
+    assert tables.table_of_correlations({}) == []
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_16px", "cifar10_16px_gpu"])
-def test_every_condition_has_a_look_of_its_own(benchmark, name):
+def test_every_condition_has_a_look_of_its_own(tables, name):
     experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
-    styles = benchmark.styles_of(experiment)
+    styles = tables.styles_of(experiment)
     assert list(styles) == list(experiment["conditions"])
     assert len(set(styles.values())) == len(styles)
     assert styles["joint"][0] == "C0" and styles["same"][0] == "C1"
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_16px", "cifar10_16px_gpu"])
+def test_published_tables_are_those_of_the_published_runs(tables, name):
+    experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+    text = tables.summarize(tables.read_runs(RESULTS / f"{name}.csv"), experiment)
+    assert text.strip() in (RESULTS / f"{name}.md").read_text()
+
+
+def test_readme_table_is_that_of_the_published_runs(monkeypatch, capsys, tables):
+    monkeypatch.setattr(sys, "argv", ["claim_tables.py"])
+    tables.main(tables.parse_arguments())
+    assert capsys.readouterr().out in (RESULTS.parents[1] / "README.md").read_text()
+
+
+def test_runs_are_kept_exactly(tables, tmp_path):
+    runs = tables.read_runs(RESULTS / "digits.csv")
+    assert {type(value) for run in runs for value in run.values()} == {str, int, float}
+    tables.write_runs(runs, tmp_path / "runs.csv")
+    assert (tmp_path / "runs.csv").read_text() == (RESULTS / "digits.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["nowhere.csv"], "go together"), (["no.csv", "--experiment", "no.yaml"], "no.csv is not a file")],
+)
+def test_tables_need_runs_and_their_experiment(tables, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["claim_tables.py", *words])
+    with pytest.raises(SystemExit):
+        tables.parse_arguments()
+    assert message in capsys.readouterr().err
