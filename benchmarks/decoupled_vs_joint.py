@@ -3,7 +3,7 @@ Does decoupling help? Autoencoders that differ only in how they were trained, th
 
     python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/digits.yaml --output_dir runs/claim-digits
     python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/cifar10_16px.yaml --output_dir runs/claim-mine \\
-        --data train_data_dir=my_images resolution=32 --seeds 0
+        --data train_data_dir=my_images resolution=32 --conditions joint same dropout-0.1 --budgets time --seeds 0
 
 An experiment names *budgets* (how many steps joint and two-stage training get), *conditions* (how the autoencoder is trained)
 and *generators* (transformers trained on each latent space). Every training goes through the scripts in processes of its own.

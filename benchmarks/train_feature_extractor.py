@@ -106,7 +106,10 @@ def main(config: TrainFeatureExtractorConfig) -> None:
     with accelerator.main_process_first():
         train_images, test_images = load_images(config, config.seed)
     if train_images.id2label is None:
-        raise UserError("the data have no labels to learn from. Name their column with `--label_column`.")
+        raise UserError(
+            "the data have no labels to learn from. Name their column with `--label_column`, or judge by a published model instead "
+            "(`--features facebook/dinov2-base` of `evaluate.py` and `decoupled_vs_joint.py`)."
+        )
 
     side = config.input_size or 2 * config.resolution
     model = ResNetForImageClassification(

@@ -292,7 +292,10 @@ def _check_codes(prior: PreTrainedModel, vae: VQModel) -> None:
     # Only whole float32 weights have the hash that they had in training: none of 16 bits, also if they were enlarged again.
     weights = list(vae.state_dict().values())
     is_whole = all(value.dtype == torch.float32 and not value.is_meta for value in weights)
-    if not is_whole or all(torch.equal(value, value.half().float()) for value in weights):
+    is_rounded = any(
+        all(torch.equal(v, v.to(kind).float()) for v in weights) for kind in (torch.float16, torch.bfloat16)
+    )
+    if not is_whole or is_rounded:
         same = prior.config.num_codes == vae.config.num_vq_embeddings
     else:
         same = prior.config.code_fingerprint == code_fingerprint(vae)

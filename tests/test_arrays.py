@@ -1,19 +1,30 @@
 """Images that are no 8-bit pictures go through every script, and come back in their own values."""
 
+import io
 import json
+import struct
+import threading
+import warnings
+import zlib
 
 import datasets
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import ConfigError, UserError
-from dae_diffusers.data import DataConfig, load_images, resize_and_crop
-from dae_diffusers.data.arrays import decode_array, read_value_range, resize_and_crop_array, save_value_range
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader, resize_and_crop
+from dae_diffusers.data.arrays import (
+    decode_array,
+    find_depth,
+    read_value_range,
+    resize_and_crop_array,
+    save_value_range,
+)
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -216,3 +227,198 @@ def test_a_damaged_file_is_named(npy_folder):
 def test_bad_ranges_are_refused(value_range):
     with pytest.raises(ConfigError, match="value_range"):
         DataConfig(dataset_name="digits", value_range=value_range)
+
+
+def tiff_of(array: np.ndarray) -> bytes:
+    """An uncompressed one; Pillow writes fewer kinds than it reads."""
+    height, width = array.shape[:2]
+    bits, number_type = 8 * array.dtype.itemsize, {"u": 1, "i": 2}[array.dtype.kind]
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    tags = {256: width, 257: height, 259: 1, 262: 1 if array.ndim == 2 else 2, 277: channels, 278: height, 273: 0}
+    tags |= {279: array.nbytes, 258: (bits,) * channels, 339: (number_type,) * channels}
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        directory[tag] = value
+    file = io.BytesIO()
+    directory.save(file)  # adds its own size to 273, where the pixels begin
+    return file.getvalue() + array.tobytes()
+
+
+def png_of(array: np.ndarray) -> bytes:
+    """Of 3 or 4 channels of 16 bits; Pillow writes none."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, channels = array.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def parquet_of(folder, *items):
+    """Images in their order, the last one for validation; each bytes of a file, or None."""
+    for split, part in (("train", items[:-1]), ("test", items[-1:])):
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": item, "path": None} for item in part]})
+        rows.cast_column("image", datasets.Image(decode=False)).to_parquet(folder / f"{split}.parquet")
+    return {"dataset_name": str(folder), "resolution": 8, "image_channels": 1, "max_bad_image_share": 1.0}
+
+
+def encoded(image, format="png", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def npy_of(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [(np.int16, -30000, 30000), (np.int32, -(2**30), 2**30), (np.uint32, 0, 2**32 - 2**8)],
+)
+def test_signed_and_wide_integers_keep_their_values(dtype, low, high, tmp_path):
+    values = np.linspace(low, high, 64).astype(dtype).reshape(8, 8)
+    flags = parquet_of(tmp_path, *[tiff_of(values)] * 2)
+    config = DataConfig(**flags)
+    train, _ = load_images(config)
+    assert train.depth == "numbers" and config.value_range == [low, high]
+    torch.testing.assert_close(train[0]["pixel_values"], torch.linspace(-1, 1, 64).view(1, 8, 8), atol=1e-4, rtol=0)
+
+
+def test_sixteen_bits_are_told_from_other_integers():
+    gray = np.full((8, 8), 300)
+    graymap = b"P5 8 8 65535\n" + gray.astype(">u2").tobytes()
+    for content in (tiff_of(gray.astype(np.uint16)), encoded(Image.fromarray(gray.astype(np.uint16))), graymap):
+        assert find_depth(content) == "16-bit"
+        assert (decode_array(content, channels=1) == 300).all()
+    for dtype in (np.int16, np.int32, np.uint32):
+        assert find_depth(tiff_of(gray.astype(dtype))) == "numbers"
+
+
+def test_integers_of_unknown_scale_are_refused_among_8_bit_pictures(tmp_path):
+    gray = Image.new("L", (8, 8), 100)
+    flags = parquet_of(tmp_path, encoded(gray), tiff_of(np.full((8, 8), -5, np.int16)), encoded(gray))
+    with pytest.raises(UserError, match="float, signed or 32-bit pixels, unlike the first image"):
+        load_images(DataConfig(**flags))[0][1]
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_converted_in_any_range_as_they_are_without_one(channels, scale, tmp_path):
+    """Palettes, transparency and EXIF rotation."""
+    ramp = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
+    exif = ramp.getexif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    white = encoded(Image.new("LA", (8, 8), (0, 0)))
+    palette = Image.merge("RGB", [ramp.point(lambda x: 255 - x)] * 3).quantize(64)
+    pictures = [white, encoded(palette), encoded(ramp, exif=exif), encoded(ramp.convert("1")), encoded(ramp)]
+    flags = parquet_of(tmp_path, *pictures) | {"image_channels": channels}
+    plain, _ = load_images(DataConfig(**flags))
+    arrays, _ = load_images(DataConfig(**flags, value_range=[0, 255 * scale]))
+    assert arrays.is_array and not plain.is_array
+    for number in range(4):
+        torch.testing.assert_close(arrays[number]["pixel_values"], plain[number]["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_exif_rotation_is_applied_to_arrays():
+    image = Image.fromarray(np.arange(32, dtype=np.uint16).reshape(4, 8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    expected = np.rot90(np.asarray(image), -1)[..., None]
+    for format in ("png", "tiff"):
+        np.testing.assert_array_equal(decode_array(encoded(image, format, exif=exif), channels=1), expected)
+
+
+@pytest.mark.parametrize("content", ["png", "tiff", "pixmap", "png, 4 channels"])
+@pytest.mark.parametrize("value_range", [[], [0.0, 65535.0], [0.0, 255.0]])
+def test_sixteen_bits_in_each_of_several_channels_are_not_cut_silently(content, value_range, tmp_path):
+    values = np.full((8, 8, 4 if "4" in content else 3), 300, np.uint16)
+    values[..., 3:] = 65535  # opaque
+    pixmap = b"P6 8 8 65535\n" + values.astype(">u2").tobytes()
+    content = {"tiff": tiff_of, "pixmap": lambda _: pixmap}.get(content, png_of)(values)
+    gray = encoded(Image.new("L", (8, 8), 100))
+    (tmp_path / "first").mkdir()
+    flags = parquet_of(tmp_path / "first", content, gray, gray)
+    with pytest.raises(
+        UserError, match=r"row 0 of the dataset .*more than 8 bits in each .* `.npy`, \(H, W, channels\)"
+    ):
+        load_images(DataConfig(**flags, value_range=value_range))
+    (tmp_path / "second").mkdir()
+    flags = parquet_of(tmp_path / "second", gray, content, gray)
+    train, _ = load_images(DataConfig(**flags, value_range=value_range))
+    if value_range:
+        with pytest.raises(UserError, match="row 1 of the dataset .*more than 8 bits in each"):
+            train[1]
+    else:  # 8 bits are what the others have
+        torch.testing.assert_close(train[1]["pixel_values"], torch.full((1, 8, 8), 1 / 127.5 - 1), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("crop", [{"random_crop": True}, {"random_resized_crop": 0.5}, {}])
+def test_the_range_is_that_of_what_random_crops_may_show(crop, tmp_path):
+    values = np.full((8, 24), 5, np.float32)
+    values[:, 8:16] += np.arange(8) / 8
+    values[0, 0], values[-1, -1] = -100, 100
+    config = DataConfig(**parquet_of(tmp_path, *[npy_of(values)] * 2), **crop)
+    load_images(config)
+    assert config.value_range == ([-100, 100] if crop else [5, 5.875])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_first_image_does_not_decide_how_the_others_are_read(streaming, tmp_path):
+    good = npy_of(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    flags = parquet_of(tmp_path, b"damaged", None, *[good] * 4) | {"on_bad_image": "skip", "streaming": streaming}
+    train, validation = load_images(DataConfig(**flags, value_range=[0, 1] if streaming else []))
+    assert train.is_array and validation.is_array and validation.depth == "numbers"
+    if not streaming:
+        assert len(train) == 3 and train.depth == "numbers"
+        torch.testing.assert_close(train[0]["pixel_values"].flatten(), torch.linspace(-1, 1, 64))
+
+
+def test_nothing_but_bad_images_is_said(tmp_path):
+    flags = parquet_of(tmp_path, b"damaged", b"damaged", npy_of(np.eye(8)))
+    with pytest.raises(UserError, match="all 2 images are bad; the first: the image row 0 of the dataset"):
+        load_images(DataConfig(**flags, on_bad_image="skip"))
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path, monkeypatch):
+    threads, enter = set(), warnings.catch_warnings.__enter__
+
+    def recorded(self):
+        threads.add(threading.current_thread())
+        return enter(self)
+
+    monkeypatch.setattr(warnings.catch_warnings, "__enter__", recorded)
+    pictures = [encoded(Image.new("L", (8, 8), n)) for n in range(40)]
+    for value_range in ([], [0.0, 65535.0]):
+        images, _ = load_images(
+            DataConfig(**parquet_of(tmp_path, *pictures), on_bad_image="skip", value_range=value_range)
+        )
+        assert len(images) == 39
+    assert threads == {threading.main_thread()}
+
+
+def test_an_image_without_bytes_and_path_is_a_bad_one(tmp_path):
+    picture = encoded(Image.new("L", (8, 8)))
+    flags = parquet_of(tmp_path, None, picture, picture)
+    train, _ = load_images(DataConfig(**flags))
+    assert train.fingerprint == load_images(DataConfig(**flags))[0].fingerprint
+    with pytest.raises(UserError, match="row 0 of the dataset cannot be decoded .the row is empty"):
+        train[0]
+    assert len(load_images(DataConfig(**flags, on_bad_image="skip"))[0]) == 1
+
+
+def test_an_image_without_bytes_and_path_is_a_bad_one_of_a_stream(tmp_path):
+    picture = encoded(Image.new("L", (8, 8)))
+    flags = parquet_of(tmp_path, picture, None, picture, None) | {"streaming": True}
+    train, validation = load_images(DataConfig(**flags))
+    assert train.fingerprint == load_images(DataConfig(**flags))[0].fingerprint
+    with pytest.raises(UserError, match="row 0 of the dataset cannot be decoded .the row is empty"):
+        validation[0]
+    with pytest.raises(UserError, match=r"number \d of the stream cannot be decoded .the row is empty"):
+        list(make_pass_loader(train, batch_size=3))
+    train, _ = load_images(DataConfig(**flags | {"validation_split": "train"}, on_bad_image="skip"))
+    assert [len(batch["pixel_values"]) for batch in make_pass_loader(train, batch_size=3)] == [3]

@@ -55,9 +55,12 @@ def test_result_is_a_plain_vq_model_with_statistics_and_the_codes_of_stage_one(t
         assert torch.equal(vae.quantize(vae.encode(pixel_values).latents)[2][2], codes.flatten())
 
 
-def test_folder_of_stage_one_loads_as_what_would_be_published(trained):
+def test_folder_of_stage_one_loads_as_what_would_be_published(trained, caplog):
     vae = load_autoencoder(str(trained / "stage1"))
+    assert "its latents are final, but its decoder is untrained" in caplog.text
+    caplog.clear()
     assert type(vae) is VQModel and code_fingerprint(vae) == code_fingerprint(load_autoencoder(str(trained / "vae")))
+    assert "stage 1" not in caplog.text
 
 
 def test_log_has_the_use_of_the_codebook_over_all_validation_images(trained):
@@ -88,7 +91,9 @@ def test_training_starts_from_a_published_codebook(flags, trained, image_folder,
 
 
 def test_published_autoencoder_of_the_other_kind_is_refused(trained, image_folder, tmp_path):
-    with pytest.raises(UserError, match="is a VQModel, but `--autoencoder kl` takes a model of class AutoencoderKL"):
+    with pytest.raises(
+        UserError, match="is of class VQModel, but `--autoencoder kl` takes a model of class AutoencoderKL"
+    ):
         run(train_dae, TINY_DAE, pretrained_vae=trained / "vae", train_data_dir=image_folder, output_dir=tmp_path)
 
 

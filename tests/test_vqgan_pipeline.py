@@ -208,6 +208,14 @@ def test_saved_pipeline_returns_in_every_precision(tmp_path):
     assert type(VQModel.from_pretrained(tmp_path, subfolder="vae")) is VQModel
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pipeline_saved_with_half_the_bits_returns_with_all(tmp_path, dtype):
+    make_pipeline().save_pretrained(tmp_path / "whole")
+    DAEVQGANPipeline.from_pretrained(tmp_path / "whole", dtype=dtype).save_pretrained(tmp_path / "half")
+    pipeline = DAEVQGANPipeline.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    assert pipeline.vae.dtype == torch.float32
+
+
 def test_numbers_come_in_the_range_of_the_training_images(tmp_path):
     pipeline = make_pipeline()
     pipeline = DAEVQGANPipeline(pipeline.prior, pipeline.vae, NAMES, value_range=[-1000.0, 3000.0])

@@ -216,7 +216,7 @@ def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
         vae = load_autoencoder(config.pretrained_vae)
         if not isinstance(vae, diffusers_class):
             raise UserError(
-                f"`--pretrained_vae` {config.pretrained_vae} is a {type(vae).__name__}, but `--autoencoder {config.autoencoder}` "
+                f"`--pretrained_vae` {config.pretrained_vae} is of class {type(vae).__name__}, but `--autoencoder {config.autoencoder}` "
                 f"takes a model of class {diffusers_class.__name__}. Choose the `--autoencoder` that fits it: kl or vq."
             )
         check_image_size(vae, channels=config.image_channels, resolution=config.resolution)

@@ -1,10 +1,10 @@
 """
 Train an autoregressive prior over the codes of a vector-quantised autoencoder: VQGAN's second stage.
 
-    accelerate launch training/train_vqgan_prior.py --dataset_name digits --image_channels 1 --vae runs/digits/vae \
-        --output_dir runs/digits
+    accelerate launch training/train_vqgan_prior.py --dataset_name digits --image_channels 1 --vae runs/digits-vq/vae \
+        --output_dir runs/digits-vq
 
-The images are encoded once, into `<output_dir>/codes`. The result is `<output_dir>/pipeline`, for
+The autoencoder is one of `train_dae.py --autoencoder vq`. The images are encoded once, into `<output_dir>/codes`. The result is `<output_dir>/pipeline`, for
 `DAEVQGANPipeline.from_pretrained`.
 """
 
@@ -226,7 +226,7 @@ def load_vq_model(config: TrainPriorConfig) -> VQModel:
     vae = load_autoencoder(config.vae)
     if not is_vq(vae):
         raise UserError(
-            f"`--vae` {config.vae} is a {type(vae).__name__}, which has no codes. Train one with "
+            f"`--vae` {config.vae} is of class {type(vae).__name__}, which has no codes. Train one with "
             "`training/train_dae.py --autoencoder vq`, or use training/train_dit.py."
         )
     check_image_size(vae, channels=config.image_channels, resolution=config.resolution)

@@ -110,7 +110,9 @@ class StageConfig:
         0, "residual blocks per resolution of `shallow`, less one; below `layers_per_block`"
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1")
-    stage2_steps: int = field(2000, "optimiser steps of stage 2; each costs about six tenths of one of joint training")
+    stage2_steps: int = field(
+        2000, "optimiser steps of stage 2; each costs about seven tenths of one of joint training"
+    )
     warm_start_decoder: bool = field(
         True,
         "start stage 2 from the auxiliary decoder's weights instead of afresh, where it has the real one's shape (`same` and "

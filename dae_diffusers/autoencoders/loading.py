@@ -1,10 +1,14 @@
 """Loading any autoencoder that a generator can be trained on, and checking that images fit it."""
 
+import logging
+
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.cli import UserError
+
+logger = logging.getLogger(__name__)
 
 # Of a DAEAutoencoderKL too, only the plain half is loaded.
 _CLASSES = {
@@ -36,6 +40,12 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             class_name = config.get("_class_name", "AutoencoderKL")
             if class_name not in _CLASSES:
                 raise ValueError(f"its class is {class_name}.")
+            if config.get("auxiliary_decoder_type") not in (None, "none"):
+                logger.warning(
+                    "%s holds the model of a stage 1: its latents are final, but its decoder is untrained unless a stage 2 has "
+                    "followed. Train it with `train_dae.py --stage 2`, or give the `vae` folder of its run.",
+                    name_or_path,
+                )
             vae_class = _CLASSES[class_name]
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             check_has_weights(vae)

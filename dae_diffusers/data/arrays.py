@@ -1,18 +1,20 @@
 """Images that are more than 8-bit pictures: 16-bit and float files, NumPy arrays, any number of channels."""
 
+import contextlib
 import io
 import json
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from dae_diffusers.cli import UserError
 
@@ -24,24 +26,51 @@ Depth = Literal["8-bit", "16-bit", "numbers"]
 RANGES: dict[Depth, list[float]] = {"8-bit": [0.0, 255.0], "16-bit": [0.0, 65535.0]}
 
 
+class LossyDepthError(ValueError):
+    """A file that Pillow reads, but not with all of its bits."""
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    r"""
+    Hides Pillow's remarks on odd EXIF and palettes; bombs still raise. Filters are the process's and not safe to change
+    in threads: this goes around a pool, in the thread that starts it, and not into what the pool runs.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def find_depth(content: Any) -> Depth:
     r"""
-    What a row's image holds: pixels of 8 or 16 bits, or numbers of any size, as nested lists, `.npy` and float files do.
+    What a row's image holds: pixels of 8 or 16 bits, or numbers of any size, as nested lists, `.npy`, float and signed
+    or 32-bit integer files do.
 
     Raises:
+        LossyDepthError: For several channels of more than 8 bits each, of which Pillow keeps 8.
         Exception: Whatever Pillow raises for data that it cannot read.
     """
     if not isinstance(content, bytes) or content.startswith(_NPY_MAGIC):
         return "numbers"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mode = Image.open(io.BytesIO(content)).mode
-    return "numbers" if mode == "F" else "16-bit" if mode.startswith("I") else "8-bit"
+    image = Image.open(io.BytesIO(content))
+    if _is_cut(image):
+        raise LossyDepthError(
+            "it has more than 8 bits in each channel, of which Pillow keeps 8; save it as `.npy`, (H, W, channels)"
+        )
+    return find_picture_depth(image)
+
+
+def find_picture_depth(image: Image.Image) -> Depth:
+    r"""The depth of a file that Pillow has opened, as far as Pillow keeps it."""
+    # "I" is any integer but in formats that have unsigned ones only, which older versions of Pillow open so.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        return "numbers"
+    return "16-bit" if image.mode.startswith("I") else "8-bit"
 
 
 def decode_array(item: Any, *, channels: int) -> np.ndarray:
     r"""
-    Reads an image without losing precision.
+    Reads an image without losing precision. EXIF rotation is applied.
 
     Args:
         item: The bytes of an image file (Pillow's, or `.npy`, never a pickle), or nested lists or an array.
@@ -56,9 +85,11 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
     if isinstance(item, bytes) and item.startswith(_NPY_MAGIC):
         array = np.load(io.BytesIO(item), allow_pickle=False)
     elif isinstance(item, bytes):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            array = np.asarray(Image.open(io.BytesIO(item)))
+        image = Image.open(io.BytesIO(item))
+        is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
+        image.load()
+        array = np.asarray(ImageOps.exif_transpose(image))
+        array = array.view(np.uint32) if is_unsigned else array
     else:
         array = np.asarray(item)
     if array.dtype.kind not in "uif":
@@ -102,34 +133,6 @@ def resize_and_crop_array(
     return image[0, :, top : top + resolution, left : left + resolution].permute(1, 2, 0).numpy()
 
 
-def load_array_folder(folder: Path) -> dict[str, datasets.Dataset] | None:
-    r"""
-    A folder of `.npy` files, laid out as `imagefolder` has it: sub-folders are classes; `train`, `validation` and `test` at
-    the top are splits. None if the folder holds none.
-    """
-    paths = sorted(folder.rglob("*.npy"))
-    if not paths:
-        return None
-    by_split: dict[str, list[Path]] = {}
-    for path in paths:
-        parts = path.relative_to(folder).parts
-        split = parts[0] if len(parts) > 1 and parts[0] in ("train", "validation", "val", "test") else "train"
-        by_split.setdefault(split, []).append(path)
-    roots = {split: folder / split if split != "train" or (folder / "train").is_dir() else folder for split in by_split}
-    names = {path: "/".join(path.relative_to(roots[split]).parts[:-1]) for split, ps in by_split.items() for path in ps}
-    classes = sorted(set(names.values()) - {""})
-    features = {"image": datasets.Image(decode=False)}
-    if classes and "" not in names.values():
-        features["label"] = datasets.ClassLabel(names=classes)
-    result = {}
-    for split, split_paths in by_split.items():
-        columns = {"image": [{"bytes": None, "path": str(path)} for path in split_paths]}
-        if "label" in features:
-            columns["label"] = [classes.index(names[path]) for path in split_paths]
-        result[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return result
-
-
 def save_value_range(value_range: list[float], folder: Path) -> None:
     r"""Writes the range of the original values beside an autoencoder, unless they are ordinary 8-bit ones (empty)."""
     if value_range:
@@ -161,6 +164,17 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
                 f"{path} is damaged ({error}). Pass `--value_range LOW HIGH` and remove the file."
             ) from None
     return None
+
+
+def _is_cut(image: Image.Image) -> bool:
+    """Whether Pillow keeps 8 of a channel's bits. The mode is that of 8-bit pictures then; the file's header tells."""
+    if image.mode.startswith("I") or image.mode == "F" or not image.tile:
+        return False
+    codec, _, _, arguments = image.tile[0]
+    if codec.startswith("ppm") and isinstance(arguments, tuple):
+        return arguments[1] > 255  # the highest value
+    tiff_bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (8,))
+    return max(tiff_bits) > 8 or re.search(";16[BLN]", str(arguments)) is not None  # "RGB;16B"; "BGR;16" is 5 + 6 + 5
 
 
 def _find_file(name_or_path: str, name: str) -> Path | None:

@@ -43,6 +43,10 @@ def label_names(train, validation, column: str | None) -> tuple[dict[int, str] |
     feature = train.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names)), None
+    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
+        raise UserError(
+            f"`--label_column` {column!r} holds {feature}, not one class for each image; `none`: no labels."
+        )
     values = set(train[column]) | (set(validation[column]) if column in validation.features else set())
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         if max(values) >= max(10_000, 100 * len(values)):

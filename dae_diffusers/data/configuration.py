@@ -30,7 +30,9 @@ class DataConfig:
         None, "with `--streaming`: number of classes, if the label column holds integers without names"
     )
     max_train_samples: int | None = field(None, "use only N of the training images, a fixed random choice")
-    max_validation_samples: int = field(1000, "validate on at most this many images, a fixed random choice")
+    max_validation_samples: int = field(
+        1000, "validate on at most this many images, a fixed random choice; of a stream the first"
+    )
     resolution: int = field(32, "height and width of the training images, in pixels")
     image_channels: int = field(3, "3: RGB; 1: grayscale; any other number: arrays with that many channels")
     value_range: list[float] = field(

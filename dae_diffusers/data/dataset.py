@@ -17,10 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.data.arrays import Depth
+from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.images import ImageReader, depth_of, read_content
+from dae_diffusers.data.images import ImageReader, find_first_depth, read_content
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class ImageDataset(BatchDataset):
 
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
-        depth (`str` or `None`): Of the first image, if not given; the others must fit it.
+        depth (`str` or `None`): Of the first image (with `--on_bad_image skip`, the first that is not damaged), if not
+            given; the others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
     """
 
@@ -60,7 +61,7 @@ class ImageDataset(BatchDataset):
         self.labels = labels
         self.id2label = id2label
         self._given_depth = depth
-        self.depth = depth or depth_of(self.rows[0][image_column])
+        self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config)
         self._reader = ImageReader(config, self.depth)
         self.is_array = self._reader.is_array
         num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
@@ -103,6 +104,7 @@ class ImageDataset(BatchDataset):
             batch["class_labels"] = torch.tensor([self.labels[index] for index in indices])
         return batch
 
+    @without_warnings()
     def _batch(self, indices: Sequence[int], draws: Sequence[int | None]) -> np.ndarray:
         """Cropped but not flipped pixels `(B, resolution, resolution, C)`, a copy."""
         if self._memory is None:
@@ -118,12 +120,13 @@ class ImageDataset(BatchDataset):
         item = self.rows[index][self.image_column]
         return (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
 
+    @without_warnings()  # around the pool
     def without_bad_images(self) -> "ImageDataset":
         r"""
         Reads every image once and leaves those out that cannot be decoded. Each is logged by name.
 
         Raises:
-            UserError: When more than `max_bad_image_share` of the images are bad.
+            UserError: When more than `max_bad_image_share` of the images are bad, or all.
         """
 
         def problem(index: int) -> str | None:
@@ -147,6 +150,8 @@ class ImageDataset(BatchDataset):
                 f"{len(self) - len(good)} of {len(self)} images are bad, more than `--max_bad_image_share` "
                 f"{self.config.max_bad_image_share} allows; the first: {next(filter(None, problems))}"
             )
+        if not good:
+            raise UserError(f"all {len(self)} images are bad; the first: {problems[0]}")
         return self._select(good, self._given_depth)  # the first may have been bad
 
     def choose(self, limit: int) -> "ImageDataset":
@@ -165,16 +170,21 @@ class ImageDataset(BatchDataset):
             depth=depth,
         )
 
+    @without_warnings()
     def measure_range(self) -> list[float]:
         r"""
-        Lowest and highest value of all images. That of 8-bit and 16-bit pictures is known without: see `RANGES`.
+        Lowest and highest value of all images: of the centre crops, or of the whole images if crops are at random. That
+        of 8-bit and 16-bit pictures is known without: see `RANGES`.
 
         Raises:
             UserError: If all values are the same.
         """
         low, high = math.inf, -math.inf
         for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
-            pixels = self._batch([index], [None])
+            if self.config.crops_at_random:  # scaling leaves no image's range
+                pixels = self._reader.decode(self.rows[index][self.image_column], lambda i=index: self.name_of(i))
+            else:
+                pixels = self._batch([index], [None])
             low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
         if not low < high:
             raise UserError(f"all values of the training images are {low}: there is nothing to learn.")

@@ -2,8 +2,7 @@
 
 import io
 import logging
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import fsspec
@@ -12,7 +11,16 @@ import torch
 from PIL import Image, ImageOps
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.data.arrays import RANGES, Depth, decode_array, find_depth, resize_and_crop_array
+from dae_diffusers.data.arrays import (
+    RANGES,
+    Depth,
+    LossyDepthError,
+    decode_array,
+    find_depth,
+    find_picture_depth,
+    resize_and_crop_array,
+    without_warnings,
+)
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -51,16 +59,7 @@ class ImageReader:
         Raises:
             UserError: If it cannot be decoded or is too small.
         """
-        try:
-            decode = self._decode_array if self.is_array else decode_image
-            image = decode(read_content(item), channels=self.config.image_channels)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
-            raise UserError(
-                f"the image {name()} cannot be decoded ({' '.join(str(error).split())}). "
-                "Remove or replace it, or pass `--on_bad_image skip`."
-            ) from None
+        image = self.decode(item, name)
         random = np.random.default_rng(draw) if draw is not None and self.config.crops_at_random else None
         width, height = image.shape[1::-1] if self.is_array else image.size
         self._check_size(width, height, name)
@@ -73,6 +72,19 @@ class ImageReader:
         resize = resize_and_crop_array if self.is_array else resize_and_crop
         pixels = np.asarray(resize(image, self.config.resolution, random=random))
         return pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
+
+    def decode(self, item: Any, name: Callable[[], str]) -> np.ndarray | Image.Image:
+        r"""The whole image, `(H, W, C)` float32 if it is an array; as [`read`] otherwise."""
+        try:
+            decode = self._decode_array if self.is_array else decode_image
+            return decode(read_content(item), channels=self.config.image_channels)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
+            raise UserError(
+                f"the image {name()} cannot be decoded ({' '.join(str(error).split())}). "
+                "Remove or replace it, or pass `--on_bad_image skip`."
+            ) from None
 
     def to_pixel_values(self, pixels: np.ndarray, draws: Sequence[int | None]) -> torch.Tensor:
         r"""
@@ -95,12 +107,13 @@ class ImageReader:
     def _decode_array(self, content: Any, *, channels: int) -> np.ndarray:
         """In the values of the first image: white is 65535 in an 8-bit picture too, if it is in the others."""
         depth, has_full_range = find_depth(content), list(self.config.value_range) == RANGES["16-bit"]
-        if depth == "8-bit" and has_full_range and channels in (1, 3):
-            image = np.asarray(decode_image(content, channels=channels), dtype=np.float32) * 257
-            return image.reshape(*image.shape[:2], channels)
-        if self.depth not in (None, depth) and not (depth == "16-bit" and has_full_range):
+        is_picture = depth == "8-bit" and channels in (1, 3)
+        if self.depth not in (None, depth) and not (has_full_range and (is_picture or depth == "16-bit")):
             raise ValueError(f"it holds {depth} pixels, unlike the first image, which holds {self.depth} ones")
-        return decode_array(content, channels=channels)
+        if not is_picture:
+            return decode_array(content, channels=channels)
+        image = np.asarray(decode_image(content, channels=channels), dtype=np.float32)
+        return image.reshape(*image.shape[:2], channels) * (257 if has_full_range else 1)
 
     def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
         if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
@@ -127,18 +140,18 @@ def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
     Decodes an image file to 8-bit RGB (`channels=3`) or grayscale (`channels=1`).
 
     EXIF rotation is applied; an animation gives its first frame; transparency is laid over white; CMYK, palette and
-    other modes are converted by Pillow. Files of 16 bits or floats go through `dae_diffusers.data.arrays` instead.
+    other modes are converted by Pillow, 16 bits to 8. Data sets of 16-bit or float files go through
+    `dae_diffusers.data.arrays` instead.
 
     Raises:
-        Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float images.
+        Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float, signed and 32-bit
+            images.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF and palettes; bombs still raise
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("it has float pixels, unlike the first image")
+    image = Image.open(io.BytesIO(data))
+    if find_picture_depth(image) == "numbers":
+        raise ValueError("it has float, signed or 32-bit pixels, unlike the first image")
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -177,12 +190,25 @@ def random_square(width: int, height: int, min_area: float, random: np.random.Ge
     return int(random.integers(width - side + 1)), int(random.integers(height - side + 1)), side
 
 
-def depth_of(item: Any) -> Depth | None:
-    r"""[`~dae_diffusers.data.arrays.find_depth`] of a row's image; None if it is damaged: reading it for real says so."""
-    try:
-        return find_depth(read_content(item))
-    except Exception:
-        return None
+@without_warnings()
+def find_first_depth(items: Iterable[Any], config: DataConfig) -> Depth | None:
+    r"""
+    [`~dae_diffusers.data.arrays.find_depth`] of the first row's image, or with `--on_bad_image skip` of the first that
+    is not damaged; None if there is none: reading it for real says so.
+
+    Raises:
+        UserError: If it has more than 8 bits in each of several channels, of which 8 would be left.
+    """
+    for index, item in enumerate(items):
+        try:
+            return find_depth(read_content(item))
+        except LossyDepthError as error:
+            name = (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
+            raise UserError(f"the image {name} cannot be read as it is: {error}.") from None
+        except Exception:
+            if config.on_bad_image == "raise":
+                return None
+    return None
 
 
 def read_content(item: Any) -> Any:
@@ -192,6 +218,8 @@ def read_content(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     data = item["bytes"]
+    if data is None and not item["path"]:
+        raise ValueError("the row is empty")
     if data is None:
         with fsspec.open(item["path"], "rb") if "://" in item["path"] else open(item["path"], "rb") as file:
             data = file.read()

@@ -9,11 +9,12 @@ import datasets
 import numpy as np
 
 from dae_diffusers.cli import UserError, did_you_mean
-from dae_diffusers.data.arrays import RANGES, load_array_folder
+from dae_diffusers.data.arrays import RANGES
 from dae_diffusers.data.columns import find_image_column, find_label_column, label_ids, label_names
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
-from dae_diffusers.data.images import ImageReader, depth_of
+from dae_diffusers.data.folders import load_folder
+from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.randomness import derived_seed
 
@@ -98,7 +99,7 @@ def _streamed(
     for row in first:
         digest.update(content_hash(row[image_column]) + str(row.get(label_column)).encode())
 
-    depth = depth_of(first[0][image_column])
+    depth = find_first_depth((row[image_column] for row in first), config)
     if ImageReader(config, depth).is_array and not config.value_range:
         if depth not in RANGES:
             raise UserError(
@@ -186,35 +187,13 @@ def _validation_split(config: DataConfig, splits: dict) -> str | None:
     return next((name for name in ("validation", "val", "test") if name in splits and name != config.train_split), None)
 
 
-def _without_split_labels(splits: datasets.DatasetDict, folder: Path) -> datasets.DatasetDict:
-    """Where the splits' folders hold images and no classes, `datasets` takes them for classes, if for some images only."""
-    feature = next(iter(splits.values())).features.get("label")
-    if not isinstance(feature, datasets.ClassLabel) or len(splits) < 2:
-        return splits
-    if not all((folder / name).is_dir() for name in feature.names):
-        return splits
-    labels = [set(rows["label"]) for rows in splits.values()]
-    if {None} not in labels or any(len(values) > 1 for values in labels):
-        return splits
-    return splits.remove_columns("label")
-
-
 def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     try:
         if config.train_data_dir is not None:
             folder = Path(config.train_data_dir)
             if not folder.is_dir():
                 raise UserError(f"`--train_data_dir` {folder} is not a folder.")
-            if any(folder.rglob("*.tar")):
-                return datasets.load_dataset("webdataset", data_dir=str(folder), streaming=config.streaming)
-            if config.streaming:
-                raise UserError(
-                    f"`--train_data_dir` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
-                    "is: leave `--streaming` out. Parquet files: `--dataset_name FOLDER`."
-                )
-            return load_array_folder(folder) or _without_split_labels(
-                datasets.load_dataset("imagefolder", data_dir=str(folder)), folder
-            )
+            return load_folder(folder, streaming=config.streaming, with_labels=config.label_column != "none")
         if config.dataset_name in EMBEDDED:
             folder = files("dae_diffusers") / "assets"
             names = {split: str(folder / f"{config.dataset_name}_{split}.parquet") for split in ("train", "test")}

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dae_diffusers.cli import UserError
-from dae_diffusers.data.arrays import Depth
+from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, read_content
@@ -90,6 +90,7 @@ class StreamedImages(BatchDataset):
         self.is_array = self._reader.is_array
         self._num_read = self._num_bad = 0
 
+    @without_warnings()
     def __getitems__(self, rows: list[StreamedRow]) -> dict[str, torch.Tensor]:
         images = [self._read(row) for row in rows]
         good = [index for index, pixels in enumerate(images) if pixels is not None]
@@ -303,10 +304,12 @@ class _Place:
 
 
 def fetch(item: Any) -> Any:
-    r"""An image that lies elsewhere, with its bytes; others as they are."""
-    if isinstance(item, dict) and item.get("bytes") is None and "://" in (item.get("path") or ""):
-        return {**item, "bytes": read_content(item)}
-    return item
+    r"""An image that lies elsewhere, with its bytes; None for an empty row; others as they are."""
+    if not isinstance(item, dict) or item.get("bytes") is not None:
+        return item
+    if not item.get("path"):
+        return None
+    return {**item, "bytes": read_content(item)} if "://" in item["path"] else item
 
 
 def content_hash(item: Any) -> bytes:
