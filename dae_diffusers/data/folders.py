@@ -76,7 +76,7 @@ def _survey(folder: Path) -> tuple[list[PurePosixPath], ...]:
                 folders.remove(name)
             visited.add(target)
         inside = PurePosixPath(Path(root).relative_to(folder).as_posix())
-        for name in sorted(names):
+        for name in names:
             suffix = PurePosixPath(name).suffix.lower()
             if name in _METADATA:
                 kind = metadata
@@ -90,7 +90,7 @@ def _survey(folder: Path) -> tuple[list[PurePosixPath], ...]:
                 continue
             if not name.startswith(".") and not _is_special(os.path.join(root, name)):
                 kind.append(inside / name)
-    return found
+    return tuple(sorted(kind, key=str) for kind in found)  # as `datasets` has them
 
 
 def _is_special(path: str) -> bool:
@@ -142,7 +142,7 @@ def _load_files(folder: Path, files: list[PurePosixPath], with_labels: bool) -> 
     features = datasets.Features({"image": datasets.Image(decode=False)})
     splits = {}
     for split, of_split in paths.items():
-        column = [{"bytes": None, "path": str(folder / path)} for path in of_split]
+        column = [{"bytes": None, "path": str(folder.absolute() / path)} for path in of_split]
         splits[split] = datasets.Dataset.from_dict({"image": column}, features=features)
     return _with_classes(splits, paths, bool(split_folders), folder) if with_labels else splits
 
@@ -166,10 +166,10 @@ def _with_classes(
     classes = sorted({name for of_split in names.values() for name in of_split} - {""})
     if len(classes) < 2 or not any(names["train"]):
         return splits
-    labelled = {}
+    ids, labelled = {name: number for number, name in enumerate(classes)}, {}
     for split, of_split in names.items():
         if "" not in of_split:
-            column = [classes.index(name) for name in of_split]
+            column = [ids[name] for name in of_split]
             labelled[split] = splits[split].add_column("label", column, feature=datasets.ClassLabel(names=classes))
         elif split != "train" and not any(of_split):
             logger.warning("the split %r of %s has no class folders and is left out", split, folder)
