@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 from scripts import TINY_DAE, TINY_DIT, run
+from test_data import encoded
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.cli import ConfigError, UserError
@@ -262,12 +263,6 @@ def parquet_of(folder, *items):
         rows = datasets.Dataset.from_dict({"image": [{"bytes": item, "path": None} for item in part]})
         rows.cast_column("image", datasets.Image(decode=False)).to_parquet(folder / f"{split}.parquet")
     return {"dataset_name": str(folder), "resolution": 8, "image_channels": 1, "max_bad_image_share": 1.0}
-
-
-def encoded(image, format="png", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def npy_of(array) -> bytes:

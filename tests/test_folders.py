@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from test_data import encoded
 
 from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images
@@ -34,6 +35,16 @@ def make_folder(tmp_path):
     return make
 
 
+def write_shard(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(size):
+            data = encoded(Image.new("RGB", (4, 4), (number, 0, 0)))
+            member = tarfile.TarInfo(f"{path.stem}{number}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -52,6 +63,8 @@ def make_folder(tmp_path):
         (["train/a/1.npy", "train/b/2.npy", "test/b/3.npy"], {"train": ["a", "b"], "test": ["b"]}),
         ([".cache/1.png", "a/1.png", "b/1.png", "__MACOSX/1.png"], {"train": ["a", "b"]}),
         (["test/1.png", "dev/2.png"], {"train": ["dev", "test"]}),
+        (["data/train/a/1.png", "data/train/b/2.png", "data/test/b/3.png"], {"train": ["a", "b"], "test": ["b"]}),
+        (["all/images/a/1.png", "all/images/b/2.png"], {"train": ["a", "b"]}),
     ],
 )
 def test_layout_says_splits_and_classes(make_folder, names, expected):
@@ -101,15 +114,24 @@ def test_without_labels_images_may_lie_anywhere(make_folder):
 def test_shards_may_have_other_files_beside_them(make_folder, streaming):
     folder = make_folder("00000.parquet", "00000_stats.json", "00000.idx")
     for shard in range(2):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(4):
-                data = io.BytesIO()
-                Image.new("RGB", (4, 4), (number, shard, 0)).save(data, "PNG")
-                member = tarfile.TarInfo(f"{shard}{number}.png")
-                member.size = len(data.getvalue())
-                tar.addfile(member, io.BytesIO(data.getvalue()))
+        write_shard(folder / f"{shard:05d}.tar", 4)
     splits = load_folder(folder, streaming=streaming)
     assert list(splits) == ["train"] and len(list(splits["train"])) == 8
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-0.tar", "train-1.tar", "val-0.tar"),
+        ("birds-train-0.tar", "birds-train-1.tar", "birds-validation-0.tar"),
+        ("data/train/0.tar", "data/train/1.tar", "data/valid/0.tar"),
+    ],
+)
+def test_shards_say_their_split(tmp_path, names):
+    for name in names:
+        write_shard(tmp_path / name, 1)
+    splits = load_folder(tmp_path)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2, "validation": 1}
 
 
 def test_pictures_come_before_the_archive_that_they_came_in(make_folder):

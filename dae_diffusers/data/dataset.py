@@ -20,7 +20,7 @@ from dae_diffusers.cli import UserError
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.images import ImageReader, find_first_depth, read_content
+from dae_diffusers.data.images import ImageReader, find_first_depth, name_of_row, read_content
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ class ImageDataset(BatchDataset):
 
     def name_of(self, index: int) -> str:
         r"""The image's file name, where it has one, else its row."""
-        item = self.rows[index][self.image_column]
-        return (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
+        return name_of_row(self.rows[index][self.image_column], index)
 
     @without_warnings()  # around the pool
     def without_bad_images(self) -> "ImageDataset":

@@ -14,7 +14,7 @@ from dae_diffusers.cli import UserError
 
 logger = logging.getLogger(__name__)
 
-# Names of folders and beginnings of shards' names to splits.
+# Names of folders, and words in the names of shards, to splits.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -29,7 +29,8 @@ Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
 def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = True) -> Splits:
     r"""
     Loads the images of a folder. What lies in the folders `train`, `validation` and `test` at its top are splits, if those
-    are its only folders with images and `train` is among them; folders below are classes, whatever they are called.
+    are its only folders with images and `train` is among them; folders below are classes, whatever they are called. Folders
+    that all images lie in say nothing.
 
     Args:
         folder (`Path`): With pictures, with `.npy` arrays, or with `.tar` shards.
@@ -41,7 +42,7 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
     """
     pictures, arrays, shards, metadata = _survey(folder)
     if shards and (streaming or not pictures + arrays):
-        return _load_shards(folder, shards, streaming)
+        return _load_shards(*_inside(folder, shards), streaming)
     if streaming:
         raise UserError(
             f"`--train_data_dir` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
@@ -53,11 +54,11 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
             "Put one kind elsewhere."
         )
     if arrays:
-        return _load_files(folder, arrays, with_labels)
+        return _load_files(*_inside(folder, arrays), with_labels)
     if metadata:
-        return _load_described(folder, pictures)
+        return _load_described(*_inside(folder, pictures + metadata))
     if pictures:
-        return _load_files(folder, pictures, with_labels)
+        return _load_files(*_inside(folder, pictures), with_labels)
     return datasets.load_dataset("imagefolder", data_dir=str(folder))  # archives; or nothing, which it says
 
 
@@ -101,6 +102,12 @@ def _is_special(path: str) -> bool:
         return False
 
 
+def _inside(folder: Path, files: list[PurePosixPath]) -> tuple[Path, list[PurePosixPath]]:
+    """Without the folders that all files share, such as `data/`: what says something lies below."""
+    shared = PurePosixPath(os.path.commonpath([path.parent for path in files]))
+    return folder / shared, [path.relative_to(shared) for path in files]
+
+
 def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
     """The folders at the top that are splits, and which; none unless all with images are, and one is for training."""
     tops = sorted({path.parts[0] if len(path.parts) > 1 else "" for path in paths})
@@ -120,13 +127,13 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
 
 
 def _load_shards(folder: Path, shards: list[PurePosixPath], streaming: bool) -> Splits:
-    """Shards name their split by their folder, or as in `train-0001.tar`."""
+    """Shards name their split by their folder, or by one word as in `birds-train-0001.tar`."""
     of_folder = _split_folders(shards, folder)
-    beginnings = [re.match("[a-z]*", path.name.lower()).group() for path in shards]
-    splits = [
-        of_folder.get(path.parts[0]) or SPLITS.get(name, "") for path, name in zip(shards, beginnings, strict=True)
-    ]
-    if not all(splits) or "train" not in splits:
+    splits = []
+    for path in shards:
+        words = {SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS}
+        splits.append(of_folder.get(path.parts[0]) or (words.pop() if len(words) == 1 else None))
+    if None in splits or "train" not in splits:
         splits = ["train"] * len(shards)
     data_files: dict[str, list[str]] = {}
     for split, path in zip(splits, shards, strict=True):
@@ -147,10 +154,10 @@ def _load_files(folder: Path, files: list[PurePosixPath], with_labels: bool) -> 
     return _with_classes(splits, paths, bool(split_folders), folder) if with_labels else splits
 
 
-def _load_described(folder: Path, pictures: list[PurePosixPath]) -> Splits:
+def _load_described(folder: Path, files: list[PurePosixPath]) -> Splits:
     """Pictures with tables that say what belongs to each (`metadata.csv` or `.jsonl`)."""
     data_files: dict[str, list[str]] = {}
-    for top, split in _split_folders(pictures, folder).items() or [("", "train")]:
+    for top, split in _split_folders(files, folder).items() or [("", "train")]:
         data_files.setdefault(split, []).append(f"{glob.escape(str((folder / top).resolve()))}/**")
     return datasets.load_dataset("imagefolder", data_files=data_files)
 

@@ -203,12 +203,16 @@ def find_first_depth(items: Iterable[Any], config: DataConfig) -> Depth | None:
         try:
             return find_depth(read_content(item))
         except LossyDepthError as error:
-            name = (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
-            raise UserError(f"the image {name} cannot be read as it is: {error}.") from None
+            raise UserError(f"the image {name_of_row(item, index)} cannot be read as it is: {error}.") from None
         except Exception:
             if config.on_bad_image == "raise":
                 return None
     return None
+
+
+def name_of_row(item: Any, index: int) -> str:
+    r"""The image's file name, where it has one, else its row."""
+    return (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
 
 
 def read_content(item: Any) -> Any:
