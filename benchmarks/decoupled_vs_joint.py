@@ -63,8 +63,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.complexity import (
     MAX_EVAL_IMAGES,
     MAX_TRAIN_IMAGES,

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from dae_diffusers.cli import UserError, storage_problem
+from dae_diffusers.cli import storage_problem
+from dae_diffusers.errors import UserError
 from dae_diffusers.files import sha256_of
 
 logger = logging.getLogger(__name__)

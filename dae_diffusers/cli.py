@@ -18,24 +18,14 @@ import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from dae_diffusers.errors import ConfigError, UserError
+
 Config = TypeVar("Config")
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend. Scripts print it as one line and exit with 1, or 2 for a wrong argument."""
-
-    exit_code = 1
-
-
-class ConfigError(UserError):
-    """A wrong argument, or arguments that do not go together."""
-
-    exit_code = 2
 
 
 def field(default: Any, help: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from dae_diffusers.checkpointing import whole_tensor
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dae_diffusers.checkpointing import Checkpointer, take_folder, whole_tensor
-from dae_diffusers.cli import ConfigError, UserError, config_text, field, flags_of
+from dae_diffusers.cli import config_text, field, flags_of
 from dae_diffusers.data import (
     ImageStream,
     StreamedImages,
@@ -48,6 +48,7 @@ from dae_diffusers.data import (
     make_stream_loader,
     make_training_loader,
 )
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.files import write_atomically
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload

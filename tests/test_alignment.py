@@ -11,7 +11,7 @@ from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, log_of, res
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
-from dae_diffusers.cli import ConfigError
+from dae_diffusers.errors import ConfigError
 from dae_diffusers.losses.alignment import (
     LatentAlignment,
     LatentAlignmentSettings,

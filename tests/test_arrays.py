@@ -17,7 +17,6 @@ from scripts import TINY_DAE, TINY_DIT, run
 from test_data import encoded
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, resize_and_crop
 from dae_diffusers.data.arrays import (
     decode_array,
@@ -26,6 +25,7 @@ from dae_diffusers.data.arrays import (
     resize_and_crop_array,
     save_value_range,
 )
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")

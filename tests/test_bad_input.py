@@ -24,8 +24,9 @@ from scripts import BARE_DAE, BARE_DIT, CONFIG_CLASSES, checkpoints, in_child, i
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.checkpointing import Checkpointer, take_folder
-from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 

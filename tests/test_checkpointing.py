@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from dae_diffusers.checkpointing import Checkpointer, StopSignal
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from models import save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import CONFIG_CLASSES, load_benchmark, without_curves
 
-from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.cli import parse_config
+from dae_diffusers.errors import UserError
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 SCRIPTS = {"train_dae": train_dae, "cache_latents": cache_latents, "train_dit": train_dit}

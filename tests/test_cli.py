@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from dae_diffusers.cli import ConfigError, UserError, config_text, field, parse_config, run_script
+from dae_diffusers.cli import config_text, field, parse_config, run_script
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.training.cache_latents import CacheLatentsConfig
 from dae_diffusers.training.train_dae import TrainDAEConfig
 from dae_diffusers.training.train_dit import TrainDiTConfig

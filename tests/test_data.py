@@ -10,7 +10,6 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
 
-from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.data import (
     DataConfig,
     MicrobatchSampler,
@@ -22,6 +21,7 @@ from dae_diffusers.data import (
 )
 from dae_diffusers.data.dataset import encoded_sizes
 from dae_diffusers.data.images import read_content
+from dae_diffusers.errors import ConfigError, UserError
 
 
 def encoded(image: Image.Image, format: str = "png", **options) -> bytes:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scripts import BARE_DIT, TRANSFORMER, assert_goes_on_exactly, assert_same_weights, in_both_processes, start
 from test_launch_configs import arguments_of
 
-from dae_diffusers.cli import ConfigError
+from dae_diffusers.errors import ConfigError
 from dae_diffusers.run import settle_deepspeed
 from dae_diffusers.training import train_dit
 

@@ -24,8 +24,8 @@ from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
-from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics.complexity import _encode
 from dae_diffusers.metrics.distances import (
@@ -432,7 +432,7 @@ def test_latents_of_the_complexity_distance_do_not_depend_on_the_batch_size(pipe
 
 
 def test_complexity_flags_are_checked():
-    from dae_diffusers.cli import ConfigError
+    from dae_diffusers.errors import ConfigError
     from dae_diffusers.training.evaluate import EvaluateConfig
 
     with pytest.raises(ConfigError, match="`--complexity_seeds` is 0"):

@@ -20,7 +20,8 @@ from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes,
 
 from dae_diffusers import checkpointing, data
 from dae_diffusers import run as run_module
-from dae_diffusers.cli import UserError, run_script
+from dae_diffusers.cli import run_script
+from dae_diffusers.errors import UserError
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dae, train_dit
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from test_data import encoded
 
-from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.columns import label_names
 from dae_diffusers.data.folders import load_folder
+from dae_diffusers.errors import UserError
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from scripts import TINY_DAE, TINY_DIT, run
 from test_vqgan_pipeline import make_pipeline
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
-from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.cli import parse_config
+from dae_diffusers.errors import UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import make_card, measurements
 from dae_diffusers.hub.results import read_result

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from models import make_autoencoder
 
-from dae_diffusers.cli import UserError
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint, write_latent_cache
 from dae_diffusers.latents.statistics import (
     LatentStatistics,

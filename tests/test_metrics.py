@@ -33,8 +33,9 @@ from transformers import (
 )
 
 import dae_diffusers.metrics.distances as distances
-from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import (
     density_coverage,
     frechet_distance,

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from models import save_backbone
 from torch.testing import assert_close
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 from dae_diffusers.losses.adversarial import (
     AdversarialSettings,
     AdversarialTraining,

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run, succeed, weights
 
-from dae_diffusers.cli import ConfigError, UserError
 from dae_diffusers.data import DataConfig, ImageStream, load_images, make_pass_loader, make_stream_loader
 from dae_diffusers.data import streaming as streaming_module
 from dae_diffusers.data.streaming import content_hash
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -24,7 +24,8 @@ from scripts import (
 )
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
-from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.cli import parse_config
+from dae_diffusers.errors import UserError
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")

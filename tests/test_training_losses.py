@@ -11,7 +11,7 @@ from models import make_autoencoder, save_backbone
 from safetensors.torch import load_file
 from scripts import TINY_DAE, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
-from dae_diffusers.cli import ConfigError, UserError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.training import train_dae
 from dae_diffusers.training.train_dae import TrainDAEConfig
 

@@ -17,9 +17,10 @@ from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, assert_same_weights, launch,
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
-from dae_diffusers.cli import UserError, parse_config
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import save_value_range
+from dae_diffusers.errors import UserError
 from dae_diffusers.latents.codes import CodeGrids, codes_of
 from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.checkpointing import take_folder
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.cli import field, parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.cache import write_latent_cache
 from dae_diffusers.run import PROCESS_GROUP
 

@@ -33,9 +33,10 @@ from dae_diffusers.autoencoders.loading import (
     load_autoencoder,
 )
 from dae_diffusers.checkpointing import take_folder
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.cli import field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space

@@ -16,7 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.cli import field, parse_config, run_script
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import card, results, upload
 
 logger = logging.getLogger(__name__)

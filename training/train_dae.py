@@ -42,7 +42,7 @@ from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantizatio
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.autoencoders.weak_decoders import check_shallow
 from dae_diffusers.checkpointing import StopSignal
-from dae_diffusers.cli import ConfigError, UserError, parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import (
     DataConfig,
     ImageDataset,
@@ -52,6 +52,7 @@ from dae_diffusers.data import (
     load_images,
 )
 from dae_diffusers.data.arrays import read_value_range, save_value_range
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,

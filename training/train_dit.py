@@ -28,9 +28,10 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.checkpointing import StopSignal
-from dae_diffusers.cli import ConfigError, field, parse_config, run_script
+from dae_diffusers.cli import field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.errors import ConfigError
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint
 from dae_diffusers.latents.statistics import has_latent_statistics, normalize_latents, write_latent_statistics
 from dae_diffusers.losses.alignment import RepresentationAlignment, make_projector

@@ -23,9 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder, spatial_factor
 from dae_diffusers.checkpointing import StopSignal
-from dae_diffusers.cli import ConfigError, UserError, field, parse_config, run_script
+from dae_diffusers.cli import field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.randomness import seed_microbatch

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 _NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"

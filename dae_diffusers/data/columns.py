@@ -2,7 +2,7 @@
 
 import datasets
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 
 def find_image_column(rows: datasets.Dataset | datasets.IterableDataset, name: str | None) -> str:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dae_diffusers.cli import ConfigError, field
+from dae_diffusers.cli import field
+from dae_diffusers.errors import ConfigError
 
 EMBEDDED = {"digits"}
 MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much, as a decompression bomb

@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import torch
 from tqdm.auto import tqdm
 
-from dae_diffusers.cli import UserError
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, find_first_depth, name_of_row, read_content
+from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 

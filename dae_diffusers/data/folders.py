@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from dae_diffusers.cli import UserError
 from dae_diffusers.data.arrays import (
     RANGES,
     Depth,
@@ -22,6 +21,7 @@ from dae_diffusers.data.arrays import (
     without_warnings,
 )
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
+from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 

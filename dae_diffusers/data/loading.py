@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from dae_diffusers.cli import UserError, did_you_mean
+from dae_diffusers.cli import did_you_mean
 from dae_diffusers.data.arrays import RANGES
 from dae_diffusers.data.columns import find_image_column, find_label_column, label_ids, label_names
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
@@ -16,6 +16,7 @@ from dae_diffusers.data.dataset import ImageDataset, choose_indices
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
+from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)

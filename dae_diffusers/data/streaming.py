@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from dae_diffusers.cli import UserError
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, read_content
+from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 PIPELINE_INDEX = "model_index.json"
 

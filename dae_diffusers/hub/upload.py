@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 from dae_diffusers.hub.card import repository_files, without_origin
 from dae_diffusers.hub.results import read_result
 

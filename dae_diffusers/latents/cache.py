@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
-from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.errors import UserError
 from dae_diffusers.files import add_weights, save_tensors_atomically, sha256_of, write_atomically
 
 _MANIFEST = "manifest.json"

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite
-from dae_diffusers.cli import UserError
 from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.errors import UserError
 from dae_diffusers.files import save_tensors_atomically
 from dae_diffusers.latents.cache import CacheIdentity, autoencoder_fingerprint, image_identity
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage

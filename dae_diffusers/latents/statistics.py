@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import encode_moments, num_latent_channels
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 from dae_diffusers.losses.resizing import resize
 from dae_diffusers.metrics.features import load_vision_model
 

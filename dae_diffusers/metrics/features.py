@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 
 
 class FeatureExtractor(torch.nn.Module):

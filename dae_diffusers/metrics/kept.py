@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 from dae_diffusers.files import add_weights, save_tensors_atomically, write_atomically
 
 # Of what is kept: raised when a measurement changes, so that results of an older version are not taken for those of this one.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 
 from dae_diffusers.autoencoders.loading import check_finite, spatial_factor
-from dae_diffusers.cli import UserError
+from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_hash
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.randomness import derived_seed
