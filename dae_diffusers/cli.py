@@ -1,24 +1,26 @@
-"""From the command line and a YAML file to one validated dataclass; from a user's mistake to one line and an exit code."""
+"""From the command line and a YAML file to validated settings; from a user's mistake to one line and an exit code."""
 
 import dataclasses
 import difflib
 import errno
-import math
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.settings import compose, fields_of, flat
 
 Config = TypeVar("Config")
 
@@ -28,20 +30,13 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ou
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
-def field(default: Any, help: str) -> Any:
-    r"""A dataclass field with a default and the text that `--help` shows."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 def parse_config(config_class: type[Config], argv: list[str] | None = None, *, description: str = "") -> Config:
     r"""
-    Builds a script's config from its flags, on top of the YAML file that `--config` names, on top of the defaults.
+    Builds a script's settings from its flags, on top of the YAML file that `--config` names, on top of the defaults.
 
     Args:
-        config_class (`type`): A dataclass. Fields that it inherits are shown by `--help` under the docstring of the
-            class that defines them.
+        config_class (`type`): A class made by [`~dae_diffusers.settings.settings`], composed or not. `--help` shows each
+            part under the first line of its docstring.
         argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
         description (`str`, *optional*): Shown by `--help`.
 
@@ -49,45 +44,22 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, *, d
         An instance of `config_class`.
 
     Raises:
-        SystemExit: With code 2 and one line on stderr for anything wrong; with code 0 for `--help`.
+        SystemExit: With code 2 and one line on stderr for anything wrong; with code 0 for `--help` and `--help_all`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(config_class, description=description)
+    parser = _Parser(config_class, description=description, help_all="--help_all" in argv)
     try:
         path, argv = _take_config_flag(argv)
-        (config,) = parser.parse_args_into_dataclasses(
-            [*(_yaml_to_argv(path, config_class) if path else []), *argv], look_for_args_file=False
-        )
-        _check_finite(config)
+        values = parser.parse([*(_yaml_to_argv(path, config_class) if path else []), *argv])
+        return compose(config_class, **values)
     except ValueError as error:
         parser.error(str(error))
-    return config
 
 
-def config_text(config: Any) -> str:
-    r"""A dataclass as the YAML that `--config` reads."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def flags_of(config: Any) -> list[str]:
-    r"""The flags that make this config out of the defaults, without those of the folder, publishing and resuming."""
-    argv = []
-    for config_field in dataclasses.fields(config):
-        name, value = config_field.name, getattr(config, config_field.name)
-        default = config_field.default
-        if config_field.default_factory is not dataclasses.MISSING:
-            default = config_field.default_factory()
-        if value == default or name in ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint"):
-            continue
-        if name.startswith("hub_"):
-            continue
-        if isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        else:
-            argv += [f"--{name}", Path(value).name if isinstance(value, str) and os.path.isabs(value) else str(value)]
-    return argv
+def with_dashes(message: str, flags: Iterable[str]) -> str:
+    r"""A message of the library in a script's terms: "`resolution` is 0" becomes "`--resolution` is 0" for its flags."""
+    names = set(flags)
+    return re.sub(r"`(\w+)(?=[ =`])", lambda match: f"`--{match[1]}" if match[1] in names else match[0], message)
 
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
@@ -106,7 +78,7 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         message = _message_of(error)
         if message is None:
             raise
-        message = " ".join(message.splitlines())  # a file's name may hold line breaks
+        message = with_dashes(" ".join(message.splitlines()), flat(config))  # a file's name may hold line breaks
         rank = os.environ.get("RANK", "0")
         # `tqdm.write` keeps the line apart from a progress bar.
         tqdm.write(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
@@ -165,69 +137,84 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    pass
+    def __init__(self, prog: str):
+        width = min(110, max(80, shutil.get_terminal_size().columns))
+        super().__init__(prog, max_help_position=30, width=width)
+
+    def _get_help_string(self, action):
+        says_all = action.default in (None, SUPPRESS) or (action.option_strings or [""])[0].startswith("--no_")
+        return action.help if says_all else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
-    """`HfArgumentParser` with groups, no second spelling of a flag, and errors of one line."""
+    """`HfArgumentParser` with a group for each part, a short and a full help, and errors of one line."""
 
-    def __init__(self, config_class: type, description: str):
-        self._groups: dict[type, Any] = {}
+    def __init__(self, config_class: type, description: str, help_all: bool):
         super().__init__(
             None,
-            usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
+            usage="%(prog)s [--config NAME or FILE.yaml] [--flag value ...]",
             description=textwrap.dedent(description).strip(),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         # argparse's own takes -1e-3 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
-        self.add_argument("--config", metavar="FILE.yaml", help="a YAML file with any of the flags below; flags win")
-        owners = _field_owners(config_class)
-        self.dataclass_types = [config_class]
-        types = {}
-        for cls in reversed(config_class.__mro__):
-            types.update(getattr(cls, "__annotations__", {}))
-        for config_field in dataclasses.fields(config_class):
-            config_field.type = types[config_field.name]
-            owner = owners[config_field.name]
-            if owner not in self._groups:
-                self._groups[owner] = self.add_argument_group((owner.__doc__ or owner.__name__).strip().rstrip("."))
-            self._parse_dataclass_field(self._groups[owner], config_field)
+        self.add_argument(
+            "--config", metavar="FILE.yaml", help="a YAML file with any of the flags, or a packaged recipe; flags win"
+        )
+        self.add_argument("--help_all", action="help", help="show every flag")
+        self._config_class = config_class
+        groups, advanced = {}, set()
+        for owner, config_field, default in fields_of(config_class):
+            if owner not in groups:
+                groups[owner] = self.add_argument_group((owner.__doc__ or owner.__name__).strip().rstrip("."))
+            self._parse_dataclass_field(groups[owner], _with_type(owner, config_field, default))
+            if config_field.metadata.get("advanced"):
+                advanced.add(config_field.name)
         for action in self._actions:
-            action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
+            if action.dest != "help":
+                action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
             if action.option_strings and action.option_strings[0].startswith("--no_"):
                 action.help = f"switch `--{action.dest}` off"
+            if action.required:
+                action.help, action.default = f"{action.help} (required)", SUPPRESS
+            if action.dest in advanced and not help_all:
+                action.help = SUPPRESS
 
-    def parse_args_into_dataclasses(self, args=None, **kwargs):
-        namespace, unknown = self.parse_known_args(args)
+    def parse(self, argv: list[str]) -> dict[str, Any]:
+        """The value of every setting, by name."""
+        namespace, unknown = self.parse_known_args(argv)
         if unknown:
-            known = [action.dest for action in self._actions]
             name = unknown[0].removeprefix("--").split("=")[0]
             if unknown[0].startswith("--"):
-                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(name, known)} See --help.")
+                known = [flag for action in self._actions for flag in action.option_strings]
+                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(f'--{name}', known)} See --help_all.")
             raise ConfigError(f"unexpected argument {unknown[0]!r}; every value follows its flag. See --help.")
-        values = {key: value for key, value in vars(namespace).items() if key != "config"}
-        return (self.dataclass_types[0](**values),)
+        return {name: _expand_home(value) for name, value in vars(namespace).items() if name != "config"}
 
     def error(self, message: str):
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        flags = [each.name for _, each, _ in fields_of(self._config_class)]
+        text = " ".join(with_dashes(message, flags).splitlines())
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(ConfigError.exit_code)
 
 
-def _check_finite(config: Any) -> None:
-    for name, value in vars(config).items():
-        numbers = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-            raise ConfigError(f"`--{name}` is {value}, but must be finite.")
+def _with_type(owner: type, config_field: dataclasses.Field, default: Any) -> dataclasses.Field:
+    """A field as `HfArgumentParser` reads it: with its type instead of the type's name, and with its default here."""
+    is_list = isinstance(default, list)
+    copy = dataclasses.field(
+        default=dataclasses.MISSING if is_list else default,
+        default_factory=(lambda: list(default)) if is_list else dataclasses.MISSING,
+        metadata={"help": config_field.metadata.get("help", "")},
+    )
+    copy.name, copy.type = config_field.name, get_type_hints(owner)[config_field.name]
+    return copy
 
 
-def _field_owners(config_class: type) -> dict[str, type]:
-    owners = {}
-    for cls in config_class.__mro__:
-        for name in cls.__dict__.get("__annotations__", {}):
-            owners.setdefault(name, cls)
-    return owners
+def _expand_home(value: Any) -> Any:
+    """A path below `~` as the shell would have made it, which it does not do in YAML and after `=`."""
+    is_below_home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return os.path.expanduser(value) if is_below_home else value
 
 
 def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -236,7 +223,7 @@ def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
         if word == "--config":
             path = next(words, None)
             if path is None:
-                raise ConfigError("`--config` needs the path of a YAML file.")
+                raise ConfigError("`--config` needs a YAML file or the name of a recipe.")
         elif word.startswith("--config="):
             path = word.removeprefix("--config=")
         else:
@@ -244,29 +231,46 @@ def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _yaml_to_argv(path: str, config_class: type) -> list[str]:
+def _find_config(name: str, config_class: type) -> Path:
+    """The file itself, or the packaged recipe of that name: `digits` is `digits_dae.yaml` for train_dae.py."""
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix or path.name != name:
+        return path
+    kind = getattr(config_class, "RECIPES", "")
+    recipes = Path(str(files("dae_diffusers.training") / "configs"))
+    for candidate in (f"{name}_{kind}", name):
+        if (recipes / f"{candidate}.yaml").exists():
+            return recipes / f"{candidate}.yaml"
+    known = sorted(each.stem.removesuffix(f"_{kind}") for each in recipes.glob(f"*_{kind}.yaml"))
+    raise ConfigError(f"`--config` {name} is no file and no packaged recipe. There are {', '.join(known) or 'none'}.")
+
+
+def _yaml_to_argv(name: str, config_class: type) -> list[str]:
     """Turns a YAML file into flags, so that its values pass the same checks as those of the command line."""
+    path = _find_config(name, config_class)
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"`--config` {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ConfigError(f"`--config` {path} is nested too deeply.") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"`--config` {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"`--config` {path} must hold `flag: value` lines, but holds a {type(values).__name__}.")
-    fields = {config_field.name: config_field for config_field in dataclasses.fields(config_class)}
+    defaults = {each.name: default for _, each, default in fields_of(config_class)}
     argv = []
-    for name, value in values.items():
-        if name not in fields:
-            raise ConfigError(f"{path}: unknown field `{name}`.{did_you_mean(str(name), list(fields))} See --help.")
+    for key, value in values.items():
+        if key not in defaults:
+            raise ConfigError(f"{path}: unknown field `{key}`.{did_you_mean(str(key), list(defaults))} See --help_all.")
         if value is None:
-            if fields[name].default is not None:
-                raise ConfigError(f"{path}: `{name}` has no value; leave the line out to use the default.")
+            if defaults[key] is not None:
+                raise ConfigError(f"{path}: `{key}` has no value; leave the line out to use the default.")
         elif isinstance(value, list):
-            if value or fields[name].default_factory is dataclasses.MISSING or fields[name].default_factory():
-                argv += [f"--{name}", *map(str, value)]
+            if value or defaults[key] != []:
+                argv += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict):
-            raise ConfigError(f"{path}: `{name}` must be one value or a list, but is a mapping.")
+            raise ConfigError(f"{path}: `{key}` must be one value or a list, but is a mapping.")
         else:
-            argv += [f"--{name}={value}"]
+            argv += [f"--{key}={value}"]
     return argv

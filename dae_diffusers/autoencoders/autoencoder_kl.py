@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
-from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType
+from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType
 
 
 @dataclass

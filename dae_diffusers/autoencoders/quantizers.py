@@ -1,17 +1,14 @@
 """The codebook: from latents to codes and back, and how it is kept alive while the encoder learns."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
+from dae_diffusers.autoencoders.settings import QuantizerType, check_quantizer
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
-
-QuantizerType = Literal["vq", "ema", "fsq"]
 
 _KMEANS_ITERATIONS = 10
 _CHUNK = 4096  # vectors that are compared with the whole codebook at once
@@ -255,42 +252,6 @@ class CodebookQuantizer(nn.Module):
         if self.l2_normalize:
             mean = normalize(mean, dim=1)
         self.embedding.weight.copy_(torch.where(seen[:, None], mean, self.embedding.weight))
-
-
-def check_quantizer(
-    quantizer_type: str,
-    num_codes: int,
-    dim: int,
-    l2_normalize: bool,
-    ema_decay: float,
-    warmup_steps: int,
-    dead_code_threshold: float,
-    fsq_levels: tuple[int, ...] | None,
-) -> None:
-    r"""Raises `ValueError` for an unknown type of quantiser or a choice out of its range."""
-    if quantizer_type not in get_args(QuantizerType):
-        raise ValueError(f"`quantizer_type` is {quantizer_type!r}, but must be one of {list(get_args(QuantizerType))}.")
-    if num_codes < 2:
-        raise ValueError(f"the codebook has {num_codes} codes, but needs at least 2.")
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"the codebook's EMA decay is {ema_decay}, but must be at least 0 and below 1.")
-    if warmup_steps < 1:
-        raise ValueError(f"the codebook's warm-up is {warmup_steps} steps, but must be at least 1.")
-    if not 0 <= dead_code_threshold < 1:
-        raise ValueError(f"the threshold for dead codes is {dead_code_threshold}, but must be at least 0 and below 1.")
-    if (quantizer_type == "fsq") != bool(fsq_levels):
-        raise ValueError(f"levels ({fsq_levels}) and the quantiser fsq (not {quantizer_type}) go together.")
-    if quantizer_type != "fsq":
-        return
-    if l2_normalize:
-        raise ValueError("fsq has a fixed grid of codes, which cannot be normalised. Leave the normalisation out.")
-    if min(fsq_levels) < 2:
-        raise ValueError(f"the levels are {list(fsq_levels)}, but must all be at least 2.")
-    if math.prod(fsq_levels) != num_codes or len(fsq_levels) != dim:
-        raise ValueError(
-            f"the levels {list(fsq_levels)} make {math.prod(fsq_levels)} codes of dimension {len(fsq_levels)}, not "
-            f"{num_codes} of dimension {dim}."
-        )
 
 
 def _count_and_sum(vectors: torch.Tensor, codes: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:

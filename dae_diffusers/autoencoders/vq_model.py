@@ -9,8 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
-from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization, QuantizerType
-from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType
+from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization
+from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, QuantizerType
 
 
 @dataclass

@@ -2,14 +2,13 @@
 
 import math
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-AuxiliaryDecoderType = Literal["none", "same", "narrow", "shallow", "dropout", "linear"]
+from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, check_auxiliary_decoder, check_shallow
 
 
 class AuxiliaryDecoder(nn.Module):
@@ -95,31 +94,6 @@ class AuxiliaryDecoder(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
-
-
-def check_auxiliary_decoder(
-    decoder_type: str, dropout: float, channel_multiplier: float, auxiliary_layers_per_block: int
-) -> None:
-    r"""Raises `ValueError` for an unknown type of auxiliary decoder or a strength out of its range."""
-    if decoder_type not in get_args(AuxiliaryDecoderType):
-        raise ValueError(
-            f"`auxiliary_decoder_type` is {decoder_type!r}, but must be one of {list(get_args(AuxiliaryDecoderType))}."
-        )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`auxiliary_dropout` is {dropout}, but must be at least 0 and below 1.")
-    if not 0 < channel_multiplier <= 1:
-        raise ValueError(f"`auxiliary_channel_multiplier` is {channel_multiplier}, but must be above 0, at most 1.")
-    if auxiliary_layers_per_block < 0:
-        raise ValueError(f"`auxiliary_layers_per_block` is {auxiliary_layers_per_block}, but must be 0 or more.")
-
-
-def check_shallow(auxiliary_layers_per_block: int, layers_per_block: int) -> None:
-    r"""Raises `ValueError` if a `shallow` auxiliary decoder would not be shallower than the real one."""
-    if auxiliary_layers_per_block >= layers_per_block:
-        raise ValueError(
-            f"`auxiliary_layers_per_block` of `shallow` is {auxiliary_layers_per_block}, but must be below the "
-            f"`layers_per_block` of the real decoder, {layers_per_block}. The control that is as deep is `same`."
-        )
 
 
 def _drop_channels(module: nn.Module, args: tuple, output: torch.Tensor, rate: float) -> torch.Tensor:

@@ -1,34 +1,29 @@
 """Images from a Hub dataset, a folder, a stream or the embedded digits to `pixel_values` in [-1, 1] and `class_labels`."""
 
-from dae_diffusers.data.configuration import EMBEDDED, DataConfig
-from dae_diffusers.data.dataset import ImageDataset
-from dae_diffusers.data.images import ImageReader, decode_image, is_flipped, resize_and_crop
-from dae_diffusers.data.loaders import (
-    MicrobatchSampler,
-    count_images,
-    describe_size,
-    make_pass_loader,
-    make_stream_loader,
-    make_training_loader,
-)
-from dae_diffusers.data.loading import load_images
-from dae_diffusers.data.streaming import ImageStream, StreamedImages
+import importlib
 
-__all__ = [
-    "EMBEDDED",
-    "DataConfig",
-    "ImageDataset",
-    "ImageReader",
-    "ImageStream",
-    "MicrobatchSampler",
-    "StreamedImages",
-    "count_images",
-    "decode_image",
-    "describe_size",
-    "is_flipped",
-    "load_images",
-    "make_pass_loader",
-    "make_stream_loader",
-    "make_training_loader",
-    "resize_and_crop",
-]
+# Names are resolved on first use, so that the settings can be read without torch.
+_MODULES = {
+    "configuration": ("EMBEDDED", "DataConfig"),
+    "dataset": ("ImageDataset",),
+    "images": ("ImageReader", "decode_image", "is_flipped", "resize_and_crop"),
+    "loaders": (
+        "MicrobatchSampler",
+        "count_images",
+        "describe_size",
+        "make_pass_loader",
+        "make_stream_loader",
+        "make_training_loader",
+    ),
+    "loading": ("load_images",),
+    "streaming": ("ImageStream", "StreamedImages"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

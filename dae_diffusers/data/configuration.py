@@ -1,100 +1,103 @@
 """The flags that choose the images."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from dae_diffusers.cli import field
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.settings import field, settings
 
 EMBEDDED = {"digits"}
 MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much, as a decompression bomb
 
 
-@dataclass
+@settings
 class DataConfig:
     """Data."""
 
     dataset_name: str | None = field(None, "a dataset on the Hub, a local dataset folder, or `digits` (embedded)")
-    dataset_config_name: str | None = field(None, "configuration of the dataset, if it has several")
+    dataset_config_name: str | None = field(None, "configuration of the dataset, if it has several", advanced=True)
     train_data_dir: str | None = field(None, "a folder of images; sub-folders are classes")
-    train_split: str = field("train", "split to train on")
-    validation_split: str | None = field(None, "split to validate on; default: `validation` or `test` if there is one")
-    validation_fraction: float = field(0.05, "share of the training images held out if there is no validation split")
-    image_column: str | None = field(None, "column of the images; default: the first image column")
+    train_split: str = field("train", "split to train on", advanced=True)
+    validation_split: str | None = field(
+        None, "split to validate on; default: `validation` or `test` if there is one", advanced=True
+    )
+    validation_fraction: float = field(
+        0.05, "share of the training images held out if there is no validation split", above=0, below=1, advanced=True
+    )
+    image_column: str | None = field(None, "column of the images; default: the first image column", advanced=True)
     label_column: str | None = field(None, "column of the labels; default: the class-label column; `none`: no labels")
     streaming: bool = field(
         False,
         "read the training images as they come, from the Hub or local shards (Parquet, webdataset): no copy on the disk",
+        advanced=True,
     )
-    shuffle_buffer_size: int = field(1000, "with `--streaming`: shuffle the images in blocks of this many")
+    shuffle_buffer_size: int = field(
+        1000, "with `--streaming`: shuffle the images in blocks of this many", at_least=1, advanced=True
+    )
     num_classes: int | None = field(
-        None, "with `--streaming`: number of classes, if the label column holds integers without names"
+        None,
+        "with `--streaming`: number of classes, if the label column holds integers without names",
+        at_least=1,
+        advanced=True,
     )
-    max_train_samples: int | None = field(None, "use only N of the training images, a fixed random choice")
+    max_train_samples: int | None = field(None, "use only N of the training images, a fixed random choice", at_least=1)
     max_validation_samples: int = field(
-        1000, "validate on at most this many images, a fixed random choice; of a stream the first"
+        1000,
+        "validate on at most this many images, a fixed random choice; of a stream the first",
+        at_least=1,
+        advanced=True,
     )
-    resolution: int = field(32, "height and width of the training images, in pixels")
-    image_channels: int = field(3, "3: RGB; 1: grayscale; any other number: arrays with that many channels")
+    resolution: int = field(
+        32, "height and width of the training images, in pixels", at_least=1, at_most=MAX_RESOLUTION
+    )
+    image_channels: int = field(3, "3: RGB; 1: grayscale; any other number: arrays with that many channels", at_least=1)
     value_range: list[float] = field(
         [],
         "lowest and highest value of the images, mapped to [-1, 1]; default: 0 255 for 8-bit pictures, 0 65535 for 16-bit "
         "ones, measured over the training images for others",
+        advanced=True,
     )
-    random_crop: bool = field(False, "crop at a random place instead of the centre")
+    random_crop: bool = field(False, "crop at a random place instead of the centre", advanced=True)
     random_resized_crop: float | None = field(
-        None, "crop a square at a random place, of at least this share of the largest one's area, and scale it"
+        None,
+        "crop a square at a random place, of at least this share of the largest one's area, and scale it",
+        above=0,
+        at_most=1,
+        advanced=True,
     )
     random_flip: bool = field(False, "flip half of the images horizontally")
-    strict_size: bool = field(False, "refuse images smaller than the resolution instead of enlarging them")
+    strict_size: bool = field(
+        False, "refuse images smaller than the resolution instead of enlarging them", advanced=True
+    )
     on_bad_image: Literal["raise", "skip"] = field(
         "raise",
         "raise: stop and name the file; skip: read every image once before training and leave bad ones out (with "
         "`--streaming`: put another one of the batch in its place)",
+        advanced=True,
     )
-    max_bad_image_share: float = field(0.01, "with `--on_bad_image skip`: stop if more than this share is bad")
-    dataloader_num_workers: int = field(0, "processes that read images beside each training process")
+    max_bad_image_share: float = field(
+        0.01, "with `--on_bad_image skip`: stop if more than this share is bad", at_least=0, at_most=1, advanced=True
+    )
+    dataloader_num_workers: int = field(0, "processes that read images beside each training process", at_least=0)
 
     def __post_init__(self):
-        if not 1 <= self.resolution <= MAX_RESOLUTION:
-            raise ConfigError(f"`--resolution` is {self.resolution}, but must be in [1, {MAX_RESOLUTION}].")
-        if self.image_channels < 1:
-            raise ConfigError(f"`--image_channels` is {self.image_channels}, but must be at least 1.")
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
             raise ConfigError(
-                f"`--value_range` is {self.value_range}, but must be two numbers, the lowest and the highest value."
-            )
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"`--validation_fraction` is {self.validation_fraction}, but must lie between 0 and 1.")
-        if self.random_resized_crop is not None and not 0 < self.random_resized_crop <= 1:
-            raise ConfigError(
-                f"`--random_resized_crop` is {self.random_resized_crop}, but must be a share above 0 and at most 1."
+                f"`value_range` is {self.value_range}, but must be two numbers, the lowest and the highest value."
             )
         if self.random_crop and self.random_resized_crop is not None:
-            raise ConfigError("`--random_crop` and `--random_resized_crop` exclude each other; give one of them.")
-        if not 0 <= self.max_bad_image_share <= 1:
-            raise ConfigError(f"`--max_bad_image_share` is {self.max_bad_image_share}, but must lie in [0, 1].")
-        for name in ("max_train_samples", "max_validation_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"`--{name}` is {getattr(self, name)}, but must be at least 1.")
-        if self.shuffle_buffer_size < 1:
-            raise ConfigError(f"`--shuffle_buffer_size` is {self.shuffle_buffer_size}, but must be at least 1.")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ConfigError(f"`--num_classes` is {self.num_classes}, but must be at least 1.")
+            raise ConfigError("`random_crop` and `random_resized_crop` exclude each other; give one of them.")
         if self.num_classes is not None and not self.streaming:
-            raise ConfigError("`--num_classes` goes with `--streaming`; otherwise the classes are counted.")
+            raise ConfigError("`num_classes` goes with `streaming`; otherwise the classes are counted.")
         if self.streaming and self.max_train_samples is not None:
-            raise ConfigError("`--max_train_samples` does not go with `--streaming`; leave one of them out.")
+            raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
-            raise ConfigError(f"`--dataset_name {self.dataset_name}` is on the disk already; leave `--streaming` out.")
-        if self.dataloader_num_workers < 0:
-            raise ConfigError(f"`--dataloader_num_workers` is {self.dataloader_num_workers}, but must be 0 or more.")
+            raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already; leave `streaming` out.")
 
     def require_source(self) -> None:
         """Raises `ConfigError` unless exactly one source of images is given."""
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ConfigError(
-                "give one of `--dataset_name` (a Hub id, a dataset folder, or digits) and `--train_data_dir`; "
+                "give one of `dataset_name` (a Hub id, a dataset folder, or digits) and `train_data_dir`; "
                 f"got {self.dataset_name!r} and {self.train_data_dir!r}."
             )
 

@@ -1,0 +1,204 @@
+"""What a stage of an autoencoder's training minimises."""
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
+from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
+from dae_diffusers.autoencoders.quantizers import Quantization
+from dae_diffusers.autoencoders.vq_model import DAEVQModel
+from dae_diffusers.loop import Step
+from dae_diffusers.losses.adversarial import (
+    AdversarialSettings,
+    AdversarialTraining,
+    BackboneDiscriminator,
+    PatchDiscriminator,
+)
+from dae_diffusers.losses.alignment import LatentAlignment, LatentAlignmentSettings
+from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
+from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
+from dae_diffusers.losses.perceptual import load_backbone, load_perceptual_loss
+from dae_diffusers.losses.regularizers import perturb
+from dae_diffusers.optimization import make_optimizer
+from dae_diffusers.randomness import derived_seed
+from dae_diffusers.run import TrainingRun
+
+
+class AutoencoderObjective:
+    r"""
+    The losses of the stage that a model is set to, with what they need besides: a perceptual model, a discriminator and its
+    optimiser, a projection.
+
+    In each micro-batch call it for the loss, and after the backward pass [`after_backward`].
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `stages`, `losses`, `regularization`, `optimization`
+            and, for a model with a codebook, `codebook` in its config.
+        model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
+
+    Attributes:
+        also (`list[nn.Module]`): What the model's optimiser trains beside the model.
+        beside (`list[nn.Module]`): What has an optimiser of its own.
+    """
+
+    def __init__(self, run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel):
+        config, accelerator = run.config, run.accelerator
+        self.config, self.accelerator, self.stage = config, accelerator, model.stage
+        is_final = config.stages.trains_final_decoder(model.stage)
+        self.factor = spatial_factor(model)
+        self.codebook = model.quantize if is_vq(model) else None
+        self.last_layer, self.encoder_last_layer = model.last_layer, model.encoder_last_layer
+        self.alignment = make_latent_alignment(run, model)
+        self.perceptual_weight = config.losses.perceptual_weight_of(is_final)
+        self.perceptual_loss = None
+        if self.perceptual_weight:
+            self.perceptual_loss = load_perceptual_loss(config.losses.perceptual_model).to(accelerator.device)
+        self.adversary = make_adversary(run, model.stage)
+        self.also = [] if self.alignment is None else [self.alignment.projection]
+        self.beside = [] if self.adversary is None else [self.adversary.discriminator]
+
+    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], step: Step) -> torch.Tensor:
+        r"""
+        The loss of a micro-batch; its terms go into the step's log.
+
+        Args:
+            model (`nn.Module`): The prepared model.
+            batch (`dict`): `pixel_values` in [-1, 1]; in stage 2 perhaps `latents_mean` and `latents_std`, which spare the encoder.
+            step ([`~dae_diffusers.loop.Step`]): The present one.
+        """
+        losses = self.config.losses
+        perturbation = perturb(
+            batch["pixel_values"], self.stage, self.factor, **self.config.regularization.perturbations()
+        )
+        pixel_values = perturbation.targets
+        reconstruction, latent = model(
+            perturbation.inputs,
+            return_dict=False,
+            perturb_latents=perturbation.of_latents,
+            moments=(batch["latents_mean"], batch["latents_std"]) if "latents_mean" in batch else None,
+            **({"sample_posterior": True} if self.codebook is None else {}),
+        )
+        self._decoded = pixel_values, reconstruction.detach()
+        loss = reconstruction_loss(
+            reconstruction, pixel_values, l1_weight=losses.l1_weight, mse_weight=losses.mse_weight
+        )
+        latent_terms = self.latent_losses(latent)
+        step.add(reconstruction_loss=loss, **{name: value for name, (_, value) in latent_terms.items()})
+        if self.perceptual_loss is not None:
+            with self.accelerator.autocast():
+                perceptual = self.perceptual_loss(reconstruction, pixel_values)
+            step.add(perceptual_loss=perceptual)
+            loss = loss + self.perceptual_weight * perceptual
+        if self.alignment is not None:
+            latents = latent.sample() if self.codebook is None else latent.latents
+            term, values = self.alignment.term(latents, batch["pixel_values"], loss, self.encoder_last_layer)
+            step.add(**values)
+            loss = loss + term
+        if self.adversary is not None:
+            term, values = self.adversary.generator_term(reconstruction, loss, self.last_layer, step.done)
+            step.add(**values)
+            loss = loss if term is None else loss + term
+        if self.stage == 1:
+            loss = loss + sum(weight * value for weight, value in latent_terms.values())
+        return loss
+
+    def after_backward(self, step: Step) -> None:
+        r"""The discriminator's share of a micro-batch."""
+        if self.adversary is not None:
+            step.add(**self.adversary.train_discriminator(*self._decoded, step.done))
+
+    def after_step(self) -> None:
+        r"""Updates the codebook in stage 1."""
+        if self.codebook is not None and self.stage == 1:
+            self.codebook.update()
+
+    def after_skip(self) -> None:
+        r"""Lets the codebook forget an update that was left out."""
+        if self.codebook is not None:
+            self.codebook.forget()
+
+    def check_balance(self, step: Step) -> None:
+        r"""Says once, where means were logged, that the discriminator has won or collapsed."""
+        if self.adversary is not None and step.means is not None:
+            self.adversary.warn_if_unbalanced(step.means, step.done + 1)
+
+    def latent_losses(
+        self, latent: DiagonalGaussianDistribution | Quantization
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        r"""The terms of stage 1 that concern the latents, each with its weight."""
+        if self.codebook is None:
+            return {"kl_loss": (self.config.losses.kl_weight, kl_loss(latent))}
+        codebook = self.config.codebook
+        terms = {"commitment_loss": (codebook.commitment_weight, commitment_loss(latent.latents, latent.target))}
+        if codebook.quantizer == "vq":
+            terms["codebook_loss"] = (1.0, codebook_loss(latent.quantized, latent.latents))
+        return terms
+
+
+def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
+    r"""The discriminator of a stage with its optimiser, or None where the stage has no adversarial loss."""
+    config, losses = run.config, run.config.losses
+    weight = losses.adversarial_weight_of(config.stages.trains_final_decoder(stage))
+    if weight == 0:
+        return None
+    torch.manual_seed(derived_seed(config.run.seed, 7, stage))  # the same weights however many processes drew before
+    if losses.discriminator_model is None:
+        discriminator = PatchDiscriminator(
+            config.data.image_channels, losses.discriminator_channels, losses.discriminator_layers
+        )
+    else:
+        discriminator = BackboneDiscriminator(load_backbone(losses.discriminator_model), losses.discriminator_channels)
+    optimizer = make_optimizer(
+        config.optimization,
+        [parameter for parameter in discriminator.parameters() if parameter.requires_grad],
+        run.accelerator.device,
+        lr=losses.discriminator_learning_rate,
+        betas=(0.5, 0.9),
+        weight_decay=0.0,
+    )
+    discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
+    settings = AdversarialSettings(
+        weight,
+        losses.adversarial_loss,
+        losses.discriminator_start,
+        losses.adversarial_start,
+        losses.adversarial_ramp_steps,
+        losses.adaptive_weight_cap,
+    )
+    max_grad_norm = config.optimization.max_grad_norm
+    return AdversarialTraining(
+        run.accelerator, discriminator, optimizer, settings, max_grad_norm, allows_step=run.guard.allows
+    )
+
+
+def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel) -> LatentAlignment | None:
+    r"""The VF loss with its projection, or None in stage 2 and without `vf_model`."""
+    config = run.config.regularization
+    if config.vf_model is None or model.stage != 1:
+        return None
+    backbone = load_backbone(config.vf_model).to(run.accelerator.device)
+    torch.manual_seed(derived_seed(run.config.run.seed, 8))  # the same weights however many processes drew before
+    projection = torch.nn.Conv2d(num_latent_channels(model), backbone.patch_feature_dim, 1, bias=False)
+    settings = LatentAlignmentSettings(
+        config.vf_weight, config.vf_cosine_margin, config.vf_distance_margin, config.vf_adaptive_weight_cap
+    )
+    return LatentAlignment(run.accelerator, backbone, run.accelerator.prepare(projection), settings)
+
+
+def check_vision_models(config: Any, stages: list[int]) -> None:
+    r"""
+    Loads the vision models that only a later stage's losses need, so that a wrong name is not found after hours of training.
+
+    Args:
+        config: With the parts `stages` and `losses`.
+        stages (`list[int]`): Those to come, in order.
+    """
+    final = [config.stages.trains_final_decoder(stage) for stage in stages]
+    perceptual = [config.losses.perceptual_weight_of(each) > 0 for each in final]
+    if any(perceptual) and not perceptual[0]:
+        load_perceptual_loss(config.losses.perceptual_model)
+    adversarial = [config.losses.adversarial_weight_of(each) > 0 for each in final]
+    if config.losses.discriminator_model is not None and any(adversarial) and not adversarial[0]:
+        load_backbone(config.losses.discriminator_model)

@@ -1,0 +1,267 @@
+"""Settings of an autoencoder: its size, its codebook, its stages, and what hinders the decoder. Needs no torch."""
+
+import math
+from typing import Any, Literal, get_args
+
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.settings import field, settings
+
+AuxiliaryDecoderType = Literal["none", "same", "narrow", "shallow", "dropout", "linear"]
+QuantizerType = Literal["vq", "ema", "fsq"]
+
+
+@settings
+class AutoencoderConfig:
+    """Autoencoder."""
+
+    autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook")
+    pretrained_model_name_or_path: str | None = field(
+        None, "start from this `AutoencoderKL` or `VQModel` (Hub id or folder) instead of fresh weights"
+    )
+    block_out_channels: list[int] = field(
+        [32, 64, 64], "channels at each resolution; each after the first halves the size", at_least=1
+    )
+    layers_per_block: int = field(
+        1, "residual blocks at each resolution of the encoder; the decoder has one more", at_least=1, advanced=True
+    )
+    latent_channels: int = field(4, "channels of the latents; of a codebook, the dimension of the codes", at_least=1)
+    norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True)
+    mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True)
+
+    def __post_init__(self):
+        bad = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if bad:
+            raise ConfigError(
+                f"`block_out_channels` {self.block_out_channels} must all be multiples of `norm_num_groups` "
+                f"{self.norm_num_groups}; {bad} are not."
+            )
+
+    @property
+    def spatial_factor(self) -> int:
+        r"""Pixels of a side that make one latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@settings
+class CodebookConfig:
+    """Codebook (`autoencoder vq`)."""
+
+    quantizer: QuantizerType = field(
+        "ema", "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)"
+    )
+    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)")
+    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", advanced=True)
+    codebook_warmup_steps: int = field(
+        100, "steps without quantisation, before k-means sets the codes (`ema`)", advanced=True
+    )
+    fsq_levels: list[int] = field(
+        [], "steps of each channel, such as 8 5 5 5; instead of size and dimension (`fsq`)", advanced=True
+    )
+    commitment_weight: float = field(
+        0.25, "weight of the latents' squared distance to their codes (stage 1)", at_least=0, advanced=True
+    )
+
+    def __post_init__(self):
+        if (self.quantizer == "fsq") != bool(self.fsq_levels):
+            raise ConfigError("`quantizer fsq` and `fsq_levels` (such as 8 5 5 5) go together.")
+        size = self.quantizer_size(latent_channels=1)
+        try:
+            check_quantizer(
+                self.quantizer, size["num_vq_embeddings"], size["latent_channels"], **self.quantizer_settings()
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def quantizer_size(self, latent_channels: int) -> dict[str, int]:
+        """Number and dimension of the codes, as constructor's arguments."""
+        if self.quantizer == "fsq":
+            return {"num_vq_embeddings": math.prod(self.fsq_levels), "latent_channels": len(self.fsq_levels)}
+        return {"num_vq_embeddings": self.codebook_size, "latent_channels": latent_channels}
+
+    def quantizer_settings(self) -> dict[str, Any]:
+        """How the quantiser works, besides its type, as `CodebookQuantizer` names it."""
+        return {
+            "l2_normalize": self.l2_normalize_codes and self.quantizer != "fsq",
+            "ema_decay": 0.99,
+            "warmup_steps": self.codebook_warmup_steps,
+            "dead_code_threshold": 0.03,
+            "fsq_levels": tuple(self.fsq_levels) or None,
+        }
+
+
+@settings
+class StageConfig:
+    """Stages."""
+
+    stage: Literal["all", "1", "2"] = field("all", "both stages, only the first, or only the second")
+    stage1_dir: str | None = field(None, "for `stage 2`: the output folder of a stage 1, or its `stage1` folder")
+    auxiliary_decoder: AuxiliaryDecoderType = field(
+        "dropout",
+        "what makes the decoder of stage 1 weak; `same`: nothing (the control); `none`: joint training in one stage",
+    )
+    auxiliary_dropout: float = field(0.1, "channel dropout rate of `dropout`")
+    auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`", advanced=True)
+    auxiliary_layers_per_block: int = field(
+        0, "residual blocks per resolution of `shallow`, less one; below `layers_per_block`", advanced=True
+    )
+    stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
+    stage2_steps: int = field(2000, "optimiser steps of stage 2; each costs about 0.7 of a joint step", at_least=1)
+    warm_start_decoder: bool = field(
+        True,
+        "start stage 2 from the auxiliary decoder's weights instead of afresh, where it has the real one's shape (`same` and "
+        "`dropout`) and no decoder came with `pretrained_model_name_or_path`",
+        advanced=True,
+    )
+    stage2_cache_gib: float = field(
+        4.0,
+        "stage 2 encodes every image once, into a cache below the output folder, if that saves work and the cache stays below "
+        "this many GiB; 0: never",
+        at_least=0,
+        advanced=True,
+    )
+
+    def __post_init__(self):
+        try:
+            check_auxiliary_decoder(
+                self.auxiliary_decoder,
+                self.auxiliary_dropout,
+                self.auxiliary_channel_multiplier,
+                self.auxiliary_layers_per_block,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if self.stage != "all" and self.auxiliary_decoder == "none":
+            raise ConfigError("`auxiliary_decoder none` has only one stage: use `stage all`.")
+        if self.stage != "2" and self.stage1_dir is not None:
+            raise ConfigError(
+                "`stage1_dir` is for `stage 2`. To train on from a whole autoencoder use `pretrained_model_name_or_path`."
+            )
+
+    def trains_final_decoder(self, stage: int) -> bool:
+        """Whether the decoder of this stage is the one that is published."""
+        return stage == 2 or self.auxiliary_decoder == "none"
+
+    def auxiliary_settings(self) -> dict[str, Any]:
+        """The arguments of an autoencoder's constructor that give the auxiliary decoder its shape."""
+        return {
+            "auxiliary_decoder_type": self.auxiliary_decoder,
+            "auxiliary_dropout": self.auxiliary_dropout,
+            "auxiliary_channel_multiplier": self.auxiliary_channel_multiplier,
+            "auxiliary_layers_per_block": self.auxiliary_layers_per_block,
+        }
+
+    def stage_steps(self, num_steps: int | None = None) -> dict[int, int]:
+        """
+        Optimiser steps of each stage that this run has; of `num_steps` in all, where it is given, stage 1 gets the share that
+        `stage1_steps` and `stage2_steps` give it.
+        """
+        total = self.stage1_steps + self.stage2_steps
+        if self.auxiliary_decoder == "none":
+            return {1: num_steps or total}
+        both = {1: self.stage1_steps, 2: self.stage2_steps}
+        if num_steps is not None:
+            first = max(1, round(num_steps * self.stage1_steps / total))
+            both = {1: first, 2: max(1, num_steps - first)} if self.stage == "all" else dict.fromkeys(both, num_steps)
+        return both if self.stage == "all" else {int(self.stage): both[int(self.stage)]}
+
+
+@settings
+class RegularizationConfig:
+    """Regularisation of the latents (other ways to hinder the decoder, freely combined)."""
+
+    mask_ratio: float = field(
+        0.0, "stage 1: share of the input's patches that the encoder does not see", at_least=0, below=1, advanced=True
+    )
+    latent_denoising: float = field(
+        0.0, "stage 1: scale of the noise that latents are interpolated with (l-DeTok)", at_least=0, advanced=True
+    )
+    equivariance: float = field(
+        0.0, "stage 1: share of batches turned and scaled in latent space (EQ-VAE)", at_least=0, at_most=1
+    )
+    noise_tau: float = field(0.0, "stage 2: scale of the noise on the real decoder's input", at_least=0, advanced=True)
+    vf_model: str | None = field(
+        None, "stage 1: align latents with the features of this vision model (Hub id or folder), the VF loss of VA-VAE"
+    )
+    vf_weight: float = field(0.1, "weight of the VF loss", above=0, advanced=True)
+    vf_cosine_margin: float = field(
+        0.5, "VF loss: cosine distance between latents and features that is free", at_least=0, below=2, advanced=True
+    )
+    vf_distance_margin: float = field(
+        0.25,
+        "VF loss: difference between their cosines of two positions that is free",
+        at_least=0,
+        below=2,
+        advanced=True,
+    )
+    vf_adaptive_weight_cap: float = field(
+        100.0,
+        "VF loss: upper bound of the adaptive weight, which balances gradients at the encoder's last layer; 0: not adaptive",
+        at_least=0,
+        advanced=True,
+    )
+
+    def perturbations(self) -> dict[str, float]:
+        """As [`~dae_diffusers.losses.regularizers.perturb`] takes them."""
+        names = ("mask_ratio", "latent_denoising", "equivariance", "noise_tau")
+        return {name: getattr(self, name) for name in names}
+
+
+def check_auxiliary_decoder(
+    decoder_type: str, dropout: float, channel_multiplier: float, auxiliary_layers_per_block: int
+) -> None:
+    r"""Raises `ValueError` for an unknown type of auxiliary decoder or a strength out of its range."""
+    if decoder_type not in get_args(AuxiliaryDecoderType):
+        raise ValueError(
+            f"`auxiliary_decoder_type` is {decoder_type!r}, but must be one of {list(get_args(AuxiliaryDecoderType))}."
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`auxiliary_dropout` is {dropout}, but must be at least 0 and below 1.")
+    if not 0 < channel_multiplier <= 1:
+        raise ValueError(f"`auxiliary_channel_multiplier` is {channel_multiplier}, but must be above 0, at most 1.")
+    if auxiliary_layers_per_block < 0:
+        raise ValueError(f"`auxiliary_layers_per_block` is {auxiliary_layers_per_block}, but must be 0 or more.")
+
+
+def check_shallow(auxiliary_layers_per_block: int, layers_per_block: int) -> None:
+    r"""Raises `ValueError` if a `shallow` auxiliary decoder would not be shallower than the real one."""
+    if auxiliary_layers_per_block >= layers_per_block:
+        raise ValueError(
+            f"`auxiliary_layers_per_block` of `shallow` is {auxiliary_layers_per_block}, but must be below the "
+            f"`layers_per_block` of the real decoder, {layers_per_block}. The control that is as deep is `same`."
+        )
+
+
+def check_quantizer(
+    quantizer_type: str,
+    num_codes: int,
+    dim: int,
+    l2_normalize: bool,
+    ema_decay: float,
+    warmup_steps: int,
+    dead_code_threshold: float,
+    fsq_levels: tuple[int, ...] | None,
+) -> None:
+    r"""Raises `ValueError` for an unknown type of quantiser or a choice out of its range."""
+    if quantizer_type not in get_args(QuantizerType):
+        raise ValueError(f"`quantizer_type` is {quantizer_type!r}, but must be one of {list(get_args(QuantizerType))}.")
+    if num_codes < 2:
+        raise ValueError(f"the codebook has {num_codes} codes, but needs at least 2.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"the codebook's EMA decay is {ema_decay}, but must be at least 0 and below 1.")
+    if warmup_steps < 1:
+        raise ValueError(f"the codebook's warm-up is {warmup_steps} steps, but must be at least 1.")
+    if not 0 <= dead_code_threshold < 1:
+        raise ValueError(f"the threshold for dead codes is {dead_code_threshold}, but must be at least 0 and below 1.")
+    if (quantizer_type == "fsq") != bool(fsq_levels):
+        raise ValueError(f"levels ({fsq_levels}) and the quantiser fsq (not {quantizer_type}) go together.")
+    if quantizer_type != "fsq":
+        return
+    if l2_normalize:
+        raise ValueError("fsq has a fixed grid of codes, which cannot be normalised. Leave the normalisation out.")
+    if min(fsq_levels) < 2:
+        raise ValueError(f"the levels are {list(fsq_levels)}, but must all be at least 2.")
+    if math.prod(fsq_levels) != num_codes or len(fsq_levels) != dim:
+        raise ValueError(
+            f"the levels {list(fsq_levels)} make {math.prod(fsq_levels)} codes of dimension {len(fsq_levels)}, not "
+            f"{num_codes} of dimension {dim}."
+        )

@@ -1,0 +1,101 @@
+"""What several processes, FSDP and DeepSpeed ask for, and what the run runs on."""
+
+import os
+import platform
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed.fsdp import FSDPModule, StateDictType
+from transformers import PreTrainedModel
+
+from dae_diffusers.checkpointing import whole_tensor
+from dae_diffusers.errors import ConfigError
+
+# The others wait while the main process prepares a data set or measures something: NCCL would give up after ten minutes.
+PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+
+
+def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
+    r"""
+    Settles FSDP or DeepSpeed, where one of them is in use, with the script's settings.
+
+    Args:
+        name (`str`): The script's.
+        config: With the parts `optimization` and `hub`.
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        one_model (`bool`): Whether the script trains one model only, as both of them need it.
+
+    Raises:
+        ConfigError: If the script does not run so.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        check_fsdp(name, config, accelerator, one_model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settle_deepspeed(name, config, accelerator, one_model)
+
+
+def check_fsdp(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
+    r"""Raises `ConfigError` for a script or a configuration of FSDP that does not work."""
+    if not one_model:
+        raise ConfigError(f"{name} does not run under FSDP; use training/configs/accelerate/ddp.yaml.")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ConfigError(
+            "under FSDP the script needs `fsdp_version: 2` and `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+            "training/configs/accelerate/fsdp2.yaml."
+        )
+    if config.hub.push_to_hub and config.hub.hub_strategy == "every_save":
+        raise ConfigError("`hub_strategy every_save` does not go with FSDP; use `end`.")
+
+
+def settle_deepspeed(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
+    r"""
+    Gives DeepSpeed the script's settings; under bfloat16 the weights stay in float32, as everywhere else.
+
+    Raises:
+        ConfigError: If the script does not run so.
+    """
+    if not one_model:
+        raise ConfigError(f"{name} does not run under DeepSpeed; use training/configs/accelerate/ddp.yaml.")
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise ConfigError(
+            "the script does not run with `zero_stage: 3`; use 2, or training/configs/accelerate/fsdp2.yaml."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError("fp16 does not go with DeepSpeed here; use `mixed_precision bf16`.")
+    settings, optimization = plugin.deepspeed_config, config.optimization
+    settings["train_micro_batch_size_per_gpu"] = optimization.train_batch_size  # it is prepared without a loader
+    settings["gradient_accumulation_steps"] = optimization.gradient_accumulation_steps
+    settings["gradient_clipping"] = optimization.max_grad_norm
+    if accelerator.mixed_precision == "bf16":
+        settings["bf16"] = {"enabled": False}
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+
+
+def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    r"""
+    A prepared model without what it was wrapped into. All processes call it.
+
+    Where FSDP has spread the weights it is a copy with all of them, which later updates do not change.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.unwrap_model(model)
+    model_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    make = model_class if isinstance(model, PreTrainedModel) else model_class.from_config
+    whole = make(model.config)
+    whole.load_state_dict({name: whole_tensor(value.detach()) for name, value in model.state_dict().items()})
+    return whole.to(accelerator.device)
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    r"""What the run runs on, such as `2 x NVIDIA A100-SXM4-80GB` or `1 process on a CPU with 8 cores`."""
+    count = accelerator.num_processes
+    if accelerator.device.type == "cuda":
+        return f"{count} x {torch.cuda.get_device_name(accelerator.device)}"
+    if accelerator.device.type == "cpu":
+        return f"{count} process{'es' if count > 1 else ''} on a CPU with {os.cpu_count()} cores ({platform.machine()})"
+    return f"{count} x {accelerator.device.type}"

@@ -1,0 +1,89 @@
+"""The upload of a training run: access is checked before it starts, snapshots go up on the way, the result at the end."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dae_diffusers.hub import upload
+from dae_diffusers.run_settings import HubConfig
+
+logger = logging.getLogger(__name__)
+
+_ABOUT_A_RUN = ("config.yaml", "run.json", "log.jsonl", "curves.png", "grids")  # what a card tells of
+
+
+class Publisher:
+    r"""
+    Lives on the main process of a run with `push_to_hub`.
+
+    Args:
+        config ([`~dae_diffusers.run_settings.HubConfig`]): Repository, license, strategy.
+        output_dir (`Path`): Of the run's results.
+        folder (`Path`): Of the script's own files, for snapshots on their way.
+
+    Raises:
+        UserError: If the Hub does not let this token write there.
+    """
+
+    def __init__(self, config: HubConfig, output_dir: Path, folder: Path):
+        self.config = config
+        self.output_dir = output_dir
+        self.repo_id = upload.check_hub_access(
+            config.hub_model_id or output_dir.resolve().name,
+            private=config.hub_private_repo,
+            license=config.hub_license,
+        )
+        self._background = upload.BackgroundUpload(folder / "hub")
+
+    def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
+        r"""
+        With `hub_strategy every_save`: uploads what training has come to, in the background.
+
+        Args:
+            step (`int`): Optimiser steps done.
+            result (`str`): Name of the folder, such as `vae`.
+            save: Writes it into the path that it is given.
+        """
+        if self.config.hub_strategy == "every_save":
+            self._background.start(
+                step,
+                save=lambda folder: self._save_snapshot(folder, result, save),
+                push=lambda folder: self._push(folder / result, step),
+            )
+
+    def push_result(self, result: str) -> None:
+        r"""Waits for the snapshots and uploads a result; what cannot be uploaded is a warning with the command for later."""
+        self._background.wait()
+        for failure in self._background.failures:
+            logger.warning("an upload while training failed (%s).", failure)
+        folder = self.output_dir / result
+        try:
+            logger.info("pushed to %s", self._push(folder))
+        except Exception as error:  # an upload may fail in any way; the run has ended well
+            logger.warning(
+                "pushing to %s failed (%s). Everything is in %s; push it with\n  %s",
+                self.repo_id,
+                upload.one_line(error),
+                folder,
+                upload.push_command(
+                    folder, self.repo_id, private=self.config.hub_private_repo, license=self.config.hub_license
+                ),
+            )
+
+    def _push(self, folder: Path, step: int | None = None) -> str:
+        private, license = self.config.hub_private_repo, self.config.hub_license
+        if folder.name == "stage1":
+            return upload.push_stage1(folder.parent, self.repo_id, private=private)
+        return upload.push_folder(folder, self.repo_id, private=private, license=license, step=step)
+
+    def _save_snapshot(self, folder: Path, result: str, save: Callable[[Path], None]) -> None:
+        """The result, and beside it what the card tells of the run."""
+        save(folder / result)
+        for path in self.output_dir.glob("train_*"):
+            for name in _ABOUT_A_RUN:
+                if (path / name).is_dir():
+                    shutil.copytree(path / name, folder / path.name / name)
+                elif (path / name).exists():
+                    (folder / path.name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path / name, folder / path.name / name)

@@ -1,0 +1,249 @@
+"""The training loop: everything between a batch and a checkpoint that is the same for every model."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from dae_diffusers.checkpointing import StopSignal
+from dae_diffusers.distributed import whole_model
+from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer
+from dae_diffusers.randomness import seed_microbatch
+from dae_diffusers.run import TrainingRun
+
+
+class Loop:
+    r"""
+    Trains a model, one [`Step`] after the other.
+
+    ```python
+    loop = Loop(run, transformer, steps=1000)
+    for step in loop.over(images):
+        for batch in step:  # micro-batches
+            loss = loss_of(loop.model, batch)
+            step.add(loss=loss)
+            step.backward(loss)
+        if step.validates:
+            with loop.averaged() as model:
+                step.write({"validation/loss": validate(model)})
+    model = loop.finished_model()
+    ```
+
+    After the last micro-batch of a step it guards against losses that are not finite, clips, updates, averages the weights and
+    logs; after the body it saves a checkpoint where one is due, and ends the process where a signal has asked for that.
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): What surrounds it.
+        model (`nn.Module`): What trains, and is averaged and prepared here.
+        steps (`int`): Optimiser steps.
+        first_step (`int`, *optional*, defaults to 0): Steps of the run before this loop, as of an earlier stage.
+        step (`int`, *optional*): Steps of the run that are done; default: `first_step`.
+        checkpoint (`Path`, *optional*): Goes on from this one.
+        description (`str`, *optional*): Of the progress bar.
+        headline (`str`, *optional*, defaults to `"loss"`): The value that the progress bar shows.
+        also (`Iterable[nn.Module]`): Prepared models whose parameters the same optimiser trains, such as a projector.
+        beside (`Iterable[nn.Module]`): Prepared models with an optimiser of their own, such as a discriminator.
+        after_step (`Callable`, *optional*): Called after the last micro-batch of a step, such as a codebook's update.
+        after_skip (`Callable`, *optional*): Called where the guard leaves an update out.
+        snapshot (`tuple[str, Callable]`, *optional*): Name and saving function of what `hub_strategy every_save` uploads; the function
+            takes the model, with averaged weights, and a folder.
+        state: Saved with each checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        model: torch.nn.Module,
+        *,
+        steps: int,
+        first_step: int = 0,
+        step: int | None = None,
+        checkpoint: Path | None = None,
+        description: str = "Training",
+        headline: str = "loss",
+        also: Iterable[torch.nn.Module] = (),
+        beside: Iterable[torch.nn.Module] = (),
+        after_step: Callable[[], None] | None = None,
+        after_skip: Callable[[], None] | None = None,
+        snapshot: tuple[str, Callable[[torch.nn.Module, Path], None]] | None = None,
+        state: dict[str, Any] | None = None,
+    ):
+        self.run, self.accelerator, config = run, run.accelerator, run.config.optimization
+        self.first_step, self.last_step = first_step, first_step + steps
+        self.step = first_step if step is None else step
+        self.description, self.headline = description, headline
+        self.after_step, self.after_skip = after_step, after_skip
+        self.snapshot, self.state = snapshot, state or {}
+        also = list(also)
+        optimizer = make_optimizer(config, trainable(model, *also), self.accelerator.device)
+        scheduler = make_lr_scheduler(config, optimizer, steps)
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+        self.accumulated = [self.model, *also, *beside]
+        self.parameters = trainable(self.model)  # FSDP has replaced them
+        self.trained = trainable(self.model, *also)
+        self.ema = make_ema(config, self.parameters, self.accelerator)
+        if checkpoint is not None:
+            run.checkpointer.load(checkpoint, ema=self.ema)
+
+    def over(self, dataset: Dataset) -> Iterator["Step"]:
+        r"""The steps that are left, on the batches of a data set. The first of them writes how the run is made."""
+        run, settings = self.run, self.run.config.run
+        run.begin(self.step)
+        per_step = self.accelerator.num_processes * run.config.optimization.gradient_accumulation_steps
+        self.microbatch = self.step * per_step + self.accelerator.process_index
+        self.batches = run.batches.over(dataset, self.step * per_step)
+        self.progress = make_progress_bar(self)
+        self.model.train()
+        with StopSignal(self.accelerator) as stop:
+            while self.step < self.last_step:
+                step = Step(self)
+                yield step
+                step.check_whole()
+                if step.validates:
+                    run.log.draw_curves()
+                is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
+                if is_due:
+                    run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                    if not step.is_last:
+                        self._push_snapshot()
+                if stop.requested():
+                    if not is_due:
+                        run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                    stop.exit()
+        self.progress.close()
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def averaged(self) -> Iterator[torch.nn.Module]:
+        r"""The whole model with averaged weights in eval mode, inside the block. All processes enter it."""
+        with ema_weights(self.ema, self.parameters):
+            model = whole_model(self.model, self.accelerator)
+            was_training = model.training
+            yield model.eval()
+            model.train(was_training)
+
+    def finished_model(self) -> torch.nn.Module:
+        r"""The model without what it was wrapped into, with averaged weights for good. All processes call it."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+        model = self.accelerator.unwrap_model(whole_model(self.model, self.accelerator), keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        return model
+
+    def _push_snapshot(self) -> None:
+        if self.snapshot is not None:
+            result, save = self.snapshot
+            self.run.push_snapshot(self.step, result, functools.partial(self._save_snapshot, save))
+
+    def _save_snapshot(self, save: Callable[[torch.nn.Module, Path], None], folder: Path) -> None:
+        with ema_weights(self.ema, self.parameters):
+            save(self.accelerator.unwrap_model(self.model), folder)
+
+
+class Step:
+    r"""
+    One optimiser step: iterate over it for its micro-batches, and call [`backward`] in each.
+
+    Attributes:
+        done (`int`): Steps of the loop before this one.
+        validates (`bool`): After its micro-batches: whether a validation is due.
+        is_last (`bool`): After its micro-batches: whether it is the loop's last.
+        means (`dict[str, float]` or `None`): After its micro-batches, where they were logged: the means.
+    """
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.done = loop.step - loop.first_step
+        self.validates = self.is_last = False
+        self.means: dict[str, float] | None = None
+        self._needs_backward = True
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        loop, seed = self.loop, self.loop.run.config.run.seed
+        while self._needs_backward or not loop.accelerator.sync_gradients:
+            batch = next(loop.batches)
+            seed_microbatch(seed, loop.microbatch)
+            with loop.accelerator.accumulate(*loop.accumulated):
+                self._needs_backward = True
+                yield batch
+                self.check_whole()
+                if loop.after_step is not None and loop.accelerator.sync_gradients:
+                    loop.after_step()
+            loop.microbatch += loop.accelerator.num_processes
+        self._end()
+
+    def add(self, **values: torch.Tensor) -> None:
+        r"""Scalars of this micro-batch, whose means are logged."""
+        for name, value in values.items():
+            self.loop.run.guard.note(name, value.detach())
+        self.loop.run.log.add(**values)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        r"""
+        The backward pass of a micro-batch, and after the last one the update.
+
+        Args:
+            loss (`torch.Tensor`): Scalar.
+        """
+        loop, run = self.loop, self.loop.run
+        run.guard.watch(loss, loop.step + 1, loop.microbatch)
+        loop.accelerator.backward(loss)
+        if loop.accelerator.sync_gradients:
+            self.gradient_norm = loop.accelerator.clip_grad_norm_(loop.trained, run.config.optimization.max_grad_norm)
+            if run.guard.allows(self.gradient_norm):
+                loop.optimizer.step()
+            elif loop.after_skip is not None:
+                loop.after_skip()
+        loop.optimizer.zero_grad()
+        self._needs_backward = False
+
+    def write(self, values: dict[str, float]) -> None:
+        r"""Logs the values of a validation and shows them above the progress bar."""
+        loop = self.loop
+        loop.run.log.write(values, loop.step)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        loop.progress.write(f"step {loop.step}: {shown}")
+
+    def check_whole(self) -> None:
+        r"""Raises `RuntimeError` if the loop's body left out a micro-batch or its backward pass."""
+        if self._needs_backward:
+            raise RuntimeError("every micro-batch of a step needs one call of `step.backward`.")
+
+    def _end(self) -> None:
+        loop, settings = self.loop, self.loop.run.config.run
+        loop.lr_scheduler.step()
+        loop.step += 1
+        if loop.ema is not None:
+            loop.ema.step(loop.parameters)
+        loop.progress.update()
+        self.is_last = loop.step == loop.last_step
+        self.validates = loop.step % settings.validation_steps == 0 or self.is_last
+        if loop.step % settings.logging_steps == 0 or self.is_last:
+            self.means = loop.run.log.write_means(
+                loop.step, learning_rate=loop.lr_scheduler.get_last_lr()[0], gradient_norm=self.gradient_norm
+            )
+            loop.progress.set_postfix(loss=f"{self.means[f'train/{loop.headline}']:.4f}")
+
+
+def trainable(*models: torch.nn.Module) -> list[torch.nn.Parameter]:
+    r"""The parameters of models that train, in order."""
+    return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_progress_bar(loop: Loop) -> tqdm:
+    """Over a loop's optimiser steps, on the main process."""
+    return tqdm(
+        total=loop.last_step - loop.first_step,
+        initial=loop.step - loop.first_step,
+        desc=loop.description,
+        unit="step",
+        disable=not loop.accelerator.is_local_main_process,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 20,  # seconds; a log file needs few lines
+    )

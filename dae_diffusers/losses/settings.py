@@ -1,0 +1,84 @@
+"""Settings of the autoencoder's losses. Needs no torch."""
+
+from typing import Literal
+
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.settings import field, settings
+
+AdversarialLossType = Literal["hinge", "non_saturating"]
+
+
+@settings
+class LossConfig:
+    """Losses."""
+
+    l1_weight: float = field(1.0, "weight of the mean absolute error", at_least=0, advanced=True)
+    mse_weight: float = field(1.0, "weight of the mean squared error", at_least=0, advanced=True)
+    kl_weight: float = field(1e-4, "weight of the KL divergence per latent element (stage 1)", at_least=0)
+    perceptual_model: str | None = field(
+        None, "features of the perceptual loss: a vision model (Hub id or folder) or `lpips`; default: none"
+    )
+    perceptual_weight: float = field(
+        1.0, "weight of the perceptual loss, if there is one, for the real decoder", at_least=0, advanced=True
+    )
+    stage1_perceptual_weight: float | None = field(
+        None, "the same in stage 1; default: the same weight", at_least=0, advanced=True
+    )
+    adversarial_weight: float = field(0.0, "weight of the adversarial loss for the real decoder; 0: none", at_least=0)
+    stage1_adversarial_weight: float = field(0.0, "the same in stage 1", at_least=0, advanced=True)
+    adversarial_loss: AdversarialLossType = field("hinge", "kind of adversarial loss", advanced=True)
+    discriminator_model: str | None = field(
+        None,
+        "a frozen vision model (Hub id or folder) under the discriminator; default: a PatchGAN",
+        advanced=True,
+    )
+    discriminator_channels: int = field(64, "width of the discriminator, a multiple of 8", advanced=True)
+    discriminator_layers: int = field(
+        3, "strided layers of the PatchGAN; 3 see 70x70 pixels", at_least=1, advanced=True
+    )
+    discriminator_learning_rate: float = field(
+        2e-4, "constant learning rate of the discriminator", above=0, advanced=True
+    )
+    discriminator_start: int = field(
+        0, "step of the stage at which the discriminator begins to learn", at_least=0, advanced=True
+    )
+    adversarial_start: int = field(
+        0, "step of the stage at which the adversarial loss switches on", at_least=0, advanced=True
+    )
+    adversarial_ramp_steps: int = field(0, "steps over which its weight then rises", at_least=0, advanced=True)
+    adaptive_weight_cap: float = field(
+        100.0,
+        "upper bound of the adaptive weight, which balances gradients at the decoder's last layer; 0: not adaptive",
+        at_least=0,
+        advanced=True,
+    )
+
+    def __post_init__(self):
+        if self.l1_weight == self.mse_weight == 0:
+            raise ConfigError("`l1_weight` and `mse_weight` are both 0: nothing would be reconstructed.")
+        if self.discriminator_channels < 8 or self.discriminator_channels % 8:
+            raise ConfigError(
+                f"`discriminator_channels` is {self.discriminator_channels}, but must be a multiple of 8."
+            )
+        if self.discriminator_start > self.adversarial_start:
+            raise ConfigError(
+                f"`adversarial_start` {self.adversarial_start} lies before `discriminator_start` "
+                f"{self.discriminator_start}: the decoder would feel a discriminator that has learnt nothing."
+            )
+
+    @property
+    def has_adversarial_loss(self) -> bool:
+        r"""Whether any stage has one."""
+        return self.adversarial_weight > 0 or self.stage1_adversarial_weight > 0
+
+    def perceptual_weight_of(self, final_decoder: bool) -> float:
+        """Of a stage; 0 without a perceptual model."""
+        if self.perceptual_model is None:
+            return 0.0
+        if final_decoder or self.stage1_perceptual_weight is None:
+            return self.perceptual_weight
+        return self.stage1_perceptual_weight
+
+    def adversarial_weight_of(self, final_decoder: bool) -> float:
+        """Of a stage."""
+        return self.adversarial_weight if final_decoder else self.stage1_adversarial_weight

@@ -1,0 +1,103 @@
+"""Settings that all training scripts share: of the optimiser, and of the run. Needs no torch."""
+
+from typing import Literal
+
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.settings import field, settings
+
+MAX_SEED = 2**32 - 1  # numpy's
+
+
+@settings
+class OptimizationConfig:
+    """Optimisation."""
+
+    train_batch_size: int = field(64, "images per process and micro-batch", at_least=1)
+    gradient_accumulation_steps: int = field(1, "micro-batches per optimiser step", at_least=1)
+    num_train_epochs: float | None = field(None, "passes over the images, instead of a number of steps", above=0)
+    learning_rate: float = field(1e-3, "peak learning rate", above=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
+        "cosine", "schedule of the learning rate", advanced=True
+    )
+    lr_warmup_steps: int = field(
+        100, "steps over which the learning rate rises (not with `constant`)", at_least=0, advanced=True
+    )
+    adam_beta1: float = field(0.9, "AdamW's first decay", at_least=0, below=1, advanced=True)
+    adam_beta2: float = field(0.99, "AdamW's second decay", at_least=0, below=1, advanced=True)
+    adam_weight_decay: float = field(0.0, "AdamW's weight decay", at_least=0, advanced=True)
+    adam_epsilon: float = field(1e-8, "AdamW's epsilon", above=0, advanced=True)
+    max_grad_norm: float = field(1.0, "clip the gradient's norm to this", above=0, advanced=True)
+    use_ema: bool = field(True, "keep a moving average of the weights, and export that", advanced=True)
+    ema_decay: float = field(0.999, "its decay (it warms up by itself)", at_least=0, below=1, advanced=True)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        None, "autocast; the weights stay float32; default: what accelerate is configured to"
+    )
+    gradient_checkpointing: bool = field(
+        False, "recompute activations in the backward pass to save memory", advanced=True
+    )
+    compile: bool = field(
+        False, "compile the networks, block by block: slow first steps, faster ones after that", advanced=True
+    )
+    allow_tf32: bool = field(False, "TF32 matrix products on GPUs that have them", advanced=True)
+
+
+@settings
+class RunConfig:
+    """Run."""
+
+    output_dir: str = field("runs/my-model", "folder for everything that is made")
+    seed: int = field(0, "same seed, same machine: same weights", at_least=0, at_most=MAX_SEED)
+    resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    checkpointing_steps: int = field(1000, "save the training state every this many steps", at_least=1)
+    checkpoints_total_limit: int | None = field(
+        2, "keep only the newest this many checkpoints", at_least=1, advanced=True
+    )
+    skip_nonfinite: int = field(
+        0, "leave out up to this many updates that are not finite; 0: stop", at_least=0, advanced=True
+    )
+    logging_steps: int = field(50, "log the mean losses every this many steps", at_least=1, advanced=True)
+    validation_steps: int = field(500, "validate every this many steps, and at the end", at_least=1)
+    report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
+        None, "also log to a tracker; log.jsonl and curves.png are always written"
+    )
+
+
+@settings
+class HubConfig:
+    """Publishing."""
+
+    push_to_hub: bool = field(False, "upload the result to the Hub, with a model card; see also `push`")
+    hub_model_id: str | None = field(
+        None, "repository on the Hub; default: the output folder's name, in your account", advanced=True
+    )
+    hub_private_repo: bool = field(False, "make the repository private", advanced=True)
+    hub_license: str | None = field(
+        None, "license of the weights, an identifier of the Hub; yours to choose", advanced=True
+    )
+    hub_strategy: Literal["end", "every_save"] = field(
+        "end", "end: upload the result; every_save: also at each checkpoint, in the background", advanced=True
+    )
+
+
+def steps_of(
+    max_steps: int | None, num_epochs: float | None, num_images: int | None, images_per_step: int
+) -> int | None:
+    r"""
+    Optimiser steps of a run.
+
+    Args:
+        max_steps (`int`, *optional*): Given as such.
+        num_epochs (`float`, *optional*): Passes over the images, which win over `max_steps`.
+        num_images (`int`, *optional*): In a pass; None: unknown, as of a stream.
+        images_per_step (`int`): Batch size times micro-batches times processes.
+
+    Raises:
+        ConfigError: If passes are asked for over a stream of unknown length.
+    """
+    if num_epochs is None:
+        return max_steps
+    if num_images is None:
+        raise ConfigError(
+            "`num_train_epochs` does not go with `streaming`, whose length is unknown; give steps instead."
+        )
+    return max(1, round(num_epochs * num_images / images_per_step))

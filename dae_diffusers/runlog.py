@@ -1,0 +1,192 @@
+"""What a run writes while it trains: mean losses, curves, grids of images, trackers."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from dae_diffusers.files import write_atomically
+from dae_diffusers.plots import image_grid, plot_curves
+from dae_diffusers.randomness import derived_seed
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    r"""
+    `log.jsonl`, `curves.png` and `grids/` in a run's folder, and the trackers of its accelerator.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        folder (`Path`): Of the script's own files.
+        title (`str`): Over the curves.
+        skips_nonfinite (`bool`, *optional*): Whether values that are not finite are left out of the means.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, title: str, *, skips_nonfinite: bool = False):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.title = title
+        self.skips_nonfinite = skips_nonfinite
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._marks: dict[str, int] = {}
+        self._tracker_failed = False
+
+    def begin(self, step: int, tracker_project: str, settings: dict[str, Any]) -> None:
+        r"""Drops the rows after `step` from an earlier log, and starts the trackers."""
+        if self.accelerator.is_main_process:
+            rows = [row for row in read_log(self.folder) if row["step"] <= step]
+            write_rows = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(self.folder / "log.jsonl", write_rows)
+        if self.accelerator.log_with:
+            self._guard(
+                lambda: self.accelerator.init_trackers(
+                    tracker_project,
+                    config=settings,
+                    init_kwargs={"wandb": {"dir": str(self.folder)}},  # else it writes into the working directory
+                )
+            )
+
+    def mark(self, name: str, step: int) -> None:
+        r"""Marks a step in `curves.png`, such as the border between two stages."""
+        self._marks[name] = step
+
+    def add(self, **values: torch.Tensor) -> None:
+        r"""Adds one micro-batch's values to the means that [`write_means`] writes; they stay on the device until then."""
+        for name, value in values.items():
+            value, count = value.detach(), 1
+            if self.skips_nonfinite:  # what belongs to an update that is left out does not count
+                count = torch.isfinite(value).int()
+                value = torch.where(count > 0, value, 0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def write_means(self, step: int, prefix: str = "train", **values: float | torch.Tensor) -> dict[str, float]:
+        r"""Logs the means, over all processes, of what was added since the last call, and `values` beside them."""
+        means = {f"{prefix}/{k}": total.float() / max(1, int(self._counts[k])) for k, total in self._sums.items()}
+        means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
+        self._sums, self._counts = {}, {}
+        means.update({f"{prefix}/{k}": float(v) for k, v in values.items() if math.isfinite(v)})
+        self.write(means, step)
+        return means
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        r"""Writes values to `log.jsonl` and the trackers. A tracker that fails is reported once and left alone."""
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self._guard(lambda: self.accelerator.log(values, step=step))
+
+    def write_grid(self, name: str, grid: Image.Image, step: int) -> None:
+        r"""Saves a picture as `grids/<name>-<step>.png` and shows it in every tracker that can."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.folder / "grids"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"{name}-{step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            self._guard(lambda tracker=tracker: _log_image(tracker, name, grid, step))
+
+    def write_samples(
+        self,
+        pipeline: DiffusionPipeline,
+        step: int,
+        *,
+        num_classes: int | None,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        **options: Any,
+    ) -> None:
+        r"""
+        Draws a grid from the same noise every time, a column for each class, on the main process.
+
+        Args:
+            pipeline (`DiffusionPipeline`): That takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
+            step (`int`): Optimiser steps done.
+            num_classes (`int` or `None`): Of the data; None: no labels.
+            num_images, batch_size (`int`): Of the grid, and at once.
+            seed (`int`): Of the run.
+            options: For the pipeline.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        labels = None if num_classes is None else [n % num_classes for n in range(num_images)]
+        generators = [torch.Generator().manual_seed(derived_seed(seed, 4, n)) for n in range(num_images)]
+        pipeline.set_progress_bar_config(disable=True)
+        images = []
+        for start in range(0, num_images, batch_size):
+            chosen = slice(start, start + batch_size)
+            images.append(
+                pipeline(
+                    class_labels=None if labels is None else labels[chosen],
+                    num_images_per_label=len(generators[chosen]) if labels is None else 1,
+                    generator=generators[chosen],
+                    output_type="pt",
+                    **options,
+                ).images
+            )
+        columns = num_classes if num_classes is not None and num_classes <= 20 else None
+        self.write_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
+
+    def draw_curves(self) -> None:
+        r"""Draws `curves.png` from the whole log."""
+        if self.accelerator.is_main_process:
+            plot_curves(read_log(self.folder), self.folder / "curves.png", title=self.title, marks=self._marks)
+
+    def finish(self) -> None:
+        r"""Closes the trackers."""
+        for tracker in self.accelerator.trackers:
+            self._guard(tracker.finish)
+        self.accelerator.trackers = []
+
+    def state(self) -> dict[str, Any]:
+        r"""The means that are being gathered, as JSON can hold them. All processes call it."""
+        sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
+        return {"log_sums": sums, "log_counts": {k: int(v) for k, v in self._counts.items()}}
+
+    def load_state(self, sums: dict[str, float], counts: dict[str, int]) -> None:
+        r"""Goes on from what [`state`] gave."""
+        self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
+        self._counts = counts
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        if self._tracker_failed:
+            return
+        try:
+            call()
+        except Exception as error:  # a tracker may fail in any way; the run must not
+            self._tracker_failed = True
+            logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
+    path = folder / "log.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _log_image(tracker, name: str, image: Image.Image, step: int) -> None:
+    if tracker.name == "trackio":  # accelerate's tracker for it has no `log_images`
+        import trackio
+
+        tracker.log({name: trackio.Image(image)}, step=step)
+    elif tracker.name == "tensorboard":
+        tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({name: [image]}, step=step)

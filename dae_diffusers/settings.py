@@ -1,0 +1,182 @@
+"""Settings: small dataclasses beside what they configure, with a help text and bounds in each field, composed by the scripts."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from typing_extensions import dataclass_transform
+
+from dae_diffusers.errors import ConfigError
+
+Config = TypeVar("Config")
+
+# The folder, publishing and resuming belong to one run; [`flags_of`] tells how to make the same model elsewhere.
+_OF_ONE_RUN = ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint")
+
+
+def field(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    advanced: bool = False,
+) -> Any:
+    r"""
+    A field of a settings class.
+
+    Args:
+        default: Its default; without one the setting is required. A list is copied.
+        help (`str`): What `--help` shows.
+        at_least, above, at_most, below (`float`, *optional*): Bounds of a number, and of each number of a list. None passes.
+        advanced (`bool`, *optional*, defaults to `False`): Shown by `--help_all` only.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {
+        "help": help,
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "advanced": advanced,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def part(**defaults: Any) -> Any:
+    r"""A field of a composed settings class: a settings class of its own, with other `defaults` than its own."""
+    return dataclasses.field(metadata={"defaults": defaults})
+
+
+@dataclass_transform(field_specifiers=(field, part))
+def settings(cls: type[Config]) -> type[Config]:
+    r"""
+    Makes a class a dataclass that checks the bounds of its fields before its own `__post_init__`.
+
+    Raises:
+        ConfigError: From the constructor, for a value out of its bounds; names the field.
+    """
+    own_check = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if own_check is not None:
+            own_check(self)
+
+    cls.__post_init__ = __post_init__
+    return dataclass(cls)
+
+
+def check_bounds(values: Any) -> None:
+    r"""Raises `ConfigError` for a number of a dataclass that is not finite or not within the bounds of its field."""
+    for each in dataclasses.fields(values):
+        value = getattr(values, each.name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"`{each.name}` is {value}, but must be finite.")
+            bounds = each.metadata.get("bounds", {})
+            if not _is_within(number, **bounds):
+                raise ConfigError(f"`{each.name}` is {value}, but must be {_describe(**bounds)}.")
+
+
+def _is_within(number: float, at_least=None, above=None, at_most=None, below=None) -> bool:
+    return (
+        (at_least is None or number >= at_least)
+        and (above is None or number > above)
+        and (at_most is None or number <= at_most)
+        and (below is None or number < below)
+    )
+
+
+def _describe(at_least=None, above=None, at_most=None, below=None) -> str:
+    words = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    given = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
+    return "0 or more" if given == ["at least 0"] else " and ".join(given)
+
+
+@cache
+def parts_of(config_class: type) -> dict[str, tuple[type, dict[str, Any]]]:
+    r"""
+    The settings classes that a composed one consists of, each with the defaults that the composition changes, by name; those
+    of a class that is not composed are itself, under the name `""`.
+    """
+    hints = get_type_hints(config_class)
+    found = {
+        each.name: (hints[each.name], each.metadata.get("defaults", {}))
+        for each in dataclasses.fields(config_class)
+        if dataclasses.is_dataclass(hints[each.name])
+    }
+    return found or {"": (config_class, {})}
+
+
+def fields_of(config_class: type) -> Iterator[tuple[type, dataclasses.Field, Any]]:
+    r"""Each setting of a composed class: the class that owns it, its field, and its default (`MISSING` if it is required)."""
+    for owner, defaults in parts_of(config_class).values():
+        for each in dataclasses.fields(owner):
+            default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+            yield owner, each, defaults.get(each.name, default)
+
+
+def compose(config_class: type[Config], **values: Any) -> Config:
+    r"""
+    A composed settings class from the settings of all its parts.
+
+    ```python
+    config = compose(TrainDAEConfig, dataset_name="digits", resolution=32)
+    config.data.resolution
+    ```
+
+    Args:
+        config_class (`type`): A [`settings`] class, composed or not.
+        values: Settings by name; the others have their defaults.
+
+    Raises:
+        TypeError: For a name that no part has, or a required setting that is missing.
+        ConfigError: For a value that is not allowed.
+    """
+    made = {}
+    for name, (owner, defaults) in parts_of(config_class).items():
+        names = [each.name for each in dataclasses.fields(owner)]
+        made[name] = owner(**{**defaults, **{each: values.pop(each) for each in names if each in values}})
+    if values:
+        raise TypeError(f"{config_class.__name__} has no setting {sorted(values)[0]!r}.")
+    return made[""] if "" in made else config_class(**made)
+
+
+def flat(config: Any) -> dict[str, Any]:
+    r"""All settings of a composed class, by name."""
+    if not dataclasses.is_dataclass(config):
+        return {}
+    names = parts_of(type(config))
+    parts = [config] if "" in names else [getattr(config, name) for name in names]
+    return {each.name: getattr(one, each.name) for one in parts for each in dataclasses.fields(one)}
+
+
+def config_text(config: Any) -> str:
+    r"""Settings as the YAML that `--config` reads."""
+    return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
+
+
+def flags_of(config: Any) -> list[str]:
+    r"""The flags that make these settings out of the defaults, without those of the folder, publishing and resuming."""
+    values, argv = flat(config), []
+    for _, each, default in fields_of(type(config)):
+        name, value = each.name, values[each.name]
+        if value == default or name in _OF_ONE_RUN or name.startswith("hub_"):
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        else:
+            argv += [f"--{name}", Path(value).name if isinstance(value, str) and os.path.isabs(value) else str(value)]
+    return argv

@@ -1,0 +1,338 @@
+"""
+What each training script takes: the settings of its parts, composed, and what must fit together. Needs no torch, so that a wrong
+flag is answered before anything heavy is loaded.
+"""
+
+import math
+from typing import Literal
+
+from dae_diffusers.autoencoders.settings import (
+    AutoencoderConfig,
+    CodebookConfig,
+    RegularizationConfig,
+    StageConfig,
+    check_shallow,
+)
+from dae_diffusers.data.configuration import DataConfig
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.losses.settings import LossConfig
+from dae_diffusers.run_settings import MAX_SEED, HubConfig, OptimizationConfig, RunConfig
+from dae_diffusers.settings import field, part, settings
+
+DIT_SIZES = ("DiT-Ti", "DiT-XS", "DiT-S", "DiT-B", "DiT-L", "DiT-XL")  # a test compares them with the transformer's
+
+
+@settings
+class TrainDAEConfig:
+    """Settings of train_dae.py."""
+
+    RECIPES = "dae"
+
+    data: DataConfig = part()
+    autoencoder: AutoencoderConfig = part()
+    codebook: CodebookConfig = part()
+    stages: StageConfig = part()
+    losses: LossConfig = part()
+    regularization: RegularizationConfig = part()
+    optimization: OptimizationConfig = part()
+    run: RunConfig = part()
+    hub: HubConfig = part()
+
+    def __post_init__(self):
+        data, autoencoder, codebook, stages, losses = (
+            self.data, self.autoencoder, self.codebook, self.stages, self.losses
+        )  # fmt: skip
+        data.require_source()
+        start = autoencoder.pretrained_model_name_or_path
+        if start is not None and stages.stage1_dir is not None:
+            raise ConfigError("give one of `pretrained_model_name_or_path` and `stage1_dir`, not both.")
+        if stages.stage == "2" and start is None and stages.stage1_dir is None:
+            raise ConfigError(
+                "`stage 2` needs an encoder: `stage1_dir <output_dir of stage 1>`, or `pretrained_model_name_or_path` to fit the "
+                "decoder of a published autoencoder to your images."
+            )
+        factor = autoencoder.spatial_factor
+        is_new = start is None and stages.stage1_dir is None
+        if is_new and data.resolution % factor:
+            raise ConfigError(
+                f"`resolution` {data.resolution} is not divisible by {factor}, the factor of an autoencoder with "
+                f"{len(autoencoder.block_out_channels)} resolutions. The nearest valid ones are "
+                f"{max(1, data.resolution // factor) * factor} and {(data.resolution // factor + 1) * factor}."
+            )
+        if is_new and stages.auxiliary_decoder == "shallow":
+            try:
+                check_shallow(stages.auxiliary_layers_per_block, autoencoder.layers_per_block)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        models = {
+            "perceptual_model": losses.perceptual_model,
+            "discriminator_model": losses.discriminator_model,
+            "vf_model": self.regularization.vf_model,
+        }
+        if data.image_channels not in (1, 3) and any(model is not None for model in models.values()):
+            raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
+        self.check_mixed_precision(self.optimization.mixed_precision)
+        smallest = 3 * 2**losses.discriminator_layers
+        if losses.has_adversarial_loss and losses.discriminator_model is None and data.resolution < smallest:
+            raise ConfigError(
+                f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
+                f"`resolution` is {data.resolution}. Lower `discriminator_layers`."
+            )
+        is_final = stages.trains_final_decoder(1)
+        judges_stage1 = stages.stage != "2" and losses.adversarial_weight_of(is_final) > 0
+        if judges_stage1 and self.regularization.equivariance > 0 and losses.discriminator_model is None:
+            raise ConfigError(
+                "`equivariance` shrinks images below what the PatchGAN judges: use it with `discriminator_model`, or "
+                f"without `{'adversarial_weight' if is_final else 'stage1_adversarial_weight'}`."
+            )
+        trains_codebook = autoencoder.autoencoder == "vq" and stages.stage != "2"
+        if trains_codebook and start is not None and codebook.quantizer != "vq":
+            raise ConfigError(
+                f"`quantizer {codebook.quantizer}` makes a codebook of its own. With `pretrained_model_name_or_path` use "
+                "`quantizer vq`, which trains the given one on, or `stage 2`, which keeps it."
+            )
+        if trains_codebook and codebook.quantizer == "ema" and self.optimization.num_train_epochs is None:
+            self.check_warmup(stages.stage_steps())
+
+    def check_mixed_precision(self, mixed_precision: str | None) -> None:
+        """Of the flag, and of what `accelerate` makes of it."""
+        accumulates = self.optimization.gradient_accumulation_steps > 1
+        if mixed_precision == "fp16" and accumulates and self.losses.has_adversarial_loss:
+            raise ConfigError(
+                "an adversarial loss with `gradient_accumulation_steps` needs `mixed_precision bf16` or no, not fp16: "
+                "the two models share one loss scale, which may change between the micro-batches of a step."
+            )
+
+    def check_warmup(self, stage_steps: dict[int, int]) -> None:
+        """Of a codebook, once the length of stage 1 is known."""
+        if self.codebook.codebook_warmup_steps >= stage_steps.get(1, math.inf):
+            raise ConfigError(
+                f"`codebook_warmup_steps` is {self.codebook.codebook_warmup_steps}, but must be below the "
+                f"{stage_steps[1]} steps of stage 1, or nothing is ever quantised."
+            )
+
+
+@settings
+class TransformerConfig:
+    """Transformer."""
+
+    vae: str = field(help="folder or Hub id of the autoencoder")
+    latent_cache: str | None = field(
+        None, "folder made by cache_latents.py; then no images are needed, and no flags of data"
+    )
+    model: str = field("DiT-S/2", "size and patch size: DiT-Ti, -XS, -S, -B, -L or -XL, then /1, /2, /4")
+    patch_size: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
+    num_layers: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
+    num_attention_heads: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
+    attention_head_dim: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
+    class_dropout_prob: float = field(0.1, "share of samples whose label is dropped, for guidance", at_least=0, below=1)
+    max_train_steps: int = field(10000, "optimiser steps", at_least=1)
+
+    def __post_init__(self):
+        size, _, patch = self.model.partition("/")
+        if size not in DIT_SIZES or not patch.isdecimal() or int(patch) == 0:
+            raise ConfigError(
+                f"`model` `{self.model}` names no size. Write one of {', '.join(DIT_SIZES)}, a slash and the patch size, for "
+                "example `DiT-S/2`."
+            )
+        if self.attention_head_dim is not None and self.attention_head_dim % 4:
+            raise ConfigError(
+                f"`attention_head_dim` is {self.attention_head_dim}, but must be a multiple of 4 (rotary positions)."
+            )
+
+    def instead_of_named(self) -> dict[str, int]:
+        """The arguments of the transformer's constructor that replace those of the named size."""
+        names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@settings
+class FlowMatchingConfig:
+    """Flow matching and samples."""
+
+    timestep_sampling: Literal["logit_normal", "uniform"] = field(
+        "logit_normal", "distribution of the noise levels in training", advanced=True
+    )
+    timestep_shift: float = field(
+        1.0, "above 1: more noise, in training and in sampling; for large latents", above=0, advanced=True
+    )
+    num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
+    sample_steps: int = field(25, "denoising steps of the grid", at_least=1, advanced=True)
+    sample_guidance_scale: float = field(
+        2.0, "guidance of the grid; 1 is none, as is any with `class_dropout_prob 0`", advanced=True
+    )
+
+
+@settings
+class RepresentationAlignmentConfig:
+    """Representation alignment (REPA)."""
+
+    repa_model: str | None = field(
+        None, "align hidden states with the features of this vision model (Hub id or folder); needs the images"
+    )
+    repa_weight: float = field(0.5, "weight of the alignment", above=0, advanced=True)
+    repa_layer: int | None = field(
+        None, "number of the block whose output is aligned; default: a third of the depth", advanced=True
+    )
+    repa_projector_dim: int = field(2048, "width of the projector, which is not exported", at_least=1, advanced=True)
+
+
+@settings
+class TrainDiTConfig:
+    """Settings of train_dit.py."""
+
+    RECIPES = "dit"
+
+    data: DataConfig = part()
+    transformer: TransformerConfig = part()
+    flow: FlowMatchingConfig = part()
+    alignment: RepresentationAlignmentConfig = part()
+    optimization: OptimizationConfig = part(learning_rate=3e-4)
+    run: RunConfig = part()
+    hub: HubConfig = part()
+
+    def __post_init__(self):
+        data, has_cache = self.data, self.transformer.latent_cache is not None
+        if not has_cache:
+            data.require_source()
+        elif data.streaming:
+            raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
+        if self.alignment.repa_model is None:
+            return
+        if data.dataset_name is None and data.train_data_dir is None:
+            raise ConfigError(
+                "`repa_model` looks at the images, which a latent cache does not hold: give them beside `latent_cache` "
+                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
+            )
+        if has_cache and data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` show other images than those in `latent_cache`. Leave out one "
+                "of them."
+            )
+        if data.image_channels not in (1, 3):
+            raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
+
+
+@settings
+class PriorConfig:
+    """Prior."""
+
+    vae: str = field(help="folder or Hub id of an autoencoder with a codebook")
+    num_layers: int = field(8, "transformer blocks", at_least=1)
+    num_attention_heads: int = field(4, "heads of each", at_least=1)
+    attention_head_dim: int = field(64, "width of a head; times the heads, the width of the model", at_least=2)
+    attention_dropout: float = field(0.0, "dropout of the attention weights", at_least=0, below=1, advanced=True)
+    class_dropout_prob: float = field(0.1, "share of samples whose label is dropped, for guidance", at_least=0, below=1)
+    max_train_steps: int = field(10000, "optimiser steps", at_least=1)
+
+    def __post_init__(self):
+        if self.attention_head_dim % 2:
+            raise ConfigError(
+                f"`attention_head_dim` is {self.attention_head_dim}, but must be even (rotary positions)."
+            )
+
+
+@settings
+class PriorSamplesConfig:
+    """Samples."""
+
+    num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
+    sample_guidance_scale: float = field(
+        2.0, "guidance of the grid; 1 is none, as is any with `class_dropout_prob 0`", advanced=True
+    )
+    sample_temperature: float = field(1.0, "temperature of the grid", above=0, advanced=True)
+    sample_top_k: int | None = field(
+        None, "draw the grid from this many of the likeliest codes only", at_least=1, advanced=True
+    )
+    sample_top_p: float | None = field(
+        None, "draw the grid from the fewest likeliest codes with this share", above=0, at_most=1, advanced=True
+    )
+
+
+@settings
+class TrainPriorConfig:
+    """Settings of train_vqgan_prior.py."""
+
+    RECIPES = "vqgan_prior"
+
+    data: DataConfig = part()
+    prior: PriorConfig = part()
+    samples: PriorSamplesConfig = part()
+    optimization: OptimizationConfig = part(adam_weight_decay=0.05)
+    run: RunConfig = part()
+    hub: HubConfig = part()
+
+    def __post_init__(self):
+        self.data.require_source()
+        if self.data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` do not go with images that are encoded once: each epoch would see "
+                "the same crops."
+            )
+        if self.data.streaming:
+            raise ConfigError("`streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
+
+
+@settings
+class CacheConfig:
+    """Cache."""
+
+    vae: str = field(help="folder or Hub id of the autoencoder")
+    output_dir: str = field("runs/my-model/latents", "folder for the cache: `train/` and `validation/`")
+    batch_size: int = field(64, "images encoded at once", at_least=1)
+    dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "type of the stored numbers")
+    seed: int = field(
+        0,
+        "chooses the held-out images where the data have no validation split; as in training",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+
+
+@settings
+class CacheLatentsConfig:
+    """Settings of cache_latents.py."""
+
+    data: DataConfig = part()
+    cache: CacheConfig = part()
+
+    def __post_init__(self):
+        self.data.require_source()
+        if self.data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` cannot be cached: each epoch would see the same crops."
+            )
+        if self.data.streaming:
+            raise ConfigError("`streaming` data cannot be cached; train_dit.py encodes them as they come.")
+
+
+@settings
+class PushConfig:
+    """Publishing."""
+
+    folder: str = field(help="output folder of a training run, or a pipeline's folder (also the first word)")
+    repo_id: str = field(help="`user/name` on the Hub (also the second word)")
+    license: str | None = field(
+        None,
+        "license of the weights, an identifier of the Hub such as cc-by-4.0; yours to choose; default: that of the card "
+        "that is there, or a question in a terminal, or none",
+    )
+    private: bool = field(False, "make a new repository private")
+    revision: str | None = field(None, "branch, made if need be; default: main")
+    create_pr: bool = field(False, "open a pull request instead of writing to the branch")
+    fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
+    keep_card: bool = field(False, "leave the README.md of the repository as it is")
+    stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
+    space: bool = field(False, "also make a Space, a page on which the model can be tried")
+    space_id: str | None = field(None, "`user/name` of the Space; default: that of the model")
+    export_dir: str | None = field(
+        None, "write everything into this folder instead of uploading it; Space in `space/`, stage 1 in `stage1/`"
+    )
+
+    def __post_init__(self):
+        if self.export_dir is not None and "/" not in self.repo_id:
+            raise ConfigError(f"`export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
+        if self.export_dir is not None and (self.revision is not None or self.create_pr):
+            raise ConfigError(
+                "`export_dir` uploads nothing, so it does not go with `revision` or `create_pr`; leave them out."
+            )
