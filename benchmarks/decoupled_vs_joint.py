@@ -82,7 +82,9 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
-from dae_diffusers.training.train_dae import TrainDAEConfig, load_model
+from dae_diffusers.settings import compose
+from dae_diffusers.training.settings import TrainDAEConfig
+from dae_diffusers.training.train_dae import load_model
 
 # What all runs of a folder share.
 SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
@@ -291,7 +293,7 @@ def train_other_decoder(
     before = folder_of(output_dir, experiment, budget, options["latents_of"], seed)
     folder = folder_of(output_dir, experiment, budget, condition, seed)
     whole = autoencoder_flags(experiment, budget, condition, seed, folder)
-    stage2 = {"stage": "2", "pretrained_model_name_or_path": str(before)}
+    stage2 = {"stage": "2", "stage1_dir": str(before)}
 
     def cost() -> dict[str, float]:
         """As if both stages had been trained: the base's, with one second stage for another."""
@@ -315,7 +317,7 @@ def train_decoder_on(
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
     flags |= flags_among(options) if steps is None else {"stage2_steps": steps}
     before = folder_of(output_dir, experiment, budget, options["decoder_of"] if steps is None else condition, seed)
-    flags |= {"pretrained_vae": str(before / "vae"), "stage": "2", "auxiliary_decoder": "linear"}
+    flags |= {"pretrained_model_name_or_path": str(before / "vae"), "stage": "2", "auxiliary_decoder": "linear"}
 
     def cost() -> dict[str, float]:
         first, more = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"], cost_of(flags, folder)
@@ -339,7 +341,9 @@ def decode_again(
     missing = [name for name in generators if not (folder / name / "generator.json").exists()]
     if not missing:
         return
-    started_from = Path(flags["pretrained_vae"]).parent if "pretrained_vae" in flags else before
+    started_from = (
+        Path(flags["pretrained_model_name_or_path"]).parent if "pretrained_model_name_or_path" in flags else before
+    )
     needed = [started_from / "autoencoder.json", *(before / name / "generator.json" for name in missing)]
     unfinished = [str(path.parent) for path in needed if not path.exists()]
     if unfinished:
@@ -377,7 +381,7 @@ def flags_among(options: dict[str, Any]) -> dict[str, Any]:
 
 def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
     """Of an autoencoder that was trained there with those flags."""
-    return {**json.loads((folder / "cost.json").read_text()), "flops": training_flops(TrainDAEConfig(**flags))}
+    return {**json.loads((folder / "cost.json").read_text()), "flops": training_flops(compose(TrainDAEConfig, **flags))}
 
 
 def folder_of(
@@ -452,12 +456,12 @@ def measure_autoencoder(
 def training_flops(config: TrainDAEConfig) -> float:
     """Of the matrix products and convolutions of an autoencoder's training; without a perceptual model and a discriminator."""
     model, total = load_model(config), 0
-    pixel_values = torch.zeros(1, config.image_channels, config.resolution, config.resolution)
-    for stage, steps in config.stage_steps().items():
+    pixel_values = torch.zeros(1, config.data.image_channels, config.data.resolution, config.data.resolution)
+    for stage, steps in config.stages.stage_steps().items():
         model.set_stage(stage)
         with FlopCounterMode(display=False) as counter:
             model(pixel_values).sample.sum().backward()
-        total += counter.get_total_flops() * steps * config.train_batch_size
+        total += counter.get_total_flops() * steps * config.optimization.train_batch_size
     return float(total)
 
 

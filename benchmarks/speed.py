@@ -49,6 +49,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, MicrobatchSampler, load_images, make_training_loader
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.training import train_dae, train_dit
+from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
 
 @dataclass
@@ -374,8 +375,8 @@ def steps_in_turn(setting: Setting, folder: Path) -> dict[str, list[float]]:
     data = f"--dataset_name digits --image_channels 1 --resolution 32 --output_dir {folder}"
     never = "--validation_steps 100000 --checkpointing_steps 100000 --logging_steps 50"
     dae_flags = f"{data} {never} --block_out_channels 16 32 32 --stage1_steps 40 --stage2_steps 2 --train_batch_size 16"
-    seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, train_dae.TrainDAEConfig, dae_flags, first=40)}
-    model = train_dae.load_model(parse_config(train_dae.TrainDAEConfig, dae_flags.split())).to(setting.device).train()
+    seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, TrainDAEConfig, dae_flags, first=40)}
+    model = train_dae.load_model(parse_config(TrainDAEConfig, dae_flags.split())).to(setting.device).train()
     model.set_stage(1)
     pixel_values = torch.rand(16, 1, 32, 32, device=setting.device) * 2 - 1
     seconds["bare loop, stage 1"] = bare_loop(
@@ -391,7 +392,7 @@ def steps_in_turn(setting: Setting, folder: Path) -> dict[str, list[float]]:
         f"{data} {never} --vae {folder}/vae --latent_cache {folder}/latents --model DiT-Ti/2 --max_train_steps 40 "
         "--train_batch_size 32 --num_sample_images 1 --sample_steps 1"
     )
-    seconds["train_dit.py"] = steps_of_script(train_dit, train_dit.TrainDiTConfig, dit_flags, first=40)
+    seconds["train_dit.py"] = steps_of_script(train_dit, TrainDiTConfig, dit_flags, first=40)
     transformer = DAEDiTPipeline.from_pretrained(folder / "pipeline").transformer.to(setting.device).train()
     latents = torch.randn(32, 4, 8, 8, device=setting.device)
     timestep = torch.rand(32, device=setting.device) * 1000
@@ -472,7 +473,7 @@ def waiting(folder: Path, workers: int) -> list[Row]:
             output = folder / f"waiting-{len(rows)}"
             argv = f"{flags} {more} --dataloader_num_workers {num_workers} --output_dir {output}".split()
             AcceleratorState._reset_state(reset_partial_state=True)
-            train_dae.main(parse_config(train_dae.TrainDAEConfig, argv))
+            train_dae.main(parse_config(TrainDAEConfig, argv))
             share = json.loads((output / "train_dae" / "run.json").read_text())["data_wait_share"]
             rows.append(Row(f"{kind}, {num_workers} workers", 0.0, 0.0, 1.0, note=f"{share:.1%}"))
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -25,12 +25,13 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from dae_diffusers.cli import field, parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
-from dae_diffusers.run import PROCESS_GROUP
+from dae_diffusers.settings import field
 
 MEAN = STD = (0.5, 0.5, 0.5)
 

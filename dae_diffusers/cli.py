@@ -27,6 +27,7 @@ Config = TypeVar("Config")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -138,11 +139,13 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
-        width = min(110, max(80, shutil.get_terminal_size().columns))
-        super().__init__(prog, max_help_position=30, width=width)
+        width = min(140, max(120, shutil.get_terminal_size().columns))
+        super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action):
-        says_all = action.default in (None, SUPPRESS) or (action.option_strings or [""])[0].startswith("--no_")
+        says_all = any(action.default is each for each in (None, False, SUPPRESS)) or (action.option_strings or [""])[
+            0
+        ].startswith("--no_")
         return action.help if says_all else super()._get_help_string(action)
 
 
@@ -160,7 +163,9 @@ class _Parser(HfArgumentParser):
         # argparse's own takes -1e-3 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
         self.add_argument(
-            "--config", metavar="FILE.yaml", help="a YAML file with any of the flags, or a packaged recipe; flags win"
+            "--config",
+            metavar="FILE.yaml",
+            help="a YAML file with any flags, or a packaged recipe such as digits; flags win",
         )
         self.add_argument("--help_all", action="help", help="show every flag")
         self._config_class = config_class
@@ -176,6 +181,10 @@ class _Parser(HfArgumentParser):
                 action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
             if action.option_strings and action.option_strings[0].startswith("--no_"):
                 action.help = f"switch `--{action.dest}` off"
+            if action.metavar is None and action.choices is None and action.nargs != 0:
+                action.metavar = _METAVARS.get(action.type, "yes|no")
+            if action.choices and len("".join(action.choices)) > 20:
+                action.metavar, action.help = "KIND", f"{', '.join(action.choices)}: {action.help}"
             if action.required:
                 action.help, action.default = f"{action.help} (required)", SUPPRESS
             if action.dest in advanced and not help_all:
@@ -223,7 +232,7 @@ def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
         if word == "--config":
             path = next(words, None)
             if path is None:
-                raise ConfigError("`--config` needs a YAML file or the name of a recipe.")
+                raise ConfigError("`--config` needs the path of a YAML file or the name of a recipe.")
         elif word.startswith("--config="):
             path = word.removeprefix("--config=")
         else:

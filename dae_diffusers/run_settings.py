@@ -30,7 +30,7 @@ class OptimizationConfig:
     use_ema: bool = field(True, "keep a moving average of the weights, and export that", advanced=True)
     ema_decay: float = field(0.999, "its decay (it warms up by itself)", at_least=0, below=1, advanced=True)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        None, "autocast; the weights stay float32; default: what accelerate is configured to"
+        None, "autocast; weights stay float32; default: accelerate's"
     )
     gradient_checkpointing: bool = field(
         False, "recompute activations in the backward pass to save memory", advanced=True
@@ -48,7 +48,7 @@ class RunConfig:
     output_dir: str = field("runs/my-model", "folder for everything that is made")
     seed: int = field(0, "same seed, same machine: same weights", at_least=0, at_most=MAX_SEED)
     resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
-    checkpointing_steps: int = field(1000, "save the training state every this many steps", at_least=1)
+    checkpointing_steps: int = field(1000, "save a checkpoint every this many steps", at_least=1, advanced=True)
     checkpoints_total_limit: int | None = field(
         2, "keep only the newest this many checkpoints", at_least=1, advanced=True
     )
@@ -58,7 +58,7 @@ class RunConfig:
     logging_steps: int = field(50, "log the mean losses every this many steps", at_least=1, advanced=True)
     validation_steps: int = field(500, "validate every this many steps, and at the end", at_least=1)
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
-        None, "also log to a tracker; log.jsonl and curves.png are always written"
+        None, "also log to a tracker; log.jsonl and curves.png are always written", advanced=True
     )
 
 
@@ -66,7 +66,7 @@ class RunConfig:
 class HubConfig:
     """Publishing."""
 
-    push_to_hub: bool = field(False, "upload the result to the Hub, with a model card; see also `push`")
+    push_to_hub: bool = field(False, "upload the result to the Hub; see also the script `push`")
     hub_model_id: str | None = field(
         None, "repository on the Hub; default: the output folder's name, in your account", advanced=True
     )

@@ -21,9 +21,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from dae_diffusers import run as run_module
+from dae_diffusers import runlog
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.training import cache_latents, evaluate, settings, train_dae, train_dit, train_vqgan_prior
 
 _DAE = (
     "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
@@ -51,11 +51,11 @@ BARE_DIT = _DIT + (
 TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 PRIOR = "pipeline/prior/model.safetensors"
 CONFIG_CLASSES = {
-    train_dae: train_dae.TrainDAEConfig,
-    train_dit: train_dit.TrainDiTConfig,
-    cache_latents: cache_latents.CacheLatentsConfig,
+    train_dae: settings.TrainDAEConfig,
+    train_dit: settings.TrainDiTConfig,
+    cache_latents: settings.CacheLatentsConfig,
     evaluate: evaluate.EvaluateConfig,
-    train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
+    train_vqgan_prior: settings.TrainPriorConfig,
 }
 
 
@@ -70,12 +70,12 @@ def load_benchmark(name: str) -> ModuleType:
 @contextmanager
 def without_curves():
     """Curves take most of the time of a tiny run."""
-    plot_curves = run_module.plot_curves
-    run_module.plot_curves = lambda *args, **kwargs: None
+    plot_curves = runlog.plot_curves
+    runlog.plot_curves = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        run_module.plot_curves = plot_curves
+        runlog.plot_curves = plot_curves
 
 
 def run(script, flags: str, *, curves: bool = False, **more):

@@ -23,9 +23,9 @@ from dae_diffusers.losses.alignment import (
 )
 from dae_diffusers.losses.perceptual import load_backbone
 from dae_diffusers.losses.resizing import resize
+from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, train_dae, train_dit
-from dae_diffusers.training.train_dae import TrainDAEConfig
-from dae_diffusers.training.train_dit import TrainDiTConfig
+from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -229,7 +229,7 @@ def test_vf_goes_with_everything_else(image_folder, tmp_path, vf_flags, more):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"vf_weight": 0.0}, "`--vf_weight` is 0.0"),
+        ({"vf_weight": 0.0}, "`vf_weight` is 0.0"),
         ({"vf_cosine_margin": 2.0}, "below 2"),
         ({"vf_distance_margin": -0.1}, "at least 0"),
         ({"vf_adaptive_weight_cap": -1.0}, "0 or more"),
@@ -238,7 +238,7 @@ def test_vf_goes_with_everything_else(image_folder, tmp_path, vf_flags, more):
 )
 def test_bad_flags_of_the_vf_loss_are_refused_with_a_sentence(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        TrainDAEConfig(**{"dataset_name": "digits", "resolution": 32, **flags})
+        compose(TrainDAEConfig, **{"dataset_name": "digits", "resolution": 32, **flags})
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +398,7 @@ def test_repa_in_bfloat16_without_classes(image_folder, tmp_path, repa_flags):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"repa_weight": 0.0}, "`--repa_weight` is 0.0"),
+        ({"repa_weight": 0.0}, "`repa_weight` is 0.0"),
         ({"repa_projector_dim": 0}, "at least 1"),
         ({"repa_layer": 13}, "blocks 1 to 12"),
         ({"repa_layer": 0}, "blocks 1 to 12"),
@@ -409,7 +409,7 @@ def test_repa_in_bfloat16_without_classes(image_folder, tmp_path, repa_flags):
 )
 def test_bad_flags_of_repa_are_refused_with_a_sentence(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        TrainDiTConfig(**{"dataset_name": "digits", **flags})
+        compose(TrainDiTConfig, **{"dataset_name": "digits", "vae": "vae", **flags})
 
 
 @pytest.fixture(autouse=True)

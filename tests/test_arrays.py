@@ -79,12 +79,12 @@ def test_from_files_to_samples_in_the_original_values(kind, tiff_folder, npy_fol
     assert read_value_range(str(output / "pipeline")) == [low, high]  # what a generator on its autoencoder asks for
 
 
-@pytest.mark.parametrize("start", ["--pretrained_vae {run}/vae", "--pretrained_model_name_or_path {run}", "alone"])
+@pytest.mark.parametrize("start", ["--pretrained_model_name_or_path {run}/vae", "--stage1_dir {run}", "alone"])
 def test_training_on_keeps_the_range_of_the_autoencoder(start, npy_folder, tmp_path):
     """The frozen encoder must see other images in the scale of those that it was trained on."""
     flags = TINY_DAE + " --image_channels 12"
     if start == "alone":  # a stage 1 without a `vae/` beside it
-        flags, start = f"{flags} --stage 1", "--pretrained_model_name_or_path {run}"
+        flags, start = f"{flags} --stage 1", "--stage1_dir {run}"
     run(train_dae, flags, train_data_dir=npy_folder, output_dir=tmp_path / "run")
     value_range = read_value_range(str(tmp_path / "run"))
     (tmp_path / "halved").mkdir()

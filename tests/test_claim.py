@@ -146,7 +146,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         assert first["reconstruction"] != other["reconstruction"] and first["generation"] != other["generation"]
     assert more["autoencoder_cost"]["flops"] > longer["autoencoder_cost"]["flops"] > first["autoencoder_cost"]["flops"]
     flags = yaml.safe_load((tmp_path / "claim" / "more" / "2+2+3" / "seed-0" / "train_dae" / "config.yaml").read_text())
-    assert flags["pretrained_vae"].endswith("warm/2+2/seed-0/vae") and flags["mse_weight"] == 0
+    assert flags["pretrained_model_name_or_path"].endswith("warm/2+2/seed-0/vae") and flags["mse_weight"] == 0
     assert warm["autoencoder_cost"] == first["autoencoder_cost"]
     text = (tmp_path / "claim" / "results.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]

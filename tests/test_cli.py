@@ -1,6 +1,6 @@
 """A config from flags and YAML; a mistake is one line and an exit code."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
@@ -8,35 +8,49 @@ import pytest
 import torch
 import yaml
 
-from dae_diffusers.cli import config_text, field, parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, with_dashes
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.training.cache_latents import CacheLatentsConfig
-from dae_diffusers.training.train_dae import TrainDAEConfig
-from dae_diffusers.training.train_dit import TrainDiTConfig
-from dae_diffusers.training.train_vqgan_prior import TrainPriorConfig
+from dae_diffusers.settings import compose, config_text, field, fields_of, flags_of, flat, part, settings
+from dae_diffusers.training.settings import (
+    DIT_LAYERS,
+    CacheLatentsConfig,
+    TrainDAEConfig,
+    TrainDiTConfig,
+    TrainPriorConfig,
+)
+from dae_diffusers.transformer_dae_dit import DIT_SIZES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 
 
-@dataclass
+@settings
 class Part:
     """A part."""
 
-    steps: int = field(10, "number of steps")
+    steps: int = field(10, "number of steps", at_least=1)
     widths: list[int] = field([1, 2], "some widths")
 
 
-@dataclass
-class Whole(Part):
-    """The whole."""
+@settings
+class Rest:
+    """The rest."""
 
     kind: Literal["a", "b"] = field("a", "the kind")
     name: str | None = field(None, "a name")
     flag: bool = field(True, "a switch")
+    rare: float = field(0.5, "for experts", above=0, at_most=1, advanced=True)
+
+
+@settings
+class Whole:
+    """The whole."""
+
+    one: Part = part()
+    rest: Rest = part(name="here")
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ConfigError("`--steps` must be at least 1.")
+        if self.one.steps == 13 and self.rest.kind == "b":
+            raise ConfigError("`steps` 13 does not go with `kind b`.")
 
 
 def error_of(capsys, *argv) -> str:
@@ -48,25 +62,59 @@ def error_of(capsys, *argv) -> str:
     return lines[0]
 
 
+def _required(config_class) -> list[str]:
+    """Values of the flags without a default."""
+    return [
+        word for _, each, default in fields_of(config_class) if default is MISSING for word in (f"--{each.name}", "x")
+    ]
+
+
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("steps: 5\nkind: b\nwidths: [3, 4, 5]\nflag: false\n")
     config = parse_config(Whole, ["--config", str(path), "--steps", "7"])
-    assert config == Whole(steps=7, kind="b", widths=[3, 4, 5], flag=False)
-    assert parse_config(Whole, []) == Whole()
+    assert config == compose(Whole, steps=7, kind="b", widths=[3, 4, 5], flag=False)
+    assert parse_config(Whole, []) == compose(Whole)
 
 
 def test_saved_config_is_read_back(tmp_path):
-    config = Whole(steps=3, name="x y: z", widths=[9], flag=False)
+    config = compose(Whole, steps=3, name="x y: z", widths=[9], flag=False)
     (tmp_path / "config.yaml").write_text(config_text(config))
     assert parse_config(Whole, [f"--config={tmp_path / 'config.yaml'}"]) == config
 
 
 @pytest.mark.parametrize("config_class", [TrainDAEConfig, TrainDiTConfig, TrainPriorConfig, CacheLatentsConfig])
 def test_saved_config_of_every_script_is_read_back(config_class, tmp_path):
-    config = parse_config(config_class, ["--dataset_name", "digits"])
+    config = parse_config(config_class, ["--dataset_name", "digits", *_required(config_class)])
     (tmp_path / "config.yaml").write_text(config_text(config))
     assert parse_config(config_class, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_packaged_recipes_are_found_by_name_and_home_is_expanded(monkeypatch, tmp_path):
+    config = parse_config(TrainDAEConfig, ["--config", "digits", "--output_dir=~/here"])
+    values = yaml.safe_load((CONFIGS / "digits_dae.yaml").read_text())
+    assert {name: flat(config)[name] for name in values} == values
+    assert config.run.output_dir == str(Path.home() / "here")
+
+
+def test_flags_that_make_a_config_make_it_again():
+    config = parse_config(Whole, ["--steps", "3", "--no_flag", "--name", "x", "--widths", "4"])
+    assert parse_config(Whole, flags_of(config)) == config
+    assert flags_of(compose(Whole)) == []
+
+
+def test_messages_of_the_library_get_dashes_before_flags_only():
+    text = with_dashes("`steps` is 0; see `other`, `kind b` and `steps=2`.", ["steps", "kind"])
+    assert text == "`--steps` is 0; see `other`, `--kind b` and `--steps=2`."
+
+
+def test_compose_refuses_what_no_part_has():
+    with pytest.raises(TypeError, match="stepps"):
+        compose(Whole, stepps=3)
+
+
+def test_named_sizes_are_those_of_the_transformer():
+    assert {name: sizes[0] for name, sizes in DIT_SIZES.items()} == DIT_LAYERS
 
 
 def test_empty_list_is_refused_where_the_default_is_none(tmp_path, capsys):
@@ -78,19 +126,23 @@ def test_negative_numbers_with_an_exponent_are_values(tmp_path):
     (tmp_path / "config.yaml").write_text("value_range: [-1.0e-5, 1.0e-5]")
     argv = ["--dataset_name", "digits"]
     config = parse_config(TrainDAEConfig, [*argv, "--config", str(tmp_path / "config.yaml")])
-    assert config.value_range == [-1e-5, 1e-5]
+    assert config.data.value_range == [-1e-5, 1e-5]
     for number in ("-1e-3", "-1E-3", "-.5e-3", "-2.e+1", "-.5", "-3"):
         config = parse_config(TrainDAEConfig, [*argv, "--value_range", number, "100"])
-        assert config.value_range == [float(number), 100]
+        assert config.data.value_range == [float(number), 100]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--step", "3"], "Did you mean `steps`"),
+        (["--step", "3"], "Did you mean `--steps`"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--kind", "c"], "invalid choice: 'c'"),
-        (["--steps", "0"], "at least 1"),
+        (["--steps", "0"], "`--steps` is 0, but must be at least 1"),
+        (["--steps", "13", "--kind", "b"], "`--steps` 13 does not go with `--kind b`"),
+        (["--rare", "0"], "above 0 and at most 1"),
+        (["--rare", "nan"], "must be finite"),
+        (["--config", "nothing"], "no packaged recipe"),
         (["7"], "unexpected argument '7'"),
         (["--config", "/nowhere.yaml"], "does not exist"),
         (["--config"], "needs the path"),
@@ -124,9 +176,12 @@ def test_help_shows_groups_types_and_defaults(capsys):
         parse_config(Whole, ["--help"], description="What it does.")
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    assert "What it does." in text and "A part:" in text and "The whole:" in text
+    assert "What it does." in text and "A part:" in text and "The rest:" in text
     assert "number of steps (default: 10)" in " ".join(text.split())
-    assert "--no_flag" in text and "--no-flag" not in text
+    assert "--no_flag" in text and "--no-flag" not in text and "--rare" not in text
+    with pytest.raises(SystemExit):
+        parse_config(Whole, ["--help_all"])
+    assert "for experts (default: 0.5)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_user_errors_of_a_script_are_one_line_and_an_exit_code(capsys):
@@ -174,12 +229,15 @@ def test_other_errors_are_not_hidden():
 
 @pytest.mark.parametrize("config_class", [TrainDAEConfig, TrainDiTConfig, CacheLatentsConfig])
 def test_every_flag_of_every_script_has_help(config_class, capsys):
-    from dataclasses import fields
-
-    assert [f.name for f in fields(config_class) if not f.metadata.get("help")] == []
+    fields = [each for _, each, _ in fields_of(config_class)]
+    assert [each.name for each in fields if not each.metadata.get("help")] == []
+    assert len({each.name for each in fields}) == len(fields)
+    with pytest.raises(SystemExit):
+        parse_config(config_class, ["--help_all"])
+    assert "None (default" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse_config(config_class, ["--help"])
-    assert "None (default" not in capsys.readouterr().out
+    assert len(capsys.readouterr().out.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -188,6 +246,6 @@ def test_shipped_configs_are_valid(path):
     config_class = config_classes.get(path.stem.split("_")[-1], TrainDAEConfig)
     values = yaml.safe_load(path.read_text())
     source = [] if "dataset_name" in values else ["--train_data_dir", "images"]
+    source += _required(config_class)
     config = parse_config(config_class, ["--config", str(path), *source])
-    for name, value in values.items():
-        assert getattr(config, name) == value
+    assert {name: flat(config)[name] for name in values} == values

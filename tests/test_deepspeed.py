@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from scripts import BARE_DIT, TRANSFORMER, assert_goes_on_exactly, assert_same_weights, in_both_processes, start
 from test_launch_configs import arguments_of
 
+from dae_diffusers.distributed import settle_deepspeed
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.run import settle_deepspeed
 from dae_diffusers.training import train_dit
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -57,7 +57,7 @@ def test_deepspeed_equals_data_parallelism_and_resumes_exactly(more, tolerance, 
     [
         (2, "no", False, "train_x does not run under DeepSpeed; use training/configs/accelerate/ddp.yaml"),
         (3, "no", True, "does not run with `zero_stage: 3`; use 2"),
-        (2, "fp16", True, "use `--mixed_precision bf16`"),
+        (2, "fp16", True, "use `mixed_precision bf16`"),
     ],
 )
 def test_what_does_not_go_with_deepspeed_is_refused(zero_stage, mixed_precision, is_one_model, words):

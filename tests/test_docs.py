@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import tarfile
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,11 @@ from scripts import free_port
 from dae_diffusers.cli import parse_config
 from dae_diffusers.console import find_scripts
 from dae_diffusers.training import push
+from dae_diffusers.training.settings import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if "```bash" in path.read_text())
-CONFIG_NAMES = {
-    "train-dae": "TrainDAEConfig",
-    "train-dit": "TrainDiTConfig",
-    "train-vqgan-prior": "TrainPriorConfig",
-    "cache-latents": "CacheLatentsConfig",
-    "evaluate": "EvaluateConfig",
-    "push": "PushConfig",
-}
 FEWER = {
     r"--stage([12])_steps \d+": r"--stage\1_steps 4",
     r"--max_train_steps \d+": "--max_train_steps 4",
@@ -69,8 +61,7 @@ def test_every_flag_in_the_text_exists(path):
         name = name.replace("_", "-")
         argv = shlex.split(flags.replace("$kind", "dropout"))
         argv = [str(ROOT / word) if word.startswith("training/configs") else word for word in argv]
-        module = import_module(f"dae_diffusers.training.{name.replace('-', '_')}")
-        parse_config(getattr(module, CONFIG_NAMES[name]), push.with_flags(argv) if name == "push" else argv)
+        parse_config(SCRIPTS[name], push.with_flags(argv) if name == "push" else argv)
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes, log_of, start, weights
 
-from dae_diffusers import checkpointing, data
-from dae_diffusers import run as run_module
+from dae_diffusers import checkpointing, data, runlog
 from dae_diffusers.cli import run_script
 from dae_diffusers.errors import UserError
 from dae_diffusers.guard import NonFiniteGuard
@@ -99,7 +98,7 @@ def killed_at(point: str, call: int, action) -> None:
     elif point == "while the log is replaced":
         Path.replace = _before(Path.replace, lambda path, new: new.name == "log.jsonl" and is_due())
     elif point == "in the middle of a line of the log":
-        log = run_module.TrainingRun.log
+        log = runlog.RunLog.write
 
         def log_and_die(self, values, step):
             if is_due():
@@ -108,7 +107,7 @@ def killed_at(point: str, call: int, action) -> None:
                 die()
             log(self, values, step)
 
-        run_module.TrainingRun.log = log_and_die
+        runlog.RunLog.write = log_and_die
     elif point == "while the result is saved":
         train_dae.save_value_range = _before(train_dae.save_value_range, lambda *_: is_due())
     else:
@@ -269,7 +268,7 @@ def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(reference, im
     flags = BARE_DAE + " --dataloader_num_workers 1"  # a process that outlives the killed one for a while
 
     def hold():
-        log = run_module.TrainingRun.log
+        log = runlog.RunLog.write
 
         def log_and_wait(self, values, step):
             log(self, values, step)
@@ -277,7 +276,7 @@ def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(reference, im
                 (tmp_path / "waiting").touch()
                 time.sleep(100)
 
-        run_module.TrainingRun.log = log_and_wait
+        runlog.RunLog.write = log_and_wait
         start(flags, **options)
 
     first = in_child(hold, wait=False)

@@ -32,6 +32,7 @@ from dae_diffusers.hub.card import make_card, measurements
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
+from dae_diffusers.training.settings import PushConfig, TrainDAEConfig
 
 REPO = "writer/animals"
 pytestmark = [
@@ -112,7 +113,7 @@ def run_fresh(python, code: str, environment: dict[str, str], folder: Path) -> s
 
 
 def push_script(*words: str):
-    push.main(parse_config(push.PushConfig, push.with_flags([str(word) for word in words])))
+    push.main(parse_config(PushConfig, push.with_flags([str(word) for word in words])))
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +185,9 @@ def test_card_says_how_it_was_made(published):
     assert record["versions"]["torch"] == torch.__version__
     command = re.search(r"```bash\n(accelerate launch .*train_dae .*)\n```", text)[1]
     flags = command.split("train_dae ")[1].split()
-    config = parse_config(train_dae.TrainDAEConfig, flags)
-    assert config.stage1_steps == 4 and config.block_out_channels == [8, 8] and config.resolution == 16
+    config = parse_config(TrainDAEConfig, flags)
+    assert config.stages.stage1_steps == 4 and config.autoencoder.block_out_channels == [8, 8]
+    assert config.data.resolution == 16
     assert "becomes 8x8x3 latents (factor 2 on each side)" in text
     assert "23 training images" in text and "2 classes: cat, dog" in text
     for picture in re.findall(r"\]\((images/[^)]+)\)", text):
@@ -201,7 +203,11 @@ def test_card_says_how_it_was_made(published):
         ({"auxiliary_decoder": "same"}, "same", "against a decoder like the one in `vae/`", False),
         ({"auxiliary_decoder": "none"}, None, "Encoder and decoder were trained together", False),
         (
-            {"auxiliary_decoder": "dropout", "stage": "2", "pretrained_vae": "stabilityai/sd-vae-ft-mse"},
+            {
+                "auxiliary_decoder": "dropout",
+                "stage": "2",
+                "pretrained_model_name_or_path": "stabilityai/sd-vae-ft-mse",
+            },
             None,
             "are those of `stabilityai/sd-vae-ft-mse`; the decoder in `vae/` was trained on",
             False,

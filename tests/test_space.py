@@ -24,6 +24,7 @@ from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.hub.upload import space_files
 from dae_diffusers.plots import image_grid
 from dae_diffusers.training import push
+from dae_diffusers.training.settings import PushConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "dae_diffusers" / "hub" / "space" / "app.py"
@@ -56,7 +57,7 @@ def save_run(folder: Path, id2label: dict[int, str] | None) -> Path:
 def exported(tmp_path_factory):
     run = save_run(tmp_path_factory.mktemp("run"), {0: "cat", 1: "dog", 2: "a, rather long, name"})
     folder = run / "exported"
-    push.main(push.PushConfig(folder=str(run), repo_id="user/tiny", export_dir=str(folder), space=True))
+    push.main(PushConfig(folder=str(run), repo_id="user/tiny", export_dir=str(folder), space=True))
     return folder
 
 
@@ -198,7 +199,7 @@ def test_app_serves_models_without_classes_and_autoencoders_alone(part, tmp_path
     shutil.copytree(run / "pipeline" / "vae", run / "vae")
     make_pipeline(num_classes=0, id2label=None).save_pretrained(run / "vqgan")
     folder = tmp_path / "exported"
-    push.main(push.PushConfig(folder=str(run / part), repo_id="user/tiny", export_dir=str(folder), space=True))
+    push.main(PushConfig(folder=str(run / part), repo_id="user/tiny", export_dir=str(folder), space=True))
     absent = ["dae_diffusers", *([] if part == "vqgan" else ["transformers"])]  # which only a VQGAN needs
     code = f"import sys; sys.modules.update(dict.fromkeys({absent}))"
     code += """

@@ -120,7 +120,7 @@ def test_second_stage_alone_equals_both_in_one_run(trained, image_folder, tmp_pa
         TINY_DAE + " --stage 2",
         train_data_dir=image_folder,
         output_dir=tmp_path / "two",
-        pretrained_model_name_or_path=tmp_path / "one",
+        stage1_dir=tmp_path / "one",
     )
     both, alone = AutoencoderKL.from_pretrained(trained / "vae"), AutoencoderKL.from_pretrained(tmp_path / "two/vae")
     assert both.config.latents_mean == alone.config.latents_mean
@@ -302,8 +302,7 @@ def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_f
         (train_dae, TINY_DAE + " --train_data_dir {images} --output_dir {file}/x", "cannot be written"),
         (
             train_dae,
-            TINY_DAE
-            + " --stage 2 --pretrained_model_name_or_path {empty} --train_data_dir {images} --output_dir {new}",
+            TINY_DAE + " --stage 2 --stage1_dir {empty} --train_data_dir {images} --output_dir {new}",
             "no stage-1 autoencoder",
         ),
         (
@@ -348,7 +347,7 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
     [
         (train_dae, "--dataset_name digits --resolution 30", "28 and 32"),
         (train_dae, "--dataset_name digits --auxiliary_decoder dropout --auxiliary_dropout 1", "below 1"),
-        (train_dae, "--dataset_name digits --stage 2", "pretrained_model_name_or_path"),
+        (train_dae, "--dataset_name digits --stage 2", "stage1_dir"),
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
         (train_dit, "--dataset_name digits --model DiT-M/2", "DiT-S"),

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from scripts import TINY_DAE, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.settings import compose
 from dae_diffusers.training import train_dae
-from dae_diffusers.training.train_dae import TrainDAEConfig
+from dae_diffusers.training.settings import TrainDAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -96,10 +97,10 @@ def test_training_starts_from_a_published_autoencoder(image_folder, tmp_path, st
     """And never from the auxiliary decoder, not even in a run of its own."""
     published = make_autoencoder("none", layers_per_block=2).to_diffusers()
     published.save_pretrained(tmp_path / "published")
-    flags = TINY_DAE + f" --stage {stage} --learning_rate 1e-9 --pretrained_vae {tmp_path / 'published'}"
+    flags = TINY_DAE + f" --stage {stage} --learning_rate 1e-9 --pretrained_model_name_or_path {tmp_path / 'published'}"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run")
     if stage == "1":
-        flags = TINY_DAE + f" --stage 2 --learning_rate 1e-9 --pretrained_model_name_or_path {tmp_path / 'run'}"
+        flags = TINY_DAE + f" --stage 2 --learning_rate 1e-9 --stage1_dir {tmp_path / 'run'}"
         run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "2")
         (tmp_path / "2" / "vae").rename(tmp_path / "run" / "vae")
     config = json.loads((tmp_path / "run" / "vae" / "config.json").read_text())
@@ -115,23 +116,32 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
     make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers().save_pretrained(tmp_path / "gray")
     for path, sentence in ((tmp_path / "gray", "1"), (tmp_path / "nothing", "nothing")):
         with pytest.raises(UserError, match=sentence):
-            run(train_dae, TINY_DAE, pretrained_vae=path, train_data_dir=image_folder, output_dir=tmp_path / "run")
+            run(
+                train_dae,
+                TINY_DAE,
+                pretrained_model_name_or_path=path,
+                train_data_dir=image_folder,
+                output_dir=tmp_path / "run",
+            )
         shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"adversarial_weight": -1}, "`--adversarial_weight` is -1"),
+        ({"adversarial_weight": -1}, "`adversarial_weight` is -1"),
         ({"adversarial_weight": 1, "resolution": 16}, "at least 24 pixels"),
         ({"discriminator_start": 5, "adversarial_start": 4}, "has learnt nothing"),
         ({"discriminator_channels": 12}, "multiple of 8"),
         ({"perceptual_model": "x", "image_channels": 4}, "1 or 3 channels"),
         ({"mask_ratio": 1.0}, "below 1"),
-        ({"equivariance": 2.0}, "between 0 and 1"),
+        ({"equivariance": 2.0}, "at least 0 and at most 1"),
         ({"noise_tau": -0.1}, "0 or more"),
-        ({"pretrained_vae": "x", "autoencoder": "vq", "codebook_warmup_steps": 1}, "makes a codebook of its own"),
-        ({"pretrained_vae": "x", "pretrained_model_name_or_path": "y", "stage": "2"}, "not both"),
+        (
+            {"pretrained_model_name_or_path": "x", "autoencoder": "vq", "codebook_warmup_steps": 1},
+            "makes a codebook of its own",
+        ),
+        ({"pretrained_model_name_or_path": "x", "stage1_dir": "y", "stage": "2"}, "not both"),
         (
             {"adversarial_weight": 1, "mixed_precision": "fp16", "gradient_accumulation_steps": 2, "resolution": 32},
             "loss scale",
@@ -140,7 +150,7 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
 )
 def test_bad_flags_are_refused_with_a_sentence(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        TrainDAEConfig(**{"dataset_name": "digits", "resolution": 32, **flags})
+        compose(TrainDAEConfig, **{"dataset_name": "digits", "resolution": 32, **flags})
 
 
 def test_fp16_that_accelerate_is_configured_to_is_refused_like_the_flag(monkeypatch):
@@ -148,14 +158,20 @@ def test_fp16_that_accelerate_is_configured_to_is_refused_like_the_flag(monkeypa
     monkeypatch.setattr(train_dae, "TrainingRun", lambda *args: run)
     with pytest.raises(ConfigError, match="loss scale"):
         train_dae.main(
-            TrainDAEConfig(dataset_name="digits", resolution=32, adversarial_weight=1, gradient_accumulation_steps=2)
+            compose(
+                TrainDAEConfig,
+                dataset_name="digits",
+                resolution=32,
+                adversarial_weight=1,
+                gradient_accumulation_steps=2,
+            )
         )
 
 
 def test_adversarial_loss_that_stage_one_does_not_have_goes_with_equivariance():
     weights = {"auxiliary_decoder": "none", "stage1_adversarial_weight": 1.0}
-    TrainDAEConfig(dataset_name="digits", resolution=32, equivariance=0.5, **weights)
-    TrainDAEConfig(dataset_name="digits", resolution=32, equivariance=0.5, adversarial_weight=1.0)
+    compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, **weights)
+    compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, adversarial_weight=1.0)
 
 
 @pytest.fixture(autouse=True)

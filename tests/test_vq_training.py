@@ -24,6 +24,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.latents.codes import CodeGrids, codes_of
 from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.training.settings import TrainDAEConfig, TrainPriorConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -83,7 +84,7 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, image_folder, tmp_path
 
 @pytest.mark.parametrize("flags", ["--stage 2", "--quantizer vq", "--quantizer vq --auxiliary_decoder none"])
 def test_training_starts_from_a_published_codebook(flags, trained, image_folder, tmp_path):
-    flags = f"{TINY_VQ} --learning_rate 1e-9 --pretrained_vae {trained / 'vae'} {flags}"
+    flags = f"{TINY_VQ} --learning_rate 1e-9 --pretrained_model_name_or_path {trained / 'vae'} {flags}"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run")
     before, after = weights(trained / "vae"), weights(tmp_path / "run" / "vae")
     assert_same_weights(before, after, rtol=0, atol=1e-6)
@@ -95,13 +96,19 @@ def test_published_autoencoder_of_the_other_kind_is_refused(trained, image_folde
     with pytest.raises(
         UserError, match="is of class VQModel, but `--autoencoder kl` takes a model of class AutoencoderKL"
     ):
-        run(train_dae, TINY_DAE, pretrained_vae=trained / "vae", train_data_dir=image_folder, output_dir=tmp_path)
+        run(
+            train_dae,
+            TINY_DAE,
+            pretrained_model_name_or_path=trained / "vae",
+            train_data_dir=image_folder,
+            output_dir=tmp_path,
+        )
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--quantizer vq --entropy_weight 0.1",
+        "--quantizer vq",
         "--quantizer vq --no_l2_normalize_codes --gradient_checkpointing",
         "--quantizer fsq --fsq_levels 3 2 2 --mixed_precision bf16",
         "--auxiliary_decoder none",
@@ -115,7 +122,7 @@ def test_every_quantizer_trains(flags, image_folder, tmp_path):
 
 def test_second_stage_alone_keeps_the_codebook(trained, image_folder, tmp_path):
     flags = TINY_VQ + " --stage 2"
-    data = {"train_data_dir": image_folder, "pretrained_model_name_or_path": trained}
+    data = {"train_data_dir": image_folder, "stage1_dir": trained}
     run(train_dae, flags, output_dir=tmp_path / "two", **data)
     both, alone = weights(trained / "vae"), weights(tmp_path / "two" / "vae")
     for name in both:
@@ -175,7 +182,7 @@ def test_evaluation_reports_the_use_of_the_codebook(trained, image_folder, tmp_p
 )
 def test_impossible_flags_of_the_prior_exit_with_two(flags, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse_config(train_vqgan_prior.TrainPriorConfig, f"--dataset_name digits {flags}".split())
+        parse_config(TrainPriorConfig, f"--dataset_name digits --vae vae {flags}".split())
     assert exit_info.value.code == 2
     assert flags.split()[0] in capsys.readouterr().err
 
@@ -192,7 +199,7 @@ def test_impossible_flags_of_the_prior_exit_with_two(flags, capsys):
 )
 def test_impossible_flags_exit_with_two(flags, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse_config(train_dae.TrainDAEConfig, f"--dataset_name digits {flags}".split())
+        parse_config(TrainDAEConfig, f"--dataset_name digits {flags}".split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 

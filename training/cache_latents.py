@@ -47,6 +47,7 @@ def main(config: CacheLatentsConfig) -> None:
                 accelerator,
                 batch_size=cache.batch_size,
                 dtype=cache.dtype,
+                shard_size=cache.shard_size,
                 num_workers=data.dataloader_num_workers,
             )
         except OSError as error:

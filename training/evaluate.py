@@ -33,9 +33,10 @@ from dae_diffusers.autoencoders.loading import (
     load_autoencoder,
 )
 from dae_diffusers.checkpointing import take_folder
-from dae_diffusers.cli import field, parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
@@ -72,7 +73,7 @@ from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
-from dae_diffusers.run import PROCESS_GROUP
+from dae_diffusers.settings import field
 
 logger = logging.getLogger(__name__)
 

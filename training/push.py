@@ -13,48 +13,14 @@ import logging
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from dae_diffusers.cli import field, parse_config, run_script
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.errors import UserError
 from dae_diffusers.hub import card, results, upload
+from dae_diffusers.training.settings import PushConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PushConfig:
-    """Publishing."""
-
-    folder: str | None = field(None, "output folder of a training run, or a pipeline's folder (also the first word)")
-    repo_id: str | None = field(None, "`user/name` on the Hub (also the second word)")
-    license: str | None = field(
-        None,
-        "license of the weights, an identifier of the Hub such as cc-by-4.0; yours to choose; default: that of the card "
-        "that is there, or a question in a terminal, or none",
-    )
-    private: bool = field(False, "make a new repository private")
-    revision: str | None = field(None, "branch, made if need be; default: main")
-    create_pr: bool = field(False, "open a pull request instead of writing to the branch")
-    fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
-    keep_card: bool = field(False, "leave the README.md of the repository as it is")
-    stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
-    space: bool = field(False, "also make a Space, a page on which the model can be tried")
-    space_id: str | None = field(None, "`user/name` of the Space; default: that of the model")
-    export_dir: str | None = field(
-        None, "write everything into this folder instead of uploading it; Space in `space/`, stage 1 in `stage1/`"
-    )
-
-    def __post_init__(self):
-        if self.folder is None or self.repo_id is None:
-            raise ConfigError("give a folder and a repository: push.py runs/digits user/digits. See --help.")
-        if self.export_dir is not None and "/" not in self.repo_id:
-            raise ConfigError(f"`--export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
-        if self.export_dir is not None and (self.revision is not None or self.create_pr):
-            raise ConfigError(
-                "`--export_dir` uploads nothing, so it does not go with `--revision` or `--create_pr`; leave them out."
-            )
 
 
 def main(config: PushConfig) -> None:

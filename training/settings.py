@@ -19,7 +19,8 @@ from dae_diffusers.losses.settings import LossConfig
 from dae_diffusers.run_settings import MAX_SEED, HubConfig, OptimizationConfig, RunConfig
 from dae_diffusers.settings import field, part, settings
 
-DIT_SIZES = ("DiT-Ti", "DiT-XS", "DiT-S", "DiT-B", "DiT-L", "DiT-XL")  # a test compares them with the transformer's
+# Blocks of each named size; a test compares them with the transformer's.
+DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
 
 
 @settings
@@ -117,10 +118,8 @@ class TransformerConfig:
     """Transformer."""
 
     vae: str = field(help="folder or Hub id of the autoencoder")
-    latent_cache: str | None = field(
-        None, "folder made by cache_latents.py; then no images are needed, and no flags of data"
-    )
-    model: str = field("DiT-S/2", "size and patch size: DiT-Ti, -XS, -S, -B, -L or -XL, then /1, /2, /4")
+    latent_cache: str | None = field(None, "folder made by cache_latents.py, instead of images")
+    model: str = field("DiT-S/2", "DiT-Ti, -XS, -S, -B, -L or -XL, then patch size /1, /2, /4")
     patch_size: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
     num_layers: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
     num_attention_heads: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
@@ -130,15 +129,20 @@ class TransformerConfig:
 
     def __post_init__(self):
         size, _, patch = self.model.partition("/")
-        if size not in DIT_SIZES or not patch.isdecimal() or int(patch) == 0:
+        if size not in DIT_LAYERS or not patch.isdecimal() or int(patch) == 0:
             raise ConfigError(
-                f"`model` `{self.model}` names no size. Write one of {', '.join(DIT_SIZES)}, a slash and the patch size, for "
+                f"`model` `{self.model}` names no size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
                 "example `DiT-S/2`."
             )
         if self.attention_head_dim is not None and self.attention_head_dim % 4:
             raise ConfigError(
                 f"`attention_head_dim` is {self.attention_head_dim}, but must be a multiple of 4 (rotary positions)."
             )
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.num_layers or DIT_LAYERS[self.model.partition("/")[0]]
 
     def instead_of_named(self) -> dict[str, int]:
         """The arguments of the transformer's constructor that replace those of the named size."""
@@ -167,9 +171,7 @@ class FlowMatchingConfig:
 class RepresentationAlignmentConfig:
     """Representation alignment (REPA)."""
 
-    repa_model: str | None = field(
-        None, "align hidden states with the features of this vision model (Hub id or folder); needs the images"
-    )
+    repa_model: str | None = field(None, "align hidden states with this vision model; needs the images")
     repa_weight: float = field(0.5, "weight of the alignment", above=0, advanced=True)
     repa_layer: int | None = field(
         None, "number of the block whose output is aligned; default: a third of the depth", advanced=True
@@ -197,6 +199,9 @@ class TrainDiTConfig:
             data.require_source()
         elif data.streaming:
             raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
+        layer, num_layers = self.alignment.repa_layer, self.transformer.depth
+        if layer is not None and not 1 <= layer <= num_layers:
+            raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
         if self.alignment.repa_model is None:
             return
         if data.dataset_name is None and data.train_data_dir is None:
@@ -218,6 +223,9 @@ class PriorConfig:
     """Prior."""
 
     vae: str = field(help="folder or Hub id of an autoencoder with a codebook")
+    code_cache: str | None = field(
+        None, "folder for the codes, which several priors may share; default: `<output_dir>/codes`", advanced=True
+    )
     num_layers: int = field(8, "transformer blocks", at_least=1)
     num_attention_heads: int = field(4, "heads of each", at_least=1)
     attention_head_dim: int = field(64, "width of a head; times the heads, the width of the model", at_least=2)
@@ -281,6 +289,7 @@ class CacheConfig:
     output_dir: str = field("runs/my-model/latents", "folder for the cache: `train/` and `validation/`")
     batch_size: int = field(64, "images encoded at once", at_least=1)
     dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "type of the stored numbers")
+    shard_size: int = field(8192, "images in a file of the cache", at_least=1, advanced=True)
     seed: int = field(
         0,
         "chooses the held-out images where the data have no validation split; as in training",
@@ -336,3 +345,12 @@ class PushConfig:
             raise ConfigError(
                 "`export_dir` uploads nothing, so it does not go with `revision` or `create_pr`; leave them out."
             )
+
+
+SCRIPTS = {
+    "cache-latents": CacheLatentsConfig,
+    "push": PushConfig,
+    "train-dae": TrainDAEConfig,
+    "train-dit": TrainDiTConfig,
+    "train-vqgan-prior": TrainPriorConfig,
+}

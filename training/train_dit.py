@@ -121,9 +121,6 @@ def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) 
         **DAEDiTTransformer2DModel.size_kwargs(config.transformer.model),
         **config.transformer.instead_of_named(),
     }
-    layer, num_layers = config.alignment.repa_layer, architecture["num_layers"]
-    if layer is not None and not 1 <= layer <= num_layers:
-        raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
     images = data.identity if isinstance(data, CachedLatents) else config.data
     check_image_size(
         vae, channels=images.image_channels, resolution=images.resolution, patch_size=architecture["patch_size"]

@@ -10,6 +10,7 @@ is `<output_dir>/pipeline`, for `DAEVQGANPipeline.from_pretrained`.
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -102,10 +103,11 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
 
 
 def encode_once(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, ImageDataset]) -> list[CodeGrids]:
-    """The codes of the training and validation images, in `<output_dir>/codes`."""
+    """The codes of the training and validation images, from `code_cache` or made there."""
+    folder = Path(run.config.prior.code_cache or run.output_dir / "codes")
     return [
         cached_codes(
-            run.output_dir / "codes" / f"{split}.safetensors",
+            folder / f"{split}.safetensors",
             vae,
             split_images,
             run.accelerator,

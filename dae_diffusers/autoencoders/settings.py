@@ -15,16 +15,12 @@ class AutoencoderConfig:
     """Autoencoder."""
 
     autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook")
-    pretrained_model_name_or_path: str | None = field(
-        None, "start from this `AutoencoderKL` or `VQModel` (Hub id or folder) instead of fresh weights"
-    )
-    block_out_channels: list[int] = field(
-        [32, 64, 64], "channels at each resolution; each after the first halves the size", at_least=1
-    )
+    pretrained_model_name_or_path: str | None = field(None, "start from this autoencoder (Hub id or folder)")
+    block_out_channels: list[int] = field([32, 64, 64], "channels at each resolution; each halves the size", at_least=1)
     layers_per_block: int = field(
         1, "residual blocks at each resolution of the encoder; the decoder has one more", at_least=1, advanced=True
     )
-    latent_channels: int = field(4, "channels of the latents; of a codebook, the dimension of the codes", at_least=1)
+    latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1)
     norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True)
     mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True)
 
@@ -47,9 +43,9 @@ class CodebookConfig:
     """Codebook (`autoencoder vq`)."""
 
     quantizer: QuantizerType = field(
-        "ema", "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)"
+        "ema", "moving averages, learnt by gradient, or a fixed grid (finite scalar quantisation)", advanced=True
     )
-    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)")
+    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", advanced=True)
     l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", advanced=True)
     codebook_warmup_steps: int = field(
         100, "steps without quantisation, before k-means sets the codes (`ema`)", advanced=True
@@ -93,11 +89,11 @@ class CodebookConfig:
 class StageConfig:
     """Stages."""
 
-    stage: Literal["all", "1", "2"] = field("all", "both stages, only the first, or only the second")
-    stage1_dir: str | None = field(None, "for `stage 2`: the output folder of a stage 1, or its `stage1` folder")
+    stage: Literal["all", "1", "2"] = field("all", "both stages, or one of them")
+    stage1_dir: str | None = field(None, "for `stage 2`: the output folder of a stage 1")
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",
-        "what makes the decoder of stage 1 weak; `same`: nothing (the control); `none`: joint training in one stage",
+        "what makes stage 1's decoder weak",
     )
     auxiliary_dropout: float = field(0.1, "channel dropout rate of `dropout`")
     auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`", advanced=True)
@@ -105,7 +101,7 @@ class StageConfig:
         0, "residual blocks per resolution of `shallow`, less one; below `layers_per_block`", advanced=True
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
-    stage2_steps: int = field(2000, "optimiser steps of stage 2; each costs about 0.7 of a joint step", at_least=1)
+    stage2_steps: int = field(2000, "optimiser steps of stage 2, which cost about 0.7 each", at_least=1)
     warm_start_decoder: bool = field(
         True,
         "start stage 2 from the auxiliary decoder's weights instead of afresh, where it has the real one's shape (`same` and "
@@ -167,7 +163,7 @@ class StageConfig:
 
 @settings
 class RegularizationConfig:
-    """Regularisation of the latents (other ways to hinder the decoder, freely combined)."""
+    """Regularisation of the latents."""
 
     mask_ratio: float = field(
         0.0, "stage 1: share of the input's patches that the encoder does not see", at_least=0, below=1, advanced=True
@@ -175,12 +171,12 @@ class RegularizationConfig:
     latent_denoising: float = field(
         0.0, "stage 1: scale of the noise that latents are interpolated with (l-DeTok)", at_least=0, advanced=True
     )
-    equivariance: float = field(
-        0.0, "stage 1: share of batches turned and scaled in latent space (EQ-VAE)", at_least=0, at_most=1
-    )
+    equivariance: float = field(0.0, "share of stage 1's batches turned and scaled (EQ-VAE)", at_least=0, at_most=1)
     noise_tau: float = field(0.0, "stage 2: scale of the noise on the real decoder's input", at_least=0, advanced=True)
     vf_model: str | None = field(
-        None, "stage 1: align latents with the features of this vision model (Hub id or folder), the VF loss of VA-VAE"
+        None,
+        "stage 1: align latents with the features of this vision model (Hub id or folder), the VF loss of VA-VAE",
+        advanced=True,
     )
     vf_weight: float = field(0.1, "weight of the VF loss", above=0, advanced=True)
     vf_cosine_margin: float = field(

@@ -13,7 +13,7 @@ MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much,
 class DataConfig:
     """Data."""
 
-    dataset_name: str | None = field(None, "a dataset on the Hub, a local dataset folder, or `digits` (embedded)")
+    dataset_name: str | None = field(None, "a dataset on the Hub, a dataset folder, or `digits` (embedded)")
     dataset_config_name: str | None = field(None, "configuration of the dataset, if it has several", advanced=True)
     train_data_dir: str | None = field(None, "a folder of images; sub-folders are classes")
     train_split: str = field("train", "split to train on", advanced=True)
@@ -24,7 +24,7 @@ class DataConfig:
         0.05, "share of the training images held out if there is no validation split", above=0, below=1, advanced=True
     )
     image_column: str | None = field(None, "column of the images; default: the first image column", advanced=True)
-    label_column: str | None = field(None, "column of the labels; default: the class-label column; `none`: no labels")
+    label_column: str | None = field(None, "column of the labels; `none`: no labels; default: the class labels")
     streaming: bool = field(
         False,
         "read the training images as they come, from the Hub or local shards (Parquet, webdataset): no copy on the disk",
@@ -39,7 +39,9 @@ class DataConfig:
         at_least=1,
         advanced=True,
     )
-    max_train_samples: int | None = field(None, "use only N of the training images, a fixed random choice", at_least=1)
+    max_train_samples: int | None = field(
+        None, "use only N of the training images, a fixed random choice", at_least=1, advanced=True
+    )
     max_validation_samples: int = field(
         1000,
         "validate on at most this many images, a fixed random choice; of a stream the first",
@@ -49,7 +51,7 @@ class DataConfig:
     resolution: int = field(
         32, "height and width of the training images, in pixels", at_least=1, at_most=MAX_RESOLUTION
     )
-    image_channels: int = field(3, "3: RGB; 1: grayscale; any other number: arrays with that many channels", at_least=1)
+    image_channels: int = field(3, "3: RGB; 1: gray; another number: arrays of so many channels", at_least=1)
     value_range: list[float] = field(
         [],
         "lowest and highest value of the images, mapped to [-1, 1]; default: 0 255 for 8-bit pictures, 0 65535 for 16-bit "
@@ -77,7 +79,7 @@ class DataConfig:
     max_bad_image_share: float = field(
         0.01, "with `--on_bad_image skip`: stop if more than this share is bad", at_least=0, at_most=1, advanced=True
     )
-    dataloader_num_workers: int = field(0, "processes that read images beside each training process", at_least=0)
+    dataloader_num_workers: int = field(0, "processes that read images beside each trainer", at_least=0, advanced=True)
 
     def __post_init__(self):
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):

@@ -80,8 +80,9 @@ class Result:
             return {}
         config = self.scripts["train_dae"].config
         stage1 = self.folder / "stage1" / "config.json"
-        if config.get("stage") == "2" and config.get("pretrained_vae"):
-            return {"fine_tuned_from": config["pretrained_vae"]}
+        started_from = config.get("pretrained_vae" if "pretrained_vae" in config else "pretrained_model_name_or_path")
+        if config.get("stage") == "2" and started_from:  # runs of version 0.1 call it `pretrained_vae`
+            return {"fine_tuned_from": started_from}
         if stage1.exists():
             return {"auxiliary_decoder": _read_json(stage1).get("auxiliary_decoder_type", "none")}
         if config.get("stage") == "2":  # of a stage 1 elsewhere, whose kind the flags do not say

@@ -14,17 +14,15 @@ class LossConfig:
 
     l1_weight: float = field(1.0, "weight of the mean absolute error", at_least=0, advanced=True)
     mse_weight: float = field(1.0, "weight of the mean squared error", at_least=0, advanced=True)
-    kl_weight: float = field(1e-4, "weight of the KL divergence per latent element (stage 1)", at_least=0)
-    perceptual_model: str | None = field(
-        None, "features of the perceptual loss: a vision model (Hub id or folder) or `lpips`; default: none"
-    )
+    kl_weight: float = field(1e-4, "weight of the KL divergence per latent (stage 1)", at_least=0)
+    perceptual_model: str | None = field(None, "vision model of the perceptual loss, or `lpips`; default: none")
     perceptual_weight: float = field(
         1.0, "weight of the perceptual loss, if there is one, for the real decoder", at_least=0, advanced=True
     )
     stage1_perceptual_weight: float | None = field(
         None, "the same in stage 1; default: the same weight", at_least=0, advanced=True
     )
-    adversarial_weight: float = field(0.0, "weight of the adversarial loss for the real decoder; 0: none", at_least=0)
+    adversarial_weight: float = field(0.0, "weight of the real decoder's adversarial loss; 0: none", at_least=0)
     stage1_adversarial_weight: float = field(0.0, "the same in stage 1", at_least=0, advanced=True)
     adversarial_loss: AdversarialLossType = field("hinge", "kind of adversarial loss", advanced=True)
     discriminator_model: str | None = field(
