@@ -63,6 +63,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
@@ -84,7 +85,6 @@ from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.settings import compose
 from dae_diffusers.training.settings import TrainDAEConfig
-from dae_diffusers.training.train_dae import load_model
 
 # What all runs of a folder share.
 SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
@@ -455,7 +455,7 @@ def measure_autoencoder(
 
 def training_flops(config: TrainDAEConfig) -> float:
     """Of the matrix products and convolutions of an autoencoder's training; without a perceptual model and a discriminator."""
-    model, total = load_model(config), 0
+    model, total = make_autoencoder(config), 0
     pixel_values = torch.zeros(1, config.data.image_channels, config.data.resolution, config.data.resolution)
     for stage, steps in config.stages.stage_steps().items():
         model.set_stage(stage)

@@ -45,6 +45,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, MicrobatchSampler, load_images, make_training_loader
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
@@ -376,7 +377,7 @@ def steps_in_turn(setting: Setting, folder: Path) -> dict[str, list[float]]:
     never = "--validation_steps 100000 --checkpointing_steps 100000 --logging_steps 50"
     dae_flags = f"{data} {never} --block_out_channels 16 32 32 --stage1_steps 40 --stage2_steps 2 --train_batch_size 16"
     seconds = {"train_dae.py, stage 1": steps_of_script(train_dae, TrainDAEConfig, dae_flags, first=40)}
-    model = train_dae.load_model(parse_config(TrainDAEConfig, dae_flags.split())).to(setting.device).train()
+    model = make_autoencoder(parse_config(TrainDAEConfig, dae_flags.split())).to(setting.device).train()
     model.set_stage(1)
     pixel_values = torch.rand(16, 1, 32, 32, device=setting.device) * 2 - 1
     seconds["bare loop, stage 1"] = bare_loop(

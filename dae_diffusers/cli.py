@@ -51,10 +51,13 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, *, d
     parser = _Parser(config_class, description=description, help_all="--help_all" in argv)
     try:
         path, argv = _take_config_flag(argv)
-        values = parser.parse([*(_yaml_to_argv(path, config_class) if path else []), *argv])
-        return compose(config_class, **values)
+        from_file = _yaml_to_argv(path, config_class) if path else []
     except ValueError as error:
         parser.error(str(error))
+    try:
+        return compose(config_class, **parser.parse([*from_file, *argv]))
+    except ValueError as error:
+        parser.error(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]))
 
 
 def with_dashes(message: str, flags: Iterable[str]) -> str:
@@ -168,7 +171,6 @@ class _Parser(HfArgumentParser):
             help="a YAML file with any flags, or a packaged recipe such as digits; flags win",
         )
         self.add_argument("--help_all", action="help", help="show every flag")
-        self._config_class = config_class
         groups, advanced = {}, set()
         for owner, config_field, default in fields_of(config_class):
             if owner not in groups:
@@ -202,9 +204,7 @@ class _Parser(HfArgumentParser):
         return {name: _expand_home(value) for name, value in vars(namespace).items() if name != "config"}
 
     def error(self, message: str):
-        flags = [each.name for _, each, _ in fields_of(self._config_class)]
-        text = " ".join(with_dashes(message, flags).splitlines())
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(ConfigError.exit_code)
 
 

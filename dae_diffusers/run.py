@@ -149,8 +149,16 @@ class TrainingRun:
                     f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Go "
                     "on with the same, or train in another `--output_dir`."
                 )
-        check_plan(self._plan, state.pop("plan", None), step, path)
+        plan_before = state.pop("plan", None)
+        check_plan(self._plan, plan_before, step, path)
         logger.info("resuming from %s", path)
+        planned, total = sum((plan_before or {}).get("steps", steps).values()), sum(steps.values())
+        if planned != total:
+            logger.info(
+                "the run ends after %d steps instead of %d; from here on the learning rate follows the schedule of the new length",
+                total,
+                planned,
+            )
         self.guard.skipped = state.pop("skipped", 0)
         self.log.load_state(state.pop("log_sums"), state.pop("log_counts"))
         self.batches.load_state(state.pop("stream", None))
@@ -341,6 +349,11 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
                 f"{checkpoint} was trained with `{name}` {value}, but now it is {settings[name]}. Go on with {value}, or train in "
                 "another `output_dir`."
             )
+    begins, began = next(iter(steps)), next(iter(before["steps"]), None)
+    if began not in (begins, None):
+        raise UserError(
+            f"{checkpoint} began with `{began}`, but this run begins with `{begins}`. Train in another `output_dir`."
+        )
     first = 0  # step at which a stage begins
     for position, (name, number) in enumerate(steps.items()):
         planned, is_last = before["steps"].get(name, number), position == len(steps) - 1

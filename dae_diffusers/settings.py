@@ -28,6 +28,7 @@ def field(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    hint: str = "",
     advanced: bool = False,
 ) -> Any:
     r"""
@@ -37,12 +38,14 @@ def field(
         default: Its default; without one the setting is required. A list is copied.
         help (`str`): What `--help` shows.
         at_least, above, at_most, below (`float`, *optional*): Bounds of a number, and of each number of a list. None passes.
+        hint (`str`, *optional*): What to do instead of a value out of these bounds.
         advanced (`bool`, *optional*, defaults to `False`): Shown by `--help_all` only.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
         "help": help,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "hint": hint,
         "advanced": advanced,
     }
     if isinstance(default, list):
@@ -85,7 +88,9 @@ def check_bounds(values: Any) -> None:
                 raise ConfigError(f"`{each.name}` is {value}, but must be finite.")
             bounds = each.metadata.get("bounds", {})
             if not _is_within(number, **bounds):
-                raise ConfigError(f"`{each.name}` is {value}, but must be {_describe(**bounds)}.")
+                hint = each.metadata.get("hint")
+                text = f"`{each.name}` is {value}, but must be {_describe(**bounds)}"
+                raise ConfigError(f"{text}; {hint}." if hint else f"{text}.")
 
 
 def _is_within(number: float, at_least=None, above=None, at_most=None, below=None) -> bool:
@@ -98,6 +103,8 @@ def _is_within(number: float, at_least=None, above=None, at_most=None, below=Non
 
 
 def _describe(at_least=None, above=None, at_most=None, below=None) -> str:
+    if at_least is not None and at_most is not None:
+        return f"in [{at_least}, {at_most}]"
     words = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     given = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
     return "0 or more" if given == ["at least 0"] else " and ".join(given)

@@ -123,7 +123,7 @@ TABLE = [
         "train_dae",
         "--train_data_dir {images} --auxiliary_decoder shallow --auxiliary_layers_per_block 1",
         2,
-        "must be below the `layers_per_block` of the real decoder, 1",
+        "must be below the `--layers_per_block` of the real decoder, 1",
     ),
     ("train_dae", "--train_data_dir {images} --skip_nonfinite -1", 2, "must be 0 or more"),
     ("train_dae", "--train_data_dir {images} --resolution 17", 2, "nearest valid ones are 16 and 18"),

@@ -1,6 +1,7 @@
 """The training scripts, as a user runs them, on tiny models: they end with what they promise, however interrupted."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -26,6 +27,7 @@ from scripts import (
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import UserError
+from dae_diffusers.settings import flat
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -92,6 +94,55 @@ def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, 
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize(
+    ("script", "change", "message"),
+    [
+        (
+            train_dae,
+            "--auxiliary_decoder none",
+            "was trained with `auxiliary_decoder_type` dropout, but now it is none",
+        ),
+        (train_dae, "--auxiliary_dropout 0.3", "was trained with `auxiliary_dropout` 0.1, but now it is 0.3"),
+        (train_dae, "--stage1_steps 6", "the 4 of `stage1_steps` are over, but now they are 6"),
+        (train_dae, "--stage1_steps 2", "the 4 of `stage1_steps` are over, but now they are 2"),
+        (train_dae, "--stage2_steps 3", "4 of them of `stage2_steps`, but now `stage2_steps` is 3. Give at least 4"),
+        (train_dae, "--stage 1", "8 of them of `stage1_steps`, but now `stage1_steps` is 4"),
+        (
+            train_dae,
+            "--stage 2 --stage1_dir {run}",
+            "began with `stage1_steps`, but this run begins with `stage2_steps`",
+        ),
+        (train_dit, "--max_train_steps 3", "has done 6 steps, 6 of them of `max_train_steps`, but now"),
+        (train_dit, "--num_layers 1", "was trained with `num_layers` 2, but now it is 1"),
+    ],
+)
+def test_plan_that_contradicts_the_checkpoint_is_refused_and_nothing_is_written(
+    trained, image_folder, script, change, message
+):
+    flags = (
+        (TINY_DAE if script is train_dae else f"{TINY_DIT} --vae {trained / 'vae'}") + " " + change.format(run=trained)
+    )
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(script, flags, train_data_dir=image_folder, output_dir=trained, resume_from_checkpoint="latest")
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_finished_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(trained, image_folder, tmp_path):
+    flags = TINY_DIT.replace("--max_train_steps 6", "--max_train_steps 9")
+    options = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    resume(train_dit, flags, trained, tmp_path / "longer", 6, ("pipeline",), **options)
+    run(train_dit, flags, output_dir=tmp_path / "whole", **options)
+    rates = [
+        {row["step"]: row["train/learning_rate"] for row in log_of(folder, "train_dit") if "train/learning_rate" in row}
+        for folder in (tmp_path / "longer", tmp_path / "whole")
+    ]
+    assert {step: rate for step, rate in rates[0].items() if step > 6} == {
+        step: rate for step, rate in rates[1].items() if step > 6
+    }
+    assert max(rates[0]) == 9
+
+
 @pytest.mark.parametrize("script", ["train_dae", "train_dit"])
 def test_learning_rate_may_be_changed_on_resuming(trained, image_folder, tmp_path, script):
     module, flags, results = {
@@ -99,7 +150,8 @@ def test_learning_rate_may_be_changed_on_resuming(trained, image_folder, tmp_pat
         "train_dit": (train_dit, TINY_DIT, ("pipeline",)),
     }[script]
     vae = {} if script == "train_dae" else {"vae": trained / "vae"}
-    rate = parse_config(CONFIG_CLASSES[module], f"{flags} --train_data_dir x".split()).learning_rate / 2
+    argv = f"{flags} --train_data_dir x".split() + [word for name in vae for word in (f"--{name}", "x")]
+    rate = flat(parse_config(CONFIG_CLASSES[module], argv))["learning_rate"] / 2
     more = {"train_data_dir": image_folder, "learning_rate": rate, **vae}
     resume(module, flags, trained, tmp_path / "run", 3, results, **more)
     before, after = (
@@ -350,10 +402,11 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dae, "--dataset_name digits --stage 2", "stage1_dir"),
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
-        (train_dit, "--dataset_name digits --model DiT-M/2", "DiT-S"),
-        (train_dit, "--dataset_name digits --class_dropout_prob 1", "label_column none"),
-        (train_dit, "", "one of"),
-        (cache_latents, "--dataset_name digits --random_crop", "cannot be cached"),
+        (train_dit, "--vae x --dataset_name digits --model DiT-M/2", "DiT-S"),
+        (train_dit, "--vae x --dataset_name digits --class_dropout_prob 1", "label_column none"),
+        (train_dit, "--vae x", "one of"),
+        (train_dit, "--dataset_name digits", "--vae"),
+        (cache_latents, "--vae x --dataset_name digits --random_crop", "cannot be cached"),
     ],
 )
 def test_impossible_flags_exit_with_two(script, flags, message, capsys):

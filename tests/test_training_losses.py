@@ -135,7 +135,7 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
         ({"discriminator_channels": 12}, "multiple of 8"),
         ({"perceptual_model": "x", "image_channels": 4}, "1 or 3 channels"),
         ({"mask_ratio": 1.0}, "below 1"),
-        ({"equivariance": 2.0}, "at least 0 and at most 1"),
+        ({"equivariance": 2.0}, r"in \[0, 1\]"),
         ({"noise_tau": -0.1}, "0 or more"),
         (
             {"pretrained_model_name_or_path": "x", "autoencoder": "vq", "codebook_warmup_steps": 1},

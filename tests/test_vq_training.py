@@ -94,7 +94,7 @@ def test_training_starts_from_a_published_codebook(flags, trained, image_folder,
 
 def test_published_autoencoder_of_the_other_kind_is_refused(trained, image_folder, tmp_path):
     with pytest.raises(
-        UserError, match="is of class VQModel, but `--autoencoder kl` takes a model of class AutoencoderKL"
+        UserError, match="is of class VQModel, but `autoencoder kl` takes a model of class AutoencoderKL"
     ):
         run(
             train_dae,

@@ -124,7 +124,13 @@ class TransformerConfig:
     num_layers: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
     num_attention_heads: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
     attention_head_dim: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
-    class_dropout_prob: float = field(0.1, "share of samples whose label is dropped, for guidance", at_least=0, below=1)
+    class_dropout_prob: float = field(
+        0.1,
+        "share of samples whose label is dropped, for guidance",
+        at_least=0,
+        below=1,
+        hint="for a model without classes, use `label_column none`",
+    )
     max_train_steps: int = field(10000, "optimiser steps", at_least=1)
 
     def __post_init__(self):
@@ -172,7 +178,9 @@ class RepresentationAlignmentConfig:
     """Representation alignment (REPA)."""
 
     repa_model: str | None = field(None, "align hidden states with this vision model; needs the images")
-    repa_weight: float = field(0.5, "weight of the alignment", above=0, advanced=True)
+    repa_weight: float = field(
+        0.5, "weight of the alignment", above=0, hint="leave out `repa_model` instead", advanced=True
+    )
     repa_layer: int | None = field(
         None, "number of the block whose output is aligned; default: a third of the depth", advanced=True
     )
@@ -230,7 +238,13 @@ class PriorConfig:
     num_attention_heads: int = field(4, "heads of each", at_least=1)
     attention_head_dim: int = field(64, "width of a head; times the heads, the width of the model", at_least=2)
     attention_dropout: float = field(0.0, "dropout of the attention weights", at_least=0, below=1, advanced=True)
-    class_dropout_prob: float = field(0.1, "share of samples whose label is dropped, for guidance", at_least=0, below=1)
+    class_dropout_prob: float = field(
+        0.1,
+        "share of samples whose label is dropped, for guidance",
+        at_least=0,
+        below=1,
+        hint="for a model without classes, use `label_column none`",
+    )
     max_train_steps: int = field(10000, "optimiser steps", at_least=1)
 
     def __post_init__(self):

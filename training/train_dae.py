@@ -4,8 +4,7 @@ Train a decoupled autoencoder: the encoder against a weak auxiliary decoder, the
     accelerate launch training/train_dae.py --config digits --output_dir runs/digits
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16
 
-The result is `<output_dir>/vae`, a plain diffusers `AutoencoderKL` (or `VQModel`, with `--autoencoder vq`) whose config
-holds the latents' statistics.
+The result is `<output_dir>/vae`, a plain `AutoencoderKL` or `VQModel` whose config holds the latents' statistics.
 """
 
 import logging
@@ -14,16 +13,10 @@ import shutil
 
 import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import (
-    check_image_size,
-    is_vq,
-    load_autoencoder,
-    num_latent_channels,
-    spatial_factor,
-)
+from dae_diffusers.autoencoders.building import make_autoencoder
+from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.cli import parse_config, run_script
@@ -58,7 +51,7 @@ def main(config: TrainDAEConfig) -> None:
         train_images, validation_images = load_images(config.data, config.run.seed)
     logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
 
-    model = load_model(config)
+    model = make_autoencoder(config)
     run.compile_blocks(filter(None, (model.encoder, model.auxiliary_decoder, model.decoder)))
     stage_steps = number_of_steps(run, train_images)
     start = find_start(run, model, train_images, validation_images, stage_steps)
@@ -99,7 +92,7 @@ def find_start(run: TrainingRun, model, images, validation_images, stage_steps: 
     names = {1: "stage1_steps", 2: "stage2_steps"}
     return run.find_start(
         inputs={"the training images": images.fingerprint},
-        plan={"stage": stages.stage, **stages.auxiliary_settings()},
+        plan=stages.auxiliary_settings(),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),
@@ -107,74 +100,6 @@ def find_start(run: TrainingRun, model, images, validation_images, stage_steps: 
         },
         steps={names[stage]: steps for stage, steps in stage_steps.items()},
     )
-
-
-def load_model(config: TrainDAEConfig) -> DAEAutoencoderKL | DAEVQModel:
-    """A new model, one that starts from a published autoencoder, or, for stage 2 alone, the one that a stage 1 has left."""
-    is_codebook = config.autoencoder.autoencoder == "vq"
-    model_class, diffusers_class = (DAEVQModel, VQModel) if is_codebook else (DAEAutoencoderKL, AutoencoderKL)
-    if config.autoencoder.pretrained_model_name_or_path is not None:
-        return load_published(config, model_class, diffusers_class)
-    if config.stages.stage == "2":
-        return load_stage1(config, model_class)
-    sizes = config.autoencoder
-    levels = len(sizes.block_out_channels)
-    latents = {"latent_channels": sizes.latent_channels}
-    if is_codebook:
-        settings = {"type": config.codebook.quantizer, **config.codebook.quantizer_settings()}
-        latents = config.codebook.quantizer_size(sizes.latent_channels)
-        latents |= {f"quantizer_{name}": value for name, value in settings.items()}
-    return model_class(
-        in_channels=config.data.image_channels,
-        out_channels=config.data.image_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(sizes.block_out_channels),
-        layers_per_block=sizes.layers_per_block,
-        **latents,
-        norm_num_groups=sizes.norm_num_groups,
-        mid_block_add_attention=sizes.mid_block_add_attention,
-        sample_size=config.data.resolution,
-        **config.stages.auxiliary_settings(),
-    )
-
-
-def load_published(config: TrainDAEConfig, model_class: type, diffusers_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """The autoencoder of `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
-    name = config.autoencoder.pretrained_model_name_or_path
-    vae = load_autoencoder(name)
-    if not isinstance(vae, diffusers_class):
-        raise UserError(
-            f"`pretrained_model_name_or_path` {name} is of class {type(vae).__name__}, but `autoencoder "
-            f"{config.autoencoder.autoencoder}` takes a model of class {diffusers_class.__name__}. Choose the `autoencoder` that fits "
-            "it: kl or vq."
-        )
-    check_image_size(vae, channels=config.data.image_channels, resolution=config.data.resolution)
-    try:
-        return model_class.from_diffusers(vae, **config.stages.auxiliary_settings())
-    except ValueError as error:  # an auxiliary decoder that does not fit this architecture
-        raise UserError(str(error)) from None
-
-
-def load_stage1(config: TrainDAEConfig, model_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """What a stage 1 has left in `stage1_dir`."""
-    path = config.stages.stage1_dir
-    for subfolder in ("stage1", None):
-        try:
-            class_name = model_class.load_config(path, subfolder=subfolder).get("_class_name")
-            if class_name != model_class.__name__:
-                raise UserError(
-                    f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` goes on from a "
-                    f"{model_class.__name__}. Choose the `autoencoder` of its stage 1."
-                )
-            model = model_class.from_pretrained(path, subfolder=subfolder)
-            break
-        except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-    else:
-        raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
-    check_image_size(model, channels=config.data.image_channels, resolution=config.data.resolution)
-    return model
 
 
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:

@@ -178,7 +178,7 @@ class RegularizationConfig:
         "stage 1: align latents with the features of this vision model (Hub id or folder), the VF loss of VA-VAE",
         advanced=True,
     )
-    vf_weight: float = field(0.1, "weight of the VF loss", above=0, advanced=True)
+    vf_weight: float = field(0.1, "weight of the VF loss", above=0, hint="leave out `vf_model` instead", advanced=True)
     vf_cosine_margin: float = field(
         0.5, "VF loss: cosine distance between latents and features that is free", at_least=0, below=2, advanced=True
     )
