@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from models import make_autoencoder
+from scripts import assert_same_weights
 
 from dae_diffusers import DAEAutoencoderKL
 from dae_diffusers.losses.autoencoder import kl_loss
@@ -112,14 +114,34 @@ def test_dropout_acts_in_training_only(autoencoder, pixel_values):
     assert torch.equal(autoencoder.decode_in_stage(latents), autoencoder.decode_in_stage(latents))
 
 
-def test_dropout_loses_whole_channels_at_its_rate():
-    from dae_diffusers.autoencoders.weak_decoders import _drop_channels
-
+def test_dropout_loses_whole_channels_of_each_residual_branch_at_its_rate():
+    model = make_autoencoder("dropout", auxiliary_dropout=0.3).train()
+    model.set_stage(1)
+    seen = []
+    blocks = [block for block in model.auxiliary_decoder.modules() if isinstance(block, ResnetBlock2D)]
+    for block in blocks:
+        block.conv2.register_forward_hook(lambda conv, inputs, output: seen.append(inputs[0]))
     torch.manual_seed(0)
-    output = _drop_channels(torch.nn.Identity().train(), (), torch.ones(500, 40, 2, 2), rate=0.3)
-    lost = (output == 0).float().mean(dim=(2, 3))
-    assert set(lost.unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(lost.mean(), torch.tensor(0.3), atol=0.02, rtol=0)
+    model.decode_in_stage(torch.randn(200, 3, 4, 4))
+    lost = [(hidden == 0).float().mean(dim=(2, 3)) for hidden in seen]
+    assert len(seen) == len(blocks) > 3
+    assert all(set(each.unique().tolist()) == {0.0, 1.0} for each in lost)
+    torch.testing.assert_close(
+        torch.cat([each.flatten() for each in lost]).mean(), torch.tensor(0.3), atol=0.02, rtol=0
+    )
+
+
+def test_dropout_of_zero_is_the_control_bit_for_bit_and_keeps_the_real_decoders_names():
+    models = []
+    for kind in ("dropout", "same"):
+        torch.manual_seed(0)
+        models.append(make_autoencoder(kind, auxiliary_dropout=0.0).train())
+        models[-1].set_stage(1)
+    latents = torch.randn(2, 3, 8, 8)
+    assert torch.equal(*(model.decode_in_stage(latents) for model in models))
+    assert_same_weights(*(model.state_dict() for model in models))
+    names = list(models[0].auxiliary_decoder.decoder.state_dict())
+    assert names == list(models[0].decoder.state_dict())
 
 
 def test_same_is_as_strong_as_the_real_decoder_and_weak_ones_are_not():

@@ -33,7 +33,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
     Args:
         auxiliary_decoder_type (`str`, *optional*, defaults to `"none"`): The kind of auxiliary decoder, see
             [`~dae_diffusers.autoencoders.weak_decoders.AuxiliaryDecoder`]; `none` means joint training in one stage.
-        auxiliary_dropout (`float`, *optional*, defaults to 0.1): Channel dropout rate in [0, 1) of `dropout`.
+        auxiliary_dropout (`float`, *optional*, defaults to 0.3): Channel dropout rate in [0, 1) of `dropout`.
         auxiliary_channel_multiplier (`float`, *optional*, defaults to 0.25): Relative width in (0, 1] of `narrow`.
         auxiliary_layers_per_block (`int`, *optional*, defaults to 0): `layers_per_block` of `shallow`.
         auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the auxiliary
@@ -69,7 +69,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
         auxiliary_decoder_type: AuxiliaryDecoderType = "none",
-        auxiliary_dropout: float = 0.1,
+        auxiliary_dropout: float = 0.3,
         auxiliary_channel_multiplier: float = 0.25,
         auxiliary_layers_per_block: int = 0,
         auxiliary_warm_start: bool = True,

@@ -95,7 +95,7 @@ class StageConfig:
         "dropout",
         "what makes stage 1's decoder weak",
     )
-    auxiliary_dropout: float = field(0.1, "channel dropout rate of `dropout`")
+    auxiliary_dropout: float = field(0.3, "channel dropout rate of `dropout`")
     auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`", advanced=True)
     auxiliary_layers_per_block: int = field(
         0, "residual blocks per resolution of `shallow`, less one; below `layers_per_block`", advanced=True

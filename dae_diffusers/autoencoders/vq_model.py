@@ -86,7 +86,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         quantizer_dead_code_threshold: float = 0.03,
         quantizer_fsq_levels: tuple[int, ...] | None = None,
         auxiliary_decoder_type: AuxiliaryDecoderType = "none",
-        auxiliary_dropout: float = 0.1,
+        auxiliary_dropout: float = 0.3,
         auxiliary_channel_multiplier: float = 0.25,
         auxiliary_layers_per_block: int = 0,
         auxiliary_warm_start: bool = True,

@@ -1,7 +1,6 @@
 """The auxiliary decoders of stage 1: decoders that are weak in a stated way, and the controls that are not."""
 
 import math
-from functools import partial
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder
@@ -21,8 +20,8 @@ class AuxiliaryDecoder(nn.Module):
     Args:
         decoder_type (`str`): What makes it weak.
             `same`: nothing, the control. `narrow`: `channel_multiplier` times the channels. `shallow`:
-            `layers_per_block + 1` residual blocks per resolution. `dropout`: a full decoder whose residual blocks each
-            lose whole channels at the rate `dropout` while training. `linear`: one linear map from a latent pixel to
+            `layers_per_block + 1` residual blocks per resolution. `dropout`: a full decoder whose residual branches
+            lose whole channels at the rate `dropout` while training; what flows past the branches stays whole. `linear`: one linear map from a latent pixel to
             its patch of the image.
         latent_channels (`int`): Channels of the latents.
         code_channels (`int`, *optional*): Channels of the input where `post_quant_conv` changes their number (`VQModel`).
@@ -84,17 +83,12 @@ class AuxiliaryDecoder(nn.Module):
             mid_block_add_attention=mid_block_add_attention,
         )
         if decoder_type == "dropout":
-            # A hook leaves the names of the weights as they are in the real decoder, which may start from them.
             for module in self.decoder.modules():
-                if isinstance(module, ResnetBlock2D):
-                    module.register_forward_hook(partial(_drop_channels, rate=dropout))
+                if isinstance(module, ResnetBlock2D):  # inside the branch, where the block itself has a place for it
+                    module.dropout = nn.Dropout2d(dropout)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         r"""`(B, latent_channels, h, w)` raw latents to `(B, out_channels, H, W)` images."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
-
-
-def _drop_channels(module: nn.Module, args: tuple, output: torch.Tensor, rate: float) -> torch.Tensor:
-    return nn.functional.dropout2d(output, rate, training=module.training)
