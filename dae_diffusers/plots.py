@@ -1,23 +1,50 @@
 """Pictures of a run: image grids and loss curves."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+_SMALLEST = 64  # pixels of a side; smaller images are enlarged by a whole factor
+_GAP = 2
+_FONT_SIZE = 14
+
+# What shares a panel of the curves, in order; what fits none has one of its own.
+_PANELS = {
+    "loss": r"(train|validation)/loss",
+    "reconstruction": r"train/reconstruction_loss|validation/l1",
+    "PSNR in dB": r".*/psnr",
+    "other losses": r"train/(?!discriminator|adversarial).*_loss",
+    "discriminator": r"train/(discriminator_loss|adversarial_loss|logits_.*|discriminator_accuracy)",
+    "adaptive weights": r"train/.*adaptive_weight",
+    "codebook usage": r".*/codebook_usage",
+    "codebook perplexity": r".*/codebook_perplexity",
+    "latents: shares": r"latents/.*(share|ratio)",
+    "latents: size and shape": r"latents/(std|kl|excess_kurtosis)",
+    "learning rate": r"train/learning_rate",
+    "gradient norm": r"train/gradient_norm",
+}
 
 
-def image_grid(images: torch.Tensor, *, columns: int | None = None, min_size: int = 64) -> Image.Image:
+def image_grid(
+    images: torch.Tensor,
+    *,
+    columns: int | None = None,
+    row_names: list[str] | None = None,
+    column_names: list[str] | None = None,
+) -> Image.Image:
     r"""
-    Lays images out in rows.
+    Lays images out in rows; those below 64 pixels are enlarged by a whole factor.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1] (clamped), `C` 1 or 3; of another number the first three,
             or the first, are shown.
         columns (`int`, *optional*): Images in a row; by default as square as it gets.
-        min_size (`int`, *optional*, defaults to 64): Smaller images are enlarged by a whole factor to at least this.
+        row_names, column_names (`list[str]`, *optional*): Written before the rows, and above the columns.
 
     Returns:
         `PIL.Image.Image`: Missing places of the last row are white.
@@ -28,55 +55,95 @@ def image_grid(images: torch.Tensor, *, columns: int | None = None, min_size: in
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    factor = max(1, math.ceil(min_size / min(height, width)))
+    factor = max(1, math.ceil(_SMALLEST / min(height, width)))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    gap = 2
-    sheet = np.full(
-        (rows * (height * factor + gap) - gap, columns * (width * factor + gap) - gap, channels), 255, np.uint8
-    )
+    height, width = height * factor + _GAP, width * factor + _GAP
+    sheet = np.full((rows * height - _GAP, columns * width - _GAP, channels), 255, np.uint8)
     for number, picture in enumerate(pixels):
-        top = number // columns * (height * factor + gap)
-        left = number % columns * (width * factor + gap)
-        sheet[top : top + height * factor, left : left + width * factor] = picture
-    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+        top, left = number // columns * height, number % columns * width
+        sheet[top : top + height - _GAP, left : left + width - _GAP] = picture
+    grid = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    return _with_names(grid, row_names or [], column_names or [], height, width)
 
 
-def plot_curves(history: list[dict[str, float]], path: Path, *, title: str, marks: dict[str, int] | None = None):
+def _with_names(grid: Image.Image, rows: list[str], columns: list[str], height: int, width: int) -> Image.Image:
+    """A grid with names left of its rows and above its columns; long ones are cut."""
+    if not rows and not columns:
+        return grid
+    font = ImageFont.load_default(_FONT_SIZE)
+    left = 8 + max((math.ceil(font.getlength(name)) for name in rows), default=-8)
+    top = _FONT_SIZE + 6 if columns else 0
+    sheet = Image.new(grid.mode, (grid.width + left, grid.height + top), "white")
+    sheet.paste(grid, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    for number, name in enumerate(rows):
+        draw.text((0, top + number * height + height // 2), name, "black", font, anchor="lm")
+    for number, name in enumerate(columns):
+        while name and font.getlength(name) > width:
+            name = name[:-1]
+        draw.text((left + number * width + width // 2, 2), name, "black", font, anchor="ma")
+    return sheet
+
+
+def plot_curves(
+    history: list[dict[str, float]], path: Path, *, title: str, marks: dict[str, int] | None = None
+) -> None:
     r"""
-    Draws every logged value against the step, a panel each; values of `train/x` and `validation/x` share one.
+    Draws every logged value against the step. What belongs together shares a panel; nothing logged, no panel.
 
     Args:
         history (`list[dict]`): Rows with `step` and any number of values.
-        path (`Path`): The PNG to write.
+        path (`Path`): The PNG to write, of at most 1600 x 1000 pixels.
         title (`str`): Over the panels.
         marks (`dict[str, int]`, *optional*): Steps to mark with a named vertical line.
     """
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    figure = figure_of_curves(history, title=title, marks=marks or {})
+    if figure.axes:
+        figure.savefig(path, dpi=100)
+
+
+def figure_of_curves(history: list[dict[str, float]], *, title: str, marks: dict[str, int]) -> Figure:
+    r"""What [`plot_curves`] saves."""
+    lines: dict[str, list[tuple[int, float]]] = {}
     for row in history:
         for name, value in row.items():
-            if name != "step":
-                part, _, quantity = name.rpartition("/")
-                panels.setdefault(quantity, {}).setdefault(part, []).append((row["step"], value))
-    if not panels:
-        return
-    columns = min(3, len(panels))
+            if name != "step" and math.isfinite(value):
+                lines.setdefault(name, []).append((row["step"], value))
+    panels: dict[str, list[str]] = {}
+    for name in lines:
+        panels.setdefault(_panel_of(name), []).append(name)
+    order = [*_PANELS, *panels]
+    columns = max(1, min(4, math.ceil(math.sqrt(len(panels)))))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.0 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(16, min(10, 3.3 * rows + 0.6)), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (quantity, parts) in zip(axes, panels.items(), strict=False):
-        for part, points in parts.items():
-            steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, label=part, marker="." if len(steps) < 12 else None, linewidth=1.2)
-        values = [value for points in parts.values() for _, value in points if math.isfinite(value)]
-        if values and min(values) > 0 and max(values) > 30 * min(values):
-            axis.set_yscale("log")
-        for name, step in (marks or {}).items():
+    for number, panel in enumerate(sorted(panels, key=order.index), start=1):
+        axis = figure.add_subplot(rows, columns, number)
+        for name in panels[panel]:
+            steps, values = zip(*lines[name], strict=True)
+            axis.plot(steps, values, label=name, marker="." if len(steps) < 12 else None, linewidth=1.2)
+        for name, step in marks.items():
             axis.axvline(step, color="0.7", linestyle=":", label=name)
-        axis.set_title(quantity.replace("_", " "), fontsize=10)
+        _scale(axis, [value for name in panels[panel] for _, value in lines[name]])
+        axis.set_title(panel, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7, frameon=False)
-    for axis in list(axes):
-        axis.set_visible(False)
-    figure.savefig(path, dpi=110)
+    return figure
+
+
+def _panel_of(name: str) -> str:
+    for panel, pattern in _PANELS.items():
+        if re.fullmatch(pattern, name):
+            return panel
+    return name.replace("_", " ")
+
+
+def _scale(axis, values: list[float]) -> None:
+    """Logarithmic over large ranges; and a range that hardly differs from a point is not stretched over the panel."""
+    low, high = min(values), max(values)
+    if low > 0 and high > 30 * low:
+        axis.set_yscale("log")
+    elif high - low < 0.05 * max(abs(low), abs(high)):
+        middle, half = (low + high) / 2, 0.05 * max(abs(low), abs(high))
+        axis.set_ylim(middle - half, middle + half)

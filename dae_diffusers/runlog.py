@@ -136,7 +136,13 @@ class RunLog:
                 ).images
             )
         columns = num_classes if num_classes is not None and num_classes <= 20 else None
-        self.write_grid("samples", image_grid(torch.cat(images) * 2 - 1, columns=columns), step)
+        names = getattr(pipeline, "id2label", None) if columns is not None else None
+        grid = image_grid(
+            torch.cat(images) * 2 - 1,
+            columns=columns,
+            column_names=[names[key] for key in sorted(names)] if names else None,
+        )
+        self.write_grid("samples", grid, step)
 
     def draw_curves(self) -> None:
         r"""Draws `curves.png` from the whole log."""

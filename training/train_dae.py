@@ -232,7 +232,7 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         if not pairs:
             pairs = [pixel_values[:10], reconstruction[:10]]
     if accelerator.is_main_process:  # another process may have no image at all
-        grid = image_grid(torch.cat(pairs), columns=len(pairs[0]))
+        grid = image_grid(torch.cat(pairs), columns=len(pairs[0]), row_names=["image", "reconstruction"])
         run.log.write_grid(f"reconstruction-stage{model.stage}", grid, step)
     psnr, l1 = gather_object(psnr), gather_object(l1)
     values = {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}
