@@ -36,7 +36,7 @@ from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space
@@ -246,7 +246,7 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
                 check_has_weights(part)
         return pipeline.to(device)
     except Exception as error:  # a damaged folder can fail in any way
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
 
 

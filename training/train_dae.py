@@ -23,6 +23,8 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 
+from dae_diffusers.alignment import LatentAlignment
+from dae_diffusers.autoencoders.adversary import AdversarialTraining
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.configuration import (
     AutoencoderConfig,
@@ -31,6 +33,7 @@ from dae_diffusers.autoencoders.configuration import (
     RegularizationConfig,
     StageConfig,
 )
+from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
     is_vq,
@@ -38,6 +41,7 @@ from dae_diffusers.autoencoders.loading import (
     num_latent_channels,
     spatial_factor,
 )
+from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.autoencoders.weak_decoders import check_shallow
@@ -62,16 +66,14 @@ from dae_diffusers.latents.cache import (
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import write_latent_statistics
-from dae_diffusers.losses.adversarial import AdversarialTraining, BackboneDiscriminator, PatchDiscriminator
-from dae_diffusers.losses.alignment import LatentAlignment
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_entropy_loss, codebook_loss, commitment_loss
-from dae_diffusers.losses.perceptual import load_backbone, load_perceptual_loss
 from dae_diffusers.losses.regularizers import perturb
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed, seed_microbatch
 from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
+from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
 

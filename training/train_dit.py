@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
+from dae_diffusers.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
     encode_moments,
@@ -34,13 +35,12 @@ from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint
 from dae_diffusers.latents.statistics import has_latent_statistics, normalize_latents, write_latent_statistics
-from dae_diffusers.losses.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
-from dae_diffusers.losses.perceptual import load_backbone
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed, seed_microbatch
 from dae_diffusers.run import OptimizationConfig, RunConfig, TrainingRun, ema_weights
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
 

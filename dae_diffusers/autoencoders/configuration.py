@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dae_diffusers.alignment import LatentAlignmentSettings
+from dae_diffusers.autoencoders.adversary import AdversarialSettings
 from dae_diffusers.autoencoders.quantizers import QuantizerType, check_quantizer
 from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoderType, check_auxiliary_decoder
 from dae_diffusers.cli import field
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.losses.adversarial import AdversarialLossType, AdversarialSettings
-from dae_diffusers.losses.alignment import LatentAlignmentSettings
+from dae_diffusers.losses.adversarial import AdversarialLossType
 
 
 @dataclass

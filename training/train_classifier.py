@@ -3,9 +3,9 @@ Train a small ResNet classifier on your own images, whose features then judge re
 Inception or DINOv2 are out of reach or out of place (`rfd_<folder>`, `gfd_<folder>`; comparable only with the same
 folder).
 
-    python benchmarks/train_feature_extractor.py --dataset_name digits --image_channels 1 --train_steps 300 \\
+    accelerate launch training/train_classifier.py --dataset_name digits --image_channels 1 --train_steps 300 \
         --output_dir features/digits
-    python benchmarks/train_feature_extractor.py --dataset_name cifar10 --random_flip --mixed_precision bf16 \\
+    accelerate launch training/train_classifier.py --dataset_name cifar10 --random_flip --mixed_precision bf16 \
         --output_dir features/cifar10
 
 The result is an ordinary `transformers` folder, for `load_feature_extractor` and the `--features` of `evaluate.py`.
@@ -81,7 +81,7 @@ class TrainingConfig:
 
 
 @dataclass
-class TrainFeatureExtractorConfig(TrainingConfig, ClassifierConfig, DataConfig):
+class TrainClassifierConfig(TrainingConfig, ClassifierConfig, DataConfig):
     max_validation_samples: int = field(10000, "test on at most this many images")
 
     def __post_init__(self):
@@ -98,7 +98,7 @@ class TrainFeatureExtractorConfig(TrainingConfig, ClassifierConfig, DataConfig):
             raise ConfigError(f"`--max_shift` is {self.max_shift}, but must be 0 or more and below `--resolution`.")
 
 
-def main(config: TrainFeatureExtractorConfig) -> None:
+def main(config: TrainClassifierConfig) -> None:
     output_dir = Path(config.output_dir)
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
@@ -195,4 +195,4 @@ def accuracy(extractor: FeatureExtractor, images: ImageDataset, batch_size: int)
 
 
 if __name__ == "__main__":
-    run_script(main, parse_config(TrainFeatureExtractorConfig, description=__doc__))
+    run_script(main, parse_config(TrainClassifierConfig, description=__doc__))
