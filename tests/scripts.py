@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dae_diffusers import run as run_module
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.training import cache_latents, complexity, evaluate, train_dae, train_dit, train_vqgan_prior
 
 _DAE = (
     "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
@@ -54,6 +54,7 @@ CONFIG_CLASSES = {
     train_dae: train_dae.TrainDAEConfig,
     train_dit: train_dit.TrainDiTConfig,
     cache_latents: cache_latents.CacheLatentsConfig,
+    complexity: complexity.MeasureComplexityConfig,
     evaluate: evaluate.EvaluateConfig,
     train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
 }

@@ -27,7 +27,9 @@ CONFIG_NAMES = {
     "train-dit": "TrainDiTConfig",
     "train-vqgan-prior": "TrainPriorConfig",
     "cache-latents": "CacheLatentsConfig",
+    "complexity": "MeasureComplexityConfig",
     "evaluate": "EvaluateConfig",
+    "train-classifier": "TrainClassifierConfig",
     "push": "PushConfig",
 }
 FEWER = {
