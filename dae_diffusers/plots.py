@@ -8,8 +8,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+_MIN_SIZE = 64  # pixels of an image in a grid
 
-def image_grid(images: torch.Tensor, *, columns: int | None = None, min_size: int = 64) -> Image.Image:
+
+def image_grid(images: torch.Tensor, *, columns: int | None = None) -> Image.Image:
     r"""
     Lays images out in rows.
 
@@ -17,10 +19,9 @@ def image_grid(images: torch.Tensor, *, columns: int | None = None, min_size: in
         images (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1] (clamped), `C` 1 or 3; of another number the first three,
             or the first, are shown.
         columns (`int`, *optional*): Images in a row; by default as square as it gets.
-        min_size (`int`, *optional*, defaults to 64): Smaller images are enlarged by a whole factor to at least this.
 
     Returns:
-        `PIL.Image.Image`: Missing places of the last row are white.
+        `PIL.Image.Image`: Images below 64 pixels are enlarged by a whole factor; missing places of the last row are white.
     """
     if images.shape[1] not in (1, 3):
         images = images[:, : 3 if images.shape[1] > 3 else 1]
@@ -28,7 +29,7 @@ def image_grid(images: torch.Tensor, *, columns: int | None = None, min_size: in
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    factor = max(1, math.ceil(min_size / min(height, width)))
+    factor = max(1, math.ceil(_MIN_SIZE / min(height, width)))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     gap = 2
     sheet = np.full(

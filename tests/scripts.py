@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import IO
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -50,6 +52,7 @@ BARE_DIT = _DIT + (
 )
 TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 PRIOR = "pipeline/prior/model.safetensors"
+CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 CONFIG_CLASSES = {
     train_dae: train_dae.TrainDAEConfig,
     train_dit: train_dit.TrainDiTConfig,
@@ -58,6 +61,13 @@ CONFIG_CLASSES = {
     evaluate: evaluate.EvaluateConfig,
     train_vqgan_prior: train_vqgan_prior.TrainPriorConfig,
 }
+
+
+def arguments_of(name: str, *flags: str) -> Namespace:
+    """What `accelerate launch --config_file` makes of a file of `configs/accelerate/`."""
+    path = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    parsed = launch_command_parser().parse_args(["--config_file", path, *flags, "train_dit.py", "--seed", "1"])
+    return _validate_launch_command(parsed)[0]
 
 
 def load_benchmark(name: str) -> ModuleType:
