@@ -65,14 +65,10 @@ from tqdm.auto import tqdm
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.complexity.distance import MAX_EVAL_IMAGES, MAX_TRAIN_IMAGES, complexity_distance
+from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.metrics.complexity import (
-    MAX_EVAL_IMAGES,
-    MAX_TRAIN_IMAGES,
-    ComplexityConfig,
-    complexity_distance,
-)
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     encode_images,
@@ -90,8 +86,8 @@ from dae_diffusers.training.settings import TrainDAEConfig
 SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
 QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 
-# Enough to order latent spaces; the defaults of `evaluate.py --complexity` take longer and give error bars.
-COMPLEXITY = ComplexityConfig(capacities=(0, 16), seeds=(0,))
+# Enough to order latent spaces; the defaults of `training/complexity.py` take longer and give error bars.
+COMPLEXITY = ComplexityConfig(capacities=[0, 16], seeds=[0])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -239,10 +235,9 @@ def find_features(experiment: dict[str, Any], output_dir: Path) -> str:
         return experiment["features"]
     folder = output_dir / "features" / "classifier"
     if not (folder / "results.json").exists():
-        script = Path(__file__).with_name("train_feature_extractor.py")
         # Elsewhere, and moved at the end: it may be interrupted, or be trained by another process too.
         unfinished = folder.with_name(f"classifier-{os.getpid()}")
-        launch([str(script)], {**experiment["data"], **experiment["features"], "output_dir": unfinished})
+        launch_script("train_classifier", {**experiment["data"], **experiment["features"], "output_dir": unfinished})
         with contextlib.suppress(OSError):  # another was faster
             unfinished.replace(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -481,16 +476,11 @@ def read_rows(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
-    """As `launch`, a script of `training/`."""
-    return launch(["-m", f"dae_diffusers.training.{name}"], flags)
-
-
-def launch(command: list[str], flags: dict[str, Any]) -> dict[str, float]:
     """
-    Runs a script of Python and returns the seconds of processor time that it took, start-up included. Of one that goes on
+    Runs a script of `training/` and returns the seconds of processor time that it took, start-up included. Of one that goes on
     after an interruption, only those since then.
     """
-    argv = [sys.executable, *command, *words_of(flags)]
+    argv = [sys.executable, "-m", f"dae_diffusers.training.{name}", *words_of(flags)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(argv, capture_output=True, text=True)
     if result.returncode != 0:

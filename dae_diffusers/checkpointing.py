@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from dae_diffusers.cli import storage_problem
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Checkpointer:
             self._load(path, ema)
         except (OSError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
             raise UserError(
-                f"{path} does not fit this run ({' '.join(str(error).split())[:300]}). Resume with the flags of the run that "
+                f"{path} does not fit this run ({one_line(error, 300)}). Resume with the flags of the run that "
                 "saved it, or train in another `--output_dir`."
             ) from None
 

@@ -50,7 +50,7 @@ def find_scripts() -> dict[str, str]:
     r"""Name and first sentence of every script, read without running it."""
     scripts = {}
     for path in sorted(files("dae_diffusers.training").iterdir(), key=lambda path: path.name):
-        if path.name.endswith(".py") and not path.name.startswith("_"):
+        if path.name.endswith(".py") and path.name not in ("__init__.py", "settings.py"):
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             name = path.name.removesuffix(".py").replace("_", "-")
             scripts[name] = " ".join(text.split("\n\n")[0].split())

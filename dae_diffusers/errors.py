@@ -11,3 +11,8 @@ class ConfigError(UserError):
     """A wrong argument, or arguments that do not go together."""
 
     exit_code = 2
+
+
+def one_line(text: object, limit: int | None = None) -> str:
+    r"""A text, or what an error says, on one line; at most `limit` characters of it."""
+    return " ".join(str(text).split())[:limit]

@@ -1,12 +1,22 @@
-"""Tiny models with random weights."""
+"""Tiny models with random weights, and latents for a codebook."""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTModel
+from diffusers import VQModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
 
-from dae_diffusers import DAEAutoencoderKL, DAEVQModel
+from dae_diffusers import DAEAutoencoderKL, DAEVQGANPipeline, DAEVQModel
+from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
 
 TINY_AUTOENCODER = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -24,6 +34,9 @@ QUANTIZERS = {
     "ema_l2": {"quantizer_type": "ema", "quantizer_warmup_steps": 1, "quantizer_l2_normalize": True},
     "fsq": {"quantizer_type": "fsq", "quantizer_fsq_levels": (4, 3, 2), "num_vq_embeddings": 24},
 }
+
+PRIOR_NAMES = {0: "tabby, cat", 1: "Crane, bird", 2: "crane, hoist"}
+NUM_CODES = 16
 
 
 def make_autoencoder(auxiliary_decoder_type: str = "dropout", **config) -> DAEAutoencoderKL:
@@ -70,3 +83,48 @@ def save_backbone(folder: Path, kind: str) -> str:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
+
+
+def make_plain_vq_model(seed=0, **config) -> VQModel:
+    torch.manual_seed(seed)
+    return VQModel(**{**TINY_AUTOENCODER, "num_vq_embeddings": NUM_CODES, **config}).eval()
+
+
+def make_prior(vae, num_classes=3, grid_size=(4, 4)) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=NUM_CODES + num_classes + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=grid_size[0] * grid_size[1],
+        initializer_range=0.3,  # far from uniform, so that wrong logits draw other codes
+        bos_token_id=None,
+        eos_token_id=None,
+        num_codes=NUM_CODES,
+        num_classes=num_classes,
+        grid_size=list(grid_size),
+        code_fingerprint=code_fingerprint(vae),
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_prior_pipeline(num_classes=3, id2label=PRIOR_NAMES, grid_size=(4, 4)) -> DAEVQGANPipeline:
+    vae = make_plain_vq_model()
+    pipeline = DAEVQGANPipeline(make_prior(vae, num_classes, grid_size), vae, id2label)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def clusters(count=12, dim=4, **options):
+    """Micro-batches of four tight clusters of latents."""
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(4, dim, generator=generator) * 3
+    batches = []
+    for _ in range(count):
+        vectors = centres[torch.randint(4, (64,), generator=generator)]
+        vectors = vectors + 0.01 * torch.randn(64, dim, generator=generator)
+        batches.append(vectors.view(1, 8, 8, dim).permute(0, 3, 1, 2))
+    return centres, batches

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,12 +19,14 @@ from types import ModuleType
 from typing import IO
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dae_diffusers import runlog
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.training import cache_latents, evaluate, settings, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.training import cache_latents, complexity, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.training.settings import SCRIPTS
 
 _DAE = (
     "--resolution 16 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 3 --stage1_steps 4 --stage2_steps 4 "
@@ -50,13 +53,18 @@ BARE_DIT = _DIT + (
 )
 TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 PRIOR = "pipeline/prior/model.safetensors"
+CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 CONFIG_CLASSES = {
-    train_dae: settings.TrainDAEConfig,
-    train_dit: settings.TrainDiTConfig,
-    cache_latents: settings.CacheLatentsConfig,
-    evaluate: evaluate.EvaluateConfig,
-    train_vqgan_prior: settings.TrainPriorConfig,
+    script: SCRIPTS[script.__name__.rpartition(".")[-1].replace("_", "-")]
+    for script in (cache_latents, complexity, evaluate, train_dae, train_dit, train_vqgan_prior)
 }
+
+
+def arguments_of(name: str, *flags: str) -> Namespace:
+    """What `accelerate launch --config_file` makes of a file of `configs/accelerate/`."""
+    path = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    parsed = launch_command_parser().parse_args(["--config_file", path, *flags, "train_dit.py", "--seed", "1"])
+    return _validate_launch_command(parsed)[0]
 
 
 def load_benchmark(name: str) -> ModuleType:

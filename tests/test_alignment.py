@@ -11,21 +11,18 @@ from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, log_of, res
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.alignment import LatentAlignment, LatentAlignmentSettings, RepresentationAlignment, make_projector
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.losses.alignment import (
-    LatentAlignment,
-    LatentAlignmentSettings,
-    RepresentationAlignment,
-    make_projector,
     marginal_cosine_loss,
     marginal_distance_matrix_loss,
     representation_alignment_loss,
 )
-from dae_diffusers.losses.perceptual import load_backbone
 from dae_diffusers.losses.resizing import resize
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
+from dae_diffusers.vision import load_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 

@@ -12,9 +12,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from pictures import encoded
 from PIL import Image, TiffImagePlugin
 from scripts import TINY_DAE, TINY_DIT, run
-from test_data import encoded
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, resize_and_crop

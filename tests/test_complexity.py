@@ -6,15 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
-from models import make_autoencoder
+from models import make_autoencoder, save_backbone
+from scripts import launch, run, succeed
 
+from dae_diffusers.complexity.distance import complexity_distance, encode, measure_complexity
+from dae_diffusers.complexity.report import plot_complexity
+from dae_diffusers.complexity.settings import ComplexityConfig
+from dae_diffusers.complexity.task import ComplexityTask
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
-from dae_diffusers.metrics.complexity import (
-    ComplexityConfig,
-    complexity_distance,
-    measure_complexity,
-    plot_complexity,
-)
+from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.settings import compose
+from dae_diffusers.training import complexity
+from dae_diffusers.training.settings import MeasureComplexityConfig
 
 PAIRED = ComplexityConfig(forms=("paired",), capacities=(0, 8), seeds=(0,), paired_steps=80)
 UNPAIRED = ComplexityConfig(forms=("unpaired",), capacities=(0,), seeds=(0,), unpaired_steps=60, evaluation_steps=80)
@@ -142,7 +145,7 @@ def test_finished_rows_are_not_repeated(digits, tmp_path, monkeypatch):
     assert measure(TINY, latents, images, rows_path=path) == whole
     assert len(path.read_text().splitlines()) == 8
 
-    monkeypatch.setattr("dae_diffusers.metrics.complexity._Task.train", None)
+    monkeypatch.setattr(ComplexityTask, "train", None)
     assert measure(TINY, latents, images, rows_path=path) == whole
     with pytest.raises(TypeError):  # other latents are other rows
         measure(TINY, [latents[0] * 2, latents[1]], images, rows_path=path)
@@ -199,3 +202,76 @@ def test_damaged_rows_are_refused(digits, tmp_path):
     path.write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 of"):
         measure(TINY, [latents_of(part) for part in digits], digits, rows_path=path)
+
+
+# The script
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+FLAGS = "--dataset_name digits --image_channels 1 --resolution 16"
+
+
+def test_script_measures_draws_and_goes_on(vae_folder, tmp_path):
+    features = save_backbone(tmp_path, "classifier")
+    flags = FLAGS + " --capacities 0 --seeds 1 --unpaired_steps 3 --evaluation_steps 3"
+    folders = {"vae": vae_folder, "features": features, "output_dir": tmp_path / "complexity"}
+    succeed(launch("complexity", flags, **folders))
+    result = json.loads((tmp_path / "complexity" / "complexity.json").read_text())
+    assert {(row["form"], row["capacity"]) for row in result["summary"]} == {
+        ("paired", 0), ("paired", None), ("unpaired", 0), ("unpaired", None)
+    }  # fmt: skip
+    assert all(row["seed"] == 1 and row["values"]["frechet_distance"] >= 0 for row in result["rows"])
+    assert result["image_shape"] == [1, 16, 16] and result["config"]["evaluation_steps"] == 3
+    assert (tmp_path / "complexity" / "complexity.png").stat().st_size > 5000
+    report = (tmp_path / "complexity" / "complexity.md").read_text()
+    assert "### Complexity distance, paired\n| capacity | seeds | variance_left |" in report and "the decoder" in report
+    rows = (tmp_path / "complexity" / "complexity.jsonl").read_text()
+    run(complexity, flags, **folders)
+    assert (tmp_path / "complexity" / "complexity.jsonl").read_text() == rows
+    assert json.loads((tmp_path / "complexity" / "complexity.json").read_text()) == result
+
+
+def test_script_depends_on_no_batch_size_and_its_errors_are_the_users(vae_folder, tmp_path, monkeypatch):
+    sizes = []
+
+    def measure(vae, train_loader, eval_loader, config, **kwargs):
+        sizes.extend([train_loader.batch_size, eval_loader.batch_size])
+        raise ValueError("`latents_train` is constant.")
+
+    monkeypatch.setattr(complexity, "complexity_distance", measure)
+    with pytest.raises(UserError, match="cannot be measured: `latents_train` is constant"):
+        run(complexity, FLAGS + " --batch_size 7", vae=vae_folder, output_dir=tmp_path / "complexity")
+    assert sizes == [64, 64]
+
+
+def test_latents_do_not_depend_on_the_batch_size(image_folder):
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16, validation_fraction=0.5))[0]
+    vae = make_autoencoder("none").to_diffusers()
+    encoded = [
+        encode(vae, make_pass_loader(images, batch_size=size), 100, "images", "cpu", True) for size in (1, 7, 64)
+    ]
+    assert [len(tensor) for tensor in encoded[0]] == [len(images)] * 3
+    for other in encoded[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(encoded[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vae": None}, "give `--vae`"),
+        ({"seeds": []}, "`seeds` is"),
+        ({"capacities": [-1]}, "`capacities`"),
+        ({"seed": -1}, "`--seed` is -1"),
+        ({"streaming": True}, "`--streaming`"),
+        ({"features": "x", "image_channels": 4}, "not for 4 channels"),
+        ({"dataset_name": None}, "`--dataset_name`"),
+    ],
+)
+def test_flags_are_checked(change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        compose(MeasureComplexityConfig, **{"vae": "x", "dataset_name": "digits", **change})

@@ -34,7 +34,15 @@ def test_list_names_every_script_with_a_sentence(capsys):
     listed = capsys.readouterr().out
     for name, text in console.find_scripts().items():
         assert f"  {name} " in listed and text.endswith(".") and text in listed
-    assert {"train-dae", "train-dit", "cache-latents", "evaluate", "push"} <= console.find_scripts().keys()
+    assert {
+        "train-dae",
+        "train-dit",
+        "train-classifier",
+        "cache-latents",
+        "evaluate",
+        "complexity",
+        "push",
+    } <= console.find_scripts().keys()
 
 
 def test_unknown_script_is_answered_with_the_nearest(capsys):

@@ -1,6 +1,5 @@
 """Images become what the documentation says, in an order that is a pure function of (seed, position)."""
 
-import io
 import zipfile
 
 import datasets
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.data import (
@@ -22,12 +22,6 @@ from dae_diffusers.data import (
 from dae_diffusers.data.dataset import encoded_sizes
 from dae_diffusers.data.images import read_content
 from dae_diffusers.errors import ConfigError, UserError
-
-
-def encoded(image: Image.Image, format: str = "png", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def test_digits_are_embedded():

@@ -10,8 +10,15 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from models import save_autoencoder
 from safetensors.torch import load_file
-from scripts import BARE_DIT, TRANSFORMER, assert_goes_on_exactly, assert_same_weights, in_both_processes, start
-from test_launch_configs import arguments_of
+from scripts import (
+    BARE_DIT,
+    TRANSFORMER,
+    arguments_of,
+    assert_goes_on_exactly,
+    assert_same_weights,
+    in_both_processes,
+    start,
+)
 
 from dae_diffusers.distributed import settle_deepspeed
 from dae_diffusers.errors import ConfigError

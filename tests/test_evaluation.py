@@ -24,10 +24,9 @@ from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
-from dae_diffusers.metrics.complexity import _encode
 from dae_diffusers.metrics.distances import (
     density_coverage,
     frechet_distance,
@@ -45,7 +44,15 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import KeptRows, hash_of, keep_rows
-from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples, generation_inputs
+from dae_diffusers.metrics.report import plot_sweep
+from dae_diffusers.metrics.sampling import (
+    Sampler,
+    SampleSettings,
+    autoencoder_of,
+    draw_samples,
+    generation_inputs,
+    prompts_of,
+)
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import evaluate
 
@@ -243,7 +250,7 @@ def test_sweep_is_drawn_over_what_was_swept(tmp_path, monkeypatch):
         rows = [
             {"guidance_scale": scale, "num_inference_steps": count, "gfd": 1.0} for scale in scales for count in steps
         ]
-        evaluate.plot_sweep(rows, "gfd", tmp_path / "sweep.png")
+        plot_sweep(rows, "gfd", tmp_path / "sweep.png")
     assert labels == ["steps", "guidance scale", "guidance scale", "steps"]
 
 
@@ -326,14 +333,12 @@ def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
         draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))
 
 
-def test_prompts_name_the_classes_of_the_images(images, monkeypatch):
-    flags = {"pipeline": "x", "features": "y", "dataset_name": "digits"}
+def test_prompts_name_the_classes_of_the_images(images):
     for prompt, expected in (("a photo of a {label}", ("a photo of a cat", "a photo of a dog")), ("{}", ("{}",))):
-        assert evaluate.prompts_of(evaluate.EvaluateConfig(**flags, prompt=prompt), images) == expected
-    assert evaluate.prompts_of(evaluate.EvaluateConfig(**flags), images) is None
-    monkeypatch.setattr(images, "id2label", None)
+        assert prompts_of(prompt, images.id2label) == expected
+    assert prompts_of(None, images.id2label) is None
     with pytest.raises(UserError, match="no labels"):
-        evaluate.prompts_of(evaluate.EvaluateConfig(**flags, prompt="a {label}"), images)
+        prompts_of("a {label}", None)
 
 
 def test_pipelines_that_cannot_be_called_are_named():
@@ -390,52 +395,3 @@ def test_autoencoder_whose_config_names_no_class_is_an_autoencoder_kl(pipeline, 
     del config["_class_name"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert type(load_autoencoder(str(tmp_path))) is type(pipeline.vae)
-
-
-def test_complexity_distance_is_measured_and_drawn(extractor_folder, pipeline, tmp_path):
-    vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
-    vae.save_pretrained(tmp_path / "vae")
-    flags = "--dataset_name digits --image_channels 1 --resolution 16 --complexity --complexity_capacities 0 --complexity_seeds 1"
-    succeed(launch("evaluate", flags, vae=tmp_path / "vae", output_dir=tmp_path / "evaluation"))
-    rows = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["complexity"]
-    assert {(row["form"], row["capacity"]) for row in rows} == {
-        ("paired", 0), ("paired", None), ("unpaired", 0), ("unpaired", None)
-    }  # fmt: skip
-    assert (tmp_path / "evaluation" / "complexity.png").stat().st_size > 5000
-    assert "variance_left" in (tmp_path / "evaluation" / "metrics.md").read_text()
-
-
-def test_complexity_depends_on_no_batch_size_and_its_errors_are_the_users(pipeline, tmp_path, monkeypatch):
-    vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
-    vae.save_pretrained(tmp_path / "vae")
-    sizes = []
-
-    def measure(vae, train_loader, eval_loader, config, **kwargs):
-        sizes.extend([train_loader.batch_size, eval_loader.batch_size])
-        raise ValueError("`latents_train` is constant.")
-
-    monkeypatch.setattr(evaluate, "complexity_distance", measure)
-    flags = "--dataset_name digits --image_channels 1 --resolution 16 --complexity --batch_size 7"
-    with pytest.raises(UserError, match="`--complexity` cannot be measured: `latents_train` is constant"):
-        run(evaluate, flags, vae=tmp_path / "vae", output_dir=tmp_path / "evaluation")
-    assert sizes == [64, 64]
-
-
-def test_latents_of_the_complexity_distance_do_not_depend_on_the_batch_size(pipeline, images):
-    encoded = [
-        _encode(pipeline.vae, make_pass_loader(images, batch_size=size), 100, "images", True, "cpu", True)
-        for size in (1, 7, 64)
-    ]
-    assert [len(tensor) for tensor in encoded[0]] == [len(images)] * 3
-    for other in encoded[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(encoded[0], other, strict=True))
-
-
-def test_complexity_flags_are_checked():
-    from dae_diffusers.errors import ConfigError
-    from dae_diffusers.training.evaluate import EvaluateConfig
-
-    with pytest.raises(ConfigError, match="`--complexity_seeds` is 0"):
-        EvaluateConfig(vae="x", dataset_name="digits", complexity_seeds=0)
-    with pytest.raises(ConfigError, match="complexity distance: `capacities`"):
-        EvaluateConfig(vae="x", dataset_name="digits", complexity_capacities=[-1])

@@ -6,8 +6,8 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+from pictures import encoded
 from PIL import Image
-from test_data import encoded
 
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.columns import label_names

@@ -12,13 +12,13 @@ from scripts import (
     BARE_DIT,
     PRIOR,
     TRANSFORMER,
+    arguments_of,
     assert_goes_on_exactly,
     assert_same_weights,
     in_both_processes,
     in_child,
     start,
 )
-from test_launch_configs import arguments_of
 
 from dae_diffusers import DAEVQGANPipeline
 from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior

@@ -19,10 +19,9 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from models import save_autoencoder
+from models import make_prior_pipeline, save_autoencoder
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, run
-from test_vqgan_pipeline import make_pipeline
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
@@ -417,7 +416,7 @@ def test_export_refuses_what_only_an_upload_can_do(tmp_path, flags, capsys):
 
 
 def test_half_precision_weights_of_a_vqgan_are_those_of_all_its_components(tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    make_prior_pipeline().save_pretrained(tmp_path / "pipeline")
     push_script(tmp_path / "pipeline", "user/codes", "--fp16", "--export_dir", tmp_path / "out")
     for name in ("vae/diffusion_pytorch_model", "prior/model"):
         halved, whole = (load_file(tmp_path / "out" / f"{name}{variant}.safetensors") for variant in (".fp16", ""))

@@ -2,19 +2,18 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
+from scripts import CONFIGS, arguments_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers import DAEDiTTransformer2DModel
 
-CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 EXPECTED = {
     "single": DistributedType.NO,
     "ddp": DistributedType.MULTI_GPU,
@@ -22,13 +21,6 @@ EXPECTED = {
     "fsdp2": DistributedType.FSDP,
     "deepspeed_zero2": DistributedType.DEEPSPEED,
 }
-
-
-def arguments_of(name: str, *flags: str):
-    """What `accelerate launch --config_file` makes of a file."""
-    path = str(CONFIGS / "accelerate" / f"{name}.yaml")
-    parsed = launch_command_parser().parse_args(["--config_file", path, *flags, "train_dit.py", "--seed", "1"])
-    return _validate_launch_command(parsed)[0]
 
 
 def test_every_file_is_known_here():

@@ -14,7 +14,6 @@ import pytest
 import scipy.linalg
 import torch
 from accelerate.state import AcceleratorState
-from scripts import load_benchmark
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.kid import poly_mmd
 from transformers import (
@@ -53,6 +52,8 @@ from dae_diffusers.metrics.image_quality import (
 )
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.training import train_classifier
+from dae_diffusers.training.settings import TrainClassifierConfig
 
 PREPROCESSING = {"size": (16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -84,6 +85,11 @@ def tiny_resnet(cls=ResNetForImageClassification):
 
 def random_images(num=5, channels=3, size=10):
     return torch.rand(num, channels, size, size) * 2 - 1
+
+
+def saved_images(size):
+    """Rounded to 8 bit, as from a file."""
+    return (random_images(size=size) * 127.5 + 127.5).round() / 127.5 - 1
 
 
 # Feature extractors
@@ -158,15 +164,13 @@ def test_grayscale_equals_its_repetition(resnet_folder):
     assert torch.equal(extractor(gray), extractor(gray.expand(-1, 3, -1, -1)))
 
 
-def test_features_are_those_of_the_saved_image_unless_told_otherwise(resnet_folder):
+def test_features_are_those_of_the_saved_image(resnet_folder):
     images = random_images() * 1.1  # a decoder overshoots
     saved = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
     from_file = saved.float() / 127.5 - 1
     extractor = load_feature_extractor(resnet_folder)
     assert torch.equal(extractor(images), extractor(from_file))
-    exact = load_feature_extractor(resnet_folder, round_to_8_bit=False)
-    assert not torch.equal(exact(images), exact(from_file))
-    assert exact.fingerprint != extractor.fingerprint
+    assert not torch.equal(extractor(from_file + 2 / 255), extractor(from_file))
 
 
 def test_fingerprint_tells_weights_apart(tmp_path, resnet_folder):
@@ -176,8 +180,8 @@ def test_fingerprint_tells_weights_apart(tmp_path, resnet_folder):
 
 
 def test_normalisation_is_that_of_images_in_0_1():
-    images = random_images(size=16)
-    prepared = prepare_images(images, **PREPROCESSING, round_to_8_bit=False)
+    images = saved_images(size=16)
+    prepared = prepare_images(images, **PREPROCESSING)
     mean, std = (torch.tensor(PREPROCESSING[name]).view(3, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close(prepared, ((images + 1) / 2 - mean) / std)
 
@@ -205,10 +209,10 @@ def test_image_processors_of_any_age_are_read(tmp_path, processor, size):
 
 
 def test_rescaling_and_normalisation_of_the_processor_are_kept(tmp_path):
-    images = random_images(size=16)
+    images = saved_images(size=16)
     inputs = []
     for processor in ({"rescale_factor": 2 / 255}, {"do_normalize": False}, {"do_rescale": False}):
-        extractor = load_feature_extractor(save_model(tmp_path, tiny_resnet(), **processor), round_to_8_bit=False)
+        extractor = load_feature_extractor(save_model(tmp_path, tiny_resnet(), **processor))
         inputs.append(prepare_images(images, **extractor._preprocessing))
     mean, std = (torch.tensor(PREPROCESSING[name]).view(3, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close(inputs[0], (images + 1 - mean) / std)
@@ -327,28 +331,23 @@ def fresh_accelerator_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="module")
-def training_script():
-    return load_benchmark("train_feature_extractor")
-
-
-def test_trained_extractor_is_what_its_folder_loads(training_script, tmp_path):
+def test_trained_extractor_is_what_its_folder_loads(tmp_path):
     flags = (
         "--dataset_name digits --image_channels 1 --resolution 8 --max_validation_samples 40 --hidden_sizes 4 6 "
         f"--depths 1 1 --train_steps 2 --train_batch_size 8 --output_dir {tmp_path}/my-digits"
     )
-    config = parse_config(training_script.TrainFeatureExtractorConfig, flags.split())
+    config = parse_config(TrainClassifierConfig, flags.split())
     fresh_accelerator_state()
-    training_script.main(config)
+    train_classifier.main(config)
     fresh_accelerator_state()
     extractor = load_feature_extractor(str(tmp_path / "my-digits"))
     assert (extractor.name, extractor.feature_dim, extractor.num_classes) == ("my_digits", 6, 10)
     assert " 16x16 " in extractor.description  # twice the resolution
     results = json.loads((tmp_path / "my-digits" / "results.json").read_text())
-    accuracy = training_script.accuracy(extractor, load_digits(resolution=8, num_images=40), batch_size=7)
+    accuracy = train_classifier.accuracy(extractor, load_digits(resolution=8, num_images=40), batch_size=7)
     assert results["test_accuracy"] == pytest.approx(accuracy) and results["num_test_images"] == 40
     with pytest.raises(UserError, match="holds a model already"):
-        training_script.main(config)
+        train_classifier.main(config)
 
 
 @pytest.mark.parametrize(
@@ -359,22 +358,22 @@ def test_trained_extractor_is_what_its_folder_loads(training_script, tmp_path):
         ("--dataset_name digits --image_channels 4", "`--image_channels` is 4"),
     ],
 )
-def test_what_no_extractor_can_be_trained_on_is_refused(training_script, flags, message, capsys):
+def test_what_no_extractor_can_be_trained_on_is_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse_config(training_script.TrainFeatureExtractorConfig, flags.split())
+        parse_config(TrainClassifierConfig, flags.split())
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_random_shift_moves_whole_images(training_script):
+def test_random_shift_moves_whole_images():
     images = random_images(20, size=6)
-    shifted = training_script.random_shift(images, 2)
+    shifted = train_classifier.random_shift(images, 2)
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="reflect")
     places = []
     for image, surround in zip(shifted, padded, strict=True):
         crops = {(y, x): surround[:, y : y + 6, x : x + 6] for y in range(5) for x in range(5)}
         places += [place for place, crop in crops.items() if torch.equal(crop, image)]
     assert len(places) == 20 and len(set(places)) > 5
-    assert torch.equal(training_script.random_shift(images, 0), images)
+    assert torch.equal(train_classifier.random_shift(images, 0), images)
 
 
 # Statistics

@@ -6,17 +6,12 @@ from accelerate import Accelerator
 from models import save_backbone
 from torch.testing import assert_close
 
+from dae_diffusers.autoencoders.adversary import AdversarialSettings, AdversarialTraining
+from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
+from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.errors import UserError
-from dae_diffusers.losses.adversarial import (
-    AdversarialSettings,
-    AdversarialTraining,
-    BackboneDiscriminator,
-    PatchDiscriminator,
-    augment,
-    discriminator_loss,
-    generator_loss,
-)
-from dae_diffusers.losses.perceptual import FrozenBackbone, load_backbone, load_perceptual_loss
+from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
+from dae_diffusers.vision import FrozenBackbone, load_backbone
 
 
 @pytest.fixture(params=["resnet", "vit"])

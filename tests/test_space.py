@@ -16,9 +16,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hub_server import HubServer
 from huggingface_hub import RepoCard
-from models import make_autoencoder
+from models import make_autoencoder, make_prior_pipeline
 from PIL import Image
-from test_vqgan_pipeline import make_pipeline
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.hub.upload import space_files
@@ -197,7 +196,7 @@ def test_app_serves_models_without_classes_and_autoencoders_alone(part, tmp_path
     pytest.importorskip("gradio", reason='the Space needs gradio: pip install -e ".[browser]"')
     run = save_run(tmp_path / "run", None)
     shutil.copytree(run / "pipeline" / "vae", run / "vae")
-    make_pipeline(num_classes=0, id2label=None).save_pretrained(run / "vqgan")
+    make_prior_pipeline(num_classes=0, id2label=None).save_pretrained(run / "vqgan")
     folder = tmp_path / "exported"
     push.main(PushConfig(folder=str(run / part), repo_id="user/tiny", export_dir=str(folder), space=True))
     absent = ["dae_diffusers", *([] if part == "vqgan" else ["transformers"])]  # which only a VQGAN needs

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from diffusers import VQModel
-from models import QUANTIZERS, make_vq_model
+from models import QUANTIZERS, clusters, make_vq_model
 from torch.testing import assert_close
 
 from dae_diffusers import DAEVQModel
@@ -168,18 +168,6 @@ def noted_steps(quantizer, batches, per_step):
     return quantizer
 
 
-def clusters(count=12, dim=4, **options):
-    """Micro-batches of four tight clusters of latents."""
-    generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(4, dim, generator=generator) * 3
-    batches = []
-    for _ in range(count):
-        vectors = centres[torch.randint(4, (64,), generator=generator)]
-        vectors = vectors + 0.01 * torch.randn(64, dim, generator=generator)
-        batches.append(vectors.view(1, 8, 8, dim).permute(0, 3, 1, 2))
-    return centres, batches
-
-
 def test_kmeans_finds_the_clusters_after_the_warm_up():
     centres, batches = clusters()
     quantizer = CodebookQuantizer(16, 4, quantizer_type="ema", warmup_steps=3)
@@ -241,7 +229,7 @@ def test_accumulated_micro_batches_equal_one_large_batch():
 RANKS = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_vq_model import clusters, noted_steps
+from models import clusters
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer
 from dae_diffusers.losses.codebook import codebook_entropy_loss
 dist.init_process_group("gloo")

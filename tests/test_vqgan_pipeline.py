@@ -7,48 +7,11 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline, VQModel
-from models import TINY_AUTOENCODER, make_vq_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import NUM_CODES, PRIOR_NAMES, make_plain_vq_model, make_prior, make_prior_pipeline, make_vq_model
 
 from dae_diffusers import DAEVQGANPipeline
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.pipelines.dae_vqgan import _draw_codes, code_fingerprint
-
-NAMES = {0: "tabby, cat", 1: "Crane, bird", 2: "crane, hoist"}
-NUM_CODES = 16
-
-
-def make_vae(seed=0, **config) -> VQModel:
-    torch.manual_seed(seed)
-    return VQModel(**{**TINY_AUTOENCODER, "num_vq_embeddings": NUM_CODES, **config}).eval()
-
-
-def make_prior(vae, num_classes=3, grid_size=(4, 4)) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=NUM_CODES + num_classes + 1,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=grid_size[0] * grid_size[1],
-        initializer_range=0.3,  # far from uniform, so that wrong logits draw other codes
-        bos_token_id=None,
-        eos_token_id=None,
-        num_codes=NUM_CODES,
-        num_classes=num_classes,
-        grid_size=list(grid_size),
-        code_fingerprint=code_fingerprint(vae),
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def make_pipeline(num_classes=3, id2label=NAMES, grid_size=(4, 4)) -> DAEVQGANPipeline:
-    vae = make_vae()
-    pipeline = DAEVQGANPipeline(make_prior(vae, num_classes, grid_size), vae, id2label)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def generators(*seeds):
@@ -61,7 +24,7 @@ def draw(pipeline, labels, generator=None, **kwargs) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_cache_changes_no_code(guidance_scale):
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     codes = [
         draw(pipeline, [0, 1, 2, 0], generators(*range(4)), guidance_scale=guidance_scale, use_cache=cache)
         for cache in (True, False)
@@ -72,7 +35,7 @@ def test_cache_changes_no_code(guidance_scale):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_likeliest_codes_are_those_of_the_guided_logits(guidance_scale):
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     codes = draw(pipeline, 1, guidance_scale=guidance_scale, top_k=1).flatten()
 
     def logits(label):
@@ -85,7 +48,7 @@ def test_likeliest_codes_are_those_of_the_guided_logits(guidance_scale):
 
 
 def test_image_depends_on_its_own_generator_and_label_alone():
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     together = draw(pipeline, [0, 1, 2], generators(5, 6, 7))
     assert torch.equal(draw(pipeline, [2, 1], generators(7, 6)), together[[2, 1]])
     assert torch.equal(draw(pipeline, [0, 1]), draw(pipeline, [0, 1]))
@@ -113,12 +76,12 @@ def test_draw_at_the_very_end_is_an_allowed_code():
 
 
 def test_low_temperature_draws_the_likeliest_codes():
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     assert torch.equal(draw(pipeline, 1, temperature=1e-6), draw(pipeline, 1, top_k=1))
 
 
 def test_codes_decode_to_the_image():
-    pipeline = make_pipeline(grid_size=(4, 6))
+    pipeline = make_prior_pipeline(grid_size=(4, 6))
     codes = draw(pipeline, [0, 1])
     images = pipeline([0, 1], generator=generators(0)[0], output_type="pt").images
     assert images.shape == (2, 3, 8, 12)
@@ -131,7 +94,7 @@ def test_codes_decode_to_the_image():
 
 
 def test_labels_are_ids_or_names_and_images_of_a_label_lie_together():
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     assert pipeline.get_label_ids(["cat", 2, "Crane", "hoist", "TABBY, cat"]) == [0, 2, 1, 2, 0]
     assert draw(pipeline, ["cat", 1], num_images_per_label=2).shape == (4, 4, 4)
     assert pipeline.labels == {"Crane": 1, "bird": 1, "cat": 0, "crane": 2, "hoist": 2, "tabby": 0}
@@ -139,12 +102,12 @@ def test_labels_are_ids_or_names_and_images_of_a_label_lie_together():
 
 
 def test_no_label_is_the_null_class():
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     assert torch.equal(draw(pipeline, None), draw(pipeline, 3, guidance_scale=1.0))
 
 
 def test_unconditional_model_takes_no_labels():
-    pipeline = make_pipeline(num_classes=0, id2label=None)
+    pipeline = make_prior_pipeline(num_classes=0, id2label=None)
     assert draw(pipeline, None, num_images_per_label=3).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="unconditional"):
         pipeline(0)
@@ -167,21 +130,21 @@ def test_unconditional_model_takes_no_labels():
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        make_pipeline()(**{"class_labels": 0, **kwargs})
+        make_prior_pipeline()(**{"class_labels": 0, **kwargs})
 
 
 def test_prior_refuses_the_codes_of_another_model():
-    vae = make_vae()
+    vae = make_plain_vq_model()
     prior = make_prior(vae)
     with pytest.raises(ValueError, match="another VQ model") as error:
-        DAEVQGANPipeline(prior, make_vae(seed=1))
+        DAEVQGANPipeline(prior, make_plain_vq_model(seed=1))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="another VQ model"):
-        DAEVQGANPipeline(prior.half(), make_vae(num_vq_embeddings=8).half())
+        DAEVQGANPipeline(prior.half(), make_plain_vq_model(num_vq_embeddings=8).half())
 
 
 def test_new_decoder_leaves_the_codes_what_they_are():
-    vae = make_vae()
+    vae = make_plain_vq_model()
     prior = make_prior(vae)
     torch.nn.init.zeros_(vae.decoder.conv_in.weight)
     DAEVQGANPipeline(prior, vae)
@@ -196,11 +159,11 @@ def test_decoupled_autoencoder_is_not_saved_as_it_is(tmp_path):
 
 
 def test_saved_pipeline_returns_in_every_precision(tmp_path):
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     pipeline.save_pretrained(tmp_path)
     loaded = DAEVQGANPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert loaded.id2label == NAMES
+    assert loaded.id2label == PRIOR_NAMES
     assert torch.equal(draw(loaded, [0, 1]), draw(pipeline, [0, 1]))
     half = DAEVQGANPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.prior.dtype == half.vae.dtype == torch.bfloat16
@@ -210,15 +173,15 @@ def test_saved_pipeline_returns_in_every_precision(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pipeline_saved_with_half_the_bits_returns_with_all(tmp_path, dtype):
-    make_pipeline().save_pretrained(tmp_path / "whole")
+    make_prior_pipeline().save_pretrained(tmp_path / "whole")
     DAEVQGANPipeline.from_pretrained(tmp_path / "whole", dtype=dtype).save_pretrained(tmp_path / "half")
     pipeline = DAEVQGANPipeline.from_pretrained(tmp_path / "half", dtype=torch.float32)
     assert pipeline.vae.dtype == torch.float32
 
 
 def test_numbers_come_in_the_range_of_the_training_images(tmp_path):
-    pipeline = make_pipeline()
-    pipeline = DAEVQGANPipeline(pipeline.prior, pipeline.vae, NAMES, value_range=[-1000.0, 3000.0])
+    pipeline = make_prior_pipeline()
+    pipeline = DAEVQGANPipeline(pipeline.prior, pipeline.vae, PRIOR_NAMES, value_range=[-1000.0, 3000.0])
     pipeline.save_pretrained(tmp_path)
     loaded = DAEVQGANPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -241,7 +204,7 @@ pipe.save_pretrained(sys.argv[3])
 
 
 def test_saved_pipeline_runs_with_diffusers_and_transformers_alone(tmp_path):
-    pipeline = make_pipeline()
+    pipeline = make_prior_pipeline()
     pipeline.save_pretrained(tmp_path / "pipeline")
     (tmp_path / "run.py").write_text(ELSEWHERE)
     result = subprocess.run(

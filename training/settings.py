@@ -13,9 +13,11 @@ from dae_diffusers.autoencoders.settings import (
     StageConfig,
     check_shallow,
 )
+from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.losses.settings import LossConfig
+from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, HubConfig, OptimizationConfig, RunConfig
 from dae_diffusers.settings import field, part, settings
 
@@ -330,6 +332,111 @@ class CacheLatentsConfig:
 
 
 @settings
+class EvaluateConfig:
+    """Settings of evaluate.py."""
+
+    data: DataConfig = part()
+    evaluation: EvaluationConfig = part()
+    sampling: SamplingConfig = part()
+
+    def __post_init__(self):
+        check_measured_data(self.data, self.evaluation.features, "evaluate.py, which counts every image once")
+
+
+@settings
+class LatentSpaceConfig:
+    """Latent space."""
+
+    vae: str = field(help="folder or Hub id of the autoencoder")
+    features: str | None = field(
+        None, "`inception`, or a vision model (Hub id or folder): also the distance between its features"
+    )
+    output_dir: str = field("runs/my-model/complexity", "folder for the results")
+    seed: int = field(0, "chooses the held-out images; as in training", at_least=0, at_most=MAX_SEED)
+
+
+@settings
+class MeasureComplexityConfig:
+    """Settings of complexity.py."""
+
+    data: DataConfig = part()
+    latent_space: LatentSpaceConfig = part()
+    complexity: ComplexityConfig = part()
+
+    def __post_init__(self):
+        check_measured_data(self.data, self.latent_space.features, "complexity.py, which chooses images")
+
+
+def check_measured_data(data: DataConfig, features: str | None, script: str) -> None:
+    """Raises `ConfigError` for images that `script` cannot measure."""
+    data.require_source()
+    if data.streaming:
+        raise ConfigError(f"`streaming` does not go with {script}; leave it out.")
+    if features is not None and data.image_channels not in (1, 3):
+        raise ConfigError(
+            f"`features` are made for gray and for RGB, not for {data.image_channels} channels; leave them out."
+        )
+
+
+@settings
+class ClassifierConfig:
+    """Classifier."""
+
+    hidden_sizes: list[int] = field(
+        [32, 64, 128, 192], "channels of each stage; each after the first halves the size", at_least=1
+    )
+    depths: list[int] = field([1, 1, 1, 1], "basic blocks of each stage", at_least=1)
+    input_size: int | None = field(
+        None, "enlarge images to this, because the stem divides by 4; default: twice the resolution", at_least=1
+    )
+
+    def __post_init__(self):
+        if len(self.hidden_sizes) != len(self.depths) or not self.depths:
+            raise ConfigError(
+                f"`hidden_sizes` {self.hidden_sizes} and `depths` {self.depths} must be positive and equally many."
+            )
+
+
+@settings
+class ClassifierTrainingConfig:
+    """Training."""
+
+    output_dir: str = field("features/my-images", "folder of the result; its name becomes the name of the features")
+    train_steps: int = field(3200, "optimiser steps", at_least=1)
+    train_batch_size: int = field(64, "images per step and process", at_least=1)
+    learning_rate: float = field(2e-3, "peak learning rate of AdamW, after a tenth of the steps; cosine to 0", above=0)
+    weight_decay: float = field(0.05, "AdamW's weight decay", at_least=0)
+    label_smoothing: float = field(0.0, "share of the target spread over all classes", at_least=0, below=1)
+    max_shift: int = field(
+        2, "shift images by up to this many pixels in both directions, the border mirrored", at_least=0
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "autocast; the weights stay float32")
+    seed: int = field(0, "of weights, data order and augmentation", at_least=0, at_most=MAX_SEED)
+
+
+@settings
+class TrainClassifierConfig:
+    """Settings of train_classifier.py."""
+
+    data: DataConfig = part(max_validation_samples=10000)
+    classifier: ClassifierConfig = part()
+    training: ClassifierTrainingConfig = part()
+
+    def __post_init__(self):
+        self.data.require_source()
+        if self.data.streaming:
+            raise ConfigError("`streaming` does not go with this script; leave it out.")
+        if self.data.image_channels not in (1, 3):
+            raise ConfigError(
+                f"`image_channels` is {self.data.image_channels}, but features are of gray (1) or RGB (3) images."
+            )
+        if self.training.max_shift >= self.data.resolution:
+            raise ConfigError(
+                f"`max_shift` is {self.training.max_shift}, but must be 0 or more and below `resolution`."
+            )
+
+
+@settings
 class PushConfig:
     """Publishing."""
 
@@ -363,7 +470,10 @@ class PushConfig:
 
 SCRIPTS = {
     "cache-latents": CacheLatentsConfig,
+    "complexity": MeasureComplexityConfig,
+    "evaluate": EvaluateConfig,
     "push": PushConfig,
+    "train-classifier": TrainClassifierConfig,
     "train-dae": TrainDAEConfig,
     "train-dit": TrainDiTConfig,
     "train-vqgan-prior": TrainPriorConfig,

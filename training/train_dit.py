@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, gather_object
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch.utils.data import Dataset
 
+from dae_diffusers.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
     encode_moments,
@@ -31,15 +32,14 @@ from dae_diffusers.errors import ConfigError
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint
 from dae_diffusers.latents.statistics import has_latent_statistics, normalize_latents, write_latent_statistics
 from dae_diffusers.loop import Loop
-from dae_diffusers.losses.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
-from dae_diffusers.losses.perceptual import load_backbone
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import TrainingRun
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             return vae.eval().requires_grad_(False)
         except Exception as error:  # a damaged config.json can fail in any way
             if reason is None or config is not None:  # that of the place where there is something
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error, 300)
     raise UserError(
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Expected is a diffusers "
         "`AutoencoderKL` or `VQModel` folder or Hub id, such as the `vae` folder that training/train_dae.py makes."

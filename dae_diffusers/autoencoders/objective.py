@@ -5,25 +5,22 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from dae_diffusers.alignment import LatentAlignment, LatentAlignmentSettings
+from dae_diffusers.autoencoders.adversary import AdversarialSettings, AdversarialTraining
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
+from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
+from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.autoencoders.quantizers import Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.loop import Step
-from dae_diffusers.losses.adversarial import (
-    AdversarialSettings,
-    AdversarialTraining,
-    BackboneDiscriminator,
-    PatchDiscriminator,
-)
-from dae_diffusers.losses.alignment import LatentAlignment, LatentAlignmentSettings
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
-from dae_diffusers.losses.perceptual import load_backbone, load_perceptual_loss
 from dae_diffusers.losses.regularizers import perturb
 from dae_diffusers.optimization import make_optimizer
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import TrainingRun
+from dae_diffusers.vision import load_backbone
 
 
 class AutoencoderObjective:

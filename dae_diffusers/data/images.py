@@ -21,7 +21,7 @@ from dae_diffusers.data.arrays import (
     without_warnings,
 )
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ImageReader:
             raise
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             raise UserError(
-                f"the image {name()} cannot be decoded ({' '.join(str(error).split())}). "
+                f"the image {name()} cannot be decoded ({one_line(error)}). "
                 "Remove or replace it, or pass `--on_bad_image skip`."
             ) from None
 

@@ -16,7 +16,7 @@ from dae_diffusers.data.dataset import ImageDataset, choose_indices
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)
@@ -206,4 +206,4 @@ def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset | datasets.It
         source = config.train_data_dir or config.dataset_name
         flag = "--train_data_dir" if config.train_data_dir else "--dataset_name"
         hint = "" if config.train_data_dir else did_you_mean(source, sorted(EMBEDDED))
-        raise UserError(f"`{flag}` {source} cannot be loaded: {' '.join(str(error).split())[:500]}{hint}") from None
+        raise UserError(f"`{flag}` {source} cannot be loaded: {one_line(error, 500)}{hint}") from None

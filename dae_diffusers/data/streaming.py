@@ -16,7 +16,7 @@ from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.images import ImageReader, read_content
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ class ImageStream(Sampler[list[StreamedRow]]):
             raise
         except Exception as error:  # the network, the disk or a file's format may fail in any way
             raise UserError(
-                f"the stream cannot be read on ({' '.join(str(error).split())[:500]}). If it can again, go on with "
+                f"the stream cannot be read on ({one_line(error, 500)}). If it can again, go on with "
                 "`--resume_from_checkpoint latest`."
             ) from None
         states[max(states) + len(rows)] = place.state()

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -241,14 +241,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from None
 
 
 def _without_paths(value: Any) -> Any:

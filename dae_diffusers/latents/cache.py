@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.data import ImageDataset, is_flipped
 from dae_diffusers.data.batches import BatchDataset
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.files import add_weights, save_tensors_atomically, sha256_of, write_atomically
 
 _MANIFEST = "manifest.json"
@@ -306,7 +306,7 @@ def _problem_of(path: Path, facts: dict[str, Any] | None, shape: tuple[int, ...]
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("latents_mean", "latents_std")}
     except (SafetensorError, OSError) as error:
-        return f"is damaged ({' '.join(str(error).split())})"
+        return f"is damaged ({one_line(error)})"
     if shape is not None and set(shapes.values()) != {shape}:
         return f"does not fit its manifest: its latents have the shapes {shapes} instead of {shape}"
     return None

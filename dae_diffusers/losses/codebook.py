@@ -1,7 +1,8 @@
 """Losses and measures of a codebook."""
 
 import torch
-import torch.distributed as dist
+
+from dae_diffusers.losses.processes import mean_over_processes
 
 
 def commitment_loss(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -61,10 +62,7 @@ def codebook_entropy_loss(latents: torch.Tensor, codebook: torch.Tensor, *, temp
         log_p = torch.log_softmax(-squared / temperature, dim=1)
     p = log_p.exp()
     mean_p = p.mean(dim=0)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        whole = mean_p.detach().clone()
-        dist.all_reduce(whole)
-        mean_p = mean_p + (whole / dist.get_world_size() - mean_p).detach()
+    mean_p = mean_p + (mean_over_processes(mean_p) - mean_p).detach()
     entropy_of_each = -(p * log_p).sum(dim=1).mean()
     return entropy_of_each + (mean_p * mean_p.clamp(min=1e-12).log()).sum()
 

@@ -12,6 +12,8 @@ import torch
 
 from dae_diffusers.losses.resizing import resize
 
+_MIN_SCALE = 0.25  # of a `SpatialTransform`
+
 
 def mask_patches(pixel_values: torch.Tensor, ratio: float, patch_size: int) -> torch.Tensor:
     r"""
@@ -90,9 +92,9 @@ class SpatialTransform:
     factor: int
 
     @classmethod
-    def draw(cls, latent_size: tuple[int, int], factor: int, minimum_scale: float = 0.25) -> "SpatialTransform":
-        r"""A random one: any number of quarter turns, a scale uniform in `[minimum_scale, 1]`, whole latents."""
-        scale = minimum_scale + (1 - minimum_scale) * torch.rand(()).item()
+    def draw(cls, latent_size: tuple[int, int], factor: int) -> "SpatialTransform":
+        r"""A random one: any number of quarter turns, a scale uniform in [0.25, 1], whole latents."""
+        scale = _MIN_SCALE + (1 - _MIN_SCALE) * torch.rand(()).item()
         size = tuple(max(1, round(scale * side)) for side in latent_size)
         return cls(int(torch.randint(4, ())), size, factor)
 

@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments, is_vq, spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.latents.cache import image_identity
+from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics.distances import (
@@ -221,6 +222,15 @@ def latent_metrics(
         latents, labels, test_labels = probe
         metrics["probe_accuracy"] = linear_probe_accuracy(latents, labels, encoded.latents, test_labels)
     return metrics
+
+
+def codebook_use(
+    vae: ModelMixin, encoded: EncodedImages, accelerator: Accelerator, *, batch_size: int = 64
+) -> dict[str, float]:
+    r"""Which of a `VQModel`'s codes encoded images use: what [`~dae_diffusers.latents.codes.codebook_metrics`] gives."""
+    parts = encoded.latents.split(batch_size)
+    codes = torch.cat([codes_of(vae, part.to(accelerator.device)).flatten() for part in parts])
+    return codebook_metrics(torch.bincount(codes, minlength=vae.config.num_vq_embeddings))
 
 
 @torch.no_grad()

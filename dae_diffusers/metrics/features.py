@@ -9,16 +9,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    ImageProcessingMixin,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from dae_diffusers.errors import UserError
+from dae_diffusers.vision import has_class_token, load_inception, load_vision_model
 
 
 class FeatureExtractor(torch.nn.Module):
@@ -111,25 +104,17 @@ class BackboneFeatureExtractor(FeatureExtractor):
         name (`str`): See [`FeatureExtractor`].
         size (`tuple[int, int]`): Height and width that images are resized to.
         mean, std (`Sequence[float]`): Normalisation of each colour, for images in [0, 1].
-        round_to_8_bit (`bool`, *optional*, defaults to `True`): See [`prepare_images`].
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        name: str,
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        round_to_8_bit: bool = True,
+        self, model: PreTrainedModel, *, name: str, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.name = name
-        self._preprocessing = {"size": size, "mean": tuple(mean), "std": tuple(std), "round_to_8_bit": round_to_8_bit}
+        self._preprocessing = {"size": size, "mean": tuple(mean), "std": tuple(std)}
         self.description = (
-            f"{'8-bit, ' if round_to_8_bit else ''}bicubic with antialiasing to {size[0]}x{size[1]} without cropping, "
+            f"8-bit, bicubic with antialiasing to {size[0]}x{size[1]} without cropping, "
             f"mean {tuple(mean)}, std {tuple(std)}"
         )
         features, logits = self._run(torch.zeros(1, 3, *size))
@@ -159,16 +144,8 @@ class InceptionFeatureExtractor(FeatureExtractor):
     """
 
     def __init__(self):
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise ImportError(
-                "Inception features need the package torch-fidelity: `pip install torch-fidelity`. Or use features of "
-                "any vision backbone, such as facebook/dinov2-base."
-            ) from None
         super().__init__()
-        self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval()
-        self.model.requires_grad_(False)
+        self.model = load_inception()
         self.name = "inception"
         self.feature_dim = 2048
         self.num_classes = 1008
@@ -178,12 +155,10 @@ class InceptionFeatureExtractor(FeatureExtractor):
         return f"{prefix}fid"
 
     def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model(_to_rgb_levels(images, round_to_8_bit=True).to(torch.uint8))
+        return self.model(_to_rgb_levels(images).to(torch.uint8))
 
 
-def load_feature_extractor(
-    name_or_path: str, device: torch.device | str = "cpu", *, round_to_8_bit: bool = True
-) -> FeatureExtractor:
+def load_feature_extractor(name_or_path: str, device: torch.device | str = "cpu") -> FeatureExtractor:
     r"""
     Loads a feature extractor.
 
@@ -195,8 +170,6 @@ def load_feature_extractor(
         name_or_path (`str`): `inception`, or a vision backbone on the Hub, such as `facebook/dinov2-base`, or in a
             local folder.
         device (`torch.device`, *optional*): Where it computes.
-        round_to_8_bit (`bool`, *optional*, defaults to `True`): Round images to 8 bit first, as saving them would, so
-            that images from memory and from files give the same features.
 
     Returns:
         [`FeatureExtractor`]: In eval mode, float32.
@@ -206,68 +179,22 @@ def load_feature_extractor(
         ImportError: For `inception` without `torch-fidelity`.
     """
     if name_or_path == "inception":
-        if not round_to_8_bit:
-            raise UserError("`inception` takes 8-bit images only: leave `round_to_8_bit` at True.")
         return InceptionFeatureExtractor().to(device)
     model, preprocessing = load_vision_model(name_or_path)
-    return BackboneFeatureExtractor(
-        model.to(device), name=_short_name(name_or_path), round_to_8_bit=round_to_8_bit, **preprocessing
-    )
-
-
-def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    r"""
-    Loads a vision model of `transformers` and what its image processor says.
-
-    Args:
-        name_or_path (`str`): On the Hub or in a local folder, with a `preprocessor_config.json`.
-
-    Returns:
-        `tuple[PreTrainedModel, dict]`: The model in float32, with its classification head if it has one; and `size`
-        `(height, width)`, `mean` and `std` for images in [0, 1].
-
-    Raises:
-        UserError: If the model or its image processor does not exist, is no vision model, or lacks weights.
-    """
-    try:
-        # Without the flag, transformers would ask on a terminal.
-        architectures = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).architectures or []
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-        is_classifier = any(architecture.endswith("ForImageClassification") for architecture in architectures)
-        model, loading = (AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(
-            name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the vision model {name_or_path!r} cannot be loaded: {' '.join(str(error).split())[:300]} (Allowed "
-            "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"
-        ) from None
-    model = getattr(model, "vision_model", model)  # of CLIP and its kin, only the half that sees
-    if getattr(model, "main_input_name", None) != "pixel_values":
-        raise UserError(f"{name_or_path!r} is a {type(model).__name__}, which takes no images.")
-    # A pooler that is not used may lack weights, as in ViT's classifiers; anything else would be random.
-    missing = [key for key in loading["missing_keys"] if not (_has_class_token(model) and "pooler" in key)]
-    if missing:
-        raise UserError(f"{name_or_path!r} lacks weights, its features would be random: {sorted(missing)[:5]}.")
-    return model, _preprocessing_of(processor)
+    return BackboneFeatureExtractor(model.to(device), name=_short_name(name_or_path), **preprocessing)
 
 
 def prepare_images(
-    images: torch.Tensor,
-    *,
-    size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    round_to_8_bit: bool = True,
+    images: torch.Tensor, *, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
     r"""
-    Images to what a vision network takes.
+    Images to what a vision network takes, rounded to 8 bit first, as saving them would: images from memory and from files
+    give the same.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Floats in [-1, 1], clamped to it; `C` 1 (repeated) or 3.
         size (`tuple[int, int]`): Height and width of the result: bicubic with antialiasing, overshoots clamped.
         mean, std (`Sequence[float]`): Normalisation of each colour, for images in [0, 1].
-        round_to_8_bit (`bool`, *optional*, defaults to `True`): Round to 8 bit before resizing, as saving would.
 
     Returns:
         `torch.Tensor` of shape `(B, 3, *size)`: Normalised, float32.
@@ -275,7 +202,7 @@ def prepare_images(
     Raises:
         ValueError: For another number of channels or dimensions, integers, and values that are not finite.
     """
-    levels = _to_rgb_levels(images, round_to_8_bit=round_to_8_bit)
+    levels = _to_rgb_levels(images)
     if levels.shape[2:] != size:
         levels = F.interpolate(levels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
     mean = torch.tensor(mean, device=levels.device).view(1, 3, 1, 1)
@@ -283,8 +210,8 @@ def prepare_images(
     return (levels / 255 - mean) / std
 
 
-def _to_rgb_levels(images: torch.Tensor, *, round_to_8_bit: bool) -> torch.Tensor:
-    """Images in [-1, 1] to three channels in [0, 255], float32."""
+def _to_rgb_levels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] to three channels of whole levels in 0..255, float32."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"images have the shape {tuple(images.shape)}, but must be (B, C, H, W) with 1 (gray, repeated) or 3 "
@@ -295,42 +222,16 @@ def _to_rgb_levels(images: torch.Tensor, *, round_to_8_bit: bool) -> torch.Tenso
     if not torch.isfinite(images).all():
         raise ValueError("images hold NaN or infinite values, which have no features. Find the model that made them.")
     levels = (images.float().clamp(-1, 1) + 1) * 127.5
-    return (levels.round() if round_to_8_bit else levels).expand(-1, 3, -1, -1)
+    return levels.round().expand(-1, 3, -1, -1)
 
 
 def _pooled(backbone: PreTrainedModel, output: Any) -> torch.Tensor:
     hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
-    if _has_class_token(backbone):
+    if has_class_token(backbone):
         return hidden[:, 0]  # (B, N, D) -> (B, D). ViT's pooler is often untrained
     if pooled is not None:
         return pooled.flatten(1)  # (B, D, 1, 1) or (B, D) -> (B, D)
     return hidden.flatten(2).mean(2) if hidden.ndim == 4 else hidden.mean(1)  # (B, D, h, w) or (B, N, D) -> (B, D)
-
-
-def _has_class_token(model: PreTrainedModel) -> bool:
-    return any(name.endswith("cls_token") for name, _ in model.named_parameters())
-
-
-def _preprocessing_of(processor: dict[str, Any]) -> dict[str, Any]:
-    """Size, mean and std from a `preprocessor_config.json` of any age."""
-    crops = processor.get("do_center_crop", False) and "crop_size" in processor
-    size = processor.get("crop_size" if crops else "size")
-    if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        size = (size.get("height", side), size.get("width", side))
-    elif isinstance(size, int):
-        size = (size, size)
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not processor.get("do_normalize", True):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if size is None or None in size or len(mean or ()) != 3 or len(std or ()) != 3:
-        raise UserError(
-            "the image processor must name `size`, and `image_mean` and `image_std` of three colours, but has "
-            f"{processor.get('size')}, {mean} and {std}. Add them to its preprocessor_config.json."
-        )
-    # Processors rescale levels 0..255 by 1/255; another factor moves the normalisation.
-    scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
-    return {"size": size, "mean": [value / scale for value in mean], "std": [value / scale for value in std]}
 
 
 def _short_name(name_or_path: str) -> str:

@@ -3,13 +3,13 @@
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
-logger = logging.getLogger(__name__)
+from dae_diffusers.errors import one_line
+from dae_diffusers.vision import LPIPSNet, load_lpips_network
 
-LPIPSNet = Literal["alex", "vgg", "squeeze"]
+logger = logging.getLogger(__name__)
 
 # From `reconstruction` and `pixel_values`, both (B, C, H, W) in [-1, 1], to a number for each image, (B,).
 ImageMeasure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -108,7 +108,7 @@ def image_measures(
         lpips(nothing, nothing)
         measures[f"lpips_{lpips_net}"] = lpips
     except (ImportError, OSError, RuntimeError) as error:  # packages, weights, images that are too small
-        logger.info("LPIPS is left out: %s", " ".join(str(error).split())[:300])
+        logger.info("LPIPS is left out: %s", one_line(error, 300))
     return measures
 
 
@@ -131,11 +131,7 @@ def load_lpips(net: LPIPSNet = "alex", device: torch.device | str = "cpu") -> Im
 
     Source: Zhang et al., 2018, https://huggingface.co/papers/1801.03924.
     """
-    try:
-        import lpips
-    except ImportError:
-        raise ImportError("LPIPS needs the packages lpips and torchvision: `pip install lpips`.") from None
-    model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
+    model = load_lpips_network(net).to(device)
 
     @torch.no_grad()
     def distance(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 
-from dae_diffusers.autoencoders.loading import check_finite, spatial_factor
-from dae_diffusers.errors import UserError
+from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_hash
 from dae_diffusers.metrics.statistics import padded_size
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.randomness import derived_seed
 
 
@@ -234,3 +236,48 @@ def _image_pixels(pipeline: DiffusionPipeline) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     vae = autoencoder_of(pipeline)
     return height * width * (1 if vae is None else spatial_factor(vae) ** 2)
+
+
+def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
+    r"""
+    Ours, also for any other with a class-conditional transformer and latents; else as diffusers loads it.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    try:
+        index = DiffusionPipeline.load_config(name_or_path)
+        parts = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+        pipeline_class = DiffusionPipeline
+        if index.get("_class_name") == "DAEVQGANPipeline":
+            pipeline_class = DAEVQGANPipeline
+        elif parts == {"scheduler", "transformer", "vae"}:
+            pipeline_class = DAEDiTPipeline
+        pipeline = pipeline_class.from_pretrained(name_or_path)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                check_has_weights(part)
+        return pipeline.to(device)
+    except Exception as error:  # a damaged folder can fail in any way
+        reason = one_line(error, 300)
+        raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
+
+
+def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:
+    r"""
+    A text for each class, or one for all.
+
+    Args:
+        prompt (`str` or `None`): `{label}` in it stands for a class's name.
+        id2label (`dict[int, str]` or `None`): Names of the classes.
+
+    Raises:
+        UserError: If the text speaks of classes where there are none.
+    """
+    if prompt is None or "{label}" not in prompt:
+        return None if prompt is None else (prompt,)
+    if id2label is None:
+        raise UserError(
+            "`--prompt` speaks of a {label}, but the images have no labels. Name their column, or leave it out."
+        )
+    return tuple(prompt.replace("{label}", id2label[label]) for label in sorted(id2label))

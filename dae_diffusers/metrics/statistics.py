@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.data import ImageDataset, make_pass_loader
+from dae_diffusers.errors import one_line
 from dae_diffusers.metrics.features import FeatureExtractor
 
 logger = logging.getLogger(__name__)
@@ -244,5 +245,5 @@ def _read_cache(path: Path) -> FeatureStatistics | None:
     try:
         return FeatureStatistics.load(path)[0]
     except (OSError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s) and is made anew.", path, " ".join(str(error).split()))
+        logger.warning("%s is damaged (%s) and is made anew.", path, one_line(error))
         return None

@@ -1,0 +1,157 @@
+"""Alignment with a frozen vision model: of an autoencoder's latents (VF loss), of a transformer's hidden states (REPA)."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dae_diffusers.losses.adaptive_weight import adaptive_weight
+from dae_diffusers.losses.alignment import (
+    marginal_cosine_loss,
+    marginal_distance_matrix_loss,
+    representation_alignment_loss,
+)
+from dae_diffusers.losses.resizing import resize
+from dae_diffusers.vision import FrozenBackbone
+
+
+@dataclass(frozen=True)
+class LatentAlignmentSettings:
+    r"""
+    The defaults are those of public re-implementations, save the cap.
+
+    Attributes:
+        weight (`float`): Of the term, times the adaptive weight.
+        cosine_margin, distance_margin (`float`): Of the two losses.
+        adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the gradients' norms at the encoder's
+            last layer; 0: no adaptive weight.
+    """
+
+    weight: float = 0.1
+    cosine_margin: float = 0.5
+    distance_margin: float = 0.25
+    adaptive_weight_cap: float = 100.0
+
+
+class LatentAlignment:
+    r"""
+    The VF loss of VA-VAE: [`marginal_cosine_loss`] plus [`marginal_distance_matrix_loss`] between linearly projected latents
+    and the features of the same images in a frozen vision model.
+
+    Both losses see the projected latents. The projection trains with the autoencoder: put its
+    parameters into the same optimiser, and both models into `accelerator.accumulate`.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): On the accelerator's device.
+        projection (`nn.Module`): Latents `(B, C, h, w)` to `(B, D, h, w)`, prepared by `accelerator`.
+        settings ([`LatentAlignmentSettings`]): Weights and margins.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        backbone: FrozenBackbone,
+        projection: nn.Module,
+        settings: LatentAlignmentSettings,
+    ):
+        self.accelerator = accelerator
+        self.backbone = backbone
+        self.projection = projection
+        self.settings = settings
+
+    def term(
+        self, latents: torch.Tensor, pixel_values: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        r"""
+        The weighted term of the autoencoder's loss.
+
+        Costs a forward pass of the backbone, a 1x1 convolution and the distance matrices; with the adaptive weight also a
+        second backward pass through these and through the decoder, which leads from `other_loss` to the encoder.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): With their graph.
+            pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images they encode, whole, in [-1, 1].
+            other_loss (`torch.Tensor`): Scalar: the reconstruction loss that the term is balanced with.
+            last_layer (`torch.Tensor`): The encoder's last weight.
+
+        Returns:
+            The term, and what to log.
+        """
+        with self.accelerator.autocast():
+            features = self.backbone.patch_features(pixel_values)
+        features = resize(features, tuple(latents.shape[2:]))
+        projected = self.projection(latents)
+        cosine = marginal_cosine_loss(projected, features, self.settings.cosine_margin)
+        distance = marginal_distance_matrix_loss(projected, features, self.settings.distance_margin)
+        loss = cosine + distance
+        logs = {"vf_cosine_loss": cosine, "vf_distance_loss": distance}
+        if self.settings.adaptive_weight_cap > 0:
+            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=self.settings.adaptive_weight_cap)
+            logs["vf_adaptive_weight"] = adaptive
+            loss = adaptive * loss
+        return self.settings.weight * loss, logs
+
+
+class RepresentationAlignment:
+    r"""
+    REPA: [`representation_alignment_loss`] between the projected output of one of a transformer's blocks and the features of
+    the clean images in a frozen vision model.
+
+    A hook on the block takes its output, so that the transformer, its wrappers and what is exported stay as they are. The
+    projector trains with the transformer: put its parameters into the same optimiser, and both models into
+    `accelerator.accumulate`.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): On the accelerator's device.
+        projector (`nn.Module`): Hidden states `(B, N, dim)` to `(B, N, D)`, prepared by `accelerator`.
+        block (`nn.Module`): Gives hidden states `(B, N, dim)`, the positions row by row.
+        weight (`float`): Of the term.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, backbone: FrozenBackbone, projector: nn.Module, block: nn.Module, weight: float
+    ):
+        self.accelerator = accelerator
+        self.backbone = backbone
+        self.projector = projector
+        self.weight = weight
+        self._hidden_states: torch.Tensor | None = None
+        block.register_forward_hook(self._record)
+
+    def _record(self, block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled():  # not when samples are drawn
+            self._hidden_states = output
+
+    def term(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        r"""
+        The weighted term of the transformer's loss. Call it after the transformer.
+
+        Costs a forward pass of the backbone, and of the projector forward and backward; the transformer's passes are the same.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images behind the latents, in [-1, 1].
+            grid (`tuple[int, int]`): Rows and columns of the transformer's positions.
+
+        Returns:
+            The term, and what to log.
+        """
+        hidden_states, self._hidden_states = self._hidden_states, None
+        with self.accelerator.autocast():
+            features = self.backbone.patch_features(pixel_values)
+        projected = self.projector(hidden_states).transpose(1, 2).unflatten(2, grid)
+        loss = representation_alignment_loss(projected, resize(features, grid))
+        return self.weight * loss, {"repa_loss": loss}
+
+
+def make_projector(hidden_dim: int, projector_dim: int, feature_dim: int) -> nn.Sequential:
+    r"""REPA's projector: three linear layers with SiLU between them, for hidden states `(..., hidden_dim)`."""
+    return nn.Sequential(
+        nn.Linear(hidden_dim, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, feature_dim),
+    )

@@ -1,0 +1,177 @@
+"""The training of a discriminator beside an autoencoder."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dae_diffusers.losses.adaptive_weight import adaptive_weight
+from dae_diffusers.losses.adversarial import AdversarialLossType, augment, discriminator_loss, generator_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdversarialSettings:
+    r"""
+    Attributes:
+        weight (`float`): Of the adversarial term, times the adaptive weight.
+        loss_type (`str`): `hinge` or `non_saturating`.
+        discriminator_start (`int`): Step of the stage at which the discriminator begins to learn.
+        generator_start (`int`): Step at which the decoder begins to feel it.
+        ramp_steps (`int`): Steps over which the weight then rises from 0.
+        adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the two gradients' norms at the
+            decoder's last layer; 0: no adaptive weight.
+        use_augmentation (`bool`): Whether the discriminator sees images through
+            [`~dae_diffusers.losses.adversarial.augment`].
+    """
+
+    weight: float
+    loss_type: AdversarialLossType = "hinge"
+    discriminator_start: int = 0
+    generator_start: int = 0
+    ramp_steps: int = 0
+    adaptive_weight_cap: float = 100.0
+    use_augmentation: bool = True
+
+    def weight_at(self, step: int) -> float:
+        r"""Of the adversarial term in the update from `step` to `step + 1`."""
+        if step < self.generator_start:
+            return 0.0
+        return self.weight * min(1.0, (step - self.generator_start + 1) / max(1, self.ramp_steps))
+
+
+class AdversarialTraining:
+    r"""
+    A discriminator that is trained beside an autoencoder.
+
+    In each micro-batch call [`generator_term`], and after the autoencoder's backward pass [`train_discriminator`]; both
+    inside `accelerator.accumulate(model, discriminator)`.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        discriminator (`nn.Module`): Images to logits, prepared by `accelerator`.
+        optimizer (`torch.optim.Optimizer`): Of its parameters, prepared by `accelerator`.
+        settings ([`AdversarialSettings`]): Weights and times.
+        max_grad_norm (`float`): Of the discriminator.
+        allows_step (`Callable`, *optional*): Called with the norm of the discriminator's gradient and its name; where it
+            gives False, the optimiser does not step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        discriminator: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: AdversarialSettings,
+        max_grad_norm: float = 1.0,
+        allows_step: Callable[[torch.Tensor, str], bool] | None = None,
+    ):
+        self.accelerator = accelerator
+        self.discriminator = discriminator
+        self.optimizer = optimizer
+        self.settings = settings
+        self.max_grad_norm = max_grad_norm
+        self.allows_step = allows_step
+        self.parameters = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+        self._has_warned = False
+
+    def generator_term(
+        self, reconstruction: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        r"""
+        The weighted adversarial term of the autoencoder's loss.
+
+        The [`~dae_diffusers.losses.adaptive_weight.adaptive_weight`] costs a second backward pass through the discriminator and the perceptual loss, but not
+        through the decoder.
+
+        Args:
+            reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): With its graph.
+            other_loss (`torch.Tensor`): Scalar: the losses that the adversarial one is balanced with.
+            last_layer (`torch.Tensor`): The decoder's last weight.
+            step (`int`): Optimiser steps of the stage that are done.
+
+        Returns:
+            The term, or None before `generator_start`, and what to log.
+        """
+        weight = self.settings.weight_at(step)
+        if weight == 0:
+            return None, {}
+        # Frozen and unwrapped: its parameters get no gradient here, so there is nothing for DDP to average.
+        discriminator = self.accelerator.unwrap_model(self.discriminator)
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        with self.accelerator.autocast():
+            logits = discriminator(self._view(reconstruction))
+        loss = generator_loss(logits, self.settings.loss_type)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        logs = {"adversarial_loss": loss}
+        if self.settings.adaptive_weight_cap > 0:
+            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=self.settings.adaptive_weight_cap)
+            logs["adaptive_weight"] = adaptive
+            loss = adaptive * loss
+        return weight * loss, logs
+
+    def train_discriminator(
+        self, pixel_values: torch.Tensor, reconstruction: torch.Tensor, step: int
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        The discriminator's share of a micro-batch; its optimiser steps where the autoencoder's does.
+
+        Args:
+            pixel_values, reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): Real and decoded images.
+            step (`int`): As in [`generator_term`].
+
+        Returns:
+            What to log: `discriminator_loss`, mean logits, and the share of logits with the right sign.
+        """
+        if step < self.settings.discriminator_start:
+            return {}
+        images = torch.cat([self._view(pixel_values), self._view(reconstruction.detach())])
+        with self.accelerator.autocast():
+            logits_real, logits_fake = self.discriminator(images).float().chunk(2)
+        loss = discriminator_loss(logits_real, logits_fake, self.settings.loss_type)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            if self.allows_step is None or self.allows_step(norm, "gradient norm of the discriminator"):
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        accuracy = 0.5 * ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean())
+        return {
+            "discriminator_loss": loss,
+            "logits_real": logits_real.mean(),
+            "logits_fake": logits_fake.mean(),
+            "discriminator_accuracy": accuracy,
+        }
+
+    def warn_if_unbalanced(self, means: dict[str, float], step: int) -> None:
+        r"""Says once, when the logged means show it, that the discriminator has won or collapsed."""
+        accuracy = means.get("train/discriminator_accuracy")
+        if accuracy is None or self._has_warned or step < self.settings.generator_start + 100:
+            return
+        spread = means["train/logits_real"] - means["train/logits_fake"]
+        if accuracy > 0.98:
+            reason, advice = "has won", "lower `--discriminator_learning_rate` or `--adversarial_weight`"
+        elif abs(spread) < 1e-3:
+            reason, advice = "has collapsed", "raise `--discriminator_learning_rate` or start it earlier"
+        else:
+            return
+        self._has_warned = True
+        logger.warning(
+            "the discriminator %s at step %d (accuracy %.2f, logits %.2f for real and %.2f for decoded images): its "
+            "gradient tells the decoder little. Consider to %s.",
+            reason,
+            step,
+            accuracy,
+            means["train/logits_real"],
+            means["train/logits_fake"],
+            advice,
+        )
+
+    def _view(self, images: torch.Tensor) -> torch.Tensor:
+        return augment(images.float()) if self.settings.use_augmentation else images

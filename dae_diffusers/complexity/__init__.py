@@ -1,0 +1,1 @@
+"""The complexity distance: how simple a generator suffices to turn latents into images."""

@@ -1,0 +1,130 @@
+"""What an evaluation tells its reader: the setting, tables and pictures."""
+
+import importlib.metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, ModelMixin
+from matplotlib.figure import Figure
+
+from dae_diffusers.autoencoders.loading import encode_moments
+from dae_diffusers.data import ImageDataset
+from dae_diffusers.metrics.features import FeatureExtractor
+from dae_diffusers.metrics.kept import KeptRows
+from dae_diffusers.metrics.sampling import scheduler_options
+from dae_diffusers.plots import image_grid
+from dae_diffusers.settings import flat
+
+
+def describe(
+    config: Any,
+    vae: ModelMixin | None,
+    pipeline: DiffusionPipeline | None,
+    train: ImageDataset,
+    validation: ImageDataset,
+    extractor: FeatureExtractor | None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    r"""Everything that the numbers depend on; `config` is a dataclass of the script."""
+    parts = ("_class_name", "latent_channels", "block_out_channels")
+    packages = ["dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"]
+    packages += [name for name in ("torchmetrics", "torch-fidelity", "lpips") if find_spec(name.replace("-", "_"))]
+    return {
+        "config": flat(config),
+        "pipeline": None if pipeline is None else type(pipeline).__name__,
+        "autoencoder": None if vae is None else {name: vae.config.get(name) for name in parts},
+        "scheduler": None if pipeline is None else scheduler_options(pipeline),
+        "features": extractor
+        and {"name": extractor.name, "description": extractor.description, "fingerprint": extractor.fingerprint},
+        "train_images": {"number": len(train), "fingerprint": train.fingerprint},
+        "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
+        "num_processes": accelerator.num_processes,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    r"""The numbers as tables, and what they depend on most; all of it stands in `metrics.json`."""
+    lines = []
+    for part in [name for name in ("reconstruction", "latent_space", "codebook") if name in results]:
+        lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
+        lines += [f"| {k} | {v:.5g} |" for k, v in results[part].items() if isinstance(v, (int, float))]
+        lines.append("")
+    lines += table("Generation", results.get("generation", []))
+    setting = results["setting"]
+    shown = {
+        "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
+        "validation images": "{number} ({fingerprint})".format(**setting["validation_images"]),
+        "resolution": setting["config"]["resolution"],
+        "features": setting["features"] and "{name} ({fingerprint}): {description}".format(**setting["features"]),
+        "autoencoder": setting["autoencoder"] and setting["autoencoder"]["_class_name"],
+        "pipeline": setting["pipeline"],
+        "scheduler": setting["scheduler"] and setting["scheduler"].get("_class_name"),
+        "versions": ", ".join(f"{name} {version}" for name, version in setting["versions"].items()),
+    }
+    lines += ["### Setting", "| what | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    r"""Lines of Markdown; none without rows."""
+    if not rows:
+        return []
+    lines = [f"### {title}", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    return [*lines, *(f"| {' | '.join(map(_to_cell, row.values()))} |" for row in rows), ""]
+
+
+def _to_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "" if value is None else str(value)
+
+
+def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
+    r"""The distance against guidance, a line for each number of steps; against steps, where guidance is always the same."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    legends = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
+    across, along = legends
+    if len({row.get("guidance_scale") for row in rows}) == 1:
+        across, along = along, across
+    for value in dict.fromkeys(row.get(across) for row in rows):
+        points = sorted((row[along], row[distance]) for row in rows if row.get(across) == value)
+        label = None if value is None else legends[across].format(value)
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+    axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
+    axis.set_ylabel(distance)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, count: int = 12) -> None:
+    r"""Held-out images, what the autoencoder makes of them, and four times the difference (gray: none)."""
+    pixel_values = torch.stack([images[n]["pixel_values"] for n in range(min(count, len(images)))])
+    mean, _ = encode_moments(vae, pixel_values.to(vae.device))
+    reconstruction = vae.decode(mean).sample.float().cpu().clamp(-1, 1)
+    rows = torch.cat([pixel_values, reconstruction, 4 * (reconstruction - pixel_values)])
+    image_grid(rows, columns=len(pixel_values)).save(path)
+
+
+def save_grids(
+    folder: Path,
+    name: str,
+    samples: KeptRows,
+    num_classes: int | None,
+    train: ImageDataset,
+    neighbors: torch.Tensor,
+) -> None:
+    r"""A grid of samples, and each of twelve samples beside its nearest training image."""
+    columns = num_classes if num_classes is not None and num_classes <= 20 else 10
+    few = samples[: 8 * columns].float() / 127.5 - 1
+    image_grid(few, columns=columns).save(folder / f"samples-{name}.png")
+    few = few[:12]
+    nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
+    image_grid(torch.cat([few, nearest]), columns=len(few)).save(folder / f"nearest-{name}.png")

@@ -1,0 +1,53 @@
+"""What an evaluation measures, and how it draws images. Needs no torch."""
+
+from typing import Literal
+
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.run_settings import MAX_SEED
+from dae_diffusers.settings import field, settings
+
+
+@settings
+class EvaluationConfig:
+    """What to measure."""
+
+    vae: str | None = field(None, "folder or Hub id of an autoencoder; default: the pipeline's")
+    pipeline: str | None = field(None, "folder or Hub id of a diffusion pipeline; without it only the autoencoder")
+    features: str | None = field(
+        None, "`inception`, or a vision model (Hub id or folder); without it no distances between features"
+    )
+    output_dir: str = field("runs/my-model/evaluation", "folder for the results")
+    batch_size: int = field(64, "images at once in each process; changes no result", at_least=1)
+    lpips_net: Literal["alex", "vgg", "squeeze", "none"] = field(
+        "alex", "network of the LPIPS, which is measured where the package `lpips` is installed", advanced=True
+    )
+    seed: int = field(
+        0, "of noise and labels; with that of training, the same held-out images", at_least=0, at_most=MAX_SEED
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
+
+    def __post_init__(self):
+        if self.vae is None and self.pipeline is None:
+            raise ConfigError("give `vae` or `pipeline` (or both): there is nothing to evaluate.")
+        if self.pipeline is not None and self.features is None:
+            raise ConfigError("`pipeline` needs `features`, such as `inception` or facebook/dinov2-base.")
+
+
+@settings
+class SamplingConfig:
+    """Images that the pipeline draws."""
+
+    num_images: int = field(10000, "images to draw for each setting, and training images to compare with", at_least=1)
+    guidance_scales: list[float] = field([1.0], "classifier-free guidance; several are swept")
+    num_inference_steps: list[int] = field([25], "denoising steps; several are swept", at_least=1)
+    temperature: float | None = field(None, "of a pipeline that draws codes; default: its own", above=0, advanced=True)
+    top_k: int | None = field(None, "draw from this many of the likeliest codes only", at_least=1, advanced=True)
+    top_p: float | None = field(
+        None, "draw from the fewest likeliest codes with this share", above=0, at_most=1, advanced=True
+    )
+    label_sampling: Literal["balanced", "random"] = field(
+        "balanced", "labels of the drawn images: each equally often, or at random", advanced=True
+    )
+    prompt: str | None = field(
+        None, "text for a text-to-image pipeline; {label} in it stands for the name of an image's class", advanced=True
+    )

@@ -1,0 +1,215 @@
+"""Frozen vision networks, which judge images: loading any of them, and its hidden states as a function of images."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    ImageProcessingMixin,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.losses.resizing import resize
+
+LPIPSNet = Literal["alex", "vgg", "squeeze"]
+
+
+class FrozenBackbone(nn.Module):
+    r"""
+    The hidden states of a frozen vision model, as a differentiable function of images.
+
+    Images are brought to the size that the model's image processor names (bilinear with antialiasing) and normalised
+    with its mean and std. One channel is repeated. Nothing is clamped or rounded, so the gradient reaches every pixel.
+
+    Args:
+        model (`PreTrainedModel`): With or without head; frozen here.
+        size (`tuple[int, int]`): Height and width of its inputs.
+        mean, std (`Sequence[float]`): Of three colours, for images in [0, 1].
+    """
+
+    def __init__(self, model: PreTrainedModel, *, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model.base_model.eval().requires_grad_(False)
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        r"""Does nothing: the model stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        r"""
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): Around [-1, 1]; `C` 1 or 3.
+
+        Returns:
+            `list[torch.Tensor]`: One for each layer, channels second: `(B, D, h, w)`, or `(B, D, N)` for tokens.
+
+        Raises:
+            ValueError: For another number of channels.
+        """
+        output = self._run(images, output_hidden_states=True)
+        return [hidden.transpose(1, 2) if hidden.ndim == 3 else hidden for hidden in output.hidden_states]
+
+    @torch.no_grad()
+    def patch_features(self, images: torch.Tensor) -> torch.Tensor:
+        r"""
+        The last layer's features where they lie in the image, without a class token or registers, and without gradient.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): As in [`forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, D, h, w)`: With the grid of the backbone.
+
+        Raises:
+            UserError: If the backbone's output has no grid.
+        """
+        hidden = self._run(images).last_hidden_state
+        if hidden.ndim == 4:
+            return hidden
+        if hidden.ndim == 3:
+            patch_size = getattr(self.model.config, "patch_size", 1)
+            patch = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
+            grid = self.size[0] // patch[0], self.size[1] // patch[1]
+            if grid[0] * grid[1] > hidden.shape[1]:  # patches have been merged, as in Swin
+                grid = (math.isqrt(hidden.shape[1]),) * 2
+            num_others = hidden.shape[1] - grid[0] * grid[1]  # class token and registers come first
+            if num_others <= 8:
+                return hidden[:, num_others:].transpose(1, 2).unflatten(2, grid)
+        raise UserError(
+            f"the output of the vision model, a {type(self.model).__name__}, has the shape {tuple(hidden.shape)}: no grid of "
+            "features. Use one such as DINOv2, a ViT, ResNet or ConvNeXt."
+        )
+
+    @property
+    def patch_feature_dim(self) -> int:
+        r"""`D` of [`patch_features`]."""
+        return self.patch_features(torch.zeros(1, 3, *self.size, device=self.mean.device)).shape[1]
+
+    def _run(self, images: torch.Tensor, **options) -> ModelOutput:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images have {images.shape[1]} channels, but a vision model takes 1 (gray, repeated) or 3 (RGB)."
+            )
+        images = resize(images.expand(-1, 3, -1, -1), tuple(self.size))
+        return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
+
+
+def load_backbone(name_or_path: str) -> FrozenBackbone:
+    r"""
+    Loads a frozen vision model of the Hub or a local folder.
+
+    Raises:
+        UserError: If it does not exist, is no vision model, or lacks weights.
+    """
+    model, preprocessing = load_vision_model(name_or_path)
+    return FrozenBackbone(model, **preprocessing)
+
+
+def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    r"""
+    Loads a vision model of `transformers` and what its image processor says.
+
+    Args:
+        name_or_path (`str`): On the Hub or in a local folder, with a `preprocessor_config.json`.
+
+    Returns:
+        `tuple[PreTrainedModel, dict]`: The model in float32, with its classification head if it has one; and `size`
+        `(height, width)`, `mean` and `std` for images in [0, 1].
+
+    Raises:
+        UserError: If the model or its image processor does not exist, is no vision model, or lacks weights.
+    """
+    try:
+        # Without the flag, transformers would ask on a terminal.
+        architectures = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).architectures or []
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        is_classifier = any(architecture.endswith("ForImageClassification") for architecture in architectures)
+        model, loading = (AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(
+            name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the vision model {name_or_path!r} cannot be loaded: {one_line(error, 300)} (Allowed "
+            "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"
+        ) from None
+    model = getattr(model, "vision_model", model)  # of CLIP and its kin, only the half that sees
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        raise UserError(f"{name_or_path!r} is a {type(model).__name__}, which takes no images.")
+    # A pooler that is not used may lack weights, as in ViT's classifiers; anything else would be random.
+    missing = [key for key in loading["missing_keys"] if not (has_class_token(model) and "pooler" in key)]
+    if missing:
+        raise UserError(f"{name_or_path!r} lacks weights, its features would be random: {sorted(missing)[:5]}.")
+    return model, _preprocessing_of(processor)
+
+
+def load_inception() -> nn.Module:
+    r"""
+    The Inception-v3 of the FID, from `torch-fidelity`: images `(B, 3, H, W)`, uint8, to 2048 features and 1008 logits.
+
+    Raises:
+        ImportError: Without the package `torch-fidelity`.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise ImportError(
+            "Inception features need the package torch-fidelity: `pip install torch-fidelity`. Or use features of "
+            "any vision backbone, such as facebook/dinov2-base."
+        ) from None
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval().requires_grad_(False)
+
+
+def load_lpips_network(net: LPIPSNet = "alex") -> nn.Module:
+    r"""
+    The network of the package `lpips`, version 0.1 of its weights: two batches `(B, 3, H, W)` in [-1, 1] to `(B, 1, 1, 1)`.
+
+    Args:
+        net (`str`): `alex` is the usual metric, `vgg` the usual loss.
+
+    Raises:
+        ImportError: Without the package `lpips`, which needs `torchvision` too.
+        OSError: If the weights are not on the disk and cannot be fetched.
+    """
+    try:
+        import lpips
+    except ImportError:
+        raise ImportError("LPIPS needs the packages lpips and torchvision: `pip install lpips`.") from None
+    return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+
+
+def has_class_token(model: PreTrainedModel) -> bool:
+    r"""Whether the first position of the hidden states is a class token, as in ViT and DINOv2."""
+    return any(name.endswith("cls_token") for name, _ in model.named_parameters())
+
+
+def _preprocessing_of(processor: dict[str, Any]) -> dict[str, Any]:
+    """Size, mean and std from a `preprocessor_config.json` of any age."""
+    crops = processor.get("do_center_crop", False) and "crop_size" in processor
+    size = processor.get("crop_size" if crops else "size")
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        size = (size.get("height", side), size.get("width", side))
+    elif isinstance(size, int):
+        size = (size, size)
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if size is None or None in size or len(mean or ()) != 3 or len(std or ()) != 3:
+        raise UserError(
+            "the image processor must name `size`, and `image_mean` and `image_std` of three colours, but has "
+            f"{processor.get('size')}, {mean} and {std}. Add them to its preprocessor_config.json."
+        )
+    # Processors rescale levels 0..255 by 1/255; another factor moves the normalisation.
+    scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
+    return {"size": size, "mean": [value / scale for value in mean], "std": [value / scale for value in std]}

@@ -1,0 +1,77 @@
+"""
+Measure the complexity distance of a latent space: how far small generators stay from the images, given the latents.
+
+    accelerate launch training/complexity.py --vae runs/digits/vae --dataset_name digits --image_channels 1 \
+        --output_dir runs/digits/complexity
+
+It takes minutes. `complexity.md`, `complexity.png` and `complexity.json` in the output folder hold the result; docs/metrics.md
+explains each number. An interrupted measurement goes on when the same command is given again: finished generators stand in
+`complexity.jsonl`, under a hash of what they depend on.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.checkpointing import take_folder
+from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.complexity.distance import MAX_EVAL_IMAGES, MAX_TRAIN_IMAGES, complexity_distance
+from dae_diffusers.complexity.report import plot_complexity, to_markdown
+from dae_diffusers.data import load_images, make_pass_loader
+from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.distributed import PROCESS_GROUP
+from dae_diffusers.errors import UserError
+from dae_diffusers.files import finite_or_none, write_atomically
+from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.training.settings import MeasureComplexityConfig
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: MeasureComplexityConfig) -> None:
+    accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
+    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    folder = Path(config.latent_space.output_dir)
+    lock = take_folder(folder, accelerator)
+    vae = load_autoencoder(config.latent_space.vae).to(accelerator.device)
+    check_image_size(vae, channels=config.data.image_channels, resolution=config.data.resolution)
+    extractor = (
+        None
+        if config.latent_space.features is None
+        else load_feature_extractor(config.latent_space.features, accelerator.device)
+    )
+    config.data.value_range = config.data.value_range or list(read_value_range(config.latent_space.vae) or [])
+    with accelerator.main_process_first():
+        train, validation = load_images(config.data, config.latent_space.seed)
+    if accelerator.is_main_process:
+        # Always in batches of 64: training on the latents would amplify what another size changes in their last digits.
+        loaders = (
+            make_pass_loader(images.choose(limit), batch_size=64)
+            for images, limit in ((train, MAX_TRAIN_IMAGES), (validation, MAX_EVAL_IMAGES))
+        )
+        try:
+            result = complexity_distance(
+                vae,
+                *loaders,
+                config.complexity,
+                feature_extractor=extractor,
+                rows_path=folder / "complexity.jsonl",
+                device=accelerator.device,
+            )
+        except (ValueError, FloatingPointError) as error:
+            raise UserError(f"the complexity distance cannot be measured: {error}") from None
+        report = to_markdown(result)
+        write_atomically(folder / "complexity.md", report)
+        write_atomically(folder / "complexity.json", json.dumps(finite_or_none(result.to_dict()), indent=2))
+        plot_complexity({"this latent space": result}, folder / "complexity.png")
+        logger.info("%s\nwritten to %s", report, folder)
+    accelerator.end_training()
+    if lock is not None:
+        lock.release()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_config(MeasureComplexityConfig, description=__doc__))

@@ -1,0 +1,141 @@
+"""
+Train a small ResNet classifier on your own images, whose features then judge reconstructions and samples where
+Inception or DINOv2 are out of reach or out of place (`rfd_<folder>`, `gfd_<folder>`; comparable only with the same
+folder).
+
+    accelerate launch training/train_classifier.py --dataset_name digits --image_channels 1 --train_steps 300 \
+        --output_dir features/digits
+    accelerate launch training/train_classifier.py --dataset_name cifar10 --random_flip --mixed_precision bf16 \
+        --output_dir features/cifar10
+
+The result is an ordinary `transformers` folder, for `load_feature_extractor` and the `--features` of `evaluate.py`.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
+from dae_diffusers.distributed import PROCESS_GROUP
+from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
+from dae_diffusers.randomness import seed_microbatch
+from dae_diffusers.training.settings import TrainClassifierConfig
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def main(config: TrainClassifierConfig) -> None:
+    output_dir = Path(config.training.output_dir)
+    if (output_dir / "config.json").exists():
+        raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
+    set_seed(config.training.seed)
+    with accelerator.main_process_first():
+        train_images, test_images = load_images(config.data, config.training.seed)
+    if train_images.id2label is None:
+        raise UserError(
+            "the data have no labels to learn from. Name their column with `--label_column`, or judge by a published model instead "
+            "(`--features facebook/dinov2-base` of `evaluate.py` and `decoupled_vs_joint.py`)."
+        )
+
+    side = config.classifier.input_size or 2 * config.data.resolution
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=max(1, config.classifier.hidden_sizes[0] // 2),  # the stem works on the largest maps
+            hidden_sizes=config.classifier.hidden_sizes,
+            depths=config.classifier.depths,
+            layer_type="basic",
+            id2label=train_images.id2label,
+            label2id={name: label for label, name in train_images.id2label.items()},
+        )
+    ).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
+    )
+    lr_scheduler = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=config.training.train_steps // 10,
+        num_training_steps=config.training.train_steps,
+    )
+    loader = make_training_loader(
+        train_images,
+        batch_size=config.training.train_batch_size,
+        seed=config.training.seed,
+        num_workers=config.data.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    model.train()
+    start = time.monotonic()
+    progress = tqdm(
+        total=config.training.train_steps, unit="step", mininterval=10, disable=not accelerator.is_main_process
+    )
+    for step, batch in zip(range(config.training.train_steps), loader, strict=False):
+        seed_microbatch(config.training.seed, step * accelerator.num_processes + accelerator.process_index)
+        pixel_values = random_shift(batch["pixel_values"], config.training.max_shift)
+        inputs = prepare_images(pixel_values, size=(side, side), mean=MEAN, std=STD)
+        logits = model(pixel_values=inputs.contiguous(memory_format=torch.channels_last)).logits
+        loss = F.cross_entropy(logits.float(), batch["class_labels"], label_smoothing=config.training.label_smoothing)
+        if not torch.isfinite(loss):
+            raise UserError(f"`loss` became {loss.item()} at step {step + 1}. Lower `--learning_rate`.")
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        progress.update()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    progress.close()
+    seconds = time.monotonic() - start
+
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(output_dir)
+        processor = ViTImageProcessor(
+            size={"height": side, "width": side}, resample=3, image_mean=list(MEAN), image_std=list(STD)
+        )
+        processor.save_pretrained(output_dir)
+        extractor = load_feature_extractor(str(output_dir), accelerator.device)  # what users will get
+        results = {
+            "test_accuracy": round(accuracy(extractor, test_images, config.training.train_batch_size), 4),
+            "num_test_images": len(test_images),
+            "num_train_images": len(train_images),
+            "num_parameters": sum(parameter.numel() for parameter in extractor.parameters()),
+            "train_steps": config.training.train_steps,
+            "train_seconds": round(seconds, 1),
+        }
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(json.dumps(results))
+    accelerator.wait_for_everyone()
+
+
+def random_shift(pixel_values: torch.Tensor, max_shift: int) -> torch.Tensor:
+    """Moves each image by its own whole number of pixels in -max_shift..max_shift, down and right."""
+    batch_size, _, height, width = pixel_values.shape
+    padded = F.pad(pixel_values, (max_shift,) * 4, mode="reflect")
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 max_shift + 1, 2 max_shift + 1, H, W)
+    top, left = torch.randint(2 * max_shift + 1, (2, batch_size), device=pixel_values.device)
+    return windows[torch.arange(batch_size, device=pixel_values.device), :, top, left]
+
+
+def accuracy(extractor: FeatureExtractor, images: ImageDataset, batch_size: int) -> float:
+    """Share of the images that the extractor's own head classifies rightly."""
+    num_right = 0
+    for batch in make_pass_loader(images, batch_size=batch_size):
+        logits = extractor.features_and_logits(batch["pixel_values"])[1]
+        num_right += int((logits.argmax(dim=1).cpu() == batch["class_labels"]).sum())
+    return num_right / len(images)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_config(TrainClassifierConfig, description=__doc__))
