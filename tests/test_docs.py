@@ -21,6 +21,7 @@ from dae_diffusers.training import push
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/results/*.md")])
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if "```bash" in path.read_text())
 CONFIG_NAMES = {
     "train-dae": "TrainDAEConfig",
@@ -36,6 +37,8 @@ FEWER = {
     r"--validation_steps \d+": "--validation_steps 4",
     r"--checkpointing_steps \d+": "--checkpointing_steps 6",
     r"--train_batch_size \d+": "--train_batch_size 4",
+    r"--codebook_warmup_steps \d+": "--codebook_warmup_steps 2",
+    r"--codebook_size \d+": "--codebook_size 16",
     r"--num_images \d+": "--num_images 20",
     r"--num_inference_steps \d+": "--num_inference_steps 2",
     r"--resolution 64": "--resolution 32",
@@ -59,7 +62,7 @@ def shorten(text: str) -> str:
     return text.replace("--multi_gpu", f"--cpu --main_process_port {free_port()}")
 
 
-@pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md"])
+@pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md", "benchmarks/results/runs.md"])
 def test_every_flag_in_the_text_exists(path):
     text = (ROOT / path).read_text().replace("\\\n", " ")
     names = "|".join(re.escape(name).replace("\\-", "[-_]") for name in find_scripts())
@@ -71,6 +74,29 @@ def test_every_flag_in_the_text_exists(path):
         argv = [str(ROOT / word) if word.startswith("training/configs") else word for word in argv]
         module = import_module(f"dae_diffusers.training.{name.replace('-', '_')}")
         parse_config(getattr(module, CONFIG_NAMES[name]), push.with_flags(argv) if name == "push" else argv)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+@pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in PAGES])
+def test_every_link_leads_somewhere(path):
+    text = re.sub(r"```.*?```", "", (ROOT / path).read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if target.startswith("http"):
+            continue
+        file = (ROOT / path).parent / target if target else ROOT / path
+        assert file.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors_of(file.read_text()), f"{link} leads to no heading"
+
+
+def anchors_of(text: str) -> set[str]:
+    """Those that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.fixture
