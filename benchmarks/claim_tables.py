@@ -1,7 +1,7 @@
 """
 From the runs of `decoupled_vs_joint.py` to tables and pictures.
 
-    python benchmarks/claim_tables.py                         # the README's table, from all runs in benchmarks/results/
+    python benchmarks/claim_tables.py                         # the table of benchmarks/results/README.md, from all runs there
     python benchmarks/claim_tables.py benchmarks/results/cifar10_16px.csv \\
         --experiment benchmarks/experiments/cifar10_16px.yaml # every table of one experiment
 
@@ -36,7 +36,9 @@ Runs = dict[str, dict[int, dict[str, float]]]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="?", help="a file of runs; default: all, for the README's table")
+    parser.add_argument(
+        "runs", type=Path, nargs="?", help="a file of runs; default: all, for the table of benchmarks/results/README.md"
+    )
     parser.add_argument("--experiment", type=Path, help="the file of benchmarks/experiments/ that the runs belong to")
     arguments = parser.parse_args()
     if (arguments.runs is None) != (arguments.experiment is None):

@@ -21,6 +21,7 @@ from dae_diffusers.training.settings import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/results/*.md")])
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if "```bash" in path.read_text())
 FEWER = {
     r"--stage([12])_steps \d+": r"--stage\1_steps 4",
@@ -28,13 +29,15 @@ FEWER = {
     r"--validation_steps \d+": "--validation_steps 4",
     r"--checkpointing_steps \d+": "--checkpointing_steps 6",
     r"--train_batch_size \d+": "--train_batch_size 4",
+    r"--codebook_warmup_steps \d+": "--codebook_warmup_steps 2",
+    r"--codebook_size \d+": "--codebook_size 16",
     r"--num_images \d+": "--num_images 20",
     r"--num_inference_steps \d+": "--num_inference_steps 2",
     r"--resolution 64": "--resolution 32",
     r"--block_out_channels 64 128 128": "--block_out_channels 32 32 32",
     r"DiT-S/2": "DiT-Ti/2",
     r" train-dit ": " train-dit --num_sample_images 4 --sample_steps 2 ",
-    r" evaluate ": " evaluate --max_train_samples 40 --max_validation_samples 20 ",
+    r" evaluate ": " evaluate --max_train_samples 40 --max_validation_samples 20 --validation_fraction 0.5 ",
     r"--num_cpu_threads_per_process 2": "--num_cpu_threads_per_process 1",
 }
 
@@ -51,7 +54,7 @@ def shorten(text: str) -> str:
     return text.replace("--multi_gpu", f"--cpu --main_process_port {free_port()}")
 
 
-@pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md"])
+@pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md", "benchmarks/results/runs.md"])
 def test_every_flag_in_the_text_exists(path):
     text = (ROOT / path).read_text().replace("\\\n", " ")
     names = "|".join(re.escape(name).replace("\\-", "[-_]") for name in find_scripts())
@@ -62,6 +65,29 @@ def test_every_flag_in_the_text_exists(path):
         argv = shlex.split(flags.replace("$kind", "dropout"))
         argv = [str(ROOT / word) if word.startswith("training/configs") else word for word in argv]
         parse_config(SCRIPTS[name], push.with_flags(argv) if name == "push" else argv)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+@pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in PAGES])
+def test_every_link_leads_somewhere(path):
+    text = re.sub(r"```.*?```", "", (ROOT / path).read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if target.startswith("http"):
+            continue
+        file = (ROOT / path).parent / target if target else ROOT / path
+        assert file.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors_of(file.read_text()), f"{link} leads to no heading"
+
+
+def anchors_of(text: str) -> set[str]:
+    """Those that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.fixture
