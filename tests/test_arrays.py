@@ -407,13 +407,15 @@ def test_an_image_without_bytes_and_path_is_a_bad_one(tmp_path):
 
 
 def test_an_image_without_bytes_and_path_is_a_bad_one_of_a_stream(tmp_path):
-    picture = encoded(Image.new("L", (8, 8)))
-    flags = parquet_of(tmp_path, picture, None, picture, None) | {"streaming": True}
+    pictures = [encoded(Image.new("L", (8, 8), value)) for value in (0, 100, 200)]
+    flags = parquet_of(tmp_path, pictures[0], None, *pictures[1:], None) | {"streaming": True}
     train, validation = load_images(DataConfig(**flags))
     assert train.fingerprint == load_images(DataConfig(**flags))[0].fingerprint
     with pytest.raises(UserError, match="row 0 of the dataset cannot be decoded .the row is empty"):
         validation[0]
     with pytest.raises(UserError, match=r"number \d of the stream cannot be decoded .the row is empty"):
         list(make_pass_loader(train, batch_size=3))
-    train, _ = load_images(DataConfig(**flags | {"validation_split": "train"}, on_bad_image="skip"))
+    train, _ = load_images(
+        DataConfig(**flags | {"validation_split": "train"}, on_bad_image="skip")
+    )  # the first is held out
     assert [len(batch["pixel_values"]) for batch in make_pass_loader(train, batch_size=3)] == [3]

@@ -1,5 +1,6 @@
 """The flags that choose the images."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +19,19 @@ class DataConfig:
     dataset_config_name: str | None = field(None, "configuration of the dataset, if it has several")
     train_data_dir: str | None = field(None, "a folder of images; sub-folders are classes")
     train_split: str = field("train", "split to train on")
-    validation_split: str | None = field(None, "split to validate on; default: `validation` or `test` if there is one")
+    validation_split: str | None = field(
+        None,
+        "split to validate on; default: `validation` or `test` if there is one; that of `--train_split`: a part of it is held out",
+    )
     validation_fraction: float = field(0.05, "share of the training images held out if there is no validation split")
-    image_column: str | None = field(None, "column of the images; default: the first image column")
-    label_column: str | None = field(None, "column of the labels; default: the class-label column; `none`: no labels")
+    image_column: str | None = field(
+        None, "column of the images; default: the image column, or `image` if there are several"
+    )
+    label_column: str | None = field(
+        None,
+        "column of the labels, or a field of one (`json.label`); default: the class-label column, or `label`, `labels`, `class` or "
+        "`cls`; `none`: no labels",
+    )
     streaming: bool = field(
         False,
         "read the training images as they come, from the Hub or local shards (Parquet, webdataset): no copy on the disk",
@@ -56,6 +66,9 @@ class DataConfig:
     dataloader_num_workers: int = field(0, "processes that read images beside each training process")
 
     def __post_init__(self):
+        for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
+            if (getattr(self, name) or "").startswith("~"):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if not 1 <= self.resolution <= MAX_RESOLUTION:
             raise ConfigError(f"`--resolution` is {self.resolution}, but must be in [1, {MAX_RESOLUTION}].")
         if self.image_channels < 1:
