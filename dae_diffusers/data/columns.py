@@ -12,6 +12,7 @@ from dae_diffusers.errors import UserError
 
 Rows = datasets.Dataset | datasets.IterableDataset
 
+_TEXT = (datasets.Value("string"), datasets.Value("large_string"))
 # Columns that hold classes by their name, if no type says so; the second kind only where there is none of the first.
 _LABELS = (("label", "labels", "class"), ("cls",))
 
@@ -58,7 +59,9 @@ def with_image_column(rows: Rows, name: str | None) -> tuple[Rows, str]:
     if column not in rows.features and isinstance(rows, datasets.Dataset):
         rows = rows.flatten()
     feature = rows.features[column]
-    if isinstance(feature, datasets.Image) or _holds_files(feature) or feature == datasets.Value("string"):
+    if isinstance(feature, datasets.Image) or _holds_files(feature) or feature in _TEXT:
+        if feature == datasets.Value("large_string"):
+            rows = rows.cast_column(column, datasets.Value("string"))
         return rows.cast_column(column, datasets.Image(decode=False)), column
     return rows, column
 
@@ -201,7 +204,7 @@ def describe_classes(labels: list[int] | None, id2label: dict[int, str]) -> str:
     text = f"{len(id2label)} classes: {', '.join(parts)}"
     empty = [name for number, name in id2label.items() if not counts[number]] if labels is not None else []
     if empty:
-        text += f"; without images: {', '.join(empty[:8])}{', ...' if len(empty) > 8 else ''}"
+        text += f"; without training images: {', '.join(empty[:8])}{', ...' if len(empty) > 8 else ''}"
     differ = [number for number, name in id2label.items() if re.fullmatch(r"-?\d+", name) and int(name) != number]
     if differ:
         number = differ[0]
@@ -222,7 +225,7 @@ def _holds_files(feature: Any) -> bool:
 
 def _columns_of_paths(rows: Rows) -> list[str]:
     """Columns of text whose first value is the name of a picture."""
-    columns = [column for column, feature in rows.features.items() if feature == datasets.Value("string")]
+    columns = [column for column, feature in rows.features.items() if feature in _TEXT]
     if not columns:
         return []
     first = next(iter(rows.select_columns(columns).take(1)), {})

@@ -96,7 +96,9 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
     metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
     if pictures or arrays:
         others = [(path, "archives beside images") for path in found.archives]
-        others += [(path, "tables that are not called metadata, beside images") for path in found.tables]
+        others += [
+            (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
+        ]
         found.left_out.update(others)
         entries = [
             Entry(path, {"bytes": None, "path": column_path(str(folder.absolute() / path))}, {})
@@ -106,9 +108,12 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
         entries, packed = _packed_entries(folder, found)
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
-        raise UserError(f"{folder} holds no images{_listed(found.left_out, ': ')}.")
+        raise UserError(
+            f"{folder} holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, `.tar` and `.zip` archives, and "
+            "Parquet, CSV and JSON tables are read."
+        )
     if found.left_out:
-        is_loss = any(_is_image(path) for path in found.left_out)
+        is_loss = any(_is_image(path) or path.suffix.lower() in TABLES for path in found.left_out)
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
@@ -153,6 +158,14 @@ def survey(folder: Path) -> Survey:
     for kind in (found.pictures, found.arrays, found.archives, found.metadata, found.tables):
         kind.sort(key=str)  # as `datasets` has them
     return found
+
+
+def contents_of(folder: Path) -> str:
+    r"""What lies in a folder, in words: `3 .parquet, 1 .md`."""
+    found = survey(folder)
+    paths = [*found.pictures, *found.arrays, *found.archives, *found.metadata, *found.tables, *found.left_out]
+    counts = Counter(path.suffix.lower() or path.name for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8)) or "no files"
 
 
 def _reason(path: PurePosixPath) -> str:

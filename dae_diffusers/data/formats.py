@@ -6,7 +6,7 @@ import re
 import struct
 import zlib
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Pillow knows more. It starts Ghostscript for PostScript and only names what is in GRIB, HDF5 and the like.
 FORMATS = (
@@ -35,7 +35,7 @@ def open_picture(data: bytes) -> Image.Image:
     Opens a picture file without decoding it, by one of Pillow's decoders that run no other program.
 
     Raises:
-        ValueError: For HEIC files without `pillow-heif`.
+        ValueError: For HEIC files without `pillow-heif`, and for what is no picture.
         Exception: Whatever Pillow raises for data that it cannot read.
     """
     formats = list(FORMATS)
@@ -45,7 +45,10 @@ def open_picture(data: bytes) -> Image.Image:
         formats = ["HEIF", "AVIF"]
     if data.startswith(_PNG_MAGIC):
         data = _without_texts(data)
-    image = Image.open(io.BytesIO(data), formats=formats)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture of a format that is read") from None
     if image.format == "FITS" and image.tile and image.tile[0][0] == "fits_gzip":
         raise ValueError("it is a compressed FITS file; save it as `.npy` or TIFF")
     return image

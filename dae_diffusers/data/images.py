@@ -59,7 +59,7 @@ class ImageReader:
         self.is_array = (
             self.value_range is not None or config.image_channels not in (1, 3) or depth in ("16-bit", "numbers")
         )
-        self._warned_small = False
+        self._warned_small = self._warned_dark = False
 
     def read(self, item: Any, name: Callable[[], str], draw: int | None = None) -> np.ndarray:
         r"""
@@ -91,8 +91,10 @@ class ImageReader:
     def decode(self, item: Any, name: Callable[[], str]) -> np.ndarray | Image.Image:
         r"""The whole image, `(H, W, C)` float32 if it is an array; as [`read`] otherwise."""
         try:
-            decode = self._decode_array if self.is_array else decode_image
-            return decode(read_content(item, self.root), channels=self.config.image_channels)
+            content, channels = read_content(item, self.root), self.config.image_channels
+            if self.is_array:
+                return self._decode_array(content, channels=channels)
+            return decode_image(content, channels=channels, on_16_bits=lambda highest: self._warn_dark(highest, name))
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, MemoryError):
@@ -130,6 +132,17 @@ class ImageReader:
         image = np.asarray(decode_image(content, channels=channels), dtype=np.float32)
         return image.reshape(*image.shape[:2], channels) * (257 if has_full_range else 1)
 
+    def _warn_dark(self, highest: int, name: Callable[[], str]) -> None:
+        """Of 16-bit files among 8-bit ones, whose values are divided by 257."""
+        if 0 < highest < 4096 and not self._warned_dark:
+            self._warned_dark = True
+            logger.warning(
+                "the image %s has 16 bits but no value above %d: it comes out nearly black beside 8-bit pictures, like any other "
+                "such one. Save them with the same range, or each kind in a folder of its own with its `--value_range`.",
+                name(),
+                highest,
+            )
+
     def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
         if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
             return
@@ -150,13 +163,15 @@ def is_flipped(draw: int) -> bool:
     return draw % 2 == 1
 
 
-def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
+def decode_image(
+    data: bytes, *, channels: Literal[1, 3] = 3, on_16_bits: Callable[[int], None] | None = None
+) -> Image.Image:
     r"""
     Decodes an image file to 8-bit RGB (`channels=3`) or grayscale (`channels=1`).
 
     EXIF rotation is applied; an animation gives its first frame; transparency is laid over white; CMYK, palette and
-    other modes are converted by Pillow, 16 bits to 8. Data sets of 16-bit or float files go through
-    `dae_diffusers.data.arrays` instead.
+    other modes are converted by Pillow, 16 bits to 8 (`on_16_bits` is called with the highest value then). Data sets of
+    16-bit or float files go through `dae_diffusers.data.arrays` instead.
 
     Raises:
         Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float, signed and 32-bit
@@ -169,7 +184,10 @@ def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        if on_16_bits is not None:
+            on_16_bits(int(values.max()))
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from dae_diffusers.data.columns import (
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
-from dae_diffusers.data.folders import load_folder, survey
+from dae_diffusers.data.folders import contents_of, load_folder, survey
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.data.tables import load_tables
@@ -80,7 +81,7 @@ def load_images(
     value_range = config.value_range or value_range
     is_given = bool(value_range)
     if config.streaming:
-        return _streamed(config, train, validation, loaded, value_range)
+        return _streamed(config, train, validation, validation_name, loaded, value_range)
 
     train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.label_column, image_column)
@@ -190,6 +191,7 @@ def _streamed(
     config: DataConfig,
     train: datasets.IterableDataset,
     validation: datasets.IterableDataset | None,
+    validation_name: str | None,
     loaded: _Loaded,
     value_range: list[float] | None,
 ) -> tuple[StreamedImages, ImageDataset]:
@@ -231,10 +233,10 @@ def _streamed(
     held_out = frozenset()
     if validation is not None:
         validation = with_image_column(validation, image_column)[0]
-        _require_labels(validation, label_column, config.validation_split or "for validation")
+        _require_labels(validation, label_column, validation_name)
         rows = _take(validation, config.max_validation_samples, image_column, root)
         if not rows:
-            raise UserError(f"the split {config.validation_split or 'for validation'!r} is empty.")
+            raise UserError(f"the split {validation_name!r} is empty.")
     else:
         rows = _take(train, config.max_validation_samples + 1, image_column, root)
         if len(rows) <= config.max_validation_samples:
@@ -251,7 +253,7 @@ def _streamed(
     kept = datasets.Dataset.from_list(rows, features=train.features if validation is None else validation.features)
     labels = None
     if label_column is not None:
-        name = None if validation is None else config.validation_split or "for validation"
+        name = validation_name or config.train_split
         labels = label_ids(column_values(kept, label_column), None, id2label, label_column, name)
     validation_images = ImageDataset(
         kept,
@@ -324,8 +326,17 @@ def _load_splits(config: DataConfig) -> _Loaded:
         raise
     except Exception as error:  # a data set can fail to load in any way; the user gets the reason, not the stack
         flag = "--train_data_dir" if config.train_data_dir else "--dataset_name"
-        is_known = bool(config.train_data_dir) or source in EMBEDDED or Path(source).exists()
-        hint = "" if is_known else did_you_mean(source, sorted(EMBEDDED))
+        cache = os.path.realpath(datasets.config.HF_DATASETS_CACHE)
+        file = next((cause.filename for cause in _causes(error) if isinstance(cause, OSError) and cause.filename), None)
+        place = None if file is None else os.path.realpath(os.fspath(file))
+        if place is not None and (cache.startswith(place) or place.startswith(cache)):
+            hint = (
+                f". If the cache {cache} cannot be written, set the environment variable HF_HOME to a folder that can"
+            )
+        elif Path(source).is_dir():
+            hint = f". The folder holds {contents_of(Path(source))}"
+        else:
+            hint = "" if source in EMBEDDED else did_you_mean(source, sorted(EMBEDDED))
         raise UserError(f"`{flag}` {source} cannot be loaded: {_reasons(error)}{hint}") from error
 
 
@@ -352,7 +363,7 @@ def _read_source(config: DataConfig) -> _Loaded:
         if _is_saved(folder):
             return _load_saved(folder, config)
         found = survey(folder)
-        has_card = (folder / "README.md").is_file() or config.dataset_config_name is not None
+        has_card = _has_card(folder) or config.dataset_config_name is not None
         is_parquet = all(path.suffix == ".parquet" for path in found.tables) and not found.pictures
         if found.tables and not has_card and (not is_parquet or glob.has_magic(str(folder))):
             splits = load_tables(folder, found.tables, streaming=config.streaming)
@@ -372,6 +383,13 @@ def _load_dataset(name: str, config: DataConfig) -> dict[str, Rows]:
     return datasets.load_dataset(name, config.dataset_config_name, streaming=config.streaming)
 
 
+def _has_card(folder: Path) -> bool:
+    """Whether a README says what the data set's files are, as on the Hub."""
+    path = folder / "README.md"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return text.startswith("---") and any(f"\n{key}:" in text for key in ("configs", "dataset_info"))
+
+
 def _is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote it."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
@@ -382,7 +400,8 @@ def _load_saved(folder: Path, config: DataConfig) -> _Loaded:
     if config.streaming:
         raise UserError(f"{folder} was written by `save_to_disk` and is not read as a stream: leave `--streaming` out.")
     saved = datasets.load_from_disk(str(folder))
-    return _Loaded(saved if isinstance(saved, dict) else {"train": saved}, None, str(folder))
+    anywhere = Root(folder.absolute().anchor, str(folder.absolute()))
+    return _Loaded(saved if isinstance(saved, dict) else {"train": saved}, anywhere, str(folder))
 
 
 def _is_read_by_us(splits: dict[str, Rows]) -> bool:
@@ -398,12 +417,19 @@ def _root_of(splits: dict[str, Rows], folder: Path, tables: list[PurePosixPath] 
     return Root(str(folder.absolute()), str(folder.absolute() / inside))
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what caused it, the outermost first."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
 def _reasons(error: BaseException) -> str:
-    """Its message and those of what caused it, the outermost first."""
     texts: list[str] = []
-    while error is not None and len(texts) < 5:
-        text = " ".join(str(error).split()) or type(error).__name__
+    for cause in _causes(error):
+        text = " ".join(str(cause).split()) or type(cause).__name__
         if not any(text in other for other in texts):
             texts.append(text)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return "; because: ".join(text[:300] for text in texts)
