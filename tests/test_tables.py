@@ -124,7 +124,7 @@ def test_column_called_label_holds_classes(labels, classes, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0.5, 0.25] * 3, "must hold whole numbers or strings"), ([None] * 6, "holds no values")],
+    [([0.5, 0.25] * 3, "must hold integers or strings without gaps"), ([None] * 6, "holds no values")],
 )
 def test_column_called_label_without_classes_is_said(labels, message, tmp_path):
     folder = write(tmp_path, image=PICTURES, label=pa.array(labels, pa.float64()))

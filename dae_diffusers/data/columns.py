@@ -167,7 +167,7 @@ def label_names(
         names = class_order(values)
         return dict(enumerate(names)), {value: index for index, value in enumerate(names)}
     raise UserError(
-        f"`--label_column` {column!r} must hold whole numbers or strings, but holds {feature}, such as "
+        f"`--label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as "
         f"{next((value for value in values if not isinstance(value, (int, str))), None)!r}; `none`: no labels."
     )
 
@@ -184,13 +184,14 @@ def label_ids(
     ids = [value if value2id is None else value2id.get(value, value) for value in values]
     bad = [value for value in ids if not isinstance(value, int) or not 0 <= value < len(id2label)]
     if bad:
-        place = "" if split is None else f" of the split {split!r}"
-        unlabelled = "" if len(bad) < len(ids) else (
-            " This split has no labels: `--validation_split train` holds out a part of the training images instead."
-        )  # fmt: skip
+        place = f"{len(bad)} of {len(ids)} rows" + ("" if split is None else f" of the split {split!r}")
+        problem = f"holds {bad[0]}, but labels must lie in 0..{len(id2label) - 1}: {place}."
+        if bad[0] is None:
+            problem = f"must hold integers or strings without gaps, but holds none in {place}."
+        if len(bad) == len(ids):
+            problem += " `--validation_split train` holds out a part of the training images instead."
         raise UserError(
-            f"`--label_column` {column!r} holds {bad[0]} in {len(bad)} of {len(ids)} rows{place}, but labels must lie in "
-            f"0..{len(id2label) - 1}.{unlabelled} Remove the unlabelled rows or train without labels (`--label_column none`)."
+            f"`--label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`--label_column none`)."
         )
     return ids
 

@@ -59,7 +59,9 @@ class Survey:
         return [path for path in self.archives if path.suffix.lower() == ".tar"]
 
 
-def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = True) -> Splits:
+def load_folder(
+    folder: Path, *, streaming: bool = False, with_labels: bool = True, flag: str = "--train_data_dir"
+) -> Splits:
     r"""
     Loads the images of a folder. What lies in the folders `train`, `validation` and `test` at its top are splits, if those
     are its only folders with images and `train` is among them; folders below are classes, whatever they are called. Folders
@@ -73,6 +75,7 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
         folder (`Path`): With pictures, with `.npy` arrays, with `.tar` or `.zip` archives, or with tables that hold images.
         streaming (`bool`, *optional*): Read shards as they come.
         with_labels (`bool`, *optional*): Take the folders for classes.
+        flag (`str`, *optional*): That named the folder, for messages.
 
     Raises:
         UserError: For a mixture of kinds, for images beside class folders, and if nothing can be streamed.
@@ -85,7 +88,7 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
         return load_tables(folder, found.tables, streaming=streaming)
     if streaming:
         raise UserError(
-            f"`--train_data_dir` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
+            f"`{flag}` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
             "is: leave `--streaming` out. Parquet files: `--dataset_name FOLDER`."
         )
     if pictures and arrays:
@@ -109,7 +112,7 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
         raise UserError(
-            f"{folder} holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, `.tar` and `.zip` archives, and "
+            f"`{flag}` {folder} cannot be loaded: it holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, `.tar` and `.zip` archives, and "
             "Parquet, CSV and JSON tables are read."
         )
     if found.left_out:
