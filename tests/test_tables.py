@@ -133,6 +133,12 @@ def test_column_called_label_without_classes_is_said(labels, message, tmp_path):
     assert load(folder, label_column="none")[0].id2label is None
 
 
+def test_table_without_images_beside_images_is_left_out(tmp_path, caplog):
+    save_files(tmp_path)
+    (tmp_path / "stats.json").write_text('[{"mean": 1.5}]')
+    assert load(tmp_path)[1] == list(range(6)) and "are left out" in caplog.text
+
+
 def test_many_different_strings_are_not_taken_for_classes(tmp_path):
     folder = write(tmp_path, image=PICTURES[:1] * 120, label=[f"caption {n}" for n in range(120)])
     with pytest.raises(UserError, match="114 different values for 114 images.*`--label_column label`"):
@@ -153,7 +159,7 @@ def test_unlabelled_test_split_is_named_and_a_part_can_be_held_out(test_labels, 
     folder = write(tmp_path, image=PICTURES, label=[0, 1] * 3)
     write(tmp_path, "test", image=PICTURES, **test_labels)
     flags = {"streaming": streaming} | ({"num_classes": 2} if streaming else {})
-    with pytest.raises(UserError, match="6 of 6 rows of the split 'test'.*`--validation_split train`"):
+    with pytest.raises(UserError, match="split 'test'.*`--validation_split train`"):
         load_images(DataConfig(dataset_name=folder, resolution=8, **flags))
     train, validation = load_images(
         DataConfig(dataset_name=folder, resolution=8, validation_split="train", validation_fraction=0.34, **flags)

@@ -1,6 +1,5 @@
 """From the flags to the training and the validation images."""
 
-import glob
 import hashlib
 import logging
 import math
@@ -21,6 +20,7 @@ from dae_diffusers.data.columns import (
     column_values,
     describe_classes,
     feature_of,
+    find_image_column,
     find_label_column,
     label_ids,
     label_names,
@@ -30,7 +30,7 @@ from dae_diffusers.data.columns import (
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
-from dae_diffusers.data.folders import contents_of, load_folder, survey
+from dae_diffusers.data.folders import Survey, contents_of, load_folder, survey
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.data.tables import load_tables
@@ -364,12 +364,11 @@ def _read_source(config: DataConfig) -> _Loaded:
             return _load_saved(folder, config)
         found = survey(folder)
         has_card = _has_card(folder) or config.dataset_config_name is not None
-        is_parquet = all(path.suffix == ".parquet" for path in found.tables) and not found.pictures
-        if found.tables and not has_card and (not is_parquet or glob.has_magic(str(folder))):
-            splits = load_tables(folder, found.tables, streaming=config.streaming)
+        if found.tables and not has_card and (splits := _tables_with_images(folder, found, config)):
             return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
-        if not found.tables and not has_card:
-            return _Loaded(load_folder(folder, streaming=config.streaming, with_labels=with_labels), None, str(folder))
+        if not has_card:
+            splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, flag="--dataset_name")
+            return _Loaded(splits, None, str(folder))
         splits = _load_dataset(str(folder.absolute()), config)
         return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
     if folder.exists():
@@ -377,6 +376,19 @@ def _read_source(config: DataConfig) -> _Loaded:
     splits = _load_dataset(config.dataset_name, config)
     name = f"hf://datasets/{config.dataset_name}"
     return _Loaded(splits, None if _is_read_by_us(splits) else Root(name, name), config.dataset_name)
+
+
+def _tables_with_images(folder: Path, found: Survey, config: DataConfig) -> dict[str, Rows] | None:
+    """The tables of a folder; None where they hold no images and lie beside some, as a `stats.json` may."""
+    if not found.pictures + found.arrays + found.archives:
+        return load_tables(folder, found.tables, streaming=config.streaming)
+    try:
+        splits = load_tables(folder, found.tables, streaming=config.streaming)
+        find_image_column(next(iter(splits.values())), config.image_column)
+        return splits
+    except Exception as error:  # of any file that happens to be called so
+        logger.warning("the tables in %s are left out: %s", folder, _reasons(error))
+        return None
 
 
 def _load_dataset(name: str, config: DataConfig) -> dict[str, Rows]:

@@ -151,7 +151,10 @@ def load_tables(
     for split, path in zip(splits, tables, strict=True):
         data_files.setdefault(split, []).append(glob.escape(str(folder.absolute() / path)))
     options = {"sep": "\t"} if all(path.suffix.lower() == ".tsv" for path in tables) else {}
-    return datasets.load_dataset(kinds[0], data_files=data_files, streaming=streaming, **options)
+    return {  # each by itself: a split may lack the labels
+        split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
+        for split, paths in data_files.items()
+    }
 
 
 def _read_table(metadata: Metadata) -> pa.Table:
