@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import struct
 import threading
 import warnings
@@ -17,8 +18,9 @@ from PIL import Image, TiffImagePlugin
 from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader, resize_and_crop
+from dae_diffusers.data import DataConfig, decode_image, load_images, make_pass_loader, resize_and_crop
 from dae_diffusers.data.arrays import (
+    LossyDepthError,
     decode_array,
     find_depth,
     read_value_range,
@@ -407,13 +409,144 @@ def test_an_image_without_bytes_and_path_is_a_bad_one(tmp_path):
 
 
 def test_an_image_without_bytes_and_path_is_a_bad_one_of_a_stream(tmp_path):
-    picture = encoded(Image.new("L", (8, 8)))
-    flags = parquet_of(tmp_path, picture, None, picture, None) | {"streaming": True}
+    pictures = [encoded(Image.new("L", (8, 8), value)) for value in (0, 100, 200)]
+    flags = parquet_of(tmp_path, pictures[0], None, *pictures[1:], None) | {"streaming": True}
     train, validation = load_images(DataConfig(**flags))
     assert train.fingerprint == load_images(DataConfig(**flags))[0].fingerprint
     with pytest.raises(UserError, match="row 0 of the dataset cannot be decoded .the row is empty"):
         validation[0]
     with pytest.raises(UserError, match=r"number \d of the stream cannot be decoded .the row is empty"):
         list(make_pass_loader(train, batch_size=3))
-    train, _ = load_images(DataConfig(**flags | {"validation_split": "train"}, on_bad_image="skip"))
+    train, _ = load_images(
+        DataConfig(**flags | {"validation_split": "train"}, on_bad_image="skip")
+    )  # the first is held out
     assert [len(batch["pixel_values"]) for batch in make_pass_loader(train, batch_size=3)] == [3]
+
+
+def gray_folder(folder, *pictures):
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return {"train_data_dir": str(folder), "resolution": 8, "image_channels": 1, "validation_fraction": 0.2}
+
+
+def test_range_of_16_bit_images_is_said_and_little_use_of_it_is_warned_of(tmp_path, caplog):
+    caplog.set_level("INFO")
+    ramp = np.arange(64).reshape(8, 8)
+    narrow, wide = (ramp * 65).astype(np.uint16), (ramp * 1000).astype(np.uint16)
+    flags = gray_folder(tmp_path / "narrow", *[narrow] * 5)
+    load_images(DataConfig(**flags))
+    assert "seen [0, 4095], assumed [0, 65535]" in caplog.text
+    assert "use little of [0, 65535]" in caplog.text and "pass `--value_range 0 4095`" in caplog.text
+    caplog.clear()
+    load_images(DataConfig(**flags, value_range=[0, 4095]))
+    assert "seen [0, 4095], assumed [0, 4095]" in caplog.text and "little of" not in caplog.text
+    caplog.clear()
+    load_images(DataConfig(**gray_folder(tmp_path / "wide", *[wide] * 5)))
+    assert "seen [0, 63000], assumed [0, 65535]" in caplog.text and "little of" not in caplog.text
+
+
+@pytest.mark.parametrize("first", [np.uint8, np.uint16])
+def test_16_bit_images_with_8_bit_values_among_8_bit_ones_are_warned_of(first, tmp_path, caplog):
+    other = np.uint16 if first is np.uint8 else np.uint8
+    ramp = np.arange(64).reshape(8, 8) * 4
+    flags = gray_folder(tmp_path / "mixed", *[ramp.astype(kind) for kind in (first, first, other, other, other)])
+    load_images(DataConfig(**flags))
+    assert "use little of [0, 65535]" in caplog.text and "8-bit pictures lie beside them" in caplog.text
+
+
+def test_rare_16_bit_image_with_8_bit_values_is_named_when_it_is_read(tmp_path, caplog):
+    gray = np.full((8, 8), 200, np.uint8)
+    images, _ = load_images(DataConfig(**gray_folder(tmp_path / "mixed", *[gray] * 3)))
+    dark = encoded(Image.fromarray(gray.astype(np.uint16)))
+    for _ in range(2):
+        images._reader.read({"bytes": dark, "path": "dark.png"}, lambda: "dark.png")
+    assert caplog.text.count("the image dark.png has 16 bits but no value above 200") == 1
+
+
+def npy_header(shape) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy_header((2_000_000, 1_000_000, 3)), "6000000000000 values, of which an image may have"),
+        (npy_header((1000, 1000, 1)), "needs 4000000 bytes, but only 100 are there"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "no picture of a format that is read"),
+    ],
+)
+def test_claims_of_a_file_are_not_believed(content, message, tmp_path):
+    """It is named, and skipped where that is asked for; nothing of the size is taken, no other program started."""
+    good = npy_of(np.eye(8)) if content.startswith(b"\x93NUMPY") else encoded(Image.new("L", (8, 8)))
+    flags = parquet_of(tmp_path, good, content, good)
+    train, _ = load_images(DataConfig(**flags, value_range=[0, 1]))
+    with pytest.raises(UserError, match=f"row 1 of the dataset cannot be decoded .*{message}"):
+        train[1]
+    assert len(load_images(DataConfig(**flags, value_range=[0, 1], on_bad_image="skip"))[0]) == 1
+
+
+def test_huge_file_is_not_read(tmp_path):
+    flags = gray_folder(tmp_path / "images", *[np.zeros((8, 8), np.uint8)] * 4)
+    with open(tmp_path / "images" / "huge.png", "wb") as file:
+        file.truncate(10 * 2**30)  # a hole, not on the disk
+    with pytest.raises(UserError, match="huge.png cannot be decoded .the file has more than 2 GiB"):
+        for images in load_images(DataConfig(**flags)):
+            list(make_pass_loader(images, batch_size=2))
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (3, 900)])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_long_images_are_cut_before_they_are_enlarged(shape, is_array, seed):
+    """One of 20,000 x 1 pixels would have 5 million x 256."""
+    random = None if seed is None else np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, max(shape), dtype=np.float32).reshape([-1 if n > 9 else 1 for n in shape])
+    ramp = np.broadcast_to(ramp, shape).copy()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if is_array:
+        pixels = resize_and_crop_array(ramp[..., None], 256, random=random)[..., 0]
+    else:
+        pixels = np.asarray(resize_and_crop(Image.fromarray(ramp.astype(np.uint8)), 256, random=random))
+    assert pixels.shape == (256, 256) and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000  # KB
+    assert pixels.max() - pixels.min() <= 3
+    if seed is None:
+        assert abs(pixels.mean() - 127.5) < 1.5
+
+
+def test_image_that_memory_does_not_suffice_for_is_named(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError("Unable to allocate 8 GiB")
+
+    train, _ = load_images(DataConfig(**gray_folder(tmp_path / "images", *[np.zeros((8, 8), np.uint8)] * 4)))
+    monkeypatch.setattr("dae_diffusers.data.images.decode_image", fail)
+    with pytest.raises(UserError, match="png cannot be decoded .it does not fit into memory: Unable to allocate"):
+        train[0]
+
+
+def jpeg_2000_of(bits: int, signed: bool = False) -> bytes:
+    """A file that says so of its three channels; Pillow writes none."""
+    data = bytearray(encoded(Image.new("RGB", (8, 8), (5, 6, 7)), "jpeg2000"))
+    start = data.find(b"\xff\x4f\xff\x51") + 42
+    data[start : start + 9 : 3] = bytes([bits - 1 + 128 * signed] * 3)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (jpeg_2000_of(16), "more than 8 bits in each channel"),
+        (jpeg_2000_of(8, signed=True), "signed 8-bit numbers"),
+        (tiff_of(np.arange(-32, 32, dtype=np.int8).reshape(8, 8)), "signed 8-bit numbers"),
+        (encoded(Image.fromarray(np.zeros((8, 8, 3), np.uint8)), "sgi", bpc=2), "more than 8 bits in each channel"),
+    ],
+)
+def test_bits_and_signs_that_pillow_hides_are_said(content, message, tmp_path):
+    with pytest.raises(LossyDepthError, match=message):
+        find_depth(content)
+    if "signed" in message:
+        with pytest.raises(ValueError, match=message):
+            decode_image(content)
+    assert find_depth(jpeg_2000_of(8)) == "8-bit"

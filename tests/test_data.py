@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from pictures import encoded
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from dae_diffusers.data import (
     DataConfig,
@@ -20,6 +20,7 @@ from dae_diffusers.data import (
     resize_and_crop,
 )
 from dae_diffusers.data.dataset import encoded_sizes
+from dae_diffusers.data.formats import reads_heif
 from dae_diffusers.data.images import read_content
 from dae_diffusers.errors import ConfigError, UserError
 
@@ -108,6 +109,43 @@ def test_exif_rotation_is_applied():
     exif = image.getexif()
     exif[0x0112] = 6  # rotated by 90 degrees
     assert decode_image(encoded(image, "jpeg", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_png_with_megabytes_of_text_or_profile_is_read(kind):
+    text = PngImagePlugin.PngInfo()
+    if kind == "iTXt":
+        text.add_itxt("comment", "x" * 2_000_000, zip=True)
+    elif kind != "iCCP":
+        text.add_text("comment", "x" * 2_000_000, zip=kind == "zTXt")
+    image = Image.new("RGB", (8, 4), (10, 20, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    options = {"icc_profile": bytes(2_000_000)} if kind == "iCCP" else {"pnginfo": text}
+    decoded = decode_image(encoded(image, exif=exif, **options))
+    assert decoded.size == (4, 8) and decoded.getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_png_rotated_by_its_text_is_turned():
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>', zip=True)
+    assert decode_image(encoded(Image.new("RGB", (8, 4)), pnginfo=text)).size == (4, 8)
+
+
+def test_heic_is_read_with_its_package_and_named_without_it():
+    data = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"
+    message = "cannot identify|no picture|HEIF|heif|Invalid" if reads_heif() else "needs `pip install .*heif"
+    with pytest.raises(Exception, match=message):
+        decode_image(data)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_lies_beside_others(tmp_path):
+    for number, suffix in enumerate(("avif", "png", "jpg", "webp")):
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / f"{number}.{suffix}")
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=16))
+    assert len(train) + len(validation) == 4
+    assert all(train[number]["pixel_values"].shape == (3, 16, 16) for number in range(3))
 
 
 def test_first_frame_of_an_animation():

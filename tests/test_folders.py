@@ -1,7 +1,10 @@
 """What the layout of a folder says of splits and classes."""
 
 import io
+import json
+import os
 import tarfile
+import zipfile
 
 import datasets
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from pictures import encoded
 from PIL import Image
 
-from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.data.columns import label_names
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import UserError
@@ -169,3 +172,175 @@ def test_links_lead_to_images_once(make_folder, tmp_path):
         for part in (images, validation):
             for number in range(len(part)):
                 part[number]
+
+
+def test_captions_beside_classes_are_both_there(make_folder, caplog):
+    folder = make_folder("apple/1.png", "apple/2.png", "pear/1.png", "pear/2.png")
+    lines = [{"file_name": f"{name}/1.png", "text": f"a red {name}"} for name in ("apple", "pear", "plum")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = load_folder(folder)["train"]
+    assert rows["text"] == ["a red apple", None, "a red pear", None]
+    assert [rows.features["label"].names[label] for label in rows["label"]] == ["apple"] * 2 + ["pear"] * 2
+    assert "2 of 4 images" in caplog.text and "1 rows of metadata" in caplog.text and "plum/1.png" in caplog.text
+    train, validation = load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    assert len(train) + len(validation) == 4 and train.id2label == {0: "apple", 1: "pear"}
+
+
+def test_labels_of_a_table_and_of_folders_are_ambiguous(make_folder):
+    folder = make_folder("a/1.png", "a/2.png", "b/3.png", "b/4.png")
+    lines = [f"{path.relative_to(folder)},{path.stem}" for path in sorted(folder.glob("*/*.png"))]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    with pytest.raises(UserError, match="several columns hold labels: .*`--label_column`"):
+        load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    train, _ = load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="class_folder"))
+    assert train.id2label == {0: "a", 1: "b"}
+
+
+def test_foreign_table_is_named_and_does_not_matter_without_labels(make_folder, caplog):
+    folder = make_folder("1.png", "2.png")
+    (folder / "metadata.csv").write_text("id,price\n1,2\n")
+    with pytest.raises(UserError, match="metadata.csv has no column `file_name` .*`--label_column none`"):
+        load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    train, validation = load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="none"))
+    assert len(train) + len(validation) == 2 and "metadata.csv" in caplog.text
+
+
+def test_first_lines_say_what_is_there_and_what_was_left_out(make_folder, caplog):
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(6)]
+    folder = make_folder(*names, "cat/7.heic", "cat/8.heic", "owl/1.heic", "owl/2.mov", "table.csv", "cat/.9.png")
+    caplog.set_level("INFO")
+    load_images(DataConfig(train_data_dir=str(folder), resolution=4, validation_fraction=0.1))
+    assert '3 .heic (they need `pip install "dae-diffusers[heif]"`)' in caplog.text
+    assert "1 .mov (no images)" in caplog.text and "1 .png (hidden)" in caplog.text and "1 .csv" in caplog.text
+    assert "no class 'owl'" in caplog.text
+    assert f"11 training and 1 validation images (held out) from {folder}, split train, column image" in caplog.text
+    assert "column label has 2 classes: cat " in caplog.text
+
+
+def test_folder_without_images_says_what_it_holds(make_folder):
+    with pytest.raises(UserError, match="holds no images: 1 .heic .*pip install.*, 1 .txt .*`.tar` and `.zip`"):
+        load_images(DataConfig(train_data_dir=str(make_folder("a/1.heic", "a/notes.txt")), resolution=4))
+
+
+def test_classes_that_are_numbers_are_sorted_by_number(make_folder, caplog):
+    folder = make_folder(*[f"{name}/{number}.png" for name in (1, 2, 10) for number in range(2)])
+    caplog.set_level("INFO")
+    train, _ = load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    assert train.id2label == {0: "1", 1: "2", 2: "10"}
+    assert (
+        "class 0 is called '1'; where a class is asked for, an integer is the number and a string the name"
+        in caplog.text
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are UTF-16 there")
+def test_names_need_not_be_utf8(tmp_path):
+    for name in (b"cat", b"d\xf6g"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        for number in range(2):
+            with open(os.path.join(folder, b"\xff%d.png" % number), "wb") as file:
+                file.write(encoded(Image.new("RGB", (4, 4), (number, 0, 0))))
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4))
+    assert train.id2label == {0: "cat", 1: "d\ufffdg"}
+    assert all(
+        images[n]["pixel_values"].shape == (3, 4, 4) for images in (train, validation) for n in range(len(images))
+    )
+    assert train.fingerprint != validation.fingerprint
+
+
+def pack(path, members: dict[str, bytes]):
+    """Makes a .tar or .zip."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        return
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def picture(number: int, format: str = "png") -> bytes:
+    return encoded(Image.new("RGB", (4, 4), (number, 0, 0)), format)
+
+
+@pytest.mark.parametrize(
+    ("archives", "expected"),
+    [
+        ({"all.tar": ["apple/1.png", "apple/2.png", "pear/1.png"]}, ["apple", "apple", "pear"]),
+        ({"all.zip": ["x/apple/1.png", "x/pear/1.png", "x/__MACOSX/1.png"]}, ["apple", "pear"]),
+        ({"apple.zip": ["1.png", "deep/2.png"], "pear.zip": ["1.png"]}, ["apple", "apple", "pear"]),
+        ({"apple-0.tar": ["1.png"], "apple-1.tar": ["2.png"], "pear-0.tar": ["3.png"]}, ["apple", "apple", "pear"]),
+        ({"data-0.zip": ["1.png"], "data-1.zip": ["2.png"]}, None),
+        ({"0.tar": ["my.cat.1.png", "my.cat.2.png", "2024.05.png"]}, None),
+    ],
+)
+def test_archives_are_folders(tmp_path, archives, expected):
+    for number, (name, members) in enumerate(archives.items()):
+        pack(tmp_path / name, {member: picture(10 * number + n) for n, member in enumerate(members)})
+    rows = load_folder(tmp_path)["train"]
+    label = rows.features.get("label")
+    assert (None if label is None else [label.names[index] for index in rows["label"]]) == expected
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4))
+    values = [images[n]["pixel_values"][0, 0, 0] for images in (train, validation) for n in range(len(images))]
+    assert len({round(float(value) * 127.5 + 127.5) for value in values}) == len(rows)
+    assert train.fingerprint == load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4))[0].fingerprint
+
+
+def test_splits_in_archives(tmp_path):
+    for split in ("train", "test"):
+        pack(tmp_path / f"{split}.zip", {f"{name}/{split}.png": picture(1) for name in "ab"})
+    splits = load_folder(tmp_path)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "test": 2}
+    assert splits["train"].features["label"].names == ["a", "b"]
+
+
+def test_damaged_archive_is_named(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="the archive .*a.zip cannot be read"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_of_two_formats_with_dots_and_json(tmp_path, streaming):
+    for shard, format in enumerate(("png", "jpeg")):
+        members = {}
+        for number in range(4):
+            name = f"photo.v{shard}.{number}"
+            members[f"{name}.{'jpg' if shard else 'png'}"] = picture(50 * shard + 10 * number, format)
+            members[f"{name}.json"] = json.dumps({"label": number % 2, "kind": "ab"[number % 2], "tags": [1]}).encode()
+        pack(tmp_path / f"{shard}.tar", members)
+    flags = {"label_column": "json.label", "num_classes": 2} if streaming else {"label_column": "json.kind"}
+    train, validation = load_images(
+        DataConfig(train_data_dir=str(tmp_path), resolution=4, streaming=streaming, validation_fraction=0.25, **flags)
+    )
+    assert train.id2label == ({0: "0", 1: "1"} if streaming else {0: "a", 1: "b"})
+    batches = [batch for images in (train, validation) for batch in make_pass_loader(images, batch_size=3)]
+    assert sum(len(batch["pixel_values"]) for batch in batches) == 8
+    for batch in batches:  # even tens have the first class
+        values = (batch["pixel_values"][:, 0, 0, 0] * 127.5 + 127.5) / 10
+        assert ((values.round() % 5).int() % 2 == batch["class_labels"]).all()
+
+
+def test_second_picture_of_a_sample_is_no_image_of_its_own(tmp_path):
+    members = {}
+    for number in range(4):
+        members |= {f"{number}.jpg": picture(number, "jpeg"), f"{number}.seg.png": picture(9), f"{number}.cls": b"1"}
+    pack(tmp_path / "0.tar", members)
+    rows = load_folder(tmp_path)["train"]
+    assert len(rows) == 4 and set(rows.features) == {"image", "seg.png", "cls"}
+    pack(tmp_path / "0.tar", {f"{n}.{suffix}": picture(n, "png") for n in range(4) for suffix in ("jpg", "png")})
+    with pytest.raises(UserError, match=r"several columns hold images: \['jpg', 'png'\]. .*`--image_column`"):
+        load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4))
+
+
+def test_stream_of_class_folders_is_refused_rather_than_trained_without_classes(tmp_path):
+    pack(tmp_path / "0.tar", {"a/1.png": picture(1), "b/2.png": picture(2), "b/3.png": picture(3)})
+    config = {"train_data_dir": str(tmp_path), "resolution": 4, "streaming": True}
+    with pytest.raises(UserError, match="folders .a, b.*Leave `--streaming` out"):
+        load_images(DataConfig(**config))
+    load_images(DataConfig(**config, label_column="none"))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 
+from dae_diffusers.data.formats import open_picture, precisions
 from dae_diffusers.errors import UserError
 
 _NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
+MAX_VALUES = 2**28  # of one array: 1 GiB as float32, 16384 x 16384 pixels with one channel
+# An image longer than this many times its width is cut before it is scaled: enlarging all of it could take gigabytes.
+MAX_ELONGATION = 8
 
 Depth = Literal["8-bit", "16-bit", "numbers"]
 # Lowest and highest value where the depth says them; of numbers they must be measured or given.
@@ -52,12 +57,25 @@ def find_depth(content: Any) -> Depth:
     """
     if not isinstance(content, bytes) or content.startswith(_NPY_MAGIC):
         return "numbers"
-    image = Image.open(io.BytesIO(content))
-    if _is_cut(image):
+    image = open_picture(content)
+    refuse_signed(image, content)
+    if _is_cut(image, content):
         raise LossyDepthError(
             "it has more than 8 bits in each channel, of which Pillow keeps 8; save it as `.npy`, (H, W, channels)"
         )
     return find_picture_depth(image)
+
+
+def refuse_signed(image: Image.Image, content: bytes) -> None:
+    r"""
+    Raises:
+        LossyDepthError: For an opened file of signed numbers that Pillow takes for unsigned ones.
+    """
+    bits, is_signed = precisions(image, content)
+    if is_signed and find_picture_depth(image) != "numbers":
+        raise LossyDepthError(
+            f"it holds signed {bits}-bit numbers, which Pillow reads as unsigned ones; save it as `.npy`, (H, W, channels)"
+        )
 
 
 def find_picture_depth(image: Image.Image) -> Depth:
@@ -83,9 +101,9 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
         ValueError: For other shapes, dtypes that are no numbers, and values that are not finite.
     """
     if isinstance(item, bytes) and item.startswith(_NPY_MAGIC):
-        array = np.load(io.BytesIO(item), allow_pickle=False)
+        array = _load_npy(item)
     elif isinstance(item, bytes):
-        image = Image.open(io.BytesIO(item))
+        image = open_picture(item)
         is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
         image.load()
         array = np.asarray(ImageOps.exif_transpose(image))
@@ -121,6 +139,8 @@ def resize_and_crop_array(
     Returns:
         `np.ndarray` of shape `(resolution, resolution, C)`
     """
+    array, is_placed = cut_elongated(array, array.shape[1::-1], random)
+    random = None if is_placed else random
     image = torch.from_numpy(array).permute(2, 0, 1)[None]
     sides = image.shape[2:]
     size = [max(resolution, round(side * resolution / min(sides))) for side in sides]
@@ -131,6 +151,27 @@ def resize_and_crop_array(
         (side - resolution) // 2 if random is None else int(random.integers(side - resolution + 1)) for side in size
     )
     return image[0, :, top : top + resolution, left : left + resolution].permute(1, 2, 0).numpy()
+
+
+def cut_elongated(image: Any, size: tuple[int, int], random: np.random.Generator | None) -> tuple[Any, bool]:
+    r"""
+    Cuts a square out of an image that is more than `MAX_ELONGATION` times as long as wide.
+
+    Args:
+        image (`PIL.Image.Image` or `np.ndarray`): Any other one is returned as it is.
+        size (`tuple[int, int]`): Its width and height.
+        random (`numpy.random.Generator` or `None`): Chooses the place; without it, the centre.
+
+    Returns:
+        The image, and whether it was cut.
+    """
+    side = min(size)
+    if max(size) <= MAX_ELONGATION * side:
+        return image, False
+    left, top = ((x - side) // 2 if random is None else int(random.integers(x - side + 1)) for x in size)
+    if isinstance(image, np.ndarray):
+        return np.ascontiguousarray(image[top : top + side, left : left + side]), True
+    return image.crop((left, top, left + side, top + side)), True
 
 
 def save_value_range(value_range: list[float], folder: Path) -> None:
@@ -166,15 +207,34 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     return None
 
 
-def _is_cut(image: Image.Image) -> bool:
+def _load_npy(content: bytes) -> np.ndarray:
+    """Like `numpy.load`, which believes the size that a file claims and takes memory for it."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(file)
+    if dtype.kind not in "uif":
+        raise ValueError(f"it holds {dtype}, not numbers")
+    count, start = math.prod(shape), file.tell()
+    if count > MAX_VALUES:
+        raise ValueError(f"it has the shape {shape}: {count} values, of which an image may have {MAX_VALUES}")
+    if count * dtype.itemsize > len(content) - start:
+        raise ValueError(
+            f"it has the shape {shape}, which needs {count * dtype.itemsize} bytes, but only {len(content) - start} are there"
+        )
+    array = np.frombuffer(content, dtype, count, start)
+    return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
+
+
+def _is_cut(image: Image.Image, content: bytes) -> bool:
     """Whether Pillow keeps 8 of a channel's bits. The mode is that of 8-bit pictures then; the file's header tells."""
     if image.mode.startswith("I") or image.mode == "F" or not image.tile:
         return False
     codec, _, _, arguments = image.tile[0]
     if codec.startswith("ppm") and isinstance(arguments, tuple):
         return arguments[1] > 255  # the highest value
-    tiff_bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (8,))
-    return max(tiff_bits) > 8 or re.search(";16[BLN]", str(arguments)) is not None  # "RGB;16B"; "BGR;16" is 5 + 6 + 5
+    bits, _ = precisions(image, content)
+    return bits > 8 or re.search(";16[BLN]", str(arguments)) is not None  # "RGB;16B"; "BGR;16" is 5 + 6 + 5
 
 
 def _find_file(name_or_path: str, name: str) -> Path | None:

@@ -1,71 +1,234 @@
 """Which columns of a data set hold the images and the labels, and what the labels are called."""
 
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
 import datasets
 
+from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES
 from dae_diffusers.errors import UserError
 
+Rows = datasets.Dataset | datasets.IterableDataset
 
-def find_image_column(rows: datasets.Dataset | datasets.IterableDataset, name: str | None) -> str:
+_TEXT = (datasets.Value("string"), datasets.Value("large_string"))
+# Columns that hold classes by their name, if no type says so; the second kind only where there is none of the first.
+_LABELS = (("label", "labels", "class"), ("cls",))
+
+
+def feature_of(features: datasets.Features, column: str) -> Any:
+    r"""The feature of a column, or of a field `json.label` of one; None if there is none."""
+    if column in features:
+        return features[column]
+    name, _, rest = column.partition(".")
+    while rest:
+        if isinstance(features.get(name), dict):
+            return feature_of(features[name], rest)
+        word, _, rest = rest.partition(".")
+        name = f"{name}.{word}"
+    return None
+
+
+def value_of(row: dict[str, Any], column: str) -> Any:
+    r"""The value of a column, or of a field `json.label` of one."""
+    if column in row:
+        return row[column]
+    name, _, rest = column.partition(".")
+    while rest and name not in row:
+        word, _, rest = rest.partition(".")
+        name = f"{name}.{word}"
+    return value_of(row[name], rest) if rest and isinstance(row.get(name), dict) else None
+
+
+def with_image_column(rows: Rows, name: str | None) -> tuple[Rows, str]:
+    r"""
+    Finds the column of the images, and has it hold files that are not decoded (`{"bytes", "path"}`), or arrays.
+
+    Args:
+        rows (`datasets.Dataset` or `IterableDataset`): Of a split.
+        name (`str` or `None`): What the flag says.
+
+    Returns:
+        The rows and the column's name.
+
+    Raises:
+        UserError: If there is none, or several without one called `image`.
+    """
+    column = find_image_column(rows, name)
+    if column not in rows.features and isinstance(rows, datasets.Dataset):
+        rows = rows.flatten()
+    feature = rows.features[column]
+    if isinstance(feature, datasets.Image) or _holds_files(feature) or feature in _TEXT:
+        if feature == datasets.Value("large_string"):
+            rows = rows.cast_column(column, datasets.Value("string"))
+        return rows.cast_column(column, datasets.Image(decode=False)), column
+    return rows, column
+
+
+def find_image_column(rows: Rows, name: str | None) -> str:
+    features = rows.features
     kinds = (datasets.Image, datasets.Array2D, datasets.Array3D)
-    image_columns = [column for column, feature in rows.features.items() if isinstance(feature, kinds)]
-    if name is None and image_columns:
-        return image_columns[0]
-    if name is None or name not in rows.features:
+    found = [column for column, feature in features.items() if isinstance(feature, kinds)]
+    found = found or [column for column, feature in features.items() if _holds_files(feature)]
+    found = found or _columns_of_paths(rows)
+    if name is None and found:
+        if len(found) == 1 or "image" in found:
+            return "image" if "image" in found else found[0]
+        raise UserError(f"several columns hold images: {found}. Choose one with `--image_column`.")
+    if name is not None and name not in features and "image" in found and f".{name}" in SUFFIXES:
+        return "image"  # the picture of a webdataset's sample, whatever its suffix
+    feature = None if name is None else feature_of(features, name)
+    if feature is None or (name not in features and isinstance(rows, datasets.IterableDataset)):
         raise UserError(
-            f"`--image_column` is {name!r}, but the columns are {list(rows.features)}, those with images {image_columns}."
+            f"`--image_column` is {name!r}, but the columns are {list(features)}, those with images {found}."
         )
-    if name not in image_columns and not isinstance(rows.features[name], (datasets.List, datasets.LargeList)):
-        raise UserError(
-            f"`--image_column` {name!r} holds {rows.features[name]}, not images; those are {image_columns}."
-        )
-    return name
+    if (
+        isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
+        or _holds_files(feature)
+        or (name in features and name in _columns_of_paths(rows))
+    ):
+        return name
+    raise UserError(f"`--image_column` {name!r} holds {feature}, not images; those are {found}.")
 
 
-def find_label_column(
-    rows: datasets.Dataset | datasets.IterableDataset, name: str | None, image_column: str
-) -> str | None:
+def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | None:
+    features = rows.features
     if name == "none":
         return None
     if name is None:
-        columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+        columns = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        for names in _LABELS:
+            if names == _LABELS[0] or not columns:
+                columns += [column for column in names if isinstance(features.get(column), datasets.Value)]
         if len(columns) > 1:
             raise UserError(f"several columns hold labels: {columns}. Choose one with `--label_column`, or `none`.")
         return columns[0] if columns else None
-    if name not in rows.features or name == image_column:
-        raise UserError(f"`--label_column` {name!r} is not among the columns {list(rows.features)}; `none`: no labels.")
+    if feature_of(features, name) is None or name == image_column:
+        raise UserError(f"`--label_column` {name!r} is not among the columns {list(features)}; `none`: no labels.")
     return name
 
 
-def label_names(train, validation, column: str | None) -> tuple[dict[int, str] | None, dict | None]:
-    """Names of the classes by id, and the id of each value of the column where it does not hold ids already."""
+def class_order(names: Iterable[str]) -> list[str]:
+    r"""Sorted, and by number if all are numbers."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(re.fullmatch(r"\d+", name, re.ASCII) for name in names) else names
+
+
+def column_values(rows: datasets.Dataset, column: str) -> list:
+    r"""The values of a column or of a field of one; empty if the split has none."""
+    if column in rows.features:
+        return list(rows[column])
+    if feature_of(rows.features, column) is None:
+        return []
+    flat = rows.select_columns([name for name, feature in rows.features.items() if isinstance(feature, dict)]).flatten()
+    return list(flat[column]) if column in flat.features else []
+
+
+def label_names(
+    train: datasets.Dataset, validation: datasets.Dataset, column: str | None, *, is_chosen: bool = True
+) -> tuple[dict[int, str] | None, dict | None]:
+    """
+    Names of the classes by id, and the id of each value of the column where it does not hold ids already. A column that
+    was not chosen by the flag must look like classes.
+    """
     if column is None:
         return None, None
-    feature = train.features[column]
+    feature = feature_of(train.features, column)
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names)), None
-    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
+    if isinstance(feature, (datasets.List, datasets.LargeList, dict, datasets.Image)):
         raise UserError(
             f"`--label_column` {column!r} holds {feature}, not one class for each image; `none`: no labels."
         )
-    values = set(train[column]) | (set(validation[column]) if column in validation.features else set())
+    of_train = column_values(train, column)
+    values = {*of_train, *column_values(validation, column)} - {None}
+    if not values:
+        raise UserError(f"`--label_column` {column!r} holds no values; `none`: no labels.")
+    if not is_chosen and len(set(of_train)) > max(100, len(of_train) // 2):
+        raise UserError(
+            f"the column {column!r} holds {len(set(of_train))} different values for {len(of_train)} images. If those are classes, "
+            f"say so with `--label_column {column}`; if not, with `--label_column none`."
+        )
+    value2id = None
+    if all(isinstance(value, bool) for value in values):
+        return {0: "False", 1: "True"}, {False: 0, True: 1}
+    if all(isinstance(value, float) and value.is_integer() for value in values):
+        value2id = {value: int(value) for value in values}
+        values = set(value2id.values())
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         if max(values) >= max(10_000, 100 * len(values)):
             raise UserError(
                 f"`--label_column` {column!r} holds {len(values)} different integers, up to {max(values)}; labels are numbers from "
                 "0 without large gaps. Number the classes anew, or train without labels (`--label_column none`)."
             )
-        return {index: str(index) for index in range(max(values) + 1)}, None
+        return {index: str(index) for index in range(max(values) + 1)}, value2id
     if all(isinstance(value, str) for value in values):
-        return dict(enumerate(sorted(values))), {value: index for index, value in enumerate(sorted(values))}
-    raise UserError(f"`--label_column` {column!r} must hold integers or strings without gaps, but holds {feature}.")
+        names = class_order(values)
+        return dict(enumerate(names)), {value: index for index, value in enumerate(names)}
+    raise UserError(
+        f"`--label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as "
+        f"{next((value for value in values if not isinstance(value, (int, str))), None)!r}; `none`: no labels."
+    )
 
 
-def label_ids(values: list, value2id: dict | None, id2label: dict[int, str], column: str) -> list[int]:
-    ids = [value2id[value] for value in values] if value2id is not None else list(values)
-    bad = next((value for value in ids if value is None or not 0 <= value < len(id2label)), 0)
-    if bad is None or bad != 0:
+def label_ids(
+    values: list, value2id: dict | None, id2label: dict[int, str], column: str, split: str | None = None
+) -> list[int]:
+    r"""
+    The numbers of the classes.
+
+    Raises:
+        UserError: For labels that are none, such as the -1 of an unlabelled split, which is named.
+    """
+    ids = [value if value2id is None else value2id.get(value, value) for value in values]
+    bad = [value for value in ids if not isinstance(value, int) or not 0 <= value < len(id2label)]
+    if bad:
+        place = f"{len(bad)} of {len(ids)} rows" + ("" if split is None else f" of the split {split!r}")
+        problem = f"holds {bad[0]}, but labels must lie in 0..{len(id2label) - 1}: {place}."
+        if bad[0] is None:
+            problem = f"must hold integers or strings without gaps, but holds none in {place}."
+        if len(bad) == len(ids):
+            problem += " `--validation_split train` holds out a part of the training images instead."
         raise UserError(
-            f"`--label_column` {column!r} holds {bad}, but labels must lie in 0..{len(id2label) - 1}. "
-            "Remove the unlabelled rows or train without labels (`--label_column none`)."
+            f"`--label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`--label_column none`)."
         )
     return ids
+
+
+def describe_classes(labels: list[int] | None, id2label: dict[int, str]) -> str:
+    r"""`3 classes: cat 120, dog 98, owl 7`, shortened where there are many."""
+    counts = Counter(labels or [])
+    parts = [f"{name} {counts[number]}" if labels is not None else name for number, name in id2label.items()]
+    if len(parts) > 12:
+        parts[8:-2] = ["..."]
+    text = f"{len(id2label)} classes: {', '.join(parts)}"
+    empty = [name for number, name in id2label.items() if not counts[number]] if labels is not None else []
+    if empty:
+        text += f"; without training images: {', '.join(empty[:8])}{', ...' if len(empty) > 8 else ''}"
+    differ = [number for number, name in id2label.items() if re.fullmatch(r"-?\d+", name) and int(name) != number]
+    if differ:
+        number = differ[0]
+        text += (
+            f". Names and numbers differ: class {number} is called {id2label[number]!r}; where a class is asked for, an integer is "
+            "the number and a string the name"
+        )
+    return text
+
+
+def _holds_files(feature: Any) -> bool:
+    """Bytes, or `{bytes, path}`, that were not declared as images."""
+    binary = (datasets.Value("binary"), datasets.Value("large_binary"))
+    if isinstance(feature, dict):
+        return "bytes" in feature and feature["bytes"] in binary and set(feature) <= {"bytes", "path"}
+    return feature in binary
+
+
+def _columns_of_paths(rows: Rows) -> list[str]:
+    """Columns of text whose first value is the name of a picture."""
+    columns = [column for column, feature in rows.features.items() if feature in _TEXT]
+    if not columns:
+        return []
+    first = next(iter(rows.select_columns(columns).take(1)), {})
+    suffixes = (*SUFFIXES, *HEIF_SUFFIXES)
+    return [column for column in columns if str(first.get(column) or "").lower().endswith(suffixes)]

@@ -1,5 +1,6 @@
 """The flags that choose the images."""
 
+import os
 from typing import Literal
 
 from dae_diffusers.errors import ConfigError
@@ -18,13 +19,19 @@ class DataConfig:
     train_data_dir: str | None = field(None, "a folder of images; sub-folders are classes")
     train_split: str = field("train", "split to train on", advanced=True)
     validation_split: str | None = field(
-        None, "split to validate on; default: `validation` or `test` if there is one", advanced=True
+        None,
+        "split to validate on; default: `validation` or `test` if there is one; that of `train_split`: a part of it is held out",
+        advanced=True,
     )
     validation_fraction: float = field(
         0.05, "share of the training images held out if there is no validation split", above=0, below=1, advanced=True
     )
-    image_column: str | None = field(None, "column of the images; default: the first image column", advanced=True)
-    label_column: str | None = field(None, "column of the labels; `none`: no labels; default: the class labels")
+    image_column: str | None = field(
+        None, "column of the images; default: the image column, or `image` if there are several", advanced=True
+    )
+    label_column: str | None = field(
+        None, "column of the labels, or a field of one (`json.label`); `none`: no labels; default: found"
+    )
     streaming: bool = field(
         False,
         "read the training images as they come, from the Hub or local shards (Parquet, webdataset): no copy on the disk",
@@ -82,6 +89,9 @@ class DataConfig:
     dataloader_num_workers: int = field(0, "processes that read images beside each trainer", at_least=0, advanced=True)
 
     def __post_init__(self):
+        for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
+            if (getattr(self, name) or "").startswith("~"):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
             raise ConfigError(
                 f"`value_range` is {self.value_range}, but must be two numbers, the lowest and the highest value."

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.images import ImageReader, find_first_depth, name_of_row, read_content
+from dae_diffusers.data.contents import Root, name_of_row, read_content, size_of
+from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class ImageDataset(BatchDataset):
         depth (`str` or `None`): Of the first image (with `--on_bad_image skip`, the first that is not damaged), if not
             given; the others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
+        root ([`~dae_diffusers.data.contents.Root`] or `None`): Where files must lie that the rows name.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class ImageDataset(BatchDataset):
         labels: list[int] | None = None,
         id2label: dict[int, str] | None = None,
         depth: Depth | None = None,
+        value_range: list[float] | None = None,
+        root: Root | None = None,
     ):
         self.rows = rows.select_columns([image_column])
         self.config = config
@@ -61,8 +64,9 @@ class ImageDataset(BatchDataset):
         self.labels = labels
         self.id2label = id2label
         self._given_depth = depth
-        self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config)
-        self._reader = ImageReader(config, self.depth)
+        self.root = root
+        self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
+        self._reader = ImageReader(config, self.depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
         num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
         self._memory = None
@@ -70,6 +74,20 @@ class ImageDataset(BatchDataset):
             shape = (len(rows), config.resolution, config.resolution, config.image_channels)
             self._memory = _shared_zeros(shape, np.float32 if self.is_array else np.uint8)
             self._is_in_memory = _shared_zeros((len(rows),), np.bool_)
+
+    @property
+    def value_range(self) -> list[float] | None:
+        r"""
+        The lowest and the highest value of the original images, which became -1 and 1; None for 8-bit pictures (0 to 255), and
+        for arrays until it is set or measured.
+        """
+        return self._reader.value_range
+
+    @value_range.setter
+    def value_range(self, value_range: list[float] | None) -> None:
+        if not self.is_array and value_range is not None:
+            raise ValueError("8-bit pictures are read without a range; give it when the data set is made")
+        self._reader.value_range = None if value_range is None else [float(value) for value in value_range]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,10 +97,10 @@ class ImageDataset(BatchDataset):
         """
         digest = hashlib.sha256(str(len(self)).encode())
         digest.update(np.asarray(self.labels if self.labels is not None else [], dtype=np.int64).tobytes())
-        digest.update(encoded_sizes(self.rows, self.image_column).tobytes())
+        digest.update(encoded_sizes(self.rows, self.image_column, self.root).tobytes())
         for index in np.unique(np.linspace(0, len(self) - 1, num=min(64, len(self))).astype(int)):
             try:
-                content = read_content(self.rows[int(index)][self.image_column])
+                content = read_content(self.rows[int(index)][self.image_column], self.root)
                 digest.update(content if isinstance(content, bytes) else np.asarray(content).tobytes())
             except (ValueError, OSError):
                 digest.update(b"unreadable")
@@ -167,6 +185,8 @@ class ImageDataset(BatchDataset):
             labels=None if self.labels is None else [self.labels[index] for index in indices],
             id2label=self.id2label,
             depth=depth,
+            value_range=self.value_range,
+            root=self.root,
         )
 
     @without_warnings()
@@ -199,7 +219,7 @@ def choose_indices(count: int, limit: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(count)[:limit]) if limit < count else np.arange(count)
 
 
-def encoded_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
+def encoded_sizes(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:
     r"""
     Bytes of each encoded image, `(N,)` int64, without reading any: 0 for a file that is missing or on no local disk. Of a
     column of arrays none at all, `(0,)`.
@@ -212,7 +232,7 @@ def encoded_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_numpy()[chosen]  # NaN where the bytes are elsewhere
     paths = pc.struct_field(images, "path")
     for index in np.flatnonzero(np.isnan(sizes)):
-        sizes[index] = _file_size(paths[chosen[index]].as_py())
+        sizes[index] = size_of(paths[chosen[index]].as_py(), root)
     return sizes.astype(np.int64)
 
 
@@ -220,10 +240,3 @@ def _shared_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Memory that the processes of a loader share, so that each image is decoded and held once; pages are taken as they are filled."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
-
-
-def _file_size(path: str | None) -> int:
-    try:
-        return os.stat(path).st_size if path else 0
-    except OSError:
-        return 0

@@ -1,51 +1,94 @@
-"""Folders of pictures, arrays or webdataset shards: what their layout says of splits and classes."""
+"""Folders of pictures, arrays or archives: what their layout says of splits and classes, and what belongs to each image."""
 
 import glob
 import logging
 import os
 import re
 import stat
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import datasets
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+import pyarrow as pa
 
+from dae_diffusers.data.archives import (
+    columns_features,
+    fitted,
+    is_picture,
+    members_of,
+    samples_of,
+    stream_features,
+    streamed_samples,
+)
+from dae_diffusers.data.columns import class_order
+from dae_diffusers.data.contents import column_path, packed_path
+from dae_diffusers.data.formats import HEIF_SUFFIXES, INSTALL_HEIF, OTHER_SUFFIXES, SUFFIXES, reads_heif
+from dae_diffusers.data.tables import METADATA, SPLITS, TABLES, Metadata, load_tables, read_metadata
 from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Names of folders, and words in the names of shards, to splits.
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-_PICTURES = frozenset(ImageFolder.EXTENSIONS)
-_METADATA = tuple(ImageFolder.METADATA_FILENAMES)
-
 Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
 
 
-def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = True) -> Splits:
+class Entry(NamedTuple):
+    """
+    An image: its place, whose folders say split and class, what its column says of where it is, and what else is known.
+    """
+
+    place: PurePosixPath
+    image: dict[str, Any] | None
+    columns: dict[str, Any]
+
+
+@dataclass
+class Survey:
+    """What lies in a folder, relative to it and sorted."""
+
+    pictures: list[PurePosixPath] = field(default_factory=list)
+    arrays: list[PurePosixPath] = field(default_factory=list)
+    archives: list[PurePosixPath] = field(default_factory=list)
+    metadata: list[PurePosixPath] = field(default_factory=list)
+    tables: list[PurePosixPath] = field(default_factory=list)
+    left_out: dict[PurePosixPath, str] = field(default_factory=dict)  # with the reason
+
+    @property
+    def shards(self) -> list[PurePosixPath]:
+        return [path for path in self.archives if path.suffix.lower() == ".tar"]
+
+
+def load_folder(
+    folder: Path, *, streaming: bool = False, with_labels: bool = True, flag: str = "--train_data_dir"
+) -> Splits:
     r"""
     Loads the images of a folder. What lies in the folders `train`, `validation` and `test` at its top are splits, if those
     are its only folders with images and `train` is among them; folders below are classes, whatever they are called. Folders
-    that all images lie in say nothing.
+    that all images lie in say nothing. Folders in archives count like others, and so does the name of an archive where
+    archives differ by more than a number.
+
+    Each row has an `image`, a `label` if there are classes, and the columns of the tables of metadata beside the images. Files
+    that are left out are logged, by suffix and reason.
 
     Args:
-        folder (`Path`): With pictures, with `.npy` arrays, or with `.tar` shards.
+        folder (`Path`): With pictures, with `.npy` arrays, with `.tar` or `.zip` archives, or with tables that hold images.
         streaming (`bool`, *optional*): Read shards as they come.
         with_labels (`bool`, *optional*): Take the folders for classes.
+        flag (`str`, *optional*): That named the folder, for messages.
 
     Raises:
         UserError: For a mixture of kinds, for images beside class folders, and if nothing can be streamed.
     """
-    pictures, arrays, shards, metadata = _survey(folder)
-    if shards and (streaming or not pictures + arrays):
-        return _load_shards(*_inside(folder, shards), streaming)
+    found = survey(folder)
+    pictures, arrays = found.pictures, found.arrays
+    if streaming and found.shards:
+        return _stream_shards(*_inside(folder, found.shards), with_labels)
+    if found.tables and not pictures + arrays + found.archives:
+        return load_tables(folder, found.tables, streaming=streaming)
     if streaming:
         raise UserError(
-            f"`--train_data_dir` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
+            f"`{flag}` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
             "is: leave `--streaming` out. Parquet files: `--dataset_name FOLDER`."
         )
     if pictures and arrays:
@@ -53,22 +96,38 @@ def load_folder(folder: Path, *, streaming: bool = False, with_labels: bool = Tr
             f"{folder} holds pictures ({len(pictures)}, such as {pictures[0]}) and arrays ({len(arrays)}, such as {arrays[0]}). "
             "Put one kind elsewhere."
         )
-    if arrays:
-        return _load_files(*_inside(folder, arrays), with_labels)
-    if metadata:
-        return _load_described(*_inside(folder, pictures + metadata))
-    if pictures:
-        return _load_files(*_inside(folder, pictures), with_labels)
-    return datasets.load_dataset("imagefolder", data_dir=str(folder))  # archives; or nothing, which it says
+    metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
+    if pictures or arrays:
+        others = [(path, "archives beside images") for path in found.archives]
+        others += [
+            (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
+        ]
+        found.left_out.update(others)
+        entries = [
+            Entry(path, {"bytes": None, "path": column_path(str(folder.absolute() / path))}, {})
+            for path in pictures + arrays
+        ]
+    elif found.archives:
+        entries, packed = _packed_entries(folder, found)
+        metadata += packed
+    if not (pictures or arrays or found.archives) or not entries:
+        raise UserError(
+            f"`{flag}` {folder} cannot be loaded: it holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, `.tar` and `.zip` archives, and "
+            "Parquet, CSV and JSON tables are read."
+        )
+    if found.left_out:
+        is_loss = any(_is_image(path) or path.suffix.lower() in TABLES for path in found.left_out)
+        logger.log(
+            logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
+        )
+    return _rows_of(folder, entries, metadata, found, with_labels)
 
 
-def _survey(folder: Path) -> tuple[list[PurePosixPath], ...]:
+def survey(folder: Path) -> Survey:
+    r"""
+    What lies in a folder. Hidden folders do not count; linked ones do, once each.
     """
-    Pictures, arrays, shards and tables of metadata, relative to the folder and sorted. Hidden files and devices do not count;
-    linked folders do, once each.
-    """
-    pictures, arrays, shards, metadata = found = ([], [], [], [])
-    visited = {os.path.realpath(folder)}
+    found, visited = Survey(), {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         for name in [name for name in folders if os.path.islink(os.path.join(root, name))]:
@@ -78,20 +137,65 @@ def _survey(folder: Path) -> tuple[list[PurePosixPath], ...]:
             visited.add(target)
         inside = PurePosixPath(Path(root).relative_to(folder).as_posix())
         for name in names:
-            suffix = PurePosixPath(name).suffix.lower()
-            if name in _METADATA:
-                kind = metadata
-            elif suffix in _PICTURES:
-                kind = pictures
+            path = inside / name
+            suffix = path.suffix.lower()
+            if suffix in SUFFIXES or (suffix in HEIF_SUFFIXES and reads_heif()):
+                kind = found.pictures
             elif suffix == ".npy":
-                kind = arrays
-            elif suffix == ".tar":
-                kind = shards
+                kind = found.arrays
+            elif suffix in (".tar", ".zip"):
+                kind = found.archives
+            elif name in METADATA:
+                kind = found.metadata
+            elif suffix in TABLES:
+                kind = found.tables
             else:
+                found.left_out[path] = _reason(path)
                 continue
-            if not name.startswith(".") and not _is_special(os.path.join(root, name)):
-                kind.append(inside / name)
-    return tuple(sorted(kind, key=str) for kind in found)  # as `datasets` has them
+            if name.startswith("."):
+                found.left_out[path] = "hidden"
+            elif _is_special(os.path.join(root, name)):
+                found.left_out[path] = "devices or pipes"
+            else:
+                kind.append(path)
+    for kind in (found.pictures, found.arrays, found.archives, found.metadata, found.tables):
+        kind.sort(key=str)  # as `datasets` has them
+    return found
+
+
+def contents_of(folder: Path) -> str:
+    r"""What lies in a folder, in words: `3 .parquet, 1 .md`."""
+    found = survey(folder)
+    paths = [*found.pictures, *found.arrays, *found.archives, *found.metadata, *found.tables, *found.left_out]
+    counts = Counter(path.suffix.lower() or path.name for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8)) or "no files"
+
+
+def _reason(path: PurePosixPath) -> str:
+    suffix = path.suffix.lower()
+    if suffix in HEIF_SUFFIXES:
+        return f"they need `{INSTALL_HEIF}`"
+    if suffix in OTHER_SUFFIXES:
+        return "pictures of a format that is not read"
+    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".gz")):
+        return "archives that have to be unpacked"
+    return "no images"
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    suffix = path.suffix.lower()
+    return not path.name.startswith(".") and (
+        suffix in SUFFIXES or suffix in HEIF_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == ".npy"
+    )
+
+
+def _listed(left_out: dict[PurePosixPath, str], before: str) -> str:
+    """`: 12 .heic (they need ...), 3 .txt (no images)`, most frequent first."""
+    counts = Counter((path.suffix.lower() or path.name, reason) for path, reason in left_out.items())
+    parts = [f"{count} {suffix} ({reason})" for (suffix, reason), count in counts.most_common()]
+    if len(parts) > 12:
+        parts[11:] = [f"and files of {len(parts) - 11} other kinds"]
+    return before + ", ".join(parts) if parts else ""
 
 
 def _is_special(path: str) -> bool:
@@ -102,7 +206,7 @@ def _is_special(path: str) -> bool:
         return False
 
 
-def _inside(folder: Path, files: list[PurePosixPath]) -> tuple[Path, list[PurePosixPath]]:
+def _inside(folder: Any, files: list[PurePosixPath]) -> tuple[Any, list[PurePosixPath]]:
     """Without the folders that all files share, such as `data/`: what says something lies below."""
     shared = PurePosixPath(os.path.commonpath([path.parent for path in files]))
     return folder / shared, [path.relative_to(shared) for path in files]
@@ -126,65 +230,168 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
     return {}
 
 
-def _load_shards(folder: Path, shards: list[PurePosixPath], streaming: bool) -> Splits:
-    """Shards name their split by their folder, or by one word as in `birds-train-0001.tar`."""
-    of_folder = _split_folders(shards, folder)
-    splits = []
-    for path in shards:
-        words = {SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS}
-        splits.append(of_folder.get(path.parts[0]) or (words.pop() if len(words) == 1 else None))
-    if None in splits or "train" not in splits:
-        splits = ["train"] * len(shards)
+def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
+    """
+    What the names of archives say, as folders: their split, by one word as in `birds-train-0001.tar`; or a class, if they
+    differ by more than a number.
+    """
+    words = [{SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS} for path in archives]
+    splits = [found.pop() if len(found) == 1 else None for found in words]
+    if "train" in splits and None not in splits:
+        return [PurePosixPath(split) for split in splits]
+    names = [re.sub(r"[-_. ]*\d+$", "", path.stem) for path in archives]
+    if len(set(names)) > 1 and all(names):
+        return [path.parent / name for path, name in zip(archives, names, strict=True)]
+    return [path.parent for path in archives]
+
+
+def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Metadata]]:
+    """The images in archives, and tables of metadata beside them."""
+    entries, metadata, folders = [], [], _archive_folders(found.archives)
+    if _split_folders(found.archives, folder):
+        folders = [path.parent for path in found.archives]
+    for path, inside in zip(found.archives, folders, strict=True):
+        archive = folder.absolute() / path
+        members, used = members_of(archive), set()
+        if path in found.shards:
+            for place, columns in samples_of(archive, members):
+                entries.append(Entry(inside / f"{place}.image", columns.get("image"), columns))
+            used = {member for member in members if is_picture(member.name)}
+        for member in members:
+            place = inside / member.place
+            is_hidden = any(part.startswith((".", "__")) for part in member.place.parts)
+            if member in used or is_hidden:
+                continue
+            elif is_picture(member.name):
+                image = {"bytes": None, "path": packed_path(str(archive), member.name, member.size, member.offset)}
+                entries.append(Entry(place, image, {}))
+            elif member.place.name in METADATA and path not in found.shards:
+                metadata.append(Metadata.of_member(place, archive, member))
+            elif path not in found.shards or _is_image(member.place):
+                found.left_out[place] = _reason(place)
+    return entries, metadata
+
+
+def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool) -> Splits:
+    of_folder, of_name = _split_folders(shards, folder), _archive_folders(shards)
+    names = [of_folder.get(path.parts[0]) or (str(name) if str(name) in SPLITS.values() else None) for path, name in zip(shards, of_name, strict=True)]  # fmt: skip
+    if None in names or "train" not in names:
+        names = ["train"] * len(shards)
     data_files: dict[str, list[str]] = {}
-    for split, path in zip(splits, shards, strict=True):
-        data_files.setdefault(split, []).append(glob.escape(str(folder / path)))
-    return datasets.load_dataset("webdataset", data_files=data_files, streaming=streaming)
+    for split, path in zip(names, shards, strict=True):
+        data_files.setdefault(split, []).append(str(folder / path))
+    features = stream_features([Path(path) for path in data_files["train"]])
+    if not any(isinstance(feature, datasets.Image) for feature in features.values()):
+        raise UserError(f"{folder / shards[0]} holds no images that are read.")
+    if with_labels and set(features) == {"image"}:
+        _refuse_classes_of_stream(folder, [path for path in shards if str(folder / path) in data_files["train"]])
+    return {
+        split: datasets.IterableDataset.from_generator(
+            streamed_samples, features=features, gen_kwargs={"shards": paths, "features": features}
+        )
+        for split, paths in data_files.items()
+    }
 
 
-def _load_files(folder: Path, files: list[PurePosixPath], with_labels: bool) -> Splits:
-    split_folders = _split_folders(files, folder)
-    paths: dict[str, list[PurePosixPath]] = {}
-    for path in files:
-        paths.setdefault(split_folders.get(path.parts[0], "train"), []).append(path)
-    features = datasets.Features({"image": datasets.Image(decode=False)})
-    splits = {}
-    for split, of_split in paths.items():
-        column = [{"bytes": None, "path": str(folder.absolute() / path)} for path in of_split]
-        splits[split] = datasets.Dataset.from_dict({"image": column}, features=features)
-    return _with_classes(splits, paths, bool(split_folders), folder) if with_labels else splits
+def _refuse_classes_of_stream(folder: Path, shards: list[PurePosixPath]) -> None:
+    """Folders in shards are classes, which a stream would have to read all of to know."""
+    places = [PurePosixPath(place) for place, _ in samples_of(folder / shards[0], members_of(folder / shards[0]))]
+    tops = sorted({place.parts[0] for place in places if len(place.parts) > 1})
+    if len(tops) > 1 or (len(tops) == 1 and len(shards) > 1 and len(places) == sum(len(p.parts) > 1 for p in places)):
+        raise UserError(
+            f"{folder / shards[0]} holds folders ({', '.join(tops[:5])}), which may be classes, but a stream cannot count them in "
+            "advance. Leave `--streaming` out, or train without classes: `--label_column none`."
+        )
+
+
+def _rows_of(folder: Path, entries: list[Entry], metadata: list[Metadata], found: Survey, with_labels: bool) -> Splits:
+    """Rows of each split, with classes and what tables of metadata say."""
+    shared, places = _inside(PurePosixPath(), [entry.place for entry in entries])
+    split_folders = _split_folders(places, folder)
+    described = read_metadata(metadata, folder, {entry.place for entry in entries}, required=with_labels)
+    if described is None:  # of several images a row
+        return _load_described(folder, found.pictures + found.metadata)
+    splits: dict[str, list[tuple[PurePosixPath, Entry, int | None]]] = {}
+    for place, entry in zip(places, entries, strict=True):
+        rows = splits.setdefault(split_folders.get(place.parts[0], "train"), [])
+        rows += [(place, entry, number) for number in described.rows.get(entry.place, [None])]
+    has_labels = with_labels and not any("cls" in entry.columns for entry in entries)
+    labels = _classes_of(splits, bool(split_folders), folder, shared, found) if has_labels else {}
+    names = columns_features(entry.columns for entry in entries)
+    names = {name: feature for name, feature in names.items() if name != "image"}
+    loaded = {}
+    for split, rows in splits.items():
+        if labels and split not in labels:
+            continue
+        features, data = datasets.Features(names), {}
+        if any(entry.image is not None for entry in entries):  # else a sample has several and the flag chooses
+            features = datasets.Features({"image": datasets.Image(decode=False), **names})
+            data["image"] = [entry.image for _, entry, _ in rows]
+        for name, feature in names.items():
+            data[name] = [fitted(entry.columns.get(name), feature) for _, entry, _ in rows]
+        loaded[split] = _with_table(datasets.Dataset.from_dict(data, features=features), described.table, rows)
+        if labels:
+            classes, ids = labels[split]
+            name = "label" if "label" not in loaded[split].features else "class_folder"
+            loaded[split] = loaded[split].add_column(name, ids, feature=datasets.ClassLabel(names=classes))
+    return loaded
+
+
+def _with_table(rows: datasets.Dataset, table: pa.Table | None, numbers: list[tuple[Any, Any, int | None]]):
+    """With the columns of metadata, empty for images that no table names."""
+    if table is None:
+        return rows
+    taken = datasets.Dataset(table.take(pa.array([number for *_, number in numbers], pa.int64())))
+    taken = taken.rename_columns({name: f"metadata.{name}" for name in taken.features if name in rows.features})
+    return datasets.concatenate_datasets([rows, taken], axis=1)
 
 
 def _load_described(folder: Path, files: list[PurePosixPath]) -> Splits:
-    """Pictures with tables that say what belongs to each (`metadata.csv` or `.jsonl`)."""
+    """Pictures with tables of which a row names several."""
+    folder, files = _inside(folder, files)
     data_files: dict[str, list[str]] = {}
     for top, split in _split_folders(files, folder).items() or [("", "train")]:
         data_files.setdefault(split, []).append(f"{glob.escape(str((folder / top).resolve()))}/**")
     return datasets.load_dataset("imagefolder", data_files=data_files)
 
 
-def _with_classes(
-    splits: Splits, paths: dict[str, list[PurePosixPath]], has_split_folders: bool, folder: Path
-) -> Splits:
-    """With a column of labels: the first folder, or the first below that of the split; none without two classes."""
+def _classes_of(
+    splits: dict[str, list[tuple[PurePosixPath, Entry, Any]]], has_split_folders: bool, folder: Path, shared: PurePosixPath, found: Survey
+) -> dict[str, tuple[list[str], list[int]]]:  # fmt: skip
+    """
+    Classes and labels of each split: the first folder, or the first below that of the split; empty without two classes.
+    """
+    below = 1 if has_split_folders else 0
     names = {
-        split: [path.parts[has_split_folders] if len(path.parts) > 1 + has_split_folders else "" for path in of_split]
-        for split, of_split in paths.items()
+        split: [place.parts[below] if len(place.parts) > 1 + below else "" for place, *_ in rows]
+        for split, rows in splits.items()
     }
-    classes = sorted({name for of_split in names.values() for name in of_split} - {""})
+    classes = class_order({name for of_split in names.values() for name in of_split} - {""})
+    _warn_of_unread(found, classes, below + len(shared.parts), folder)
     if len(classes) < 2 or not any(names["train"]):
-        return splits
-    ids, labelled = {name: number for number, name in enumerate(classes)}, {}
+        return {}
+    shown = [os.fsencode(name).decode(errors="replace") for name in classes]
+    ids, labels = {name: number for number, name in enumerate(classes)}, {}
     for split, of_split in names.items():
         if "" not in of_split:
-            column = [ids[name] for name in of_split]
-            labelled[split] = splits[split].add_column("label", column, feature=datasets.ClassLabel(names=classes))
+            labels[split] = (shown, [ids[name] for name in of_split])
         elif split != "train" and not any(of_split):
             logger.warning("the split %r of %s has no class folders and is left out", split, folder)
         else:
-            stray = paths[split][of_split.index("")]
+            stray = splits[split][of_split.index("")][0]
             raise UserError(
-                f"{folder} has class folders ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}), and {of_split.count('')} "
+                f"{folder} has class folders ({', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}), and {of_split.count('')} "
                 f"images beside them, such as {stray}. Move those into a class folder or elsewhere, or train without classes: "
                 "`--label_column none`."
             )
-    return labelled
+    return labels
+
+
+def _warn_of_unread(found: Survey, classes: list[str], level: int, folder: Path) -> None:
+    """Folders that would be classes if their pictures could be read."""
+    unread: dict[str, dict[PurePosixPath, str]] = {}
+    for path, reason in found.left_out.items():
+        if _is_image(path) and len(path.parts) > level + 1 and path.parts[level] not in classes:
+            unread.setdefault(path.parts[level], {})[path] = reason
+    for name, files in unread.items():
+        logger.warning("no class %r: none of its files in %s is read%s", name, folder, _listed(files, ": "))

@@ -1,11 +1,9 @@
 """One image: from the bytes of a file to a square of pixels."""
 
-import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -14,13 +12,17 @@ from dae_diffusers.data.arrays import (
     RANGES,
     Depth,
     LossyDepthError,
+    cut_elongated,
     decode_array,
     find_depth,
     find_picture_depth,
+    refuse_signed,
     resize_and_crop_array,
     without_warnings,
 )
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
+from dae_diffusers.data.contents import Root, name_of_row, read_content
+from dae_diffusers.data.formats import open_picture
 from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -33,18 +35,31 @@ class ImageReader:
     Args:
         config ([`DataConfig`]): Resolution, channels, crops, flips and range of values.
         depth (`str` or `None`): Of the data's first image; None where it cannot be read.
+        value_range (`list[float]`, *optional*): Lowest and highest value; default: what the flag gives, if anything.
+        root ([`Root`], *optional*): Where files must lie.
 
     Attributes:
         is_array (`bool`): Whether images are read as arrays of floats rather than as 8-bit pictures.
+        value_range (`list[float]` or `None`): The values that become -1 and 1; None for 8-bit pictures, and for arrays until
+            it has been measured.
     """
 
-    def __init__(self, config: DataConfig, depth: Depth | None):
+    def __init__(
+        self,
+        config: DataConfig,
+        depth: Depth | None,
+        *,
+        value_range: list[float] | None = None,
+        root: Root | None = None,
+    ):
         self.config = config
         self.depth = depth
+        self.root = root
+        self.value_range = list(value_range or config.value_range) or None
         self.is_array = (
-            bool(config.value_range) or config.image_channels not in (1, 3) or depth in ("16-bit", "numbers")
+            self.value_range is not None or config.image_channels not in (1, 3) or depth in ("16-bit", "numbers")
         )
-        self._warned_small = False
+        self._warned_small = self._warned_dark = False
 
     def read(self, item: Any, name: Callable[[], str], draw: int | None = None) -> np.ndarray:
         r"""
@@ -76,14 +91,16 @@ class ImageReader:
     def decode(self, item: Any, name: Callable[[], str]) -> np.ndarray | Image.Image:
         r"""The whole image, `(H, W, C)` float32 if it is an array; as [`read`] otherwise."""
         try:
-            decode = self._decode_array if self.is_array else decode_image
-            return decode(read_content(item), channels=self.config.image_channels)
-        except MemoryError:
-            raise
+            content, channels = read_content(item, self.root), self.config.image_channels
+            if self.is_array:
+                return self._decode_array(content, channels=channels)
+            return decode_image(content, channels=channels, on_16_bits=lambda highest: self._warn_dark(highest, name))
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
+            reason = one_line(error) or type(error).__name__
+            if isinstance(error, MemoryError):
+                reason = f"it does not fit into memory: {reason}"
             raise UserError(
-                f"the image {name()} cannot be decoded ({one_line(error)}). "
-                "Remove or replace it, or pass `--on_bad_image skip`."
+                f"the image {name()} cannot be decoded ({reason}). Remove or replace it, or pass `--on_bad_image skip`."
             ) from None
 
     def to_pixel_values(self, pixels: np.ndarray, draws: Sequence[int | None]) -> torch.Tensor:
@@ -98,7 +115,7 @@ class ImageReader:
         flips = [draw is not None and self.config.random_flip and is_flipped(draw) for draw in draws]
         if any(flips):
             pixels[flips] = pixels[flips][:, :, ::-1]
-        low, high = self.config.value_range or (0.0, 255.0)
+        low, high = self.value_range or (0.0, 255.0)
         pixel_values = (
             torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         )
@@ -106,7 +123,7 @@ class ImageReader:
 
     def _decode_array(self, content: Any, *, channels: int) -> np.ndarray:
         """In the values of the first image: white is 65535 in an 8-bit picture too, if it is in the others."""
-        depth, has_full_range = find_depth(content), list(self.config.value_range) == RANGES["16-bit"]
+        depth, has_full_range = find_depth(content), self.value_range == RANGES["16-bit"]
         is_picture = depth == "8-bit" and channels in (1, 3)
         if self.depth not in (None, depth) and not (has_full_range and (is_picture or depth == "16-bit")):
             raise ValueError(f"it holds {depth} pixels, unlike the first image, which holds {self.depth} ones")
@@ -114,6 +131,17 @@ class ImageReader:
             return decode_array(content, channels=channels)
         image = np.asarray(decode_image(content, channels=channels), dtype=np.float32)
         return image.reshape(*image.shape[:2], channels) * (257 if has_full_range else 1)
+
+    def _warn_dark(self, highest: int, name: Callable[[], str]) -> None:
+        """Of 16-bit files among 8-bit ones, whose values are divided by 257."""
+        if 0 < highest < 4096 and not self._warned_dark:
+            self._warned_dark = True
+            logger.warning(
+                "the image %s has 16 bits but no value above %d: it comes out nearly black beside 8-bit pictures, like any other "
+                "such one. Save them with the same range, or each kind in a folder of its own with its `--value_range`.",
+                name(),
+                highest,
+            )
 
     def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
         if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
@@ -135,25 +163,31 @@ def is_flipped(draw: int) -> bool:
     return draw % 2 == 1
 
 
-def decode_image(data: bytes, *, channels: Literal[1, 3] = 3) -> Image.Image:
+def decode_image(
+    data: bytes, *, channels: Literal[1, 3] = 3, on_16_bits: Callable[[int], None] | None = None
+) -> Image.Image:
     r"""
     Decodes an image file to 8-bit RGB (`channels=3`) or grayscale (`channels=1`).
 
     EXIF rotation is applied; an animation gives its first frame; transparency is laid over white; CMYK, palette and
-    other modes are converted by Pillow, 16 bits to 8. Data sets of 16-bit or float files go through
-    `dae_diffusers.data.arrays` instead.
+    other modes are converted by Pillow, 16 bits to 8 (`on_16_bits` is called with the highest value then). Data sets of
+    16-bit or float files go through `dae_diffusers.data.arrays` instead.
 
     Raises:
         Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float, signed and 32-bit
             images.
     """
-    image = Image.open(io.BytesIO(data))
+    image = open_picture(data)
     if find_picture_depth(image) == "numbers":
         raise ValueError("it has float, signed or 32-bit pixels, unlike the first image")
+    refuse_signed(image, data)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        if on_16_bits is not None:
+            on_16_bits(int(values.max()))
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -165,7 +199,7 @@ def resize_and_crop(image: Image.Image, resolution: int, *, random: np.random.Ge
     Scales the shorter side to `resolution` and crops a square.
 
     Large images are first halved by box filtering while they stay at least twice as large, then scaled bicubically, as
-    in ADM's preprocessing, so that nothing aliases.
+    in ADM's preprocessing, so that nothing aliases. Very long ones are cut first.
 
     Args:
         image (`PIL.Image.Image`): Of any size.
@@ -174,6 +208,8 @@ def resize_and_crop(image: Image.Image, resolution: int, *, random: np.random.Ge
 
     Source: Dhariwal and Nichol, 2021, https://huggingface.co/papers/2105.05233.
     """
+    image, is_placed = cut_elongated(image, image.size, random)
+    random = None if is_placed else random
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -191,7 +227,7 @@ def random_square(width: int, height: int, min_area: float, random: np.random.Ge
 
 
 @without_warnings()
-def find_first_depth(items: Iterable[Any], config: DataConfig) -> Depth | None:
+def find_first_depth(items: Iterable[Any], config: DataConfig, root: Root | None = None) -> Depth | None:
     r"""
     [`~dae_diffusers.data.arrays.find_depth`] of the first row's image, or with `--on_bad_image skip` of the first that
     is not damaged; None if there is none: reading it for real says so.
@@ -201,32 +237,10 @@ def find_first_depth(items: Iterable[Any], config: DataConfig) -> Depth | None:
     """
     for index, item in enumerate(items):
         try:
-            return find_depth(read_content(item))
+            return find_depth(read_content(item, root))
         except LossyDepthError as error:
             raise UserError(f"the image {name_of_row(item, index)} cannot be read as it is: {error}.") from None
         except Exception:
             if config.on_bad_image == "raise":
                 return None
     return None
-
-
-def name_of_row(item: Any, index: int) -> str:
-    r"""The image's file name, where it has one, else its row."""
-    return (isinstance(item, dict) and item.get("path")) or f"row {index} of the dataset"
-
-
-def read_content(item: Any) -> Any:
-    r"""The bytes of an image file, wherever it lies, or the lists of an array column as they are."""
-    if item is None:
-        raise ValueError("the row is empty")
-    if not isinstance(item, dict):
-        return item
-    data = item["bytes"]
-    if data is None and not item["path"]:
-        raise ValueError("the row is empty")
-    if data is None:
-        with fsspec.open(item["path"], "rb") if "://" in item["path"] else open(item["path"], "rb") as file:
-            data = file.read()
-    if not data:
-        raise ValueError("the file has 0 bytes")
-    return data

@@ -2,48 +2,88 @@
 
 import hashlib
 import logging
+import math
+import os
+from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 
 from dae_diffusers.cli import did_you_mean
-from dae_diffusers.data.arrays import RANGES
-from dae_diffusers.data.columns import find_image_column, find_label_column, label_ids, label_names
+from dae_diffusers.data.arrays import RANGES, decode_array, find_depth
+from dae_diffusers.data.columns import (
+    Rows,
+    column_values,
+    describe_classes,
+    feature_of,
+    find_image_column,
+    find_label_column,
+    label_ids,
+    label_names,
+    value_of,
+    with_image_column,
+)
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
+from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
-from dae_diffusers.data.folders import load_folder
+from dae_diffusers.data.folders import Survey, contents_of, load_folder, survey
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
+from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)
 
+# Pictures whose depth, and files of 16 bits whose values, are looked at before training.
+_LOOKED_AT = 64
+_READ_BY_US = (None, "imagefolder", "generator", "webdataset")
 
-def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset | StreamedImages, ImageDataset]:
+
+class _Loaded(NamedTuple):
+    """All splits, where files must lie that rows name, and where they came from, for messages."""
+
+    splits: dict[str, Rows]
+    root: Root | None
+    source: str
+
+
+def load_images(
+    config: DataConfig, seed: int = 0, *, value_range: list[float] | None = None
+) -> tuple[ImageDataset | StreamedImages, ImageDataset]:
     r"""
-    Loads the training and the validation images.
+    Loads the training and the validation images, and logs what they are: how many, from where, of which column, with which
+    classes and range of values, and what was left out.
 
     Args:
         config ([`DataConfig`]): What to load. Its `value_range` is filled in for images that are arrays.
         seed (`int`, *optional*): Chooses the held-out images if the data have no validation split.
+        value_range (`list[float]`, *optional*): Of the autoencoder that will see the images
+            ([`~dae_diffusers.data.arrays.read_value_range`]); that of the flags comes first. Without either, the range is that of
+            the depth of pictures, or is measured.
 
     Returns:
-        Training and validation images, with the same `id2label`; the former as [`StreamedImages`] with `config.streaming`.
+        Training and validation images, with the same `id2label` and `value_range`; the former as [`StreamedImages`] with
+        `config.streaming`.
 
     Raises:
         UserError: For a data set, split or column that does not exist, empty splits and unusable labels.
     """
-    splits = _load_splits(config)
+    loaded = _load_splits(config)
+    splits = loaded.splits
     validation_name = _validation_split(config, splits)
     train = splits[config.train_split]
-    validation = None if validation_name is None else splits[validation_name]
+    validation = None if validation_name in (None, config.train_split) else splits[validation_name]
+    value_range = config.value_range or value_range
+    is_given = bool(value_range)
     if config.streaming:
-        return _streamed(config, train, validation)
+        return _streamed(config, train, validation, validation_name, loaded, value_range)
 
-    image_column = find_image_column(train, config.image_column)
+    train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.label_column, image_column)
     if validation is None:
         if len(train) < 2:
@@ -51,6 +91,8 @@ def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset | Strea
         order = np.random.default_rng(derived_seed(seed, 2)).permutation(len(train))
         num_validation = max(1, round(config.validation_fraction * len(train)))
         train, validation = train.select(order[num_validation:]), train.select(np.sort(order[:num_validation]))
+    else:
+        _require_labels(validation, label_column, validation_name)
     if config.max_train_samples is not None:
         train = train.select(choose_indices(len(train), config.max_train_samples))
     validation = validation.select(choose_indices(len(validation), config.max_validation_samples))
@@ -58,82 +100,170 @@ def load_images(config: DataConfig, seed: int = 0) -> tuple[ImageDataset | Strea
         if len(rows) == 0:
             raise UserError(f"the split {name!r} is empty.")
 
-    id2label, value2id = label_names(train, validation, label_column)
-    result, is_range_given = [], bool(config.value_range)
-    for rows in (train, validation):
-        labels = None if label_column is None else label_ids(rows[label_column], value2id, id2label, label_column)
+    id2label, value2id = label_names(train, validation, label_column, is_chosen=config.label_column is not None)
+    result: list[ImageDataset] = []
+    for name, rows in ((config.train_split, train), (validation_name or config.train_split, validation)):
+        labels = None
+        if label_column is not None:
+            labels = label_ids(column_values(rows, label_column), value2id, id2label, label_column, name)
         images = ImageDataset(
-            _undecoded(rows, image_column),
+            with_image_column(rows, image_column)[0],
             config,
             image_column=image_column,
             labels=labels,
             id2label=id2label,
             depth=result[0].depth if result else None,  # one way for both splits
+            value_range=value_range,
+            root=loaded.root,
         )
-        if images.is_array and not config.value_range:
-            config.value_range = list(RANGES.get(images.depth, []))
+        if images.is_array and not images.value_range:
+            images.value_range = RANGES.get(images.depth)
         result.append(images.without_bad_images() if config.on_bad_image == "skip" else images)
-    if result[0].is_array and not is_range_given:
-        config.value_range = config.value_range or result[0].measure_range()
-        logger.info("the images' values lie in [%g, %g]", *config.value_range)
-    return tuple(result)
+    train_images, validation_images = result
+    held_out = "" if validation_name not in (None, config.train_split) else " (held out)"
+    logger.info(
+        "%d training and %d validation images%s from %s, split %s, column %s",
+        len(train_images), len(validation_images), held_out, loaded.source, config.train_split, image_column,
+    )  # fmt: skip
+    _log_classes(train_images.labels, id2label, label_column, train.features)
+    if train_images.is_array and not train_images.value_range:
+        train_images.value_range = validation_images.value_range = train_images.measure_range()
+    if train_images.value_range:
+        logger.info("the images' values: [%g, %g] becomes [-1, 1]", *train_images.value_range)
+        config.value_range = list(train_images.value_range)
+    _compare_ranges(train_images, is_given=is_given)
+    return train_images, validation_images
+
+
+def _require_labels(validation: Rows, column: str | None, split: str) -> None:
+    if column is not None and feature_of(validation.features, column) is None:
+        raise UserError(
+            f"the split {split!r} has no column {column!r} of labels, but {list(validation.features)}. Pass "
+            "`--validation_split train` to hold out a part of the training images instead, or `--label_column none`."
+        )
+
+
+def _log_classes(labels: list[int] | None, id2label: dict[int, str] | None, column: str | None, features) -> None:
+    if id2label is None:
+        logger.info("no classes; the columns are %s", ", ".join(features))
+    else:
+        logger.info("column %s has %s", column, describe_classes(labels, id2label))
+
+
+def _compare_ranges(images: ImageDataset, *, is_given: bool) -> None:
+    """Says the range of values of 16-bit pictures beside the one that is assumed, and warns where that is far too wide."""
+    if images.depth not in ("8-bit", "16-bit") or images.config.image_channels not in (1, 3):
+        return
+    depths: dict[str, int] = {}
+    low, high, example = math.inf, -math.inf, None
+    for index in choose_indices(len(images), _LOOKED_AT):
+        try:
+            content = read_content(images.rows[int(index)][images.image_column], images.root)
+            depth = find_depth(content)
+            depths[depth] = depths.get(depth, 0) + 1
+            if depth == "16-bit":
+                values = decode_array(content, channels=1)
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+                example = example or images.name_of(int(index))
+        except Exception:  # whoever reads it for training names it
+            continue
+    if example is None:
+        return
+    assumed = images.value_range or RANGES["16-bit"]
+    logger.info(
+        "the values of %d of %d images looked at have 16 bits: seen [%g, %g], assumed [%g, %g]",
+        depths["16-bit"], sum(depths.values()), low, high, *assumed,
+    )  # fmt: skip
+    if assumed[1] >= 4 * high and assumed == RANGES["16-bit"]:
+        mended = "they come out nearly black. "
+        if depths.keys() > {"16-bit"}:
+            mended += (
+                "8-bit pictures lie beside them: save all with the same range, or each kind in a folder of its own"
+            )
+        else:
+            bound = 2 ** max(8, math.ceil(math.log2(high + 1))) - 1
+            mended += f"If {bound} is white, pass `--value_range 0 {bound}`; else `--value_range 0 65535` says that it is meant"
+        if not is_given:
+            logger.warning("16-bit images, such as %s, use little of [0, 65535]: %s.", example, mended)
 
 
 def _streamed(
-    config: DataConfig, train: datasets.IterableDataset, validation: datasets.IterableDataset | None
+    config: DataConfig,
+    train: datasets.IterableDataset,
+    validation: datasets.IterableDataset | None,
+    validation_name: str | None,
+    loaded: _Loaded,
+    value_range: list[float] | None,
 ) -> tuple[StreamedImages, ImageDataset]:
     """Training images as a stream. Validation images are few and kept: of their split, else the first of the stream."""
     if train.features is None:
         raise UserError(
             "the stream does not say what its columns hold; use Parquet or webdataset shards, or no `--streaming`."
         )
-    image_column = find_image_column(train, config.image_column)
+    root, is_given = loaded.root, bool(value_range)
+    train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.label_column, image_column)
+    if label_column == "cls" and config.label_column is None and config.num_classes is None:
+        logger.warning(
+            "the labels in the column `cls` are not used: a stream cannot count its classes. For those give `--label_column cls` and "
+            "`--num_classes`."
+        )
+        label_column = None
     id2label = _streamed_label_names(config, train.features, label_column)
-    train = _undecoded(train, image_column)
     sizes = train.info.splits or {}
     num_examples = sizes[config.train_split].num_examples if config.train_split in sizes else None
-    first = _take(train, 64, image_column)
+    first = _take(train, 64, image_column, root)
     if len(first) < 2:
         raise UserError(f"the split {config.train_split!r} has {len(first)} images; at least 2 are needed.")
     digest = hashlib.sha256(f"{train.num_shards} {num_examples} {sorted(train.features)}".encode())
     for row in first:
-        digest.update(content_hash(row[image_column]) + str(row.get(label_column)).encode())
+        label = None if label_column is None else value_of(row, label_column)
+        digest.update(content_hash(row[image_column], root) + str(label).encode())
 
-    depth = find_first_depth((row[image_column] for row in first), config)
-    if ImageReader(config, depth).is_array and not config.value_range:
+    depth = find_first_depth((row[image_column] for row in first), config, root)
+    if ImageReader(config, depth, value_range=value_range).is_array and not value_range:
         if depth not in RANGES:
             raise UserError(
                 "the range of a stream's values cannot be measured in advance: give `--value_range LOW HIGH`."
             )
-        config.value_range = list(RANGES[depth])
+        value_range = RANGES[depth]
+    if value_range:
+        config.value_range = list(value_range)
 
     held_out = frozenset()
     if validation is not None:
-        rows = _take(_undecoded(validation, image_column), config.max_validation_samples, image_column)
+        validation = with_image_column(validation, image_column)[0]
+        _require_labels(validation, label_column, validation_name)
+        rows = _take(validation, config.max_validation_samples, image_column, root)
         if not rows:
-            raise UserError(f"the split {config.validation_split or 'for validation'!r} is empty.")
+            raise UserError(f"the split {validation_name!r} is empty.")
     else:
-        rows = _take(train, config.max_validation_samples + 1, image_column)
+        rows = _take(train, config.max_validation_samples + 1, image_column, root)
         if len(rows) <= config.max_validation_samples:
             num_examples = len(rows)  # the whole of a small stream
         share = len(rows) if num_examples is None else config.validation_fraction * num_examples
         rows = rows[: max(1, min(config.max_validation_samples, round(share)))]
-        held_out = frozenset(content_hash(row[image_column]) for row in rows)
+        held_out = frozenset(content_hash(row[image_column], root) for row in rows)
     if train.num_shards == 1:
         logger.warning(
             "the stream has one shard: images are shuffled within blocks of %d only (`--shuffle_buffer_size`). If the data are "
             "sorted by class, split them into more files.",
             config.shuffle_buffer_size,
         )
-    kept = datasets.Dataset.from_list(rows, features=train.features)
+    kept = datasets.Dataset.from_list(rows, features=train.features if validation is None else validation.features)
+    labels = None
+    if label_column is not None:
+        name = validation_name or config.train_split
+        labels = label_ids(column_values(kept, label_column), None, id2label, label_column, name)
     validation_images = ImageDataset(
         kept,
         config,
         image_column=image_column,
-        labels=None if label_column is None else label_ids(kept[label_column], None, id2label, label_column),
+        labels=labels,
         id2label=id2label,
         depth=depth,
+        value_range=value_range,
+        root=root,
     )
     train_images = StreamedImages(
         train,
@@ -145,14 +275,22 @@ def _streamed(
         fingerprint=digest.hexdigest()[:16],
         held_out=held_out,
         num_examples=num_examples,
+        value_range=value_range,
+        root=root,
     )
+    logger.info(
+        "training images as a stream from %s, split %s, column %s; %d validation images",
+        loaded.source, config.train_split, image_column, len(validation_images),
+    )  # fmt: skip
+    _log_classes(None, id2label, label_column, train.features)
+    _compare_ranges(validation_images, is_given=is_given)
     return train_images, validation_images.without_bad_images() if config.on_bad_image == "skip" else validation_images
 
 
 def _streamed_label_names(config: DataConfig, features: datasets.Features, column: str | None) -> dict[int, str] | None:
     if column is None:
         return None
-    feature = features[column]
+    feature = feature_of(features, column)
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names))
     if config.num_classes is None or not getattr(feature, "dtype", "").startswith(("int", "uint")):
@@ -163,20 +301,12 @@ def _streamed_label_names(config: DataConfig, features: datasets.Features, colum
     return {index: str(index) for index in range(config.num_classes)}
 
 
-def _take(rows: datasets.IterableDataset, number: int, image_column: str) -> list[dict]:
-    return [{**row, image_column: fetch(row[image_column])} for row in rows.take(number)]
-
-
-def _undecoded(
-    rows: datasets.Dataset | datasets.IterableDataset, image_column: str
-) -> datasets.Dataset | datasets.IterableDataset:
-    if isinstance(rows.features[image_column], datasets.Image):
-        return rows.cast_column(image_column, datasets.Image(decode=False))
-    return rows
+def _take(rows: datasets.IterableDataset, number: int, image_column: str, root: Root | None) -> list[dict]:
+    return [{**row, image_column: fetch(row[image_column], root)} for row in rows.take(number)]
 
 
 def _validation_split(config: DataConfig, splits: dict) -> str | None:
-    """The split that is asked for, or one whose name says that it is for this; None without one."""
+    """The split that is asked for, or one whose name says that it is for this; None without one. The training split: a part."""
     if config.train_split not in splits:
         raise UserError(f"`--train_split` {config.train_split!r} does not exist; the splits are {list(splits)}.")
     if config.validation_split is not None:
@@ -188,22 +318,130 @@ def _validation_split(config: DataConfig, splits: dict) -> str | None:
     return next((name for name in ("validation", "val", "test") if name in splits and name != config.train_split), None)
 
 
-def _load_splits(config: DataConfig) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+def _load_splits(config: DataConfig) -> _Loaded:
+    source = config.train_data_dir or config.dataset_name
     try:
-        if config.train_data_dir is not None:
-            folder = Path(config.train_data_dir)
-            if not folder.is_dir():
-                raise UserError(f"`--train_data_dir` {folder} is not a folder.")
-            return load_folder(folder, streaming=config.streaming, with_labels=config.label_column != "none")
-        if config.dataset_name in EMBEDDED:
-            folder = files("dae_diffusers") / "assets"
-            names = {split: str(folder / f"{config.dataset_name}_{split}.parquet") for split in ("train", "test")}
-            return datasets.load_dataset("parquet", data_files=names)
-        return datasets.load_dataset(config.dataset_name, config.dataset_config_name, streaming=config.streaming)
+        return _read_source(config)
     except UserError:
         raise
     except Exception as error:  # a data set can fail to load in any way; the user gets the reason, not the stack
-        source = config.train_data_dir or config.dataset_name
         flag = "--train_data_dir" if config.train_data_dir else "--dataset_name"
-        hint = "" if config.train_data_dir else did_you_mean(source, sorted(EMBEDDED))
-        raise UserError(f"`{flag}` {source} cannot be loaded: {one_line(error, 500)}{hint}") from None
+        cache = os.path.realpath(datasets.config.HF_DATASETS_CACHE)
+        file = next((cause.filename for cause in _causes(error) if isinstance(cause, OSError) and cause.filename), None)
+        place = None if file is None else os.path.realpath(os.fspath(file))
+        if place is not None and (cache.startswith(place) or place.startswith(cache)):
+            hint = (
+                f". If the cache {cache} cannot be written, set the environment variable HF_HOME to a folder that can"
+            )
+        elif Path(source).is_dir():
+            hint = f". The folder holds {contents_of(Path(source))}"
+        else:
+            hint = "" if source in EMBEDDED else did_you_mean(source, sorted(EMBEDDED))
+        raise UserError(f"`{flag}` {source} cannot be loaded: {_reasons(error)}{hint}") from error
+
+
+def _read_source(config: DataConfig) -> _Loaded:
+    with_labels = config.label_column != "none"
+    if config.train_data_dir is not None:
+        folder = Path(config.train_data_dir)
+        if not folder.is_dir():
+            raise UserError(f"`--train_data_dir` {folder} is not a folder.")
+        if _is_saved(folder):
+            return _load_saved(folder, config)
+        splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels)
+        return _Loaded(splits, _root_of(splits, folder, None), str(folder))
+    if config.dataset_name in EMBEDDED:
+        assets = files("dae_diffusers") / "assets"
+        # In memory: `datasets` would want to write a copy.
+        splits = {
+            split: datasets.Dataset(pq.read_table(str(assets / f"{config.dataset_name}_{split}.parquet")))
+            for split in ("train", "test")
+        }
+        return _Loaded(splits, None, config.dataset_name)
+    folder = Path(config.dataset_name)
+    if folder.is_dir():
+        if _is_saved(folder):
+            return _load_saved(folder, config)
+        found = survey(folder)
+        has_card = _has_card(folder) or config.dataset_config_name is not None
+        if found.tables and not has_card and (splits := _tables_with_images(folder, found, config)):
+            return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
+        if not has_card:
+            splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, flag="--dataset_name")
+            return _Loaded(splits, None, str(folder))
+        splits = _load_dataset(str(folder.absolute()), config)
+        return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
+    if folder.exists():
+        raise UserError(f"`--dataset_name` {folder} is a file; give the folder that it lies in.")
+    splits = _load_dataset(config.dataset_name, config)
+    name = f"hf://datasets/{config.dataset_name}"
+    return _Loaded(splits, None if _is_read_by_us(splits) else Root(name, name), config.dataset_name)
+
+
+def _tables_with_images(folder: Path, found: Survey, config: DataConfig) -> dict[str, Rows] | None:
+    """The tables of a folder; None where they hold no images and lie beside some, as a `stats.json` may."""
+    if not found.pictures + found.arrays + found.archives:
+        return load_tables(folder, found.tables, streaming=config.streaming)
+    try:
+        splits = load_tables(folder, found.tables, streaming=config.streaming)
+        find_image_column(next(iter(splits.values())), config.image_column)
+        return splits
+    except Exception as error:  # of any file that happens to be called so
+        logger.warning("the tables in %s are left out: %s", folder, _reasons(error))
+        return None
+
+
+def _load_dataset(name: str, config: DataConfig) -> dict[str, Rows]:
+    return datasets.load_dataset(name, config.dataset_config_name, streaming=config.streaming)
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether a README says what the data set's files are, as on the Hub."""
+    path = folder / "README.md"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return text.startswith("---") and any(f"\n{key}:" in text for key in ("configs", "dataset_info"))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _load_saved(folder: Path, config: DataConfig) -> _Loaded:
+    """What `save_to_disk` wrote. It keeps the paths of files and not their bytes, so those may lie anywhere."""
+    if config.streaming:
+        raise UserError(f"{folder} was written by `save_to_disk` and is not read as a stream: leave `--streaming` out.")
+    saved = datasets.load_from_disk(str(folder))
+    anywhere = Root(folder.absolute().anchor, str(folder.absolute()))
+    return _Loaded(saved if isinstance(saved, dict) else {"train": saved}, anywhere, str(folder))
+
+
+def _is_read_by_us(splits: dict[str, Rows]) -> bool:
+    """Whether paths in rows come from a reader of folders, and not from a table that anybody may have written."""
+    return all(rows.info.builder_name in _READ_BY_US for rows in splits.values())
+
+
+def _root_of(splits: dict[str, Rows], folder: Path, tables: list[PurePosixPath] | None) -> Root | None:
+    if _is_read_by_us(splits):
+        return None
+    tables = survey(folder).tables if tables is None else tables
+    inside = os.path.commonpath([path.parent for path in tables]) if tables else ""
+    return Root(str(folder.absolute()), str(folder.absolute() / inside))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what caused it, the outermost first."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _reasons(error: BaseException) -> str:
+    texts: list[str] = []
+    for cause in _causes(error):
+        text = one_line(cause) or type(cause).__name__
+        if not any(text in other for other in texts):
+            texts.append(text)
+    return "; because: ".join(text[:300] for text in texts)

@@ -14,8 +14,10 @@ from torch.utils.data import Sampler
 
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.columns import value_of
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.images import ImageReader, read_content
+from dae_diffusers.data.contents import Root, name_of_row, read_content
+from dae_diffusers.data.images import ImageReader
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.randomness import derived_seed
 
@@ -45,8 +47,8 @@ class StreamedRow:
     @property
     def name(self) -> str:
         r"""Its file's, where it has one."""
-        path = isinstance(self.image, dict) and self.image.get("path")
-        return path or f"number {self.number} of the stream"
+        has_path = isinstance(self.image, dict) and self.image.get("path")
+        return name_of_row(self.image, 0) if has_path else f"number {self.number} of the stream"
 
 
 class StreamedImages(BatchDataset):
@@ -63,6 +65,9 @@ class StreamedImages(BatchDataset):
         fingerprint (`str`): Of the data set.
         held_out (`frozenset[bytes]`, *optional*): [`content_hash`] of images that are for validation.
         num_examples (`int`, *optional*): How many images there are, where the data set says so.
+        value_range (`list[float]`, *optional*): Lowest and highest value; default: what the flag gives, if anything.
+        value2id (`dict`, *optional*): Numbers of the classes by the values of the column, if it holds other ones.
+        root ([`~dae_diffusers.data.contents.Root`], *optional*): Where files must lie that the rows name.
     """
 
     def __init__(
@@ -77,6 +82,9 @@ class StreamedImages(BatchDataset):
         fingerprint: str,
         held_out: frozenset[bytes] = frozenset(),
         num_examples: int | None = None,
+        value_range: list[float] | None = None,
+        value2id: dict[Any, int] | None = None,
+        root: Root | None = None,
     ):
         self.rows = rows
         self.config = config
@@ -86,9 +94,16 @@ class StreamedImages(BatchDataset):
         self.fingerprint = fingerprint
         self.held_out = held_out
         self.num_examples = num_examples
-        self._reader = ImageReader(config, depth)
+        self.value2id = value2id
+        self.root = root
+        self._reader = ImageReader(config, depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
         self._num_read = self._num_bad = 0
+
+    @property
+    def value_range(self) -> list[float] | None:
+        r"""As that of [`ImageDataset`]."""
+        return self._reader.value_range
 
     @without_warnings()
     def __getitems__(self, rows: list[StreamedRow]) -> dict[str, torch.Tensor]:
@@ -123,7 +138,7 @@ class StreamedImages(BatchDataset):
             return None
 
     def _checked_label(self, row: StreamedRow) -> int:
-        if row.label is None or not 0 <= row.label < len(self.id2label):
+        if not isinstance(row.label, int) or not 0 <= row.label < len(self.id2label):
             raise UserError(
                 f"the label of the image {row.name} is {row.label}, but labels must lie in 0..{len(self.id2label) - 1}. "
                 "Give the right `--num_classes`, or train without labels (`--label_column none`)."
@@ -216,7 +231,9 @@ class ImageStream(Sampler[list[StreamedRow]]):
         draw = None
         if self.max_samples is None:
             draw = derived_seed(self.seed, 1, position * self.num_processes + self.process_index)
-        label = row[self.images.label_column] if self.images.label_column is not None else None
+        label = None if self.images.label_column is None else value_of(row, self.images.label_column)
+        if self.images.value2id is not None:
+            label = self.images.value2id.get(label, label)
         return StreamedRow(row[self.images.image_column], label, position, draw)
 
     def _read_block(self, place: "_Place", states: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -299,23 +316,28 @@ class _Place:
         if self.deals_rows and (self.num_rows - 1) % self.stream.num_processes != self.stream.process_index:
             return False
         images = self.stream.images
-        row[images.image_column] = fetch(row[images.image_column])
-        return not images.held_out or content_hash(row[images.image_column]) not in images.held_out
+        row[images.image_column] = fetch(row[images.image_column], images.root)
+        return not images.held_out or content_hash(row[images.image_column], images.root) not in images.held_out
 
 
-def fetch(item: Any) -> Any:
+def fetch(item: Any, root: Root | None = None) -> Any:
     r"""An image that lies elsewhere, with its bytes; None for an empty row; others as they are."""
     if not isinstance(item, dict) or item.get("bytes") is not None:
         return item
     if not item.get("path"):
         return None
-    return {**item, "bytes": read_content(item)} if "://" in item["path"] else item
+    if "://" not in item["path"] or (root is not None and "://" not in root.folder):
+        return item
+    try:
+        return {**item, "bytes": read_content(item, root)}
+    except ValueError:  # refused: who decodes it names it
+        return item
 
 
-def content_hash(item: Any) -> bytes:
+def content_hash(item: Any, root: Root | None = None) -> bytes:
     r"""Of an image's file or values; of nothing if it cannot be read."""
     try:
-        content = read_content(item)
+        content = read_content(item, root)
     except (ValueError, OSError):
         content = b""
     data = content if isinstance(content, bytes) else np.asarray(content).tobytes()

@@ -1,0 +1,219 @@
+"""What lies in `.tar` and `.zip` files: the places of their members, and webdataset's samples of several files."""
+
+import json
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import datasets
+
+from dae_diffusers.data.contents import MAX_FILE_BYTES, packed_path
+from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES, reads_heif
+from dae_diffusers.errors import UserError
+
+# Of a webdataset's sample: what else its files say.
+_NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
+_TEXTS = frozenset({"txt", "text", "caption", "transcript"})
+_JSON = frozenset({"json", "jsn"})
+_INFERRED_SAMPLES = 100  # of which a stream learns its columns
+
+
+class Member(NamedTuple):
+    """A file in an archive; `offset` is None where only the archive can unpack it."""
+
+    place: PurePosixPath
+    name: str
+    size: int
+    offset: int | None
+
+
+def members_of(archive: Path) -> list[Member]:
+    r"""
+    The files in a `.tar` or `.zip`, in their order, none of them read.
+
+    Raises:
+        UserError: If it is damaged, or compressed as a whole.
+    """
+    try:
+        if archive.suffix.lower() == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                infos = [info for info in file.infolist() if not info.is_dir()]
+                if any(info.flag_bits & 1 for info in infos):
+                    raise UserError(f"{archive} is locked with a password. Unpack it.")
+                return [Member(_place(info.filename), info.filename, info.file_size, None) for info in infos]
+        with tarfile.open(archive, "r:") as file:
+            return [Member(_place(info.name), info.name, info.size, info.offset_data) for info in file if info.isreg()]
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the archive {archive} cannot be read ({' '.join(str(error).split())}).") from None
+
+
+def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:
+    r"""
+    A webdataset's samples: the place of each image, and its columns. Files of the same name before the suffix belong
+    together: pictures to `image`, or with a second picture such as `0001.seg.png` to `seg.png`, and numbers, texts and the values
+    of JSON files to columns such as `cls`, `txt` and `json.label`.
+    """
+    compound = _compound_suffixes(members)
+    with archive.open("rb") as file:
+        for key, group in _grouped(members, compound):
+            columns: dict[str, Any] = {}
+            for member, field in group:
+                if is_picture(field):
+                    content = {
+                        "bytes": None,
+                        "path": packed_path(str(archive), member.name, member.size, member.offset),
+                    }
+                    columns[field] = content
+                else:
+                    file.seek(member.offset)
+                    columns |= _side_columns(field, file.read(min(member.size, 2**24)))
+            yield PurePosixPath(key), _with_image(columns)
+
+
+def streamed_samples(shards: list[str], features: datasets.Features) -> Iterator[dict[str, Any]]:
+    r"""The samples of shards with their images' bytes, for `datasets.IterableDataset.from_generator`."""
+    for shard in shards:
+        archive = Path(shard)
+        members = members_of(archive)
+        with archive.open("rb") as file:
+            for _, columns in samples_of(archive, members):
+                for name, value in columns.items():
+                    if isinstance(value, dict) and "path" in value:
+                        columns[name] = _with_bytes(value, file)
+                yield {name: fitted(columns.get(name), feature) for name, feature in features.items()}
+
+
+def stream_features(shards: list[Path]) -> datasets.Features:
+    r"""The columns of a stream, from the first samples of up to three shards."""
+    rows: list[dict[str, Any]] = []
+    for archive in shards[:3]:
+        for number, (_, columns) in enumerate(samples_of(archive, members_of(archive))):
+            if number == _INFERRED_SAMPLES:
+                break
+            rows.append(columns)
+    return columns_features(rows)
+
+
+def columns_features(rows: Iterable[dict[str, Any]]) -> datasets.Features:
+    r"""Features of flat columns; text where values differ in kind."""
+    kinds: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value))
+    features = {}
+    for name, found in kinds.items():
+        found -= {type(None)}
+        if found == {dict}:
+            features[name] = datasets.Image(decode=False)
+        elif found == {int}:
+            features[name] = datasets.Value("int64")
+        elif found == {bool}:
+            features[name] = datasets.Value("bool")
+        elif found and found <= {int, float}:
+            features[name] = datasets.Value("float64")
+        else:
+            features[name] = datasets.Value("string")
+    return datasets.Features(features)
+
+
+def fitted(value: Any, feature: Any) -> Any:
+    r"""A value as its column has it: text where the column holds text for want of one kind."""
+    if feature == datasets.Value("string") and value is not None and not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def is_picture(name: str) -> bool:
+    r"""By its suffix."""
+    suffix = "." + name.rpartition(".")[2].lower()
+    return suffix in SUFFIXES or suffix == ".npy" or (suffix in HEIF_SUFFIXES and reads_heif())
+
+
+def _place(name: str) -> PurePosixPath:
+    return PurePosixPath(*[part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")])
+
+
+def _split(place: PurePosixPath, compound: set[str]) -> tuple[str, str]:
+    """The sample's name and the suffix, which only may have dots if many samples have the same."""
+    first, _, rest = place.name.partition(".")
+    if first and rest.lower() in compound:
+        return str(place.with_name(first)), rest.lower()
+    stem, _, suffix = place.name.rpartition(".")
+    return str(place.with_name(stem)) if stem else str(place), suffix.lower()
+
+
+def _compound_suffixes(members: list[Member]) -> set[str]:
+    """Suffixes such as `seg.png`: half of the samples have it, and another file beside it. Others are dots in a name."""
+    keys: dict[str, list[str]] = {}
+    for member in members:
+        first, _, rest = member.place.name.partition(".")
+        if first and rest:
+            keys.setdefault(str(member.place.parent / first), []).append(rest.lower())
+    counts = Counter(
+        rest for found in keys.values() if any("." not in name for name in found) for rest in found if "." in rest
+    )
+    return {rest for rest, count in counts.items() if count >= max(1, len(keys) / 2)}
+
+
+def _grouped(members: list[Member], compound: set[str]) -> Iterator[tuple[str, list[tuple[Member, str]]]]:
+    """Neighbours of the same name that have a picture among them."""
+    key, group = None, []
+    for member in members:
+        if member.place.name.startswith(".") or "__MACOSX" in member.place.parts:
+            continue
+        name, field = _split(member.place, compound)
+        if name != key:
+            if any(is_picture(field) for _, field in group):
+                yield key, group
+            key, group = name, []
+        group.append((member, field))
+    if any(is_picture(field) for _, field in group):
+        yield key, group
+
+
+def _with_image(columns: dict[str, Any]) -> dict[str, Any]:
+    """A sample's only picture without another word in its suffix is its `image`, whatever its format."""
+    pictures = [name for name, value in columns.items() if isinstance(value, dict)]
+    plain = [name for name in pictures if "." not in name] or pictures
+    if len(plain) != 1:
+        return columns
+    return {"image": columns[plain[0]]} | {name: value for name, value in columns.items() if name != plain[0]}
+
+
+def _side_columns(field: str, data: bytes) -> dict[str, Any]:
+    """Columns of a file beside an image; unreadable ones have none, so that a use of them is an empty value."""
+    kind = field.rpartition(".")[2]
+    try:
+        if kind in _NUMBERS:
+            text = data.decode().strip()
+            return {field: int(text) if re.fullmatch(r"[+-]?\d+", text) else text}
+        if kind in _TEXTS:
+            return {field: data.decode()}
+        if kind in _JSON:
+            values = json.loads(data)
+            flat = values.items() if isinstance(values, dict) else [("", values)]
+            return {
+                f"{field}.{name}" if name else field: value
+                if not isinstance(value, (dict, list))
+                else json.dumps(value)
+                for name, value in flat
+            }
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        pass
+    return {}
+
+
+def _with_bytes(image: dict[str, Any], file) -> dict[str, Any]:
+    """The image of a member of the open archive."""
+    place, _, rest = image["path"].partition("://")[2].partition("/")
+    offset, _, size = place.partition("+")
+    if int(size) > MAX_FILE_BYTES:
+        return image
+    file.seek(int(offset))
+    return {"bytes": file.read(int(size)), "path": image["path"]}

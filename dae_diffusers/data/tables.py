@@ -1,0 +1,167 @@
+"""Tables: Parquet, CSV and JSON files that hold images or name them, and tables of metadata beside images."""
+
+import glob
+import io
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from dae_diffusers.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Suffixes to what `datasets` calls them.
+TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+# Names of folders, and words in the names of files, to splits.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+@dataclass
+class Metadata:
+    """A table of metadata: its place in the folder, and its bytes."""
+
+    path: PurePosixPath
+    content: bytes
+
+    @classmethod
+    def of_member(cls, place: PurePosixPath, archive: Path, member) -> "Metadata":
+        """From a ZIP file."""
+        with zipfile.ZipFile(archive) as file:
+            return cls(place, file.read(member.name))
+
+
+@dataclass
+class Described:
+    """The rows of all tables of metadata, and which of them describe an image, by its place."""
+
+    table: pa.Table | None = None
+    rows: dict[PurePosixPath, list[int]] = field(default_factory=dict)
+
+
+def read_metadata(
+    tables: list[Metadata], folder: Path, images: Collection[PurePosixPath], *, required: bool
+) -> Described | None:
+    r"""
+    Reads tables whose column `file_name` names images, relative to the table's folder.
+
+    Args:
+        tables (`list[Metadata]`): Of the folder.
+        folder (`Path`): For messages.
+        images (`Collection[PurePosixPath]`): The images that exist.
+        required (`bool`): Refuse tables without that column; else they are left out with a warning.
+
+    Returns:
+        [`Described`], or None if rows name several images (`left_file_name`, `file_names`), which `datasets` reads.
+
+    Raises:
+        UserError: If a table cannot be read, or is not one of metadata.
+    """
+    parts, described, missing, count = [], Described(), [], 0
+    for metadata in tables:
+        try:
+            table = _read_table(metadata)
+        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
+            raise UserError(
+                f"{folder / metadata.path} cannot be read ({' '.join(str(error).split())[:300]})."
+            ) from None
+        if "file_name" not in table.column_names:
+            if any(re.search("(^|_)file_names?$", name) for name in table.column_names):
+                return None
+            text = (
+                f"{folder / metadata.path} has no column `file_name` that names images, but {table.column_names[:10]}"
+            )
+            if required:
+                raise UserError(f"{text}. Add it, rename the file, or train without labels: `--label_column none`.")
+            logger.warning("left out: %s.", text)
+            continue
+        for number, name in enumerate(table.column("file_name").to_pylist()):
+            place = PurePosixPath(os.path.normpath(metadata.path.parent / str(name)))
+            if place in images:
+                described.rows.setdefault(place, []).append(count + number)
+            else:
+                missing.append(place)
+        count += len(table)
+        parts.append(table.drop_columns("file_name"))
+    if not parts or parts[0].num_columns == 0:
+        return described
+    try:
+        described.table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+    except pa.ArrowException as error:
+        raise UserError(f"the tables of metadata in {folder} differ: {' '.join(str(error).split())[:300]}.") from None
+    if missing:
+        logger.warning(
+            "%d rows of metadata in %s name no image that is read, such as %s", len(missing), folder, missing[0]
+        )
+    if len(described.rows) < len(images):
+        example = next(place for place in images if place not in described.rows)
+        logger.warning(
+            "%d of %d images in %s have no row of metadata, such as %s; their columns are empty",
+            len(images) - len(described.rows),
+            len(images),
+            folder,
+            example,
+        )
+    return described
+
+
+def load_tables(
+    folder: Path, tables: list[PurePosixPath], *, streaming: bool
+) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    r"""
+    Loads a folder of tables of one kind, the splits by one word in their names or folders.
+
+    Raises:
+        UserError: For tables of several kinds.
+    """
+    kinds = sorted({TABLES[path.suffix.lower()] for path in tables})
+    if "parquet" in kinds:  # a `stats.json` beside shards is no data
+        kinds = ["parquet"]
+    if len(kinds) > 1:
+        raise UserError(
+            f"{folder} holds tables of several kinds: {', '.join(map(str, tables[:5]))}. Put one kind elsewhere."
+        )
+    tables = [path for path in tables if TABLES[path.suffix.lower()] == kinds[0]]
+    named = [re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem) for path in tables]
+    if all(named):
+        splits = [match[1].replace("-", "_") for match in named]
+    else:
+        words = [
+            {SPLITS[word] for word in re.findall("[a-z]+", str(path).lower()) if word in SPLITS} for path in tables
+        ]
+        splits = [found.pop() if len(found) == 1 else "train" for found in words]
+    if "train" not in splits and len(set(splits)) == 1:
+        splits = ["train"] * len(tables)
+    data_files: dict[str, list[str]] = {}
+    for split, path in zip(splits, tables, strict=True):
+        data_files.setdefault(split, []).append(glob.escape(str(folder.absolute() / path)))
+    options = {"sep": "\t"} if all(path.suffix.lower() == ".tsv" for path in tables) else {}
+    return {  # each by itself: a split may lack the labels
+        split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
+        for split, paths in data_files.items()
+    }
+
+
+def _read_table(metadata: Metadata) -> pa.Table:
+    file = io.BytesIO(metadata.content)
+    suffix = metadata.path.suffix.lower()
+    if not metadata.content.strip():
+        raise ValueError("it is empty")
+    if suffix == ".csv":
+        return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)

@@ -1,0 +1,208 @@
+"""Data sets that are tables: what holds images and labels, which files they may name, and what is said when they fail."""
+
+import os
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_data import encoded
+
+from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.errors import UserError
+
+PICTURES = [encoded(Image.new("RGB", (8, 8), (40 * number, 0, 0))) for number in range(6)]
+
+
+def write(folder, split="train", **columns) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    return str(folder)
+
+
+def load(folder, **flags):
+    train, validation = load_images(DataConfig(dataset_name=str(folder), resolution=8, **flags))
+    parts = [(images, n) for images in (train, validation) for n in range(len(images))]
+    values = [round((float(images[n]["pixel_values"][0, 0, 0]) + 1) * 127.5) // 40 for images, n in parts]
+    return train, sorted(values)
+
+
+def save_files(folder):
+    (folder / "files").mkdir(parents=True)
+    for number, data in enumerate(PICTURES):
+        (folder / "files" / f"{number}.png").write_bytes(data)
+    return [f"files/{number}.png" for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "struct", "paths", "csv", "csv in brackets", "jsonl", "saved", "saved splits", "train_data_dir"]
+)
+def test_tables_of_every_kind_are_read(kind, tmp_path):
+    folder = tmp_path / ("a [b] *" if "brackets" in kind else "data")
+    names = save_files(folder)
+    labels = ["a", "b"] * 3
+    if kind in ("bytes", "train_data_dir"):
+        write(folder / "table", image=PICTURES, label=labels)
+        folder = folder / "table"
+    elif kind == "struct":
+        write(folder, photo=[{"bytes": data, "path": None} for data in PICTURES], label=labels)
+    elif kind == "paths":
+        write(folder, image=names, text=["no picture"] * 6, label=labels)
+    elif "csv" in kind:
+        lines = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
+        (folder / "all.csv").write_text("\n".join(["file,label", *lines]))
+    elif kind == "jsonl":
+        lines = [f'{{"image": "{name}", "label": "{label}"}}' for name, label in zip(names, labels, strict=True)]
+        (folder / "all.jsonl").write_text("\n".join(lines))
+    else:
+        rows = datasets.Dataset.from_dict({"image": [str(folder / name) for name in names], "label": labels})
+        rows = rows.cast_column("image", datasets.Image())
+        rows = datasets.DatasetDict({"train": rows}) if "splits" in kind else rows
+        folder = tmp_path / "saved"
+        rows.save_to_disk(folder)
+    if kind == "train_data_dir":
+        train, _ = load_images(DataConfig(train_data_dir=str(folder), resolution=8))
+    else:
+        train, values = load(folder)
+        assert values == list(range(6))
+    assert train.id2label == {0: "a", 1: "b"}
+
+
+@pytest.mark.parametrize("path", ["link.png", "../secret.png", "{secret}", "file://{secret}", "/dev/zero", "pipe.png"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_name_files_inside_their_folder_only(path, streaming, tmp_path):
+    """What they name elsewhere is a bad image: named, or skipped."""
+    secret, folder = tmp_path / "secret.png", tmp_path / "data"
+    secret.write_bytes(PICTURES[5])
+    items = [{"bytes": data, "path": None} for data in PICTURES[:5]]
+    items.append({"bytes": None, "path": path.format(secret=secret)})
+    write(folder, image=items)
+    (folder / "link.png").symlink_to(secret)
+    os.mkfifo(folder / "pipe.png")
+    flags = {"dataset_name": str(folder), "resolution": 8, "streaming": streaming, "validation_fraction": 0.4}
+    with pytest.raises(
+        UserError, match="cannot be decoded .(its path .* leads out of the data set|it is a device or a pipe)"
+    ):
+        for images in load_images(DataConfig(**flags)):
+            list(make_pass_loader(images, batch_size=2))
+    train, validation = load_images(DataConfig(**flags, on_bad_image="skip", max_bad_image_share=1.0))
+    batches = [batch for images in (train, validation) for batch in make_pass_loader(images, batch_size=9)]
+    values = [
+        round((float(value) + 1) * 127.5) // 40 for batch in batches for value in batch["pixel_values"][:, 0, 0, 0]
+    ]
+    assert set(values) == set(range(5))
+
+
+def test_image_comes_before_other_columns_with_images(tmp_path):
+    white = [encoded(Image.new("RGB", (8, 8), "white"))] * 6
+    assert load(write(tmp_path / "a", annotation=white, image=PICTURES))[1] == list(range(6))
+    assert load(write(tmp_path / "b", left=white, right=PICTURES), image_column="right")[1] == list(range(6))
+    with pytest.raises(UserError, match=r"several columns hold images: \['left', 'right'\]. .*`--image_column`"):
+        load(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([2, 0, 1] * 2, {0: "0", 1: "1", 2: "2"}),
+        ([1.0, 0.0] * 3, {0: "0", 1: "1"}),
+        (["10", "9"] * 3, {0: "9", 1: "10"}),
+        ([True, False] * 3, {0: "False", 1: "True"}),
+    ],
+)
+def test_column_called_label_holds_classes(labels, classes, tmp_path):
+    train, values = load(write(tmp_path, image=PICTURES, label=labels))
+    assert train.id2label == classes and values == list(range(6))
+    for number in range(len(train)):
+        value = round((float(train[number]["pixel_values"][0, 0, 0]) + 1) * 127.5) // 40
+        label = labels[value]
+        name = str(int(label)) if isinstance(label, float) else str(label)
+        assert classes[train.labels[number]] == name
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0.5, 0.25] * 3, "must hold integers or strings without gaps"), ([None] * 6, "holds no values")],
+)
+def test_column_called_label_without_classes_is_said(labels, message, tmp_path):
+    folder = write(tmp_path, image=PICTURES, label=pa.array(labels, pa.float64()))
+    with pytest.raises(UserError, match=f"'label' {message}.*`none`"):
+        load(folder)
+    assert load(folder, label_column="none")[0].id2label is None
+
+
+def test_table_without_images_beside_images_is_left_out(tmp_path, caplog):
+    save_files(tmp_path)
+    (tmp_path / "stats.json").write_text('[{"mean": 1.5}]')
+    assert load(tmp_path)[1] == list(range(6)) and "are left out" in caplog.text
+
+
+def test_many_different_strings_are_not_taken_for_classes(tmp_path):
+    folder = write(tmp_path, image=PICTURES[:1] * 120, label=[f"caption {n}" for n in range(120)])
+    with pytest.raises(UserError, match="114 different values for 114 images.*`--label_column label`"):
+        load(folder)
+    assert len(load(folder, label_column="label")[0].id2label) == 120
+
+
+def test_labels_in_a_field_of_a_column(tmp_path):
+    folder = write(tmp_path, image=PICTURES, json=[{"label": "ab"[n % 2], "size": n} for n in range(6)])
+    assert load(folder, label_column="json.label")[0].id2label == {0: "a", 1: "b"}
+    with pytest.raises(UserError, match="`--label_column` 'json.kind' is not among"):
+        load(folder, label_column="json.kind")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("test_labels", [{"label": [-1] * 6}, {}])
+def test_unlabelled_test_split_is_named_and_a_part_can_be_held_out(test_labels, streaming, tmp_path):
+    folder = write(tmp_path, image=PICTURES, label=[0, 1] * 3)
+    write(tmp_path, "test", image=PICTURES, **test_labels)
+    flags = {"streaming": streaming} | ({"num_classes": 2} if streaming else {})
+    with pytest.raises(UserError, match="split 'test'.*`--validation_split train`"):
+        load_images(DataConfig(dataset_name=folder, resolution=8, **flags))
+    train, validation = load_images(
+        DataConfig(dataset_name=folder, resolution=8, validation_split="train", validation_fraction=0.34, **flags)
+    )
+    assert len(validation) == 2
+    assert sum(len(batch["class_labels"]) for batch in make_pass_loader(train, batch_size=4)) == 4
+
+
+def test_causes_are_said(tmp_path, monkeypatch):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text('image,label\na.png,1\n"b.png\n')
+    with pytest.raises(
+        UserError, match="while generating the dataset; because: .*EOF inside string.*The folder holds 1 .csv"
+    ):
+        load(tmp_path / "csv")
+    folder = write(tmp_path / "parquet", image=PICTURES)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/cache")
+    with pytest.raises(UserError, match="HF_HOME"):
+        load(folder)
+    assert len(load_images(DataConfig(dataset_name="digits", image_channels=1))[0]) == 1500  # needs no cache
+    (tmp_path / "file.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file; give the folder"):
+        load(tmp_path / "file.parquet")
+
+
+def test_home_is_found_in_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = DataConfig(train_data_dir="~/images")
+    assert config.train_data_dir == str(tmp_path / "images")
+    assert DataConfig(dataset_name="~/table").dataset_name == str(tmp_path / "table")
+
+
+def test_range_is_a_property_of_the_images(tmp_path):
+    arrays = [np.full((8, 8, 1), number, np.float32).tolist() for number in range(6)]
+    features = datasets.Features({"image": datasets.Array3D((8, 8, 1), "float32")})
+    datasets.Dataset.from_dict({"image": arrays}, features=features).to_parquet(tmp_path / "train.parquet")
+    config = {"dataset_name": str(tmp_path), "resolution": 8, "image_channels": 1}
+    train, validation = load_images(DataConfig(**config), value_range=[0.0, 10.0])  # of the autoencoder
+    assert train.value_range == validation.value_range == train.choose(2).value_range == [0, 10]
+    train, _ = load_images(DataConfig(**config, value_range=[-5.0, 5.0]), value_range=[0.0, 10.0])
+    assert train.value_range == [-5, 5]
+    train, validation = load_images(DataConfig(**config))
+    assert train.value_range == validation.value_range and train[0]["pixel_values"].abs().max() <= 1
+    stream, _ = load_images(DataConfig(**config, streaming=True), value_range=[0.0, 10.0])
+    assert stream.value_range == [0, 10]
+    assert load_images(DataConfig(dataset_name="digits", image_channels=1))[0].value_range is None
