@@ -131,7 +131,7 @@ def test_white_is_white_in_8_bit_pictures_among_16_bit_ones(on_bad_image, tmp_pa
     flags = save_pictures(tmp_path, gray.astype(np.uint16) * 257, gray, np.stack([gray] * 3, axis=-1))
     config = DataConfig(**flags, on_bad_image=on_bad_image)
     train, validation = load_images(config)
-    assert config.value_range == [0, 65535]
+    assert train.value_range == [0, 65535]
     for item in (*(train[n] for n in range(2)), validation[0]):
         expected = torch.full((1, 8, 8), 200 / 255 * 2 - 1)
         torch.testing.assert_close(item["pixel_values"], expected, atol=1e-6, rtol=0)
@@ -181,7 +181,7 @@ def test_array_columns_of_a_dataset(tmp_path):
     assert train[0]["pixel_values"].shape == (2, 8, 8) and train.id2label == {0: "a", 1: "b"}
     (held_out,) = (n for n in range(6) if n not in {row[0][0][0] for row in train.rows["field"]})
     low, high = min({*range(6)} - {held_out}), max({*range(6)} - {held_out})
-    assert config.value_range == [low, high]
+    assert train.value_range == [low, high]
     means = [(float(item["pixel_values"].mean()) + 1) / 2 * (high - low) + low for item in train]
     assert sorted(means) == pytest.approx(sorted({*range(6)} - {held_out}))
     assert len(train) + len(validation) == 6
@@ -282,7 +282,7 @@ def test_signed_and_wide_integers_keep_their_values(dtype, low, high, tmp_path):
     flags = parquet_of(tmp_path, *[tiff_of(values)] * 2)
     config = DataConfig(**flags)
     train, _ = load_images(config)
-    assert train.depth == "numbers" and config.value_range == [low, high]
+    assert train.depth == "numbers" and train.value_range == [low, high]
     torch.testing.assert_close(train[0]["pixel_values"], torch.linspace(-1, 1, 64).view(1, 8, 8), atol=1e-4, rtol=0)
 
 
@@ -360,8 +360,8 @@ def test_the_range_is_that_of_what_random_crops_may_show(crop, tmp_path):
     values[:, 8:16] += np.arange(8) / 8
     values[0, 0], values[-1, -1] = -100, 100
     config = DataConfig(**parquet_of(tmp_path, *[npy_of(values)] * 2), **crop)
-    load_images(config)
-    assert config.value_range == ([-100, 100] if crop else [5, 5.875])
+    train, _ = load_images(config)
+    assert train.value_range == ([-100, 100] if crop else [5, 5.875])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

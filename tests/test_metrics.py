@@ -482,7 +482,7 @@ def test_reference_cache_tells_extractors_data_and_resolutions_apart(tmp_path, r
     ]:
         reference_statistics(load_feature_extractor(folder), load_digits(**digits), cache_dir=tmp_path / "cache")
     images = load_digits()
-    images.config.value_range = [0.0, 1000.0]
+    images.value_range = [0.0, 1000.0]
     reference_statistics(load_feature_extractor(resnet_folder), images, cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 5
 

@@ -35,9 +35,14 @@ def main(config: CacheLatentsConfig) -> None:
     lock = take_folder(folder, accelerator)
     vae = load_autoencoder(cache.vae).to(accelerator.device)
     check_image_size(vae, channels=data.image_channels, resolution=data.resolution)
-    data.value_range = data.value_range or read_value_range(cache.vae) or []
     with accelerator.main_process_first():
-        splits = dict(zip(("train", "validation"), load_images(data, cache.seed), strict=True))
+        splits = dict(
+            zip(
+                ("train", "validation"),
+                load_images(data, cache.seed, value_range=read_value_range(cache.vae)),
+                strict=True,
+            )
+        )
     for name, images in splits.items():
         try:
             write_latent_cache(

@@ -43,9 +43,10 @@ def main(config: MeasureComplexityConfig) -> None:
         if config.latent_space.features is None
         else load_feature_extractor(config.latent_space.features, accelerator.device)
     )
-    config.data.value_range = config.data.value_range or list(read_value_range(config.latent_space.vae) or [])
     with accelerator.main_process_first():
-        train, validation = load_images(config.data, config.latent_space.seed)
+        train, validation = load_images(
+            config.data, config.latent_space.seed, value_range=read_value_range(config.latent_space.vae)
+        )
     if accelerator.is_main_process:
         # Always in batches of 64: training on the latents would amplify what another size changes in their last digits.
         loaders = (

@@ -82,11 +82,10 @@ def main(config: EvaluateConfig) -> None:
         if config.evaluation.features is None
         else load_feature_extractor(config.evaluation.features, accelerator.device)
     )
-    if not config.data.value_range:
-        found = read_value_range(config.evaluation.vae) if config.evaluation.vae else pipeline.config.get("value_range")
-        config.data.value_range = list(found or [])
+    vae_path = config.evaluation.vae
+    value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
     with accelerator.main_process_first():
-        train, validation = load_images(config.data, config.evaluation.seed)
+        train, validation = load_images(config.data, config.evaluation.seed, value_range=value_range)
     sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config.sampling.prompt, train.id2label))
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)

@@ -46,9 +46,10 @@ def main(config: TrainDAEConfig) -> None:
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
     starts_from = config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
-    config.data.value_range = config.data.value_range or read_value_range(starts_from) or []
     with run.accelerator.main_process_first():
-        train_images, validation_images = load_images(config.data, config.run.seed)
+        train_images, validation_images = load_images(
+            config.data, config.run.seed, value_range=read_value_range(starts_from)
+        )
     logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
 
     model = make_autoencoder(config)
@@ -66,7 +67,7 @@ def main(config: TrainDAEConfig) -> None:
             start = Start()  # a later stage begins afresh
             if stage == 1 and model.is_decoupled and run.accelerator.is_main_process:
                 model.save_pretrained(run.output_dir / "stage1")
-                save_value_range(config.data.value_range, run.output_dir / "stage1")
+                save_value_range(train_images.value_range, run.output_dir / "stage1")
         first_step += num_steps
         run.log.mark(f"end of stage {stage}", first_step)
 
@@ -190,7 +191,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
     write_latent_statistics(vae, run.pass_loader(source, num_workers=num_workers), run.accelerator)
     if run.accelerator.is_main_process:
         vae.save_pretrained(run.output_dir / "vae")
-        save_value_range(run.config.data.value_range, run.output_dir / "vae")
+        save_value_range(images.value_range, run.output_dir / "vae")
         logger.info("saved %s", run.output_dir / "vae")
         shutil.rmtree(run.folder / "latents", ignore_errors=True)
 

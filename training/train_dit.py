@@ -48,9 +48,12 @@ def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
     accelerator, flow = run.accelerator, config.flow
     vae = load_autoencoder(config.transformer.vae).to(accelerator.device)
-    config.data.value_range = config.data.value_range or read_value_range(config.transformer.vae) or []
+    value_range = read_value_range(config.transformer.vae)
     with accelerator.main_process_first():
-        train_data, validation_data, training_images = load_data(config, vae, verify=accelerator.is_local_main_process)
+        train_data, validation_data, training_images = load_data(
+            config, vae, value_range, verify=accelerator.is_local_main_process
+        )
+    value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
     transformer = make_transformer(config, vae, train_data)
     if not has_latent_statistics(vae):
         logger.info("%s has no latent statistics: computing them over the training data", config.transformer.vae)
@@ -75,7 +78,9 @@ def main(config: TrainDiTConfig) -> None:
         also=[] if alignment is None else [alignment.projector],
         snapshot=(
             "pipeline",
-            lambda model, folder: make_pipeline(config, model, vae, train_data).save_pretrained(folder),
+            lambda model, folder: make_pipeline(
+                model, vae, train_data, value_range, config.flow.timestep_shift
+            ).save_pretrained(folder),
         ),
     )
     data = train_data if training_images is None else ImagesWithLatents(training_images, train_data)
@@ -105,12 +110,16 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data)
-                draw_samples(run, make_pipeline(config, model, vae, train_data), loop.step)
+                draw_samples(
+                    run, make_pipeline(model, vae, train_data, value_range, config.flow.timestep_shift), loop.step
+                )
             step.write({"validation/loss": value})
 
     model = loop.finished_model().eval()
     if accelerator.is_main_process:
-        make_pipeline(config, model, vae, train_data).save_pretrained(run.output_dir / "pipeline")
+        make_pipeline(model, vae, train_data, value_range, config.flow.timestep_shift).save_pretrained(
+            run.output_dir / "pipeline"
+        )
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")
 
@@ -171,7 +180,7 @@ def make_alignment(run: TrainingRun, transformer: DAEDiTTransformer2DModel) -> R
 
 
 def load_data(
-    config: TrainDiTConfig, vae: AutoencoderKL, *, verify: bool
+    config: TrainDiTConfig, vae: AutoencoderKL, value_range: list[float] | None, *, verify: bool
 ) -> tuple[Dataset, Dataset, ImageDataset | None]:
     """
     Training and validation data: cached latents, verified if asked for, or images that are encoded on the fly. Then the
@@ -179,7 +188,7 @@ def load_data(
     """
     images = None
     if config.data.dataset_name is not None or config.data.train_data_dir is not None:
-        images = load_images(config.data, config.run.seed)
+        images = load_images(config.data, config.run.seed, value_range=value_range)
     if config.transformer.latent_cache is None:
         return (*images, None)
     folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
@@ -240,14 +249,16 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
     )
 
 
-def make_pipeline(config: TrainDiTConfig, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> DAEDiTPipeline:
+def make_pipeline(
+    model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, value_range: list[float] | None, shift: float
+) -> DAEDiTPipeline:
     """What is saved in the end, and what draws the samples on the way."""
     return DAEDiTPipeline(
         transformer=model,
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.flow.timestep_shift),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         id2label=data.id2label,
-        value_range=config.data.value_range or None,
+        value_range=value_range,
     )
 
 

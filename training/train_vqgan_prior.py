@@ -37,9 +37,8 @@ def main(config: TrainPriorConfig) -> None:
     run = TrainingRun("train_vqgan_prior", config, one_model=True)
     accelerator = run.accelerator
     vae = load_vq_model(config).to(accelerator.device)
-    config.data.value_range = config.data.value_range or read_value_range(config.prior.vae) or []
     with accelerator.main_process_first():
-        images = load_images(config.data, config.run.seed)
+        images = load_images(config.data, config.run.seed, value_range=read_value_range(config.prior.vae))
     prior = make_prior(config, vae, images[0])
     epochs = config.optimization.num_train_epochs
     steps = steps_of(config.prior.max_train_steps, epochs, len(images[0]), run.images_per_step)
@@ -58,7 +57,7 @@ def main(config: TrainPriorConfig) -> None:
         description="Prior",
         snapshot=(
             "pipeline",
-            lambda model, folder: make_pipeline(config, model, vae, train_codes).save_pretrained(folder),
+            lambda model, folder: make_pipeline(model, vae, train_codes, images[0].value_range).save_pretrained(folder),
         ),
     )
     for step in loop.over(train_codes):
@@ -73,12 +72,12 @@ def main(config: TrainPriorConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, validation_codes)
-                draw_samples(run, make_pipeline(config, model, vae, train_codes), loop.step)
+                draw_samples(run, make_pipeline(model, vae, train_codes, images[0].value_range), loop.step)
             step.write({"validation/loss": value})
 
     model = loop.finished_model().eval()
     if accelerator.is_main_process:
-        make_pipeline(config, model, vae, train_codes).save_pretrained(run.output_dir / "pipeline")
+        make_pipeline(model, vae, train_codes, images[0].value_range).save_pretrained(run.output_dir / "pipeline")
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")
 
@@ -175,10 +174,10 @@ def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> Non
 
 
 def make_pipeline(
-    config: TrainPriorConfig, model: LlamaForCausalLM, vae: VQModel, codes: CodeGrids
+    model: LlamaForCausalLM, vae: VQModel, codes: CodeGrids, value_range: list[float] | None
 ) -> DAEVQGANPipeline:
     """What is saved in the end, and what draws the samples on the way."""
-    return DAEVQGANPipeline(model, vae, codes.id2label, config.data.value_range or None)
+    return DAEVQGANPipeline(model, vae, codes.id2label, value_range)
 
 
 def class_tokens(batch: dict, codes: CodeGrids) -> torch.Tensor:

@@ -174,8 +174,8 @@ def cut_elongated(image: Any, size: tuple[int, int], random: np.random.Generator
     return image.crop((left, top, left + side, top + side)), True
 
 
-def save_value_range(value_range: list[float], folder: Path) -> None:
-    r"""Writes the range of the original values beside an autoencoder, unless they are ordinary 8-bit ones (empty)."""
+def save_value_range(value_range: list[float] | None, folder: Path) -> None:
+    r"""Writes the range of the original values beside an autoencoder, unless they are ordinary 8-bit ones (none)."""
     if value_range:
         (folder / _RANGE_FILE).write_text(json.dumps({"value_range": list(value_range)}) + "\n")
 

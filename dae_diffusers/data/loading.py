@@ -60,7 +60,7 @@ def load_images(
     classes and range of values, and what was left out.
 
     Args:
-        config ([`DataConfig`]): What to load. Its `value_range` is filled in for images that are arrays.
+        config ([`DataConfig`]): What to load.
         seed (`int`, *optional*): Chooses the held-out images if the data have no validation split.
         value_range (`list[float]`, *optional*): Of the autoencoder that will see the images
             ([`~dae_diffusers.data.arrays.read_value_range`]); that of the flags comes first. Without either, the range is that of
@@ -130,7 +130,6 @@ def load_images(
         train_images.value_range = validation_images.value_range = train_images.measure_range()
     if train_images.value_range:
         logger.info("the images' values: [%g, %g] becomes [-1, 1]", *train_images.value_range)
-        config.value_range = list(train_images.value_range)
     _compare_ranges(train_images, is_given=is_given)
     return train_images, validation_images
 
@@ -227,8 +226,6 @@ def _streamed(
                 "the range of a stream's values cannot be measured in advance: give `--value_range LOW HIGH`."
             )
         value_range = RANGES[depth]
-    if value_range:
-        config.value_range = list(value_range)
 
     held_out = frozenset()
     if validation is not None:

@@ -278,7 +278,7 @@ def image_identity(images: ImageDataset) -> dict[str, Any]:
         "resolution": config.resolution,
         "image_channels": config.image_channels,
         "flips": config.random_flip,
-        "value_range": list(config.value_range),
+        "value_range": list(images.value_range or []),
     }
 
 

@@ -196,7 +196,7 @@ def reference_statistics(
         "num_images": str(len(images)),
         "image_channels": str(images.config.image_channels),
         "resolution": str(images.config.resolution),
-        "value_range": json.dumps(list(images.config.value_range)),
+        "value_range": json.dumps(list(images.value_range or [])),
     }
     path = partial = None
     if cache_dir is not None:
