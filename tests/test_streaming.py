@@ -214,7 +214,7 @@ def test_flags_that_exclude_each_other():
     for flags in ({"max_train_samples": 3}, {"dataset_name": "digits"}):
         with pytest.raises(ConfigError, match="streaming"):
             DataConfig(streaming=True, **flags)
-    with pytest.raises(ConfigError, match="goes with `--streaming`"):
+    with pytest.raises(ConfigError, match="goes with `streaming`"):
         DataConfig(num_classes=3)
 
 
