@@ -31,6 +31,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.run import PROCESS_GROUP
+from dae_diffusers.store import write_json
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -171,7 +172,7 @@ def main(config: TrainFeatureExtractorConfig) -> None:
             "train_steps": config.train_steps,
             "train_seconds": round(seconds, 1),
         }
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(output_dir / "results.json", results)
         print(json.dumps(results))
     accelerator.wait_for_everyone()
 

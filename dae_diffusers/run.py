@@ -49,11 +49,11 @@ from dae_diffusers.data import (
     make_training_loader,
 )
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.files import write_atomically
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub import upload
 from dae_diffusers.plots import image_grid, plot_curves
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.store import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -44,9 +44,10 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import KeptRows, hash_of, keep_rows
+from dae_diffusers.metrics.kept import KeptRows, keep_rows
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, autoencoder_of, draw_samples, generation_inputs
 from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.store import fingerprint_of_json
 from dae_diffusers.training import evaluate
 
 
@@ -202,17 +203,17 @@ def test_what_results_are_kept_under_is_the_same_in_every_process_and_names_the_
     pipeline.scheduler = DDPMScheduler.from_config({})
     assert len(pipeline.scheduler.config["_use_default_values"]) > 1
     for _ in range(2):
-        keys.append(hash_of(generation_inputs(pipeline, settings, Accelerator())))
+        keys.append(fingerprint_of_json(generation_inputs(pipeline, settings, Accelerator())))
         pipeline.scheduler.register_to_config(
             _use_default_values=pipeline.scheduler.config["_use_default_values"][::-1]
         )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    keys.append(hash_of(generation_inputs(pipeline, settings, Accelerator())))
+    keys.append(fingerprint_of_json(generation_inputs(pipeline, settings, Accelerator())))
     assert keys[0] == keys[1] != keys[2]
 
-    before = hash_of(evaluation_inputs(pipeline.vae, images, extractor))
+    before = fingerprint_of_json(evaluation_inputs(pipeline.vae, images, extractor))
     extractor.name = "renamed"
-    assert hash_of(evaluation_inputs(pipeline.vae, images, extractor)) != before
+    assert fingerprint_of_json(evaluation_inputs(pipeline.vae, images, extractor)) != before
 
 
 def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, image_folder, pipeline, tmp_path):

@@ -53,6 +53,7 @@ from dae_diffusers.metrics.image_quality import (
 )
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.store import kept_of
 
 PREPROCESSING = {"size": (16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -452,7 +453,7 @@ def test_reference_statistics_are_cached(tmp_path, resnet_folder, caplog):
     assert path.name.startswith("my_resnet-")
 
     marked = FeatureStatistics(first.count, first.mean + 1, first.scatter)
-    marked.save(path)  # what is read back shows that nothing was computed
+    marked.save(path, kept_of(path))  # what is read back shows that nothing was computed
     assert torch.equal(reference_statistics(extractor, images, cache_dir=cache).mean, marked.mean)
 
     path.write_bytes(path.read_bytes()[:-100])

@@ -13,7 +13,6 @@ An interrupted evaluation goes on where it stopped when the same command is give
 
 import importlib.metadata
 import itertools
-import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -37,7 +36,6 @@ from dae_diffusers.cli import field, parse_config, run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.complexity import (
@@ -73,6 +71,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.run import PROCESS_GROUP
+from dae_diffusers.store import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def main(config: EvaluateConfig) -> None:
         write_atomically(folder / "metrics.md", to_markdown(results))
         if len(results.get("generation", [])) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
-        write_atomically(folder / "metrics.json", json.dumps(finite_or_none(results), indent=2, allow_nan=False))
+        write_json(folder / "metrics.json", results)
         logger.info("%s\nwritten to %s", to_markdown(results), folder)
     accelerator.end_training()
     if lock is not None:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from dae_diffusers.errors import UserError
+from dae_diffusers.store import write_atomically
 
 _NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
@@ -136,7 +137,7 @@ def resize_and_crop_array(
 def save_value_range(value_range: list[float], folder: Path) -> None:
     r"""Writes the range of the original values beside an autoencoder, unless they are ordinary 8-bit ones (empty)."""
     if value_range:
-        (folder / _RANGE_FILE).write_text(json.dumps({"value_range": list(value_range)}) + "\n")
+        write_atomically(folder / _RANGE_FILE, json.dumps({"value_range": list(value_range)}) + "\n")
 
 
 def read_value_range(name_or_path: str | None) -> list[float] | None:

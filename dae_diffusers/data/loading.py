@@ -1,6 +1,5 @@
 """From the flags to the training and the validation images."""
 
-import hashlib
 import logging
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +17,7 @@ from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.store import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,9 @@ def _streamed(
     first = _take(train, 64, image_column)
     if len(first) < 2:
         raise UserError(f"the split {config.train_split!r} has {len(first)} images; at least 2 are needed.")
-    digest = hashlib.sha256(f"{train.num_shards} {num_examples} {sorted(train.features)}".encode())
+    described = [f"{train.num_shards} {num_examples} {sorted(train.features)}"]
     for row in first:
-        digest.update(content_hash(row[image_column]) + str(row.get(label_column)).encode())
+        described += [content_hash(row[image_column]), str(row.get(label_column))]
 
     depth = find_first_depth((row[image_column] for row in first), config)
     if ImageReader(config, depth).is_array and not config.value_range:
@@ -142,7 +142,7 @@ def _streamed(
         label_column=label_column,
         id2label=id2label,
         depth=depth,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=fingerprint(described),
         held_out=held_out,
         num_examples=num_examples,
     )

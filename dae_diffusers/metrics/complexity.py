@@ -22,8 +22,6 @@ never exceeds it), and is 0 for the images themselves.
 """
 
 import copy
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -42,6 +40,7 @@ from tqdm.auto import tqdm
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.store import fingerprint, fingerprint_of_json, keep_row, kept_rows
 
 ComplexityForm = Literal["paired", "unpaired"]
 
@@ -361,9 +360,7 @@ def measure_complexity(
         key = _key(config, latents_train, pixel_values_train, latents_eval, pixel_values_eval, task.features)
         keys = dict.fromkeys(config.capacities, key)
         if reconstruction_train is not None:
-            keys[None] = hashlib.sha256(
-                (key + _digest(reconstruction_train) + _digest(reconstruction_eval)).encode()
-            ).hexdigest()[:16]
+            keys[None] = fingerprint([key, *_described(reconstruction_train), *_described(reconstruction_eval)])
 
     capacities = [*config.capacities, *([] if reconstruction_train is None else [None])]
     plan = [(form, capacity, seed) for form in config.forms for capacity in capacities for seed in config.seeds]
@@ -387,8 +384,7 @@ def measure_complexity(
             row = ComplexityRow(form, capacity, seed, num_parameters, time.perf_counter() - start, values)
             rows[form, capacity, seed] = row
             if rows_path is not None:
-                with open(rows_path, "a") as file:
-                    file.write(json.dumps({"key": keys[capacity], **asdict(row)}) + "\n")
+                keep_row(rows_path, asdict(row), keys[capacity])
             progress.update()
     return ComplexityResult(
         config=config,
@@ -799,11 +795,9 @@ def _raise_if_not_finite(loss: torch.Tensor, form: ComplexityForm, step: int) ->
         )
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _described(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """For a fingerprint."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}", tensor
 
 
 def _key(config: ComplexityConfig, *tensors: torch.Tensor | None) -> str:
@@ -813,28 +807,13 @@ def _key(config: ComplexityConfig, *tensors: torch.Tensor | None) -> str:
         for field in fields(config)
         if field.name not in ("forms", "capacities", "seeds")
     }
-    parts = [_VERSION, budget, [None if tensor is None else _digest(tensor) for tensor in tensors]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    given = [None if tensor is None else fingerprint(_described(tensor)) for tensor in tensors]
+    return fingerprint_of_json([_VERSION, budget, given])
 
 
 def _read_rows(path: Path) -> dict[tuple, ComplexityRow]:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete)  # the last row was being written when the run was interrupted
     rows = {}
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            content = json.loads(line)
-            key = content.pop("key")
-            row = ComplexityRow(**content)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {path} is no row of a complexity distance ({error}). Remove the line, or give "
-                "another `rows_path`."
-            ) from error
+    for key, values in kept_rows(path):
+        row = ComplexityRow(**values)
         rows[key, row.form, row.capacity, row.seed] = row
     return rows

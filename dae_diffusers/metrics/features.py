@@ -1,6 +1,6 @@
 """Images to feature vectors: any Hugging Face vision backbone, or Inception, behind one contract."""
 
-import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dae_diffusers.errors import UserError
+from dae_diffusers.store import fingerprint
 
 
 class FeatureExtractor(torch.nn.Module):
@@ -83,12 +84,8 @@ class FeatureExtractor(torch.nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        r"""Hash of the weights and of the preprocessing, for caches."""
-        digest = hashlib.sha256(self.description.encode())
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        r"""Of the weights and of the preprocessing, for caches."""
+        return fingerprint(itertools.chain([self.description], *sorted(self.state_dict().items())))
 
     @torch.no_grad()
     def _run(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
