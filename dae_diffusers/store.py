@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: what only reads and writes t
 logger = logging.getLogger(__name__)
 
 _HEADER = "kept"  # the entry of a safetensors file's metadata
-_TEMPORARY = re.compile(r"\.(?P<host>[^/]*)-(?P<process>\d+)\.tmp$")
+_TEMPORARY = re.compile(r"\.(?P<host>\w+)-(?P<process>\d+)\.tmp$")
 _OLD_SECONDS = 24 * 3600  # a temporary file of another machine that nobody has written to for so long is a leftover
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what parsing any bytes can end with
 
@@ -412,7 +412,7 @@ def _flush_and_rename(temporary: Path, path: Path) -> None:
 
 
 def _host() -> str:
-    return re.sub(r"[^\w.]", "_", socket.gethostname())[:64]
+    return re.sub(r"\W", "_", socket.gethostname())[:64] or "here"
 
 
 def _escaped(name: str) -> str:

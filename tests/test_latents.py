@@ -180,6 +180,14 @@ def test_missing_cache_says_how_to_make_it(tmp_path):
         CachedLatents(tmp_path)
 
 
+def another_vae():
+    """Of the same shape, with other weights."""
+    vae = make_autoencoder("none").to_diffusers()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(-1)
+    return vae
+
+
 def write_again(cache, vae, images, **options):
     options = {"batch_size": 4, "dtype": "float32", "shard_size": 7} | options
     return write_latent_cache(cache.folder, vae, images, Accelerator(), **options)
@@ -192,7 +200,7 @@ def contents(folder):
 @pytest.mark.parametrize("cleared", ["manifest", "manifest and a shard"])
 def test_latents_of_another_encoder_are_never_taken_over(cache, vae, images, cleared):
     """Two encoders, one after the other, in a folder whose manifest is gone or that a kill was clearing."""
-    other = make_autoencoder("none", seed=1).to_diffusers()
+    other = another_vae()
     assert autoencoder_fingerprint(other) != autoencoder_fingerprint(vae)
     (cache.folder / "manifest.json").unlink()
     if cleared != "manifest":
@@ -220,7 +228,7 @@ def test_a_shard_says_what_it_is_and_one_from_elsewhere_is_named_and_made_again(
     )
     assert vars(cache.identity).items() <= said.items()
     whole = contents(cache.folder)
-    other = make_autoencoder("none", seed=1).to_diffusers()
+    other = another_vae()
     write_latent_cache(tmp_path / "b", other, images, Accelerator(), batch_size=4, dtype="float32", shard_size=7)
     for source, sentence in (
         (tmp_path / "b" / second.name, "its autoencoder is"),
@@ -284,6 +292,6 @@ def test_a_cache_of_the_first_version_is_refused_with_the_command_and_made_again
     with pytest.raises(UserError, match="older version.* Run the command that made the cache again"):
         CachedLatents(cache.folder)
     with pytest.raises(UserError, match="holds another latent cache"):
-        write_again(cache, make_autoencoder("none", seed=1).to_diffusers(), images)
+        write_again(cache, another_vae(), images)
     write_again(cache, vae, images)
     assert contents(cache.folder) == whole and "older version" in caplog.text
