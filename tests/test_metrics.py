@@ -456,12 +456,20 @@ def test_reference_statistics_are_cached(tmp_path, resnet_folder, caplog):
     marked.save(path, kept_of(path))  # what is read back shows that nothing was computed
     assert torch.equal(reference_statistics(extractor, images, cache_dir=cache).mean, marked.mean)
 
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for content in (whole[:-100], flipped, b""):
+        path.write_bytes(content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = reference_statistics(extractor, images, cache_dir=cache, batch_size=7)
+        assert "damaged" in caplog.text and len(caplog.messages) == 1
+        assert torch.equal(again.mean, first.mean)
+        assert torch.equal(FeatureStatistics.load(path)[0].mean, first.mean)
+    first.save(path, {"extractor": "another"})
     with caplog.at_level(logging.WARNING):
-        again = reference_statistics(extractor, images, cache_dir=cache, batch_size=7)
-    assert "damaged" in caplog.text
-    assert torch.equal(again.mean, first.mean)
-    assert torch.equal(FeatureStatistics.load(path)[0].mean, first.mean)
+        assert torch.equal(reference_statistics(extractor, images, cache_dir=cache, batch_size=7).mean, first.mean)
+    assert "made from something else" in caplog.text
 
 
 def test_reference_statistics_survive_a_cache_that_cannot_be_written(tmp_path, resnet_folder, caplog):
