@@ -8,7 +8,6 @@ Draws 50 images of each class with `runs/demo/pipeline` (a `DAEDiTPipeline` or a
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.plots import image_grid
+from dae_diffusers.store import read_json, write_json
 
 PER_CLASS = 50
 ROWS_SHOW = 12
@@ -34,7 +34,7 @@ def main():
     arguments = parser.parse_args()
 
     classifier, accuracy = train_classifier(*load_images(DataConfig(dataset_name="digits", image_channels=1)))
-    index = json.loads((arguments.folder / "pipeline" / "model_index.json").read_text())
+    index = read_json(arguments.folder / "pipeline" / "model_index.json")
     is_vqgan = index["_class_name"] == "DAEVQGANPipeline"
     pipeline_class, script = (DAEVQGANPipeline, "train_vqgan_prior") if is_vqgan else (DAEDiTPipeline, "train_dit")
     own = "top_p" if is_vqgan else "num_inference_steps"
@@ -65,7 +65,7 @@ def main():
         **settings,
         "seed": arguments.seed,
     }
-    (arguments.folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_json(arguments.folder / "metrics.json", metrics)
     print(
         f"\nA classifier with {accuracy:.1%} accuracy on unseen real digits agrees with the requested class on "
         f"{metrics['class_agreement']:.1%} of {len(labels)} samples.\n\nLook at\n"

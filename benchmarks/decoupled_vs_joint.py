@@ -80,6 +80,8 @@ from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extrac
 from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.settings import compose
+from dae_diffusers.store import read_json, write_atomically, write_json
+from dae_diffusers.store import read_rows as read_log
 from dae_diffusers.training.settings import TrainDAEConfig
 
 # What all runs of a folder share.
@@ -180,7 +182,7 @@ def main(arguments: argparse.Namespace) -> None:
     runs = [run_of(row) for row in rows]
     write_runs(runs, output_dir / "results.csv")
     text = summarize(runs, experiment)
-    (output_dir / "results.md").write_text(text)
+    write_atomically(output_dir / "results.md", text)
     for budget in budgets_of(runs, experiment):
         chosen_rows = rows_of_budget(runs, experiment, budget)
         plot_frontier(chosen_rows, experiment, output_dir / f"frontier-{budget}.png")
@@ -197,7 +199,7 @@ def check_same_experiment(experiment: dict[str, Any], output_dir: Path) -> dict[
         UserError: If something differs: finished runs would be taken for those of this experiment.
     """
     path = output_dir / "experiment.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path) if path.exists() else {}
     this = {name: experiment.get(name) for name in SHARED}
     for name, options in experiment["conditions"].items():
         not_trained_with = ("baselines", "budgets", "generators", "steps")  # the steps are in the folder's name
@@ -315,7 +317,7 @@ def train_decoder_on(
     flags |= {"pretrained_model_name_or_path": str(before / "vae"), "stage": "2", "auxiliary_decoder": "linear"}
 
     def cost() -> dict[str, float]:
-        first, more = json.loads((before / "autoencoder.json").read_text())["autoencoder_cost"], cost_of(flags, folder)
+        first, more = read_json(before / "autoencoder.json")["autoencoder_cost"], cost_of(flags, folder)
         return {name: first[name] + more[name] for name in first}
 
     transformers = folder_of(output_dir, experiment, budget, origin_of_latents(experiment, condition), seed)
@@ -353,7 +355,7 @@ def decode_again(
     for name in missing:
         pipeline = DAEDiTPipeline.from_pretrained(before / name / "pipeline", vae=vae).to(accelerator.device)
         (folder / name).mkdir(exist_ok=True)
-        row = json.loads((before / name / "generator.json").read_text())
+        row = read_json(before / name / "generator.json")
         row["generation"] = measure_samples(
             experiment, pipeline, folder / name, seed, images, seen, extractor, accelerator
         )
@@ -376,7 +378,7 @@ def flags_among(options: dict[str, Any]) -> dict[str, Any]:
 
 def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
     """Of an autoencoder that was trained there with those flags."""
-    return {**json.loads((folder / "cost.json").read_text()), "flops": training_flops(compose(TrainDAEConfig, **flags))}
+    return {**read_json(folder / "cost.json"), "flops": training_flops(compose(TrainDAEConfig, **flags))}
 
 
 def folder_of(
@@ -460,18 +462,12 @@ def training_flops(config: TrainDAEConfig) -> float:
     return float(total)
 
 
-def write_json(path: Path, row: dict[str, Any]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write the same file
-    temporary.write_text(json.dumps(row, indent=2))
-    temporary.replace(path)
-
-
 def read_rows(output_dir: Path) -> list[dict[str, Any]]:
     """A row for each generator that is finished, with what was measured of its autoencoder."""
     rows = []
     for path in sorted(output_dir.glob("*/*/*/*/generator.json")):
-        autoencoder = json.loads((path.parents[1] / "autoencoder.json").read_text())
-        rows.append({**autoencoder, **json.loads(path.read_text())})
+        autoencoder = read_json(path.parents[1] / "autoencoder.json")
+        rows.append({**autoencoder, **read_json(path)})
     return rows
 
 
@@ -499,7 +495,7 @@ def words_of(flags: dict[str, Any]) -> list[str]:
 
 
 def last_value(log: Path, name: str) -> float:
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_log(log)
     return next(row[name] for row in reversed(rows) if name in row)
 
 

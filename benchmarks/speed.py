@@ -49,6 +49,7 @@ from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, MicrobatchSampler, load_images, make_training_loader
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
+from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training import train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
@@ -109,8 +110,8 @@ def main():
             results[title] = [asdict(row) for row in rows]
             lines += to_table(title, rows)
             print("\n".join(to_table(title, rows)), flush=True)
-        (arguments.output_dir / "speed.json").write_text(json.dumps(results, indent=2))
-        (arguments.output_dir / "speed.md").write_text("\n".join(lines))
+        write_json(arguments.output_dir / "speed.json", results)
+        write_atomically(arguments.output_dir / "speed.md", "\n".join(lines))
     grown = {title: rows for title, rows in results.items() if title.startswith("Growth with")}
     if grown:
         plot_growth(grown, arguments.output_dir / "growth.png")

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dae_diffusers.cli import storage_problem
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.files import sha256_of
+from dae_diffusers.store import sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """A training run: an accelerator, a folder that belongs to it, where it starts, its checkpoints, its end."""
 
 import importlib.metadata
-import json
 import logging
 import os
 import shlex
@@ -23,11 +22,11 @@ from dae_diffusers.checkpointing import Checkpointer, take_folder
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.distributed import PROCESS_GROUP, describe_hardware, settle_backend
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.files import write_atomically
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.runlog import RunLog, read_log
 from dae_diffusers.settings import config_text, flags_of, flat
+from dae_diffusers.store import read_json_or, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +260,7 @@ class TrainingRun:
             now = time.monotonic()
             self._record["seconds"] += now - self._started
             self._started = now
-            write_atomically(self.folder / "run.json", json.dumps(self._record, indent=2))
+            write_json(self.folder / "run.json", self._record)
 
     def _take_folder(self) -> None:
         self._lock, problem = take_folder(self.folder, self.accelerator), [None]
@@ -372,7 +371,5 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
 
 
 def _seconds_before(path: Path) -> float:
-    try:
-        return json.loads(path.read_text())["seconds"]
-    except (OSError, ValueError, KeyError):
-        return 0.0
+    seconds = read_json_or(path, {}).get("seconds")
+    return seconds if isinstance(seconds, (int, float)) else 0.0

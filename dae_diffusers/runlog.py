@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dae_diffusers.files import write_atomically
 from dae_diffusers.plots import image_grid, plot_curves
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.store import read_rows, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +177,7 @@ class RunLog:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
-    path = folder / "log.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return read_rows(folder / "log.jsonl", step=int)
 
 
 def _log_image(tracker, name: str, image: Image.Image, step: int) -> None:

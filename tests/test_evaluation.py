@@ -43,7 +43,7 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import KeptRows, hash_of, keep_rows
+from dae_diffusers.metrics.kept import KeptRows, keep_rows, keep_values
 from dae_diffusers.metrics.report import plot_sweep
 from dae_diffusers.metrics.sampling import (
     Sampler,
@@ -54,6 +54,7 @@ from dae_diffusers.metrics.sampling import (
     prompts_of,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.store import fingerprint_of_json
 from dae_diffusers.training import evaluate
 
 
@@ -193,6 +194,43 @@ def test_drawn_images_are_read_from_their_files_by_slices(tmp_path):
             kept[nothing]
 
 
+def test_flipped_bits_in_kept_rows_and_values_are_said_once_and_computed_again(tmp_path, caplog):
+    rows, calls = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), []
+
+    def compute(chunk: range) -> dict[str, torch.Tensor]:
+        calls.append(chunk.start)
+        return {"rows": rows[chunk.start : chunk.stop]}
+
+    def keep_again(load: bool):
+        calls.clear()
+        caplog.clear()
+        options = {"folder": tmp_path / "rows", "of": {"x": (1, 2)}, "chunk_size": 4}
+        found = keep_rows(compute, 10, Accelerator(), **options, load=load)["rows"]
+        values = keep_values(
+            lambda: calls.append("values") or {"psnr": math.inf}, Accelerator(), folder=tmp_path, of=["x", (1, 2)]
+        )
+        assert torch.equal(found[:], rows) and values == {"psnr": math.inf}
+        return list(calls)
+
+    assert keep_again(True) == [0, 4, 8, "values"] and keep_again(True) == keep_again(False) == []
+    first, second, third = sorted(tmp_path.rglob("*.safetensors"))
+    (kept,) = tmp_path.glob("*.json")
+    for path, redone in ((second, 4), (kept, "values")):
+        whole = path.read_bytes()
+        for content in (
+            *(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in (len(whole) // 2, -2 % len(whole))),
+            whole[:-3], b"", b"[]", b"[" * 10**5, b"\xff" * 40,
+        ):  # fmt: skip
+            path.write_bytes(content)
+            assert keep_again(False) == [redone] and path.read_bytes() == whole
+            assert len(caplog.messages) == 1 and str(path) in caplog.text
+    second.write_bytes(first.read_bytes())  # other rows, and those of something else
+    assert keep_again(True) == [4] and "made from something else" in caplog.text
+    first.unlink()
+    third.write_bytes(b"")
+    assert keep_again(True) == [0, 8] and len(caplog.messages) == 1  # what is only missing is not worth a word
+
+
 def test_samples_of_other_weights_or_settings_are_drawn_anew(pipeline, tmp_path):
     first = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())[:]
     draw_samples(pipeline, SampleSettings(4, 1.0, 2), tmp_path, Accelerator())
@@ -209,17 +247,17 @@ def test_what_results_are_kept_under_is_the_same_in_every_process_and_names_the_
     pipeline.scheduler = DDPMScheduler.from_config({})
     assert len(pipeline.scheduler.config["_use_default_values"]) > 1
     for _ in range(2):
-        keys.append(hash_of(generation_inputs(pipeline, settings, Accelerator())))
+        keys.append(fingerprint_of_json(generation_inputs(pipeline, settings, Accelerator())))
         pipeline.scheduler.register_to_config(
             _use_default_values=pipeline.scheduler.config["_use_default_values"][::-1]
         )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    keys.append(hash_of(generation_inputs(pipeline, settings, Accelerator())))
+    keys.append(fingerprint_of_json(generation_inputs(pipeline, settings, Accelerator())))
     assert keys[0] == keys[1] != keys[2]
 
-    before = hash_of(evaluation_inputs(pipeline.vae, images, extractor))
+    before = fingerprint_of_json(evaluation_inputs(pipeline.vae, images, extractor))
     extractor.name = "renamed"
-    assert hash_of(evaluation_inputs(pipeline.vae, images, extractor)) != before
+    assert fingerprint_of_json(evaluation_inputs(pipeline.vae, images, extractor)) != before
 
 
 def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, image_folder, pipeline, tmp_path):

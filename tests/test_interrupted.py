@@ -14,16 +14,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from models import make_autoencoder, save_autoencoder, save_backbone
-from safetensors.torch import load_file
 from scripts import in_child, in_two_processes, start
 
-from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel, files
+from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel, store
 from dae_diffusers.checkpointing import FolderLock
 from dae_diffusers.latents import cache
 from dae_diffusers.metrics import evaluation, statistics
-from dae_diffusers.metrics.kept import hash_of
 from dae_diffusers.metrics.sampling import SampleSettings, generation_inputs
 from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.store import fingerprint_of_json
 from dae_diffusers.training import cache_latents, evaluate, train_dit
 
 CACHE = "--resolution 16 --batch_size 4 --shard_size 7 --random_flip"
@@ -53,16 +52,12 @@ def nth_call(number: int):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of every file, by name. A safetensors file may order its metadata in another way, so of that only the tensors."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.suffix == ".safetensors":
-            found |= {
-                f"{path.relative_to(folder)} {name}": value.numpy().tobytes() for name, value in load_file(path).items()
-            }
-        elif path.is_file() and path.name != ".lock":
-            found[str(path.relative_to(folder))] = path.read_bytes().replace(bytes(folder), b"FOLDER")
-    return found
+    """Of every file, by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(bytes(folder), b"FOLDER")
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +84,11 @@ def make_cache(folder: Path, vae: Path, image_folder: Path, before=lambda: None)
     ("module", "name", "is_due"),
     [
         (cache, "encode_moments", lambda: nth_call(5)),  # in the middle of a shard
-        (cache, "save_tensors_atomically", lambda: nth_call(2)),  # between two shards
-        (files, "_flush_and_rename", lambda: lambda _, path: path.name == "shard-00002.safetensors"),
-        (cache, "gather_object", lambda: nth_call(1)),  # all shards of the first split, no manifest
-        (cache, "write_atomically", lambda: nth_call(3)),  # the first split is whole, the second not begun
-        (cache, "write_atomically", lambda: nth_call(4)),  # only the last manifest is missing
+        (cache, "keep_tensors", lambda: nth_call(2)),  # between two shards
+        (store, "_flush_and_rename", lambda: lambda _, path: path.name == "shard-00002.safetensors"),
+        (cache, "keep_json", lambda: nth_call(2)),  # all shards of the first split, no manifest
+        (cache, "keep_json", lambda: nth_call(3)),  # the first split is whole, the second not begun
+        (cache, "keep_json", lambda: nth_call(4)),  # only the last manifest is missing
     ],
 )
 def test_killed_cache_goes_on_and_encodes_nothing_twice(module, name, is_due, whole_cache, vae, image_folder, tmp_path):
@@ -219,7 +214,7 @@ def kept_files(folder: Path) -> dict[Path, int]:
         (DAEDiTPipeline, "__call__", lambda: nth_call(5), 7),
         (evaluation, "kernel_distance", lambda: nth_call(1), 10),  # features of the samples, no distance yet
         (evaluation, "kernel_distance", lambda: nth_call(2), 15),  # in the second setting
-        (files, "_flush_and_rename", lambda: lambda _, path: path.name == "metrics.json", 16),
+        (store, "_flush_and_rename", lambda: lambda _, path: path.name == "metrics.json", 16),
     ],
 )
 def test_killed_evaluation_goes_on_and_computes_nothing_twice(
@@ -280,7 +275,7 @@ def test_samples_of_another_setting_or_model_have_another_name(to_evaluate):
         with torch.no_grad():
             next(getattr(pipeline, part).parameters()).view(-1)[0] += 1
         inputs += [generation_inputs(pipeline, settings[0], accelerators[0])]
-    assert len({hash_of(each) for each in inputs}) == len(inputs)
+    assert len({fingerprint_of_json(each) for each in inputs}) == len(inputs)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null"])

@@ -6,16 +6,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from models import make_autoencoder
+from safetensors.torch import load_file, save_file
 
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.errors import UserError
-from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint, write_latent_cache
+from dae_diffusers.latents.cache import (
+    CachedLatents,
+    autoencoder_fingerprint,
+    open_latent_cache,
+    write_latent_cache,
+)
 from dae_diffusers.latents.statistics import (
     LatentStatistics,
     compute_latent_statistics,
     has_latent_statistics,
     normalize_latents,
 )
+from dae_diffusers.store import keep_json, kept_of
 
 
 @pytest.fixture
@@ -118,9 +125,8 @@ def test_cache_and_images_are_drawn_in_the_same_order(cache, images):
 
 def test_interrupted_cache_goes_on_where_it_stopped(cache, vae, images):
     manifest = json.loads((cache.folder / "manifest.json").read_text())
-    (cache.folder / "manifest.json").write_text(
-        json.dumps({**{k: manifest[k] for k in ("identity", "id2label", "shard_size")}, "complete": False})
-    )
+    begun = {k: manifest["values"][k] for k in ("identity", "id2label", "shard_size")} | {"complete": False}
+    keep_json(cache.folder / "manifest.json", begun, manifest["of"])
     with pytest.raises(UserError, match="unfinished"):
         CachedLatents(cache.folder)
     (cache.folder / "shard-00001.safetensors").unlink()
@@ -172,3 +178,120 @@ def test_damaged_cache_is_reported(cache, damage):
 def test_missing_cache_says_how_to_make_it(tmp_path):
     with pytest.raises(UserError, match="cache_latents.py"):
         CachedLatents(tmp_path)
+
+
+def another_vae():
+    """Of the same shape, with other weights."""
+    vae = make_autoencoder("none").to_diffusers()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(-1)
+    return vae
+
+
+def write_again(cache, vae, images, **options):
+    options = {"batch_size": 4, "dtype": "float32", "shard_size": 7} | options
+    return write_latent_cache(cache.folder, vae, images, Accelerator(), **options)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("cleared", ["manifest", "manifest and a shard"])
+def test_latents_of_another_encoder_are_never_taken_over(cache, vae, images, cleared):
+    """Two encoders, one after the other, in a folder whose manifest is gone or that a kill was clearing."""
+    other = another_vae()
+    assert autoencoder_fingerprint(other) != autoencoder_fingerprint(vae)
+    (cache.folder / "manifest.json").unlink()
+    if cleared != "manifest":
+        (cache.folder / "shard-00000.safetensors").unlink()
+    (cache.folder / "mine.txt").write_text("mine")
+    before = contents(cache.folder)
+    with pytest.raises(UserError, match="holds another latent cache: its autoencoder is '"):
+        write_again(cache, other, images)
+    assert contents(cache.folder) == before
+    found = write_again(cache, other, images, replace=True)
+    found.check(autoencoder=autoencoder_fingerprint(other), images=images)
+    with torch.no_grad():
+        mean = other.encode(images[9]["pixel_values"][None]).latent_dist.mean
+    torch.testing.assert_close(found.__getitems__([9])["latents_mean"], mean, atol=1e-5, rtol=1e-5)
+    assert (cache.folder / "mine.txt").read_text() == "mine"
+
+
+def test_a_shard_says_what_it_is_and_one_from_elsewhere_is_named_and_made_again(cache, vae, images, tmp_path, caplog):
+    first, second = (cache.folder / f"shard-0000{number}.safetensors" for number in (0, 1))
+    said = kept_of(second)
+    assert (
+        said["shard"] == 1
+        and said["autoencoder"] == autoencoder_fingerprint(vae)
+        and said["data"] == images.fingerprint
+    )
+    assert vars(cache.identity).items() <= said.items()
+    whole = contents(cache.folder)
+    other = another_vae()
+    write_latent_cache(tmp_path / "b", other, images, Accelerator(), batch_size=4, dtype="float32", shard_size=7)
+    for source, sentence in (
+        (tmp_path / "b" / second.name, "its autoencoder is"),
+        (first, "its shard is 0 instead of 1"),
+    ):
+        second.write_bytes(source.read_bytes())
+        for verify in (True, False):
+            with pytest.raises(UserError, match=f"{second.name} is a shard of another latent cache: {sentence}"):
+                CachedLatents(cache.folder, verify=verify)
+        with pytest.raises(UserError, match=sentence):
+            open_latent_cache(cache.folder, Accelerator())
+        if source == first:
+            write_again(cache, vae, images)
+            assert second.name in caplog.text
+        else:
+            with pytest.raises(UserError, match="holds another latent cache"):
+                write_again(cache, vae, images)
+    assert contents(cache.folder) == whole
+
+
+@pytest.mark.parametrize("manifest", ["whole", "begun", "removed", "empty", "a bit"])
+def test_flipped_bits_are_found_and_only_what_is_damaged_is_made_again(cache, vae, images, manifest, caplog):
+    whole = contents(cache.folder)
+    shards = sorted(cache.folder.glob("shard-*"))
+    damages = {
+        shards[0]: [len(whole[shards[0].name]) // 2, 40, 150, -1, 0], shards[1]: [None],  # None: empty
+    }  # fmt: skip
+    path = cache.folder / "manifest.json"
+    for shard, places in damages.items():
+        for place in places:
+            content = bytearray(whole[shard.name] if place is not None else b"")
+            if place is not None:
+                content[place] ^= 4
+            shard.write_bytes(content)
+            kept = json.loads(whole["manifest.json"])
+            if manifest == "begun":
+                keep_json(path, {**kept["values"], "complete": False}, kept["of"])
+            elif manifest == "a bit":
+                path.write_bytes(whole["manifest.json"].replace(b"cat", b"cau"))
+            elif manifest != "whole":
+                path.unlink() if manifest == "removed" else path.write_bytes(b"")
+            with pytest.raises(UserError):
+                CachedLatents(cache.folder)
+            others = {each: each.stat().st_mtime_ns for each in shards if each != shard}
+            caplog.clear()
+            write_again(cache, vae, images)
+            assert contents(cache.folder) == whole
+            assert others == {each: each.stat().st_mtime_ns for each in others}
+            assert sum(shard.name in message for message in caplog.messages) == 1
+            assert sum("manifest.json is damaged" in message for message in caplog.messages) == (
+                manifest in ("empty", "a bit")
+            )
+
+
+def test_a_cache_of_the_first_version_is_refused_with_the_command_and_made_again(cache, vae, images, caplog):
+    whole = contents(cache.folder)
+    values = json.loads(whole["manifest.json"])["values"]
+    (cache.folder / "manifest.json").write_text(json.dumps({**values, "shards": {}}))
+    for shard in cache.folder.glob("shard-*"):
+        save_file(load_file(shard), shard)
+    with pytest.raises(UserError, match="older version.* Run the command that made the cache again"):
+        CachedLatents(cache.folder)
+    with pytest.raises(UserError, match="holds another latent cache"):
+        write_again(cache, another_vae(), images)
+    write_again(cache, vae, images)
+    assert contents(cache.folder) == whole and "older version" in caplog.text

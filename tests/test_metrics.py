@@ -52,6 +52,7 @@ from dae_diffusers.metrics.image_quality import (
 )
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.store import kept_of
 from dae_diffusers.training import train_classifier
 from dae_diffusers.training.settings import TrainClassifierConfig
 
@@ -451,15 +452,23 @@ def test_reference_statistics_are_cached(tmp_path, resnet_folder, caplog):
     assert path.name.startswith("my_resnet-")
 
     marked = FeatureStatistics(first.count, first.mean + 1, first.scatter)
-    marked.save(path)  # what is read back shows that nothing was computed
+    marked.save(path, kept_of(path))  # what is read back shows that nothing was computed
     assert torch.equal(reference_statistics(extractor, images, cache_dir=cache).mean, marked.mean)
 
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for content in (whole[:-100], flipped, b""):
+        path.write_bytes(content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = reference_statistics(extractor, images, cache_dir=cache, batch_size=7)
+        assert "damaged" in caplog.text and len(caplog.messages) == 1
+        assert torch.equal(again.mean, first.mean)
+        assert torch.equal(FeatureStatistics.load(path)[0].mean, first.mean)
+    first.save(path, {"extractor": "another"})
     with caplog.at_level(logging.WARNING):
-        again = reference_statistics(extractor, images, cache_dir=cache, batch_size=7)
-    assert "damaged" in caplog.text
-    assert torch.equal(again.mean, first.mean)
-    assert torch.equal(FeatureStatistics.load(path)[0].mean, first.mean)
+        assert torch.equal(reference_statistics(extractor, images, cache_dir=cache, batch_size=7).mean, first.mean)
+    assert "made from something else" in caplog.text
 
 
 def test_reference_statistics_survive_a_cache_that_cannot_be_written(tmp_path, resnet_folder, caplog):

@@ -18,9 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripts import BARE_DAE, BARE_DIT, in_child, start
 
-import dae_diffusers.files
 import dae_diffusers.pipelines
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.errors import UserError
+from dae_diffusers.latents.cache import CachedLatents
+from dae_diffusers.store import keep_json
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 
 FLAGS = {
@@ -155,9 +157,6 @@ def test_malicious_safetensors_are_refused_wherever_they_are_read(content, place
     assert code == 0, line
     shard = tmp_path / "latents" / "train" / "shard-00001.safetensors"
     shard.write_bytes(content)
-    manifest = json.loads((shard.parent / "manifest.json").read_text())
-    manifest["shards"][shard.name] = {"size": len(content), "sha256": dae_diffusers.files.sha256_of(shard)}
-    (shard.parent / "manifest.json").write_text(json.dumps(manifest))
     code, line = attempt(train_dit, vae=places / "vae", latent_cache=tmp_path / "latents", output_dir=tmp_path / "dit")
     assert code == 1 and str(shard) in line
 
@@ -167,15 +166,21 @@ def test_manifest_cannot_lead_out_of_its_folder(name, places, image_folder, tmp_
     options = {"train_data_dir": image_folder, "output_dir": tmp_path / "latents"}
     attempt(cache_latents, vae=places / "vae", **options)
     path = tmp_path / "latents" / "train" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["shards"] = dict(zip([name, *list(manifest["shards"])[1:]], manifest["shards"].values(), strict=True))
-    path.write_text(json.dumps(manifest))
-    for script, more in (
-        (train_dit, {"latent_cache": tmp_path / "latents", "output_dir": tmp_path / "run"}),
-        (cache_latents, options),
-    ):
-        code, line = attempt(script, vae=places / "vae", **more)
-        assert code == 1 and "manifest.json is damaged" in line
+    kept = json.loads(path.read_text())
+    more = {"latent_cache": tmp_path / "latents", "output_dir": tmp_path / "run"}
+    path.write_text(json.dumps({**kept, "values": {**kept["values"], "shards": {name: {}}}}))
+    code, line = attempt(train_dit, vae=places / "vae", **more)
+    assert code == 1 and "manifest.json is damaged" in line
+    code, text = attempt(cache_latents, vae=places / "vae", **options)
+    assert code == 0 and "manifest.json is damaged" in text and json.loads(path.read_text()) == kept
+    keep_json(
+        path, {**kept["values"], "shards": {name: {}}}, kept["of"]
+    )  # with a right checksum: no name in it is read
+    CachedLatents(path.parent)
+    for values in ({"shard_size": 10**12}, {"latent_shape": [2**40] * 3}):
+        keep_json(path, {**kept["values"], **values}, kept["of"])
+        with pytest.raises(UserError, match="shard-00000.safetensors"):
+            CachedLatents(path.parent)
 
 
 def test_links_in_a_cache_are_not_written_through(places, image_folder, tmp_path):
@@ -183,7 +188,7 @@ def test_links_in_a_cache_are_not_written_through(places, image_folder, tmp_path
     folder.mkdir(parents=True)
     outside = tmp_path / "outside"
     outside.write_text("mine")
-    for name in ("manifest.json.tmp", "shard-00000.safetensors.tmp", "shard-00001.safetensors"):
+    for name in ("manifest.json.tmp", "shard-00000.safetensors.there-1.tmp", "shard-00001.safetensors"):
         (folder / name).symlink_to(outside)
     options = {"train_data_dir": image_folder, "output_dir": tmp_path / "latents"}
     code, text = attempt(cache_latents, vae=places / "vae", **options)

@@ -9,7 +9,6 @@ explains each number. An interrupted measurement goes on when the same command i
 `complexity.jsonl`, under a hash of what they depend on.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from dae_diffusers.data import load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
-from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import MeasureComplexityConfig
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def main(config: MeasureComplexityConfig) -> None:
             raise UserError(f"the complexity distance cannot be measured: {error}") from None
         report = to_markdown(result)
         write_atomically(folder / "complexity.md", report)
-        write_atomically(folder / "complexity.json", json.dumps(finite_or_none(result.to_dict()), indent=2))
+        write_json(folder / "complexity.json", result.to_dict())
         plot_complexity({"this latent space": result}, folder / "complexity.png")
         logger.info("%s\nwritten to %s", report, folder)
     accelerator.end_training()

@@ -12,7 +12,6 @@ An interrupted evaluation goes on where it stopped when the same command is give
 """
 
 import itertools
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from dae_diffusers.data import ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
-from dae_diffusers.files import finite_or_none, write_atomically
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
@@ -54,6 +52,7 @@ from dae_diffusers.metrics.sampling import (
     prompts_of,
 )
 from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def main(config: EvaluateConfig) -> None:
         write_atomically(folder / "metrics.md", to_markdown(results))
         if len(results.get("generation", [])) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
-        write_atomically(folder / "metrics.json", json.dumps(finite_or_none(results), indent=2, allow_nan=False))
+        write_json(folder / "metrics.json", results)
         logger.info("%s\nwritten to %s", to_markdown(results), folder)
     accelerator.end_training()
     if lock is not None:

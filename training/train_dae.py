@@ -27,6 +27,7 @@ from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
     autoencoder_fingerprint,
+    open_latent_cache,
     write_latent_cache,
 )
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
@@ -165,7 +166,7 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     folder = run.folder / "latents"
     was_training = model.training
     model.eval()
-    write_latent_cache(
+    latents = write_latent_cache(
         folder,
         model,
         images,
@@ -176,7 +177,7 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
         replace=True,  # a killed run may have left that of another stage 1
     )
     model.train(was_training)
-    return ImagesWithLatents(images, CachedLatents(folder, verify=False))  # whole, or just made so
+    return ImagesWithLatents(images, latents)
 
 
 def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedImages) -> None:
@@ -199,7 +200,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:
     """What stage 2 has encoded of the images, or None."""
     try:
-        latents = CachedLatents(run.folder / "latents", verify=False)
+        latents = open_latent_cache(run.folder / "latents", run.accelerator)
         latents.check(autoencoder=autoencoder_fingerprint(vae), images=images)
     except UserError:
         return None

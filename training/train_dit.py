@@ -29,7 +29,7 @@ from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint
+from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint, open_latent_cache
 from dae_diffusers.latents.statistics import has_latent_statistics, normalize_latents, write_latent_statistics
 from dae_diffusers.loop import Loop
 from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
@@ -49,10 +49,7 @@ def main(config: TrainDiTConfig) -> None:
     accelerator, flow = run.accelerator, config.flow
     vae = load_autoencoder(config.transformer.vae).to(accelerator.device)
     value_range = read_value_range(config.transformer.vae)
-    with accelerator.main_process_first():
-        train_data, validation_data, training_images = load_data(
-            config, vae, value_range, verify=accelerator.is_local_main_process
-        )
+    train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
     transformer = make_transformer(config, vae, train_data)
     if not has_latent_statistics(vae):
@@ -180,19 +177,17 @@ def make_alignment(run: TrainingRun, transformer: DAEDiTTransformer2DModel) -> R
 
 
 def load_data(
-    config: TrainDiTConfig, vae: AutoencoderKL, value_range: list[float] | None, *, verify: bool
+    run: TrainingRun, vae: AutoencoderKL, value_range: list[float] | None
 ) -> tuple[Dataset, Dataset, ImageDataset | None]:
-    """
-    Training and validation data: cached latents, verified if asked for, or images that are encoded on the fly. Then the
-    training images that REPA wants beside cached latents, or None.
-    """
-    images = None
+    """Training and validation data, cached latents or images; then the images that REPA wants beside cached latents, or None."""
+    config, images = run.config, None
     if config.data.dataset_name is not None or config.data.train_data_dir is not None:
-        images = load_images(config.data, config.run.seed, value_range=value_range)
+        with run.accelerator.main_process_first():
+            images = load_images(config.data, config.run.seed, value_range=value_range)
     if config.transformer.latent_cache is None:
         return (*images, None)
     folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
-    caches = tuple(CachedLatents(folder, verify=verify) for folder in folders)
+    caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])

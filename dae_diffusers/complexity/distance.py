@@ -21,8 +21,6 @@ distance is graded however far the distributions are apart, has the unit of the 
 never exceeds it), and is 0 for the images themselves.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -36,6 +34,7 @@ from dae_diffusers.complexity.rows import ComplexityResult, ComplexityRow, appen
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.complexity.task import ComplexityTask
 from dae_diffusers.metrics.statistics import pad_batch
+from dae_diffusers.store import fingerprint, fingerprint_of_json
 
 # Part of every row's key. Raise it when the same inputs give other numbers.
 _VERSION = 2
@@ -195,9 +194,7 @@ def measure_complexity(
         key = _key(config, latents_train, pixel_values_train, latents_eval, pixel_values_eval, task.features)
         keys = dict.fromkeys(config.capacities, key)
         if reconstruction_train is not None:
-            keys[None] = hashlib.sha256(
-                (key + _digest(reconstruction_train) + _digest(reconstruction_eval)).encode()
-            ).hexdigest()[:16]
+            keys[None] = fingerprint([key, *_described(reconstruction_train), *_described(reconstruction_eval)])
 
     capacities = [*config.capacities, *([] if reconstruction_train is None else [None])]
     plan = [(form, capacity, seed) for form in config.forms for capacity in capacities for seed in config.seeds]
@@ -307,11 +304,9 @@ def _check_factor(latents: torch.Tensor, pixel_values: torch.Tensor) -> None:
         )
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _described(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """For a fingerprint."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}", tensor
 
 
 def _key(config: ComplexityConfig, *tensors: torch.Tensor | None) -> str:
@@ -321,5 +316,5 @@ def _key(config: ComplexityConfig, *tensors: torch.Tensor | None) -> str:
         for field in fields(config)
         if field.name not in ("forms", "capacities", "seeds")
     }
-    parts = [_VERSION, budget, [None if tensor is None else _digest(tensor) for tensor in tensors]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    given = [None if tensor is None else fingerprint(_described(tensor)) for tensor in tensors]
+    return fingerprint_of_json([_VERSION, budget, given])

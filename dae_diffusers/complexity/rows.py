@@ -1,6 +1,5 @@
 """What a measurement of the complexity distance gives: a row for each generator, in memory and in a file."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from dae_diffusers.complexity.settings import ComplexityConfig, ComplexityForm
+from dae_diffusers.store import keep_row, kept_rows
 
 
 @dataclass(frozen=True)
@@ -97,34 +97,18 @@ class ComplexityResult:
 
 def read_rows(path: Path) -> dict[tuple, ComplexityRow]:
     r"""
-    Finished rows by key, form, capacity and seed. A last line that a kill has cut off is removed.
+    Finished rows by key, form, capacity and seed. Rows that are damaged, cut off or of an older version are removed.
 
     Raises:
-        ValueError: For a line that is no row.
+        UserError: If the file holds something else.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete)  # the last row was being written when the run was interrupted
     rows = {}
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            content = json.loads(line)
-            key = content.pop("key")
-            row = ComplexityRow(**content)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {path} is no row of a complexity distance ({error}). Remove the line, or give "
-                "another `rows_path`."
-            ) from error
+    for key, values in kept_rows(path):
+        row = ComplexityRow(**values)
         rows[key, row.form, row.capacity, row.seed] = row
     return rows
 
 
 def append_row(path: Path, key: str, row: ComplexityRow) -> None:
     r"""Adds a finished row under its key."""
-    with open(path, "a") as file:
-        file.write(json.dumps({"key": key, **asdict(row)}) + "\n")
+    keep_row(path, asdict(row), key)

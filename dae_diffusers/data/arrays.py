@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from dae_diffusers.data.formats import open_picture, precisions
 from dae_diffusers.errors import UserError
+from dae_diffusers.store import write_atomically
 
 _NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
@@ -177,7 +178,7 @@ def cut_elongated(image: Any, size: tuple[int, int], random: np.random.Generator
 def save_value_range(value_range: list[float] | None, folder: Path) -> None:
     r"""Writes the range of the original values beside an autoencoder, unless they are ordinary 8-bit ones (none)."""
     if value_range:
-        (folder / _RANGE_FILE).write_text(json.dumps({"value_range": list(value_range)}) + "\n")
+        write_atomically(folder / _RANGE_FILE, json.dumps({"value_range": list(value_range)}) + "\n")
 
 
 def read_value_range(name_or_path: str | None) -> list[float] | None:

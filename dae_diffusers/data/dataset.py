@@ -1,12 +1,12 @@
 """Images that have numbers: one split of a data set on the disk, as tensors."""
 
-import hashlib
 import logging
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +21,7 @@ from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.errors import UserError
+from dae_diffusers.store import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +93,21 @@ class ImageDataset(BatchDataset):
     @cached_property
     def fingerprint(self) -> str:
         r"""
-        Hash of what the images are, for caches and resumed runs: their number, all labels, the size in bytes of every
+        Of what the images are, for caches and resumed runs: their number, all labels, the size in bytes of every
         encoded image, and the content of up to 64 spread over the data. Where they lie does not matter.
         """
-        digest = hashlib.sha256(str(len(self)).encode())
-        digest.update(np.asarray(self.labels if self.labels is not None else [], dtype=np.int64).tobytes())
-        digest.update(encoded_sizes(self.rows, self.image_column, self.root).tobytes())
+        return fingerprint(self._described())
+
+    def _described(self) -> Iterator[Any]:
+        yield str(len(self))
+        yield np.asarray(self.labels if self.labels is not None else [], dtype=np.int64)
+        yield encoded_sizes(self.rows, self.image_column, self.root)
         for index in np.unique(np.linspace(0, len(self) - 1, num=min(64, len(self))).astype(int)):
             try:
                 content = read_content(self.rows[int(index)][self.image_column], self.root)
-                digest.update(content if isinstance(content, bytes) else np.asarray(content).tobytes())
             except (ValueError, OSError):
-                digest.update(b"unreadable")
-        return digest.hexdigest()[:16]
+                content = b"unreadable"
+            yield content if isinstance(content, bytes) else np.asarray(content)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,6 +1,5 @@
 """From the flags to the training and the validation images."""
 
-import hashlib
 import logging
 import math
 import os
@@ -36,6 +35,7 @@ from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.store import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +214,10 @@ def _streamed(
     first = _take(train, 64, image_column, root)
     if len(first) < 2:
         raise UserError(f"the split {config.train_split!r} has {len(first)} images; at least 2 are needed.")
-    digest = hashlib.sha256(f"{train.num_shards} {num_examples} {sorted(train.features)}".encode())
+    described = [f"{train.num_shards} {num_examples} {sorted(train.features)}"]
     for row in first:
         label = None if label_column is None else value_of(row, label_column)
-        digest.update(content_hash(row[image_column], root) + str(label).encode())
+        described += [content_hash(row[image_column], root), str(label)]
 
     depth = find_first_depth((row[image_column] for row in first), config, root)
     if ImageReader(config, depth, value_range=value_range).is_array and not value_range:
@@ -269,7 +269,7 @@ def _streamed(
         label_column=label_column,
         id2label=id2label,
         depth=depth,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=fingerprint(described),
         held_out=held_out,
         num_examples=num_examples,
         value_range=value_range,

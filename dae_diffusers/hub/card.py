@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.hub.results import Result, Script
+from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
 TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
@@ -209,8 +210,8 @@ def repository_files(
 
 def without_origin(path: Path) -> Path | bytes:
     r"""A JSON file to publish. diffusers writes the folder that a model was loaded from into its config; nobody needs to know it."""
-    config = json.loads(path.read_text())
-    if config.pop("_name_or_path", None) is None:
+    config = read_json(path, object)
+    if not isinstance(config, dict) or config.pop("_name_or_path", None) is None:
         return path
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 

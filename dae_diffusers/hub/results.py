@@ -1,6 +1,5 @@
 """What a run has left on disk: models, and how they came to be."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.store import read_json, read_rows
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -84,7 +84,7 @@ class Result:
         if config.get("stage") == "2" and started_from:  # runs of version 0.1 call it `pretrained_vae`
             return {"fine_tuned_from": started_from}
         if stage1.exists():
-            return {"auxiliary_decoder": _read_json(stage1).get("auxiliary_decoder_type", "none")}
+            return {"auxiliary_decoder": read_json(stage1).get("auxiliary_decoder_type", "none")}
         if config.get("stage") == "2":  # of a stage 1 elsewhere, whose kind the flags do not say
             return {}
         return {"auxiliary_decoder": config["auxiliary_decoder"]} if "auxiliary_decoder" in config else {}
@@ -122,7 +122,7 @@ def read_result(folder: str | Path) -> Result:
             )
         return _describe(Result(run, None, vae), is_run=True)
     result = Result(run, pipeline, pipeline / "vae" if (pipeline / "vae").is_dir() else None)
-    result.index = _read_json(pipeline / PIPELINE_INDEX)
+    result.index = read_json(pipeline / PIPELINE_INDEX)
     _check_code(result)
     return _describe(result, is_run=pipeline != folder)
 
@@ -156,7 +156,7 @@ def _is_stock(class_name: Any) -> bool:
 def _describe(result: Result, *, is_run: bool) -> Result:
     """Adds what is read. Without `is_run`, the result's folder is only the one above, and may be somebody else's."""
     if result.vae is not None:
-        result.vae_config = _read_json(result.vae / "config.json")
+        result.vae_config = read_json(result.vae / "config.json")
     folders = [result.folder / name for name in _SCRIPTS if _is_script(result.folder / name)]
     if not is_run and not folders:
         return result
@@ -186,13 +186,9 @@ def _read_script(folder: Path) -> Script:
         for name, value in _read_yaml(folder / "config.yaml").items()
         if name not in _NOT_PUBLISHED and not name.startswith(("hub_", "push_"))
     }
-    record = _read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     validation: dict[str, float] = {}
-    for line in (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+    for row in read_rows(folder / "log.jsonl", step=int):
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         validation = {**values, "step": row["step"]} if values else validation
     has_local_data = Path(config.get("dataset_name") or "").is_absolute()
@@ -206,7 +202,7 @@ def _read_metrics(result: Result) -> dict[str, Any]:
         ("check", result.folder / "metrics.json"),
     ):
         if path.exists():
-            metrics[name] = _without_paths(_read_json(path))
+            metrics[name] = _without_paths(read_json(path))
     return metrics
 
 
@@ -235,13 +231,6 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
     for name, script in result.scripts.items():
         add(f"{name}_curves.png", script.folder / "curves.png", f"Training: {name}")
     return pictures
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -1,7 +1,5 @@
 """Images as grids of codes: how often each code occurs, and grids that were encoded once for training on them."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import VQModel
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -17,9 +14,14 @@ from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.errors import UserError
-from dae_diffusers.files import save_tensors_atomically
-from dae_diffusers.latents.cache import CacheIdentity, autoencoder_fingerprint, image_identity
+from dae_diffusers.latents.cache import (
+    CacheIdentity,
+    autoencoder_fingerprint,
+    image_identity,
+    open_once_per_machine,
+)
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
+from dae_diffusers.store import NotKept, keep_tensors, kept_tensors
 
 _DTYPE = "int32"
 
@@ -105,7 +107,7 @@ def cached_codes(
     r"""
     The codes of all images, mirrored too if their config says `random_flip`: read from a file, or encoded into it once.
 
-    All processes call it. The file is written under another name and renamed, so it is whole or absent.
+    All processes call it. The file is whole or absent, and says in its header of what it is; see [`~dae_diffusers.store.keep_tensors`].
 
     Args:
         path (`Path`): The file, `*.safetensors`.
@@ -133,36 +135,36 @@ def cached_codes(
     if not is_cached[0]:
         codes = _encode(vae, images, accelerator, batch_size, num_workers)
         if accelerator.is_main_process:
-            metadata = {"identity": json.dumps(vars(identity)), "sha256": _sha256_of(codes)}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors_atomically({"codes": codes}, path, metadata)
+                keep_tensors(path, {"codes": codes}, {"kind": "codes", **vars(identity)})
             except OSError as error:
                 raise UserError(f"the codes cannot be written to {path}: {error.strerror or error}") from None
     accelerator.wait_for_everyone()
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            found = CacheIdentity(**json.loads(metadata["identity"]))
-            codes = file.get_tensor("codes")
-        is_whole = metadata["sha256"] == _sha256_of(codes)
-        is_whole &= 0 <= codes.min().item() and codes.max().item() < vae.config.num_vq_embeddings
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{path} is not a file of codes, or is damaged. Remove it to encode the images again.")
-    differences = found.differences(identity)
-    if differences:
-        raise UserError(
-            f"the codes in {path} do not fit: {'; '.join(differences)}. Choose another `--code_cache`, or remove the "
-            "file to encode the images again."
-        )
+    codes = open_once_per_machine(
+        lambda verify: _read(path, identity, vae.config.num_vq_embeddings, verify), accelerator
+    )
     labels = None if images.labels is None else torch.tensor(images.labels)
     return CodeGrids(codes, labels, images.id2label)
 
 
-def _sha256_of(codes: torch.Tensor) -> str:
-    return hashlib.sha256(codes.contiguous().numpy()).hexdigest()
+def _read(path: Path, identity: CacheIdentity, num_codes: int, verify: bool) -> torch.Tensor:
+    try:
+        codes = kept_tensors(path, {"kind": "codes", **vars(identity)}, verify=verify)["codes"]
+        if not (0 <= codes.min().item() and codes.max().item() < num_codes):
+            raise NotKept(f"holds codes outside 0..{num_codes - 1}")
+        return codes
+    except (NotKept, KeyError, RuntimeError) as problem:
+        found = getattr(problem, "of", None)
+        if isinstance(found, dict) and found.pop("kind", None) == "codes":
+            differences = CacheIdentity(**found).differences(identity)
+            raise UserError(
+                f"the codes in {path} do not fit: {'; '.join(differences)}. Choose another `--code_cache`, or remove the "
+                "file to encode the images again."
+            ) from None
+        raise UserError(
+            f"{path} is not a file of codes, or is damaged. Remove it to encode the images again. (It {problem}.)"
+        ) from None
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from dae_diffusers.files import finite_or_none
+from dae_diffusers.store import finite_or_none
 
 # Up to this many latent elements (134 MB of float64) the covariance is that of whole latents, above it of channels.
 MAX_COVARIANCE_DIM = 4096

@@ -37,12 +37,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features have {len(a.mean)} and {len(b.mean)} dimensions: they come from two extractors.")
     for statistics in (a, b):
-        if statistics.count <= len(statistics.mean):
-            warnings.warn(
-                f"{statistics.count} images for {len(statistics.mean)} features: the covariance is singular and the "
-                "distance strongly biased. Use more images, or a feature extractor with fewer features.",
-                stacklevel=2,
-            )
+        note = few_images_note(statistics.count, len(statistics.mean))
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
     covariance_a, covariance_b = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * _clip_rounding(values, values.max()).sqrt()) @ vectors.T
@@ -54,6 +51,16 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     trace_of_root = eigenvalues[len(eigenvalues) - rank :].sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root
     return max(distance.item(), 0.0)
+
+
+def few_images_note(num_images: int, feature_dim: int) -> str | None:
+    r"""What to say beside a Fréchet distance of so many images in so many features; None where there are enough."""
+    if num_images > feature_dim:
+        return None
+    return (
+        f"{num_images} images for {feature_dim} features: the covariance is singular and the distance strongly biased. Use "
+        "more images, or a feature extractor with fewer features."
+    )
 
 
 def kernel_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float:

@@ -1,6 +1,5 @@
 """The measurements of `training/evaluate.py`: an autoencoder, its latent space, and images that a pipeline has drawn."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from dae_diffusers.metrics.distances import (
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_hash
+from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch
+from dae_diffusers.store import fingerprint
 
 
 @dataclass
@@ -159,9 +159,9 @@ def image_features(
 def evaluation_inputs(
     vae: ModelMixin | None, images: ImageDataset, extractor: FeatureExtractor | None
 ) -> dict[str, Any]:
-    r"""What the measurements of an autoencoder on some images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
+    r"""What the measurements of an autoencoder on some images depend on, for [`~dae_diffusers.store.fingerprint_of_json`]."""
     return {
-        "vae": None if vae is None else model_hash(vae),
+        "vae": None if vae is None else model_fingerprint(vae),
         "images": [len(images), image_identity(images)],
         "extractor": None if extractor is None else [extractor.name, extractor.fingerprint],
     }
@@ -282,7 +282,7 @@ def sample_metrics(
         len(samples),
         accelerator,
         folder=folder,
-        of=folder and [_hash_of_rows(samples), extractor.fingerprint],
+        of=folder and [_fingerprint_of_rows(samples), extractor.fingerprint],
         description="Features of samples",
     )
     features = gathered["features"]
@@ -301,8 +301,5 @@ def sample_metrics(
     return metrics, nearest_neighbors(features, train_features)[1][:, 0]
 
 
-def _hash_of_rows(rows: torch.Tensor | KeptRows) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(rows), 256):
-        digest.update(rows[start : start + 256].contiguous().numpy())
-    return digest.hexdigest()
+def _fingerprint_of_rows(rows: torch.Tensor | KeptRows) -> str:
+    return fingerprint(rows[start : start + 256] for start in range(0, len(rows), 256))

@@ -1,6 +1,6 @@
 """Images to feature vectors: any Hugging Face vision backbone, or Inception, behind one contract."""
 
-import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from dae_diffusers.store import fingerprint
 from dae_diffusers.vision import has_class_token, load_inception, load_vision_model
 
 
@@ -76,12 +77,8 @@ class FeatureExtractor(torch.nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        r"""Hash of the weights and of the preprocessing, for caches."""
-        digest = hashlib.sha256(self.description.encode())
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        r"""Of the weights and of the preprocessing, for caches."""
+        return fingerprint(itertools.chain([self.description], *sorted(self.state_dict().items())))
 
     @torch.no_grad()
     def _run(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,7 +1,8 @@
-"""Results kept in files that are named by a hash of what they depend on: an evaluation computes none of them twice."""
+"""Results kept in files that are named by a fingerprint of what they depend on: an evaluation computes none of them twice."""
 
-import hashlib
+import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from dae_diffusers.errors import UserError
-from dae_diffusers.files import add_weights, save_tensors_atomically, write_atomically
+from dae_diffusers.store import (
+    NotKept,
+    fingerprint,
+    fingerprint_of_json,
+    keep_json,
+    keep_tensors,
+    kept_json,
+    kept_tensors,
+    weights_of,
+)
+
+logger = logging.getLogger(__name__)
 
 # Of what is kept: raised when a measurement changes, so that results of an older version are not taken for those of this one.
 _VERSION = 3
@@ -71,6 +82,9 @@ def keep_rows(
     r"""
     Tensors with a row for each image, computed in chunks that the processes take turns at. All processes call it.
 
+    A chunk is kept with what it depends on and a checksum, which are compared when it is read again: one that is damaged or
+    of something else is said once and computed again.
+
     Args:
         compute: From the numbers of some rows to these rows of each tensor, on the CPU.
         num_rows (`int`): In all.
@@ -87,17 +101,24 @@ def keep_rows(
     """
     chunks = [range(first, min(first + chunk_size, num_rows)) for first in range(0, num_rows, chunk_size)]
     if folder is not None:
-        folder = Path(folder) / hash_of([_VERSION, of, num_rows, chunk_size])
+        key = fingerprint_of_json([_VERSION, of, num_rows, chunk_size])
+        folder = Path(folder) / key
         folder.mkdir(parents=True, exist_ok=True)
     files = {chunk: folder / f"{chunk.start:08d}.safetensors" for chunk in chunks} if folder is not None else {}
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    parts = {}
+    parts, unusable = {}, []
+    for chunk in mine if files else ():
+        try:
+            parts[chunk] = kept_tensors(files[chunk], _of_chunk(key, chunk))
+        except NotKept as problem:
+            unusable += [] if problem.missing else [f"{files[chunk]} {problem}"]
+    _say_unusable(unusable, len(files), accelerator)
     for chunk in tqdm(mine, description, unit="chunk", disable=not accelerator.is_local_main_process, leave=False):
-        rows = _read_rows(files[chunk]) if files else None
-        if rows is None:
-            rows = {name: value.contiguous() for name, value in compute(chunk).items()}
-            if files:
-                save_tensors_atomically(rows, files[chunk])
+        if chunk in parts:
+            continue
+        rows = {name: value.contiguous() for name, value in compute(chunk).items()}
+        if files:
+            keep_tensors(files[chunk], rows, _of_chunk(key, chunk))
         if load:
             parts[chunk] = rows
     accelerator.wait_for_everyone()
@@ -107,8 +128,12 @@ def keep_rows(
         with safe_open(files[chunks[0]], framework="pt") as file:
             return {name: KeptRows(name, files) for name in file.keys()}  # noqa: SIM118
     if accelerator.num_processes > 1:
-        if files:
-            parts = {chunk: parts.get(chunk) or load_file(path) for chunk, path in files.items()}
+        if files:  # the others have just verified or written theirs
+            for chunk in [chunk for chunk in chunks if chunk not in parts]:
+                try:
+                    parts[chunk] = kept_tensors(files[chunk], _of_chunk(key, chunk), verify=False)
+                except NotKept as problem:
+                    raise UserError(f"{files[chunk]} {problem}. Run the command again.") from None
         else:
             parts = {chunk: rows for share in gather_object([parts]) for chunk, rows in share.items()}
     return {name: torch.cat([parts[chunk][name] for chunk in chunks]) for name in parts[chunks[0]]}
@@ -127,41 +152,37 @@ def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder:
     Returns:
         The values as JSON gives them back, the same on every process.
     """
-    path = Path(folder) / f"{hash_of([_VERSION, of])}.json"
-    found = [_read_values(path) if accelerator.is_main_process else None]
+    path = Path(folder) / f"{fingerprint_of_json([_VERSION, of])}.json"
+    found = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [{"values": kept_json(path, of)}]
+        except NotKept as problem:
+            if not problem.missing:
+                logger.warning("%s %s. It is computed again.", path, problem)
     broadcast_object_list(found)
     if found[0] is not None:
         return found[0]["values"]
-    text = json.dumps({"values": compute(), "of": of}, indent=2)
+    values = json.loads(json.dumps(compute()))
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    return json.loads(text)["values"]
+        keep_json(path, values, of)
+    return values
 
 
-def hash_of(value: Any) -> str:
-    r"""Of anything JSON can hold; what it cannot is taken as its text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def model_hash(model: torch.nn.Module) -> str:
+def model_fingerprint(model: torch.nn.Module) -> str:
     r"""Of a model's weights and of its config, without where it came from."""
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
-    digest = hashlib.sha256(hash_of({key: value for key, value in config.items() if key[0] != "_"}).encode())
-    add_weights(digest, model)
-    return digest.hexdigest()[:16]
+    described = fingerprint_of_json({key: value for key, value in config.items() if key[0] != "_"})
+    return fingerprint(itertools.chain([described], weights_of(model)))
 
 
-def _read_rows(path: Path) -> dict[str, torch.Tensor] | None:
-    try:
-        return load_file(path) if path.exists() else None
-    except (SafetensorError, OSError):
-        return None
+def _of_chunk(key: str, chunk: range) -> dict[str, Any]:
+    return {"key": key, "rows": [chunk.start, chunk.stop]}
 
 
-def _read_values(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text())
-        return found if "values" in found else None
-    except (OSError, ValueError, TypeError):
-        return None
+def _say_unusable(unusable: list[str], num_files: int, accelerator: Accelerator) -> None:
+    """One line for all processes, of which only the main one's are shown."""
+    unusable = [each for share in gather_object([unusable]) for each in share]
+    if unusable and accelerator.is_main_process:
+        logger.warning("%s. Files to be computed again: %d of %d.", unusable[0], len(unusable), num_files)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_hash
+from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
@@ -153,7 +153,7 @@ def draw_samples(
     Args:
         pipeline (`DiffusionPipeline`): Of a kind that [`Sampler`] knows.
         settings ([`SampleSettings`]): What to draw.
-        folder (`Path`): Chunks go to a sub-folder named after a hash of the pipeline, the settings and the precision.
+        folder (`Path`): Chunks go to a sub-folder named after a fingerprint of the pipeline, the settings and the precision.
         accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks, and draw in its precision.
         image_shape (`tuple[int, int, int]`, *optional*): Channels, height and width that images must have.
         batch_size (`int`, *optional*): Images at once; changes no image beyond float rounding.
@@ -206,10 +206,10 @@ def draw_samples(
 def generation_inputs(
     pipeline: DiffusionPipeline, settings: SampleSettings, accelerator: Accelerator
 ) -> dict[str, Any]:
-    r"""What drawn images depend on, for [`~dae_diffusers.metrics.kept.hash_of`]."""
+    r"""What drawn images depend on, for [`~dae_diffusers.store.fingerprint_of_json`]."""
     return {
         "models": {
-            name: model_hash(part)
+            name: model_fingerprint(part)
             for name, part in sorted(pipeline.components.items())
             if isinstance(part, torch.nn.Module)
         },

@@ -1,6 +1,5 @@
 """Moments of features that add up over batches and processes, and a cache of those of reference images."""
 
-import hashlib
 import json
 import logging
 import os
@@ -11,14 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.data import ImageDataset, make_pass_loader
-from dae_diffusers.errors import one_line
 from dae_diffusers.metrics.features import FeatureExtractor
+from dae_diffusers.store import NotKept, fingerprint_of_json, keep_tensors, kept_of, kept_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -110,30 +107,32 @@ class FeatureStatistics:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")  # several runs may share the folder
         tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        keep_tensors(path, tensors, metadata or {})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> tuple["FeatureStatistics", dict[str, str]]:
+    def load(
+        cls, path: str | os.PathLike, metadata: dict[str, str] | None = None
+    ) -> tuple["FeatureStatistics", dict[str, str]]:
         r"""
         Reads what [`save`] wrote.
+
+        Args:
+            path (`str` or `PathLike`): The file.
+            metadata (`dict[str, str]`, *optional*): What the features must be of; default: of anything.
 
         Returns:
             `tuple[FeatureStatistics, dict[str, str]]`: The statistics and the metadata.
 
         Raises:
-            OSError, SafetensorError: If the file does not exist, is damaged or holds something else.
+            NotKept: If the file does not exist, is damaged, or holds something else.
         """
-        with safe_open(path, framework="pt") as file:
-            count, mean, scatter = (file.get_tensor(name) for name in ("count", "mean", "scatter"))
-            return cls(int(count), mean, scatter), file.metadata() or {}
+        path = Path(path)
+        metadata = kept_of(path) if metadata is None else metadata
+        tensors = kept_tensors(path, metadata)
+        if set(tensors) != {"count", "mean", "scatter"}:
+            raise NotKept(f"holds {sorted(tensors)}, not the statistics of features")
+        return cls(int(tensors["count"]), tensors["mean"].clone(), tensors["scatter"].clone()), metadata
 
 
 def padded_size(batch_size: int, image_pixels: int) -> int:
@@ -173,9 +172,9 @@ def reference_statistics(
     r"""
     Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
 
-    The cache's key is a hash of the extractor (name, weights, preprocessing), of the images (their fingerprint, number,
-    channels, range of values) and of their resolution. A damaged file is reported and made anew; one that cannot be written
-    is reported. An interrupted pass goes on from where it was saved last, if as many processes take part.
+    The cache's key is a fingerprint of the extractor (name, weights, preprocessing), of the images (their fingerprint, number,
+    channels, range of values) and of their resolution. A damaged file is reported and made again; one that cannot be
+    written is reported. An interrupted pass goes on from where it was saved last, if as many processes take part.
 
     Args:
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
@@ -200,15 +199,15 @@ def reference_statistics(
     }
     path = partial = None
     if cache_dir is not None:
-        key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
+        key = fingerprint_of_json(metadata)
         path = Path(cache_dir) / f"{extractor.name}-{key}.safetensors"
         partial = path.with_suffix(f".{state.process_index}-of-{state.num_processes}.safetensors")
     # One process looks and tells the others: they might see the file at different moments.
-    cached = [_read_cache(path) if path is not None and state.is_main_process else None]
+    cached = [_read_cache(path, metadata) if path is not None and state.is_main_process else None]
     statistics = broadcast_object_list(cached)[0]
     if statistics is not None:
         return statistics
-    statistics = (partial and _read_cache(partial)) or FeatureStatistics.empty(extractor.feature_dim)
+    statistics = (partial and _read_cache(partial, metadata)) or FeatureStatistics.empty(extractor.feature_dim)
     loader = make_pass_loader(
         Subset(images, range(statistics.count * state.num_processes, len(images))),
         batch_size=batch_size,
@@ -236,14 +235,13 @@ def _write_cache(statistics: FeatureStatistics, path: Path, metadata: dict[str, 
     try:
         statistics.save(path, metadata)
     except OSError as error:  # the statistics are good all the same
-        logger.warning("%s cannot be written (%s); the next run computes it anew.", path, error.strerror or error)
+        logger.warning("%s cannot be written (%s); the next run computes it again.", path, error.strerror or error)
 
 
-def _read_cache(path: Path) -> FeatureStatistics | None:
-    if not path.exists():
-        return None
+def _read_cache(path: Path, metadata: dict[str, str]) -> FeatureStatistics | None:
     try:
-        return FeatureStatistics.load(path)[0]
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s) and is made anew.", path, one_line(error))
+        return FeatureStatistics.load(path, metadata)[0]
+    except NotKept as problem:
+        if not problem.missing:
+            logger.warning("%s %s. It is made again.", path, problem)
         return None

@@ -1,0 +1,434 @@
+"""
+Everything that is kept in files: a kill at any instant leaves each as it was or whole and new; what is damaged, or made from
+something else, is never used.
+
+A *fingerprint*, 16 hexadecimal digits, says what something was made from. A *checksum*, 64 digits, says whether a file still
+holds what was written. A kept file has both in it.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from dae_diffusers.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import: what only reads and writes text does not wait for it
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_HEADER = "kept"  # the entry of a safetensors file's metadata
+_TEMPORARY = re.compile(r"\.(?P<host>\w+)-(?P<process>\d+)\.tmp$")
+_OLD_SECONDS = 24 * 3600  # a temporary file of another machine that nobody has written to for so long is a leftover
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what parsing any bytes can end with
+
+
+class NotKept(Exception):
+    r"""
+    Why a kept file is not used, as the end of a sentence that begins with its name.
+
+    Attributes:
+        missing (`bool`): Whether there is no file at all.
+        of: What the file was made from, where it is whole and was made from something else; else None.
+    """
+
+    def __init__(self, reason: str, *, missing: bool = False, of: Any = None):
+        super().__init__(reason)
+        self.missing = missing
+        self.of = of
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    r"""
+    Of parts, one after the other.
+
+    Args:
+        parts: Each text, bytes, an array or a tensor, of which only the numbers count.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    return _digest(parts)[:16]
+
+
+def fingerprint_of_json(value: Any) -> str:
+    r"""Of anything JSON can hold; what it cannot is taken as its text. The order of names does not count."""
+    return fingerprint([json.dumps(value, sort_keys=True, default=str)])
+
+
+def weights_of(model: "torch.nn.Module", children: tuple[str, ...] | None = None) -> Iterator[Any]:
+    r"""Names and values, in float32, of a model's weights, for [`fingerprint`]; of some of its children, if they are named."""
+    for name, value in sorted(model.state_dict().items()):
+        if children is None or name.split(".")[0] in children:
+            yield name
+            yield value.float()
+
+
+def sha256_of(path: Path) -> str:
+    r"""The checksum of a whole file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    r"""Replaces a small file at once, in UTF-8. Raises OSError."""
+    _replace(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    r"""Replaces a JSON file at once, with null for NaN and infinite numbers. Raises OSError."""
+    write_atomically(path, json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite_or_none(value: Any) -> Any:
+    r"""The same with None for NaN and infinite numbers, which JSON does not know: the PSNR of equal images is infinite."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    r"""
+    The content of a JSON file.
+
+    Args:
+        path (`Path`): The file.
+        kind (`type`, *optional*): What the outermost value must be.
+
+    Raises:
+        UserError: With one line, if it cannot be read, is no JSON or something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is damaged: it is no JSON ({_one_line(error)}).") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged: it holds {_brief(value)} where a {kind.__name__} belongs.")
+    return value
+
+
+def read_json_or(path: Path, otherwise: Any) -> Any:
+    r"""The content of a JSON file of the same kind as `otherwise`, which is returned where there is none or a damaged one (said)."""
+    if not path.exists():
+        return otherwise
+    try:
+        return read_json(path, type(otherwise))
+    except UserError as error:
+        logger.warning("%s It is not used.", error)
+        return otherwise
+
+
+def read_rows(path: Path, **needed: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    r"""
+    The rows of a file of JSON objects, one a line. A last line that a kill cut short is left out; other lines that cannot be
+    read are left out too, which is said once.
+
+    Args:
+        path (`Path`): The file; no rows if it does not exist.
+        needed (`type`): What a row must have, by name, and of which type.
+
+    Raises:
+        UserError: If the file cannot be read at all.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    lines = content.split(b"\n")
+    rows, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not all(
+                isinstance(row[name], kind) and not isinstance(row[name], bool) for name, kind in needed.items()
+            ):
+                raise TypeError
+            rows.append(dict(row.items()))
+        except _UNREADABLE:
+            if number < len(lines):  # the very last has no end of line: it was being written
+                damaged.append(number)
+    if damaged:
+        logger.warning(
+            "%s is damaged: %d of its %d lines cannot be read and are left out, the first is line %d.",
+            path, len(damaged), len(lines), damaged[0],
+        )  # fmt: skip
+    return rows
+
+
+def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> None:
+    r"""
+    Writes or replaces a safetensors file at once, with what it was made from and a checksum in its header.
+
+    Args:
+        path (`Path`): The file; its folder exists.
+        tensors (`dict[str, torch.Tensor]`): On the CPU.
+        of: What they were made from, as JSON can hold it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    of = _as_json(of)
+    # One entry, since safetensors writes several in any order: equal content is to be equal bytes.
+    metadata = {_HEADER: json.dumps({"of": of, "checksum": _checksum_of_tensors(tensors, of)}, sort_keys=True)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # it has the system's error as text only
+            number = re.search(r"\(os error (\d+)\)", str(error)) or re.search(r"code: (\d+)", str(error))
+            if number is None:
+                raise OSError(_one_line(error)) from None
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+    _replace(path, write)
+
+
+def kept_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torch.Tensor"]:
+    r"""
+    The tensors of a file that [`keep_tensors`] wrote, memory-mapped.
+
+    Args:
+        path (`Path`): The file.
+        of: What they must have been made from.
+        verify (`bool`, *optional*, defaults to `True`): Compare the checksum, which reads all of the file. Leave it out only
+            where another process has just done it.
+
+    Raises:
+        NotKept: If there is no such file, if it was made from something else, or if it is damaged.
+    """
+    tensors, found, checksum = _open_tensors(path)
+    if found != _as_json(of):
+        if checksum != _checksum_of_tensors(tensors, found):
+            raise NotKept("is damaged: its content has another checksum than when it was written")
+        raise NotKept("was made from something else", of=found)
+    if verify and checksum != _checksum_of_tensors(tensors, found):
+        raise NotKept("is damaged: its content has another checksum than when it was written")
+    return tensors
+
+
+def kept_of(path: Path) -> Any:
+    r"""What a file of tensors says that it was made from, by its header alone. Raises NotKept if it does not say."""
+    return _open_tensors(path)[1]
+
+
+def keep_json(path: Path, value: Any, of: Any) -> None:
+    r"""As [`keep_tensors`], anything that JSON can hold; also NaN and infinite numbers. Raises OSError."""
+    of, value = _as_json(of), _as_json(value)
+    kept = {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
+    write_atomically(path, json.dumps(kept, indent=2) + "\n")
+
+
+def kept_json(path: Path, of: Any = None) -> Any:
+    r"""
+    What [`keep_json`] wrote.
+
+    Args:
+        path (`Path`): The file.
+        of (*optional*): What it must have been made from; None: anything.
+
+    Raises:
+        NotKept: If there is no such file, if it was made from something else, or if it is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotKept("is missing", missing=True) from None
+    except OSError as error:
+        raise NotKept(f"cannot be read ({error.strerror or error})") from None
+    found, value = _kept_value(content)
+    if of is not None and found != _as_json(of):
+        raise NotKept("was made from something else", of=found)
+    return value
+
+
+def keep_row(path: Path, value: Any, of: Any) -> None:
+    r"""Adds a line to a file of rows, each of which has what it was made from and its own checksum. Raises OSError."""
+    of, value = _as_json(of), _as_json(value)
+    with path.open("ab") as file:
+        kept = {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
+        file.write(json.dumps(kept).encode() + b"\n")
+
+
+def kept_rows(path: Path) -> list[tuple[Any, Any]]:
+    r"""
+    What [`keep_row`] wrote: of what, and the values, in order. Makes the file's folder. Rows that are damaged or of an older
+    version are said once and removed, to be made again; one that a kill has cut short is removed.
+
+    Raises:
+        UserError: If a line is no row at all: the file is somebody else's, and stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows, whole, damaged = [], [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(_kept_value(line))
+            whole.append(line)
+        except NotKept as problem:
+            if not line.endswith(b"\n"):
+                continue
+            if not any(name in line for name in (b'"checksum"', b'"values"', b'"key"')):
+                raise UserError(
+                    f"line {number} of {path} is no row that was kept there: it {problem}. Remove the line, or give another "
+                    "path."
+                ) from None
+            damaged.append(number)
+    if damaged:
+        logger.warning(
+            "%s: %d of %d rows are damaged or of an older version, the first in line %d. They are made again.",
+            path, len(damaged), len(lines), damaged[0],
+        )  # fmt: skip
+    if len(whole) < len(lines):
+        write_atomically(path, b"".join(whole).decode())
+    return rows
+
+
+def is_temporary(path: Path) -> bool:
+    r"""Whether a file is one that a write has not finished, or that a kill has left: it is never a result."""
+    return _TEMPORARY.search(path.name) is not None
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    r"""
+    Removes what killed processes have left of files that they were writing.
+
+    Args:
+        folder (`Path`): Where; its sub-folders are left alone.
+        name (`str`, *optional*): Only of files with this name; empty: of all.
+    """
+    for path in folder.glob(f"{_escaped(name)}*.tmp"):
+        match = _TEMPORARY.search(path.name)
+        if match is None or (name and path.name[: match.start()] != name):
+            continue
+        try:
+            if match["host"] == _host():
+                is_leftover = not psutil.pid_exists(int(match["process"]))
+            else:
+                is_leftover = time.time() - path.lstat().st_mtime > _OLD_SECONDS
+            if is_leftover:
+                path.unlink(missing_ok=True)
+        except OSError:  # somebody else's, or gone
+            continue
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part if isinstance(part, bytes) else _bytes_of(part))
+    return digest.hexdigest()
+
+
+def _bytes_of(numbers: Any) -> Any:
+    """The numbers of an array or of a tensor, as they lie in memory where they can be had without copying."""
+    if hasattr(numbers, "detach"):
+        import torch
+
+        return numbers.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return numbers.tobytes()
+
+
+def _checksum_of_tensors(tensors: dict[str, "torch.Tensor"], of: Any) -> str:
+    names = sorted(tensors)
+    described = [of, [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]]
+    return _digest([json.dumps(described, sort_keys=True), *(tensors[name] for name in names)])
+
+
+def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
+    """The tensors, memory-mapped; what they say that they are of; and their checksum."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise NotKept("is missing", missing=True)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, *_UNREADABLE) as error:
+        raise NotKept(f"is damaged ({_one_line(error)})") from None
+    if header is None:
+        raise NotKept("was made by an older version, or by something else: it does not say of what it was made")
+    try:
+        header = json.loads(header)
+        return tensors, header["of"], header["checksum"]
+    except _UNREADABLE:
+        raise NotKept("is damaged: its header cannot be read") from None
+
+
+def _kept_value(content: bytes) -> tuple[Any, Any]:
+    """Of what, and the values."""
+    try:
+        kept = json.loads(content)
+        if "checksum" not in kept:
+            raise NotKept("was made by an older version, or by something else: it has no checksum")
+        of, value = kept["of"], kept["values"]
+        is_whole = kept["checksum"] == fingerprint_of_json([of, value])
+    except _UNREADABLE as error:
+        raise NotKept(f"is damaged ({_one_line(error)})") from None
+    if not is_whole:
+        raise NotKept("is damaged: its content has another checksum than when it was written")
+    return of, value
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    remove_leftovers(path.parent, path.name)
+    temporary = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")  # several runs may write the same file
+    temporary.unlink(missing_ok=True)  # nobody's link is written through
+    try:
+        write(temporary)
+        _flush_and_rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_and_rename(temporary: Path, path: Path) -> None:
+    with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())[:64] or "here"
+
+
+def _escaped(name: str) -> str:
+    """For a glob."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _as_json(value: Any) -> Any:
+    """As JSON gives it back, so that tuples equal lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
