@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import venv
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from huggingface_hub import EvalResult, HfApi, ModelCard
 from models import save_autoencoder
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, run
+from test_space import save_run
 from test_vqgan_pipeline import make_pipeline
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import make_card, measurements
-from dae_diffusers.hub.results import read_result
+from dae_diffusers.hub.results import read_result, remove_leftovers
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
 
@@ -577,6 +580,92 @@ def test_failed_push_is_one_line_and_can_be_repeated(client, trained, status):
             push_script(trained, repo_id)
     push_script(trained, repo_id)
     assert "model_index.json" in client.files(repo_id)
+
+
+def test_hub_that_accepts_and_never_answers_blocks_nothing(client, trained, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(upload, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(upload, "UPLOAD_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections are made, and nobody reads them
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+        start = time.monotonic()
+        assert check_hub_access("writer/deaf") == "writer/deaf"
+        assert "does not answer now" in caplog.text
+        with pytest.raises(UserError, match="upload to writer/deaf failed .*Nothing is lost"):
+            push_script(trained / "vae", "writer/deaf", "--license", "mit")
+        background = BackgroundUpload(tmp_path / "hub")
+        background.start(3, save=lambda folder: shutil.copytree(trained / "vae", folder), push=upload_to_deaf)
+        background.wait()
+        assert len(background.failures) == 1 and "step 3" in background.failures[0]
+        assert time.monotonic() - start < 20  # of some 3; without limits, never
+
+
+def upload_to_deaf(folder: Path):
+    push_folder(folder, "writer/deaf", license="mit")
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("https://huggingface.co/writer/animals", "web address .*Pass writer/animals"),
+        ("huggingface.co/writer/animals/tree/main", "web address .*Pass writer/animals"),
+        ("writer/my animals", "must be `user/name`"),
+        ("writer/animals/v2", "must be `user/name`"),
+        ("runs/digits/pipeline", "must be `user/name`"),
+        ("writer/animals.git", "must be `user/name`"),
+        ("-x", "must be `user/name`"),
+        ("", "must be `user/name`"),
+    ],
+)
+def test_name_that_is_none_is_said_in_one_line(trained, repo_id, message):
+    for words in ({"repo_id": repo_id}, {"repo_id": REPO, "space_id": repo_id}):
+        with pytest.raises(ConfigError, match=message) as error:
+            push.PushConfig(folder=str(trained), **words)
+        assert "\n" not in str(error.value)
+
+
+def test_result_is_not_exported_into_itself(trained, tmp_path):
+    for folder in (trained, trained / "pipeline", trained / "pipeline" / "out", trained / "vae"):
+        before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+        for source in (trained, trained / "pipeline"):
+            with pytest.raises(UserError, match="in which the result itself lies"):
+                push_script(source, REPO, "--export_dir", folder)
+        assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="which is a file"):
+        push_script(trained, REPO, "--export_dir", tmp_path / "file")
+
+
+def test_nothing_half_written_and_no_part_of_another_pipeline_is_published(client, tmp_path):
+    """One folder, first of a diffusion transformer, then of a prior: on disk, and on the Hub."""
+    folder = tmp_path / "run"
+    save_run(folder, None)
+    push_folder(folder, "writer/mixed")
+    assert "transformer/config.json" in client.files("writer/mixed")
+    make_pipeline().save_pretrained(folder / "pipeline")
+    leftovers = [
+        "pipeline/prior/.tmpAb12Cd",
+        "pipeline/vae/diffusion_pytorch_model.safetensors.tmp",
+        "train_dit/checkpoints/tmp-old-checkpoint-00000002/model.safetensors",
+        "stage1/.tmpxYz789",
+    ]
+    for name in leftovers:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "stage1" / "config.json").write_text("{}")
+    push_folder(folder, "writer/mixed")
+    files = client.files("writer/mixed")
+    parts = {name.split("/")[0] for name in files}
+    assert {"model_index.json", "pipeline.py", "prior", "vae", "README.md"} <= parts
+    assert not parts & {"transformer", "scheduler"}
+    assert not any("tmp" in name for name in files)
+    assert upload.stage1_files(folder).keys() == {"stage1/config.json"}
+    (folder / "notes.tmpl").touch()
+    (folder / ".tmp-mine").mkdir()
+    assert len(remove_leftovers(folder)) == 4  # a checkpoint's folder is one
+    assert not any((folder / name).exists() for name in leftovers)
+    assert (folder / "notes.tmpl").exists() and (folder / ".tmp-mine").exists() and (folder / "stage1").exists()
 
 
 def test_training_pushes_at_every_save_and_at_the_end(client, trained, image_folder, tmp_path):

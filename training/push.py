@@ -49,6 +49,9 @@ class PushConfig:
     def __post_init__(self):
         if self.folder is None or self.repo_id is None:
             raise ConfigError("give a folder and a repository: push.py runs/digits user/digits. See --help.")
+        upload.check_repo_id(self.repo_id)
+        if self.space_id is not None:
+            upload.check_repo_id(self.space_id, "space_id")
         if self.export_dir is not None and "/" not in self.repo_id:
             raise ConfigError(f"`--export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
         if self.export_dir is not None and (self.revision is not None or self.create_pr):
@@ -59,7 +62,8 @@ class PushConfig:
 
 def main(config: PushConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # the Hub's client, by version
+        logging.getLogger(name).setLevel(logging.WARNING)
     result = results.read_result(config.folder)  # what is wrong with the folder is said before the Hub is asked
     if config.export_dir is not None:
         export(config, result)
@@ -110,6 +114,13 @@ def ask_for_license() -> str | None:
 def export(config: PushConfig, result: results.Result) -> None:
     """Writes what would be uploaded."""
     folder = Path(config.export_dir)
+    target = folder.resolve()
+    models = [result.folder / name for name in ("pipeline", "vae", "stage1")] + [result.pipeline, result.vae]
+    models = [model.resolve() for model in models if model is not None]
+    if target == result.folder.resolve() or any(model in (target, *target.parents) for model in models):
+        raise UserError(f"`export_dir` is {folder}, in which the result itself lies. Choose a folder of its own.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`export_dir` is {folder}, which is a file. Choose a folder.")
     found = card.repository_files(result, config.repo_id, license=config.license, card=not config.keep_card)
     with tempfile.TemporaryDirectory() as temporary:
         if config.fp16:

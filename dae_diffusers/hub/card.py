@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
-from dae_diffusers.hub.results import Result, Script
+from dae_diffusers.hub.results import Result, Script, is_leftover
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
 TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
@@ -189,10 +189,14 @@ def repository_files(
     """
     found: dict[str, Path | bytes] = {}
     root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
+    # Another pipeline that was trained into the same folder before has left its parts there.
+    parts = {name for name, value in result.index.items() if isinstance(value, list)}
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if path.is_file() and not hidden and relative.name != "README.md":
+        hidden = hidden or any(map(is_leftover, (relative, *relative.parents)))
+        foreign = result.pipeline is not None and len(relative.parts) > 1 and relative.parts[0] not in parts
+        if path.is_file() and not hidden and not foreign and relative.name != "README.md":
             found[f"{prefix}{relative.as_posix()}"] = without_origin(path) if path.suffix == ".json" else path
     for name, (path, _) in result.pictures.items():
         found[f"images/{name}"] = path

@@ -1,6 +1,8 @@
 """What a run has left on disk: models, and how they came to be."""
 
 import json
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,29 @@ def read_result(folder: str | Path) -> Result:
     result.index = _read_json(pipeline / PIPELINE_INDEX)
     _check_code(result)
     return _describe(result, is_run=pipeline != folder)
+
+
+def is_leftover(path: Path) -> bool:
+    r"""Whether a file or folder is what a kill in the middle of writing leaves: by safetensors, by our files, by checkpoints."""
+    return re.fullmatch(r"\.tmp\w{6}|.+\.tmp|tmp-(old-)?checkpoint-\d+", path.name) is not None
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    r"""
+    Removes what kills have left in the output folder of a run (see [`is_leftover`]), links themselves and not where they point.
+
+    Call it when no other run writes there.
+
+    Returns:
+        `list[Path]`: What was removed.
+    """
+    found = [path for path in sorted(Path(folder).rglob("*")) if is_leftover(path)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
 
 
 def latest_grid(script_folder: Path, pattern: str) -> Path | None:

@@ -5,7 +5,8 @@ import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -16,17 +17,67 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    validate_repo_id,
+)
 from safetensors.torch import load_file, save_file
 
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import read_result
+from dae_diffusers.hub.results import is_leftover, read_result
 
 logger = logging.getLogger(__name__)
 
 STAGE1_BRANCH = "stage1"
+# Seconds without a byte after which a request has failed; the client tries an upload a few times. It waits for ever by itself.
+CHECK_SECONDS = 15.0  # whether the Hub is there
+UPLOAD_SECONDS = 60.0
+_PARTS = ("transformer", "prior", "scheduler", "vae")  # folders of our pipelines
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
+
+
+def check_repo_id(repo_id: str, name: str = "repo_id") -> None:
+    r"""
+    Checks a repository's name before anything is asked of the Hub.
+
+    Args:
+        repo_id (`str`): `user/name`, or `name` in the account of the token.
+        name (`str`, *optional*): Of the argument, for the message.
+
+    Raises:
+        ConfigError: If it is none, such as a web address or a path.
+    """
+    allowed = "but must be `user/name`, or `name` in your account: letters, digits, `-`, `_` and `.`"
+    if "://" in repo_id or repo_id.startswith(("huggingface.co/", "hf.co/", "www.")):
+        words = repo_id.partition("://")[2] or repo_id
+        words = [word for word in words.split("/")[1:3] if word]
+        raise ConfigError(
+            f"`{name}` is the web address {repo_id}, {allowed}. Pass {'/'.join(words) or 'the name alone'}."
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"`{name}` is {repo_id!r}, {allowed}. ({' '.join(str(error).split())})") from None
+
+
+@contextmanager
+def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
+    r"""
+    Inside, a request to the Hub fails when no byte has come or gone for so long, rather than never.
+
+    Args:
+        seconds (`float`, *optional*): Defaults to `UPLOAD_SECONDS`.
+    """
+    session = get_session()
+    before, session.timeout = session.timeout, UPLOAD_SECONDS if seconds is None else seconds
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def check_hub_access(repo_id: str, *, private: bool = False, license: str | None = None) -> str:
@@ -46,9 +97,10 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
     """
     api = HfApi()
     try:
-        api.whoami()
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
+        with waiting_at_most(CHECK_SECONDS):
+            api.whoami()
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.auth_check(repo_id, write=True)
     except Exception as error:  # a connection may fail in any way
         if _is_transient(error):
             logger.warning("the Hub does not answer now (%s); the upload is tried all the same.", one_line(error))
@@ -71,7 +123,8 @@ def check_license(license: str) -> None:
     """
     card = ModelCard(f"---\n{ModelCardData(license=license).to_yaml()}\n---\n")
     try:
-        card.validate()
+        with waiting_at_most(CHECK_SECONDS):
+            card.validate()
     except ValueError as error:
         raise UserError(
             f"the Hub does not know the license {license!r} ({one_line(error)}). Its identifiers are listed at "
@@ -81,6 +134,7 @@ def check_license(license: str) -> None:
         logger.warning("the license could not be checked now (%s).", one_line(error))
 
 
+@waiting_at_most()
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -140,6 +194,7 @@ def push_folder(
     return commit.pr_url or str(repository)
 
 
+@waiting_at_most()
 def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     r"""
     Uploads the autoencoder of stage 1, with its auxiliary decoder, to the branch `stage1`.
@@ -175,10 +230,11 @@ def stage1_files(folder: str | Path) -> dict[str, Path | bytes]:
     return {
         f"stage1/{path.name}": without_origin(path) if path.suffix == ".json" else path
         for path in sorted(stage1.iterdir())
-        if path.is_file()
+        if path.is_file() and not is_leftover(path)
     }
 
 
+@waiting_at_most()
 def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     r"""
     Makes a Space with the app of [`space_files`] for a model.
@@ -310,6 +366,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
     return copies
 
 
+@waiting_at_most()
 def published_license(repo_id: str, revision: str | None) -> str | None:
     r"""The license that the card on the Hub states, so that pushing again without one does not take it away."""
     try:
@@ -327,7 +384,8 @@ def _commit(
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_weights(published, files)]
+    stale = dict.fromkeys([*stale_weights(published, files), *stale_parts(published, files)])
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
 
 
@@ -343,6 +401,18 @@ def stale_weights(published: Iterable[str], files: Iterable[str]) -> list[str]:
         if name not in files
         and name.rpartition("/")[0] in folders
         and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+
+
+def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""Parts of another pipeline that was pushed here before, such as the transformer when a prior takes its place."""
+    if "model_index.json" not in files:
+        return []
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    return [
+        name
+        for name in published
+        if "/" in name and (folder := name.partition("/")[0]) in _PARTS and folder not in folders
     ]
 
 
