@@ -222,6 +222,24 @@ print(app.PIPE is None, pair.size, "PSNR" in text)
     assert result.stdout.strip().endswith(f"{part == 'vae'} (516, 256) True")
 
 
+@pytest.mark.slow
+def test_draw_stops_when_its_visitor_has_gone(page_url):
+    """Spoken as a browser speaks: join the queue, leave the page in the middle of a long draw, and another gets its turn."""
+    gradio_client = pytest.importorskip("gradio_client", reason='needs gradio: pip install -e ".[browser]"')
+    first, second = (gradio_client.Client(page_url, verbose=False) for _ in range(2))
+    arguments = {"class_id": "every class", "count": 16, "guidance_scale": 2, "steps": 100, "seed": 0}
+    start = time.monotonic()
+    first.predict(**arguments, api_name="/draw")
+    whole = time.monotonic() - start
+    job = first.submit(**arguments, api_name="/draw")
+    time.sleep(whole / 5)
+    first.close()  # as a closed tab does
+    start = time.monotonic()
+    second.predict(**{**arguments, "count": 1, "steps": 1}, api_name="/draw")
+    assert time.monotonic() - start < 0.6 * whole
+    del job
+
+
 def test_space_installs_what_every_pipeline_imports():
     requirements = [line for line in space_files("user/tiny")["requirements.txt"].decode().split("\n") if ">=" in line]
     installed = {line.split(">=")[0] for line in requirements}

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import is_leftover, read_result
+from dae_diffusers.hub.results import DATA_PICTURES, is_leftover, read_result
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,8 @@ def push_folder(
     fp16: bool = False,
     keep_card: bool = False,
     step: int | None = None,
+    space_id: str | None = None,
+    data_pictures: bool | None = None,
 ) -> str:
     r"""
     Uploads a result in one commit: models, code, card, pictures, metrics and the training's flags.
@@ -161,6 +163,8 @@ def push_folder(
             case, or taken away where that is not possible: nobody is to load old weights beside new ones.
         keep_card (`bool`, *optional*): Leave the `README.md` that is there as it is.
         step (`int`, *optional*): While training goes on: steps done.
+        space_id (`str`, *optional*): Of the model's Space, for the card.
+        data_pictures (`bool`, *optional*): See [`~dae_diffusers.hub.card.published_pictures`]. Those of an earlier push go.
 
     Returns:
         `str`: Address of the repository, or of the pull request.
@@ -176,7 +180,15 @@ def push_folder(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     license = license or published_license(repo_id, revision)
-    files = repository_files(result, repo_id, license=license, step=step, card=not keep_card)
+    files = repository_files(
+        result,
+        repo_id,
+        license=license,
+        step=step,
+        card=not keep_card,
+        space_id=space_id,
+        data_pictures=data_pictures,
+    )
     published = api.list_repo_files(repo_id, revision=revision)
     is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
     with tempfile.TemporaryDirectory() as temporary:
@@ -384,7 +396,8 @@ def _commit(
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    stale = dict.fromkeys([*stale_weights(published, files), *stale_parts(published, files)])
+    kinds = (stale_weights, stale_parts, stale_pictures)
+    stale = dict.fromkeys(name for kind in kinds for name in kind(published, files))
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
 
@@ -414,6 +427,13 @@ def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
         for name in published
         if "/" in name and (folder := name.partition("/")[0]) in _PARTS and folder not in folders
     ]
+
+
+def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""Pictures of the data set's images that an earlier push has published and this one does not."""
+    pictures = [f"images/{name}" for name in DATA_PICTURES]
+    is_result = "metrics.json" in files or any(name.startswith(("vae/", "images/")) for name in files)
+    return [name for name in published if is_result and name in pictures and name not in files]
 
 
 def _is_transient(error: Exception) -> bool:
