@@ -3,6 +3,7 @@
 from typing import Literal
 
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.settings import field, settings
 
 MAX_SEED = 2**32 - 1  # numpy's
@@ -77,6 +78,10 @@ class HubConfig:
     hub_strategy: Literal["end", "every_save"] = field(
         "end", "end: upload the result; every_save: also at each checkpoint, in the background", advanced=True
     )
+
+    def __post_init__(self):
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
 
 
 def steps_of(

@@ -5,6 +5,7 @@ The whole pipeline is this one file, which needs torch and diffusers only: `save
 folder as `pipeline.py`, so that what we publish runs without our package.
 """
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -13,6 +14,7 @@ import operator
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,15 @@ PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
 DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
+TRANSFORMER = "DAEDiTTransformer2DModel"  # predicts the velocity of flow matching at timestep 1000 sigma
+FLOW_SETTINGS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 class DAEDiTPipeline(DiffusionPipeline):
@@ -40,15 +51,23 @@ class DAEDiTPipeline(DiffusionPipeline):
     Args:
         transformer ([`DAEDiTTransformer2DModel`] or [`DiTTransformer2DModel`]): Predicts from normalised latents.
         vae ([`AutoencoderKL`] or [`VQModel`]): Decodes latents.
-        scheduler ([`SchedulerMixin`]): Flow matching or diffusion, as the transformer was trained.
+        scheduler ([`SchedulerMixin`]):
+            Flow matching or diffusion, as the transformer was trained. For flow matching, solvers that can do it
+            ([`DPMSolverMultistepScheduler`], [`UniPCMultistepScheduler`]) are set up for it, with the `shift` of the
+            config that they were made from. A scheduler that would ruin the images is refused, also when it is assigned
+            later, as in `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
         id2label (`dict`, *optional*):
             Class id (or its digits) to name; a name may hold several, separated by commas, as ImageNet's do.
         value_range (`list` of two numbers, *optional*):
             Lowest and highest value of the original images where these were no 8-bit pictures; `output_type="np"` gives
             images in it.
+        is_flow_matching (`bool`, *optional*):
+            Whether the transformer predicts the velocity of flow matching, and not noise or the like. By default true for
+            a [`DAEDiTTransformer2DModel`]; for any other transformer the scheduler given here decides.
 
     Raises:
-        `ValueError`: If the transformer and the autoencoder differ in latent channels.
+        `ValueError`: If the transformer and the autoencoder differ in latent channels, or the scheduler cannot sample
+            what the transformer predicts.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -61,13 +80,24 @@ class DAEDiTPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,
         value_range: list[float] | None = None,
+        is_flow_matching: bool | None = None,
     ):
         super().__init__()
+        known = _settings_of(transformer)
+        id2label = known.get("id2label") if id2label is None else id2label
+        value_range = known.get("value_range") if value_range is None else value_range
+        is_flow_matching = known.get("is_flow_matching") if is_flow_matching is None else is_flow_matching
+        if is_flow_matching is None:
+            is_flow_matching = _is_named(transformer, TRANSFORMER) or _is_for_flow_matching(scheduler)
+        self.is_flow_matching = is_flow_matching
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
         self.value_range = value_range
-        self.register_to_config(id2label=self.id2label or None, value_range=value_range)
+        self.register_to_config(
+            id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching
+        )
+        known.update(id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching)
         latent_channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels  # a VQModel's codes may differ
         if latent_channels != transformer.config.in_channels:
             raise ValueError(
@@ -76,6 +106,31 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEDiTPipeline":
+        """
+        Makes a pipeline of another one's models, like [`DiffusionPipeline.from_pipe`].
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): With the components that this class has.
+            kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
+        """
+        # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
+        kwargs = {**pipeline.components, **kwargs}
+        if (
+            not hasattr(pipeline, "id2label") and "id2label" not in kwargs
+        ):  # [`DiTPipeline`] knows names the other way round
+            names: dict[int, list[str]] = {}
+            for name, key in getattr(pipeline, "labels", {}).items():
+                names.setdefault(key, []).append(name)
+            kwargs["id2label"] = {key: ", ".join(each) for key, each in names.items()} or None
+        return super().from_pipe(pipeline, **kwargs)
+
+    def __setattr__(self, name: str, value):
+        if name == "scheduler":
+            value = (_for_flow_matching if self.is_flow_matching else _for_diffusion)(value)
+        super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
@@ -112,8 +167,8 @@ class DAEDiTPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DAEDiTPipeline":
         """
         Loads like [`DiffusionPipeline.from_pretrained`], with the transformer's class from the installed package, so
-        that no code of the repository runs. (With `quantization_config` or `device_map="balanced"`, which need
-        diffusers to load each part itself, pass a loaded `transformer` or `trust_remote_code=True`.)
+        that no code of the repository runs. (With `quantization_config`, for which diffusers has to load each part
+        itself, pass a loaded `transformer` or `trust_remote_code=True`.)
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
@@ -122,8 +177,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: If there is no such folder, and it cannot be a repository's name.
         """
-        left_to_diffusers = {"transformer", "custom_pipeline", "quantization_config"} & kwargs.keys()
-        if left_to_diffusers or kwargs.get("device_map") == "balanced" or not importlib.util.find_spec(PACKAGE):
+        is_balanced = kwargs.get("device_map") == "balanced"
+        left_to_diffusers = {"transformer", "quantization_config"} & kwargs.keys()
+        if "custom_pipeline" in kwargs and not is_balanced:
+            left_to_diffusers.add("custom_pipeline")
+        if left_to_diffusers or not importlib.util.find_spec(PACKAGE):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
         name_or_path = str(pretrained_model_name_or_path)
@@ -139,12 +197,21 @@ class DAEDiTPipeline(DiffusionPipeline):
             for name, value in model_kwargs.items():
                 if isinstance(value, dict):  # a dtype for each component
                     model_kwargs[name] = value.get("transformer", value.get("default"))
+            if is_balanced:
+                # Which device it goes to is known only when diffusers has all parts; and diffusers never asks
+                # `trust_remote_code` when it measures them.
+                del model_kwargs["device_map"]
             variant = kwargs.get("variant")
             if variant is not None and any(f".{variant}." in file.name for file in folder.glob("transformer/*")):
                 model_kwargs["variant"] = variant
             transformer_class = getattr(importlib.import_module(module), class_name)
             kwargs["transformer"] = transformer_class.from_pretrained(folder, subfolder="transformer", **model_kwargs)
         pipeline = super().from_pretrained(folder, **kwargs)
+        device = (getattr(pipeline, "hf_device_map", None) or {}).get("transformer") if is_balanced else None
+        if device is not None and "transformer" in kwargs:
+            pipeline.transformer = transformer_class.from_pretrained(
+                folder, subfolder="transformer", device_map={"": device}, **model_kwargs
+            )
         pipeline.register_to_config(_name_or_path=name_or_path)
         return pipeline
 
@@ -291,11 +358,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
         label_ids = self._resolve_labels(class_labels)
         batch_size = len(label_ids) * num_images_per_label
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
-                "Pass one an image, or a single one."
-            )
+        self._check_generators(generator, batch_size)
         shape = (batch_size, *self._latent_shape(height, width, latents))
         device = self._execution_device
 
@@ -348,11 +411,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = latents
         else:
-            output_type = "np" if output_type == "numpy" else output_type
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
-            if output_type == "np" and self.value_range is not None:
-                low, high = self.value_range
-                images = images * (high - low) + low
+            images = self._to_output(self.decode_latents(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -396,6 +455,32 @@ class DAEDiTPipeline(DiffusionPipeline):
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
         return prediction if learned or prediction.shape[1] != 2 * channels else prediction[:, :channels]
 
+    def _to_output(self, images: torch.Tensor, output_type: str):
+        """Decoded images as the caller wants them, numbers in the range of the original images."""
+        output_type = "np" if output_type == "numpy" else output_type
+        images = self.image_processor.postprocess(images, output_type=output_type)
+        if output_type == "np" and self.value_range is not None:
+            low, high = self.value_range
+            images = images * (high - low) + low
+        return images
+
+    def _check_output(self, output_type: str):
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        channels = self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(
+                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
+                "Pass `output_type='np'` or `'pt'`."
+            )
+
+    def _check_generators(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
+                "Pass one an image, or a single one."
+            )
+
     def _check_choices(
         self,
         guidance_interval: tuple[float, float],
@@ -411,14 +496,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
-        channels = self.vae.config.out_channels
-        if output_type == "pil" and channels not in (1, 3):
-            raise ValueError(
-                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
-                "Pass `output_type='np'` or `'pt'`."
-            )
+        self._check_output(output_type)
 
     def _resolve_labels(self, class_labels: int | str | Iterable[int | str] | None) -> list[int | None]:
         """One id a label; without labels, the null class (`None` if the transformer is unconditional) alone."""
@@ -455,3 +533,105 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"Use {min(height, width)} x {min(height, width)}."
             )
         return config.in_channels, height // factor, width // factor
+
+
+def _settings_of(model: torch.nn.Module) -> dict:
+    """What the last pipeline of a model was told, so that `Pipeline(**pipe.components)` keeps it. It may be changed."""
+    return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
+
+
+def _is_named(model: object, name: str) -> bool:
+    """Whether a model is of a class of this name, wherever its code lies: in our package or beside the weights."""
+    return any(base.__name__ == name for base in type(unwrap_module(model)).__mro__)
+
+
+def _flow_matching_error(scheduler: SchedulerMixin) -> tuple[float, float]:
+    """
+    How far a scheduler misses data whose velocity is known, independent normal numbers of standard deviation 0.5 about
+    means up to 4: the share of the means and of the standard deviation that it gets too little (0, 0 is right).
+
+    One set of means is enough to catch a wrong noise schedule or prediction, clipping, noise that is left in the end and
+    levels that run the wrong way, whatever the scheduler is called; the deviation shows one that averages.
+    """
+    generator = torch.Generator().manual_seed(0)
+    means = torch.linspace(-4, 4, 1024).view(1, 4, 16, 16)
+    std, steps = 0.5, 50
+    scheduler = copy.deepcopy(scheduler)
+    # Any shift is right, but a large one would leave too few steps near the image, and a small one hide noise there.
+    if hasattr(scheduler, "set_shift"):
+        scheduler.set_shift(3.0)
+    scheduler.register_to_config(**{name: 3.0 for name in ("shift", "flow_shift") if scheduler.config.get(name)})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the call warns again
+        scheduler.set_timesteps(steps)
+        sample = torch.randn(means.shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+        has_generator = "generator" in inspect.signature(scheduler.step).parameters
+        for timestep in scheduler.timesteps:
+            model_input = sample
+            if hasattr(scheduler, "scale_model_input"):
+                model_input = scheduler.scale_model_input(sample, timestep)
+            sigma = float(timestep) / 1000
+            # x = (1 - sigma) data + sigma noise is normal, so the expected data and noise given x are linear in x.
+            centred = model_input - (1 - sigma) * means
+            variance = (1 - sigma) ** 2 * std**2 + sigma**2
+            velocity = (sigma - (1 - sigma) * std**2) / max(variance, 1e-12) * centred - means
+            options = {"generator": generator} if has_generator else {}
+            sample = scheduler.step(velocity, timestep, sample, return_dict=False, **options)[0]
+    found = (sample * means).mean() / means.square().mean()
+    return float(1 - found), float(1 - (sample - found * means).std() / std)
+
+
+def _is_for_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler, as it is, samples from velocities."""
+    if scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction":
+        return True
+    try:
+        return abs(_flow_matching_error(scheduler)[0]) < 0.02
+    except Exception:  # of a scheduler that wants other arguments
+        return False
+
+
+def _for_diffusion(scheduler: SchedulerMixin) -> SchedulerMixin:
+    if _is_for_flow_matching(scheduler):
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__} for flow matching, but the transformer was trained for "
+            "diffusion (`is_flow_matching` is False). Use DDIMScheduler, DPMSolverMultistepScheduler or another one "
+            "with the settings of the training; for a transformer that does predict velocities, make the pipeline with "
+            "`is_flow_matching=True`."
+        )
+    return scheduler
+
+
+def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler, set up for velocities if it can be."""
+    name, config = type(scheduler).__name__, scheduler.config
+    known = inspect.signature(type(scheduler).__init__).parameters
+    if FLOW_SETTINGS.keys() <= known.keys():
+        settings = dict(FLOW_SETTINGS)
+        if "flow_shift" in known and not config.use_flow_sigmas and config.get("shift") is not None:
+            settings["flow_shift"] = config["shift"]  # of the flow-matching scheduler whose config this was made from
+        if "final_sigmas_type" in known:
+            settings["final_sigmas_type"] = "zero"  # the other choice leaves noise in the image
+        if any(config.get(key) != value for key, value in settings.items()):
+            scheduler = type(scheduler).from_config(config, **settings)
+    try:
+        (bias, narrowness), reason = _flow_matching_error(scheduler), ""
+    except Exception as error:
+        bias, reason = float("nan"), f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    if abs(bias) < 0.02 and abs(narrowness) < 0.2:
+        return scheduler
+    if abs(bias) < 0.02 and 0 < narrowness < 1:
+        warnings.warn(
+            f"`scheduler` is a {name} that draws fresh noise about the average image in each step, which is right for "
+            "distilled transformers alone. Of any other its images vary too little; use FlowMatchEulerDiscreteScheduler "
+            "without `stochastic_sampling`.",
+            stacklevel=3,
+        )
+        return scheduler
+    which = "with these settings" if name in FLOW_SCHEDULERS else "which"
+    raise ValueError(
+        f"`scheduler` is a {name} {which} cannot sample from a transformer that predicts the velocity of flow matching: "
+        f"it would ruin the images{reason}. Use {', '.join(FLOW_SCHEDULERS[:-1])} or {FLOW_SCHEDULERS[-1]} by "
+        "`pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`, without further options; for a "
+        "transformer that was trained for diffusion, make the pipeline with `is_flow_matching=False`."
+    )

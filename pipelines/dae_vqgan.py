@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, VQModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import unwrap_module
 from transformers import DynamicCache, PreTrainedModel
 
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
@@ -55,14 +56,38 @@ class DAEVQGANPipeline(DiffusionPipeline):
         value_range: list[float] | None = None,
     ):
         super().__init__()
+        known = _settings_of(prior)
+        id2label = known.get("id2label") if id2label is None else id2label
+        value_range = known.get("value_range") if value_range is None else value_range
         self.register_modules(prior=prior, vae=vae)
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
         self.value_range = value_range
         self.register_to_config(id2label=self.id2label or None, value_range=value_range)
+        known.update(id2label=self.id2label or None, value_range=value_range)
         _check_codes(prior, vae)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEVQGANPipeline":
+        """
+        Makes a pipeline of another one's models, like [`DiffusionPipeline.from_pipe`].
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): With the components that this class has.
+            kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
+        """
+        # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
+        kwargs = {**pipeline.components, **kwargs}
+        if (
+            not hasattr(pipeline, "id2label") and "id2label" not in kwargs
+        ):  # [`DiTPipeline`] knows names the other way round
+            names: dict[int, list[str]] = {}
+            for name, key in getattr(pipeline, "labels", {}).items():
+                names.setdefault(key, []).append(name)
+            kwargs["id2label"] = {key: ", ".join(each) for key, each in names.items()} or None
+        return super().from_pipe(pipeline, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
@@ -103,9 +128,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
         Class ids of names. Ids may stand among the names, and stay as they are.
 
         Args:
-            label (`int`, `str` or an iterable of them):
-                A name is a whole entry of `id2label` or one of its comma-separated names; upper and lower case are equal
-                unless a name is written exactly so.
+            label (`int`, `str` or an iterable of them, nested or not):
+                A name is a whole entry of `id2label` or one of its comma-separated names. If none is written exactly
+                so, upper and lower case are held equal.
 
         Returns:
             `list` of `int`: One id a label.
@@ -135,14 +160,20 @@ class DAEVQGANPipeline(DiffusionPipeline):
             for split in (lambda names: [names], lambda names: names.split(",")):
                 ids = [key for key, names in self.id2label.items() if fold(label) in map(fold, split(names))]
                 if len(ids) > 1:
-                    named = "; ".join(f"{key} ({self.id2label[key]})" for key in ids)
-                    raise ValueError(f"`{label}` names {len(ids)} classes: {named}. Pass the id of the one you mean.")
+                    raise ValueError(
+                        f"`{label}` names {len(ids)} classes: "
+                        + "; ".join(f"{key} ({self.id2label[key]})" for key in ids)
+                        + ". Pass the id of the one you mean."
+                    )
                 if ids:
                     return ids[0]
-        nearest = difflib.get_close_matches(label, self.labels, n=5, cutoff=0.5) or list(self.labels)[:5]
+        if not self.id2label:
+            raise ValueError(f"`{label}` is a name, but this pipeline has no `id2label`. Pass class ids.")
+        names = {name.casefold(): name for name in self.labels}
+        nearest = difflib.get_close_matches(label.strip().casefold(), names, n=5, cutoff=0.5) or sorted(names)[:5]
         raise ValueError(
-            f"`{label}` is none of the {len(self.id2label)} named classes. Nearest: {', '.join(nearest) or 'none'}. All "
-            "are in `pipe.labels`; ids work as well."
+            f"`{label}` is none of the {len(self.id2label)} classes. Nearest: "
+            f"{', '.join(names[name] for name in nearest)}. All are in `pipe.labels`."
         )
 
     @torch.no_grad()
@@ -201,11 +232,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         if not label_ids:
             raise ValueError("`class_labels` is empty. Pass ids or names, or leave it out for the null class.")
         batch_size = len(label_ids) * num_images_per_label
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
-                "Pass one an image, or a single one."
-            )
+        self._check_generators(generator, batch_size)
         device = self._execution_device
         height, width = self.prior.config.grid_size
         uniform = _draw_uniform(batch_size, height * width, generator).to(device)
@@ -230,11 +257,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
         images = sequence[:batch_size, 1:].reshape(batch_size, height, width)
         if output_type != "codes":
-            output_type = "np" if output_type == "numpy" else output_type
-            images = self.image_processor.postprocess(self.decode_codes(images), output_type=output_type)
-            if output_type == "np" and self.value_range is not None:
-                low, high = self.value_range
-                images = images * (high - low) + low
+            images = self._to_output(self.decode_codes(images), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -256,6 +279,32 @@ class DAEVQGANPipeline(DiffusionPipeline):
         lookup = self.vae.config.lookup_from_codebook
         return self.vae.decode(quantized.to(self._execution_device), force_not_quantize=not lookup).sample
 
+    def _to_output(self, images: torch.Tensor, output_type: str):
+        """Decoded images as the caller wants them, numbers in the range of the original images."""
+        output_type = "np" if output_type == "numpy" else output_type
+        images = self.image_processor.postprocess(images, output_type=output_type)
+        if output_type == "np" and self.value_range is not None:
+            low, high = self.value_range
+            images = images * (high - low) + low
+        return images
+
+    def _check_output(self, output_type: str):
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        channels = self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(
+                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
+                "Pass `output_type='np'` or `'pt'`."
+            )
+
+    def _check_generators(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
+                "Pass one an image, or a single one."
+            )
+
     def _check_choices(
         self, temperature: float, top_k: int | None, top_p: float | None, num_images_per_label: int, output_type: str
     ):
@@ -268,14 +317,12 @@ class DAEVQGANPipeline(DiffusionPipeline):
         for name, value in {"top_k": top_k, "num_images_per_label": num_images_per_label}.items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
-        channels = self.vae.config.out_channels
-        if output_type == "pil" and channels not in (1, 3):
-            raise ValueError(
-                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
-                "Pass `output_type='np'` or `'pt'`."
-            )
+        self._check_output(output_type)
+
+
+def _settings_of(model: torch.nn.Module) -> dict:
+    """What the last pipeline of a model was told, so that `Pipeline(**pipe.components)` keeps it. It may be changed."""
+    return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
 
 
 def code_fingerprint(vae: VQModel) -> str:

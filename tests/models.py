@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import VQModel
+from diffusers import FlowMatchEulerDiscreteScheduler, VQModel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -15,8 +15,9 @@ from transformers import (
     ViTModel,
 )
 
-from dae_diffusers import DAEAutoencoderKL, DAEVQGANPipeline, DAEVQModel
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEDiTTransformer2DModel, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
+from dae_diffusers.plots import image_grid
 
 TINY_AUTOENCODER = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -128,3 +129,23 @@ def clusters(count=12, dim=4, **options):
         vectors = vectors + 0.01 * torch.randn(64, dim, generator=generator)
         batches.append(vectors.view(1, 8, 8, dim).permute(0, 3, 1, 2))
     return centres, batches
+
+
+def save_run(folder: Path, id2label: dict[int, str] | None) -> Path:
+    """A tiny, untrained pipeline with what a run leaves beside it."""
+    torch.manual_seed(0)
+    vae = make_autoencoder(sample_size=16).to_diffusers()
+    transformer = DAEDiTTransformer2DModel(
+        sample_size=8,
+        in_channels=3,
+        num_classes=None if id2label is None else len(id2label),
+        patch_size=2,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+    )
+    pipeline = DAEDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler(), id2label=id2label)
+    pipeline.save_pretrained(folder / "pipeline")
+    image_grid(torch.rand(6, 3, 16, 16) * 2 - 1).save(folder / "samples.png")
+    (folder / "metrics.json").write_text('{"class_agreement": 0.5, "num_images": 10}')
+    return folder

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderTiny,
-    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
 from models import make_autoencoder, save_backbone
@@ -244,14 +245,14 @@ def test_samples_of_other_weights_or_settings_are_drawn_anew(pipeline, tmp_path)
 def test_what_results_are_kept_under_is_the_same_in_every_process_and_names_the_features(images, extractor, pipeline):
     """diffusers notes the options that a scheduler's file did not have, in an order that is another in each process."""
     settings, keys = SampleSettings(1, 1.0, 1), []
-    pipeline.scheduler = DDPMScheduler.from_config({})
+    pipeline.scheduler = UniPCMultistepScheduler.from_config({})
     assert len(pipeline.scheduler.config["_use_default_values"]) > 1
     for _ in range(2):
         keys.append(fingerprint_of_json(generation_inputs(pipeline, settings, Accelerator())))
         pipeline.scheduler.register_to_config(
             _use_default_values=pipeline.scheduler.config["_use_default_values"][::-1]
         )
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     keys.append(fingerprint_of_json(generation_inputs(pipeline, settings, Accelerator())))
     assert keys[0] == keys[1] != keys[2]
 

@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import venv
 from pathlib import Path
 
@@ -19,16 +21,16 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from models import make_prior_pipeline, save_autoencoder
+from models import make_prior_pipeline, save_autoencoder, save_run
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
-from dae_diffusers.hub.card import make_card, measurements
-from dae_diffusers.hub.results import read_result
+from dae_diffusers.hub.card import make_card, measurements, repository_files
+from dae_diffusers.hub.results import read_result, remove_leftovers
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
 from dae_diffusers.training.settings import PushConfig, TrainDAEConfig
@@ -120,11 +122,14 @@ def published(hub, trained, tmp_path_factory):
     """Pushed as a user does it, in a process of its own."""
     folder = tmp_path_factory.mktemp("pushing")
     command = [sys.executable, "-m", "dae_diffusers.training.push", trained, REPO, "--license", "cc-by-4.0", "--fp16"]
+    command.append("--data_pictures")
     environment = {**os.environ, **hub.environment(folder / "home")}
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"pushed to {hub.url}/{REPO}" in result.stderr
     assert "hf_writer" not in result.stdout + result.stderr
+    assert "will show everybody" in result.stderr and "reconstructions.png" in result.stderr
+    assert "HTTP Request" not in result.stdout + result.stderr
     return hub.files(REPO)
 
 
@@ -192,6 +197,78 @@ def test_card_says_how_it_was_made(published):
     for picture in re.findall(r"\]\((images/[^)]+)\)", text):
         assert published[picture][:4] == b"\x89PNG"
     assert "dae-diffusers" in record["versions"] and not re.search(r"\{\{|\{%|None", text)
+
+
+def test_card_names_classes_as_they_are_called_whatever_they_hold(trained):
+    result = read_result(trained)
+    names = ["a|b", "*star* [x](http://bad)", "<img src=x>", "two\nlines # no heading", "`code` ``` & $1$"]
+    result.index["id2label"] = {str(key): name for key, name in enumerate(names)}
+    card = make_card(result, REPO)
+    (line,) = [line for line in card.content.splitlines() if "5 classes: " in line]
+    assert r"a\|b, \*star\* \[x\](http://bad), &lt;img src=x&gt;, two lines \# no heading" in line
+    assert r"\`code\` \`\`\` &amp; \$1\$" in line
+    snippet = re.search(r"```python\n(.*?)```\n", card.content, re.DOTALL)[1]
+    compile(snippet, "card", "exec")
+    assert "<img" not in card.content and "\n# no heading" not in card.content
+
+
+def test_card_is_short_and_says_how_far_training_went(trained):
+    result = read_result(trained)
+    row = result.metrics["evaluation"]["generation"][0]
+    rows = [{**row, "guidance_scale": float(scale), "gfd_tiny": 20.0 - scale} for scale in range(9)]
+    result.metrics["evaluation"]["generation"] = rows
+    card = make_card(result, REPO, space_id="writer/space")
+    distances = [each for each in card.data.eval_results if each.metric_type == "gfd_tiny"]
+    assert [each.metric_value for each in distances] == [12.0] and distances[0].metric_args["guidance_scale"] == 8.0
+    assert card.content.count("| gFD (tiny) |") == 1 and "the other 8 settings" in card.content
+    assert len(card.content.split("---")[1].splitlines()) < 100
+    assert "early model: its generator was trained for 6 steps" in card.content
+    assert "https://huggingface.co/spaces/writer/space" in card.content
+    assert not re.search(r"trained[^.]*trained", card.content.split("## ")[0].split("---")[2].splitlines()[4])
+    result.scripts["train_dit"].config["max_train_steps"] = 200_000
+    assert "early model" not in make_card(result, REPO).content
+
+
+def test_commands_of_the_card_run_one_after_the_other(trained):
+    text = make_card(read_result(trained), REPO).content
+    first, second = (command.split() for command in re.findall(r"```bash\n(accelerate launch .*)\n```", text))
+    for script, words in ((train_dae.TrainDAEConfig, first), (train_dit.TrainDiTConfig, second)):
+        config = parse_config(script, words[4:])
+        assert config.output_dir == "runs/animals" and config.train_data_dir == "path/to/images"
+    assert config.vae == "runs/animals/vae"
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "is_shown"),
+    [([], None, False), ([], "", False), ([], "y", True), (["--data_pictures"], None, True)],
+)
+def test_images_of_the_author_are_published_only_if_he_says_so(
+    client, trained, monkeypatch, caplog, words, answer, is_shown
+):
+    repo_id = f"writer/shown-{is_shown}-{answer is None}-{len(words)}".lower()
+    (trained / "evaluation" / "nearest-0.png").write_bytes(b"\x89PNG")
+    monkeypatch.setattr(push.sys.stdin, "isatty", lambda: answer is not None, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    with caplog.at_level(logging.INFO):
+        push_script(trained, repo_id, "--license", "mit", *words)
+    (trained / "evaluation" / "nearest-0.png").unlink()
+    files = client.files(repo_id)
+    shown = {"images/reconstructions.png", "images/nearest.png"}
+    assert shown & files.keys() == (shown if is_shown else set())
+    assert ("left out, as they show images of your data set" in caplog.text) == (not is_shown)
+    text = files["README.md"].decode()
+    assert ("reconstructions.png" in text) == is_shown and "Nobody has looked" not in text
+    if is_shown:  # and taken back later
+        push_script(trained, repo_id, "--license", "mit", "--no_data_pictures")
+        assert not shown & client.files(repo_id).keys()
+
+
+def test_pictures_of_a_public_data_set_are_published(trained):
+    result = read_result(trained)
+    assert "images/reconstructions.png" not in repository_files(result, REPO)
+    for name, is_public in (("digits", True), ("user/faces", True), (str(trained), False), ("./faces", False)):
+        result.scripts["train_dae"].config |= {"train_data_dir": None, "dataset_name": name}
+        assert ("images/reconstructions.png" in repository_files(result, REPO)) == is_public, name
 
 
 @pytest.mark.parametrize(
@@ -308,7 +385,7 @@ def test_options_of_from_pretrained_hold_with_the_package(client, published, tra
     api = HfApi()
     first = api.model_info(REPO).sha
     api.create_tag(REPO, tag="v1")
-    push_folder(trained, REPO, revision="next")
+    push_folder(trained, REPO, revision="next", data_pictures=True)
     assert client.files(REPO, revision="next").keys() == published.keys()
     assert api.model_info(REPO, revision="v1").sha == first
     pipe = DAEDiTPipeline.from_pretrained(REPO, revision="v1", variant="fp16", dtype=torch.float16)
@@ -323,7 +400,7 @@ def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published,
     path = tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     shutil.copy(path, tmp_path / "run" / "pipeline" / "vae" / path.name)
-    push_folder(tmp_path / "run", REPO, revision="moved")  # without `fp16`
+    push_folder(tmp_path / "run", REPO, revision="moved", data_pictures=True)  # without `fp16`
     assert client.files(REPO, revision="moved").keys() == published.keys()
     halved = load(client.files(REPO, revision="moved")["vae/diffusion_pytorch_model.fp16.safetensors"])
     for name, value in load_file(path).items():
@@ -340,7 +417,7 @@ def test_weights_of_another_form_are_stale():
 
 def test_pushing_again_keeps_the_license_and_makes_no_empty_commit(client, published, trained):
     before = HfApi().model_info(REPO).sha
-    push_folder(trained, REPO)
+    push_folder(trained, REPO, data_pictures=True)
     assert HfApi().model_info(REPO).sha == before
     assert ModelCard(client.files(REPO)["README.md"].decode()).data.license == "cc-by-4.0"
 
@@ -395,7 +472,8 @@ def test_autoencoder_alone_is_published(client, trained, tmp_path):
 
 def test_export_writes_the_same_without_a_hub(published, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    push_script(trained, REPO, "--license", "cc-by-4.0", "--fp16", "--stage1", "--export_dir", tmp_path / "out")
+    words = ["--license", "cc-by-4.0", "--fp16", "--stage1", "--data_pictures", "--export_dir", tmp_path / "out"]
+    push_script(trained, REPO, *words)
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == published.keys() | {f"stage1/{path.name}" for path in (trained / "stage1").iterdir()}
     for name in published:
@@ -582,6 +660,92 @@ def test_failed_push_is_one_line_and_can_be_repeated(client, trained, status):
             push_script(trained, repo_id)
     push_script(trained, repo_id)
     assert "model_index.json" in client.files(repo_id)
+
+
+def test_hub_that_accepts_and_never_answers_blocks_nothing(client, trained, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(upload, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(upload, "UPLOAD_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections are made, and nobody reads them
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+        start = time.monotonic()
+        assert check_hub_access("writer/deaf") == "writer/deaf"
+        assert "does not answer now" in caplog.text
+        with pytest.raises(UserError, match="upload to writer/deaf failed .*Nothing is lost"):
+            push_script(trained / "vae", "writer/deaf", "--license", "mit")
+        background = BackgroundUpload(tmp_path / "hub")
+        background.start(3, save=lambda folder: shutil.copytree(trained / "vae", folder), push=upload_to_deaf)
+        background.wait()
+        assert len(background.failures) == 1 and "step 3" in background.failures[0]
+        assert time.monotonic() - start < 20  # of some 3; without limits, never
+
+
+def upload_to_deaf(folder: Path):
+    push_folder(folder, "writer/deaf", license="mit")
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("https://huggingface.co/writer/animals", "web address .*Pass writer/animals"),
+        ("huggingface.co/writer/animals/tree/main", "web address .*Pass writer/animals"),
+        ("writer/my animals", "must be `user/name`"),
+        ("writer/animals/v2", "must be `user/name`"),
+        ("runs/digits/pipeline", "must be `user/name`"),
+        ("writer/animals.git", "must be `user/name`"),
+        ("-x", "must be `user/name`"),
+        ("", "must be `user/name`"),
+    ],
+)
+def test_name_that_is_none_is_said_in_one_line(trained, repo_id, message):
+    for words in ({"repo_id": repo_id}, {"repo_id": REPO, "space_id": repo_id}):
+        with pytest.raises(ConfigError, match=message) as error:
+            push.PushConfig(folder=str(trained), **words)
+        assert "\n" not in str(error.value)
+
+
+def test_result_is_not_exported_into_itself(trained, tmp_path):
+    for folder in (trained, trained / "pipeline", trained / "pipeline" / "out", trained / "vae"):
+        before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+        for source in (trained, trained / "pipeline"):
+            with pytest.raises(UserError, match="in which the result itself lies"):
+                push_script(source, REPO, "--export_dir", folder)
+        assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="which is a file"):
+        push_script(trained, REPO, "--export_dir", tmp_path / "file")
+
+
+def test_nothing_half_written_and_no_part_of_another_pipeline_is_published(client, tmp_path):
+    """One folder, first of a diffusion transformer, then of a prior: on disk, and on the Hub."""
+    folder = tmp_path / "run"
+    save_run(folder, None)
+    push_folder(folder, "writer/mixed")
+    assert "transformer/config.json" in client.files("writer/mixed")
+    make_prior_pipeline().save_pretrained(folder / "pipeline")
+    leftovers = [
+        "pipeline/prior/.tmpAb12Cd",
+        "pipeline/vae/diffusion_pytorch_model.safetensors.tmp",
+        "train_dit/checkpoints/tmp-old-checkpoint-00000002/model.safetensors",
+        "stage1/.tmpxYz789",
+    ]
+    for name in leftovers:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "stage1" / "config.json").write_text("{}")
+    push_folder(folder, "writer/mixed")
+    files = client.files("writer/mixed")
+    parts = {name.split("/")[0] for name in files}
+    assert {"model_index.json", "pipeline.py", "prior", "vae", "README.md"} <= parts
+    assert not parts & {"transformer", "scheduler"}
+    assert not any("tmp" in name for name in files)
+    assert upload.stage1_files(folder).keys() == {"stage1/config.json"}
+    (folder / "notes.tmpl").touch()
+    (folder / ".tmp-mine").mkdir()
+    assert len(remove_leftovers(folder)) == 4  # a checkpoint's folder is one
+    assert not any((folder / name).exists() for name in leftovers)
+    assert (folder / "notes.tmpl").exists() and (folder / ".tmp-mine").exists() and (folder / "stage1").exists()
 
 
 def test_training_pushes_at_every_save_and_at_the_end(client, trained, image_folder, tmp_path):

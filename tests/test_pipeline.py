@@ -2,6 +2,7 @@ import ast
 import os
 import subprocess
 import sys
+import warnings
 
 import diffusers
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     VQModel,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -52,12 +54,13 @@ def make_stock_transformer(**config) -> DiTTransformer2DModel:
     return DiTTransformer2DModel(**{**defaults, **config}).eval()
 
 
-def make_pipeline(transformer=None, vae=None, scheduler=None, id2label=NAMES) -> DAEDiTPipeline:
+def make_pipeline(transformer=None, vae=None, scheduler=None, id2label=NAMES, **settings) -> DAEDiTPipeline:
     pipeline = DAEDiTPipeline(
         transformer=make_transformer() if transformer is None else transformer,
         vae=make_vae() if vae is None else vae,
         scheduler=FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler,
         id2label=id2label,
+        **settings,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -111,7 +114,7 @@ def test_one_guided_step_equals_its_formula():
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DDPMScheduler])
 def test_image_depends_on_its_own_generator_alone(scheduler):
-    pipeline = make_pipeline(scheduler=scheduler())
+    pipeline = make_pipeline(scheduler=scheduler(), is_flow_matching=scheduler is not DDPMScheduler)
 
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -143,7 +146,7 @@ def test_guidance_of_one_never_doubles_the_batch():
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDIMScheduler()])
 def test_guidance_acts_within_its_interval_alone(scheduler):
-    pipeline = make_pipeline(scheduler=scheduler)
+    pipeline = make_pipeline(scheduler=scheduler, is_flow_matching=not isinstance(scheduler, DDIMScheduler))
     calls = record_calls(pipeline)
     sample(pipeline, num_inference_steps=10, guidance_interval=(0.3, 0.7))
     for call in calls:
@@ -160,7 +163,7 @@ def test_interval_without_a_step_equals_no_guidance():
 
 
 def test_bounds_belong_to_the_guidance_interval():
-    pipeline = make_pipeline(scheduler=DDIMScheduler())
+    pipeline = make_pipeline(scheduler=DDIMScheduler(), is_flow_matching=False)
     calls = record_calls(pipeline)
     sample(pipeline, num_inference_steps=10, guidance_interval=(0.7, 0.7))  # DDIM stops at 700
     assert [len(call["latents"]) for call in calls] == [1, 1, 2] + [1] * 7
@@ -192,40 +195,169 @@ def test_images_of_a_label_lie_next_to_each_other():
     assert calls[0]["class_labels"].tolist() == [2, 2, 3, 3]
 
 
-SCHEDULERS = [
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
+NUMPY_IN_SCHEDULERS = "ignore:__array_:DeprecationWarning"  # diffusers' schedulers hand tensors to numpy
+SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+# Of all that diffusers has, those that sample from velocities: without and with fresh noise in each step.
+ODE_SAMPLERS = {
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
+    "FlowMapEulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
     "UniPCMultistepScheduler",
-]
+}
+RANDOM_SAMPLERS = {"LTXEulerAncestralRFScheduler"}
+FOR_DISTILLED = {"FlowMatchLCMScheduler"}
 
 
-NUMPY_IN_SCHEDULERS = "ignore:__array_:DeprecationWarning"  # diffusers' schedulers hand tensors to numpy
+class TwoImages(DAEDiTTransformer2DModel):
+    """The exact velocity toward a data set of two latents, `+1` and `-1` everywhere but for a ramp."""
+
+    data = torch.stack((torch.ones(4, 8, 8), -torch.ones(4, 8, 8))) + torch.linspace(-0.5, 0.5, 8)
+
+    def forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
+        sigma = (timestep.double() / 1000).view(-1, 1, 1, 1)
+        distances = (hidden_states.double()[:, None] - (1 - sigma[:, None]) * self.data).square().flatten(2).sum(-1)
+        weights = (-distances / (2 * sigma.flatten()[:, None].clamp(min=1e-6) ** 2)).softmax(dim=1)  # (B, 2)
+        expected = torch.einsum("bn,nchw->bchw", weights, self.data.double())
+        return Transformer2DModelOutput(((hidden_states - expected) / sigma.clamp(min=1e-6)).float())
+
+
+def make_exact_pipeline() -> DAEDiTPipeline:
+    transformer = TwoImages(8, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=4)
+    return make_pipeline(transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A pipeline, and its latents by Euler's method in small steps."""
+    pipeline = make_exact_pipeline()
+    return pipeline, sample(pipeline, None, num_images_per_label=4, num_inference_steps=400, output_type="latent")
+
+
+def made_of(name: str, config, **options):
+    """A scheduler as users make it: from the config of another one."""
+    try:
+        return getattr(diffusers, name).from_config(config, **options)
+    except (TypeError, ImportError):  # of schedulers that need more, or another package
+        return None
 
 
 @pytest.mark.filterwarnings(NUMPY_IN_SCHEDULERS)
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("make", [make_transformer, make_stock_transformer])
-def test_every_scheduler_runs(name, make):
-    pipeline = make_pipeline(make(out_channels=8), scheduler=getattr(diffusers, name)())
-    latents = sample(pipeline, [0, 1], num_inference_steps=4, output_type="latent")
-    assert latents.shape == (2, 4, 8, 8)
-    assert latents.isfinite().all()
+def test_every_scheduler_of_diffusers_draws_the_same_images_or_is_refused_by_name(exact):
+    pipeline, expected = exact
+    euler, accepted, warned = pipeline.scheduler, set(), set()
+    for name in SCHEDULERS:
+        scheduler = made_of(name, euler.config)
+        if scheduler is None:
+            continue
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                pipeline.scheduler = scheduler
+        except ValueError as error:
+            assert name in str(error) and "\n" not in str(error)
+            assert "FlowMatchEulerDiscreteScheduler" in str(error) and "UniPCMultistepScheduler" in str(error)
+            assert pipeline.scheduler is not scheduler
+            continue
+        accepted.add(name)
+        warned |= {name for each in caught if "distilled" in str(each.message)}
+        latents = sample(pipeline, None, num_images_per_label=4, num_inference_steps=50, output_type="latent")
+        if name in ODE_SAMPLERS:
+            assert (latents - expected).abs().max() < 0.02, name
+        else:  # another of the two images, perhaps
+            assert (latents[:, None] - TwoImages.data).abs().amax((2, 3, 4)).amin(1).max() < 0.02, name
+    pipeline.scheduler = euler
+    assert accepted == (ODE_SAMPLERS | RANDOM_SAMPLERS | FOR_DISTILLED) & set(SCHEDULERS)
+    assert warned == FOR_DISTILLED & set(SCHEDULERS)
+
+
+@pytest.mark.filterwarnings(NUMPY_IN_SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "options", "is_right"),
+    [
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
+        ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, True),  # would leave noise: set up anew
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, True),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, True),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, False),  # not a number, in diffusers
+        ("UniPCMultistepScheduler", {"thresholding": True}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 40.0}, True),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, True),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 500}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, False),
+        ("DEISMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, False),
+        ("SASolverScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, False),
+    ],
+)
+def test_options_of_a_scheduler_draw_the_images_or_are_refused(exact, name, options, is_right):
+    pipeline, _ = exact
+    euler = pipeline.scheduler
+    scheduler = made_of(name, euler.config, **options)
+    if not is_right:
+        with pytest.raises(ValueError, match=f"{name} .*would ruin the images"):
+            pipeline.scheduler = scheduler
+        return
+    pipeline.scheduler = scheduler
+    latents = sample(pipeline, None, num_images_per_label=4, num_inference_steps=50, output_type="latent")
+    pipeline.scheduler = euler
+    assert (latents[:, None] - TwoImages.data).abs().amax((2, 3, 4)).amin(1).max() < 0.02
+
+
+@pytest.mark.filterwarnings(NUMPY_IN_SCHEDULERS)
+def test_solver_keeps_the_shift_of_the_scheduler_it_comes_from_and_what_it_was_told():
+    pipeline = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    solver = made_of("UniPCMultistepScheduler", pipeline.scheduler.config, solver_order=3)
+    for shift, scheduler in (
+        (3.0, solver),
+        (5.0, diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5)),
+    ):
+        pipeline.scheduler = scheduler
+        assert pipeline.scheduler.config.flow_shift == shift and pipeline.scheduler.config.use_flow_sigmas
+    assert solver.config.solver_order == 3
+    assert pipeline.scheduler is scheduler  # right as it was
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+def test_averaging_scheduler_is_warned_of():
+    with pytest.warns(UserWarning, match="distilled"):
+        make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+
+
+@pytest.mark.filterwarnings(NUMPY_IN_SCHEDULERS)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_transformer_trained_for_diffusion_has_the_schedulers_of_diffusion(name, tmp_path):
+    """What predicts noise is known by the scheduler it comes with, or said; it then holds for every later one."""
+    for make in (make_stock_transformer, make_transformer):
+        told = {} if make is make_stock_transformer else {"is_flow_matching": False}
+        pipeline = DAEDiTPipeline(make(out_channels=8), make_vae(), DDIMScheduler(), **told)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+        assert pipeline.scheduler.config.prediction_type == "epsilon"
+        latents = sample(pipeline, [0, 1], num_inference_steps=4, output_type="latent")
+        assert latents.shape == (2, 4, 8, 8) and latents.isfinite().all()
+        pipeline.save_pretrained(tmp_path / make.__name__)
+        for other in (pipeline, DAEDiTPipeline(**pipeline.components)):
+            with pytest.raises(ValueError, match="trained for diffusion"):
+                other.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        with pytest.raises(ValueError, match="trained for diffusion"):
+            DAEDiTPipeline.from_pretrained(tmp_path / make.__name__, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def test_scheduler_given_while_loading_is_one_for_the_model(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DDIMScheduler which cannot sample"):
+        DAEDiTPipeline.from_pretrained(tmp_path, scheduler=DDIMScheduler())
+    stock = make_pipeline(make_stock_transformer())  # of flow matching, as its scheduler says
+    with pytest.raises(ValueError, match="DDIMScheduler which cannot sample"):
+        stock.scheduler = DDIMScheduler()
 
 
 @pytest.mark.filterwarnings(NUMPY_IN_SCHEDULERS)
 def test_scheduler_that_knows_its_first_sigma_gets_noise_of_that_size():
-    pipeline = make_pipeline(scheduler=diffusers.EulerDiscreteScheduler())
+    pipeline = make_pipeline(scheduler=diffusers.EulerDiscreteScheduler(), is_flow_matching=False)
     calls, noise = record_calls(pipeline), torch.randn(1, 4, 8, 8)
     sample(pipeline, latents=noise, guidance_scale=1)
     first_sigma = pipeline.scheduler.sigmas[0]
@@ -444,6 +576,39 @@ def test_saved_pipeline_returns_with_the_installed_class(tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(sample(loaded, "dog"), sample(pipeline, "dog"))
     assert loaded.name_or_path == str(tmp_path)
+
+
+def test_pipelines_of_the_same_parts_know_the_names():
+    pipeline = make_pipeline(value_range=[0.0, 4.0])
+    expected = sample(pipeline, "dog")
+    for again in (DAEDiTPipeline(**pipeline.components), DAEDiTPipeline.from_pipe(pipeline)):
+        again.set_progress_bar_config(disable=True)
+        assert (again.id2label, again.value_range) == (NAMES, [0.0, 4.0])
+        assert torch.equal(sample(again, "dog"), expected)
+    assert DAEDiTPipeline(**pipeline.components, id2label={}).id2label == {}
+    stock = DiTPipeline(make_stock_transformer(), make_vae(), DDIMScheduler(), NAMES)
+    assert DAEDiTPipeline.from_pipe(stock).labels == stock.labels
+    assert DAEDiTPipeline.from_pipe(stock).is_flow_matching is False
+
+
+@pytest.mark.parametrize("options", [{}, {"custom_pipeline": True}, {"max_memory": {0: 1}}])
+def test_parts_are_spread_over_devices(tmp_path, monkeypatch, options):
+    """Without a GPU `balanced` leaves all on the CPU; a GPU of one byte makes diffusers say so."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setattr("diffusers.pipelines.pipeline_loading_utils.get_max_memory", lambda given: given or {})
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path / "saved")
+    if "custom_pipeline" in options:
+        options = {"custom_pipeline": str(tmp_path / "saved")}
+    loaded = DAEDiTPipeline.from_pretrained(
+        tmp_path / "saved", device_map="balanced", trust_remote_code=True, **options
+    )
+    assert type(loaded.transformer) is DAEDiTTransformer2DModel
+    assert loaded.id2label == NAMES
+    assert (loaded.hf_device_map or {"transformer": "cpu"}) == {"transformer": "cpu"}
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded, "dog"), sample(pipeline, "dog"))
 
 
 def test_saved_stock_pipeline_is_one_for_diffusers_too(tmp_path):

@@ -12,16 +12,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from hub_server import HubServer
 from huggingface_hub import RepoCard
-from models import make_autoencoder, make_prior_pipeline
+from models import make_prior_pipeline, save_run
 from PIL import Image
 
-from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.hub.upload import space_files
-from dae_diffusers.plots import image_grid
 from dae_diffusers.training import push
 from dae_diffusers.training.settings import PushConfig
 
@@ -30,26 +26,6 @@ APP = ROOT / "dae_diffusers" / "hub" / "space" / "app.py"
 SCREENSHOTS = ROOT / "build" / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-
-
-def save_run(folder: Path, id2label: dict[int, str] | None) -> Path:
-    """A tiny, untrained pipeline with what a run leaves beside it."""
-    torch.manual_seed(0)
-    vae = make_autoencoder(sample_size=16).to_diffusers()
-    transformer = DAEDiTTransformer2DModel(
-        sample_size=8,
-        in_channels=3,
-        num_classes=None if id2label is None else len(id2label),
-        patch_size=2,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=16,
-    )
-    pipeline = DAEDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler(), id2label=id2label)
-    pipeline.save_pretrained(folder / "pipeline")
-    image_grid(torch.rand(6, 3, 16, 16) * 2 - 1).save(folder / "samples.png")
-    (folder / "metrics.json").write_text('{"class_agreement": 0.5, "num_images": 10}')
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +196,24 @@ print(app.PIPE is None, pair.size, "PSNR" in text)
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip().endswith(f"{part == 'vae'} (516, 256) True")
+
+
+@pytest.mark.slow
+def test_draw_stops_when_its_visitor_has_gone(page_url):
+    """Spoken as a browser speaks: join the queue, leave the page in the middle of a long draw, and another gets its turn."""
+    gradio_client = pytest.importorskip("gradio_client", reason='needs gradio: pip install -e ".[browser]"')
+    first, second = (gradio_client.Client(page_url, verbose=False) for _ in range(2))
+    arguments = {"class_id": "every class", "count": 16, "guidance_scale": 2, "steps": 100, "seed": 0}
+    start = time.monotonic()
+    first.predict(**arguments, api_name="/draw")
+    whole = time.monotonic() - start
+    job = first.submit(**arguments, api_name="/draw")
+    time.sleep(whole / 5)
+    first.close()  # as a closed tab does
+    start = time.monotonic()
+    second.predict(**{**arguments, "count": 1, "steps": 1}, api_name="/draw")
+    assert time.monotonic() - start < 0.6 * whole
+    del job
 
 
 def test_space_installs_what_every_pipeline_imports():

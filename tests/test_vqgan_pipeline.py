@@ -116,7 +116,7 @@ def test_unconditional_model_takes_no_labels():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"class_labels": "dog"}, "none of the 3 named classes"),
+        ({"class_labels": "dog"}, "`dog` is none of the 3 classes. Nearest: "),
         ({"class_labels": "CRANE"}, "names 2 classes"),
         ({"class_labels": 4}, "out of range"),
         ({"class_labels": []}, "empty"),
@@ -131,6 +131,16 @@ def test_unconditional_model_takes_no_labels():
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_prior_pipeline()(**{"class_labels": 0, **kwargs})
+
+
+def test_pipelines_of_the_same_parts_know_the_names():
+    pipeline = make_prior_pipeline()
+    pipeline = DAEVQGANPipeline(pipeline.prior, pipeline.vae, PRIOR_NAMES, value_range=[0.0, 4.0])
+    for again in (DAEVQGANPipeline(**pipeline.components), DAEVQGANPipeline.from_pipe(pipeline)):
+        again.set_progress_bar_config(disable=True)
+        assert (again.id2label, again.value_range) == (PRIOR_NAMES, [0.0, 4.0])
+        assert torch.equal(draw(again, "cat"), draw(pipeline, 0))
+    assert DAEVQGANPipeline(**pipeline.components, id2label={}).id2label == {}
 
 
 def test_prior_refuses_the_codes_of_another_model():

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 def main(config: PushConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # the Hub's client, by version
+        logging.getLogger(name).setLevel(logging.WARNING)
     result = results.read_result(config.folder)  # what is wrong with the folder is said before the Hub is asked
     if config.export_dir is not None:
         export(config, result)
@@ -35,6 +36,9 @@ def main(config: PushConfig) -> None:
         license = config.license or upload.published_license(repo_id, config.revision) or ask_for_license()
         if license is None and not config.keep_card:
             logger.warning("no license is stated: without one, nobody may use the weights. `--license` names one.")
+        with_pictures = choose_data_pictures(config, result)
+        announce(config, result, repo_id, with_pictures)
+        space_id = (config.space_id or repo_id) if config.space else None
         address = upload.push_folder(
             config.folder,
             repo_id,
@@ -44,12 +48,14 @@ def main(config: PushConfig) -> None:
             create_pr=config.create_pr,
             fp16=config.fp16,
             keep_card=config.keep_card,
+            space_id=space_id,
+            data_pictures=with_pictures,
         )
         logger.info("pushed to %s", address)
         if config.stage1:
             logger.info("stage 1: %s", upload.push_stage1(result.folder, repo_id, private=config.private))
         if config.space:
-            address = upload.push_space(config.space_id or repo_id, repo_id, private=config.private)
+            address = upload.push_space(space_id, repo_id, private=config.private)
             logger.info("Space: %s", address)
             if config.private:
                 logger.info("the model is private: give the Space a secret HF_TOKEN that may read it, in its settings.")
@@ -73,10 +79,54 @@ def ask_for_license() -> str | None:
     return license
 
 
+def choose_data_pictures(config: PushConfig, result: results.Result) -> bool:
+    """Whether images of the data set are published: as the flags say, else those of a public one, else whoever is there decides."""
+    if config.data_pictures or config.no_data_pictures:
+        return config.data_pictures
+    if not result.has_private_data:
+        return True
+    shown = [f"{name} ({result.pictures[name][1]})" for name in results.DATA_PICTURES if name in result.pictures]
+    if not shown or config.export_dir is not None or not sys.stdin.isatty():
+        return False
+    print(f"These pictures show images of your data set: {'; '.join(shown)}.")
+    return input("Publish them too? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def announce(config: PushConfig, result: results.Result, repo_id: str, data_pictures: bool) -> None:
+    """Says before an upload what others will see."""
+    seen = "those whom the repository lets in" if config.private else "everybody"
+    pictures = card.published_pictures(result, data_pictures)
+    logger.info(
+        "%s will show %s: weights, code, settings, numbers%s.",
+        repo_id,
+        seen,
+        f" and the pictures {', '.join(pictures)}" if pictures else "",
+    )
+    left_out = [name for name in result.pictures if name not in pictures]
+    if left_out:
+        logger.info(
+            "left out, as they show images of your data set: %s. `--data_pictures` publishes them.", ", ".join(left_out)
+        )
+
+
 def export(config: PushConfig, result: results.Result) -> None:
     """Writes what would be uploaded."""
     folder = Path(config.export_dir)
-    found = card.repository_files(result, config.repo_id, license=config.license, card=not config.keep_card)
+    target = folder.resolve()
+    models = [result.folder / name for name in ("pipeline", "vae", "stage1")] + [result.pipeline, result.vae]
+    models = [model.resolve() for model in models if model is not None]
+    if target == result.folder.resolve() or any(model in (target, *target.parents) for model in models):
+        raise UserError(f"`export_dir` is {folder}, in which the result itself lies. Choose a folder of its own.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`export_dir` is {folder}, which is a file. Choose a folder.")
+    found = card.repository_files(
+        result,
+        config.repo_id,
+        license=config.license,
+        card=not config.keep_card,
+        space_id=(config.space_id or config.repo_id) if config.space else None,
+        data_pictures=choose_data_pictures(config, result),
+    )
     with tempfile.TemporaryDirectory() as temporary:
         if config.fp16:
             found.update(upload.half_precision_files(found, Path(temporary)))

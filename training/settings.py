@@ -16,6 +16,7 @@ from dae_diffusers.autoencoders.settings import (
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.losses.settings import LossConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, HubConfig, OptimizationConfig, RunConfig
@@ -451,6 +452,13 @@ class PushConfig:
     revision: str | None = field(None, "branch, made if need be; default: main")
     create_pr: bool = field(False, "open a pull request instead of writing to the branch")
     fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
+    data_pictures: bool = field(
+        False,
+        "also publish pictures that show images of your data set: held-out ones, training images nearest to samples",
+    )
+    no_data_pictures: bool = field(
+        False, "leave these out; so it is by default, unless the data set is public or you agree at a terminal"
+    )
     keep_card: bool = field(False, "leave the README.md of the repository as it is")
     stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
     space: bool = field(False, "also make a Space, a page on which the model can be tried")
@@ -460,6 +468,11 @@ class PushConfig:
     )
 
     def __post_init__(self):
+        check_repo_id(self.repo_id)
+        if self.space_id is not None:
+            check_repo_id(self.space_id, "space_id")
+        if self.data_pictures and self.no_data_pictures:
+            raise ConfigError("`data_pictures` and `no_data_pictures` do not go together; leave one out.")
         if self.export_dir is not None and "/" not in self.repo_id:
             raise ConfigError(f"`export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
         if self.export_dir is not None and (self.revision is not None or self.create_pr):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
-from dae_diffusers.hub.results import Result, Script
+from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
@@ -21,7 +22,7 @@ TASK = "unconditional-image-generation"  # the Hub's task for images by class or
 # Pipelines by `_class_name`. One that is not here gets its card without a word on its generator.
 GENERATORS = {
     "DAEDiTPipeline": {
-        "what": "A Diffusion Transformer trained with flow matching",
+        "what": "A Diffusion Transformer (flow matching)",
         "tags": ["dit", "flow-matching"],
         "script": "train_dit",
         "call": ["num_inference_steps=25"],
@@ -59,6 +60,12 @@ METRICS = {
 }
 
 
+# What stands in the metadata, where pages and leaderboards read it; the table of the card has the rest.
+HEADLINES = ("psnr", "ssim", "rfid", "rfd", "gfid", "gfd", "precision", "recall", "class_agreement")
+MAX_METADATA_ROWS = 10
+EARLY_STEPS = 10_000  # of a generator
+
+
 @dataclass
 class Measurement:
     r"""One number, what it depends on, and which split of the images it is compared with; None if nobody wrote it down."""
@@ -72,8 +79,11 @@ class Measurement:
 
 
 def measurements(result: Result) -> list[Measurement]:
-    r"""Every number of `result.metrics` that the card knows how to name, evaluations before what training logged."""
-    found: dict[tuple, Measurement] = {}
+    r"""
+    A number for each metric of `result.metrics` that the card knows how to name: of an evaluation before those that training
+    logged, of the setting with the smallest distance where several were tried.
+    """
+    found: dict[str, Measurement] = {}
 
     def add(values: dict[str, Any], setting: dict[str, Any], split: str | None):
         for metric, value in values.items():
@@ -83,25 +93,42 @@ def measurements(result: Result) -> list[Measurement]:
             name, meaning = METRICS[base]
             extractor = metric.removeprefix(base).removeprefix("_")
             name = f"{name} ({extractor})" if extractor else name
-            found.setdefault((metric, str(setting)), Measurement(metric, value, name, meaning, setting, split))
+            found.setdefault(metric, Measurement(metric, value, name, meaning, setting, split))
 
     evaluation = result.metrics.get("evaluation", {})
     images = evaluation.get("setting", {}).get("validation_images", {}).get("number")
     config = evaluation.get("setting", {}).get("config", {})
     for part in ("reconstruction", "latent_space"):
         add(evaluation.get(part, {}), {"num_images": images} if images else {}, config.get("validation_split"))
-    for row in evaluation.get("generation", []):
-        add(row, _setting_of(row), config.get("train_split"))
+    row = _best_row(evaluation.get("generation", []))
+    add(row, _setting_of(row), config.get("train_split"))
     check = result.metrics.get("check", {})
     add(check, _setting_of(check), result.data_script.config.get("train_split") if result.data_script else None)
-    known = {measurement.metric for measurement in found.values()}
     for name, script in result.scripts.items():
-        values = {k: v for k, v in result.metrics.get(name, {}).items() if k not in known}
+        values = result.metrics.get(name, {})
         add(values, {"logged_by": name, "step": values.get("step")}, script.config.get("validation_split"))
     return list(found.values())
 
 
-def make_card(result: Result, repo_id: str, *, license: str | None = None, step: int | None = None) -> ModelCard:
+def _best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """That of the smallest distance; the first if there is none."""
+
+    def distance(row: dict[str, Any]) -> float:
+        values = [v for k, v in row.items() if k.startswith(("gfid", "gfd")) and isinstance(v, (int, float))]
+        return values[0] if values and math.isfinite(values[0]) else math.inf
+
+    return min(rows, key=distance, default={})
+
+
+def make_card(
+    result: Result,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    step: int | None = None,
+    space_id: str | None = None,
+    data_pictures: bool | None = None,
+) -> ModelCard:
     r"""
     Writes a model card.
 
@@ -110,6 +137,8 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
         repo_id (`str`): `user/name`.
         license (`str`, *optional*): An identifier that the Hub knows, chosen by the author. Without one the card says so.
         step (`int`, *optional*): While training goes on: steps done.
+        space_id (`str`, *optional*): `user/name` of the Space in which the model can be tried.
+        data_pictures (`bool`, *optional*): See [`published_pictures`].
 
     Returns:
         [`~huggingface_hub.ModelCard`]: With metadata that the Hub accepts.
@@ -145,7 +174,8 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
                 metric_args=each.setting or None,
             )
             for each in found
-        ]
+            if each.metric.startswith(HEADLINES)
+        ][:MAX_METADATA_ROWS]
         or None,
     )
     template = (files("dae_diffusers.hub") / "card_template.md").read_text(encoding="utf-8")
@@ -166,23 +196,59 @@ def make_card(result: Result, repo_id: str, *, license: str | None = None, step:
         fine_tuned_from=origin.get("fine_tuned_from"),
         data=data,
         classes=_class_names(result),
-        scripts=[_script_description(name, script) for name, script in result.scripts.items()],
+        scripts=[_script_description(name, script, result) for name, script in result.scripts.items()],
+        early=_early(result, generator, step),
+        space_id=space_id,
+        escape=escape,
+        looked="nearest.png" in result.pictures,
+        num_settings=len(result.metrics.get("evaluation", {}).get("generation", [])),
         measurements=found,
         how=_describe_setting,
-        pictures={name: caption for name, (_, caption) in result.pictures.items()},
+        pictures={name: caption for name, (_, caption) in published_pictures(result, data_pictures).items()},
         paper=PAPER,
     )
 
 
+def published_pictures(result: Result, data_pictures: bool | None = None) -> dict[str, tuple[Path, str]]:
+    r"""
+    The pictures of a result that are published.
+
+    Args:
+        result ([`Result`]): What is published.
+        data_pictures (`bool`, *optional*):
+            Whether those are that show images of the data set themselves (`DATA_PICTURES`). By default only where the data
+            set is public: one of the package or of a name on the Hub.
+
+    Returns:
+        `dict`: As `result.pictures`.
+    """
+    if data_pictures is None:
+        data_pictures = not result.has_private_data
+    return {name: each for name, each in result.pictures.items() if data_pictures or name not in DATA_PICTURES}
+
+
+def escape(text: Any) -> str:
+    r"""Text of a user, such as the name of a class, as one line of Markdown that says just this."""
+    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", text)
+
+
 def repository_files(
-    result: Result, repo_id: str, *, license: str | None = None, step: int | None = None, card: bool = True
+    result: Result,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    step: int | None = None,
+    card: bool = True,
+    space_id: str | None = None,
+    data_pictures: bool | None = None,
 ) -> dict[str, Path | bytes]:
     r"""
     Everything that is published, by its path in the repository.
 
     Args:
         result ([`Result`]): What is published.
-        repo_id, license, step: As in [`make_card`].
+        repo_id, license, step, space_id, data_pictures: As in [`make_card`].
         card (`bool`, *optional*, defaults to `True`): Whether to write `README.md`.
 
     Returns:
@@ -190,12 +256,16 @@ def repository_files(
     """
     found: dict[str, Path | bytes] = {}
     root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
+    # Another pipeline that was trained into the same folder before has left its parts there.
+    parts = {name for name, value in result.index.items() if isinstance(value, list)}
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if path.is_file() and not hidden and relative.name != "README.md":
+        hidden = hidden or any(map(is_leftover, (relative, *relative.parents)))
+        foreign = result.pipeline is not None and len(relative.parts) > 1 and relative.parts[0] not in parts
+        if path.is_file() and not hidden and not foreign and relative.name != "README.md":
             found[f"{prefix}{relative.as_posix()}"] = without_origin(path) if path.suffix == ".json" else path
-    for name, (path, _) in result.pictures.items():
+    for name, (path, _) in published_pictures(result, data_pictures).items():
         found[f"images/{name}"] = path
     for name, script in result.scripts.items():
         found[f"training/{name}.yaml"] = yaml.safe_dump(script.config, sort_keys=False, allow_unicode=True).encode()
@@ -204,7 +274,8 @@ def repository_files(
     if result.metrics:
         found["metrics.json"] = json.dumps(result.metrics, indent=2).encode()
     if card:
-        found["README.md"] = str(make_card(result, repo_id, license=license, step=step)).encode()
+        options = {"license": license, "step": step, "space_id": space_id, "data_pictures": data_pictures}
+        found["README.md"] = str(make_card(result, repo_id, **options)).encode()
     return found
 
 
@@ -267,14 +338,53 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
     return ", ".join([*words, *generator.get("call", [])])
 
 
-def _script_description(name: str, script: Any) -> dict[str, Any]:
+def _script_description(name: str, script: Script, result: Result) -> dict[str, Any]:
     record = script.record
-    described = {"name": name, "command": record.get("command"), "versions": record.get("versions")}
+    described = {"name": name, "command": _command(script, result), "versions": record.get("versions")}
     if record.get("seconds"):
         described["time"] = _duration(record["seconds"])
     described["hardware"] = record.get("hardware")
     described["counts"] = record.get("counts", {})
     return described
+
+
+def _command(script: Script, result: Result) -> str | None:
+    """
+    The command of the run as others can give it: with an output folder, and the autoencoder that the first command leaves there.
+    The machine's paths, of which the record has only the last part, are named as what they are.
+    """
+    command = script.record.get("command")
+    if command is None:
+        return None
+    words, folder = shlex.split(command), f"runs/{result.folder.resolve().name}"
+    given = {
+        "--vae": f"{folder}/vae" if "train_dae" in result.scripts else "path/to/vae",
+        "--train_data_dir": "path/to/images",
+    }
+    for position, word in enumerate(words[1:], start=1):
+        name, before = given.get(words[position - 1]), words[position - 1]
+        if name is not None and (before != "--vae" or "/" not in word or word.startswith((".", "/"))):
+            words[position] = name
+    return shlex.join([*words, "--output_dir", folder])
+
+
+def _steps(script: Script) -> int | None:
+    config = script.config
+    if config.get("max_train_steps"):
+        return config["max_train_steps"]
+    stages = [config.get(name) for name in ("stage1_steps", "stage2_steps")]
+    return sum(stages) if all(isinstance(each, int) for each in stages) else None
+
+
+def _early(result: Result, generator: dict[str, Any], step: int | None) -> str | None:
+    """How far training went, if that is not far."""
+    script = result.scripts.get(generator.get("script", ""))
+    steps = step if script is None or step is not None else _steps(script)
+    if steps is None or steps >= EARLY_STEPS:
+        return None
+    return (
+        f"This is an early model: its generator was trained for {steps:,} steps, and good ones take tens of thousands."
+    )
 
 
 def _duration(seconds: float) -> str:

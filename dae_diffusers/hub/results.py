@@ -1,11 +1,14 @@
 """What a run has left on disk: models, and how they came to be."""
 
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.store import read_json, read_rows
 
@@ -71,6 +74,17 @@ class Result:
         return None
 
     @property
+    def has_private_data(self) -> bool:
+        r"""Whether the images are nobody else's to see, as far as is known: not those of the package or of a name on the Hub."""
+        if self.data_script is None:
+            return True
+        config = self.data_script.config
+        name = config.get("dataset_name")
+        if self.data_script.has_local_data or not name:
+            return True
+        return name not in EMBEDDED and (Path(name).exists() or not re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name))
+
+    @property
     def autoencoder_origin(self) -> dict[str, str]:
         r"""
         How the autoencoder was trained, as far as the run's folder says: `auxiliary_decoder`, the kind that its encoder was
@@ -125,6 +139,33 @@ def read_result(folder: str | Path) -> Result:
     result.index = read_json(pipeline / PIPELINE_INDEX)
     _check_code(result)
     return _describe(result, is_run=pipeline != folder)
+
+
+# Pictures that show images of the data set themselves.
+DATA_PICTURES = ("reconstructions.png", "nearest.png")
+
+
+def is_leftover(path: Path) -> bool:
+    r"""Whether a file or folder is what a kill in the middle of writing leaves: by safetensors, by our files, by checkpoints."""
+    return re.fullmatch(r"\.tmp\w{6}|.+\.tmp|tmp-(old-)?checkpoint-\d+", path.name) is not None
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    r"""
+    Removes what kills have left in the output folder of a run (see [`is_leftover`]), links themselves and not where they point.
+
+    Call it when no other run writes there.
+
+    Returns:
+        `list[Path]`: What was removed.
+    """
+    found = [path for path in sorted(Path(folder).rglob("*")) if is_leftover(path)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
 
 
 def latest_grid(script_folder: Path, pattern: str) -> Path | None:
@@ -209,6 +250,9 @@ def _read_metrics(result: Result) -> dict[str, Any]:
 def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
     pictures = {}
 
+    def by_id(pair: tuple[str, str]) -> int:
+        return int(pair[0])
+
     def add(name: str, path: Path | None, caption: str):
         if path is not None and path.exists():
             pictures[name] = (path, caption)
@@ -218,11 +262,14 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         if not samples.exists():
             grids = [latest_grid(script.folder, "samples-*.png") for script in result.scripts.values()]
             samples = next((grid for grid in grids if grid is not None), samples)
-        add("samples.png", samples, "Samples")
+        names = [
+            " ".join(str(name).split()) for _, name in sorted((result.index.get("id2label") or {}).items(), key=by_id)
+        ]
+        add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if 1 < len(names) <= 10 else "Samples")
     if "train_dae" in result.scripts:
         folder = result.scripts["train_dae"].folder
         newest = latest_grid(folder, "reconstruction-stage2-*.png") or latest_grid(folder, "reconstruction-*.png")
-        add("reconstructions.png", newest, "Held-out images above their reconstructions")
+        add("reconstructions.png", newest, "Held-out images of the data set above their reconstructions")
     if result.pipeline is not None:
         evaluation = result.folder / "evaluation"
         add("sweep.png", evaluation / "sweep.png", "Distance to the training images over guidance and steps")

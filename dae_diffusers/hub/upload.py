@@ -5,7 +5,8 @@ import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -16,17 +17,42 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+)
 from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import read_result
+from dae_diffusers.hub.results import DATA_PICTURES, is_leftover, read_result
 
 logger = logging.getLogger(__name__)
 
 STAGE1_BRANCH = "stage1"
+# Seconds without a byte after which a request has failed; the client tries an upload a few times. It waits for ever by itself.
+CHECK_SECONDS = 15.0  # whether the Hub is there
+UPLOAD_SECONDS = 60.0
+_PARTS = ("transformer", "prior", "scheduler", "vae")  # folders of our pipelines
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
+
+
+@contextmanager
+def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
+    r"""
+    Inside, a request to the Hub fails when no byte has come or gone for so long, rather than never.
+
+    Args:
+        seconds (`float`, *optional*): Defaults to `UPLOAD_SECONDS`.
+    """
+    session = get_session()
+    before, session.timeout = session.timeout, UPLOAD_SECONDS if seconds is None else seconds
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def check_hub_access(repo_id: str, *, private: bool = False, license: str | None = None) -> str:
@@ -46,9 +72,10 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
     """
     api = HfApi()
     try:
-        api.whoami()
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
+        with waiting_at_most(CHECK_SECONDS):
+            api.whoami()
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.auth_check(repo_id, write=True)
     except Exception as error:  # a connection may fail in any way
         if _is_transient(error):
             logger.warning("the Hub does not answer now (%s); the upload is tried all the same.", one_line(error))
@@ -71,7 +98,8 @@ def check_license(license: str) -> None:
     """
     card = ModelCard(f"---\n{ModelCardData(license=license).to_yaml()}\n---\n")
     try:
-        card.validate()
+        with waiting_at_most(CHECK_SECONDS):
+            card.validate()
     except ValueError as error:
         raise UserError(
             f"the Hub does not know the license {license!r} ({one_line(error)}). Its identifiers are listed at "
@@ -81,6 +109,7 @@ def check_license(license: str) -> None:
         logger.warning("the license could not be checked now (%s).", one_line(error))
 
 
+@waiting_at_most()
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -92,6 +121,8 @@ def push_folder(
     fp16: bool = False,
     keep_card: bool = False,
     step: int | None = None,
+    space_id: str | None = None,
+    data_pictures: bool | None = None,
 ) -> str:
     r"""
     Uploads a result in one commit: models, code, card, pictures, metrics and the training's flags.
@@ -107,6 +138,8 @@ def push_folder(
             case, or taken away where that is not possible: nobody is to load old weights beside new ones.
         keep_card (`bool`, *optional*): Leave the `README.md` that is there as it is.
         step (`int`, *optional*): While training goes on: steps done.
+        space_id (`str`, *optional*): Of the model's Space, for the card.
+        data_pictures (`bool`, *optional*): See [`~dae_diffusers.hub.card.published_pictures`]. Those of an earlier push go.
 
     Returns:
         `str`: Address of the repository, or of the pull request.
@@ -122,7 +155,15 @@ def push_folder(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     license = license or published_license(repo_id, revision)
-    files = repository_files(result, repo_id, license=license, step=step, card=not keep_card)
+    files = repository_files(
+        result,
+        repo_id,
+        license=license,
+        step=step,
+        card=not keep_card,
+        space_id=space_id,
+        data_pictures=data_pictures,
+    )
     published = api.list_repo_files(repo_id, revision=revision)
     is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
     with tempfile.TemporaryDirectory() as temporary:
@@ -140,6 +181,7 @@ def push_folder(
     return commit.pr_url or str(repository)
 
 
+@waiting_at_most()
 def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     r"""
     Uploads the autoencoder of stage 1, with its auxiliary decoder, to the branch `stage1`.
@@ -175,10 +217,11 @@ def stage1_files(folder: str | Path) -> dict[str, Path | bytes]:
     return {
         f"stage1/{path.name}": without_origin(path) if path.suffix == ".json" else path
         for path in sorted(stage1.iterdir())
-        if path.is_file()
+        if path.is_file() and not is_leftover(path)
     }
 
 
+@waiting_at_most()
 def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     r"""
     Makes a Space with the app of [`space_files`] for a model.
@@ -310,6 +353,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
     return copies
 
 
+@waiting_at_most()
 def published_license(repo_id: str, revision: str | None) -> str | None:
     r"""The license that the card on the Hub states, so that pushing again without one does not take it away."""
     try:
@@ -327,7 +371,9 @@ def _commit(
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_weights(published, files)]
+    kinds = (stale_weights, stale_parts, stale_pictures)
+    stale = dict.fromkeys(name for kind in kinds for name in kind(published, files))
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
 
 
@@ -344,6 +390,25 @@ def stale_weights(published: Iterable[str], files: Iterable[str]) -> list[str]:
         and name.rpartition("/")[0] in folders
         and name.endswith((".safetensors", ".safetensors.index.json"))
     ]
+
+
+def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""Parts of another pipeline that was pushed here before, such as the transformer when a prior takes its place."""
+    if "model_index.json" not in files:
+        return []
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    return [
+        name
+        for name in published
+        if "/" in name and (folder := name.partition("/")[0]) in _PARTS and folder not in folders
+    ]
+
+
+def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""Pictures of the data set's images that an earlier push has published and this one does not."""
+    pictures = [f"images/{name}" for name in DATA_PICTURES]
+    is_result = "metrics.json" in files or any(name.startswith(("vae/", "images/")) for name in files)
+    return [name for name in published if is_result and name in pictures and name not in files]
 
 
 def _is_transient(error: Exception) -> bool:

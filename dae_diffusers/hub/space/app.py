@@ -7,6 +7,8 @@ The model is `MODEL` in the environment, else the first of `models:` in README.m
 import inspect
 import math
 import os
+from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -51,7 +53,47 @@ CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None)
 SIDE = VAE.config.sample_size if isinstance(VAE.config.sample_size, int) else VAE.config.sample_size[0]
 
 
-def draw(class_id, count, guidance_scale, steps, seed, progress=gr.Progress()):  # noqa: B008, this is how gradio passes it
+class VisitorHasGoneError(Exception):
+    """Ends a draw that nobody waits for."""
+
+
+class Visitors:
+    """Who has closed the page. Models run for one visitor at a time, on a free CPU for minutes."""
+
+    def __init__(self):
+        self.gone = deque(maxlen=1000)
+        self.current = None  # whose draw is running
+
+    def leave(self, request: gr.Request):
+        """Gradio calls this when a tab is closed or reloaded."""
+        self.gone.append(request.session_hash)
+
+    @contextmanager
+    def drawing_for(self, request):
+        """Inside, the model stops before its next step once the visitor has gone."""
+        self.current = getattr(request, "session_hash", None)
+        model = getattr(PIPE, "transformer", None) or getattr(PIPE, "prior", None)
+        hook = model.register_forward_pre_hook(lambda *_: self.check()) if model is not None else None
+        try:
+            self.check()  # a visitor may also leave while waiting in the queue
+            yield
+        except VisitorHasGoneError:
+            PIPE.maybe_free_model_hooks()
+            raise gr.Error("The visitor has gone.", print_exception=False) from None
+        finally:
+            self.current = None
+            if hook is not None:
+                hook.remove()
+
+    def check(self):
+        if self.current is not None and self.current in self.gone:
+            raise VisitorHasGoneError
+
+
+VISITORS = Visitors()
+
+
+def draw(class_id, count, guidance_scale, steps, seed, request: gr.Request = None, progress=gr.Progress()):  # noqa: B008, this is how gradio passes it
     """A grid of samples."""
     count, steps, seed = int(count), int(steps), int(seed or 0)
     if class_id == EACH_CLASS:
@@ -77,16 +119,18 @@ def draw(class_id, count, guidance_scale, steps, seed, progress=gr.Progress()): 
         "callback_on_step_end": on_step,
         "output_type": "pt",
     }
-    images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
+    with VISITORS.drawing_for(request):
+        images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
     return grid(images.float().cpu(), columns)
 
 
-def draw_one():
+def draw_one(request: gr.Request = None):
     """A picture to try the autoencoder with."""
     arguments = {"num_inference_steps": 20, "output_type": "pt"}
     if CLASSES:
         arguments["class_labels"] = [int(torch.randint(len(CLASSES), ()))]
-    images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
+    with VISITORS.drawing_for(request):
+        images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
     return enlarge(to_pil(images[0].float().cpu()), 256)
 
 
@@ -289,6 +333,7 @@ def build():
             reconstruct_tab()
         with gr.Tab("Numbers"):
             card_tab()
+        demo.unload(VISITORS.leave)
     return demo.queue(max_size=20, default_concurrency_limit=1)
 
 
