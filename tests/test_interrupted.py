@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from scripts import in_child, in_two_processes, start
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel, files
-from dae_diffusers.checkpointing import FolderLock
 from dae_diffusers.latents import cache
+from dae_diffusers.locks import FolderLock
 from dae_diffusers.metrics import evaluation, statistics
 from dae_diffusers.metrics.kept import hash_of
 from dae_diffusers.metrics.sampling import SampleSettings, generation_inputs
@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
             found |= {
                 f"{path.relative_to(folder)} {name}": value.numpy().tobytes() for name, value in load_file(path).items()
             }
-        elif path.is_file() and path.name != ".lock":
+        elif path.is_file() and path.name not in (".lock", ".owner"):
             found[str(path.relative_to(folder))] = path.read_bytes().replace(bytes(folder), b"FOLDER")
     return found
 
@@ -148,15 +148,15 @@ def test_damaged_shard_is_named_and_made_anew(damage, whole_cache, vae, image_fo
 
 
 def test_second_cache_in_the_same_folder_is_refused(vae, image_folder, tmp_path):
-    lock = tmp_path / "lock" / ".lock"
-    lock.parent.mkdir()
+    owner = tmp_path / "lock" / ".owner"
+    owner.parent.mkdir()
 
     def hold():
-        FolderLock(lock.parent)
+        FolderLock(owner.parent)
         signal.pause()
 
     holder = in_child(hold, wait=False)
-    while not lock.exists() or not lock.read_text():
+    while not owner.exists() or not owner.read_text():
         time.sleep(0.01)
     code, text = make_cache(tmp_path / "lock", vae, image_folder)
     os.kill(holder, signal.SIGKILL)
