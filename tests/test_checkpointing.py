@@ -18,6 +18,16 @@ from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.signals import StopSignal, is_launcher, resuming_command
 
 
+@pytest.fixture(autouse=True)
+def heard_signals():
+    """As in a terminal: where the tests run in the background, or under `nohup`, some are ignored."""
+    heard = {number: signal.SIG_DFL for number in signals.STOPPING} | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def accelerator():
     accelerator = Accelerator()
