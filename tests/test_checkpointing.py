@@ -15,6 +15,7 @@ from dae_diffusers import signals
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.guard import raise_if_not_finite_weights
+from dae_diffusers.locks import take_folder
 from dae_diffusers.signals import StopSignal, is_launcher, resuming_command
 
 
@@ -258,6 +259,13 @@ def test_models_compiled_by_accelerate_are_refused_before_anything_is_saved(monk
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     with pytest.raises(ConfigError, match="`dynamo_backend` is eager, but must be no.* Use `compile`"):
         Checkpointer(Accelerator(), tmp_path / "checkpoints")
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_would_each_train_alone_are_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as `accelerate launch --multi_gpu` does where there is no GPU
+    with pytest.raises(ConfigError, match="2 processes were started.*`ACCELERATE_USE_CPU=true`"):
+        take_folder(tmp_path / "run", Accelerator())
     assert not list(tmp_path.iterdir())
 
 
