@@ -110,10 +110,10 @@ def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
     Makes a folder, sees whether it can be written, and locks it. All processes call it; the main one holds the lock.
 
     Raises:
-        ConfigError: If several processes were started and each would work alone.
+        ConfigError: If several processes were started and each would work alone, or fp16 was asked for on a CPU.
         UserError: On every process, if the folder cannot be written or another run has it.
     """
-    check_processes(accelerator)
+    check_launch(accelerator)
     problem, lock = [None], None
     if accelerator.is_main_process:
         try:
@@ -132,13 +132,16 @@ def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
     return lock
 
 
-def check_processes(accelerator: Accelerator) -> None:
+def check_launch(accelerator: Accelerator) -> None:
     r"""
-    Sees whether the processes that a launcher started have found each other. Without a GPU accelerate lets each work alone.
+    Sees whether accelerate does what it was asked for. Without a GPU it lets each of several processes work alone, and takes fp16
+    for float32, both without a word.
 
     Raises:
-        ConfigError: If they have not.
+        ConfigError: If it does not.
     """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("`mixed_precision` is fp16, which needs a GPU. On a CPU use bf16 or no.")
     started = os.environ.get("WORLD_SIZE", "1")
     if accelerator.num_processes == 1 and started.isdigit() and int(started) > 1:
         raise ConfigError(

@@ -269,6 +269,12 @@ def test_processes_that_would_each_train_alone_are_refused_before_anything_is_wr
     assert not list(tmp_path.iterdir())
 
 
+def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="`mixed_precision` is fp16, which needs a GPU. On a CPU use bf16 or no."):
+        take_folder(tmp_path / "run", Accelerator(cpu=True, mixed_precision="fp16"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", signals.STOPPING)
 def test_signal_asks_to_stop_and_becomes_the_exit_code(accelerator, number, capsys):
     before = signal.getsignal(number)

@@ -56,7 +56,7 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 def shorten(text: str) -> str:
     for pattern, replacement in FEWER.items():
         text = re.sub(pattern, replacement, text)
-    return text.replace("--multi_gpu", f"--cpu --main_process_port {free_port()}")
+    return text.replace("--multi_gpu", f"--multi_gpu --main_process_port {free_port()}")
 
 
 @pytest.mark.parametrize("path", [*(f"docs/{name}" for name in GUIDES), "README.md"])
@@ -93,6 +93,7 @@ def environment(tmp_path):
             **hub.environment(tmp_path / "home", token="hf_user"),
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",  # two processes, as the guide says, also without a GPU
         }
 
 
