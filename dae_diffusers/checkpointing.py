@@ -194,6 +194,8 @@ class Checkpointer:
         candidates = self._candidates()
         for candidate in candidates:
             problem, manifest = _verify(candidate)
+            if not problem and manifest["step"] != _step_of(candidate):
+                problem = f"it holds step {manifest['step']}; name it if you want to go on from it"
             if not problem:
                 return candidate, manifest
             logger.warning("%s is damaged (%s); trying the one before.", candidate, problem)
@@ -204,16 +206,16 @@ class Checkpointer:
     def _candidates(self) -> list[Path]:
         """
         What `latest` may mean, best first. Of several runs, such as where one was copied into the folder of another, those of
-        the run that saved last come first. A copy that was given another step's name is left out.
+        the run that saved last come first.
         """
         manifests = {path: _read_manifest(path) for path in find_checkpoints(self.folder)}
-        ours = [path for path, manifest in manifests.items() if manifest is None or manifest["step"] == _step_of(path)]
-        last = max(ours, key=lambda path: (manifests[path] or {}).get("saved", 0), default=None)
-        run = (manifests.get(last) or {}).get("run")
-        # A damaged manifest does not tell its run: it is tried, and reported, in the order of steps.
+        # A damaged manifest, or one of another step, does not tell its run: it is tried, and reported, in the order of steps.
+        known = {path: facts for path, facts in manifests.items() if facts and facts["step"] == _step_of(path)}
+        last = max(known, key=lambda path: known[path].get("saved", 0), default=None)
+        run = known[last].get("run") if last is not None else None
         return sorted(
-            ours,
-            key=lambda path: (manifests[path] is None or manifests[path].get("run") == run, _step_of(path)),
+            manifests,
+            key=lambda path: (path not in known or known[path].get("run") == run, _step_of(path)),
             reverse=True,
         )
 
