@@ -1,20 +1,18 @@
-"""Checkpoints that a kill at any instant leaves whole, a folder for one run only, and signals that end a run in order."""
+"""Checkpoints that a kill at any instant leaves whole."""
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
-import signal
-import socket
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,7 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from dae_diffusers.cli import storage_problem
-from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.errors import ConfigError, UserError, one_line
+from dae_diffusers.guard import raise_if_not_finite_weights
+from dae_diffusers.sharding import whole_tensor
 from dae_diffusers.store import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,26 @@ _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _EMA = "ema.safetensors"
 _TEMPORARY = "tmp-"
+_NAME = re.compile(rf"{_PREFIX}(\d{{8,}})")
+_LEFTOVER = re.compile(rf"{_TEMPORARY}(old-)?{_PREFIX}\d{{8,}}")
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    r"""
+    Folders in `folder` that carry a name such as a run writes, `checkpoint-00001000`, oldest step first. Others, such as
+    `checkpoint-best`, are the user's.
+    """
+    paths = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink()]
+    return sorted((path for path in paths if _step_of(path) is not None), key=_step_of)
+
+
+def _step_of(path: Path) -> int | None:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match and path.name == _name_of(int(match[1])) else None
+
+
+def _name_of(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 class Checkpointer:
@@ -39,18 +59,29 @@ class Checkpointer:
 
     A checkpoint is written to a temporary folder, flushed to disk and renamed to `checkpoint-<step>`; its
     `checkpoint.json`, written last, lists every file with its size and hash. What is not listed or does not match is
-    not loaded.
+    not loaded. It also names the run, which keeps its name over interruptions: only what this run has saved is ever removed.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Its prepared and registered objects are what is saved.
         folder (`Path`): Where the checkpoints lie.
         total_limit (`int`, *optional*): Keep only the newest this many.
+
+    Raises:
+        ConfigError: If accelerate is set to compile whole models, whose checkpoints would not fit uncompiled ones.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, total_limit: int | None = None):
+        backend = accelerator.state.dynamo_plugin.backend
+        if backend != DynamoBackend.NO:
+            raise ConfigError(
+                f"accelerate's `dynamo_backend` is {backend.value.lower()}, but must be no: its checkpoints would fit only models that "
+                "are compiled as a whole. Use `compile`, which compiles the networks block by block."
+            )
         self.accelerator = accelerator
         self.folder = folder
         self.total_limit = total_limit
+        # None: a run that began before checkpoints named their run.
+        self._run: str | None = uuid.uuid4().hex
 
     def save(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:
         r"""
@@ -62,22 +93,29 @@ class Checkpointer:
             state: Anything JSON can hold that the run needs besides; [`newest`] gives it back.
 
         Raises:
-            UserError: If the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
+            UserError: If a weight or an average is not finite, the disk is full or the folder cannot be written; earlier
+                checkpoints stay as they are.
         """
+        self._raise_if_not_finite(step, ema)
         try:
             self._save(step, ema, state)
         except Exception as error:
             problem = storage_problem(error) or (str(error) if isinstance(error, OSError) else None)
             if problem is None:
                 raise
-            shutil.rmtree(self.folder / f"{_TEMPORARY}{_PREFIX}{step:08d}", ignore_errors=True)
+            shutil.rmtree(self.folder / f"{_TEMPORARY}{_name_of(step)}", ignore_errors=True)
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {problem}. "
                 "Earlier checkpoints are whole. Make room and continue with `--resume_from_checkpoint latest`."
             ) from None
 
+    def _raise_if_not_finite(self, step: int, ema: EMAModel | None) -> None:
+        weights = [pair for model in self.accelerator._models for pair in model.state_dict().items()]
+        weights += [] if ema is None else [(f"average {n}", value) for n, value in enumerate(ema.shadow_params)]
+        raise_if_not_finite_weights(weights, f"the checkpoint of step {step}", self.accelerator)
+
     def _save(self, step: int, ema: EMAModel | None, state: dict[str, Any]) -> None:
-        final = self.folder / f"{_PREFIX}{step:08d}"
+        final = self.folder / _name_of(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -92,9 +130,11 @@ class Checkpointer:
                 save_file(shadow, temporary / _EMA)
             manifest = {
                 "step": step,
+                "run": self._run,
                 "state": state,
                 "ema_steps": None if ema is None else ema.optimization_step,
                 "num_processes": self.accelerator.num_processes,
+                "saved": time.time(),  # seconds since 1970
                 "files": {
                     str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
                     for path in sorted(temporary.rglob("*"))
@@ -104,7 +144,7 @@ class Checkpointer:
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
             if final.exists():
-                self._discard(final)
+                self._make_room(final)
             temporary.rename(final)
             _flush_folder(self.folder)
             self._rotate(final)
@@ -134,6 +174,8 @@ class Checkpointer:
         found, problem = broadcast_object_list([found, problem])
         if problem is not None:
             raise UserError(problem)
+        if found is not None:
+            self._run = found[1].pop("run")
         if found is not None and not all(gather_object([(found[0] / _MANIFEST).exists()])):
             raise UserError(
                 f"{found[0]} is not there for all processes. Choose an `--output_dir` that all machines share."
@@ -147,15 +189,33 @@ class Checkpointer:
             if problem:
                 raise UserError(f"`--resume_from_checkpoint` {path} cannot be used: {problem}. Try `latest`.")
             return Path(path), manifest
-        candidates = sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+        candidates = self._candidates()
         for candidate in candidates:
             problem, manifest = _verify(candidate)
+            if not problem and manifest["step"] != _step_of(candidate):
+                problem = f"it holds step {manifest['step']}; name it if you want to go on from it"
             if not problem:
                 return candidate, manifest
             logger.warning("%s is damaged (%s); trying the one before.", candidate, problem)
         if candidates:
             raise UserError(f"every checkpoint in {self.folder} is damaged. Remove the folder to start anew.")
         return None
+
+    def _candidates(self) -> list[Path]:
+        """
+        What `latest` may mean, best first. Of several runs, such as where one was copied into the folder of another, those of
+        the run that saved last come first.
+        """
+        manifests = {path: _read_manifest(path) for path in find_checkpoints(self.folder)}
+        # A damaged manifest, or one of another step, does not tell its run: it is tried, and reported, in the order of steps.
+        known = {path: facts for path, facts in manifests.items() if facts and facts["step"] == _step_of(path)}
+        last = max(known, key=lambda path: known[path].get("saved", 0), default=None)
+        run = known[last].get("run") if last is not None else None
+        return sorted(
+            manifests,
+            key=lambda path: (path not in known or known[path].get("run") == run, _step_of(path)),
+            reverse=True,
+        )
 
     def load(self, path: Path, *, ema: EMAModel | None = None) -> None:
         r"""
@@ -199,7 +259,7 @@ class Checkpointer:
             ema.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
 
     def _rotate(self, newest: Path) -> None:
-        checkpoints = sorted(self.folder.glob(f"{_PREFIX}*"))
+        checkpoints = [path for path in find_checkpoints(self.folder) if path == newest or self._is_ours(path)]
         position = checkpoints.index(newest)
         for ahead in checkpoints[position + 1 :]:
             logger.warning("removing %s: the run went on from an earlier step, without it.", ahead)
@@ -208,7 +268,24 @@ class Checkpointer:
             for old in checkpoints[: max(0, position + 1 - self.total_limit)]:
                 self._discard(old)
         for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a save or removal that a kill cut short
-            shutil.rmtree(leftover, ignore_errors=True)
+            if _LEFTOVER.fullmatch(leftover.name):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _is_ours(self, checkpoint: Path) -> bool:
+        """Whether this run has saved it, under this name; a damaged one that does not tell is left alone."""
+        manifest = _read_manifest(checkpoint)
+        return manifest is not None and manifest.get("run") == self._run and manifest["step"] == _step_of(checkpoint)
+
+    def _make_room(self, path: Path) -> None:
+        """For a checkpoint of this run, where one of the same step lies."""
+        if self._is_ours(path) or _read_manifest(path) is None:
+            self._discard(path)
+            return
+        number = 1
+        while (aside := path.with_name(f"{path.name}-other-run-{number}")).exists():
+            number += 1
+        logger.warning("%s is not of this run: it is called %s now.", path, aside.name)
+        path.rename(aside)
 
     def _discard(self, checkpoint: Path) -> None:
         # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
@@ -216,123 +293,6 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-class FolderLock:
-    r"""
-    Keeps a second run out of a folder. The system drops the lock when the process ends, however it ends.
-
-    A lock of the process (`fcntl.lockf`), not of the open file: data-loading processes, which may outlive a killed run
-    for some seconds, do not inherit it.
-
-    Args:
-        folder (`Path`): Exists.
-
-    Raises:
-        UserError: If another process has it.
-    """
-
-    _held: dict[Path, int] = {}  # closing any descriptor of a file gives up the lock, so each is opened once
-
-    def __init__(self, folder: Path):
-        self._path = (folder / ".lock").resolve()
-        if self._path in self._held:
-            return
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{folder} is in use by another run ({owner or 'unknown process'}). Wait for its end, or choose another "
-                    "`--output_dir`."
-                ) from None
-            logger.warning("%s cannot be locked (%s): do not start a second run there.", folder, error.strerror)
-            return
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._held[self._path] = descriptor
-
-    def release(self) -> None:
-        r"""Gives the folder back."""
-        descriptor = self._held.pop(self._path, None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
-    r"""
-    Makes a folder, sees whether it can be written, and locks it. All processes call it; the main one holds the lock.
-
-    Raises:
-        UserError: On every process, if the folder cannot be written or another run has it.
-    """
-    problem, lock = [None], None
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-            lock = FolderLock(folder)
-        except OSError as error:
-            problem = [f"`--output_dir`: {folder} cannot be written: {error.strerror}."]
-        except UserError as error:
-            problem = [str(error)]
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise UserError(problem[0])
-    return lock
-
-
-class StopSignal:
-    r"""
-    Turns SIGTERM and SIGINT into a wish to stop after the current step; the second one kills as usual.
-
-    ```python
-    with StopSignal(accelerator) as stop:
-        for ...:
-            if stop.requested():  # the same answer on every process
-                checkpointer.save(step)
-                stop.exit()
-    ```
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.signal_number = 0
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        r"""Whether any process has received a signal. With several processes all must call it at the same step."""
-        if self.accelerator.num_processes > 1:
-            number = torch.tensor(self.signal_number, device=self.accelerator.device)
-            self.signal_number = int(self.accelerator.gather(number).max())
-        return self.signal_number != 0
-
-    def exit(self) -> None:
-        r"""Ends the process with 128 + the signal's number."""
-        raise SystemExit(128 + self.signal_number)
-
-    def _receive(self, number: int, frame) -> None:
-        self.signal_number = number
-        signal.signal(number, self._previous[number])
-        if self.accelerator.is_main_process:
-            print(f"\nreceived {signal.Signals(number).name}: finishing the step, then saving", flush=True)
-
-
-def whole_tensor(value: torch.Tensor) -> torch.Tensor:
-    r"""The tensor itself, or, where FSDP has spread it, all of it on every process; then all processes call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value.contiguous()
 
 
 def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
@@ -343,6 +303,16 @@ def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
     ]
     for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = lr
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """As it is, if it is one."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    has_step = isinstance(manifest, dict) and type(manifest.get("step")) is int
+    return manifest if has_step and isinstance(manifest.get("saved", 0), (int, float)) else None
 
 
 def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
@@ -361,10 +331,10 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
         kinds = {"step": int, "state": dict, "num_processes": int}
         if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
             return f"its {_MANIFEST} cannot be read", {}
-        return None, {key: manifest[key] for key in kinds}
+        return None, {key: manifest[key] for key in kinds} | {"run": manifest.get("run")}
     except FileNotFoundError:
         return f"it has no {_MANIFEST}", {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {_MANIFEST} cannot be read", {}
 
 

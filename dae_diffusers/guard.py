@@ -1,13 +1,15 @@
-"""Stops a run before an update from a loss or gradient that is not finite, or leaves a few such updates out."""
+"""Numbers that are not finite: in a loss or gradient they stop a run or an update, in weights they are never saved."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from dae_diffusers.checkpointing import whole_tensor
 from dae_diffusers.errors import UserError
+from dae_diffusers.sharding import local_tensor, whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -101,3 +103,36 @@ class NonFiniteGuard:
         if not torch.isfinite(gradient_norm):
             return f"`{name}` became {float(gradient_norm)} at step {self._step}"
         return f"a loss of another process was not finite at step {self._step}"
+
+
+def raise_if_not_finite_weights(
+    weights: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], what: str, accelerator: Accelerator | None = None
+) -> None:
+    r"""
+    Call it before weights are saved or exported.
+
+    Args:
+        weights (`torch.nn.Module` or pairs of name and `torch.Tensor`): What would be saved.
+        what (`str`): For the message, such as `"the transformer"`.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Give it where each process sees a part or a copy of the weights; then
+            all processes call it, and all raise.
+
+    Raises:
+        UserError: If a weight is NaN or infinite; names it.
+    """
+    named = weights.state_dict().items() if isinstance(weights, torch.nn.Module) else weights
+    named = [(name, local_tensor(value.detach())) for name, value in named]
+    named = [(name, value) for name, value in named if value.is_floating_point() and value.numel()]
+    bad: set[str] = set()
+    for device in {value.device for _, value in named}:  # one answer is read back from each device
+        there = [(name, value) for name, value in named if value.device == device]
+        flags = torch.stack([~torch.isfinite(value).all() for _, value in there]).tolist()
+        bad |= {name for (name, _), is_bad in zip(there, flags, strict=True) if is_bad}
+    found = [name for name, _ in named if name in bad]
+    if accelerator is not None and accelerator.num_processes > 1:
+        found = gather_object(found)
+    if found:
+        raise UserError(
+            f"{what} cannot be saved: {len(set(found))} of its weights are not finite, such as `{found[0]}`. What was saved before "
+            "is untouched. Lower `learning_rate`, and continue from the last checkpoint with `resume_from_checkpoint` latest."
+        )

@@ -11,11 +11,13 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dae_diffusers.checkpointing import StopSignal
 from dae_diffusers.distributed import whole_model
+from dae_diffusers.guard import raise_if_not_finite_weights
+from dae_diffusers.heartbeat import Heartbeat
 from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.run import TrainingRun
+from dae_diffusers.signals import StopSignal, resuming_command
 
 
 class Loop:
@@ -100,11 +102,12 @@ class Loop:
         self.batches = run.batches.over(dataset, self.step * per_step)
         self.progress = make_progress_bar(self)
         self.model.train()
-        with StopSignal(self.accelerator) as stop:
+        with StopSignal(self.accelerator) as stop, Heartbeat(self.accelerator, run.folder) as heartbeat:
             while self.step < self.last_step:
                 step = Step(self)
                 yield step
                 step.check_whole()
+                heartbeat.beat(self.step)
                 if step.validates:
                     run.log.draw_curves()
                 is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
@@ -115,7 +118,7 @@ class Loop:
                 if stop.requested():
                     if not is_due:
                         run.save_checkpoint(self.step, ema=self.ema, **self.state)
-                    stop.exit()
+                    stop.exit(step=self.step, command=resuming_command())
         self.progress.close()
         self.accelerator.wait_for_everyone()
 
@@ -132,6 +135,7 @@ class Loop:
         r"""The model without what it was wrapped into, with averaged weights for good. All processes call it."""
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
+        raise_if_not_finite_weights(self.model, "the trained model", self.accelerator)
         model = self.accelerator.unwrap_model(whole_model(self.model, self.accelerator), keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         return model

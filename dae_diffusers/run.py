@@ -18,12 +18,14 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
 from dae_diffusers.batches import TrainingBatches
-from dae_diffusers.checkpointing import Checkpointer, take_folder
+from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.distributed import PROCESS_GROUP, describe_hardware, settle_backend
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub.publisher import Publisher
+from dae_diffusers.hub.results import remove_leftovers
+from dae_diffusers.locks import take_folder
 from dae_diffusers.runlog import RunLog, read_log
 from dae_diffusers.settings import config_text, flags_of, flat
 from dae_diffusers.store import read_json_or, write_atomically, write_json
@@ -265,7 +267,7 @@ class TrainingRun:
     def _take_folder(self) -> None:
         self._lock, problem = take_folder(self.folder, self.accelerator), [None]
         # Not by config.yaml, which a run that failed before its first step has left too.
-        is_taken = bool(read_log(self.folder)) or any(self.folder.glob("checkpoints/checkpoint-*"))
+        is_taken = bool(read_log(self.folder)) or bool(find_checkpoints(self.folder / "checkpoints"))
         is_resumed = self.config.run.resume_from_checkpoint is not None
         if self.accelerator.is_main_process and is_taken and not is_resumed:
             self._lock.release()
@@ -277,6 +279,8 @@ class TrainingRun:
         broadcast_object_list(problem)
         if problem[0]:
             raise UserError(problem[0])
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.folder)
 
 
 def make_accelerator(config: Any, folder: Path) -> Accelerator:
@@ -315,7 +319,7 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
 def start_messages(accelerator: Accelerator) -> None:
     r"""Lets the main process of a script speak, and says what is in the way of speed."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    for chatty in ("httpx", "accelerate"):
+    for chatty in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
         logger.warning(

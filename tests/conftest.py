@@ -18,6 +18,10 @@ from dae_diffusers import DAEAutoencoderKL
 torch.set_num_threads(1)  # the tests run on as many processes as there are cores
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=16, help="interruptions in test_faults_slow.py, over all its cases")
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator_state():
     AcceleratorState._reset_state(reset_partial_state=True)

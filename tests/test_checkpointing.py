@@ -1,6 +1,8 @@
 """A checkpoint is whole or does not exist; damage is reported and the one before is used."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,8 +11,22 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from dae_diffusers.checkpointing import Checkpointer, StopSignal
-from dae_diffusers.errors import UserError
+from dae_diffusers import signals
+from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.guard import raise_if_not_finite_weights
+from dae_diffusers.locks import take_folder
+from dae_diffusers.signals import StopSignal, is_launcher, resuming_command
+
+
+@pytest.fixture(autouse=True)
+def heard_signals():
+    """As in a terminal: where the tests run in the background, or under `nohup`, some are ignored."""
+    heard = {number: signal.SIG_DFL for number in signals.STOPPING} | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -146,7 +162,120 @@ def test_failed_save_leaves_the_one_before_whole(accelerator, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folders_that_the_user_made_are_never_chosen_nor_removed(accelerator, tmp_path):
+    checkpointer = Checkpointer(accelerator, tmp_path, total_limit=1)
+    train(accelerator, 0)
+    checkpointer.save(2)
+    users = ["checkpoint-best", "checkpoint-2", "checkpoint-00000002.bak", "checkpoint-00000009", "tmp-mine"]
+    for name in users:
+        shutil.copytree(tmp_path / "checkpoint-00000002", tmp_path / name)
+    (tmp_path / "checkpoint-00000077").touch()
+    assert checkpointer.newest()[0].name == "checkpoint-00000002"
+    checkpointer.save(3)
+    assert names(tmp_path) == sorted([*users, "checkpoint-00000003", "checkpoint-00000077"])
+    assert checkpointer.newest(str(tmp_path / "checkpoint-best"))[1]["step"] == 2
+
+
+def test_rotation_removes_only_what_this_run_has_saved(accelerator, tmp_path, caplog):
+    train(accelerator, 0)
+    for folder, steps in (("other", (1, 4, 9)), ("mine", (1, 2))):
+        checkpointer = Checkpointer(accelerator, tmp_path / folder, total_limit=9)
+        for step in steps:
+            checkpointer.save(step)
+    for step in (4, 9):
+        shutil.copytree(tmp_path / "other" / f"checkpoint-{step:08d}", tmp_path / "mine" / f"checkpoint-{step:08d}")
+
+    resumed = Checkpointer(accelerator, tmp_path / "mine", total_limit=1)
+    assert resumed.newest()[1]["step"] == 2  # saved last, though another run's step is larger
+    resumed.save(4)
+    assert names(tmp_path / "mine") == [
+        "checkpoint-00000004", "checkpoint-00000004-other-run-1", "checkpoint-00000009",
+    ]  # fmt: skip
+    assert "is not of this run" in caplog.text
+    assert resumed.newest()[1]["step"] == 4
+
+
+def test_checkpoints_of_another_run_alone_are_gone_on_from(accelerator, tmp_path):
+    train(accelerator, 0)
+    Checkpointer(accelerator, tmp_path).save(5)
+    assert Checkpointer(accelerator, tmp_path).newest()[1]["step"] == 5
+
+
+def test_checkpoints_that_do_not_name_their_run_are_rotated_by_the_run_that_goes_on(accelerator, tmp_path):
+    checkpointer = Checkpointer(accelerator, tmp_path, total_limit=9)
+    train(accelerator, 0)
+    for step in (1, 2, 3):
+        checkpointer.save(step)
+        manifest = tmp_path / f"checkpoint-{step:08d}" / "checkpoint.json"
+        facts = json.loads(manifest.read_text())
+        del facts["run"], facts["saved"]
+        manifest.write_text(json.dumps(facts))
+    for step in (4, 5):
+        resumed = Checkpointer(accelerator, tmp_path, total_limit=2)
+        assert resumed.newest()[1]["step"] == step - 1
+        resumed.save(step)
+    assert names(tmp_path) == ["checkpoint-00000004", "checkpoint-00000005"]
+
+
+def test_steps_of_more_than_eight_digits_are_in_order(accelerator, tmp_path):
+    checkpointer = Checkpointer(accelerator, tmp_path)
+    train(accelerator, 0)
+    for step in (99_999_999, 100_000_000):
+        checkpointer.save(step)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-99999999", "checkpoint-100000000"]
+    assert checkpointer.newest()[1]["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["weights", "averages"])
+def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_checkpoint_stays(
+    accelerator, tmp_path, place, value
+):
+    checkpointer = Checkpointer(accelerator, tmp_path, total_limit=1)
+    model, ema, _ = train(accelerator, 1)
+    checkpointer.save(1, ema=ema)
+    with torch.no_grad():
+        (model.weight if place == "weights" else ema.shadow_params[0])[1, 1] = value
+    name = "weight" if place == "weights" else "average 0"
+    with pytest.raises(UserError, match=f"checkpoint of step 2 cannot be saved: 1 of its weights .* `{name}`"):
+        checkpointer.save(2, ema=ema)
+    assert names(tmp_path) == ["checkpoint-00000001"]
+    assert checkpointer.newest()[1]["step"] == 1
+
+
+def test_export_of_weights_that_are_not_finite_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).half()
+    raise_if_not_finite_weights(model, "the model")
+    model[1].running_var[0] = torch.inf
+    with pytest.raises(UserError, match="the model cannot be saved: 1 of its weights .* `1.running_var`"):
+        raise_if_not_finite_weights(model, "the model")
+
+
+def test_models_compiled_by_accelerate_are_refused_before_anything_is_saved(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(ConfigError, match="`dynamo_backend` is eager, but must be no.* Use `compile`"):
+        Checkpointer(Accelerator(), tmp_path / "checkpoints")
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_would_each_train_alone_are_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as `accelerate launch --multi_gpu` does where there is no GPU
+    with pytest.raises(ConfigError, match="2 processes were started.*`ACCELERATE_USE_CPU=true`"):
+        take_folder(tmp_path / "run", Accelerator())
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="`mixed_precision` is fp16, which needs a GPU. On a CPU use bf16 or no."):
+        take_folder(tmp_path / "run", Accelerator(cpu=True, mixed_precision="fp16"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
 def test_signal_asks_to_stop_and_becomes_the_exit_code(accelerator, number, capsys):
     before = signal.getsignal(number)
     with StopSignal(accelerator) as stop:
@@ -157,3 +286,56 @@ def test_signal_asks_to_stop_and_becomes_the_exit_code(accelerator, number, caps
             stop.exit()
     assert exit_info.value.code == 128 + number
     assert signal.getsignal(number) == before
+
+
+def test_what_the_caller_ignores_stays_ignored(accelerator):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        with StopSignal(accelerator) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_same_signal_from_terminal_and_launcher_is_one_wish_and_a_later_one_kills(accelerator, monkeypatch):
+    with StopSignal(accelerator) as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        monkeypatch.setattr(signals, "SAME_WISH_SECONDS", 0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_last_line_says_what_was_saved_and_how_to_go_on(accelerator, capsys):
+    with pytest.raises(SystemExit), StopSignal(accelerator) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.exit(step=436, command=resuming_command(["dae-diffusers", "train-dae", "--output_dir", "my run"]))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "saved step 436; go on with: dae-diffusers train-dae --output_dir 'my run' --resume_from_checkpoint latest"
+    )
+    for given in (["--resume_from_checkpoint", "x"], ["--resume_from_checkpoint=x"]):
+        assert resuming_command(["a", *given, "b"]) == "a b --resume_from_checkpoint latest"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/venv/bin/python /venv/bin/accelerate launch train.py", True),
+        ("python3.11 -m accelerate.commands.launch -m dae_diffusers.training.train_dae", True),
+        ("/usr/bin/torchrun --nproc_per_node 2 train.py", True),
+        ("python -u -W error -m torch.distributed.run train.py", True),
+        ("python /venv/bin/dae-diffusers train-dae", True),
+        ("-bash", False),
+        ("bash /home/me/accelerate launch", False),
+        ("nohup accelerate launch", False),
+        ("python train.py accelerate", False),
+        ("python -c accelerate", False),
+        ("python -m", False),
+        ("tmux", False),
+        ("", False),
+    ],
+)
+def test_only_launchers_are_launchers(command, expected):
+    assert is_launcher(command.split()) == expected

@@ -299,7 +299,11 @@ def test_changed_images_are_refused_on_resume(reference, image_folder, tmp_path)
     shutil.copytree(reference, tmp_path / "run")
     shutil.copytree(image_folder, tmp_path / "images")
     Image.new("RGB", (20, 20)).save(tmp_path / "images" / "cat" / "00.png")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name not in (".lock", ".owner")
+    }
     options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
     code, text = in_child(lambda: start(BARE_DAE, train_data_dir=tmp_path / "images", **options))
     assert code == 1
@@ -478,7 +482,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_goes_on_identically(imag
     deadline = time.monotonic() + 120
     while not checkpoints(tmp_path / "killed") and time.monotonic() < deadline:
         time.sleep(0.01)
-    owner = (tmp_path / "killed" / "train_dae" / ".lock").read_text().split()[1]
+    owner = (tmp_path / "killed" / "train_dae" / ".owner").read_text().split()[1]
     os.kill(int(owner), signal.SIGKILL)
     assert process.wait() == 0
     assert_equals(tmp_path / "whole", tmp_path / "killed")

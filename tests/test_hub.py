@@ -33,7 +33,7 @@ from dae_diffusers.hub.card import make_card, measurements, repository_files
 from dae_diffusers.hub.results import read_result, remove_leftovers
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
-from dae_diffusers.training.settings import PushConfig, TrainDAEConfig
+from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, with_flags
 
 REPO = "writer/animals"
 pytestmark = [
@@ -114,7 +114,7 @@ def run_fresh(python, code: str, environment: dict[str, str], folder: Path) -> s
 
 
 def push_script(*words: str):
-    push.main(parse_config(PushConfig, push.with_flags([str(word) for word in words])))
+    push.main(parse_config(PushConfig, with_flags("push", [str(word) for word in words])))
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from models import make_autoencoder, save_autoencoder, save_backbone
 from scripts import in_child, in_two_processes, start
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel, store
-from dae_diffusers.checkpointing import FolderLock
 from dae_diffusers.latents import cache
+from dae_diffusers.locks import FolderLock
 from dae_diffusers.metrics import evaluation, statistics
 from dae_diffusers.metrics.sampling import SampleSettings, generation_inputs
 from dae_diffusers.metrics.statistics import FeatureStatistics
@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes().replace(bytes(folder), b"FOLDER")
         for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name not in (".lock", ".owner")
     }
 
 
@@ -143,15 +143,15 @@ def test_damaged_shard_is_named_and_made_anew(damage, whole_cache, vae, image_fo
 
 
 def test_second_cache_in_the_same_folder_is_refused(vae, image_folder, tmp_path):
-    lock = tmp_path / "lock" / ".lock"
-    lock.parent.mkdir()
+    owner = tmp_path / "lock" / ".owner"
+    owner.parent.mkdir()
 
     def hold():
-        FolderLock(lock.parent)
+        FolderLock(owner.parent)
         signal.pause()
 
     holder = in_child(hold, wait=False)
-    while not lock.exists() or not lock.read_text():
+    while not owner.exists() or not owner.read_text():
         time.sleep(0.01)
     code, text = make_cache(tmp_path / "lock", vae, image_folder)
     os.kill(holder, signal.SIGKILL)

@@ -15,13 +15,13 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
-from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import write_latent_cache
+from dae_diffusers.locks import take_folder
 from dae_diffusers.training.settings import CacheLatentsConfig
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
-from dae_diffusers.checkpointing import take_folder
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.complexity.distance import MAX_EVAL_IMAGES, MAX_TRAIN_IMAGES, complexity_distance
 from dae_diffusers.complexity.report import plot_complexity, to_markdown
@@ -23,6 +22,7 @@ from dae_diffusers.data import load_images, make_pass_loader
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
+from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import MeasureComplexityConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub import card, results, upload
-from dae_diffusers.training.settings import PushConfig
+from dae_diffusers.training.settings import PushConfig, with_flags
 
 logger = logging.getLogger(__name__)
 
@@ -141,15 +141,5 @@ def export(config: PushConfig, result: results.Result) -> None:
     logger.info("%d files in %s", len(found), folder)
 
 
-def with_flags(argv: list[str]) -> list[str]:
-    """The two leading words as flags."""
-    words = []
-    for flag in ("--folder", "--repo_id"):
-        if argv and not argv[0].startswith("--"):
-            words += [flag, argv[0]]
-            argv = argv[1:]
-    return [*words, *argv]
-
-
 if __name__ == "__main__":
-    run_script(main, parse_config(PushConfig, with_flags(sys.argv[1:]), description=__doc__))
+    run_script(main, parse_config(PushConfig, with_flags("push", sys.argv[1:]), description=__doc__))

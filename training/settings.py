@@ -4,7 +4,8 @@ flag is answered before anything heavy is loaded.
 """
 
 import math
-from typing import Literal
+import os
+from typing import Any, Literal
 
 from dae_diffusers.autoencoders.settings import (
     AutoencoderConfig,
@@ -15,12 +16,12 @@ from dae_diffusers.autoencoders.settings import (
 )
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.errors import ConfigError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.losses.settings import LossConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, HubConfig, OptimizationConfig, RunConfig
-from dae_diffusers.settings import field, part, settings
+from dae_diffusers.settings import field, flat, part, settings
 
 # Blocks of each named size; a test compares them with the transformer's.
 DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
@@ -491,3 +492,31 @@ SCRIPTS = {
     "train-dit": TrainDiTConfig,
     "train-vqgan-prior": TrainPriorConfig,
 }
+
+# Settings that name a folder or something on the Hub, which has one slash at most.
+_PLACES = ("vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path")
+
+
+def check_paths(config: Any) -> None:
+    """Raises `UserError` for a folder of images, or a path of a model, that does not exist."""
+    values = flat(config)
+    folder = values.get("train_data_dir")
+    if folder is not None and not os.path.isdir(folder):
+        raise UserError(f"`train_data_dir` {folder} is not a folder.")
+    for name in _PLACES:
+        place = values.get(name)
+        is_path = place is not None and (place.count("/") > 1 or place.startswith((".", "/")))
+        if is_path and not os.path.exists(place):
+            raise UserError(
+                f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id."
+            )
+
+
+def with_flags(script: str, argv: list[str]) -> list[str]:
+    """The flags of a script; the two words that may lead those of `push` become flags."""
+    words = []
+    for flag in ("--folder", "--repo_id") if script == "push" else ():
+        if argv and not argv[0].startswith("--"):
+            words += [flag, argv[0]]
+            argv = argv[1:]
+    return [*words, *argv]

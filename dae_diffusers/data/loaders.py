@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dae_diffusers.data.streaming import ImageStream, StreamedImages
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.signals import protect_worker
 
 # Of glibc's malloc.h: from this size on memory is mapped, and given back when it is freed.
 M_MMAP_THRESHOLD = -3
@@ -68,7 +69,7 @@ def make_training_loader(
         batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start),
         collate_fn=collate_fn_of(dataset),
         num_workers=num_workers,
-        worker_init_fn=give_back_memory,
+        worker_init_fn=prepare_worker,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )
@@ -81,7 +82,7 @@ def make_stream_loader(stream: ImageStream, *, num_workers: int = 0, pin_memory:
         batch_sampler=stream,
         collate_fn=stream.images.collate_fn,
         num_workers=num_workers,
-        worker_init_fn=give_back_memory,
+        worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
     )
 
@@ -108,12 +109,18 @@ def make_pass_loader(
         share,
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=give_back_memory,
+        worker_init_fn=prepare_worker,
         collate_fn=collate_fn_of(dataset),
     )
 
 
-def give_back_memory(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
+    r"""What every loader's process does first: gives memory back, and leaves signals to the run."""
+    give_back_memory()
+    protect_worker()
+
+
+def give_back_memory() -> None:
     r"""
     Lets a loader's process give every freed batch back to the system at once. glibc otherwise keeps them on its heap, as many as
     a hundred: gigabytes in each process for large images. Other systems' libraries are left alone.

@@ -54,6 +54,8 @@ class Publisher:
 
     def push_result(self, result: str) -> None:
         r"""Waits for the snapshots and uploads a result; what cannot be uploaded is a warning with the command for later."""
+        if self._background.is_running:
+            logger.info("waiting for the upload of the last checkpoint")
         self._background.wait()
         for failure in self._background.failures:
             logger.warning("an upload while training failed (%s).", failure)

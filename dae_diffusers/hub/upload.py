@@ -284,6 +284,11 @@ class BackgroundUpload:
         self._thread: threading.Thread | None = None
         self._hides_bars = False
 
+    @property
+    def is_running(self) -> bool:
+        r"""Whether an upload is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, step: int, *, save: Callable[[Path], object], push: Callable[[Path], object]) -> None:
         r"""
         Saves a snapshot and begins to upload it. Does nothing while the upload before is running: the next has it all.
@@ -293,7 +298,7 @@ class BackgroundUpload:
             save: Writes the snapshot into the folder that it is given, before this returns.
             push: Uploads that folder, in the thread.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self.is_running:
             logger.info("step %d is not uploaded: the upload before it is still running.", step)
             return
         shutil.rmtree(self.folder, ignore_errors=True)

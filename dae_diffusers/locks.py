@@ -1,0 +1,150 @@
+"""A folder for one run only."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from dae_diffusers.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+class FolderLock:
+    r"""
+    Keeps a second run out of a folder. The system drops the lock when the process ends, however it ends.
+
+    Processes that a run forks, such as data-loading ones, do not hold it: they may outlive a killed run for a moment.
+
+    Args:
+        folder (`Path`): Exists.
+
+    Raises:
+        UserError: If another process has it.
+    """
+
+    # The process is part of the key: one that was forked inherits the entry, but does not hold the lock.
+    _held: dict[tuple[int, Path], FileLock] = {}
+    _descriptors: dict[Path, int] = {}
+
+    def __init__(self, folder: Path):
+        self._key = (os.getpid(), (folder / ".lock").resolve())
+        if self._key in self._held:
+            return
+        owner = folder / ".owner"  # a file of its own: Windows lets nobody else read a locked one
+        lock = _make_lock(self._key[1])
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by another run ({_read_owner(owner)}). Wait for its end, or choose another "
+                "`--output_dir`."
+            ) from None
+        except (PermissionError, IsADirectoryError):
+            raise
+        except (OSError, NotImplementedError) as error:
+            logger.warning("%s cannot be locked (%s): do not start a second run there.", folder, error)
+            return
+        self._held[self._key] = lock
+        if hasattr(os, "fork"):
+            self._descriptors[self._key[1]] = _descriptor_of(self._key[1])
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def release(self) -> None:
+        r"""Gives the folder back."""
+        lock = self._held.pop(self._key, None)
+        if lock is not None:
+            self._descriptors.pop(self._key[1], None)
+            lock.release()
+
+    @classmethod
+    def _leave_to_parent(cls) -> None:
+        """In a forked process: the lock belongs to the open file, and would live as long as this process has it open."""
+        for path, descriptor in cls._descriptors.items():
+            if _is_open_as(path, descriptor):  # `filelock` may have closed it
+                os.close(descriptor)
+        cls._descriptors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=FolderLock._leave_to_parent)
+
+
+def _make_lock(path: Path) -> FileLock:
+    options = {"mode": 0o644, "thread_local": False}
+    try:  # a marker file, instead of a lock of the system, would outlive a killed run
+        return FileLock(path, **options, fallback_to_soft=False)
+    except TypeError:  # `filelock` 3 has no such marker
+        return FileLock(path, **options)
+
+
+def _descriptor_of(path: Path) -> int:
+    """The newest descriptor of a file that this process has open."""
+    number = os.open(os.devnull, os.O_RDONLY)  # they are given out from below
+    os.close(number)
+    while number >= 0 and not _is_open_as(path, number):
+        number -= 1
+    return number
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def _read_owner(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "unknown process"
+    except OSError:
+        return "unknown process"
+
+
+def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
+    r"""
+    Makes a folder, sees whether it can be written, and locks it. All processes call it; the main one holds the lock.
+
+    Raises:
+        ConfigError: If several processes were started and each would work alone, or fp16 was asked for on a CPU.
+        UserError: On every process, if the folder cannot be written or another run has it.
+    """
+    check_launch(accelerator)
+    problem, lock = [None], None
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            lock = FolderLock(folder)
+        except OSError as error:
+            problem = [f"`--output_dir`: {folder} cannot be written: {error.strerror}."]
+        except UserError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0])
+    return lock
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    r"""
+    Sees whether accelerate does what it was asked for. Without a GPU it lets each of several processes work alone, and takes fp16
+    for float32, both without a word.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("`mixed_precision` is fp16, which needs a GPU. On a CPU use bf16 or no.")
+    started = os.environ.get("WORLD_SIZE", "1")
+    if accelerator.num_processes == 1 and started.isdigit() and int(started) > 1:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate found no GPU for each, so that every one would train alone. On CPUs "
+            "set `ACCELERATE_USE_CPU=true` in the environment; else start one process."
+        )
