@@ -3,7 +3,6 @@
 from typing import Literal
 
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.settings import field, settings
 
 MAX_SEED = 2**32 - 1  # numpy's
@@ -61,27 +60,6 @@ class RunConfig:
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
         None, "also log to a tracker; log.jsonl and curves.png are always written", advanced=True
     )
-
-
-@settings
-class HubConfig:
-    """Publishing."""
-
-    push_to_hub: bool = field(False, "upload the result to the Hub; see also the script `push`")
-    hub_model_id: str | None = field(
-        None, "repository on the Hub; default: the output folder's name, in your account", advanced=True
-    )
-    hub_private_repo: bool = field(False, "make the repository private", advanced=True)
-    hub_license: str | None = field(
-        None, "license of the weights, an identifier of the Hub; yours to choose", advanced=True
-    )
-    hub_strategy: Literal["end", "every_save"] = field(
-        "end", "end: upload the result; every_save: also at each checkpoint, in the background", advanced=True
-    )
-
-    def __post_init__(self):
-        if self.hub_model_id is not None:
-            check_repo_id(self.hub_model_id, "hub_model_id")
 
 
 def steps_of(

@@ -230,7 +230,12 @@ TABLE = [
         1,
         "no file named model_index.json",
     ),
-    ("evaluate", "--train_data_dir {images} --vae {vae} --seed -1", 2, "`--seed` is -1, but must be at least 0"),
+    (
+        "evaluate",
+        "--train_data_dir {images} --vae {vae} --seed -1",
+        2,
+        "`--seed` is -1, but must be in [0, 4294967295]",
+    ),
     (
         "evaluate",
         "--train_data_dir {images} --vae {vae} --features {features} --image_channels 5",

@@ -9,6 +9,7 @@ from diffusers import VQModel
 from models import make_autoencoder, save_backbone
 from scripts import launch, run, succeed
 
+from dae_diffusers.cli import parse_config
 from dae_diffusers.complexity.distance import complexity_distance, encode, measure_complexity
 from dae_diffusers.complexity.report import plot_complexity
 from dae_diffusers.complexity.settings import ComplexityConfig
@@ -263,15 +264,20 @@ def test_latents_do_not_depend_on_the_batch_size(image_folder):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"vae": None}, "give `--vae`"),
         ({"seeds": []}, "`seeds` is"),
         ({"capacities": [-1]}, "`capacities`"),
-        ({"seed": -1}, "`--seed` is -1"),
-        ({"streaming": True}, "`--streaming`"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"streaming": True}, "`streaming`"),
         ({"features": "x", "image_channels": 4}, "not for 4 channels"),
-        ({"dataset_name": None}, "`--dataset_name`"),
+        ({"dataset_name": None}, "`dataset_name`"),
     ],
 )
 def test_flags_are_checked(change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         compose(MeasureComplexityConfig, **{"vae": "x", "dataset_name": "digits", **change})
+
+
+def test_autoencoder_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(MeasureComplexityConfig, ["--dataset_name", "digits"])
+    assert exit_info.value.code == 2 and "--vae" in capsys.readouterr().err

@@ -28,33 +28,55 @@ def command_of(monkeypatch, *argv: str) -> tuple[list[str], dict[str, str]]:
 
 
 def test_one_process_takes_the_place_of_the_command_and_keeps_its_flags(monkeypatch, capsys):
-    flags = ("--output_dir", "my run")
+    flags = ("--dataset_name", "digits", "--output_dir", "my run")
     command, environment = command_of(monkeypatch, "--mixed_precision", "bf16", "train-dae", *flags)
     assert command == ["-m", "dae_diffusers.training.train_dae", *flags]
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    assert environment["DAE_DIFFUSERS_COMMAND"].endswith("--mixed_precision bf16 train-dae --output_dir 'my run'")
+    assert environment["DAE_DIFFUSERS_COMMAND"].endswith(
+        "--mixed_precision bf16 train-dae --dataset_name digits --output_dir 'my run'"
+    )
     assert int(environment["OMP_NUM_THREADS"]) == console.num_cores()
     out, err = capsys.readouterr()
     assert (out, err) == ("", "")
-    assert command_of(monkeypatch, "train_dae")[0][-1] == "dae_diffusers.training.train_dae"
+    assert command_of(monkeypatch, "train_dae", *flags)[0][1] == "dae_diffusers.training.train_dae"
 
 
 def test_number_of_threads_that_was_asked_for_is_kept(monkeypatch):
-    asked = command_of(monkeypatch, "--num_cpu_threads_per_process", "1", "evaluate")
+    asked = command_of(monkeypatch, "--num_cpu_threads_per_process", "1", "train-dae", "--config", "digits")
     assert asked[1]["OMP_NUM_THREADS"] == "1"
 
 
-def test_pushing_and_help_need_no_accelerate(monkeypatch):
+def test_pushing_and_help_need_no_accelerate(monkeypatch, capsys):
     assert command_of(monkeypatch, "push", "a", "b/c")[0] == ["-m", "dae_diffusers.training.push", "a", "b/c"]
-    assert command_of(monkeypatch, "evaluate", "--help")[0] == ["-m", "dae_diffusers.training.evaluate", "--help"]
+    with pytest.raises(SystemExit) as exit_info:
+        console.main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    assert exit_info.value.code == 0 and "Measure an autoencoder" in text and "--guidance_scales" in text
+
+
+def test_wrong_flag_or_path_is_answered_before_torch_is_loaded(tmp_path):
+    for flags, code, text in (
+        (["--resolutionn", "3"], 2, "Did you mean `--resolution`?"),
+        (["--train_data_dir", "nowhere"], 1, "`--train_data_dir` nowhere is not a folder"),
+        (["--config", "digits", "--pretrained_model_name_or_path", "./none"], 1, "./none does not exist"),
+    ):
+        source = "import sys; from dae_diffusers import console\ntry: console.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", source, "train-dae", *flags], cwd=tmp_path, capture_output=True, text=True
+        )
+        (line,) = done.stderr.splitlines()
+        assert (done.returncode, done.stdout) == (code, "False\n") and text in line
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--num_processes", "2", "--cpu", "train-dit"], "`ACCELERATE_USE_CPU=true` in the environment"),
-        (["--multi_gpu", "--num_processes", "1", "train-dit"], "at least 2 processes"),
-        (["--config_file", "/none.yaml", "train-dit"], "/none.yaml"),
+        (
+            ["--num_processes", "2", "--cpu", "train-dae", "--config", "digits"],
+            "`ACCELERATE_USE_CPU=true` in the environment",
+        ),
+        (["--multi_gpu", "--num_processes", "1", "train-dae", "--config", "digits"], "at least 2 processes"),
+        (["--config_file", "/none.yaml", "train-dae", "--config", "digits"], "/none.yaml"),
         (["train-vae"], "Did you mean `train-dae`?"),
         (["--mixed_precision"], "no script is called '--mixed_precision'"),
     ],

@@ -55,7 +55,7 @@ from dae_diffusers.metrics.sampling import (
     prompts_of,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.store import fingerprint_of_json
+from dae_diffusers.store import fingerprint_of_json, finite_or_none
 from dae_diffusers.training import evaluate
 
 
@@ -279,7 +279,7 @@ def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, im
 def test_results_are_json_whatever_they_hold():
     results = {"psnr": math.inf, "rows": ({"kl": [1.0, math.nan]}, None), "name": "x", "number": 3}
     expected = {"psnr": None, "rows": [{"kl": [1.0, None]}, None], "name": "x", "number": 3}
-    assert evaluate.finite_or_none(results) == expected
+    assert finite_or_none(results) == expected
 
 
 def test_sweep_is_drawn_over_what_was_swept(tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes, log_of, start, weights
 
-from dae_diffusers import checkpointing, data, runlog
+from dae_diffusers import checkpointing, data, locks, loop, runlog
+from dae_diffusers.autoencoders import objective
 from dae_diffusers.cli import run_script
 from dae_diffusers.errors import UserError
 from dae_diffusers.guard import NonFiniteGuard
@@ -373,14 +374,14 @@ def test_bad_image_in_a_data_loading_process_is_one_line(image_folder, tmp_path)
 
 def with_bad_kl(bad: set[int], action) -> None:
     """Runs `action`; the KL loss of the micro-batches in `bad` is not a number."""
-    kl_loss, seed_microbatch, current = train_dae.kl_loss, train_dae.seed_microbatch, [0]
+    kl_loss, seed_microbatch, current = objective.kl_loss, loop.seed_microbatch, [0]
 
     def remember(seed, microbatch):
         current[0] = microbatch
         seed_microbatch(seed, microbatch)
 
-    train_dae.seed_microbatch = remember
-    train_dae.kl_loss = lambda posterior: kl_loss(posterior) * (float("nan") if current[0] in bad else 1)
+    loop.seed_microbatch = remember
+    objective.kl_loss = lambda posterior: kl_loss(posterior) * (float("nan") if current[0] in bad else 1)
     action()
 
 
@@ -499,12 +500,12 @@ def test_interrupted_by_the_keyboard_before_training_ends_without_a_stack(capsys
 
 
 def test_lock_outlives_no_release(tmp_path):
-    lock = checkpointing.FolderLock(tmp_path)
+    lock = locks.FolderLock(tmp_path)
 
     def take():
-        checkpointing.FolderLock._held.clear()
+        locks.FolderLock._held.clear()
         try:
-            checkpointing.FolderLock(tmp_path)
+            locks.FolderLock(tmp_path)
         except UserError:
             raise SystemExit(7) from None
 

@@ -33,7 +33,7 @@ from dae_diffusers.hub.card import make_card, measurements, repository_files
 from dae_diffusers.hub.results import read_result, remove_leftovers
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
-from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, with_flags
+from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, TrainDiTConfig, with_flags
 
 REPO = "writer/animals"
 pytestmark = [
@@ -232,10 +232,10 @@ def test_card_is_short_and_says_how_far_training_went(trained):
 def test_commands_of_the_card_run_one_after_the_other(trained):
     text = make_card(read_result(trained), REPO).content
     first, second = (command.split() for command in re.findall(r"```bash\n(accelerate launch .*)\n```", text))
-    for script, words in ((train_dae.TrainDAEConfig, first), (train_dit.TrainDiTConfig, second)):
+    for script, words in ((TrainDAEConfig, first), (TrainDiTConfig, second)):
         config = parse_config(script, words[4:])
-        assert config.output_dir == "runs/animals" and config.train_data_dir == "path/to/images"
-    assert config.vae == "runs/animals/vae"
+        assert config.run.output_dir == "runs/animals" and config.data.train_data_dir == "path/to/images"
+    assert config.transformer.vae == "runs/animals/vae"
 
 
 @pytest.mark.parametrize(

@@ -436,9 +436,9 @@ def test_failed_save_leaves_the_file_before(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def load_digits(resolution=16, num_images=30):
+def load_digits(resolution=16, num_images=30, **more):
     config = DataConfig(
-        dataset_name="digits", image_channels=1, resolution=resolution, max_validation_samples=num_images
+        dataset_name="digits", image_channels=1, resolution=resolution, max_validation_samples=num_images, **more
     )
     return load_images(config)[1]
 
@@ -490,8 +490,7 @@ def test_reference_cache_tells_extractors_data_and_resolutions_apart(tmp_path, r
         (resnet_folder, {"num_images": 20}),
     ]:
         reference_statistics(load_feature_extractor(folder), load_digits(**digits), cache_dir=tmp_path / "cache")
-    images = load_digits()
-    images.value_range = [0.0, 1000.0]
+    images = load_digits(value_range=[0.0, 1000.0])
     reference_statistics(load_feature_extractor(resnet_folder), images, cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 5
 

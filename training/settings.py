@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any, Literal
 
+from dae_diffusers.autoencoders.loss_settings import LossConfig
 from dae_diffusers.autoencoders.settings import (
     AutoencoderConfig,
     CodebookConfig,
@@ -18,9 +19,9 @@ from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.names import check_repo_id
-from dae_diffusers.losses.settings import LossConfig
+from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
-from dae_diffusers.run_settings import MAX_SEED, HubConfig, OptimizationConfig, RunConfig
+from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
 from dae_diffusers.settings import field, flat, part, settings
 
 # Blocks of each named size; a test compares them with the transformer's.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dae_diffusers.hub import upload
-from dae_diffusers.run_settings import HubConfig
+from dae_diffusers.hub.settings import HubConfig
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ class Publisher:
     Lives on the main process of a run with `push_to_hub`.
 
     Args:
-        config ([`~dae_diffusers.run_settings.HubConfig`]): Repository, license, strategy.
+        config ([`~dae_diffusers.hub.settings.HubConfig`]): Repository, license, strategy.
         output_dir (`Path`): Of the run's results.
         folder (`Path`): Of the script's own files, for snapshots on their way.
 

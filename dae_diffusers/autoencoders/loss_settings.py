@@ -5,8 +5,6 @@ from typing import Literal
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
-AdversarialLossType = Literal["hinge", "non_saturating"]
-
 
 @settings
 class LossConfig:
@@ -24,7 +22,7 @@ class LossConfig:
     )
     adversarial_weight: float = field(0.0, "weight of the real decoder's adversarial loss; 0: none", at_least=0)
     stage1_adversarial_weight: float = field(0.0, "the same in stage 1", at_least=0, advanced=True)
-    adversarial_loss: AdversarialLossType = field("hinge", "kind of adversarial loss", advanced=True)
+    adversarial_loss: Literal["hinge", "non_saturating"] = field("hinge", "kind of adversarial loss", advanced=True)
     discriminator_model: str | None = field(
         None,
         "a frozen vision model (Hub id or folder) under the discriminator; default: a PatchGAN",

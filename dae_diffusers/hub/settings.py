@@ -1,0 +1,27 @@
+"""Settings of the upload of a training run. Needs no torch."""
+
+from typing import Literal
+
+from dae_diffusers.hub.names import check_repo_id
+from dae_diffusers.settings import field, settings
+
+
+@settings
+class HubConfig:
+    """Publishing."""
+
+    push_to_hub: bool = field(False, "upload the result to the Hub; see also the script `push`")
+    hub_model_id: str | None = field(
+        None, "repository on the Hub; default: the output folder's name, in your account", advanced=True
+    )
+    hub_private_repo: bool = field(False, "make the repository private", advanced=True)
+    hub_license: str | None = field(
+        None, "license of the weights, an identifier of the Hub; yours to choose", advanced=True
+    )
+    hub_strategy: Literal["end", "every_save"] = field(
+        "end", "end: upload the result; every_save: also at each checkpoint, in the background", advanced=True
+    )
+
+    def __post_init__(self):
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
