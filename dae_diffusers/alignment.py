@@ -1,11 +1,14 @@
 """Alignment with a frozen vision model: of an autoencoder's latents (VF loss), of a transformer's hidden states (REPA)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
+from dae_diffusers.errors import ConfigError
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.alignment import (
     marginal_cosine_loss,
@@ -13,7 +16,8 @@ from dae_diffusers.losses.alignment import (
     representation_alignment_loss,
 )
 from dae_diffusers.losses.resizing import resize
-from dae_diffusers.vision import FrozenBackbone
+from dae_diffusers.randomness import derived_seed
+from dae_diffusers.vision import FrozenBackbone, load_backbone
 
 
 @dataclass(frozen=True)
@@ -154,4 +158,36 @@ def make_projector(hidden_dim: int, projector_dim: int, feature_dim: int) -> nn.
         nn.Linear(projector_dim, projector_dim),
         nn.SiLU(),
         nn.Linear(projector_dim, feature_dim),
+    )
+
+
+def make_representation_alignment(
+    config: Any, transformer: nn.Module, accelerator: Accelerator, seed: int
+) -> RepresentationAlignment | None:
+    r"""
+    REPA with its projector, prepared by `accelerator`; None without `repa_model`.
+
+    Args:
+        config: With `repa_model`, `repa_weight`, `repa_layer` and `repa_projector_dim`.
+        transformer ([`~dae_diffusers.DAEDiTTransformer2DModel`]): Not prepared yet.
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        seed (`int`): Of the run.
+
+    Raises:
+        ConfigError: Under FSDP and DeepSpeed, which train one model only.
+        UserError: If the vision model cannot be used.
+    """
+    if config.repa_model is None:
+        return None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError("`repa_model` trains a second model, which FSDP and DeepSpeed do not take; use DDP.")
+    backbone = load_backbone(config.repa_model).to(accelerator.device)
+    blocks = transformer.transformer_blocks
+    layer = config.repa_layer or max(1, len(blocks) // 3)
+    torch.manual_seed(derived_seed(seed, 9))
+    projector = make_projector(
+        transformer.patch_embed.out_features, config.repa_projector_dim, backbone.patch_feature_dim
+    )
+    return RepresentationAlignment(
+        accelerator, backbone, accelerator.prepare(projector), blocks[layer - 1], config.repa_weight
     )

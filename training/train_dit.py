@@ -10,17 +10,17 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`.
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch.utils.data import Dataset
 
-from dae_diffusers.alignment import RepresentationAlignment, make_projector
+from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
-    encode_moments,
     load_autoencoder,
     num_latent_channels,
     spatial_factor,
@@ -28,9 +28,13 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.errors import ConfigError
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint, open_latent_cache
-from dae_diffusers.latents.statistics import has_latent_statistics, normalize_latents, write_latent_statistics
+from dae_diffusers.latents.statistics import (
+    has_latent_statistics,
+    moments_of,
+    normalize_latents,
+    write_latent_statistics,
+)
 from dae_diffusers.loop import Loop
 from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -39,7 +43,6 @@ from dae_diffusers.run import TrainingRun
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
-from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +54,17 @@ def main(config: TrainDiTConfig) -> None:
     value_range = read_value_range(config.transformer.vae)
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
-    transformer = make_transformer(config, vae, train_data)
+    size = latent_size(config, vae, train_data)
     if not has_latent_statistics(vae):
         logger.info("%s has no latent statistics: computing them over the training data", config.transformer.vae)
         loader = run.pass_loader(train_data, num_workers=config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, accelerator)
+    transformer = make_transformer(config, vae, train_data, size)
+    pipeline_of = partial(make_pipeline, vae=vae, data=train_data, value_range=value_range, shift=flow.timestep_shift)
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
-    alignment = make_alignment(run, transformer)
+    alignment = make_representation_alignment(config.alignment, transformer, accelerator, config.run.seed)
     num_images = None if config.data.streaming else len(train_data)
     steps = steps_of(
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
@@ -73,17 +78,13 @@ def main(config: TrainDiTConfig) -> None:
         checkpoint=start.checkpoint,
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
-        snapshot=(
-            "pipeline",
-            lambda model, folder: make_pipeline(
-                model, vae, train_data, value_range, config.flow.timestep_shift
-            ).save_pretrained(folder),
-        ),
+        snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
     )
     data = train_data if training_images is None else ImagesWithLatents(training_images, train_data)
     for step in loop.over(data):
         for batch in step:
-            mean, std = encode(batch, vae, accelerator)
+            with accelerator.autocast():
+                mean, std = (moment.float() for moment in moments_of(batch, vae, accelerator.device))
             latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
             noise = torch.randn_like(latents)
             sigmas = sample_sigmas(
@@ -107,35 +108,37 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data)
-                draw_samples(
-                    run, make_pipeline(model, vae, train_data, value_range, config.flow.timestep_shift), loop.step
-                )
+                draw_samples(run, pipeline_of(model), loop.step)
             step.write({"validation/loss": value})
 
     model = loop.finished_model().eval()
     if accelerator.is_main_process:
-        make_pipeline(model, vae, train_data, value_range, config.flow.timestep_shift).save_pretrained(
-            run.output_dir / "pipeline"
-        )
+        pipeline_of(model).save_pretrained(run.output_dir / "pipeline")
         logger.info("saved %s", run.output_dir / "pipeline")
     run.finish("pipeline")
 
 
-def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> DAEDiTTransformer2DModel:
-    """A new transformer for these latents, once it is clear that they can be cut into patches."""
-    architecture = {
-        **DAEDiTTransformer2DModel.size_kwargs(config.transformer.model),
-        **config.transformer.instead_of_named(),
-    }
+def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int:
+    """Side of the latents, once it is clear that they can be cut into patches."""
     images = data.identity if isinstance(data, CachedLatents) else config.data
-    check_image_size(
-        vae, channels=images.image_channels, resolution=images.resolution, patch_size=architecture["patch_size"]
-    )
+    patch_size = architecture_of(config)["patch_size"]
+    check_image_size(vae, channels=images.image_channels, resolution=images.resolution, patch_size=patch_size)
+    return images.resolution // spatial_factor(vae)
+
+
+def architecture_of(config: TrainDiTConfig) -> dict[str, int]:
+    """The arguments of the transformer's constructor that give it its size."""
+    named = DAEDiTTransformer2DModel.size_kwargs(config.transformer.model)
+    return {**named, **config.transformer.instead_of_named()}
+
+
+def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, size: int) -> DAEDiTTransformer2DModel:
+    """A new transformer for latents of this size."""
     return DAEDiTTransformer2DModel(
-        sample_size=images.resolution // spatial_factor(vae),
+        sample_size=size,
         in_channels=num_latent_channels(vae),
         num_classes=None if data.id2label is None else len(data.id2label),
-        **architecture,
+        **architecture_of(config),
     )
 
 
@@ -154,25 +157,6 @@ def find_start(run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransfor
         plan={name: transformer.config[name] for name in sizes},
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
-    )
-
-
-def make_alignment(run: TrainingRun, transformer: DAEDiTTransformer2DModel) -> RepresentationAlignment | None:
-    """REPA with its projector, or None without `--repa_model`."""
-    config, accelerator = run.config.alignment, run.accelerator
-    if config.repa_model is None:
-        return None
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ConfigError("`repa_model` trains a second model, which FSDP and DeepSpeed do not take; use DDP.")
-    backbone = load_backbone(config.repa_model).to(accelerator.device)
-    blocks = transformer.transformer_blocks
-    layer = config.repa_layer or max(1, len(blocks) // 3)
-    torch.manual_seed(derived_seed(run.config.run.seed, 9))
-    projector = make_projector(
-        transformer.patch_embed.out_features, config.repa_projector_dim, backbone.patch_feature_dim
-    )
-    return RepresentationAlignment(
-        accelerator, backbone, accelerator.prepare(projector), blocks[layer - 1], config.repa_weight
     )
 
 
@@ -195,16 +179,6 @@ def load_data(
 
 
 @torch.no_grad()
-def encode(batch: dict, vae: AutoencoderKL, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the posterior, raw, float32: from the cache, or from the encoder."""
-    if "latents_mean" in batch:
-        return batch["latents_mean"].to(accelerator.device), batch["latents_std"].to(accelerator.device)
-    with accelerator.autocast():
-        mean, std = encode_moments(vae, batch["pixel_values"].to(accelerator.device))
-    return mean.float(), std.float()
-
-
-@torch.no_grad()
 def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
@@ -214,8 +188,9 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
     all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
-        mean, _ = encode(batch, vae, run.accelerator)
-        latents = normalize_latents(mean, vae)
+        with run.accelerator.autocast():
+            mean, _ = moments_of(batch, vae, run.accelerator.device)
+        latents = normalize_latents(mean.float(), vae)
         mine = slice(start, start + len(latents) * step, step)
         start = mine.stop
         noise, sigmas = all_noise[mine].to(latents), all_sigmas[mine].to(latents)

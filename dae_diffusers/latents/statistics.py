@@ -83,6 +83,26 @@ class LatentStatistics:
 
 
 @torch.no_grad()
+def moments_of(
+    batch: dict[str, torch.Tensor], vae: ModelMixin, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Mean and standard deviation of the raw latents of a batch, from a cache (`latents_mean`, `latents_std`) or from the encoder.
+
+    Args:
+        batch (`dict`): With cached moments, or with `pixel_values` `(B, C, H, W)` in [-1, 1].
+        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
+        device (`torch.device`): Where to encode.
+
+    Returns:
+        Two `torch.Tensor` of shape `(B, C, h, w)`, on `device`.
+    """
+    if "latents_mean" in batch:
+        return batch["latents_mean"].to(device), batch["latents_std"].to(device)
+    return encode_moments(vae, batch["pixel_values"].to(device))
+
+
+@torch.no_grad()
 def compute_latent_statistics(
     vae: ModelMixin, loader: DataLoader, *, device: torch.device | str = "cpu", disable_progress: bool = True
 ) -> LatentStatistics:
@@ -100,10 +120,7 @@ def compute_latent_statistics(
     """
     statistics = LatentStatistics.empty(num_latent_channels(vae))
     for batch in tqdm(loader, desc="Latent statistics", disable=disable_progress, leave=False):
-        if "latents_mean" in batch:
-            statistics.add(batch["latents_mean"].to(device), batch["latents_std"].to(device))
-        else:
-            statistics.add(*encode_moments(vae, batch["pixel_values"].to(device)))
+        statistics.add(*moments_of(batch, vae, device))
     return sum(gather_object([statistics]), start=LatentStatistics.empty(num_latent_channels(vae)))
 
 
