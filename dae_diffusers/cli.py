@@ -19,7 +19,7 @@ import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.settings import compose, fields_of, flat
 
 Config = TypeVar("Config")
@@ -264,7 +264,7 @@ def _yaml_to_argv(name: str, config_class: type) -> list[str]:
     except RecursionError:
         raise ConfigError(f"`--config` {path} is nested too deeply.") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"`--config` {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"`--config` {path} cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"`--config` {path} must hold `flag: value` lines, but holds a {type(values).__name__}.")
     defaults = {each.name: default for _, each, default in fields_of(config_class)}

@@ -10,6 +10,7 @@ import sys
 from importlib.resources import files
 
 from dae_diffusers import __version__
+from dae_diffusers.errors import one_line
 
 _ALONE = {"push"}  # no training: runs as a plain Python process
 _USAGE = """usage: dae-diffusers [flags of accelerate launch] SCRIPT [flags of the script]
@@ -128,7 +129,7 @@ def _launch(argv: list[str]) -> None:
     try:
         launch.launch_command(arguments)
     except (ValueError, AssertionError, OSError) as error:  # accelerate's, for flags that do not go together
-        _refuse(" ".join(str(error).split()))
+        _refuse(one_line(error))
     except Exception as error:
         code = _exit_code_of(error)
         if code is None:

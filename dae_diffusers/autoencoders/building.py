@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, VQModel
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 
 def make_autoencoder(config: Any) -> DAEAutoencoderKL | DAEVQModel:
@@ -79,7 +79,7 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
             model = model_class.from_pretrained(path, subfolder=subfolder)
             break
         except OSError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
     else:
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
     check_image_size(model, channels=config.data.image_channels, resolution=config.data.resolution)

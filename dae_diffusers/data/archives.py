@@ -13,7 +13,7 @@ import datasets
 
 from dae_diffusers.data.contents import MAX_FILE_BYTES, packed_path
 from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES, reads_heif
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 # Of a webdataset's sample: what else its files say.
 _NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
@@ -50,7 +50,7 @@ def members_of(archive: Path) -> list[Member]:
     except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the archive {archive} cannot be read ({' '.join(str(error).split())}).") from None
+        raise UserError(f"the archive {archive} cannot be read ({one_line(error)}).") from None
 
 
 def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:

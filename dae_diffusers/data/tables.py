@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def read_metadata(
         try:
             table = _read_table(metadata)
         except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
-            raise UserError(
-                f"{folder / metadata.path} cannot be read ({' '.join(str(error).split())[:300]})."
-            ) from None
+            raise UserError(f"{folder / metadata.path} cannot be read ({one_line(error, 300)}).") from None
         if "file_name" not in table.column_names:
             if any(re.search("(^|_)file_names?$", name) for name in table.column_names):
                 return None
@@ -103,7 +101,7 @@ def read_metadata(
     try:
         described.table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
     except pa.ArrowException as error:
-        raise UserError(f"the tables of metadata in {folder} differ: {' '.join(str(error).split())[:300]}.") from None
+        raise UserError(f"the tables of metadata in {folder} differ: {one_line(error, 300)}.") from None
     if missing:
         logger.warning(
             "%d rows of metadata in %s name no image that is read, such as %s", len(missing), folder, missing[0]
