@@ -56,6 +56,7 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self._num_processes > 1:
+            self._note(time.time())
             self._thread.start()
         return self
 
@@ -70,25 +71,21 @@ class Heartbeat:
         self._step, self._since = step, time.time()
 
     def _watch(self) -> None:
-        while True:
+        while not self._ended.wait(min(10.0, self.patience / 4)):
             now = time.time()
             if now - self._since < self.patience:
                 self._next_line = self.patience
-            try:
-                place, waits = self._place()
-                note = {
-                    "process": f"{os.getpid()} on {socket.gethostname()}",
-                    "time": now,
-                    "place": place,
-                    "waits": waits,
-                }
-                write_atomically(self._path(self._rank), json.dumps({"step": self._step, **note}))
-                if now - self._since >= self._next_line:
-                    self._say(now)
-            except OSError:  # a full or vanished disk is for the run itself to report
-                pass
-            if self._ended.wait(min(10.0, self.patience / 4)):
-                return
+            self._note(now)
+            if now - self._since >= self._next_line:
+                self._say(now)
+
+    def _note(self, now: float) -> None:
+        place, waits = self._place()
+        note = {"process": f"{os.getpid()} on {socket.gethostname()}", "time": now, "place": place, "waits": waits}
+        try:
+            write_atomically(self._path(self._rank), json.dumps({"step": self._step, **note}))
+        except OSError:  # a full or vanished disk is for the run itself to report
+            pass
 
     def _say(self, now: float) -> None:
         notes = {rank: self._read(rank) for rank in range(self._num_processes)}
