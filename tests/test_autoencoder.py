@@ -8,6 +8,7 @@ from models import make_autoencoder
 from scripts import assert_same_weights
 
 from dae_diffusers import DAEAutoencoderKL
+from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.losses.autoencoder import kl_loss
 
 LATENT_HALF = ("encoder", "quant_conv")
@@ -31,7 +32,7 @@ def changed_children(model, before):
     return {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
 
 
-@pytest.mark.parametrize("kind", ["same", "narrow", "shallow", "dropout", "linear"])
+@pytest.mark.parametrize("kind", ["same", "narrow", "shallow", "dropout", "prefix", "linear"])
 def test_stage_one_changes_latent_half_and_auxiliary_decoder_only(kind, pixel_values):
     model = make_autoencoder(kind)
     model.set_stage(1)
@@ -131,6 +132,26 @@ def test_dropout_loses_whole_channels_of_each_residual_branch_at_its_rate():
     )
 
 
+def test_prefix_shows_the_first_channels_only_and_all_of_them_are_no_prefix():
+    latents = torch.randn(300, 4, 2, 2)
+    kept = keep_prefixes(latents)
+    counts = (kept != 0).all(dim=(2, 3)).sum(dim=1)
+    assert set(counts.tolist()) == {1, 2, 3, 4}
+    for image, whole, count in zip(kept, latents, counts, strict=True):
+        assert torch.equal(image[:count], whole[:count]) and not image[count:].any()
+    assert torch.equal(keep_prefixes(latents, torch.full((300,), 4)), latents)
+
+
+def test_prefix_acts_in_training_only_and_is_the_control_otherwise():
+    models = [make_autoencoder(kind).train() for kind in ("prefix", "same")]
+    latents = torch.randn(2, 3, 8, 8)
+    for model in models:
+        model.set_stage(1)
+    assert not torch.equal(*(model.decode_in_stage(latents) for model in models))
+    assert torch.equal(*(model.eval().decode_in_stage(latents) for model in models))
+    assert models[0].can_start_warm
+
+
 def test_dropout_of_zero_is_the_control_bit_for_bit_and_keeps_the_real_decoders_names():
     models = []
     for kind in ("dropout", "same"):
@@ -156,7 +177,7 @@ def test_same_is_as_strong_as_the_real_decoder_and_weak_ones_are_not():
     assert size(make_autoencoder("dropout", layers_per_block=2).auxiliary_decoder) == real
 
 
-@pytest.mark.parametrize("kind", ["same", "narrow", "shallow", "dropout", "linear"])
+@pytest.mark.parametrize("kind", ["same", "narrow", "shallow", "dropout", "prefix", "linear"])
 def test_auxiliary_decoder_makes_images_of_the_right_size(kind):
     model = make_autoencoder(kind, block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
                              up_block_types=("UpDecoderBlock2D",) * 3)  # fmt: skip

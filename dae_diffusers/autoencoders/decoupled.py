@@ -88,7 +88,7 @@ class DecoupledAutoencoderMixin:
     @property
     def can_start_warm(self) -> bool:
         r"""Whether [`start_decoder_from_auxiliary`] works and overwrites nothing that is trained."""
-        return self.config.auxiliary_decoder_type in ("same", "dropout") and self.config.auxiliary_warm_start
+        return self.config.auxiliary_decoder_type in ("same", "dropout", "prefix") and self.config.auxiliary_warm_start
 
     @property
     def last_layer(self) -> torch.nn.Parameter:
@@ -154,7 +154,7 @@ class DecoupledAutoencoderMixin:
         if not self.can_start_warm:
             raise ValueError(
                 "The real decoder can start from the auxiliary decoder only where both have the same shape, that is for "
-                "`auxiliary_decoder_type` same and dropout, and with `auxiliary_warm_start`; this model has "
+                "`auxiliary_decoder_type` same, dropout and prefix, and with `auxiliary_warm_start`; this model has "
                 f"{self.config.auxiliary_decoder_type!r} and {self.config.auxiliary_warm_start}."
             )
         self.decoder.load_state_dict(self.auxiliary_decoder.decoder.state_dict())

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
-AuxiliaryDecoderType = Literal["none", "same", "narrow", "shallow", "dropout", "linear"]
+AuxiliaryDecoderType = Literal["none", "same", "narrow", "shallow", "dropout", "prefix", "linear"]
 QuantizerType = Literal["vq", "ema", "fsq"]
 
 

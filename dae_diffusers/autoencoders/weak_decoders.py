@@ -21,7 +21,9 @@ class AuxiliaryDecoder(nn.Module):
         decoder_type (`str`): What makes it weak.
             `same`: nothing, the control. `narrow`: `channel_multiplier` times the channels. `shallow`:
             `layers_per_block + 1` residual blocks per resolution. `dropout`: a full decoder whose residual branches
-            lose whole channels at the rate `dropout` while training; what flows past the branches stays whole. `linear`: one linear map from a latent pixel to
+            lose whole channels at the rate `dropout` while training; what flows past the branches stays whole. `prefix`: a full
+            decoder that sees only the first channels of the latents while training, for each image another number of them
+            (nested dropout), so that channels come in order of importance. `linear`: one linear map from a latent pixel to
             its patch of the image.
         latent_channels (`int`): Channels of the latents.
         code_channels (`int`, *optional*): Channels of the input where `post_quant_conv` changes their number (`VQModel`).
@@ -56,6 +58,7 @@ class AuxiliaryDecoder(nn.Module):
         code_channels: int | None = None,
     ):
         super().__init__()
+        self.decoder_type = decoder_type
         check_auxiliary_decoder(decoder_type, dropout, channel_multiplier, auxiliary_layers_per_block)
         self.post_quant_conv = None
         if use_post_quant_conv:
@@ -89,6 +92,28 @@ class AuxiliaryDecoder(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         r"""`(B, latent_channels, h, w)` raw latents to `(B, out_channels, H, W)` images."""
+        if self.decoder_type == "prefix" and self.training:
+            latents = keep_prefixes(latents)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+
+def keep_prefixes(latents: torch.Tensor, num_channels: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    Sets all but the first channels of each image's latents to 0.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
+        num_channels (`torch.Tensor` of shape `(B,)`, *optional*): How many stay, from 1 to C; drawn uniformly by default.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+
+    Source: nested dropout, Rippel et al., 2014, https://huggingface.co/papers/1402.0915.
+    """
+    batch, channels = latents.shape[:2]
+    if num_channels is None:
+        num_channels = torch.randint(1, channels + 1, (batch,), device=latents.device)
+    keeps = torch.arange(channels, device=latents.device) < num_channels[:, None]
+    return latents * keeps[:, :, None, None]
