@@ -100,7 +100,7 @@ def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, 
         (
             train_dae,
             "--auxiliary_decoder none",
-            "was trained with `auxiliary_decoder_type` dropout, but now it is none",
+            "was trained with `auxiliary_decoder` dropout, but now it is none",
         ),
         (train_dae, "--auxiliary_dropout 0.5", "was trained with `auxiliary_dropout` 0.3, but now it is 0.5"),
         (train_dae, "--stage1_steps 6", "the 4 of `stage1_steps` are over, but now they are 6"),
