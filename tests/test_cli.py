@@ -13,6 +13,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.settings import compose, config_text, field, fields_of, flags_of, flat, part, settings
 from dae_diffusers.training.settings import (
     DIT_LAYERS,
+    SCRIPTS,
     CacheLatentsConfig,
     TrainDAEConfig,
     TrainDiTConfig,
@@ -227,7 +228,7 @@ def test_other_errors_are_not_hidden():
         run_script(run, None)
 
 
-@pytest.mark.parametrize("config_class", [TrainDAEConfig, TrainDiTConfig, CacheLatentsConfig])
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=list(SCRIPTS))
 def test_every_flag_of_every_script_has_help(config_class, capsys):
     fields = [each for _, each, _ in fields_of(config_class)]
     assert [each.name for each in fields if not each.metadata.get("help")] == []

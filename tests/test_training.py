@@ -15,6 +15,7 @@ from scripts import (
     CONFIG_CLASSES,
     TINY_DAE,
     TINY_DIT,
+    TRANSFORMER,
     assert_same_weights,
     launch,
     log_of,
@@ -26,9 +27,11 @@ from scripts import (
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.cli import parse_config
-from dae_diffusers.errors import UserError
-from dae_diffusers.settings import flat
+from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.run_settings import steps_of
+from dae_diffusers.settings import compose, flat
 from dae_diffusers.training import cache_latents, train_dae, train_dit
+from dae_diffusers.training.settings import TrainDAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -126,6 +129,23 @@ def test_plan_that_contradicts_the_checkpoint_is_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=re.escape(message)):
         run(script, flags, train_data_dir=image_folder, output_dir=trained, resume_from_checkpoint="latest")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_epochs_are_passes_over_the_images_whatever_the_batch():
+    assert steps_of(10, None, 100, 8) == 10
+    assert steps_of(10, 2.0, 100, 8) == 25
+    assert steps_of(10, 0.01, 100, 8) == 1
+    with pytest.raises(ConfigError, match="does not go with `streaming`"):
+        steps_of(10, 1.0, None, 8)
+    stages = compose(TrainDAEConfig, dataset_name="digits", stage1_steps=200, stage2_steps=100).stages
+    assert stages.stage_steps() == {1: 200, 2: 100} and stages.stage_steps(30) == {1: 20, 2: 10}
+
+
+def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_path):
+    # 23 training images in batches of 4: a pass has 6 steps, rounded.
+    options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path, "num_train_epochs": 1}
+    run(train_dit, TINY_DIT.replace("--max_train_steps 6", "--max_train_steps 99"), **options)
+    assert_same_weights(load_file(trained / TRANSFORMER), load_file(tmp_path / TRANSFORMER))
 
 
 def test_finished_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(trained, image_folder, tmp_path):
