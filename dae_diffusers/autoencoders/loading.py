@@ -121,12 +121,12 @@ def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_s
     """
     if vae.config.in_channels != channels:
         raise UserError(
-            f"the autoencoder takes {vae.config.in_channels} image channels, but `--image_channels` is {channels}."
+            f"the autoencoder takes {vae.config.in_channels} image channels, but `image_channels` is {channels}."
         )
     factor = spatial_factor(vae) * patch_size
     if resolution % factor:
         below = max(1, resolution // factor) * factor
         raise UserError(
-            f"`--resolution` {resolution} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
+            f"`resolution` {resolution} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
             f"{patch_size}). The nearest valid ones are {below} and {(resolution // factor + 1) * factor}."
         )
