@@ -258,9 +258,8 @@ def _find_config(name: str, config_class: type) -> Path:
         if (recipes / f"{candidate}.yaml").exists():
             return recipes / f"{candidate}.yaml"
     known = sorted(each.stem.removesuffix(f"_{kind}") for each in recipes.glob(f"*_{kind}.yaml"))
-    raise ConfigError(
-        f"`--config` {name} is neither a file nor a packaged recipe. The recipes are {', '.join(known) or 'none'}."
-    )
+    there = f"The recipes are {', '.join(known)}." if known else "This script has none: give a YAML file."
+    raise ConfigError(f"`--config` {name} is no file and no packaged recipe. {there}")
 
 
 def _yaml_to_argv(name: str, config_class: type) -> list[str]:

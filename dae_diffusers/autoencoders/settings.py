@@ -17,7 +17,7 @@ class AutoencoderConfig:
     autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook")
     pretrained_model_name_or_path: str | None = field(None, "start from this autoencoder (Hub id or folder)")
     block_out_channels: list[int] = field(
-        [32, 64, 64], "channels per resolution; each after the first halves the size", at_least=1
+        [32, 64, 64], "channels per resolution; each after the first halves it", at_least=1
     )
     layers_per_block: int = field(
         1, "residual blocks at each resolution of the encoder; the decoder has one more", at_least=1, advanced=True

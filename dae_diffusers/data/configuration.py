@@ -30,7 +30,7 @@ class DataConfig:
         None, "column of the images; default: the image column, or `image` if there are several", advanced=True
     )
     label_column: str | None = field(
-        None, "column of the labels, or its field (`json.label`); `none`: no labels; default: found"
+        None, "label column, or a field of it (`json.label`); `none`: no labels; default: found"
     )
     streaming: bool = field(
         False,
