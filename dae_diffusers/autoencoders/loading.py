@@ -56,7 +56,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
                 reason = one_line(error, 300)
     raise UserError(
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Expected is a diffusers "
-        "`AutoencoderKL` or `VQModel` folder or Hub id, such as the `vae` folder that training/train_dae.py makes."
+        "`AutoencoderKL` or `VQModel` folder or Hub id, such as the folder `vae/` that training/train_dae.py writes."
     )
 
 

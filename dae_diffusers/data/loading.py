@@ -369,9 +369,7 @@ def _read_source(config: DataConfig) -> _Loaded:
         splits = _load_dataset(str(folder.absolute()), config)
         return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
     if folder.exists():
-        raise UserError(
-            f"`dataset_name` {folder} is a file, but must be a folder or a Hub id. Give the folder that holds the file."
-        )
+        raise UserError(f"`dataset_name` {folder} is a file; give the folder that holds it, or a Hub id.")
     splits = _load_dataset(config.dataset_name, config)
     name = f"hf://datasets/{config.dataset_name}"
     return _Loaded(splits, None if _is_read_by_us(splits) else Root(name, name), config.dataset_name)
