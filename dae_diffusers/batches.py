@@ -85,7 +85,10 @@ class TrainingBatches:
         if len(states) == self.accelerator.num_processes:
             self._stream_state = states[self.accelerator.process_index]
             return
-        logger.warning("the stream was read by %d processes: a new pass over it begins.", len(states))
+        logger.warning(
+            "the checkpoint's stream was read by %d processes, now the number differs: a new pass over the data begins.",
+            len(states),
+        )
         epoch = 1 + max(state["epoch"] for state in states)
         self._stream_state = {
             "position": 0,

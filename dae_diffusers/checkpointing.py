@@ -106,7 +106,7 @@ class Checkpointer:
             shutil.rmtree(self.folder / f"{_TEMPORARY}{_name_of(step)}", ignore_errors=True)
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {problem}. "
-                "Earlier checkpoints are whole. Make room and continue with `--resume_from_checkpoint latest`."
+                "Earlier checkpoints are whole. Make room and continue with `resume_from_checkpoint latest`."
             ) from None
 
     def _raise_if_not_finite(self, step: int, ema: EMAModel | None) -> None:
@@ -178,7 +178,7 @@ class Checkpointer:
             self._run = found[1].pop("run")
         if found is not None and not all(gather_object([(found[0] / _MANIFEST).exists()])):
             raise UserError(
-                f"{found[0]} is not there for all processes. Choose an `--output_dir` that all machines share."
+                f"{found[0]} is not visible to all processes. Choose an `output_dir` that all machines share."
             )
         return found
 
@@ -187,7 +187,7 @@ class Checkpointer:
         if path != "latest":
             problem, manifest = _verify(Path(path))
             if problem:
-                raise UserError(f"`--resume_from_checkpoint` {path} cannot be used: {problem}. Try `latest`.")
+                raise UserError(f"`resume_from_checkpoint` {path} cannot be used: {problem}. Try `latest`.")
             return Path(path), manifest
         candidates = self._candidates()
         for candidate in candidates:
@@ -196,9 +196,9 @@ class Checkpointer:
                 problem = f"it holds step {manifest['step']}; name it if you want to go on from it"
             if not problem:
                 return candidate, manifest
-            logger.warning("%s is damaged (%s); trying the one before.", candidate, problem)
+            logger.warning("%s is damaged (%s); trying the checkpoint before it.", candidate, problem)
         if candidates:
-            raise UserError(f"every checkpoint in {self.folder} is damaged. Remove the folder to start anew.")
+            raise UserError(f"every checkpoint in {self.folder} is damaged. Remove the folder to start again.")
         return None
 
     def _candidates(self) -> list[Path]:
@@ -233,7 +233,7 @@ class Checkpointer:
         except (OSError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
             raise UserError(
                 f"{path} does not fit this run ({one_line(error, 300)}). Resume with the flags of the run that "
-                "saved it, or train in another `--output_dir`."
+                "saved it, or train in another `output_dir`."
             ) from None
 
     def _load(self, path: Path, ema: EMAModel | None) -> None:
@@ -262,7 +262,7 @@ class Checkpointer:
         checkpoints = [path for path in find_checkpoints(self.folder) if path == newest or self._is_ours(path)]
         position = checkpoints.index(newest)
         for ahead in checkpoints[position + 1 :]:
-            logger.warning("removing %s: the run went on from an earlier step, without it.", ahead)
+            logger.warning("removing %s: the run continued from an earlier step, so it is not part of this run.", ahead)
             self._discard(ahead)
         if self.total_limit is not None:
             for old in checkpoints[: max(0, position + 1 - self.total_limit)]:
@@ -284,7 +284,7 @@ class Checkpointer:
         number = 1
         while (aside := path.with_name(f"{path.name}-other-run-{number}")).exists():
             number += 1
-        logger.warning("%s is not of this run: it is called %s now.", path, aside.name)
+        logger.warning("%s does not belong to this run: renamed to %s.", path, aside.name)
         path.rename(aside)
 
     def _discard(self, checkpoint: Path) -> None:

@@ -31,7 +31,9 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
-def parse_config(config_class: type[Config], argv: list[str] | None = None, *, description: str = "") -> Config:
+def parse_config(
+    config_class: type[Config], argv: list[str] | None = None, *, description: str = "", prog: str | None = None
+) -> Config:
     r"""
     Builds a script's settings from its flags, on top of the YAML file that `--config` names, on top of the defaults.
 
@@ -40,6 +42,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, *, d
             part under the first line of its docstring.
         argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
         description (`str`, *optional*): Shown by `--help`.
+        prog (`str`, *optional*): The command, in `--help` and errors. Defaults to the name of the running script.
 
     Returns:
         An instance of `config_class`.
@@ -48,7 +51,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, *, d
         SystemExit: With code 2 and one line on stderr for anything wrong; with code 0 for `--help` and `--help_all`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(config_class, description=description, help_all="--help_all" in argv)
+    parser = _Parser(config_class, description=description, help_all="--help_all" in argv, prog=prog)
     try:
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
@@ -104,7 +107,7 @@ def storage_problem(error: Exception) -> str | None:
 
 
 def _message_of(error: Exception) -> str | None:
-    """One line for what a user can mend; None for anything else."""
+    """One line for what a user can repair; None for anything else."""
     text = str(error)
     if isinstance(error, UserError):
         # From a data-loading process it comes with that one's stack; the last line is the sentence.
@@ -113,20 +116,20 @@ def _message_of(error: Exception) -> str | None:
         return text
     if problem := storage_problem(error):
         return (
-            f"{problem}. Checkpoints saved before are whole: mend this and run the command again, training scripts with "
+            f"{problem}. Checkpoints saved before are whole. Repair this and run the command again; for a training script add "
             "`--resume_from_checkpoint latest`."
         )
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
     ):
         return (
-            f"out of memory ({' '.join(text.split())[:200]}). Use a smaller batch, resolution or model; training scripts keep "
-            "the batch of an update with a smaller `--train_batch_size` and a larger `--gradient_accumulation_steps`, and "
-            "need less with `--gradient_checkpointing`, where they have it."
+            f"out of memory ({' '.join(text.split())[:200]}). Use a smaller batch, resolution or model. In training, a smaller "
+            "`--train_batch_size` with a larger `--gradient_accumulation_steps` keeps the batch of an update, and "
+            "`--gradient_checkpointing`, where a script has it, saves memory."
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
-            f"a data-loading process died ({' '.join(text.split())[:200]}), perhaps for lack of memory. Continue with "
+            f"a data-loading process died ({' '.join(text.split())[:200]}). Perhaps memory ran out. Continue with "
             "`--resume_from_checkpoint latest`, with a smaller `--dataloader_num_workers` if it happens again."
         )
     if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PROCESS):
@@ -146,18 +149,22 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
         super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action):
-        says_all = any(action.default is each for each in (None, False, SUPPRESS)) or (action.option_strings or [""])[
-            0
-        ].startswith("--no_")
-        return action.help if says_all else super()._get_help_string(action)
+        says_all = any(action.default is each for each in (None, False, SUPPRESS))
+        if says_all or not action.help or f"--no_{action.dest}" in action.option_strings:
+            return action.help
+        if isinstance(action.default, list):  # as it is typed
+            shown = " ".join(map(str, action.default))
+            return f"{action.help} (default: {shown})" if shown else action.help
+        return super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
     """`HfArgumentParser` with a group for each part, a short and a full help, and errors of one line."""
 
-    def __init__(self, config_class: type, description: str, help_all: bool):
+    def __init__(self, config_class: type, description: str, help_all: bool, prog: str | None = None):
         super().__init__(
             None,
+            prog=prog,
             usage="%(prog)s [--config NAME or FILE.yaml] [--flag value ...]",
             description=textwrap.dedent(description).strip(),
             formatter_class=_HelpFormatter,
@@ -181,7 +188,7 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.dest != "help":
                 action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
-            if action.option_strings and action.option_strings[0].startswith("--no_"):
+            if action.option_strings and action.option_strings[0] == f"--no_{action.dest}":
                 action.help = f"switch `--{action.dest}` off"
             if action.metavar is None and action.choices is None and action.nargs != 0:
                 action.metavar = _METAVARS.get(action.type, "yes|no")
@@ -200,11 +207,11 @@ class _Parser(HfArgumentParser):
             if unknown[0].startswith("--"):
                 known = [flag for action in self._actions for flag in action.option_strings]
                 raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(f'--{name}', known)} See --help_all.")
-            raise ConfigError(f"unexpected argument {unknown[0]!r}; every value follows its flag. See --help.")
+            raise ConfigError(f"unexpected argument {unknown[0]!r}; a value follows its flag. See --help.")
         return {name: _expand_home(value) for name, value in vars(namespace).items() if name != "config"}
 
     def error(self, message: str):
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+        print(f"{self.prog}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(ConfigError.exit_code)
 
 
@@ -251,7 +258,8 @@ def _find_config(name: str, config_class: type) -> Path:
         if (recipes / f"{candidate}.yaml").exists():
             return recipes / f"{candidate}.yaml"
     known = sorted(each.stem.removesuffix(f"_{kind}") for each in recipes.glob(f"*_{kind}.yaml"))
-    raise ConfigError(f"`--config` {name} is no file and no packaged recipe. There are {', '.join(known) or 'none'}.")
+    there = f"The recipes are {', '.join(known)}." if known else "This script has none: give a YAML file."
+    raise ConfigError(f"`--config` {name} is no file and no packaged recipe. {there}")
 
 
 def _yaml_to_argv(name: str, config_class: type) -> list[str]:

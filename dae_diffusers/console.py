@@ -88,7 +88,12 @@ def _check_arguments(script: str, flags: list[str]) -> None:
     from dae_diffusers.training.settings import SCRIPTS, check_paths, with_flags
 
     text = (files("dae_diffusers.training") / f"{script.replace('-', '_')}.py").read_text(encoding="utf-8")
-    config = parse_config(SCRIPTS[script], with_flags(script, flags), description=ast.get_docstring(ast.parse(text)))
+    config = parse_config(
+        SCRIPTS[script],
+        with_flags(script, flags),
+        description=ast.get_docstring(ast.parse(text)),
+        prog=f"dae-diffusers {script}",
+    )
     run_script(check_paths, config)
 
 

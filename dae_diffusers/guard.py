@@ -89,9 +89,9 @@ class NonFiniteGuard:
             )
             return False
         raise UserError(
-            f"{what}; the weights were left as they were before this update. Lower `--learning_rate`, or use "
-            "`--mixed_precision bf16` instead of fp16, and continue from the last checkpoint in "
-            f"{self.folder / 'checkpoints'} with `--resume_from_checkpoint latest`. `--skip_nonfinite N` leaves out up to "
+            f"{what}; the weights were left as they were before this update. Lower `learning_rate`, or use "
+            "`mixed_precision bf16` instead of fp16, and continue from the last checkpoint in "
+            f"{self.folder / 'checkpoints'} with `resume_from_checkpoint latest`. `skip_nonfinite N` leaves out up to "
             "N such updates."
         )
 

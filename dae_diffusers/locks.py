@@ -42,7 +42,7 @@ class FolderLock:
         except Timeout:
             raise UserError(
                 f"{folder} is in use by another run ({_read_owner(owner)}). Wait for its end, or choose another "
-                "`--output_dir`."
+                "`output_dir`."
             ) from None
         except (PermissionError, IsADirectoryError):
             raise
@@ -123,7 +123,7 @@ def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
             probe.unlink()
             lock = FolderLock(folder)
         except OSError as error:
-            problem = [f"`--output_dir`: {folder} cannot be written: {error.strerror}."]
+            problem = [f"`output_dir`: {folder} cannot be written: {error.strerror}."]
         except UserError as error:
             problem = [str(error)]
     broadcast_object_list(problem)

@@ -139,7 +139,7 @@ class TrainingRun:
         if resume is not None:
             found = self.checkpointer.newest(resume)
             if found is None:
-                logger.warning("no checkpoint in %s yet: starting from the beginning.", self.checkpointer.folder)
+                logger.warning("no checkpoint in %s yet: starting at step 0.", self.checkpointer.folder)
         if found is None:
             return Start()
         path, manifest = found
@@ -148,7 +148,7 @@ class TrainingRun:
             if inputs.get(name, before) != before:
                 raise UserError(
                     f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Go "
-                    "on with the same, or train in another `--output_dir`."
+                    "on with the same, or train in another `output_dir`."
                 )
         plan_before = state.pop("plan", None)
         check_plan(self._plan, plan_before, step, path)
@@ -156,7 +156,7 @@ class TrainingRun:
         planned, total = sum((plan_before or {}).get("steps", steps).values()), sum(steps.values())
         if planned != total:
             logger.info(
-                "the run ends after %d steps instead of %d; from here on the learning rate follows the schedule of the new length",
+                "the run ends after %d steps instead of %d; from here on the learning rate follows the schedule for the new length",
                 total,
                 planned,
             )
@@ -272,9 +272,9 @@ class TrainingRun:
         if self.accelerator.is_main_process and is_taken and not is_resumed:
             self._lock.release()
             problem = [
-                f"`--output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "
-                "`--resume_from_checkpoint latest`, choose another folder, or remove "
-                f"{self.folder} to start anew."
+                f"`output_dir` {self.output_dir} holds another run of {self.name}. Continue it with "
+                "`resume_from_checkpoint latest`, choose another folder, or remove "
+                f"{self.folder} to start again."
             ]
         broadcast_object_list(problem)
         if problem[0]:

@@ -14,7 +14,9 @@ class OptimizationConfig:
 
     train_batch_size: int = field(64, "images per process and micro-batch", at_least=1)
     gradient_accumulation_steps: int = field(1, "micro-batches per optimiser step", at_least=1)
-    num_train_epochs: float | None = field(None, "passes over the images, instead of a number of steps", above=0)
+    num_train_epochs: float | None = field(
+        None, "train for X passes over the images instead of a number of steps", above=0
+    )
     learning_rate: float = field(1e-3, "peak learning rate", above=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
         "cosine", "schedule of the learning rate", advanced=True
@@ -27,10 +29,12 @@ class OptimizationConfig:
     adam_weight_decay: float = field(0.0, "AdamW's weight decay", at_least=0, advanced=True)
     adam_epsilon: float = field(1e-8, "AdamW's epsilon", above=0, advanced=True)
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", above=0, advanced=True)
-    use_ema: bool = field(True, "keep a moving average of the weights, and export that", advanced=True)
-    ema_decay: float = field(0.999, "its decay (it warms up by itself)", at_least=0, below=1, advanced=True)
+    use_ema: bool = field(True, "keep a moving average of the weights (EMA) and export it", advanced=True)
+    ema_decay: float = field(
+        0.999, "decay of the moving average, which rises to this value", at_least=0, below=1, advanced=True
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        None, "autocast; weights stay float32; default: accelerate's"
+        None, "precision of the computation; weights stay float32; default: that of accelerate"
     )
     gradient_checkpointing: bool = field(
         False, "recompute activations in the backward pass to save memory", advanced=True
@@ -45,18 +49,19 @@ class OptimizationConfig:
 class RunConfig:
     """Run."""
 
-    output_dir: str = field("runs/my-model", "folder for everything that is made")
-    seed: int = field(0, "same seed, same machine: same weights", at_least=0, at_most=MAX_SEED)
+    output_dir: str = field("runs/my-model", "folder for all results")
+    seed: int = field(0, "the same seed on the same machine gives the same weights", at_least=0, at_most=MAX_SEED)
     resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
-    checkpointing_steps: int = field(1000, "save a checkpoint every this many steps", at_least=1, advanced=True)
-    checkpoints_total_limit: int | None = field(
-        2, "keep only the newest this many checkpoints", at_least=1, advanced=True
-    )
+    checkpointing_steps: int = field(1000, "save a checkpoint every N steps", at_least=1, advanced=True)
+    checkpoints_total_limit: int | None = field(2, "keep only the N newest checkpoints", at_least=1, advanced=True)
     skip_nonfinite: int = field(
-        0, "leave out up to this many updates that are not finite; 0: stop", at_least=0, advanced=True
+        0,
+        "leave out up to N updates whose loss or gradient is not finite; 0: stop at the first",
+        at_least=0,
+        advanced=True,
     )
-    logging_steps: int = field(50, "log the mean losses every this many steps", at_least=1, advanced=True)
-    validation_steps: int = field(500, "validate every this many steps, and at the end", at_least=1)
+    logging_steps: int = field(50, "log the mean losses every N steps", at_least=1, advanced=True)
+    validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1)
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
         None, "also log to a tracker; log.jsonl and curves.png are always written", advanced=True
     )

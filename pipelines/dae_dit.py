@@ -440,7 +440,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             if counts != [latents.shape[1]] * 2:
                 raise ValueError(
                     f"The autoencoder's config has {counts[0]} `latents_mean` and {counts[1]} `latents_std`, but the "
-                    f"latents have {latents.shape[1]} channels. Measure both anew, or set both to `None`."
+                    f"latents have {latents.shape[1]} channels. Measure both again, or set both to `None`."
                 )
             mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
             latents = latents * std / config.get("scaling_factor", 1.0) + mean

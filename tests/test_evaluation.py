@@ -366,7 +366,7 @@ def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
     assert samples.shape == (7, 3, 4, 4)
     assert samples.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx([12.75, 28.05] * 3 + [12.75], abs=1)
     assert len(samples.flatten(1).unique(dim=0)) == 7
-    with pytest.raises(UserError, match="give `--prompt`"):
+    with pytest.raises(UserError, match="give `prompt`"):
         Sampler(Painter(DDPMScheduler()))
     with pytest.raises(UserError, match=r"\(3, 4, 4\), but those to compare with have \(3, 8, 8\)"):
         draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))

@@ -190,7 +190,7 @@ def test_labels_of_a_table_and_of_folders_are_ambiguous(make_folder):
     folder = make_folder("a/1.png", "a/2.png", "b/3.png", "b/4.png")
     lines = [f"{path.relative_to(folder)},{path.stem}" for path in sorted(folder.glob("*/*.png"))]
     (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
-    with pytest.raises(UserError, match="several columns hold labels: .*`--label_column`"):
+    with pytest.raises(UserError, match="several columns hold labels: .*`label_column`"):
         load_images(DataConfig(train_data_dir=str(folder), resolution=4))
     train, _ = load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="class_folder"))
     assert train.id2label == {0: "a", 1: "b"}
@@ -199,7 +199,7 @@ def test_labels_of_a_table_and_of_folders_are_ambiguous(make_folder):
 def test_foreign_table_is_named_and_does_not_matter_without_labels(make_folder, caplog):
     folder = make_folder("1.png", "2.png")
     (folder / "metadata.csv").write_text("id,price\n1,2\n")
-    with pytest.raises(UserError, match="metadata.csv has no column `file_name` .*`--label_column none`"):
+    with pytest.raises(UserError, match="metadata.csv has no column `file_name` .*`label_column none`"):
         load_images(DataConfig(train_data_dir=str(folder), resolution=4))
     train, validation = load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="none"))
     assert len(train) + len(validation) == 2 and "metadata.csv" in caplog.text
@@ -334,13 +334,13 @@ def test_second_picture_of_a_sample_is_no_image_of_its_own(tmp_path):
     rows = load_folder(tmp_path)["train"]
     assert len(rows) == 4 and set(rows.features) == {"image", "seg.png", "cls"}
     pack(tmp_path / "0.tar", {f"{n}.{suffix}": picture(n, "png") for n in range(4) for suffix in ("jpg", "png")})
-    with pytest.raises(UserError, match=r"several columns hold images: \['jpg', 'png'\]. .*`--image_column`"):
+    with pytest.raises(UserError, match=r"several columns hold images: \['jpg', 'png'\]. .*`image_column`"):
         load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4))
 
 
 def test_stream_of_class_folders_is_refused_rather_than_trained_without_classes(tmp_path):
     pack(tmp_path / "0.tar", {"a/1.png": picture(1), "b/2.png": picture(2), "b/3.png": picture(3)})
     config = {"train_data_dir": str(tmp_path), "resolution": 4, "streaming": True}
-    with pytest.raises(UserError, match="folders .a, b.*Leave `--streaming` out"):
+    with pytest.raises(UserError, match="folders .a, b.*Leave `streaming` out"):
         load_images(DataConfig(**config))
     load_images(DataConfig(**config, label_column="none"))

@@ -446,7 +446,7 @@ def test_license_is_asked_for_at_a_terminal(client, trained, monkeypatch, caplog
     push_script(trained / "vae", f"writer/asked-{answer or 'nothing'}")
     text = client.files(f"writer/asked-{answer or 'nothing'}")["README.md"].decode()
     assert ModelCard(text).data.license == license
-    assert ("no license is stated" in caplog.text) == (license is None)
+    assert ("no license is given" in caplog.text) == (license is None)
 
 
 def test_stage_one_goes_to_a_branch(client, trained):

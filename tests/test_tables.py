@@ -99,7 +99,7 @@ def test_image_comes_before_other_columns_with_images(tmp_path):
     white = [encoded(Image.new("RGB", (8, 8), "white"))] * 6
     assert load(write(tmp_path / "a", annotation=white, image=PICTURES))[1] == list(range(6))
     assert load(write(tmp_path / "b", left=white, right=PICTURES), image_column="right")[1] == list(range(6))
-    with pytest.raises(UserError, match=r"several columns hold images: \['left', 'right'\]. .*`--image_column`"):
+    with pytest.raises(UserError, match=r"several columns hold images: \['left', 'right'\]. .*`image_column`"):
         load(tmp_path / "b")
 
 
@@ -141,7 +141,7 @@ def test_table_without_images_beside_images_is_left_out(tmp_path, caplog):
 
 def test_many_different_strings_are_not_taken_for_classes(tmp_path):
     folder = write(tmp_path, image=PICTURES[:1] * 120, label=[f"caption {n}" for n in range(120)])
-    with pytest.raises(UserError, match="114 different values for 114 images.*`--label_column label`"):
+    with pytest.raises(UserError, match="114 different values for 114 images.*`label_column label`"):
         load(folder)
     assert len(load(folder, label_column="label")[0].id2label) == 120
 
@@ -149,7 +149,7 @@ def test_many_different_strings_are_not_taken_for_classes(tmp_path):
 def test_labels_in_a_field_of_a_column(tmp_path):
     folder = write(tmp_path, image=PICTURES, json=[{"label": "ab"[n % 2], "size": n} for n in range(6)])
     assert load(folder, label_column="json.label")[0].id2label == {0: "a", 1: "b"}
-    with pytest.raises(UserError, match="`--label_column` 'json.kind' is not among"):
+    with pytest.raises(UserError, match="`label_column` 'json.kind' is not among"):
         load(folder, label_column="json.kind")
 
 
@@ -159,7 +159,7 @@ def test_unlabelled_test_split_is_named_and_a_part_can_be_held_out(test_labels, 
     folder = write(tmp_path, image=PICTURES, label=[0, 1] * 3)
     write(tmp_path, "test", image=PICTURES, **test_labels)
     flags = {"streaming": streaming} | ({"num_classes": 2} if streaming else {})
-    with pytest.raises(UserError, match="split 'test'.*`--validation_split train`"):
+    with pytest.raises(UserError, match="split 'test'.*`validation_split train`"):
         load_images(DataConfig(dataset_name=folder, resolution=8, **flags))
     train, validation = load_images(
         DataConfig(dataset_name=folder, resolution=8, validation_split="train", validation_fraction=0.34, **flags)

@@ -1,4 +1,4 @@
-"""
+r"""
 Encode the images once, so that training a DiT reads latents instead of images.
 
     accelerate launch training/cache_latents.py --dataset_name digits --image_channels 1 --vae runs/digits/vae \
@@ -6,7 +6,7 @@ Encode the images once, so that training a DiT reads latents instead of images.
 
 Then: accelerate launch training/train_dit.py --vae runs/digits/vae --latent_cache runs/digits/latents
 
-An interrupted run goes on where it stopped when the same command is given again, and makes damaged shards anew.
+Give the same command again to continue an interrupted run and to repair damaged shards.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""
+r"""
 Measure the complexity distance of a latent space: how far small generators stay from the images, given the latents.
 
     accelerate launch training/complexity.py --vae runs/digits/vae --dataset_name digits --image_channels 1 \

@@ -1,4 +1,4 @@
-"""
+r"""
 Measure an autoencoder, its latent space, and a pipeline: numbers, grids and plots.
 
     accelerate launch training/evaluate.py --vae runs/digits/vae --dataset_name digits --image_channels 1 \
@@ -7,7 +7,7 @@ Measure an autoencoder, its latent space, and a pipeline: numbers, grids and plo
         --features inception --guidance_scales 1 2 4 --num_inference_steps 10 25
 
 `metrics.json` and `metrics.md` in the output folder say what was measured on what; docs/metrics.md explains each number.
-An interrupted evaluation goes on where it stopped when the same command is given again: what is done lies in `samples/`,
+Give the same command again to continue an interrupted evaluation: what is done lies in `samples/`,
 `parts/` and `reference/` there, under a hash of what it depends on. They can be removed at the end.
 """
 

@@ -35,7 +35,9 @@ def main(config: PushConfig) -> None:
     try:
         license = config.license or upload.published_license(repo_id, config.revision) or ask_for_license()
         if license is None and not config.keep_card:
-            logger.warning("no license is stated: without one, nobody may use the weights. `--license` names one.")
+            logger.warning(
+                "no license is given, and without one nobody may use the weights. Name one with `--license`."
+            )
         with_pictures = choose_data_pictures(config, result)
         announce(config, result, repo_id, with_pictures)
         space_id = (config.space_id or repo_id) if config.space else None

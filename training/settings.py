@@ -123,12 +123,16 @@ class TransformerConfig:
     """Transformer."""
 
     vae: str = field(help="folder or Hub id of the autoencoder")
-    latent_cache: str | None = field(None, "folder made by cache_latents.py, instead of images")
+    latent_cache: str | None = field(None, "folder written by cache_latents.py, to read latents instead of images")
     model: str = field("DiT-S/2", "DiT-Ti, -XS, -S, -B, -L or -XL, then patch size /1, /2, /4")
-    patch_size: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
-    num_layers: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
-    num_attention_heads: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
-    attention_head_dim: int | None = field(None, "instead of the name's", at_least=1, advanced=True)
+    patch_size: int | None = field(None, "instead of the value that `--model` implies", at_least=1, advanced=True)
+    num_layers: int | None = field(None, "instead of the value that `--model` implies", at_least=1, advanced=True)
+    num_attention_heads: int | None = field(
+        None, "instead of the value that `--model` implies", at_least=1, advanced=True
+    )
+    attention_head_dim: int | None = field(
+        None, "instead of the value that `--model` implies", at_least=1, advanced=True
+    )
     class_dropout_prob: float = field(
         0.1,
         "share of samples whose label is dropped, for guidance",
@@ -174,7 +178,7 @@ class FlowMatchingConfig:
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_steps: int = field(25, "denoising steps of the grid", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
-        2.0, "guidance of the grid; 1 is none, as is any with `class_dropout_prob 0`", advanced=True
+        2.0, "guidance of the grid; 1 is none, as is any with `--class_dropout_prob 0`", advanced=True
     )
 
 
@@ -182,7 +186,9 @@ class FlowMatchingConfig:
 class RepresentationAlignmentConfig:
     """Representation alignment (REPA)."""
 
-    repa_model: str | None = field(None, "align hidden states with this vision model; needs the images")
+    repa_model: str | None = field(
+        None, "align hidden states with this vision model (Hub id or folder); needs the images"
+    )
     repa_weight: float = field(
         0.5, "weight of the alignment", above=0, hint="leave out `repa_model` instead", advanced=True
     )
@@ -240,7 +246,7 @@ class PriorConfig:
         None, "folder for the codes, which several priors may share; default: `<output_dir>/codes`", advanced=True
     )
     num_layers: int = field(8, "transformer blocks", at_least=1)
-    num_attention_heads: int = field(4, "heads of each", at_least=1)
+    num_attention_heads: int = field(4, "attention heads of each block", at_least=1)
     attention_head_dim: int = field(64, "width of a head; times the heads, the width of the model", at_least=2)
     attention_dropout: float = field(0.0, "dropout of the attention weights", at_least=0, below=1, advanced=True)
     class_dropout_prob: float = field(
@@ -265,7 +271,7 @@ class PriorSamplesConfig:
 
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
-        2.0, "guidance of the grid; 1 is none, as is any with `class_dropout_prob 0`", advanced=True
+        2.0, "guidance of the grid; 1 is none, as is any with `--class_dropout_prob 0`", advanced=True
     )
     sample_temperature: float = field(1.0, "temperature of the grid", above=0, advanced=True)
     sample_top_k: int | None = field(
@@ -414,7 +420,7 @@ class ClassifierTrainingConfig:
         2, "shift images by up to this many pixels in both directions, the border mirrored", at_least=0
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "autocast; the weights stay float32")
-    seed: int = field(0, "of weights, data order and augmentation", at_least=0, at_most=MAX_SEED)
+    seed: int = field(0, "random seed of weights, data order and augmentation", at_least=0, at_most=MAX_SEED)
 
 
 @settings
@@ -447,11 +453,11 @@ class PushConfig:
     repo_id: str = field(help="`user/name` on the Hub (also the second word)")
     license: str | None = field(
         None,
-        "license of the weights, an identifier of the Hub such as cc-by-4.0; yours to choose; default: that of the card "
-        "that is there, or a question in a terminal, or none",
+        "license of the weights, an identifier of the Hub such as cc-by-4.0; default: that of the present card, else a "
+        "question in a terminal, else none",
     )
     private: bool = field(False, "make a new repository private")
-    revision: str | None = field(None, "branch, made if need be; default: main")
+    revision: str | None = field(None, "branch, created if missing; default: main")
     create_pr: bool = field(False, "open a pull request instead of writing to the branch")
     fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
     data_pictures: bool = field(
@@ -459,7 +465,7 @@ class PushConfig:
         "also publish pictures that show images of your data set: held-out ones, training images nearest to samples",
     )
     no_data_pictures: bool = field(
-        False, "leave these out; so it is by default, unless the data set is public or you agree at a terminal"
+        False, "leave these pictures out; the default, unless the data set is public or you agree at a terminal"
     )
     keep_card: bool = field(False, "leave the README.md of the repository as it is")
     stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
@@ -503,7 +509,7 @@ def check_paths(config: Any) -> None:
     values = flat(config)
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
-        raise UserError(f"`train_data_dir` {folder} is not a folder.")
+        raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images.")
     for name in _PLACES:
         place = values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith((".", "/")))

@@ -1,7 +1,8 @@
-"""
-Train a small ResNet classifier on your own images, whose features then judge reconstructions and samples where
-Inception or DINOv2 are out of reach or out of place (`rfd_<folder>`, `gfd_<folder>`; comparable only with the same
-folder).
+r"""
+Train a small classifier on your own images, whose features judge reconstructions and samples.
+
+Use it where Inception or DINOv2 are out of reach or do not know your kind of image. Its metrics are called `rfd_<folder>` and
+`gfd_<folder>`; they compare only with the same folder.
 
     accelerate launch training/train_classifier.py --dataset_name digits --image_channels 1 --train_steps 300 \
         --output_dir features/digits

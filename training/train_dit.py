@@ -1,4 +1,4 @@
-"""
+r"""
 Train a Diffusion Transformer in the latent space of an autoencoder, with flow matching.
 
     accelerate launch training/train_dit.py --dataset_name digits --image_channels 1 --vae runs/digits/vae \

@@ -1,4 +1,4 @@
-"""
+r"""
 Train an autoregressive prior over the codes of a vector-quantised autoencoder: VQGAN's second stage.
 
     accelerate launch training/train_vqgan_prior.py --dataset_name digits --image_channels 1 --vae runs/digits-vq/vae \

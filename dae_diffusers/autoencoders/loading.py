@@ -56,7 +56,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
                 reason = one_line(error, 300)
     raise UserError(
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Expected is a diffusers "
-        "`AutoencoderKL` or `VQModel` folder or Hub id, such as the `vae` folder that training/train_dae.py makes."
+        "`AutoencoderKL` or `VQModel` folder or Hub id, such as the folder `vae/` that training/train_dae.py writes."
     )
 
 
@@ -121,12 +121,12 @@ def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_s
     """
     if vae.config.in_channels != channels:
         raise UserError(
-            f"the autoencoder takes {vae.config.in_channels} image channels, but `--image_channels` is {channels}."
+            f"the autoencoder takes {vae.config.in_channels} image channels, but `image_channels` is {channels}."
         )
     factor = spatial_factor(vae) * patch_size
     if resolution % factor:
         below = max(1, resolution // factor) * factor
         raise UserError(
-            f"`--resolution` {resolution} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
+            f"`resolution` {resolution} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
             f"{patch_size}). The nearest valid ones are {below} and {(resolution // factor + 1) * factor}."
         )

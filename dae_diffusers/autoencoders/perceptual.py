@@ -46,7 +46,7 @@ class LPIPSLoss(nn.Module):
             self.model = load_lpips_network("vgg")
         except ImportError:
             raise UserError(
-                "`--perceptual_model lpips` needs a package: pip install lpips. Or name a vision model, such as "
+                "`perceptual_model lpips` needs a package: pip install lpips. Or name a vision model, such as "
                 "facebook/convnext-tiny-224."
             ) from None
 

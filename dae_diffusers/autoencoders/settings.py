@@ -16,7 +16,9 @@ class AutoencoderConfig:
 
     autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook")
     pretrained_model_name_or_path: str | None = field(None, "start from this autoencoder (Hub id or folder)")
-    block_out_channels: list[int] = field([32, 64, 64], "channels at each resolution; each halves the size", at_least=1)
+    block_out_channels: list[int] = field(
+        [32, 64, 64], "channels per resolution; each after the first halves it", at_least=1
+    )
     layers_per_block: int = field(
         1, "residual blocks at each resolution of the encoder; the decoder has one more", at_least=1, advanced=True
     )
@@ -43,7 +45,9 @@ class CodebookConfig:
     """Codebook (`autoencoder vq`)."""
 
     quantizer: QuantizerType = field(
-        "ema", "moving averages, learnt by gradient, or a fixed grid (finite scalar quantisation)", advanced=True
+        "ema",
+        "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)",
+        advanced=True,
     )
     codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", advanced=True)
     l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", advanced=True)
@@ -90,21 +94,21 @@ class StageConfig:
     """Stages."""
 
     stage: Literal["all", "1", "2"] = field("all", "both stages, or one of them")
-    stage1_dir: str | None = field(None, "for `stage 2`: the output folder of a stage 1")
+    stage1_dir: str | None = field(None, "with `--stage 2`: the output folder of a stage 1")
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",
-        "what makes stage 1's decoder weak",
+        "weakens stage 1's decoder",
     )
-    auxiliary_dropout: float = field(0.3, "channel dropout rate of `dropout`")
-    auxiliary_channel_multiplier: float = field(0.25, "relative width of `narrow`", advanced=True)
+    auxiliary_dropout: float = field(0.3, "`dropout`: channel dropout rate")
+    auxiliary_channel_multiplier: float = field(0.25, "`narrow`: relative width", advanced=True)
     auxiliary_layers_per_block: int = field(
-        0, "residual blocks per resolution of `shallow`, less one; below `layers_per_block`", advanced=True
+        0, "`shallow`: residual blocks per resolution, minus one; must be below `--layers_per_block`", advanced=True
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
-    stage2_steps: int = field(2000, "optimiser steps of stage 2, which cost about 0.7 each", at_least=1)
+    stage2_steps: int = field(2000, "optimiser steps of stage 2; one takes about 0.7 times as long", at_least=1)
     warm_start_decoder: bool = field(
         True,
-        "start stage 2 from the auxiliary decoder's weights instead of afresh, where it has the real one's shape (`same` and "
+        "start stage 2 from the auxiliary decoder's weights instead of at random, where it has the real one's shape (`same` and "
         "`dropout`) and no decoder came with `pretrained_model_name_or_path`",
         advanced=True,
     )
@@ -169,7 +173,7 @@ class RegularizationConfig:
         0.0, "stage 1: share of the input's patches that the encoder does not see", at_least=0, below=1, advanced=True
     )
     latent_denoising: float = field(
-        0.0, "stage 1: scale of the noise that latents are interpolated with (l-DeTok)", at_least=0, advanced=True
+        0.0, "stage 1: scale of the noise mixed into the latents (l-DeTok)", at_least=0, advanced=True
     )
     equivariance: float = field(0.0, "share of stage 1's batches turned and scaled (EQ-VAE)", at_least=0, at_most=1)
     noise_tau: float = field(0.0, "stage 2: scale of the noise on the real decoder's input", at_least=0, advanced=True)
@@ -180,11 +184,15 @@ class RegularizationConfig:
     )
     vf_weight: float = field(0.1, "weight of the VF loss", above=0, hint="leave out `vf_model` instead", advanced=True)
     vf_cosine_margin: float = field(
-        0.5, "VF loss: cosine distance between latents and features that is free", at_least=0, below=2, advanced=True
+        0.5,
+        "VF loss: cosine distance between latents and features that costs nothing",
+        at_least=0,
+        below=2,
+        advanced=True,
     )
     vf_distance_margin: float = field(
         0.25,
-        "VF loss: difference between their cosines of two positions that is free",
+        "VF loss: difference of the cosines between two positions that costs nothing",
         at_least=0,
         below=2,
         advanced=True,

@@ -261,7 +261,7 @@ def encode(
             if count >= limit:
                 break
     if count == 0:
-        raise ValueError(f"`{name}` gave no images. A loader that was used up must be made anew.")
+        raise ValueError(f"`{name}` gave no images. If it is a loader that was already used up, create it again.")
     latents, pixel_values, reconstructions = zip(*parts, strict=True)
     return torch.cat(latents), torch.cat(pixel_values), torch.cat(reconstructions)
 

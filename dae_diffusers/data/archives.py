@@ -43,7 +43,7 @@ def members_of(archive: Path) -> list[Member]:
             with zipfile.ZipFile(archive) as file:
                 infos = [info for info in file.infolist() if not info.is_dir()]
                 if any(info.flag_bits & 1 for info in infos):
-                    raise UserError(f"{archive} is locked with a password. Unpack it.")
+                    raise UserError(f"{archive} needs a password. Unpack it and give the folder.")
                 return [Member(_place(info.filename), info.filename, info.file_size, None) for info in infos]
         with tarfile.open(archive, "r:") as file:
             return [Member(_place(info.name), info.name, info.size, info.offset_data) for info in file if info.isreg()]

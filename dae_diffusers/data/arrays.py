@@ -202,9 +202,7 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
             if value_range is not None:
                 return [float(value) for value in value_range]
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}). Pass `--value_range LOW HIGH` and remove the file."
-            ) from None
+            raise UserError(f"{path} is damaged ({error}). Pass `value_range LOW HIGH` and remove the file.") from None
     return None
 
 

@@ -75,21 +75,19 @@ def find_image_column(rows: Rows, name: str | None) -> str:
     if name is None and found:
         if len(found) == 1 or "image" in found:
             return "image" if "image" in found else found[0]
-        raise UserError(f"several columns hold images: {found}. Choose one with `--image_column`.")
+        raise UserError(f"several columns hold images: {found}. Choose one with `image_column`.")
     if name is not None and name not in features and "image" in found and f".{name}" in SUFFIXES:
         return "image"  # the picture of a webdataset's sample, whatever its suffix
     feature = None if name is None else feature_of(features, name)
     if feature is None or (name not in features and isinstance(rows, datasets.IterableDataset)):
-        raise UserError(
-            f"`--image_column` is {name!r}, but the columns are {list(features)}, those with images {found}."
-        )
+        raise UserError(f"`image_column` is {name!r}, but the columns are {list(features)}, those with images {found}.")
     if (
         isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
         or _holds_files(feature)
         or (name in features and name in _columns_of_paths(rows))
     ):
         return name
-    raise UserError(f"`--image_column` {name!r} holds {feature}, not images; those are {found}.")
+    raise UserError(f"`image_column` {name!r} holds {feature}, not images; those are {found}.")
 
 
 def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | None:
@@ -102,10 +100,10 @@ def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | 
             if names == _LABELS[0] or not columns:
                 columns += [column for column in names if isinstance(features.get(column), datasets.Value)]
         if len(columns) > 1:
-            raise UserError(f"several columns hold labels: {columns}. Choose one with `--label_column`, or `none`.")
+            raise UserError(f"several columns hold labels: {columns}. Choose one with `label_column`, or `none`.")
         return columns[0] if columns else None
     if feature_of(features, name) is None or name == image_column:
-        raise UserError(f"`--label_column` {name!r} is not among the columns {list(features)}; `none`: no labels.")
+        raise UserError(f"`label_column` {name!r} is not among the columns {list(features)}; `none`: no labels.")
     return name
 
 
@@ -138,17 +136,15 @@ def label_names(
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names)), None
     if isinstance(feature, (datasets.List, datasets.LargeList, dict, datasets.Image)):
-        raise UserError(
-            f"`--label_column` {column!r} holds {feature}, not one class for each image; `none`: no labels."
-        )
+        raise UserError(f"`label_column` {column!r} holds {feature}, not one class for each image; `none`: no labels.")
     of_train = column_values(train, column)
     values = {*of_train, *column_values(validation, column)} - {None}
     if not values:
-        raise UserError(f"`--label_column` {column!r} holds no values; `none`: no labels.")
+        raise UserError(f"`label_column` {column!r} holds no values; `none`: no labels.")
     if not is_chosen and len(set(of_train)) > max(100, len(of_train) // 2):
         raise UserError(
             f"the column {column!r} holds {len(set(of_train))} different values for {len(of_train)} images. If those are classes, "
-            f"say so with `--label_column {column}`; if not, with `--label_column none`."
+            f"say so with `label_column {column}`; if not, with `label_column none`."
         )
     value2id = None
     if all(isinstance(value, bool) for value in values):
@@ -159,15 +155,15 @@ def label_names(
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         if max(values) >= max(10_000, 100 * len(values)):
             raise UserError(
-                f"`--label_column` {column!r} holds {len(values)} different integers, up to {max(values)}; labels are numbers from "
-                "0 without large gaps. Number the classes anew, or train without labels (`--label_column none`)."
+                f"`label_column` {column!r} holds {len(values)} different integers, up to {max(values)}; labels are numbers from "
+                "0 without large gaps. Number the classes from 0, or train without labels (`label_column none`)."
             )
         return {index: str(index) for index in range(max(values) + 1)}, value2id
     if all(isinstance(value, str) for value in values):
         names = class_order(values)
         return dict(enumerate(names)), {value: index for index, value in enumerate(names)}
     raise UserError(
-        f"`--label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as "
+        f"`label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as "
         f"{next((value for value in values if not isinstance(value, (int, str))), None)!r}; `none`: no labels."
     )
 
@@ -189,9 +185,9 @@ def label_ids(
         if bad[0] is None:
             problem = f"must hold integers or strings without gaps, but holds none in {place}."
         if len(bad) == len(ids):
-            problem += " `--validation_split train` holds out a part of the training images instead."
+            problem += " `validation_split train` holds out a part of the training images instead."
         raise UserError(
-            f"`--label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`--label_column none`)."
+            f"`label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`label_column none`)."
         )
     return ids
 

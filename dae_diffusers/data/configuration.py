@@ -14,13 +14,13 @@ MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much,
 class DataConfig:
     """Data."""
 
-    dataset_name: str | None = field(None, "a dataset on the Hub, a dataset folder, or `digits` (embedded)")
+    dataset_name: str | None = field(None, "a dataset on the Hub, a dataset folder, or `digits` (part of this package)")
     dataset_config_name: str | None = field(None, "configuration of the dataset, if it has several", advanced=True)
     train_data_dir: str | None = field(None, "a folder of images; sub-folders are classes")
     train_split: str = field("train", "split to train on", advanced=True)
     validation_split: str | None = field(
         None,
-        "split to validate on; default: `validation` or `test` if there is one; that of `train_split`: a part of it is held out",
+        "split to validate on; the training split's name: hold out a part of it; default: `validation` or `test`, if there is one",
         advanced=True,
     )
     validation_fraction: float = field(
@@ -30,15 +30,15 @@ class DataConfig:
         None, "column of the images; default: the image column, or `image` if there are several", advanced=True
     )
     label_column: str | None = field(
-        None, "column of the labels, or a field of one (`json.label`); `none`: no labels; default: found"
+        None, "label column, or a field of it (`json.label`); `none`: no labels; default: found"
     )
     streaming: bool = field(
         False,
-        "read the training images as they come, from the Hub or local shards (Parquet, webdataset): no copy on the disk",
+        "read images from the Hub or local shards (Parquet, webdataset) while training, without a copy on the disk",
         advanced=True,
     )
     shuffle_buffer_size: int = field(
-        1000, "with `--streaming`: shuffle the images in blocks of this many", at_least=1, advanced=True
+        1000, "with `--streaming`: shuffle the images in blocks of N", at_least=1, advanced=True
     )
     num_classes: int | None = field(
         None,
@@ -51,14 +51,14 @@ class DataConfig:
     )
     max_validation_samples: int = field(
         1000,
-        "validate on at most this many images, a fixed random choice; of a stream the first",
+        "validate on at most N images, a fixed random choice; with `--streaming` the first N",
         at_least=1,
         advanced=True,
     )
     resolution: int = field(
         32, "height and width of the training images, in pixels", at_least=1, at_most=MAX_RESOLUTION
     )
-    image_channels: int = field(3, "3: RGB; 1: gray; another number: arrays of so many channels", at_least=1)
+    image_channels: int = field(3, "3: RGB; 1: gray; other numbers: arrays with that many channels", at_least=1)
     value_range: list[float] = field(
         [],
         "lowest and highest value of the images, mapped to [-1, 1]; default: 0 255 for 8-bit pictures, 0 65535 for 16-bit "
@@ -68,7 +68,7 @@ class DataConfig:
     random_crop: bool = field(False, "crop at a random place instead of the centre", advanced=True)
     random_resized_crop: float | None = field(
         None,
-        "crop a square at a random place, of at least this share of the largest one's area, and scale it",
+        "crop a random square with at least this share of the largest square's area, then scale it",
         above=0,
         at_most=1,
         advanced=True,
@@ -86,7 +86,12 @@ class DataConfig:
     max_bad_image_share: float = field(
         0.01, "with `--on_bad_image skip`: stop if more than this share is bad", at_least=0, at_most=1, advanced=True
     )
-    dataloader_num_workers: int = field(0, "processes that read images beside each trainer", at_least=0, advanced=True)
+    dataloader_num_workers: int = field(
+        0,
+        "processes that load images, for each training process; 0: the training process loads them",
+        at_least=0,
+        advanced=True,
+    )
 
     def __post_init__(self):
         for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
@@ -97,20 +102,20 @@ class DataConfig:
                 f"`value_range` is {self.value_range}, but must be two numbers, the lowest and the highest value."
             )
         if self.random_crop and self.random_resized_crop is not None:
-            raise ConfigError("`random_crop` and `random_resized_crop` exclude each other; give one of them.")
+            raise ConfigError("`random_crop` and `random_resized_crop` exclude each other: give only one.")
         if self.num_classes is not None and not self.streaming:
-            raise ConfigError("`num_classes` goes with `streaming`; otherwise the classes are counted.")
+            raise ConfigError("`num_classes` goes with `streaming` only. Leave it out: the classes are counted.")
         if self.streaming and self.max_train_samples is not None:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
-            raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already; leave `streaming` out.")
+            raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already: leave `streaming` out.")
 
     def require_source(self) -> None:
         """Raises `ConfigError` unless exactly one source of images is given."""
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ConfigError(
-                "give one of `dataset_name` (a Hub id, a dataset folder, or digits) and `train_data_dir`; "
-                f"got {self.dataset_name!r} and {self.train_data_dir!r}."
+                "give one of `dataset_name` (a Hub id, a dataset folder, or digits) and `train_data_dir` (a folder of images); "
+                + ("both are given." if self.dataset_name else "neither is given.")
             )
 
     @property

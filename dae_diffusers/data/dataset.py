@@ -87,7 +87,9 @@ class ImageDataset(BatchDataset):
     @value_range.setter
     def value_range(self, value_range: list[float] | None) -> None:
         if not self.is_array and value_range is not None:
-            raise ValueError("8-bit pictures are read without a range; give it when the data set is made")
+            raise ValueError(
+                "the data set reads 8-bit pictures without a value range; give `value_range` when you create the data set"
+            )
         self._reader.value_range = None if value_range is None else [float(value) for value in value_range]
 
     @cached_property
@@ -167,7 +169,7 @@ class ImageDataset(BatchDataset):
             logger.warning("left out: %s", text)
         if len(self) - len(good) > self.config.max_bad_image_share * len(self):
             raise UserError(
-                f"{len(self) - len(good)} of {len(self)} images are bad, more than `--max_bad_image_share` "
+                f"{len(self) - len(good)} of {len(self)} images are bad, more than `max_bad_image_share` "
                 f"{self.config.max_bad_image_share} allows; the first: {next(filter(None, problems))}"
             )
         if not good:

@@ -60,7 +60,7 @@ class Survey:
 
 
 def load_folder(
-    folder: Path, *, streaming: bool = False, with_labels: bool = True, flag: str = "--train_data_dir"
+    folder: Path, *, streaming: bool = False, with_labels: bool = True, flag: str = "train_data_dir"
 ) -> Splits:
     r"""
     Loads the images of a folder. What lies in the folders `train`, `validation` and `test` at its top are splits, if those
@@ -75,7 +75,7 @@ def load_folder(
         folder (`Path`): With pictures, with `.npy` arrays, with `.tar` or `.zip` archives, or with tables that hold images.
         streaming (`bool`, *optional*): Read shards as they come.
         with_labels (`bool`, *optional*): Take the folders for classes.
-        flag (`str`, *optional*): That named the folder, for messages.
+        flag (`str`, *optional*): The setting that named the folder, for messages.
 
     Raises:
         UserError: For a mixture of kinds, for images beside class folders, and if nothing can be streamed.
@@ -88,13 +88,13 @@ def load_folder(
         return load_tables(folder, found.tables, streaming=streaming)
     if streaming:
         raise UserError(
-            f"`{flag}` {folder} holds no webdataset (.tar) files. Other folders are read file by file as it "
-            "is: leave `--streaming` out. Parquet files: `--dataset_name FOLDER`."
+            f"`{flag}` {folder} holds no webdataset (.tar) files. Leave `streaming` out to read a "
+            "folder file by file. For Parquet files give `dataset_name FOLDER`."
         )
     if pictures and arrays:
         raise UserError(
             f"{folder} holds pictures ({len(pictures)}, such as {pictures[0]}) and arrays ({len(arrays)}, such as {arrays[0]}). "
-            "Put one kind elsewhere."
+            "Move one kind to another folder."
         )
     metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
     if pictures or arrays:
@@ -225,7 +225,7 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
         others = [top or "images" for top in tops if top not in splits]
         raise UserError(
             f"{folder} holds {', '.join(splits)}, which look like splits, and beside them {', '.join(others[:5])}. Move those "
-            "elsewhere, or give the folder of one split as `--train_data_dir`."
+            "elsewhere, or give the folder of one split as `train_data_dir`."
         )
     return {}
 
@@ -300,7 +300,7 @@ def _refuse_classes_of_stream(folder: Path, shards: list[PurePosixPath]) -> None
     if len(tops) > 1 or (len(tops) == 1 and len(shards) > 1 and len(places) == sum(len(p.parts) > 1 for p in places)):
         raise UserError(
             f"{folder / shards[0]} holds folders ({', '.join(tops[:5])}), which may be classes, but a stream cannot count them in "
-            "advance. Leave `--streaming` out, or train without classes: `--label_column none`."
+            "advance. Leave `streaming` out, or train without classes: `label_column none`."
         )
 
 
@@ -382,7 +382,7 @@ def _classes_of(
             raise UserError(
                 f"{folder} has class folders ({', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}), and {of_split.count('')} "
                 f"images beside them, such as {stray}. Move those into a class folder or elsewhere, or train without classes: "
-                "`--label_column none`."
+                "`label_column none`."
             )
     return labels
 

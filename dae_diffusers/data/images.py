@@ -100,7 +100,7 @@ class ImageReader:
             if isinstance(error, MemoryError):
                 reason = f"it does not fit into memory: {reason}"
             raise UserError(
-                f"the image {name()} cannot be decoded ({reason}). Remove or replace it, or pass `--on_bad_image skip`."
+                f"the image {name()} cannot be decoded ({reason}). Remove or replace it, or pass `on_bad_image skip`."
             ) from None
 
     def to_pixel_values(self, pixels: np.ndarray, draws: Sequence[int | None]) -> torch.Tensor:
@@ -137,8 +137,8 @@ class ImageReader:
         if 0 < highest < 4096 and not self._warned_dark:
             self._warned_dark = True
             logger.warning(
-                "the image %s has 16 bits but no value above %d: it comes out nearly black beside 8-bit pictures, like any other "
-                "such one. Save them with the same range, or each kind in a folder of its own with its `--value_range`.",
+                "the image %s has 16 bits but no value above %d: it looks nearly black beside 8-bit pictures, and so does any other "
+                "such image. Save all with the same range, or keep each kind in its own folder and set `--value_range` for it.",
                 name(),
                 highest,
             )
@@ -151,11 +151,11 @@ class ImageReader:
         seen = f"the image {name()} has {width}x{height} pixels"
         if self.config.strict_size:
             raise UserError(
-                f"{seen}, fewer than `--resolution` {self.config.resolution}. Remove it, lower the resolution, or drop "
-                "`--strict_size` to enlarge it."
+                f"{seen}, fewer than `resolution` {self.config.resolution}. Remove it, lower the resolution, or drop "
+                "`strict_size` to enlarge it."
             )
         self._warned_small = True
-        logger.warning("%s: enlarged to %d, like any other smaller one.", seen, self.config.resolution)
+        logger.warning("%s: enlarged to %d, as are all smaller images.", seen, self.config.resolution)
 
 
 def is_flipped(draw: int) -> bool:

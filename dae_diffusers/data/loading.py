@@ -129,7 +129,7 @@ def load_images(
     if train_images.is_array and not train_images.value_range:
         train_images.value_range = validation_images.value_range = train_images.measure_range()
     if train_images.value_range:
-        logger.info("the images' values: [%g, %g] becomes [-1, 1]", *train_images.value_range)
+        logger.info("image values [%g, %g] are mapped to [-1, 1]", *train_images.value_range)
     _compare_ranges(train_images, is_given=is_given)
     return train_images, validation_images
 
@@ -138,7 +138,7 @@ def _require_labels(validation: Rows, column: str | None, split: str) -> None:
     if column is not None and feature_of(validation.features, column) is None:
         raise UserError(
             f"the split {split!r} has no column {column!r} of labels, but {list(validation.features)}. Pass "
-            "`--validation_split train` to hold out a part of the training images instead, or `--label_column none`."
+            "`validation_split train` to hold out a part of the training images instead, or `label_column none`."
         )
 
 
@@ -170,7 +170,7 @@ def _compare_ranges(images: ImageDataset, *, is_given: bool) -> None:
         return
     assumed = images.value_range or RANGES["16-bit"]
     logger.info(
-        "the values of %d of %d images looked at have 16 bits: seen [%g, %g], assumed [%g, %g]",
+        "%d of %d sampled images have 16 bits: their values lie in [%g, %g], the range is taken as [%g, %g]",
         depths["16-bit"], sum(depths.values()), low, high, *assumed,
     )  # fmt: skip
     if assumed[1] >= 4 * high and assumed == RANGES["16-bit"]:
@@ -197,14 +197,14 @@ def _streamed(
     """Training images as a stream. Validation images are few and kept: of their split, else the first of the stream."""
     if train.features is None:
         raise UserError(
-            "the stream does not say what its columns hold; use Parquet or webdataset shards, or no `--streaming`."
+            "the stream does not say what its columns hold; use Parquet or webdataset shards, or leave `streaming` out."
         )
     root, is_given = loaded.root, bool(value_range)
     train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.label_column, image_column)
     if label_column == "cls" and config.label_column is None and config.num_classes is None:
         logger.warning(
-            "the labels in the column `cls` are not used: a stream cannot count its classes. For those give `--label_column cls` and "
+            "the labels in the column `cls` are not used: a stream cannot count its classes. To use them give `--label_column cls` and "
             "`--num_classes`."
         )
         label_column = None
@@ -223,7 +223,7 @@ def _streamed(
     if ImageReader(config, depth, value_range=value_range).is_array and not value_range:
         if depth not in RANGES:
             raise UserError(
-                "the range of a stream's values cannot be measured in advance: give `--value_range LOW HIGH`."
+                "the range of a stream's values cannot be measured in advance: give `value_range LOW HIGH`."
             )
         value_range = RANGES[depth]
 
@@ -292,8 +292,8 @@ def _streamed_label_names(config: DataConfig, features: datasets.Features, colum
         return dict(enumerate(feature.names))
     if config.num_classes is None or not getattr(feature, "dtype", "").startswith(("int", "uint")):
         raise UserError(
-            f"`--label_column` {column!r} holds {feature}, whose classes a stream cannot count in advance. Give `--num_classes` "
-            "for integers from 0, or `--label_column none`."
+            f"`label_column` {column!r} holds {feature}, whose classes a stream cannot count in advance. Give `num_classes` "
+            "for integers from 0, or `label_column none`."
         )
     return {index: str(index) for index in range(config.num_classes)}
 
@@ -305,11 +305,11 @@ def _take(rows: datasets.IterableDataset, number: int, image_column: str, root: 
 def _validation_split(config: DataConfig, splits: dict) -> str | None:
     """The split that is asked for, or one whose name says that it is for this; None without one. The training split: a part."""
     if config.train_split not in splits:
-        raise UserError(f"`--train_split` {config.train_split!r} does not exist; the splits are {list(splits)}.")
+        raise UserError(f"`train_split` {config.train_split!r} does not exist; the splits are {list(splits)}.")
     if config.validation_split is not None:
         if config.validation_split not in splits:
             raise UserError(
-                f"`--validation_split` {config.validation_split!r} does not exist; the splits are {list(splits)}."
+                f"`validation_split` {config.validation_split!r} does not exist; the splits are {list(splits)}."
             )
         return config.validation_split
     return next((name for name in ("validation", "val", "test") if name in splits and name != config.train_split), None)
@@ -322,7 +322,7 @@ def _load_splits(config: DataConfig) -> _Loaded:
     except UserError:
         raise
     except Exception as error:  # a data set can fail to load in any way; the user gets the reason, not the stack
-        flag = "--train_data_dir" if config.train_data_dir else "--dataset_name"
+        flag = "train_data_dir" if config.train_data_dir else "dataset_name"
         cache = os.path.realpath(datasets.config.HF_DATASETS_CACHE)
         file = next((cause.filename for cause in _causes(error) if isinstance(cause, OSError) and cause.filename), None)
         place = None if file is None else os.path.realpath(os.fspath(file))
@@ -342,7 +342,7 @@ def _read_source(config: DataConfig) -> _Loaded:
     if config.train_data_dir is not None:
         folder = Path(config.train_data_dir)
         if not folder.is_dir():
-            raise UserError(f"`--train_data_dir` {folder} is not a folder.")
+            raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images.")
         if _is_saved(folder):
             return _load_saved(folder, config)
         splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels)
@@ -364,12 +364,12 @@ def _read_source(config: DataConfig) -> _Loaded:
         if found.tables and not has_card and (splits := _tables_with_images(folder, found, config)):
             return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
         if not has_card:
-            splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, flag="--dataset_name")
+            splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, flag="dataset_name")
             return _Loaded(splits, None, str(folder))
         splits = _load_dataset(str(folder.absolute()), config)
         return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
     if folder.exists():
-        raise UserError(f"`--dataset_name` {folder} is a file; give the folder that it lies in.")
+        raise UserError(f"`dataset_name` {folder} is a file; give the folder that holds it, or a Hub id.")
     splits = _load_dataset(config.dataset_name, config)
     name = f"hf://datasets/{config.dataset_name}"
     return _Loaded(splits, None if _is_read_by_us(splits) else Root(name, name), config.dataset_name)
@@ -407,7 +407,7 @@ def _is_saved(folder: Path) -> bool:
 def _load_saved(folder: Path, config: DataConfig) -> _Loaded:
     """What `save_to_disk` wrote. It keeps the paths of files and not their bytes, so those may lie anywhere."""
     if config.streaming:
-        raise UserError(f"{folder} was written by `save_to_disk` and is not read as a stream: leave `--streaming` out.")
+        raise UserError(f"{folder} was written by `save_to_disk`, which cannot be streamed: leave `streaming` out.")
     saved = datasets.load_from_disk(str(folder))
     anywhere = Root(folder.absolute().anchor, str(folder.absolute()))
     return _Loaded(saved if isinstance(saved, dict) else {"train": saved}, anywhere, str(folder))

@@ -132,7 +132,7 @@ class StreamedImages(BatchDataset):
             # By each worker process for what it has read; few images say little about a share.
             if self._num_bad > self.config.max_bad_image_share * max(self._num_read, 1000):
                 raise UserError(
-                    f"{self._num_bad} of {self._num_read} images are bad, more than `--max_bad_image_share` "
+                    f"{self._num_bad} of {self._num_read} images are bad, more than `max_bad_image_share` "
                     f"{self.config.max_bad_image_share} allows; the last: {error}"
                 ) from None
             return None
@@ -141,7 +141,7 @@ class StreamedImages(BatchDataset):
         if not isinstance(row.label, int) or not 0 <= row.label < len(self.id2label):
             raise UserError(
                 f"the label of the image {row.name} is {row.label}, but labels must lie in 0..{len(self.id2label) - 1}. "
-                "Give the right `--num_classes`, or train without labels (`--label_column none`)."
+                "Give the right `num_classes`, or train without labels (`label_column none`)."
             )
         return row.label
 
@@ -186,8 +186,8 @@ class ImageStream(Sampler[list[StreamedRow]]):
         state = state or {"position": 0, "block_start": 0, "block_size": self.block_size, "epoch": 0}
         if state["block_size"] != self.block_size:
             raise UserError(
-                f"`--shuffle_buffer_size` is {self.block_size}, but the checkpoint comes from a run with "
-                f"{state['block_size']}. Go on with that."
+                f"`shuffle_buffer_size` is {self.block_size}, but the checkpoint comes from a run with "
+                f"{state['block_size']}. Use that value."
             )
         self._state = state
         self._states = {state["block_start"]: state}  # at the beginning of each block
@@ -243,8 +243,8 @@ class ImageStream(Sampler[list[StreamedRow]]):
             raise
         except Exception as error:  # the network, the disk or a file's format may fail in any way
             raise UserError(
-                f"the stream cannot be read on ({one_line(error, 500)}). If it can again, go on with "
-                "`--resume_from_checkpoint latest`."
+                f"the stream broke off ({one_line(error, 500)}). Once it can be read again, continue with "
+                "`resume_from_checkpoint latest`."
             ) from None
         states[max(states) + len(rows)] = place.state()
         return rows
@@ -293,7 +293,7 @@ class _Place:
                 raise UserError(
                     f"the training split has no image for process {self.stream.process_index} of "
                     f"{self.stream.num_processes} ({self.num_rows} rows read, {len(self.stream.images.held_out)} images held "
-                    "out). Lower `--max_validation_samples`, or use fewer processes."
+                    "out). Lower `max_validation_samples`, or use fewer processes."
                 )
             else:
                 self.epoch, self.turn, self.num_rows, self.num_kept = self.epoch + 1, 0, 0, 0

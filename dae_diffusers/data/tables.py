@@ -85,7 +85,7 @@ def read_metadata(
                 f"{folder / metadata.path} has no column `file_name` that names images, but {table.column_names[:10]}"
             )
             if required:
-                raise UserError(f"{text}. Add it, rename the file, or train without labels: `--label_column none`.")
+                raise UserError(f"{text}. Add it, rename the file, or train without labels: `label_column none`.")
             logger.warning("left out: %s.", text)
             continue
         for number, name in enumerate(table.column("file_name").to_pylist()):
@@ -132,7 +132,7 @@ def load_tables(
         kinds = ["parquet"]
     if len(kinds) > 1:
         raise UserError(
-            f"{folder} holds tables of several kinds: {', '.join(map(str, tables[:5]))}. Put one kind elsewhere."
+            f"{folder} holds tables of several kinds: {', '.join(map(str, tables[:5]))}. Move all but one kind to other folders."
         )
     tables = [path for path in tables if TABLES[path.suffix.lower()] == kinds[0]]
     named = [re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem) for path in tables]

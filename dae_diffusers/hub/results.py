@@ -120,7 +120,7 @@ def read_result(folder: str | Path) -> Result:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder. Give the `--output_dir` of a training run, or a pipeline's folder.")
+        raise UserError(f"{folder} is not a folder. Give the output folder of a training run, or a pipeline's folder.")
     if (folder / PIPELINE_INDEX).exists():
         pipeline, run = folder, folder.resolve().parent
     elif (folder / "config.json").exists():
@@ -132,7 +132,7 @@ def read_result(folder: str | Path) -> Result:
         if not (vae / "config.json").exists():
             raise UserError(
                 f"{folder} holds nothing that can be published: neither pipeline/{PIPELINE_INDEX} nor vae/config.json. "
-                "Give the `--output_dir` of a finished training run."
+                "Give the output folder of a finished training run."
             )
         return _describe(Result(run, None, vae), is_run=True)
     result = Result(run, pipeline, pipeline / "vae" if (pipeline / "vae").is_dir() else None)

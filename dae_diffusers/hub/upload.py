@@ -82,7 +82,7 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
             return repo_id
         raise UserError(
             f"{repo_id} cannot be written on the Hub ({one_line(error)}). Log in with `hf auth login`, or choose another "
-            "repository. A training run can also go without `--push_to_hub` and be pushed afterwards."
+            "repository. A training run can also go without `push_to_hub` and be pushed afterwards."
         ) from None
     if license is not None:
         check_license(license)
@@ -213,7 +213,7 @@ def stage1_files(folder: str | Path) -> dict[str, Path | bytes]:
     """
     stage1 = Path(folder) / "stage1"
     if not (stage1 / "config.json").exists():
-        raise UserError(f"{folder} has no stage1/config.json: it is not the `--output_dir` of training/train_dae.py.")
+        raise UserError(f"{folder} has no stage1/config.json: it is not the output folder of training/train_dae.py.")
     return {
         f"stage1/{path.name}": without_origin(path) if path.suffix == ".json" else path
         for path in sorted(stage1.iterdir())
@@ -347,7 +347,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
     for name, path in files.items():
         if name.endswith(".safetensors.index.json"):
             raise UserError(
-                f"`--fp16`: {name} says that the weights lie in several files, which is not supported. Save the pipeline "
+                f"`fp16`: {name} says that the weights lie in several files, which is not supported. Save the pipeline "
                 'with `pipe.to(torch.float16).save_pretrained(folder, variant="fp16")` beside the others instead.'
             )
         if Path(name).name in _WEIGHTS:

@@ -159,7 +159,7 @@ def _read(path: Path, identity: CacheIdentity, num_codes: int, verify: bool) -> 
         if isinstance(found, dict) and found.pop("kind", None) == "codes":
             differences = CacheIdentity(**found).differences(identity)
             raise UserError(
-                f"the codes in {path} do not fit: {'; '.join(differences)}. Choose another `--code_cache`, or remove the "
+                f"the codes in {path} do not fit: {'; '.join(differences)}. Choose another `code_cache`, or remove the "
                 "file to encode the images again."
             ) from None
         raise UserError(

@@ -259,7 +259,7 @@ def _clip_rounding(eigenvalues: torch.Tensor, scale: torch.Tensor) -> torch.Tens
     if not eigenvalues.min() >= -rounding:  # NaN too
         raise ValueError(
             f"the statistics give the eigenvalue {eigenvalues.min().item():.3g} where none is below 0 and rounding makes "
-            f"at most {rounding.item():.3g}: theirs is no covariance. Compute them anew."
+            f"at most {rounding.item():.3g}: they hold no covariance. Compute them again."
         )
     return eigenvalues.clamp(min=0)
 

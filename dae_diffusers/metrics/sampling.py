@@ -101,7 +101,7 @@ class Sampler:
         elif "prompt" in self.accepted:
             if prompts is None:
                 raise UserError(
-                    f"a {type(pipeline).__name__} draws what a text says: give `--prompt`, such as 'a photo of a {{label}}'."
+                    f"a {type(pipeline).__name__} draws what a text says: give `prompt`, such as 'a photo of a {{label}}'."
                 )
             self.num_classes = len(prompts) if len(prompts) > 1 else None
             self._given = lambda labels, count: {"prompt": [prompts[label] for label in labels or [0] * count]}
@@ -186,7 +186,7 @@ def draw_samples(
             if image_shape is not None and tuple(output.shape[1:]) != tuple(image_shape):
                 raise UserError(
                     f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but those to compare with have "
-                    f"{tuple(image_shape)}. Set `--image_channels` and `--resolution` to its own."
+                    f"{tuple(image_shape)}. Set `image_channels` and `resolution` to its own."
                 )
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         return {"images": torch.cat(parts)}
@@ -260,7 +260,7 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
         return pipeline.to(device)
     except Exception as error:  # a damaged folder can fail in any way
         reason = one_line(error, 300)
-        raise UserError(f"`--pipeline` {name_or_path} cannot be loaded: {reason}") from None
+        raise UserError(f"`pipeline` {name_or_path} cannot be loaded: {reason}") from None
 
 
 def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:
@@ -278,6 +278,6 @@ def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str
         return None if prompt is None else (prompt,)
     if id2label is None:
         raise UserError(
-            "`--prompt` speaks of a {label}, but the images have no labels. Name their column, or leave it out."
+            "`prompt` speaks of a {label}, but the images have no labels. Name their column, or leave it out."
         )
     return tuple(prompt.replace("{label}", id2label[label]) for label in sorted(id2label))

@@ -12,9 +12,11 @@ class EvaluationConfig:
     """What to measure."""
 
     vae: str | None = field(None, "folder or Hub id of an autoencoder; default: the pipeline's")
-    pipeline: str | None = field(None, "folder or Hub id of a diffusion pipeline; without it only the autoencoder")
+    pipeline: str | None = field(
+        None, "folder or Hub id of a diffusion pipeline; default: only the autoencoder is measured"
+    )
     features: str | None = field(
-        None, "`inception`, or a vision model (Hub id or folder); without it no distances between features"
+        None, "`inception`, or a vision model (Hub id or folder), for rFD and gFD; default: neither is measured"
     )
     output_dir: str = field("runs/my-model/evaluation", "folder for the results")
     batch_size: int = field(64, "images at once in each process; changes no result", at_least=1)
@@ -22,7 +24,10 @@ class EvaluationConfig:
         "alex", "network of the LPIPS, which is measured where the package `lpips` is installed", advanced=True
     )
     seed: int = field(
-        0, "of noise and labels; with that of training, the same held-out images", at_least=0, at_most=MAX_SEED
+        0,
+        "of noise, labels and held-out images; use that of training for the same held-out images",
+        at_least=0,
+        at_most=MAX_SEED,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
 
@@ -38,9 +43,11 @@ class SamplingConfig:
     """Images that the pipeline draws."""
 
     num_images: int = field(10000, "images to draw for each setting, and training images to compare with", at_least=1)
-    guidance_scales: list[float] = field([1.0], "classifier-free guidance; several are swept")
-    num_inference_steps: list[int] = field([25], "denoising steps; several are swept", at_least=1)
-    temperature: float | None = field(None, "of a pipeline that draws codes; default: its own", above=0, advanced=True)
+    guidance_scales: list[float] = field([1.0], "scales of classifier-free guidance; each is measured")
+    num_inference_steps: list[int] = field([25], "numbers of denoising steps; each is measured", at_least=1)
+    temperature: float | None = field(
+        None, "temperature, for a pipeline that draws codes; default: its own", above=0, advanced=True
+    )
     top_k: int | None = field(None, "draw from this many of the likeliest codes only", at_least=1, advanced=True)
     top_p: float | None = field(
         None, "draw from the fewest likeliest codes with this share", above=0, at_most=1, advanced=True
