@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dae_diffusers.errors import ConfigError, UserError, one_line
@@ -82,13 +82,16 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        message = _message_of(error)
+        message = _message_of(error) or _lost_folder(flat(config).get("output_dir"))
         if message is None:
             raise
         message = with_dashes(" ".join(message.splitlines()), flat(config))  # a file's name may hold line breaks
         rank = os.environ.get("RANK", "0")
-        # `tqdm.write` keeps the line apart from a progress bar.
-        tqdm.write(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
+        for bar in list(getattr(tqdm, "_instances", ())):  # else it is drawn again after the last line
+            bar.close()
+        print(
+            f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr, flush=True
+        )
         raise SystemExit(getattr(error, "exit_code", UserError.exit_code)) from None
 
 
@@ -135,6 +138,13 @@ def _message_of(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PROCESS):
         return "another process of this run ended; its own message says why."
     return None
+
+
+def _lost_folder(output_dir: str | None) -> str | None:
+    """One line where somebody has removed the output folder of a running script, which fails in many ways; else None."""
+    if not output_dir or Path(output_dir).exists():
+        return None
+    return f"the output folder {output_dir} was removed while the script ran. Run the command again."
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -198,6 +208,13 @@ class _Parser(HfArgumentParser):
                 action.help, action.default = f"{action.help} (required)", SUPPRESS
             if action.dest in advanced and not help_all:
                 action.help = SUPPRESS
+
+    def print_help(self, file=None) -> None:
+        try:
+            super().print_help(file)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The value of every setting, by name."""

@@ -1,6 +1,7 @@
 """Frozen vision networks, which judge images: loading any of them, and its hidden states as a function of images."""
 
 import math
+import pickle
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -138,7 +139,7 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
         model, loading = (AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(
             name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
             f"the vision model {name_or_path!r} cannot be loaded: {one_line(error, 300)} (Allowed "
             "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"

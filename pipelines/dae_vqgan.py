@@ -368,7 +368,9 @@ def _draw_codes(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
         probabilities[:, top_k:] = 0
     if top_p is not None:  # the likeliest that reach it together; the first always stays
         share = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        probabilities[share.cumsum(dim=-1) - share >= top_p] = 0
+        is_behind = share.cumsum(dim=-1) - share >= top_p
+        is_behind[:, 0] = False  # a share may be too small for float32
+        probabilities[is_behind] = 0
     reached = probabilities.cumsum(dim=-1)
     # Rounding may put a draw at the very end, behind the last code that is allowed.
     rank = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1).minimum((probabilities > 0).sum(dim=-1) - 1)

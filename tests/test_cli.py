@@ -1,5 +1,8 @@
 """A config from flags and YAML; a mistake is one line and an exit code."""
 
+import os
+import subprocess
+import sys
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
@@ -250,3 +253,25 @@ def test_shipped_configs_are_valid(path):
     source += _required(config_class)
     config = parse_config(config_class, ["--config", str(path), *source])
     assert {name: flat(config)[name] for name in values} == values
+
+
+def test_output_folder_that_is_removed_meanwhile_is_one_line(tmp_path, capsys):
+    def run(config):
+        raise RuntimeError("Parent directory does not exist.")  # torch's way to say it
+
+    config = compose(TrainDAEConfig, dataset_name="digits", output_dir=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(run, config)
+    assert exit_info.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the output folder {tmp_path / 'run'} was removed")
+
+
+def test_reader_of_the_help_that_leaves_is_no_error():
+    script = Path(__file__).parents[1] / "training" / "train_dae.py"
+    source = "import os, runpy, sys; os.close(sys.stdin.fileno()); runpy.run_path(sys.argv[1], run_name='__main__')"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", source, str(script), "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

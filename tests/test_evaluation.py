@@ -45,7 +45,7 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, keep_values
-from dae_diffusers.metrics.report import plot_sweep
+from dae_diffusers.metrics.report import few_images_lines, plot_sweep
 from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
@@ -434,3 +434,11 @@ def test_autoencoder_whose_config_names_no_class_is_an_autoencoder_kl(pipeline, 
     del config["_class_name"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert type(load_autoencoder(str(tmp_path))) is type(pipeline.vae)
+
+
+def test_warning_stands_below_the_tables_where_images_are_few():
+    setting = {"features": {"dim": 64}, "validation_images": {"number": 100}, "train_images": {"number": 100}}
+    assert few_images_lines(setting, {"generation": [{"num_images": 65}]}) == []
+    (line, _) = few_images_lines(setting, {"generation": [{"num_images": 64}, {"num_images": 999}]})
+    assert line.startswith("**Warning:** 64 images for 64 features")
+    assert few_images_lines({**setting, "features": None}, {}) == []

@@ -517,3 +517,14 @@ def test_compiled_networks_train_as_others_do(trained, image_folder, tmp_path, m
         run(train_dit, TINY_DIT + " --compile", train_data_dir=image_folder, output_dir=tmp_path, vae=trained / "vae")
         transformers = [weights(folder / "pipeline" / "transformer") for folder in (trained, tmp_path)]
         assert_same_weights(*transformers, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_weights_that_diverge_are_neither_saved_nor_exported(trained, image_folder, tmp_path, limit):
+    flags = TINY_DIT.replace("--checkpoints_total_limit 9", f"--checkpoints_total_limit {limit}")
+    options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path / "run"}
+    with pytest.raises(UserError, match="NaN or infinite|became"):
+        run(train_dit, flags + " --learning_rate 1e38 --lr_warmup_steps 0 --validation_steps 99", **options)
+    assert not (tmp_path / "run" / "pipeline").exists()
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values()), path

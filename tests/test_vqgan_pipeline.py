@@ -228,3 +228,8 @@ def test_saved_pipeline_runs_with_diffusers_and_transformers_alone(tmp_path):
     assert torch.equal(torch.load(tmp_path / "codes.pt"), draw(pipeline, ["cat", 1]))
     again = DAEVQGANPipeline.from_pretrained(tmp_path / "again")
     assert isinstance(again, DiffusionPipeline) and (tmp_path / "again" / "pipeline.py").exists()
+
+
+def test_share_too_small_for_float32_leaves_the_likeliest_code():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    assert _draw_codes(logits, torch.tensor([0.999]), None, 1e-300).tolist() == [1]

@@ -43,8 +43,8 @@ class ComplexityTask:
         self.device = device
         self.pixel_values_eval = pixel_values_eval
         self.mean = pixel_values_train.mean(dim=(0, 2, 3), keepdim=True)
-        self.data_variance = (pixel_values_eval - self.mean).double().square().mean().item()
-        self.scale = (pixel_values_train - self.mean).double().square().mean().sqrt().item()
+        self.data_variance = (pixel_values_eval - self.mean).cpu().double().square().mean().item()
+        self.scale = (pixel_values_train - self.mean).cpu().double().square().mean().sqrt().item()
         if self.scale < 1e-6 or self.data_variance < 1e-12:
             raise ValueError("the images are constant: there is no variance of which something could be left.")
         self.targets_train = (pixel_values_train - self.mean) / self.scale
@@ -64,13 +64,13 @@ class ComplexityTask:
         chunk = max(1, CHUNK * 1024 // self.latents_train[0, 0].numel())
         for latents, targets in zip(self.latents_train.split(chunk), self.targets_train.split(chunk), strict=True):
             patches = F.unfold(latents, 3, padding=1).transpose(0, 1).flatten(1)  # (9 k, B h w)
-            patches = torch.cat([patches, torch.ones_like(patches[:1])]).double()
-            pixels = F.pixel_unshuffle(targets, self.factor).transpose(0, 1).flatten(1).double()
+            patches = torch.cat([patches, torch.ones_like(patches[:1])]).cpu().double()
+            pixels = F.pixel_unshuffle(targets, self.factor).transpose(0, 1).flatten(1).cpu().double()
             gram = gram + patches @ patches.T
             moment = moment + patches @ pixels.T
         solution = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ moment  # (9 k + 1, channels * factor^2)
         weight = solution[:-1].T.unflatten(1, (-1, 3, 3))
-        return weight.float(), solution[-1].float()
+        return weight.float().to(self.device), solution[-1].float().to(self.device)
 
     def train(self, form: ComplexityForm, width: int, seed: int) -> Generator:
         """The trained generator of a width, on the device."""
@@ -141,7 +141,7 @@ class ComplexityTask:
     ) -> dict[str, float]:
         """What is left between images in [-1, 1] and the data; `images_train` only for the unpaired form."""
         if form == "paired":
-            mse = (images_eval - self.pixel_values_eval).double().square().mean().item()
+            mse = (images_eval - self.pixel_values_eval).cpu().double().square().mean().item()
             values = {"mse": mse, "variance_left": mse / self.data_variance}
         else:
             distance = self._wasserstein(images_train, images_eval, seed) * self.scale
@@ -174,8 +174,8 @@ class ComplexityTask:
             real = self.targets_eval[part : part + CHUNK].to(self.device)
             generated = generated_eval[order[part : part + CHUNK]].to(self.device)
             with torch.no_grad():
-                differences.append((critic(real) - critic(generated)).double().cpu())
-            slopes.append(critic.slope(_between(real, generated, draws), create_graph=False).double().cpu())
+                differences.append((critic(real) - critic(generated)).cpu().double())
+            slopes.append(critic.slope(_between(real, generated, draws), create_graph=False).cpu().double())
         return (torch.cat(differences).mean() / torch.cat(slopes).quantile(0.95).clamp(min=1)).item()
 
     def _step_critic(self, critic, optimizer, real, generated, draws: torch.Generator, step: int) -> None:
@@ -208,7 +208,7 @@ class ComplexityTask:
 
 def _whiten(latents_train: torch.Tensor, latents_eval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Principal components of the latent channels, each with mean 0 and variance 1 over the training part."""
-    flat = latents_train.double().transpose(0, 1).flatten(1)  # (C, N h w)
+    flat = latents_train.cpu().double().transpose(0, 1).flatten(1)  # (C, N h w)
     mean = flat.mean(dim=1, keepdim=True)
     flat = flat - mean
     variances, directions = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
@@ -219,8 +219,10 @@ def _whiten(latents_train: torch.Tensor, latents_eval: torch.Tensor) -> tuple[to
     mean = mean[None, ..., None]
 
     def apply(latents: torch.Tensor) -> torch.Tensor:
-        parts = [torch.einsum("kc,nchw->nkhw", matrix, part.double() - mean).float() for part in latents.split(CHUNK)]
-        return torch.cat(parts)
+        parts = [
+            torch.einsum("kc,nchw->nkhw", matrix, part.cpu().double() - mean).float() for part in latents.split(CHUNK)
+        ]
+        return torch.cat(parts).to(latents.device)
 
     return apply(latents_train), apply(latents_eval)
 

@@ -69,7 +69,7 @@ def codebook_entropy_loss(latents: torch.Tensor, codebook: torch.Tensor, *, temp
 
 def codebook_usage(counts: torch.Tensor) -> float:
     r"""Share in [0, 1] of the codes that occur at all, of `(K,)` occurrences over a whole pass."""
-    return (counts > 0).double().mean().item()
+    return (counts.cpu() > 0).double().mean().item()
 
 
 def codebook_perplexity(counts: torch.Tensor) -> float:
@@ -78,5 +78,6 @@ def codebook_perplexity(counts: torch.Tensor) -> float:
 
     Over a batch it would depend on the batch's size.
     """
+    counts = counts.cpu()  # not every device has float64
     p = counts.double() / counts.sum()
     return torch.special.entr(p).sum().exp().item()

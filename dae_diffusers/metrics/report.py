@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.autoencoders.loading import encode_moments
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
 from dae_diffusers.metrics.sampling import scheduler_options
@@ -38,7 +39,12 @@ def describe(
         "autoencoder": None if vae is None else {name: vae.config.get(name) for name in parts},
         "scheduler": None if pipeline is None else scheduler_options(pipeline),
         "features": extractor
-        and {"name": extractor.name, "description": extractor.description, "fingerprint": extractor.fingerprint},
+        and {
+            "name": extractor.name,
+            "description": extractor.description,
+            "fingerprint": extractor.fingerprint,
+            "dim": extractor.feature_dim,
+        },
         "train_images": {"number": len(train), "fingerprint": train.fingerprint},
         "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
         "num_processes": accelerator.num_processes,
@@ -55,6 +61,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines.append("")
     lines += table("Generation", results.get("generation", []))
     setting = results["setting"]
+    lines += few_images_lines(setting, results)
     shown = {
         "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
         "validation images": "{number} ({fingerprint})".format(**setting["validation_images"]),
@@ -68,6 +75,16 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines += ["### Setting", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def few_images_lines(setting: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    r"""A warning below the tables where distances come from fewer images than the features have numbers."""
+    if not setting["features"]:
+        return []
+    counts = [setting[images]["number"] for images in ("train_images", "validation_images")]
+    counts += [row["num_images"] for row in results.get("generation", [])]
+    note = few_images_note(min(counts), setting["features"]["dim"])
+    return [] if note is None else [f"**Warning:** {note}", ""]
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> list[str]:
