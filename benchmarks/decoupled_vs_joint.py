@@ -10,7 +10,7 @@ and *generators* (transformers trained on each latent space). Every training goe
 What is finished leaves a JSON file in its folder and is not repeated, so the command may be interrupted and given again; two
 budgets that give a condition the same steps share its runs. Start it several times, with other `--seeds` or `--conditions`: once
 for each core of a CPU, with `OMP_NUM_THREADS=1`; on a GPU, which small models do not fill, about as often as there are cores, best
-under NVIDIA's MPS. At the end `results.json`, `results.csv`, `results.md` and the pictures are written anew from everything that exists.
+under NVIDIA's MPS. At the end `results.json`, `results.csv`, `results.md` and the pictures are written again from everything that exists.
 
 A condition with `latents_of` has the stage 1 and the transformers of another condition and differs from it only in how the real
 decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done. One with `decoder_of` has the whole autoencoder and the

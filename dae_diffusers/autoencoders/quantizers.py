@@ -55,7 +55,7 @@ class CodebookQuantizer(nn.Module):
     | `quantizer_type` | codebook |
     |---|---|
     | `vq` | a parameter, drawn to its latents by [`~dae_diffusers.losses.codebook.codebook_loss`] |
-    | `ema` | moving averages of its latents. Set by k-means after the first steps; codes that hardly occur are replaced by latents of late |
+    | `ema` | moving averages of its latents. Set by k-means after the first steps; codes that hardly occur are replaced by recent latents |
     | `fsq` | a fixed grid, `fsq_levels[i]` even steps over [-1, 1] in channel i (finite scalar quantisation) |
 
     An `ema` codebook changes only in [`update`], once an optimiser step, by what [`note`] was told since: gradient
@@ -72,7 +72,7 @@ class CodebookQuantizer(nn.Module):
         l2_normalize (`bool`): Unit codes, for `vq` and `ema`.
         ema_decay (`float`): In [0, 1), a step of `ema`.
         warmup_steps (`int`): Steps >= 1 of `ema` in which latents pass unquantised; k-means ends them.
-        dead_code_threshold (`float`): `ema` replaces a code that occurs less often, on average of late, than this share
+        dead_code_threshold (`float`): `ema` replaces a code that occurs less often, on average over recent steps, than this share
             of the even `1/K`; 0 replaces none.
         fsq_levels (`list[int]`, *optional*): At least 2 each, for `fsq`.
 
@@ -225,13 +225,13 @@ class CodebookQuantizer(nn.Module):
         self.num_recent.fill_(len(newest))
 
     def _draw_recent(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """So many latent vectors of late, no place drawn twice unless there are too few."""
+        """So many recent latent vectors, no place drawn twice unless there are too few."""
         known = int(self.num_recent)
         order = torch.cat([torch.randperm(known, generator=generator) for _ in range(-(-count // known) or 1)])
         return self.recent[order[:count].to(self.recent.device)]
 
     def _set_by_kmeans(self, vectors_per_step: torch.Tensor, generator: torch.Generator) -> None:
-        """Lloyd's algorithm on the latents of late, from some of them; a centre that loses all of its points starts anew."""
+        """Lloyd's algorithm on the recent latents, from some of them; a centre that loses all of its points starts again."""
         vectors = self.recent[: int(self.num_recent)]
         centres = self._draw_recent(len(self.embedding.weight), generator)
         for _ in range(_KMEANS_ITERATIONS):

@@ -23,7 +23,7 @@ STREAM_PASS_SAMPLES = 50_000
 class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
     r"""
     Endless micro-batches of `(image number, draw)`. Micro-batch `m` is a pure function of `(seed, m)`: each pass over
-    the data is shuffled anew, no image is left out and none repeated within a pass.
+    the data has another order, no image is left out and none repeated within a pass.
 
     It knows nothing of processes: `accelerate` deals micro-batches `m = i * num_processes + process_index` to each.
 

@@ -134,7 +134,7 @@ def push_folder(
         license (`str`, *optional*): An identifier that the Hub knows. If none is given, that of the card that is there.
         revision (`str`, *optional*): Branch, made if need be.
         create_pr (`bool`, *optional*): Open a pull request instead of writing to the branch.
-        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`. Those of an earlier push are made anew in any
+        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`. Those of an earlier push are made again in any
             case, or taken away where that is not possible: nobody is to load old weights beside new ones.
         keep_card (`bool`, *optional*): Leave the `README.md` that is there as it is.
         step (`int`, *optional*): While training goes on: steps done.

@@ -25,7 +25,7 @@ def marginal_distance_matrix_loss(
 ) -> torch.Tensor:
     r"""
     `mean(relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin))` over all pairs of positions `i, j` of an image: positions that are
-    alike for the vision model shall be alike in the latents. The two widths may differ.
+    alike for the vision model should be alike in the latents. The two widths may differ.
 
     Costs `2 N^2 (D + D')` floating-point operations per image of `N` positions, and `4 N^2 D` for the gradient.
 

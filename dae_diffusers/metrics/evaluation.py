@@ -254,7 +254,7 @@ def sample_metrics(
         reference ([`FeatureStatistics`]): Of all training images.
         train_features (`torch.Tensor` of shape `(M, D)`): Of some training images.
         train_reconstruction_features (`torch.Tensor` of shape `(M, D)` or `None`): Of what the autoencoder makes of them;
-            None where there is no autoencoder, and hence no `gap`.
+            None where there is no autoencoder, so that there is no `gap`.
         accelerator ([`~accelerate.Accelerator`]): Of this run.
         batch_size (`int`, *optional*): Images at once, per process.
         folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation goes on from there.

@@ -101,7 +101,7 @@ class Sampler:
         elif "prompt" in self.accepted:
             if prompts is None:
                 raise UserError(
-                    f"a {type(pipeline).__name__} draws what a text says: give `prompt`, such as 'a photo of a {{label}}'."
+                    f"a {type(pipeline).__name__} draws images of a text: give `prompt`, such as 'a photo of a {{label}}'."
                 )
             self.num_classes = len(prompts) if len(prompts) > 1 else None
             self._given = lambda labels, count: {"prompt": [prompts[label] for label in labels or [0] * count]}
@@ -277,7 +277,5 @@ def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str
     if prompt is None or "{label}" not in prompt:
         return None if prompt is None else (prompt,)
     if id2label is None:
-        raise UserError(
-            "`prompt` speaks of a {label}, but the images have no labels. Name their column, or leave it out."
-        )
+        raise UserError("`prompt` uses {label}, but the images have no labels. Name their column, or leave it out.")
     return tuple(prompt.replace("{label}", id2label[label]) for label in sorted(id2label))
