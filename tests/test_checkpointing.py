@@ -195,7 +195,7 @@ def test_rotation_removes_only_what_this_run_has_saved(accelerator, tmp_path, ca
     assert names(tmp_path / "mine") == [
         "checkpoint-00000004", "checkpoint-00000004-other-run-1", "checkpoint-00000009",
     ]  # fmt: skip
-    assert "is not of this run" in caplog.text
+    assert "does not belong to this run" in caplog.text
     assert resumed.newest()[1]["step"] == 4
 
 
