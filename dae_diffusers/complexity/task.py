@@ -46,7 +46,7 @@ class ComplexityTask:
         self.data_variance = (pixel_values_eval - self.mean).cpu().double().square().mean().item()
         self.scale = (pixel_values_train - self.mean).cpu().double().square().mean().sqrt().item()
         if self.scale < 1e-6 or self.data_variance < 1e-12:
-            raise ValueError("the images are all the same: there is nothing to measure a distance to.")
+            raise ValueError("the images are constant: there is nothing to measure a distance to.")
         self.targets_train = (pixel_values_train - self.mean) / self.scale
         self.targets_eval = (pixel_values_eval - self.mean) / self.scale
         self.latents_train, self.latents_eval = _whiten(latents_train, latents_eval)
