@@ -60,7 +60,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def write_runs(runs: list[Run], path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(runs[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for run in runs for name in run)
+        writer = csv.DictWriter(file, list(columns), restval="nan", lineterminator="\n")
         writer.writeheader()
         writer.writerows(runs)
 
@@ -97,7 +98,7 @@ def table_of_settings(settings: list[dict[str, Any]], results: dict[str, list[Ru
 def origin_of_latents(experiment: dict[str, Any], condition: str) -> str:
     """The condition whose encoder and transformers this one has: its own, or those that it names, which may name others."""
     options = experiment["conditions"][condition]
-    base = options.get("latents_of") or options.get("decoder_of")
+    base = options.get("latents_of") or options.get("decoder_of") or options.get("fit_of")
     return condition if base is None else origin_of_latents(experiment, base)
 
 
@@ -111,7 +112,9 @@ def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[st
 def describe_steps(experiment: dict[str, Any], budget: str, condition: str, decoder_steps: int | None = None) -> str:
     """Such as `450` for joint training, `210+340` for two stages; more of the decoder alone stands at the end."""
     options = experiment["conditions"][condition]
-    if "decoder_of" in options:
+    if "fit_of" in options:
+        parts = [describe_steps(experiment, budget, options["fit_of"]), options["stage3_steps"]]
+    elif "decoder_of" in options:
         parts = [describe_steps(experiment, budget, options["decoder_of"]), options["stage2_steps"]]
     else:
         steps = steps_of(experiment, budget, condition)
@@ -190,11 +193,11 @@ def summarize(rows: list[Run], experiment: dict[str, Any]) -> str:
 
 
 def table_of_means(runs: Runs) -> list[str]:
-    names = list(next(iter(next(iter(runs.values())).values())))
+    names = list(dict.fromkeys(name for seeds in runs.values() for run in seeds.values() for name in run))
     lines = ["Mean ± standard deviation over seeds:", ""]
     lines += [f"| condition | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for condition, seeds in runs.items():
-        cells = [mean_and_deviation([run[name] for run in seeds.values()]) for name in names]
+        cells = [mean_and_deviation([run.get(name, math.nan) for run in seeds.values()]) for name in names]
         lines.append(f"| {condition} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 

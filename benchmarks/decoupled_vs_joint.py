@@ -15,8 +15,13 @@ under NVIDIA's MPS. At the end `results.json`, `results.csv`, `results.md` and t
 A condition with `latents_of` has the stage 1 and the transformers of another condition and differs from it only in how the real
 decoder is trained (`warm_start_decoder`, `noise_tau`); only that is done. One with `decoder_of` has the whole autoencoder and the
 transformers of another; its decoder is trained on for `stage2_steps`, with the losses that the condition names
-(`perceptual_model`, `adversarial_weight`), its encoder frozen. One with `baselines: [joint-c8, same-c8]` is compared with those
-instead of `joint` and `same`.
+(`perceptual_model`, `adversarial_weight`), its encoder frozen. One with `fit_of` has stage 3 on top of another: for each of its
+transformers the decoder is trained on for `stage3_steps`, for the latents that this transformer draws. One with
+`baselines: [joint-c8, same-c8]` is compared with those instead of `joint` and `same`.
+
+Every sample is judged at each of the experiment's `guidance_scales` by the features, and by its `judges`: `pixels`, `spectrum`, or
+names of vision models. `judged.json` beside each transformer holds these numbers; what lacks is measured when the command is given
+again. Latents are drawn once for each transformer and guidance, and decoded by each decoder.
 
 With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
 the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
@@ -64,11 +69,13 @@ from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.autoencoders.building import make_autoencoder
+from dae_diffusers.autoencoders.generated import draw_latents
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.complexity.distance import MAX_EVAL_IMAGES, MAX_TRAIN_IMAGES, complexity_distance
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     encode_images,
@@ -78,7 +85,7 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
-from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.settings import compose
 from dae_diffusers.store import read_json, write_atomically, write_json
 from dae_diffusers.store import read_rows as read_log
@@ -167,7 +174,9 @@ def main(arguments: argparse.Namespace) -> None:
             generators = [
                 name for name in arguments.generators if name in options.get("generators", arguments.generators)
             ]
-            if "decoder_of" in options:
+            if "fit_of" in options:
+                fit_decoders(experiment, budget, condition, seed, generators, output_dir)
+            elif "decoder_of" in options:
                 train_decoder_on(experiment, budget, condition, seed, generators, output_dir)
             elif "latents_of" in options:
                 train_other_decoder(experiment, budget, condition, seed, generators, output_dir)
@@ -175,6 +184,7 @@ def main(arguments: argparse.Namespace) -> None:
                 run(experiment, budget, condition, seed, generators, output_dir)
             if arguments.decoder_steps is not None:
                 train_decoder_on(experiment, budget, condition, seed, generators, output_dir, arguments.decoder_steps)
+            judge_samples(experiment, budget, condition, seed, generators, output_dir)
     rows = [row for row in read_rows(output_dir) if row["condition"] in experiment["conditions"]]
     if not rows:
         raise UserError(f"nothing is finished in {output_dir}.")
@@ -362,6 +372,109 @@ def decode_again(
         write_json(folder / name / "generator.json", row)
 
 
+def fit_decoders(
+    experiment: dict[str, Any], budget: str, condition: str, seed: int, generators: list[str], output_dir: Path
+) -> None:
+    """Stage 3 of a condition for each transformer, from the autoencoder that its `fit_of` names."""
+    options = experiment["conditions"][condition]
+    folder = folder_of(output_dir, experiment, budget, condition, seed)
+    before = folder_of(output_dir, experiment, budget, options["fit_of"], seed)
+    origin = folder_of(output_dir, experiment, budget, origin_of_latents(experiment, condition), seed)
+    for name in generators:
+        target = folder / name
+        if (target / "generator.json").exists():
+            continue
+        needed = [path for path in (before / "autoencoder.json", origin / name / "generator.json") if not path.exists()]
+        if needed:
+            raise UserError(
+                f"`{condition}` goes on from runs that are not finished: {needed[0].parent}. Run their conditions first."
+            )
+        flags = {
+            **shared_flags(target, seed),
+            **experiment["data"],
+            **experiment["autoencoder"],
+            **flags_among(options),
+        }
+        flags |= {"stage": "3", "pipeline": origin / name / "pipeline", "pretrained_model_name_or_path": before / "vae"}
+        accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, target, seed, "pipeline/vae")
+        first = read_json(before / "autoencoder.json")
+        more = {**read_json(target / "cost.json"), "flops": math.nan}
+        row = {"condition": condition, "steps": folder.parent.name, "seed": seed}
+        row["autoencoder_cost"] = {name: first["autoencoder_cost"][name] + more[name] for name in more}
+        row |= measure_autoencoder(vae, images, seen, extractor, accelerator, target)
+        pipeline = DAEDiTPipeline.from_pretrained(target / "pipeline").to(accelerator.device)
+        row |= read_json(origin / name / "generator.json")
+        row["generation"] = measure_samples(experiment, pipeline, target, seed, images, seen, extractor, accelerator)
+        write_json(folder / "autoencoder.json", row)
+        write_json(target / "generator.json", row)
+
+
+def judge_samples(
+    experiment: dict[str, Any], budget: str, condition: str, seed: int, generators: list[str], output_dir: Path
+) -> None:
+    """Fréchet distances of samples to the training images by each judge and at each guidance, into `judged.json`."""
+    folder = folder_of(output_dir, experiment, budget, condition, seed)
+    origin = folder_of(output_dir, experiment, budget, origin_of_latents(experiment, condition), seed)
+    names = [experiment["features"], *experiment.get("judges", [])]
+    for generator in generators:
+        path = folder / generator / "judged.json"
+        judged = read_json(path) if path.exists() else {}
+        scales = [str(float(scale)) for scale in experiment.get("guidance_scales", [])]
+        if all(set(names) <= judged.get(scale, {}).keys() for scale in scales):
+            continue
+        accelerator = Accelerator()
+        train = load_images(DataConfig(**experiment["data"]), seed)[0]
+        judges = {name: JUDGES[name]() if name in JUDGES else load_feature_extractor(name) for name in names}
+        references = {
+            name: reference_statistics(judge, train, cache_dir=output_dir / "reference")
+            for name, judge in judges.items()
+        }
+        fitted = folder / generator / "pipeline" / "vae"
+        vae = AutoencoderKL.from_pretrained(fitted if fitted.exists() else folder / "vae").eval()
+        pipeline = DAEDiTPipeline.from_pretrained(origin / generator / "pipeline").to(accelerator.device)
+        labels = SampleSettings(experiment["num_images"], None, None).labels(pipeline.null_class)
+        for scale in scales:
+            latents = draw_latents(
+                pipeline, labels, experiment["num_images"], origin / generator / "drawn", accelerator,
+                guidance_scale=float(scale), num_inference_steps=experiment["num_inference_steps"],
+                seed=1000 + seed, stream=5,
+            )  # fmt: skip
+            statistics = {name: FeatureStatistics.empty(judge.feature_dim) for name, judge in judges.items()}
+            with torch.no_grad():
+                for part in latents.split(64):
+                    images = vae.decode(part.to(accelerator.device)).sample.float().clamp(-1, 1)
+                    for name, judge in judges.items():
+                        statistics[name].add(judge(images))
+            judged[scale] = {name: frechet_distance(each, references[name]) for name, each in statistics.items()}
+            write_json(path, judged)
+
+
+class Pixels(torch.nn.Module):
+    """A judge without a network: images shrunk to 8x8 pixels."""
+
+    name, fingerprint, feature_dim = "pixels", "pixels-8", 192
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+class Spectrum(torch.nn.Module):
+    """A judge without a network: the logarithm of an image's power in 8 rings of spatial frequency, for each colour."""
+
+    name, fingerprint, feature_dim = "spectrum", "spectrum-8", 24
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        power = torch.fft.rfft2(images.float()).abs().square()
+        rows, columns = (torch.fft.fftfreq(images.shape[2]), torch.fft.rfftfreq(images.shape[3]))
+        radius = (rows[:, None].square() + columns.square()).sqrt()
+        ring = (radius / 0.5 * 8).long().clamp(max=7)
+        rings = [power[..., ring == number].mean(dim=-1) for number in range(8)]
+        return (torch.stack(rings, dim=-1) + 1e-3).log().flatten(1)
+
+
+JUDGES = {"pixels": Pixels, "spectrum": Spectrum}
+
+
 def autoencoder_flags(
     experiment: dict[str, Any], budget: str, condition: str, seed: int, folder: Path
 ) -> dict[str, Any]:
@@ -372,7 +485,7 @@ def autoencoder_flags(
 
 def flags_among(options: dict[str, Any]) -> dict[str, Any]:
     """The flags of `train_dae.py` among the options of a condition."""
-    keys = ("baselines", "budgets", "decoder_of", "generators", "latents_of", "steps")
+    keys = ("baselines", "budgets", "decoder_of", "fit_of", "generators", "latents_of", "steps")
     return {name: value for name, value in options.items() if name not in keys}
 
 
@@ -400,7 +513,7 @@ def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
 
 
 def train_autoencoder(
-    experiment: dict[str, Any], flags: dict[str, Any], folder: Path, seed: int
+    experiment: dict[str, Any], flags: dict[str, Any], folder: Path, seed: int, result: str = "vae"
 ) -> tuple[Accelerator, tuple, FeatureExtractor, AutoencoderKL, EncodedImages]:
     """Trains an autoencoder unless it exists, and returns it among what measures it; the last are some training images in it."""
     if not (folder / "cost.json").exists():  # the last thing that is written
@@ -408,7 +521,7 @@ def train_autoencoder(
     accelerator = Accelerator()
     images = load_images(DataConfig(**experiment["data"]), seed)
     extractor = load_feature_extractor(experiment["features"])
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(accelerator.device)
+    vae = AutoencoderKL.from_pretrained(folder / result).eval().to(accelerator.device)
     train, validation = images
     images = (train, train.choose(experiment["num_images"]), validation)
     seen = encode_images(vae, images[1], accelerator, extractor=extractor, measures={})
@@ -467,7 +580,8 @@ def read_rows(output_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(output_dir.glob("*/*/*/*/generator.json")):
         autoencoder = read_json(path.parents[1] / "autoencoder.json")
-        rows.append({**autoencoder, **read_json(path)})
+        judged = path.with_name("judged.json")
+        rows.append({**autoencoder, **read_json(path), "judged": read_json(judged) if judged.exists() else {}})
     return rows
 
 
@@ -511,6 +625,7 @@ def run_of(row: dict[str, Any]) -> Run:
         "gFD": next(value for name, value in generation.items() if name.startswith(("gfd", "gfid"))),
         "gap": generation["gap"],
         "KID": generation["kernel_distance"],
+        **columns_of(row["judged"]),
         "precision": generation["precision"],
         "recall": generation["recall"],
         "iFD": next(value for name, value in latents.items() if name.startswith(("ifd", "ifid"))),
@@ -525,6 +640,18 @@ def run_of(row: dict[str, Any]) -> Run:
         "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,
         "DiT CPU s": row["generator_cost"]["cpu_seconds"],
     }
+
+
+def columns_of(judged: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Of each judge and guidance, such as `gFD pixels, guidance 1.5`; what judges the table's gFD without guidance has its column."""
+    columns = {}
+    for scale, distances in judged.items():
+        for number, (name, distance) in enumerate(distances.items()):
+            parts = [] if number == 0 else [Path(name).name]
+            parts += [] if float(scale) == 1 else [f"guidance {float(scale):g}"]
+            if parts:
+                columns[f"gFD {', '.join(parts)}"] = distance
+    return columns
 
 
 if __name__ == "__main__":

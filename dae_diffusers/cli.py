@@ -159,7 +159,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
         super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action):
-        says_all = any(action.default is each for each in (None, False, SUPPRESS))
+        says_all = action.metavar == "KIND" or any(action.default is each for each in (None, False, SUPPRESS))
         if says_all or not action.help or f"--no_{action.dest}" in action.option_strings:
             return action.help
         if isinstance(action.default, list):  # as it is typed
@@ -203,7 +203,9 @@ class _Parser(HfArgumentParser):
             if action.metavar is None and action.choices is None and action.nargs != 0:
                 action.metavar = _METAVARS.get(action.type, "yes|no")
             if action.choices and len("".join(action.choices)) > 20:
-                action.metavar, action.help = "KIND", f"{', '.join(action.choices)}: {action.help}"
+                chosen = str(action.default)
+                shown = [f"{choice} (default)" if choice == chosen else choice for choice in action.choices]
+                action.metavar, action.help = "KIND", f"{', '.join(shown)}: {action.help}"
             if action.required:
                 action.help, action.default = f"{action.help} (required)", SUPPRESS
             if action.dest in advanced and not help_all:

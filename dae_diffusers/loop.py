@@ -182,6 +182,11 @@ class Step:
             loop.microbatch += loop.accelerator.num_processes
         self._end()
 
+    @property
+    def microbatch(self) -> int:
+        r"""The number of the present micro-batch in the whole run, counted over all processes."""
+        return self.loop.microbatch
+
     def add(self, **values: torch.Tensor) -> None:
         r"""Scalars of this micro-batch, whose means are logged."""
         for name, value in values.items():

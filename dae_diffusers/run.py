@@ -65,6 +65,7 @@ class TrainingRun:
         config: A composed settings class with the parts `data`, `optimization`, `run` and `hub`.
         one_model (`bool`, *optional*, defaults to `False`): Whether the script trains one model only, as FSDP and DeepSpeed need
             it.
+        folder (`str`, *optional*): Name of the folder of the script's own files; default: `name`.
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): Made from the config.
@@ -78,11 +79,11 @@ class TrainingRun:
         UserError: If the folder holds another run, is in use by one, or cannot be written.
     """
 
-    def __init__(self, name: str, config: Any, *, one_model: bool = False):
+    def __init__(self, name: str, config: Any, *, one_model: bool = False, folder: str | None = None):
         self.name = name
         self.config = config
         self.output_dir = Path(config.run.output_dir)
-        self.folder = self.output_dir / name
+        self.folder = self.output_dir / (folder or name)
         self.accelerator = make_accelerator(config, self.folder)
         settle_backend(name, config, self.accelerator, one_model)
         start_messages(self.accelerator)

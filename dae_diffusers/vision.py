@@ -2,7 +2,9 @@
 
 import math
 import pickle
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -104,6 +106,11 @@ class FrozenBackbone(nn.Module):
             )
         images = resize(images.expand(-1, 3, -1, -1), tuple(self.size))
         return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
+
+
+def short_name(name_or_path: str) -> str:
+    r"""The last part of a model's name or path in snake_case, for logs and the names of metrics."""
+    return re.sub(r"[^a-z0-9]+", "_", Path(name_or_path).resolve().name.lower()).strip("_")
 
 
 def load_backbone(name_or_path: str) -> FrozenBackbone:

@@ -418,8 +418,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
-        Images of normalised latents: `vae.decode(latents * latents_std / scaling_factor + latents_mean)` if the
-        autoencoder's config has statistics, else `vae.decode(latents / scaling_factor + shift_factor)`.
+        Images of normalised latents: `vae.decode` of their `raw_latents`.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): As the transformer knows them.
@@ -428,23 +427,37 @@ class DAEDiTPipeline(DiffusionPipeline):
             `torch.Tensor` of shape `(B, channels, H, W)`: Images, about [-1, 1].
 
         Raises:
+            `ValueError`: As in `raw_latents`.
+        """
+        return self.vae.decode(self.raw_latents(latents).to(self.vae.dtype)).sample
+
+    def raw_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Normalised latents as `vae.decode` takes them: `latents * latents_std / scaling_factor + latents_mean` if the
+        autoencoder's config has statistics, else `latents / scaling_factor + shift_factor`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): As the transformer knows them.
+
+        Returns:
+            `torch.Tensor` of the same shape: float32.
+
+        Raises:
             `ValueError`: If the statistics are incomplete or for another number of channels.
         """
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         latents = latents.float()
         if mean is None and std is None:
-            latents = latents / config.get("scaling_factor", 1.0) + (config.get("shift_factor") or 0.0)
-        else:
-            counts = [None if values is None else len(values) for values in (mean, std)]
-            if counts != [latents.shape[1]] * 2:
-                raise ValueError(
-                    f"The autoencoder's config has {counts[0]} `latents_mean` and {counts[1]} `latents_std`, but the "
-                    f"latents have {latents.shape[1]} channels. Measure both again, or set both to `None`."
-                )
-            mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-            latents = latents * std / config.get("scaling_factor", 1.0) + mean
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
+            return latents / config.get("scaling_factor", 1.0) + (config.get("shift_factor") or 0.0)
+        counts = [None if values is None else len(values) for values in (mean, std)]
+        if counts != [latents.shape[1]] * 2:
+            raise ValueError(
+                f"The autoencoder's config has {counts[0]} `latents_mean` and {counts[1]} `latents_std`, but the "
+                f"latents have {latents.shape[1]} channels. Measure both again, or set both to `None`."
+            )
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return latents * std / config.get("scaling_factor", 1.0) + mean
 
     def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The transformer's float32 output, with the variance only if the scheduler wants it."""

@@ -272,12 +272,25 @@ class DAEVQGANPipeline(DiffusionPipeline):
         Returns:
             `torch.Tensor` of shape `(B, channels, H, W)`: Images, about [-1, 1].
         """
+        # What is decoded already is a code; only `lookup_from_codebook` would take it for a number.
+        lookup = self.vae.config.lookup_from_codebook
+        return self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
+
+    @torch.no_grad()
+    def code_vectors(self, codes: torch.Tensor) -> torch.Tensor:
+        """
+        The codebook's vectors of codes, which `vae.decode` takes with `force_not_quantize`.
+
+        Args:
+            codes (`torch.Tensor` of shape `(B, h, w)`): int64, numbers of the codes.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`: On the pipeline's device.
+        """
         codebook = self.vae.quantize.embedding.weight
         codes = codes.to(codebook.device)
         quantized = self.vae.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, codebook.shape[1]))
-        # What is decoded already is a code; only `lookup_from_codebook` would take it for a number.
-        lookup = self.vae.config.lookup_from_codebook
-        return self.vae.decode(quantized.to(self._execution_device), force_not_quantize=not lookup).sample
+        return quantized.to(self._execution_device)
 
     def _to_output(self, images: torch.Tensor, output_type: str):
         """Decoded images as the caller wants them, numbers in the range of the original images."""

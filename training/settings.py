@@ -11,6 +11,7 @@ from dae_diffusers.autoencoders.loss_settings import LossConfig
 from dae_diffusers.autoencoders.settings import (
     AutoencoderConfig,
     CodebookConfig,
+    GeneratedConfig,
     RegularizationConfig,
     StageConfig,
     check_shallow,
@@ -38,6 +39,7 @@ class TrainDAEConfig:
     autoencoder: AutoencoderConfig = part()
     codebook: CodebookConfig = part()
     stages: StageConfig = part()
+    generated: GeneratedConfig = part()
     losses: LossConfig = part()
     regularization: RegularizationConfig = part()
     optimization: OptimizationConfig = part()
@@ -50,6 +52,8 @@ class TrainDAEConfig:
         )  # fmt: skip
         data.require_source()
         start = autoencoder.pretrained_model_name_or_path
+        if stages.stage == "3":
+            self._check_stage3()
         if start is not None and stages.stage1_dir is not None:
             raise ConfigError("give one of `pretrained_model_name_or_path` and `stage1_dir`, not both.")
         if stages.stage == "2" and start is None and stages.stage1_dir is None:
@@ -58,7 +62,7 @@ class TrainDAEConfig:
                 "decoder of a published autoencoder to your images."
             )
         factor = autoencoder.spatial_factor
-        is_new = start is None and stages.stage1_dir is None
+        is_new = start is None and stages.stage1_dir is None and stages.pipeline is None
         if is_new and data.resolution % factor:
             raise ConfigError(
                 f"`resolution` {data.resolution} is not divisible by {factor}, the factor of an autoencoder with "
@@ -74,24 +78,25 @@ class TrainDAEConfig:
             "perceptual_model": losses.perceptual_model,
             "discriminator_model": losses.discriminator_model,
             "vf_model": self.regularization.vf_model,
+            "feature_model": stages.feature_model,
         }
         if data.image_channels not in (1, 3) and any(model is not None for model in models.values()):
             raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
         self.check_mixed_precision(self.optimization.mixed_precision)
         smallest = 3 * 2**losses.discriminator_layers
-        if losses.has_adversarial_loss and losses.discriminator_model is None and data.resolution < smallest:
+        if self.has_discriminator and losses.discriminator_model is None and data.resolution < smallest:
             raise ConfigError(
                 f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
                 f"`resolution` is {data.resolution}. Lower `discriminator_layers`."
             )
         is_final = stages.trains_final_decoder(1)
-        judges_stage1 = stages.stage != "2" and losses.adversarial_weight_of(is_final) > 0
+        judges_stage1 = stages.stage in ("all", "1") and losses.adversarial_weight_of(is_final) > 0
         if judges_stage1 and self.regularization.equivariance > 0 and losses.discriminator_model is None:
             raise ConfigError(
                 "`equivariance` shrinks images below what the PatchGAN judges: use it with `discriminator_model`, or "
                 f"without `{'adversarial_weight' if is_final else 'stage1_adversarial_weight'}`."
             )
-        trains_codebook = autoencoder.autoencoder == "vq" and stages.stage != "2"
+        trains_codebook = autoencoder.autoencoder == "vq" and stages.stage in ("all", "1")
         if trains_codebook and start is not None and codebook.quantizer != "vq":
             raise ConfigError(
                 f"`quantizer {codebook.quantizer}` makes a codebook of its own. With `pretrained_model_name_or_path` use "
@@ -100,10 +105,25 @@ class TrainDAEConfig:
         if trains_codebook and codebook.quantizer == "ema" and self.optimization.num_train_epochs is None:
             self.check_warmup(stages.stage_steps())
 
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether any stage has one."""
+        fits_adversarially = self.stages.stage == "3" and self.generated.generated_loss == "adversarial"
+        return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
+
+    def _check_stage3(self) -> None:
+        if self.generated.generated_loss == "moments" and self.stages.feature_model is None:
+            raise ConfigError(
+                "`stage 3` compares drawn images with training images in the features of `feature_model`: name a vision model, such as "
+                "facebook/convnext-tiny-224, or one of `train_classifier.py`. Not the one that will judge."
+            )
+        if self.data.streaming:
+            raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
+
     def check_mixed_precision(self, mixed_precision: str | None) -> None:
         """Of the flag, and of what `accelerate` makes of it."""
         accumulates = self.optimization.gradient_accumulation_steps > 1
-        if mixed_precision == "fp16" and accumulates and self.losses.has_adversarial_loss:
+        if mixed_precision == "fp16" and accumulates and self.has_discriminator:
             raise ConfigError(
                 "an adversarial loss with `gradient_accumulation_steps` needs `mixed_precision bf16` or no, not fp16: "
                 "the two models share one loss scale, which may change between the micro-batches of a step."

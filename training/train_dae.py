@@ -4,7 +4,7 @@ Train a decoupled autoencoder: the encoder against a weak auxiliary decoder, the
     accelerate launch training/train_dae.py --config digits --output_dir runs/digits
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16
 
-The result is `<output_dir>/vae`, a plain `AutoencoderKL` or `VQModel` whose config holds the latents' statistics.
+The result is `<output_dir>/vae`, a plain `AutoencoderKL` or `VQModel`. With `--stage 3` its decoder is fitted to a trained generator.
 """
 
 import logging
@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.building import make_autoencoder
+from dae_diffusers.autoencoders.generated import DecoderFit, load_generator
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
@@ -44,15 +45,14 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: TrainDAEConfig) -> None:
+    if config.stages.stage == "3":
+        fit_decoder(config)
+        return
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
-    starts_from = config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
-    with run.accelerator.main_process_first():
-        train_images, validation_images = load_images(
-            config.data, config.run.seed, value_range=read_value_range(starts_from)
-        )
-    logger.info("%s, %d validation images", describe_size(train_images), len(validation_images))
-
+    train_images, validation_images = load_both(
+        run, config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
+    )
     model = make_autoencoder(config)
     run.compile_blocks(filter(None, (model.encoder, model.auxiliary_decoder, model.decoder)))
     stage_steps = number_of_steps(run, train_images)
@@ -77,6 +77,33 @@ def main(config: TrainDAEConfig) -> None:
     run.finish("stage1" if config.stages.stage == "1" else "vae")
 
 
+def fit_decoder(config: TrainDAEConfig) -> None:
+    """Stage 3, which has a folder of its own: the generator's training lies between it and the other stages."""
+    run = TrainingRun("train_dae", config, folder="train_dae_stage3")
+    config.check_mixed_precision(run.accelerator.mixed_precision)
+    pipeline = load_generator(config)
+    train_images, validation_images = load_both(run, config.stages.pipeline)
+    model = make_autoencoder(config, pipeline.vae)
+    run.compile_blocks([model.decoder])
+    model.set_stage(3)
+    fit = DecoderFit(run, pipeline, train_images)
+    stage_steps = number_of_steps(run, train_images)
+    start = find_start(run, model, train_images, validation_images, stage_steps, fit)
+    fit.begin(start, lambda: validate(run, model.to(run.accelerator.device).eval(), validation_images, start.step))
+    model = train_stage(run, model, train_images, validation_images, 0, stage_steps[3], start, fit)
+    fit.finish(model, stage_steps[3], lambda: validate(run, model, validation_images, stage_steps[3]))
+    run.finish("pipeline")
+
+
+def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset | StreamedImages, ImageDataset]:
+    """Training and validation images, in the range of values that a trained model knows."""
+    config = run.config
+    with run.accelerator.main_process_first():
+        train, validation = load_images(config.data, config.run.seed, value_range=read_value_range(starts_from))
+    logger.info("%s, %d validation images", describe_size(train), len(validation))
+    return train, validation
+
+
 def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> dict[int, int]:
     """Of each stage."""
     config = run.config
@@ -88,20 +115,21 @@ def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> 
     return stage_steps
 
 
-def find_start(run: TrainingRun, model, images, validation_images, stage_steps: dict[int, int]) -> Start:
+def find_start(
+    run: TrainingRun, model, images, validation_images, stage_steps: dict[int, int], fit: DecoderFit | None = None
+) -> Start:
     """Where to begin, once it is clear that the plan fits the checkpoint."""
     stages = run.config.stages
-    names = {1: "stage1_steps", 2: "stage2_steps"}
     shape = ("auxiliary_decoder", "auxiliary_dropout", "auxiliary_channel_multiplier", "auxiliary_layers_per_block")
     return run.find_start(
-        inputs={"the training images": images.fingerprint},
-        plan={name: getattr(stages, name) for name in shape},
+        inputs={"the training images": images.fingerprint, **({} if fit is None else fit.inputs())},
+        plan={name: getattr(stages, name) for name in shape} if fit is None else fit.plan(),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
-        steps={names[stage]: steps for stage, steps in stage_steps.items()},
+        steps={f"stage{stage}_steps": steps for stage, steps in stage_steps.items()},
     )
 
 
@@ -115,13 +143,20 @@ def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:
 
 
 def train_stage(
-    run: TrainingRun, model, images, validation_images: ImageDataset, first_step: int, num_steps: int, start: Start
+    run: TrainingRun,
+    model,
+    images,
+    validation_images: ImageDataset,
+    first_step: int,
+    num_steps: int,
+    start: Start,
+    fit: DecoderFit | None = None,
 ) -> DAEAutoencoderKL | DAEVQModel:
     """Trains the stage that `model` is set to, and returns it with averaged weights."""
     config, stage = run.config, model.stage
     if config.optimization.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    objective = AutoencoderObjective(run, model)
+    objective = AutoencoderObjective(run, model, fit)
     is_final = config.stages.trains_final_decoder(stage)
     loop = Loop(
         run,
@@ -137,9 +172,9 @@ def train_stage(
         after_step=objective.after_step,
         after_skip=objective.after_skip,
         snapshot=("vae", lambda model, folder: model.to_diffusers().save_pretrained(folder)) if is_final else None,
-        state={"stage": stage},
+        state={"stage": stage, **({} if fit is None else {"before": fit.before})},
     )
-    if stage == 2 and loop.step < loop.last_step and pays_to_cache_latents(run, model, images, num_steps):
+    if stage > 1 and loop.step < loop.last_step and pays_to_cache_latents(run, model, images, num_steps):
         images = with_cached_latents(run, model, images)
     for step in loop.over(images):
         for batch in step:
@@ -148,7 +183,8 @@ def train_stage(
         objective.check_balance(step)
         if step.validates:
             with loop.averaged() as averaged:
-                step.write(validate(run, averaged, validation_images, loop.step))
+                values = validate(run, averaged, validation_images, loop.step)
+                step.write(values if fit is None else values | fit.validate(averaged, values, loop.step))
     return loop.finished_model()
 
 

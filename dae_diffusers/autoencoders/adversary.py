@@ -8,8 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.adversarial import AdversarialLossType, augment, discriminator_loss, generator_loss
+from dae_diffusers.optimization import make_optimizer
+from dae_diffusers.randomness import derived_seed
+from dae_diffusers.run import TrainingRun
+from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +180,45 @@ class AdversarialTraining:
 
     def _view(self, images: torch.Tensor) -> torch.Tensor:
         return augment(images.float()) if self.settings.use_augmentation else images
+
+
+def make_adversary(run: TrainingRun, weight: float, number: int) -> AdversarialTraining | None:
+    r"""
+    A discriminator with its optimiser, or None for a weight of 0.
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `optimization` and `run` in its config.
+        weight (`float`): Of the adversarial term.
+        number (`int`): Tells the discriminators of a run apart: their first weights differ.
+    """
+    if weight == 0:
+        return None
+    config, losses = run.config, run.config.losses
+    torch.manual_seed(derived_seed(config.run.seed, 7, number))  # the same weights however many processes drew before
+    if losses.discriminator_model is None:
+        discriminator = PatchDiscriminator(
+            config.data.image_channels, losses.discriminator_channels, losses.discriminator_layers
+        )
+    else:
+        discriminator = BackboneDiscriminator(load_backbone(losses.discriminator_model), losses.discriminator_channels)
+    optimizer = make_optimizer(
+        config.optimization,
+        [parameter for parameter in discriminator.parameters() if parameter.requires_grad],
+        run.accelerator.device,
+        lr=losses.discriminator_learning_rate,
+        betas=(0.5, 0.9),
+        weight_decay=0.0,
+    )
+    discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
+    settings = AdversarialSettings(
+        weight,
+        losses.adversarial_loss,
+        losses.discriminator_start,
+        losses.adversarial_start,
+        losses.adversarial_ramp_steps,
+        losses.adaptive_weight_cap,
+    )
+    max_grad_norm = config.optimization.max_grad_norm
+    return AdversarialTraining(
+        run.accelerator, discriminator, optimizer, settings, max_grad_norm, allows_step=run.guard.allows
+    )

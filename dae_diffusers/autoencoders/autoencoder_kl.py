@@ -104,6 +104,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         generator: torch.Generator | None = None,
         perturb_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
         moments: tuple[torch.Tensor, torch.Tensor] | None = None,
+        drawn_latents: torch.Tensor | None = None,
     ) -> DecoderOutput | tuple:
         r"""
         Runs the current stage: images to reconstructions.
@@ -114,8 +115,10 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             generator (`torch.Generator`, *optional*): For the draw.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the latents before they are decoded.
-            moments (pair of `torch.Tensor` of shape `(B, latent_channels, h, w)`, *optional*): In stage 2: mean and standard
+            moments (pair of `torch.Tensor` of shape `(B, latent_channels, h, w)`, *optional*): In stages 2 and 3: mean and standard
                 deviation of the images' latents, where they are known. The encoder does not run.
+            drawn_latents (`torch.Tensor` of shape `(M, latent_channels, h, w)`, *optional*): In stage 3: raw latents of a generator;
+                their `M` images follow the reconstructions.
 
         Returns:
             [`DAEAutoencoderKLOutput`] or `(reconstruction, posterior)` in a stage; what
@@ -134,6 +137,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         if perturb_latents is not None:
             latents = perturb_latents(latents)
+        if drawn_latents is not None:
+            latents = torch.cat([latents, drawn_latents.to(latents)])
         reconstruction = self.decode_in_stage(latents)
         if not return_dict:
             return reconstruction, posterior

@@ -5,21 +5,24 @@ from typing import Any
 from diffusers import AutoencoderKL, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
 
 
-def make_autoencoder(config: Any) -> DAEAutoencoderKL | DAEVQModel:
+def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None) -> DAEAutoencoderKL | DAEVQModel:
     r"""
     A new model, one that starts from a published autoencoder, or, for stage 2 alone, the one that a stage 1 has left.
 
     Args:
         config: With the parts `data`, `autoencoder`, `codebook` and `stages`.
+        trained ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`], *optional*): For stage 3: the autoencoder itself.
 
     Raises:
         UserError: If what it starts from does not exist, is of another kind, or does not fit the images.
     """
+    if trained is not None:
+        return (DAEVQModel if is_vq(trained) else DAEAutoencoderKL).from_diffusers(trained)
     is_codebook = config.autoencoder.autoencoder == "vq"
     model_class, diffusers_class = (DAEVQModel, VQModel) if is_codebook else (DAEAutoencoderKL, AutoencoderKL)
     if config.autoencoder.pretrained_model_name_or_path is not None:

@@ -20,7 +20,7 @@ class DecoupledAutoencoderMixin:
     |---|---|---|
     | 1 | the latent half and `auxiliary_decoder` | the real decoder |
     | 1, without auxiliary decoder (joint training) | everything | nothing |
-    | 2 | the real decoder | the latent half and `auxiliary_decoder` |
+    | 2, and 3 for the latents of a generator too | the real decoder | the latent half and `auxiliary_decoder` |
 
     Source: Hu et al., "Complexity Matters: Rethinking the Latent Space for Generative Modeling", NeurIPS 2023,
     https://huggingface.co/papers/2307.08283.
@@ -32,7 +32,7 @@ class DecoupledAutoencoderMixin:
     # How the config's fields begin that the plain model does not know.
     _own_config: tuple[str, ...] = ("auxiliary_",)
 
-    stage: Literal[1, 2] | None = None
+    stage: Literal[1, 2, 3] | None = None
 
     @classmethod
     def from_diffusers(cls, vae: ModelMixin, **auxiliary) -> "DecoupledAutoencoderMixin":
@@ -101,19 +101,19 @@ class DecoupledAutoencoderMixin:
         r"""The last weight of the encoder, where gradients of losses on images and on latents can be compared."""
         return self.encoder.conv_out.weight
 
-    def set_stage(self, stage: Literal[1, 2] | None) -> None:
+    def set_stage(self, stage: Literal[1, 2, 3] | None) -> None:
         r"""
         Chooses what `forward` runs and what trains. Call it before wrapping the model and before making the optimiser.
 
         Args:
-            stage (`1`, `2` or `None`): See the table of the class. `None` makes everything trainable again.
+            stage (`1`, `2`, `3` or `None`): See the table of the class. `None` makes everything trainable again.
 
         Raises:
             ValueError: For any other value.
         """
-        if stage not in (1, 2, None):
+        if stage not in (1, 2, 3, None):
             raise ValueError(
-                f"`stage` is {stage!r}, but must be 1 (encoder with the auxiliary decoder), 2 (decoder, encoder "
+                f"`stage` is {stage!r}, but must be 1 (encoder with the auxiliary decoder), 2 or 3 (decoder, encoder "
                 "frozen) or None (the plain autoencoder)."
             )
         self.stage = stage
@@ -179,7 +179,7 @@ class DecoupledAutoencoderMixin:
         return {name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_decoder.")}
 
     def _frozen_children(self) -> tuple[str, ...]:
-        if self.stage == 2:
+        if self.stage in (2, 3):
             return (*self._latent_children, "auxiliary_decoder")
         if self.stage == 1 and self.is_decoupled:
             return self._decoder_children

@@ -6,9 +6,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from dae_diffusers.alignment import LatentAlignment, LatentAlignmentSettings
-from dae_diffusers.autoencoders.adversary import AdversarialSettings, AdversarialTraining
+from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
+from dae_diffusers.autoencoders.generated import DecoderFit
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.autoencoders.quantizers import Quantization
@@ -17,7 +17,6 @@ from dae_diffusers.loop import Step
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
 from dae_diffusers.losses.regularizers import perturb
-from dae_diffusers.optimization import make_optimizer
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import TrainingRun
 from dae_diffusers.vision import load_backbone
@@ -34,13 +33,14 @@ class AutoencoderObjective:
         run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `stages`, `losses`, `regularization`, `optimization`
             and, for a model with a codebook, `codebook` in its config.
         model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
+        fit ([`~dae_diffusers.autoencoders.generated.DecoderFit`], *optional*): In stage 3.
 
     Attributes:
         also (`list[nn.Module]`): What the model's optimiser trains beside the model.
         beside (`list[nn.Module]`): What has an optimiser of its own.
     """
 
-    def __init__(self, run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel):
+    def __init__(self, run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel, fit: DecoderFit | None = None):
         config, accelerator = run.config, run.accelerator
         self.config, self.accelerator, self.stage = config, accelerator, model.stage
         is_final = config.stages.trains_final_decoder(model.stage)
@@ -52,9 +52,11 @@ class AutoencoderObjective:
         self.perceptual_loss = None
         if self.perceptual_weight:
             self.perceptual_loss = load_perceptual_loss(config.losses.perceptual_model).to(accelerator.device)
-        self.adversary = make_adversary(run, model.stage)
+        self.adversary = make_adversary(run, config.losses.adversarial_weight_of(is_final), model.stage)
+        self.fit = fit
         self.also = [] if self.alignment is None else [self.alignment.projection]
         self.beside = [] if self.adversary is None else [self.adversary.discriminator]
+        self.beside += [] if fit is None else fit.beside
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], step: Step) -> torch.Tensor:
         r"""
@@ -70,14 +72,17 @@ class AutoencoderObjective:
             batch["pixel_values"], self.stage, self.factor, **self.config.regularization.perturbations()
         )
         pixel_values = perturbation.targets
-        reconstruction, latent = model(
+        drawn = None if self.fit is None else self.fit.latents(step.microbatch)
+        decoded, latent = model(
             perturbation.inputs,
             return_dict=False,
             perturb_latents=perturbation.of_latents,
             moments=(batch["latents_mean"], batch["latents_std"]) if "latents_mean" in batch else None,
             **({"sample_posterior": True} if self.codebook is None else {}),
+            **({} if drawn is None else {"drawn_latents": drawn}),
         )
-        self._decoded = pixel_values, reconstruction.detach()
+        reconstruction, generated = decoded[: len(pixel_values)], decoded[len(pixel_values) :]
+        self._decoded = pixel_values, reconstruction.detach(), generated.detach()
         loss = reconstruction_loss(
             reconstruction, pixel_values, l1_weight=losses.l1_weight, mse_weight=losses.mse_weight
         )
@@ -97,14 +102,21 @@ class AutoencoderObjective:
             term, values = self.adversary.generator_term(reconstruction, loss, self.last_layer, step.done)
             step.add(**values)
             loss = loss if term is None else loss + term
+        if drawn is not None:
+            term, values = self.fit.term(generated, loss, self.last_layer, step.done)
+            step.add(**values)
+            loss = loss if term is None else loss + term
         if self.stage == 1:
             loss = loss + sum(weight * value for weight, value in latent_terms.values())
         return loss
 
     def after_backward(self, step: Step) -> None:
-        r"""The discriminator's share of a micro-batch."""
+        r"""The discriminators' share of a micro-batch."""
+        pixel_values, reconstruction, generated = self._decoded
         if self.adversary is not None:
-            step.add(**self.adversary.train_discriminator(*self._decoded, step.done))
+            step.add(**self.adversary.train_discriminator(pixel_values, reconstruction, step.done))
+        if self.fit is not None:
+            step.add(**self.fit.after_backward(pixel_values, generated, step.done))
 
     def after_step(self) -> None:
         r"""Updates the codebook in stage 1."""
@@ -132,42 +144,6 @@ class AutoencoderObjective:
         if codebook.quantizer == "vq":
             terms["codebook_loss"] = (1.0, codebook_loss(latent.quantized, latent.latents))
         return terms
-
-
-def make_adversary(run: TrainingRun, stage: int) -> AdversarialTraining | None:
-    r"""The discriminator of a stage with its optimiser, or None where the stage has no adversarial loss."""
-    config, losses = run.config, run.config.losses
-    weight = losses.adversarial_weight_of(config.stages.trains_final_decoder(stage))
-    if weight == 0:
-        return None
-    torch.manual_seed(derived_seed(config.run.seed, 7, stage))  # the same weights however many processes drew before
-    if losses.discriminator_model is None:
-        discriminator = PatchDiscriminator(
-            config.data.image_channels, losses.discriminator_channels, losses.discriminator_layers
-        )
-    else:
-        discriminator = BackboneDiscriminator(load_backbone(losses.discriminator_model), losses.discriminator_channels)
-    optimizer = make_optimizer(
-        config.optimization,
-        [parameter for parameter in discriminator.parameters() if parameter.requires_grad],
-        run.accelerator.device,
-        lr=losses.discriminator_learning_rate,
-        betas=(0.5, 0.9),
-        weight_decay=0.0,
-    )
-    discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
-    settings = AdversarialSettings(
-        weight,
-        losses.adversarial_loss,
-        losses.discriminator_start,
-        losses.adversarial_start,
-        losses.adversarial_ramp_steps,
-        losses.adaptive_weight_cap,
-    )
-    max_grad_norm = config.optimization.max_grad_norm
-    return AdversarialTraining(
-        run.accelerator, discriminator, optimizer, settings, max_grad_norm, allows_step=run.guard.allows
-    )
 
 
 def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel) -> LatentAlignment | None:

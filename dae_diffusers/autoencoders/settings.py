@@ -93,11 +93,13 @@ class CodebookConfig:
 class StageConfig:
     """Stages."""
 
-    stage: Literal["all", "1", "2"] = field("all", "both stages, or one of them")
-    stage1_dir: str | None = field(None, "with `--stage 2`: the output folder of a stage 1")
+    stage: Literal["all", "1", "2", "3"] = field("all", "all: 1 and 2; 3: fit a pipeline's decoder to its generator")
+    stage1_dir: str | None = field(None, "with `--stage 2`: the output folder of a stage 1", advanced=True)
+    pipeline: str | None = field(None, "with `--stage 3`: the pipeline (folder or Hub id)")
+    feature_model: str | None = field(None, "with `--stage 3`: vision model for features of drawn images")
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",
-        "weakens stage 1's decoder",
+        "in stage 1",
     )
     auxiliary_dropout: float = field(0.3, "`dropout`: channel dropout rate")
     auxiliary_channel_multiplier: float = field(0.25, "`narrow`: relative width", advanced=True)
@@ -106,6 +108,7 @@ class StageConfig:
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
     stage2_steps: int = field(2000, "optimiser steps of stage 2; one takes about 0.7 times as long", at_least=1)
+    stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, advanced=True)
     warm_start_decoder: bool = field(
         True,
         "start stage 2 from the auxiliary decoder's weights instead of at random, where it has the real one's shape (`same` and "
@@ -130,7 +133,9 @@ class StageConfig:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if self.stage != "all" and self.auxiliary_decoder == "none":
+        if (self.stage == "3") != (self.pipeline is not None):
+            raise ConfigError("`stage 3` and `pipeline`, the generator whose latents are to be decoded, go together.")
+        if self.stage in ("1", "2") and self.auxiliary_decoder == "none":
             raise ConfigError("`auxiliary_decoder none` has only one stage: use `stage all`.")
         if self.stage != "2" and self.stage1_dir is not None:
             raise ConfigError(
@@ -139,7 +144,7 @@ class StageConfig:
 
     def trains_final_decoder(self, stage: int) -> bool:
         """Whether the decoder of this stage is the one that is published."""
-        return stage == 2 or self.auxiliary_decoder == "none"
+        return stage > 1 or self.auxiliary_decoder == "none"
 
     def auxiliary_settings(self) -> dict[str, Any]:
         """The arguments of an autoencoder's constructor that give the auxiliary decoder its shape."""
@@ -155,6 +160,8 @@ class StageConfig:
         Optimiser steps of each stage that this run has; of `num_steps` in all, where it is given, stage 1 gets the share that
         `stage1_steps` and `stage2_steps` give it.
         """
+        if self.stage == "3":
+            return {3: num_steps or self.stage3_steps}
         total = self.stage1_steps + self.stage2_steps
         if self.auxiliary_decoder == "none":
             return {1: num_steps or total}
@@ -163,6 +170,37 @@ class StageConfig:
             first = max(1, round(num_steps * self.stage1_steps / total))
             both = {1: first, 2: max(1, num_steps - first)} if self.stage == "all" else dict.fromkeys(both, num_steps)
         return both if self.stage == "all" else {int(self.stage): both[int(self.stage)]}
+
+
+@settings
+class GeneratedConfig:
+    """Stage 3."""
+
+    generated_loss: Literal["moments", "adversarial"] = field(
+        "moments",
+        "moments: mean and covariance of the features; adversarial: a discriminator tells drawn images from training images",
+        advanced=True,
+    )
+    generated_weight: float = field(
+        1.0, "weight of this loss, balanced with the others at the decoder's last layer", at_least=0, advanced=True
+    )
+    generated_batch_size: int | None = field(
+        None, "`moments`: drawn latents in a batch; default: twice `--train_batch_size`", at_least=1, advanced=True
+    )
+    moments_share: float = field(
+        0.02, "share of the running moments that a batch replaces", above=0, at_most=1, advanced=True
+    )
+    pool_size: int = field(8192, "latents that are drawn once, before the first step", at_least=2, advanced=True)
+    pool_guidance_scale: float = field(
+        1.5, "guidance with which they are drawn: the one that you will use; 1 is none", at_least=0, advanced=True
+    )
+    pool_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
+    max_psnr_drop: float = field(
+        2.0,
+        "decibels that reconstructions may lose; below that the run ends and changes nothing",
+        at_least=0,
+        advanced=True,
+    )
 
 
 @settings

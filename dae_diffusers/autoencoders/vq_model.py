@@ -136,6 +136,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         return_dict: bool = True,
         perturb_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
         moments: tuple[torch.Tensor, torch.Tensor] | None = None,
+        drawn_latents: torch.Tensor | None = None,
     ) -> DecoderOutput | tuple:
         r"""
         Runs the current stage: images to reconstructions.
@@ -144,8 +145,10 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): `pixel_values` in [-1, 1].
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the quantised latents before they are decoded.
-            moments (pair of `torch.Tensor` of shape `(B, C, h, w)`, *optional*): In stage 2: the images' latents before
+            moments (pair of `torch.Tensor` of shape `(B, C, h, w)`, *optional*): In stages 2 and 3: the images' latents before
                 quantisation (and zeros), where they are known. The encoder does not run.
+            drawn_latents (`torch.Tensor` of shape `(M, C, h, w)`, *optional*): In stage 3: the vectors of codes that a generator has
+                drawn; their `M` images follow the reconstructions.
 
         Returns:
             [`DAEVQModelOutput`] or `(reconstruction, quantization)` in a stage; what [`~diffusers.VQModel`] returns when
@@ -159,7 +162,11 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         if self.stage == 1 and self.training:
             self.quantize.note(quantization)
         quantized = quantization.straight_through
-        reconstruction = self._decode_codes(quantized if perturb_latents is None else perturb_latents(quantized))
+        if perturb_latents is not None:
+            quantized = perturb_latents(quantized)
+        if drawn_latents is not None:
+            quantized = torch.cat([quantized, drawn_latents.to(quantized)])
+        reconstruction = self._decode_codes(quantized)
         if not return_dict:
             return reconstruction, quantization
         return DAEVQModelOutput(sample=reconstruction, quantization=quantization)

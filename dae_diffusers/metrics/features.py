@@ -1,10 +1,8 @@
 """Images to feature vectors: any Hugging Face vision backbone, or Inception, behind one contract."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dae_diffusers.store import fingerprint
-from dae_diffusers.vision import has_class_token, load_inception, load_vision_model
+from dae_diffusers.vision import has_class_token, load_inception, load_vision_model, short_name
 
 
 class FeatureExtractor(torch.nn.Module):
@@ -178,7 +176,7 @@ def load_feature_extractor(name_or_path: str, device: torch.device | str = "cpu"
     if name_or_path == "inception":
         return InceptionFeatureExtractor().to(device)
     model, preprocessing = load_vision_model(name_or_path)
-    return BackboneFeatureExtractor(model.to(device), name=_short_name(name_or_path), **preprocessing)
+    return BackboneFeatureExtractor(model.to(device), name=short_name(name_or_path), **preprocessing)
 
 
 def prepare_images(
@@ -229,7 +227,3 @@ def _pooled(backbone: PreTrainedModel, output: Any) -> torch.Tensor:
     if pooled is not None:
         return pooled.flatten(1)  # (B, D, 1, 1) or (B, D) -> (B, D)
     return hidden.flatten(2).mean(2) if hidden.ndim == 4 else hidden.mean(1)  # (B, D, h, w) or (B, N, D) -> (B, D)
-
-
-def _short_name(name_or_path: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", Path(name_or_path).resolve().name.lower()).strip("_")

@@ -1,0 +1,462 @@
+"""Stage 3: fitting a decoder to the latents that a trained generator draws."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+
+from dae_diffusers.autoencoders.adversary import make_adversary
+from dae_diffusers.autoencoders.image_moments import LayerMoments, RunningMoments, Whitening
+from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.data import ImageDataset
+from dae_diffusers.errors import UserError
+from dae_diffusers.latents.cache import autoencoder_fingerprint
+from dae_diffusers.losses.adaptive_weight import adaptive_weight
+from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
+from dae_diffusers.metrics.sampling import load_pipeline, scheduler_options
+from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size, reference_statistics
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
+from dae_diffusers.plots import image_grid
+from dae_diffusers.randomness import derived_seed
+from dae_diffusers.run import Start, TrainingRun
+from dae_diffusers.store import fingerprint, read_json_or, weights_of, write_json
+
+logger = logging.getLogger(__name__)
+
+# Beside the weights of a decoder that was fitted to a generator: to which, how, and in whose features.
+FIT_FILE = "stage3.json"
+# The autoencoder as it was, in the output folder.
+KEPT_VAE = "vae_before_stage3"
+MAX_REFERENCE_IMAGES = 50_000
+
+
+def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
+    r"""
+    The pipeline of stage 3 on the CPU, with the decoder to start from.
+
+    Args:
+        config: With the parts `data`, `autoencoder`, `stages` and `run`.
+
+    Raises:
+        UserError: If the pipeline is none of ours, does not fit the images, or would overwrite another one, or if
+            `pretrained_model_name_or_path` has another encoder.
+    """
+    name, start = config.stages.pipeline, config.autoencoder.pretrained_model_name_or_path
+    pipeline = load_pipeline(name, torch.device("cpu"))
+    if not isinstance(pipeline, DAEDiTPipeline | DAEVQGANPipeline):
+        raise UserError(
+            f"`pipeline` {name} is a {type(pipeline).__name__}, but stage 3 needs a DAEDiTPipeline or a DAEVQGANPipeline."
+        )
+    target = Path(config.run.output_dir) / "pipeline"
+    if target.exists() and not _is_same_folder(target, name):
+        raise UserError(
+            f"{target} holds a pipeline already, and `pipeline` is {name}. Choose another `output_dir`, or give `pipeline {target}` "
+            "to train that one's decoder on."
+        )
+    if start is not None:
+        vae = load_autoencoder(start)
+        if autoencoder_fingerprint(vae) != autoencoder_fingerprint(pipeline.vae):
+            raise UserError(
+                f"`pretrained_model_name_or_path` {start} has another encoder than the autoencoder of `pipeline` {name}: its decoder "
+                "knows other latents. Give an autoencoder whose decoder alone was trained on."
+            )
+        pipeline.vae.load_state_dict(vae.state_dict())
+    check_image_size(pipeline.vae, channels=config.data.image_channels, resolution=config.data.resolution)
+    return pipeline
+
+
+def draw_latents(
+    pipeline: DAEDiTPipeline | DAEVQGANPipeline,
+    labels: torch.Tensor | None,
+    num_latents: int,
+    folder: Path | None,
+    accelerator: Accelerator,
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    seed: int,
+    stream: int = 9,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    r"""
+    Draws latents as the pipeline would before it decodes them, in chunks that are kept in `folder` under a fingerprint of what
+    they depend on. All processes call it.
+
+    Args:
+        pipeline ([`~dae_diffusers.DAEDiTPipeline`] or [`~dae_diffusers.DAEVQGANPipeline`]): On its device.
+        labels (`torch.Tensor` of shape `(num_latents,)`, *optional*): A class for each; None for a generator without classes.
+        num_latents (`int`): How many.
+        folder (`Path`): Where to keep them.
+        accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
+        guidance_scale, num_inference_steps: As the pipeline takes them. Codes have no steps.
+        seed, stream (`int`): Latent `n` depends on `(seed, stream, n)` and its label alone. Samples to be judged come from stream 5.
+        batch_size (`int`, *optional*): Latents at once.
+
+    Returns:
+        `torch.Tensor` of shape `(num_latents, C, h, w)`: Raw latents, as `vae.decode` takes them, float32, on the CPU; of a codebook
+        the codes' vectors.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    is_codes = isinstance(pipeline, DAEVQGANPipeline)
+    options: dict[str, Any] = {"output_type": "codes"} if is_codes else {"output_type": "latent"}
+    generator = pipeline.prior if is_codes else pipeline.transformer
+    if not is_codes:
+        options["num_inference_steps"] = num_inference_steps
+    if labels is not None:
+        options["guidance_scale"] = guidance_scale
+
+    def draw(chunk: range) -> dict[str, torch.Tensor]:
+        parts = []
+        for first in range(chunk.start, chunk.stop, batch_size):
+            count = min(batch_size, chunk.stop - first)
+            numbers = torch.arange(first, first + padded_size(count, 2**16)).clamp(max=first + count - 1).tolist()
+            generators = [torch.Generator().manual_seed(derived_seed(seed, stream, number)) for number in numbers]
+            given = (
+                {"num_images_per_label": len(numbers)} if labels is None else {"class_labels": labels[numbers].tolist()}
+            )
+            with accelerator.autocast():
+                drawn = pipeline(**given, **options, generator=generators).images
+            raw = pipeline.code_vectors(drawn) if is_codes else pipeline.raw_latents(drawn)
+            parts.append(raw[:count].float().cpu())
+        return {"latents": torch.cat(parts)}
+
+    described = {
+        "generator": model_fingerprint(generator),
+        "autoencoder": autoencoder_fingerprint(pipeline.vae),
+        "statistics": {
+            name: pipeline.vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor")
+        },
+        "scheduler": scheduler_options(pipeline),
+        "labels": None if labels is None else fingerprint([labels]),
+        "options": {**options, "seed": [seed, stream]},
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    return keep_rows(draw, num_latents, accelerator, folder=folder, of=described, description="Drawing latents")[
+        "latents"
+    ]
+
+
+class DecoderFit:
+    r"""
+    What stage 3 adds to a decoder's loss: how far its images of drawn latents are, as a whole, from the training images.
+
+    With `generated_loss moments` it is the distance of the moments of their features, see
+    [`~dae_diffusers.autoencoders.image_moments.RunningMoments`]; with `adversarial` a discriminator tells them apart.
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `generated`, `optimization` and `run` in its
+            config.
+        pipeline: What draws the latents; see [`load_generator`].
+        images ([`~dae_diffusers.data.ImageDataset`]): The training images.
+    """
+
+    def __init__(self, run: TrainingRun, pipeline: DAEDiTPipeline | DAEVQGANPipeline, images: ImageDataset):
+        self.run, self.settings, self.accelerator = run, run.config.generated, run.accelerator
+        self.pipeline, self.images = pipeline, images
+        self.labels = pool_labels(pipeline, images, self.settings.pool_size, run.config.run.seed)
+        self.features = self.moments = self.adversary = None
+        self.before: dict[str, float] = {}
+        self.now: dict[str, float] = {}
+        self.batch_size = self.settings.generated_batch_size or 2 * run.config.optimization.train_batch_size
+        if self.settings.generated_loss == "adversarial":
+            self.batch_size = run.config.optimization.train_batch_size  # as many as images
+        if run.config.stages.feature_model is not None:
+            self.features = LayerMoments.load(run.config.stages.feature_model, run.accelerator.device)
+
+    def inputs(self) -> dict[str, str]:
+        r"""What a resumed run must find unchanged, by name: fingerprints."""
+        pipeline = self.pipeline
+        generator = pipeline.prior if isinstance(pipeline, DAEVQGANPipeline) else pipeline.transformer
+        return {
+            "the generator of `--pipeline`": model_fingerprint(generator),
+            "the encoder of `--pipeline`": autoencoder_fingerprint(pipeline.vae),
+            **({} if self.features is None else {"`--feature_model`": self.features.fingerprint}),
+        }
+
+    def plan(self) -> dict[str, Any]:
+        r"""The settings that a resumed run must have again."""
+        names = ("generated_loss", "pool_size", "pool_guidance_scale", "pool_inference_steps")
+        return {name: getattr(self.settings, name) for name in names}
+
+    def begin(self, start: Start, validate: Callable[[], dict[str, float]]) -> None:
+        r"""
+        Draws the pool and measures where the decoder stands. All processes call it.
+
+        Args:
+            start ([`~dae_diffusers.run.Start`]): Where the run begins.
+            validate (`Callable`): Measures the autoencoder as it is.
+        """
+        run, settings, device = self.run, self.settings, self.accelerator.device
+        run.begin(start.step)
+        self.pool = draw_latents(
+            self.pipeline.to(device),
+            self.labels,
+            settings.pool_size,
+            run.folder / "pool",
+            run.accelerator,
+            guidance_scale=settings.pool_guidance_scale,
+            num_inference_steps=settings.pool_inference_steps,
+            seed=run.config.run.seed,
+            batch_size=run.config.optimization.train_batch_size,
+        )
+        self.vae = self.pipeline.vae.eval()
+        drawn_features = None
+        if self.features is not None:
+            chosen = self.images.choose(MAX_REFERENCE_IMAGES)
+            with torch.no_grad():
+                self.reference = reference_statistics(self.features, chosen, cache_dir=run.folder / "reference")
+            self._check_counts(len(chosen))
+            if start.checkpoint is None:
+                drawn_features = self.features_of_pool(self.vae)
+        self.before = start.state.get("before") or {
+            "psnr": validate()["validation/psnr"],
+            **({} if drawn_features is None else {"generated_fd": self._distance(drawn_features)}),
+        }
+        if settings.generated_weight == 0:
+            return
+        if settings.generated_loss == "moments":
+            self.moments = RunningMoments(Whitening.of(self.reference, device), settings.moments_share).to(device)
+            if drawn_features is not None:
+                self.moments.start(drawn_features)
+            run.accelerator.prepare_model(self.moments, evaluation_mode=True)  # so that checkpoints hold them
+        else:
+            self.adversary = make_adversary(run, settings.generated_weight, 3)
+
+    @property
+    def beside(self) -> list[torch.nn.Module]:
+        r"""What has an optimiser of its own."""
+        return [] if self.adversary is None else [self.adversary.discriminator]
+
+    def latents(self, microbatch: int) -> torch.Tensor | None:
+        r"""The drawn latents of a micro-batch, which depend on its number alone; None with a weight of 0."""
+        if self.settings.generated_weight == 0:
+            return None
+        generator = torch.Generator().manual_seed(derived_seed(self.run.config.run.seed, 10, microbatch))
+        numbers = torch.randint(len(self.pool), (self.batch_size,), generator=generator)
+        return self.pool[numbers].to(self.accelerator.device)
+
+    def term(
+        self, decoded: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        r"""
+        The weighted term of the decoder's loss.
+
+        Args:
+            decoded (`torch.Tensor` of shape `(B, C, H, W)`): Images of drawn latents, with their graph.
+            other_loss (`torch.Tensor`): Scalar: the losses of the real images, which it is balanced with at `last_layer`.
+            last_layer (`torch.Tensor`): The decoder's last weight.
+            step (`int`): Optimiser steps that are done.
+
+        Returns:
+            The term, or None, and what to log.
+        """
+        if self.adversary is not None:
+            term, values = self.adversary.generator_term(decoded, other_loss, last_layer, step)
+            return term, {f"generated_{name}": value for name, value in values.items()}
+        with self.accelerator.autocast():
+            features = self.features(decoded)
+        distance = self.moments(features)
+        weight = adaptive_weight(other_loss, distance, last_layer, cap=1e4)
+        values = {"generated_distance": distance, "generated_adaptive_weight": weight}
+        return self.settings.generated_weight * weight * distance, values
+
+    def after_backward(self, pixel_values: torch.Tensor, decoded: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        r"""Trains the discriminator, if there is one, and returns what to log."""
+        if self.adversary is None:
+            return {}
+        values = self.adversary.train_discriminator(pixel_values, decoded[: len(pixel_values)], step)
+        return {f"generated_{name}": value for name, value in values.items()}
+
+    @torch.no_grad()
+    def features_of_pool(self, vae: ModelMixin) -> torch.Tensor:
+        r"""The training features, `(N, D)`, of what an autoencoder makes of all drawn latents. All processes call it."""
+        size = self.run.config.optimization.train_batch_size
+
+        def extract(chunk: range) -> dict[str, torch.Tensor]:
+            parts = self.pool[chunk.start : chunk.stop].split(size)
+            return {"features": torch.cat([self.features(self.decode(vae, part))[: len(part)].cpu() for part in parts])}
+
+        return keep_rows(
+            extract, len(self.pool), self.accelerator, folder=None, of=None, description="Decoding the pool"
+        )["features"]
+
+    def decode(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+        r"""Images `(padded B, C, H, W)` in [-1, 1] of drawn latents `(B, C, h, w)`."""
+        latents = pad_batch(latents.to(self.accelerator.device), 2**16)
+        options = {"force_not_quantize": not vae.config.lookup_from_codebook} if is_vq(vae) else {}
+        return vae.decode(latents, **options).sample.float().clamp(-1, 1)
+
+    def validate(self, model: ModelMixin, values: dict[str, float], step: int) -> dict[str, float]:
+        r"""
+        The distance of drawn images in the training features, and a grid of them: the decoder before above the present one. All
+        processes call it.
+
+        Args:
+            model: The autoencoder with averaged weights.
+            values (`dict[str, float]`): Of the validation.
+            step (`int`): Optimiser steps that are done.
+
+        Raises:
+            UserError: If reconstructions have lost more than `max_psnr_drop`.
+        """
+        psnr, lowest = values["validation/psnr"], self.before["psnr"] - self.settings.max_psnr_drop
+        if psnr < lowest:
+            raise UserError(
+                f"the PSNR of reconstructions fell from {self.before['psnr']:.2f} to {psnr:.2f} dB, by more than `max_psnr_drop` "
+                f"{self.settings.max_psnr_drop}. The pipeline is as it was. Lower `generated_weight` or `learning_rate`, or train "
+                "fewer steps, in another `output_dir` or without this one's train_dae_stage3."
+            )
+        vae = model.to_diffusers()
+        if self.accelerator.is_main_process:
+            chosen = self.pool[: min(10, len(self.pool))]
+            with torch.no_grad():
+                rows = [self.decode(each, chosen)[: len(chosen)] for each in (self.vae, vae)]
+            grid = image_grid(torch.cat(rows), columns=len(chosen), row_names=["before", "now"])
+            self.run.log.write_grid("generated-stage3", grid, step)
+        self.now = {"psnr": psnr}
+        if self.features is None:
+            return {}
+        self.now["generated_fd"] = self._distance(self.features_of_pool(vae))
+        return {"validation/generated_fd": self.now["generated_fd"]}
+
+    def finish(self, model: ModelMixin, step: int, validate: Callable[[], dict[str, float]]) -> None:
+        r"""
+        Puts the decoder into the pipeline's folder. All processes call it.
+
+        Args:
+            model: The autoencoder with averaged weights.
+            step (`int`): Optimiser steps that are done.
+            validate (`Callable`): Measures it, where a run went on from its last checkpoint and has not.
+        """
+        if not self.now:
+            self.validate(model, validate(), step)
+        names = ("generated_loss", "generated_weight", "pool_size", "pool_guidance_scale")
+        described = {name: getattr(self.settings, name) for name in names}
+        described["feature_model"] = self.run.config.stages.feature_model
+        described["feature_weights"] = self.features and weights_fingerprint(self.features.backbone.model)
+        described |= {"before": self.before, "after": self.now}
+        if self.accelerator.is_main_process:
+            folder = save_pipeline(self.run.output_dir, self.pipeline, model, described)
+            logger.info(
+                "saved %s; the autoencoder as it was is in %s. Before and after, on held-out images and in the features that trained "
+                "it: %s; %s. Judge by other features: evaluate.py --pipeline %s",
+                folder, self.run.output_dir / KEPT_VAE, _show(self.before), _show(self.now), folder,
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+
+    def _distance(self, drawn_features: torch.Tensor) -> float:
+        """Fréchet distance in the training features between decoded drawn latents and images."""
+        return frechet_distance(FeatureStatistics.of(drawn_features), self.reference)
+
+    def _check_counts(self, num_images: int) -> None:
+        fewest = min(num_images, self.settings.pool_size)
+        if fewest < 2 * self.features.feature_dim:
+            logger.warning(
+                "the moments of %d features are compared over %d images only: use a smaller `--feature_model`, or more images and a "
+                "larger `--pool_size`",
+                self.features.feature_dim,
+                fewest,
+            )
+
+
+def pool_labels(
+    pipeline: DAEDiTPipeline | DAEVQGANPipeline, images: ImageDataset, pool_size: int, seed: int
+) -> torch.Tensor | None:
+    r"""
+    A class for each drawn latent, as often as among the training images; None for a generator without classes.
+
+    Raises:
+        UserError: If the generator does not know the images' classes.
+    """
+    num_classes = pipeline.null_class
+    if num_classes is None:
+        return None
+    if images.labels is None:
+        raise UserError(
+            f"the generator knows {num_classes} classes, but the images have no labels. Name their column with `label_column`."
+        )
+    labels = torch.as_tensor(images.labels)
+    if labels.max() >= num_classes:
+        raise UserError(
+            f"the generator knows {num_classes} classes, but the images have a label {int(labels.max())}. Give the images that it "
+            "was trained on."
+        )
+    generator = torch.Generator().manual_seed(derived_seed(seed, 11))
+    return labels[torch.randint(len(labels), (pool_size,), generator=generator)]
+
+
+def save_pipeline(
+    folder: Path, pipeline: DAEDiTPipeline | DAEVQGANPipeline, model: ModelMixin, described: dict[str, Any]
+) -> Path:
+    r"""
+    Puts a fitted decoder into `<folder>/pipeline`; the autoencoder as it was stays in `<folder>/vae_before_stage3`.
+
+    A kill at any moment leaves a whole pipeline: with the decoder before, or with the new one.
+
+    Args:
+        folder (`Path`): The output folder.
+        pipeline: With the decoder before, which the call replaces.
+        model: The trained autoencoder.
+        described (`dict`): What [`FIT_FILE`] says.
+
+    Returns:
+        `Path`: The pipeline's folder.
+    """
+    target, kept = folder / "pipeline", folder / KEPT_VAE
+    source = target / "vae"
+    if _encoder_of(kept) != autoencoder_fingerprint(pipeline.vae):
+        temporary = kept.with_name(f"{kept.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        if source.is_dir():
+            shutil.copytree(source, temporary)
+        else:
+            pipeline.vae.save_pretrained(temporary)
+        shutil.rmtree(kept, ignore_errors=True)
+        temporary.rename(kept)
+    pipeline.vae.load_state_dict(model.to_diffusers().state_dict())
+    if not target.exists():
+        temporary = target.with_name("pipeline.tmp")
+        pipeline.save_pretrained(temporary)
+        write_json(temporary / "vae" / FIT_FILE, described)
+        temporary.rename(target)
+        return target
+    temporary = target / "vae.tmp"
+    pipeline.vae.save_pretrained(temporary)
+    write_json(source / FIT_FILE, described)  # first: that a decoder was fitted is never left unsaid
+    for path in sorted(temporary.iterdir()):
+        os.replace(path, source / path.name)
+    temporary.rmdir()
+    return target
+
+
+def read_fit(pipeline: str | Path) -> dict[str, Any]:
+    r"""What [`FIT_FILE`] says of a pipeline's decoder; empty where it was not fitted to its generator, and for one on the Hub."""
+    return read_json_or(Path(pipeline) / "vae" / FIT_FILE, {})
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    r"""Of the weights of a vision model without its head."""
+    return fingerprint(weights_of(model))
+
+
+def _show(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _encoder_of(folder: Path) -> str | None:
+    try:
+        return autoencoder_fingerprint(load_autoencoder(str(folder)))
+    except UserError:
+        return None
+
+
+def _is_same_folder(first: Path, second: str) -> bool:
+    return Path(second).is_dir() and first.resolve() == Path(second).resolve()

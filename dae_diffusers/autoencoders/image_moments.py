@@ -1,0 +1,154 @@
+"""The moments of a network's features over many images, as a loss for a decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dae_diffusers.losses.moments import moment_distance, moment_surrogate
+from dae_diffusers.losses.processes import mean_over_processes
+from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.randomness import derived_seed
+from dae_diffusers.store import fingerprint, weights_of
+from dae_diffusers.vision import FrozenBackbone, load_backbone, short_name
+
+# Longer feature vectors are projected: their covariance would be too large, and need more images than there are.
+MAX_FEATURES = 1024
+# Of the mean eigenvalue: directions in which images hardly differ are not blown up.
+RIDGE = 1e-2
+
+
+class LayerMoments(nn.Module):
+    r"""
+    One feature vector per image: mean and standard deviation over the positions of every layer of a vision model.
+
+    Vectors above [`MAX_FEATURES`] numbers are projected to as many by a fixed random matrix. Without `torch.no_grad` the
+    gradient reaches the images.
+
+    Args:
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The vision model.
+        name (`str`): Short name in snake_case.
+
+    Attributes:
+        feature_dim (`int`): Length of a vector.
+        fingerprint (`str`): Of the model's weights and of how images are prepared.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, name: str = "backbone"):
+        super().__init__()
+        self.backbone, self.name = backbone, name
+        self.register_buffer("projection", None, persistent=False)
+        size = tuple(backbone.size)
+        parts = [size, backbone.mean.tolist(), backbone.std.tolist(), MAX_FEATURES]
+        self.fingerprint = fingerprint([str(parts), *weights_of(backbone.model)])
+        with torch.no_grad():
+            num_features = self(torch.zeros(1, 3, *size, device=backbone.mean.device)).shape[1]
+        if num_features > MAX_FEATURES:
+            generator = torch.Generator().manual_seed(derived_seed(0, num_features))
+            projection = torch.randn(num_features, MAX_FEATURES, generator=generator) / num_features**0.5
+            self.projection = projection.to(backbone.mean.device)
+        self.feature_dim = min(num_features, MAX_FEATURES)
+
+    @classmethod
+    def load(cls, name_or_path: str, device: torch.device | str = "cpu") -> "LayerMoments":
+        r"""From a vision model of the Hub or a local folder; errors as in [`~dae_diffusers.vision.load_backbone`]."""
+        return cls(load_backbone(name_or_path).to(device), short_name(name_or_path))
+
+    def train(self, mode: bool = True) -> "LayerMoments":
+        r"""Does nothing: the model stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): Around [-1, 1]; `C` 1 or 3.
+
+        Returns:
+            `torch.Tensor` of shape `(B, feature_dim)`: float32.
+        """
+        parts = []
+        for hidden in self.backbone(images.to(self.backbone.mean.device)):
+            hidden = hidden.flatten(2).float()
+            variance = hidden.var(dim=2, correction=0)
+            parts += [hidden.mean(dim=2), (variance + 1e-6).sqrt()]
+        features = torch.cat(parts, dim=1)
+        return features if self.projection is None else features @ self.projection
+
+
+@dataclass(frozen=True)
+class Whitening:
+    r"""
+    An affine map after which the features of some images have mean 0, no correlations, and variances near 1.
+
+    Attributes:
+        mean (`torch.Tensor` of shape `(D,)`): Of the features.
+        matrix (`torch.Tensor` of shape `(D, D)`): Takes `features - mean` to whitened features, `(features - mean) @ matrix`.
+        variances (`torch.Tensor` of shape `(D,)`): Of the whitened features: 1, less where the images hardly differ.
+    """
+
+    mean: torch.Tensor
+    matrix: torch.Tensor
+    variances: torch.Tensor
+
+    @classmethod
+    def of(cls, statistics: FeatureStatistics, device: torch.device | str = "cpu") -> "Whitening":
+        r"""From the statistics of features; computed on the CPU in float64."""
+        covariance = statistics.covariance
+        scales = covariance.diagonal().clamp(min=1e-12).sqrt()
+        eigenvalues, vectors = torch.linalg.eigh(covariance / scales.outer(scales))
+        eigenvalues = eigenvalues.clamp(min=0)
+        roots = (eigenvalues + RIDGE).sqrt()
+        matrix = vectors / roots / scales[:, None]
+        parts = (statistics.mean, matrix, eigenvalues / (eigenvalues + RIDGE))
+        return cls(*(part.float().to(device) for part in parts))
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        r"""Features `(B, D)` to whitened features `(B, D)`."""
+        return (features - self.mean) @ self.matrix
+
+
+class RunningMoments(nn.Module):
+    r"""
+    Mean and second moment of the whitened features of the images that a decoder makes, over a long row of batches.
+
+    Each batch replaces a share of them. So the distance is that of thousands of images, and only the last batch has a
+    gradient. The moments are buffers: a checkpoint holds them.
+
+    Args:
+        whitening ([`Whitening`]): After which the images to resemble have mean 0 and the variances `whitening.variances`.
+        share (`float`): What a batch replaces, in (0, 1]. Of 128 images with 0.02 the moments are those of about 12,700.
+    """
+
+    def __init__(self, whitening: Whitening, share: float):
+        super().__init__()
+        self.whitening, self.share = whitening, share
+        self.register_buffer("mean", torch.zeros_like(whitening.mean))
+        self.register_buffer("second", torch.zeros_like(whitening.matrix))
+
+    @torch.no_grad()
+    def start(self, features: torch.Tensor) -> None:
+        r"""Takes the moments of raw features, `(N, D)`, instead of those so far."""
+        whitened = self.whitening(features.to(self.mean))
+        self.mean.copy_(whitened.mean(dim=0))
+        self.second.copy_(whitened.T @ whitened / len(whitened))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        r"""
+        Counts a batch, of which every process has an equal part. All processes call it.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, D)`): Raw features of this process's images, with their graph.
+
+        Returns:
+            `torch.Tensor`: Scalar, the [`~dae_diffusers.losses.moments.moment_distance`] of all images so far. Averaged over the
+            processes, its gradient is that of the batch of all of them.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            whitened = self.whitening(features.float())
+            detached = whitened.detach()
+            moments = (detached.mean(dim=0), detached.T @ detached / len(detached))
+            for kept, new in zip((self.mean, self.second), moments, strict=True):
+                kept.lerp_(mean_over_processes(new), self.share)
+            target = self.whitening.variances
+            surrogate = moment_surrogate(whitened, self.mean, self.second, target)
+            return moment_distance(self.mean, self.second, target) + surrogate - surrogate.detach()

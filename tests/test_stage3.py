@@ -1,0 +1,298 @@
+"""Stage 3: a decoder is fitted to the latents that a generator draws, and nothing else changes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, VQModel
+from models import make_prior_pipeline, save_backbone, save_run
+from safetensors.torch import load_file
+from scripts import assert_same_weights, in_both_processes, log_of, run, start, weights
+
+from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers.autoencoders.generated import KEPT_VAE, read_fit
+from dae_diffusers.autoencoders.image_moments import LayerMoments, RunningMoments, Whitening
+from dae_diffusers.errors import UserError
+from dae_diffusers.losses.moments import moment_distance
+from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.training import train_dae
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*larger than the data set"),
+    pytest.mark.filterwarnings("ignore:.*covariance is singular"),
+]
+
+FIT = (
+    "--stage 3 --resolution 16 --train_batch_size 4 --stage3_steps 4 --logging_steps 2 --validation_steps 4 "
+    "--checkpointing_steps 2 --checkpoints_total_limit 9 --pool_size 12 --pool_inference_steps 2 --max_psnr_drop 99 "
+    "--learning_rate 1e-3"
+)
+GENERATORS = {DAEDiTPipeline: "transformer", DAEVQGANPipeline: "prior"}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("backbone"), "resnet")
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory) -> dict[type, Path]:
+    """An output folder with an untrained pipeline of each kind."""
+    folders = {kind: tmp_path_factory.mktemp(kind.__name__) for kind in GENERATORS}
+    save_run(folders[DAEDiTPipeline], {0: "cat", 1: "dog"})
+    make_prior_pipeline(num_classes=2, id2label={0: "cat", 1: "dog"}, grid_size=(8, 8)).save_pretrained(
+        folders[DAEVQGANPipeline] / "pipeline"
+    )
+    return folders
+
+
+@pytest.fixture(scope="module")
+def fitted(generators, image_folder, backbone, tmp_path_factory) -> dict[type, Path]:
+    """The same folders after stage 3."""
+    folders = {}
+    for kind, folder in generators.items():
+        folders[kind] = tmp_path_factory.mktemp("fitted") / kind.__name__
+        shutil.copytree(folder, folders[kind])
+        run(train_dae, FIT, **flags_of(folders[kind], image_folder), feature_model=backbone)
+    return folders
+
+
+def flags_of(folder: Path, image_folder: Path) -> dict[str, Path]:
+    return {"pipeline": folder / "pipeline", "output_dir": folder, "train_data_dir": image_folder}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_only_the_decoder_of_a_plain_autoencoder_changes(fitted, generators, kind):
+    before, after = generators[kind] / "pipeline", fitted[kind] / "pipeline"
+    first, second = weights(before / "vae"), weights(after / "vae")
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    for path in sorted(before.rglob("*")):
+        if path.is_file() and "vae" not in path.parts and path.name != "model_index.json":
+            assert (after / path.relative_to(before)).read_bytes() == path.read_bytes()
+    pipeline = kind.from_pretrained(after)
+    assert type(pipeline.vae) is (VQModel if kind is DAEVQGANPipeline else AutoencoderKL)
+    assert not any(name.startswith("auxiliary") for name in pipeline.vae.config)
+    assert_same_weights(first, weights(fitted[kind] / KEPT_VAE))
+    fit = read_fit(after)
+    assert (
+        fit["generated_loss"] == "moments" and {"psnr", "generated_fd"} == fit["before"].keys() == fit["after"].keys()
+    )
+
+
+def test_log_and_pictures_tell_how_it_went(fitted):
+    folder = fitted[DAEDiTPipeline]
+    rows = log_of(folder, "train_dae_stage3")
+    assert all(row["train/generated_distance"] > 0 for row in rows if "train/reconstruction_loss" in row)
+    assert rows[-1]["validation/generated_fd"] == read_fit(folder / "pipeline")["after"]["generated_fd"]
+    assert (folder / "train_dae_stage3" / "grids" / "generated-stage3-00000004.png").exists()
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_resumed_fit_equals_an_uninterrupted_one(fitted, generators, kind, image_folder, backbone, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(fitted[kind], folder)
+    shutil.rmtree(folder / "pipeline")  # of a run that was killed before its end
+    shutil.rmtree(folder / KEPT_VAE)
+    shutil.copytree(generators[kind] / "pipeline", folder / "pipeline")
+    checkpoint = folder / "train_dae_stage3" / "checkpoints" / "checkpoint-00000002"
+    run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint=checkpoint)
+    assert_same_weights(weights(fitted[kind] / "pipeline" / "vae"), weights(folder / "pipeline" / "vae"))
+    assert log_of(folder, "train_dae_stage3") == log_of(fitted[kind], "train_dae_stage3")
+
+
+def test_finished_fit_given_again_changes_nothing(fitted, image_folder, backbone):
+    folder = fitted[DAEDiTPipeline]
+    before = {path: path.read_bytes() for path in (folder / "pipeline").rglob("*") if path.is_file()}
+    before |= {path: path.read_bytes() for path in (folder / KEPT_VAE).iterdir()}
+    run(
+        train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint="latest"
+    )  # fmt: skip
+    assert {path for path, content in before.items() if path.read_bytes() != content} <= {
+        folder / "pipeline" / "vae" / "stage3.json"  # what it says of the end is measured again
+    }
+    assert read_fit(folder / "pipeline")["before"]["psnr"] != read_fit(folder / "pipeline")["after"]["psnr"]
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_without_weight_it_is_stage_two_that_goes_on(generators, kind, image_folder, backbone, tmp_path):
+    folder = tmp_path / "fit"
+    shutil.copytree(generators[kind], folder)
+    run(train_dae, FIT + " --generated_weight 0", **flags_of(folder, image_folder), feature_model=backbone)
+    stage2 = FIT.replace("--stage 3", "--stage 2").replace("stage3_steps", "stage2_steps")
+    run(
+        train_dae,
+        stage2 + f" --autoencoder {'vq' if kind is DAEVQGANPipeline else 'kl'}",
+        pretrained_model_name_or_path=generators[kind] / "pipeline" / "vae",
+        train_data_dir=image_folder,
+        output_dir=tmp_path / "stage2",
+    )
+    assert_same_weights(weights(tmp_path / "stage2" / "vae"), weights(folder / "pipeline" / "vae"))
+
+
+def test_adversarial_form_trains_a_discriminator_on_drawn_images(generators, image_folder, tmp_path):
+    folder = tmp_path / "fit"
+    shutil.copytree(generators[DAEDiTPipeline], folder)
+    more = " --generated_loss adversarial --discriminator_channels 8 --discriminator_layers 2"
+    run(train_dae, FIT + more, **flags_of(folder, image_folder))
+    row = next(row for row in log_of(folder, "train_dae_stage3") if "train/generated_discriminator_accuracy" in row)
+    assert 0 <= row["train/generated_discriminator_accuracy"] <= 1 and row["train/generated_adaptive_weight"] > 0
+    assert read_fit(folder / "pipeline")["feature_model"] is None
+
+
+def test_other_decoder_and_other_folder(generators, image_folder, backbone, tmp_path):
+    """A decoder that was trained on elsewhere starts, and the pipeline it came with stays as it was."""
+    source = generators[DAEDiTPipeline] / "pipeline"
+    vae = AutoencoderKL.from_pretrained(source / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(0.5)
+    vae.save_pretrained(tmp_path / "other")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    flags = {
+        "pipeline": source,
+        "output_dir": tmp_path / "new",
+        "train_data_dir": image_folder,
+        "feature_model": backbone,
+    }
+    run(train_dae, FIT, **flags, pretrained_model_name_or_path=tmp_path / "other")
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+    assert_same_weights(weights(tmp_path / "other"), weights(tmp_path / "new" / KEPT_VAE))
+    DAEDiTPipeline.from_pretrained(tmp_path / "new" / "pipeline")
+
+
+def test_reconstructions_that_fall_too_far_leave_the_pipeline_alone(generators, image_folder, backbone, tmp_path):
+    folder = tmp_path / "fit"
+    shutil.copytree(generators[DAEDiTPipeline], folder)
+    before = weights(folder / "pipeline" / "vae")
+    more = " --max_psnr_drop 0 --learning_rate 0.3 --l1_weight 1e-6 --mse_weight 0 --validation_steps 2"
+    with pytest.raises(UserError, match="PSNR of reconstructions fell from .* The pipeline is as it was"):
+        run(train_dae, FIT + more, **flags_of(folder, image_folder), feature_model=backbone)
+    assert_same_weights(before, weights(folder / "pipeline" / "vae"))
+    assert not (folder / KEPT_VAE).exists() and read_fit(folder / "pipeline") == {}
+
+
+def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, fitted, image_folder, backbone, tmp_path, capsys):
+    source = generators[DAEDiTPipeline] / "pipeline"
+    flags = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
+    for more, message in {
+        "": "`--stage 3` and `--pipeline`",
+        f"--pipeline {source}": "in the features of `--feature_model`",
+        f"--pipeline {source} --feature_model {backbone} --streaming": "does not go with `--streaming`",
+        f"--pipeline {source} --feature_model {backbone} --stage1_dir x": "`--stage1_dir` is for `--stage 2`",
+    }.items():
+        with pytest.raises(SystemExit):
+            run(train_dae, f"{FIT} {more}", **flags)
+        assert message in capsys.readouterr().err
+    vae = AutoencoderKL.from_pretrained(source / "vae")
+    with torch.no_grad():
+        vae.encoder.conv_out.bias.add_(0.5)
+    vae.save_pretrained(tmp_path / "other")
+    for more, message in {
+        f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'other'}": "has another encoder",
+        f"--pipeline {source} --output_dir {fitted[DAEDiTPipeline]}": "holds a pipeline already",
+        f"--pipeline {source} --label_column none": "knows 2 classes, but the images have no labels",
+        f"--pipeline {source} --resolution 15": "is not divisible by",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run(train_dae, f"{FIT} --feature_model {backbone} {more}", **{**flags, **parsed(more)})
+        assert not (tmp_path / "run" / "train_dae_stage3" / "log.jsonl").exists()
+
+
+def parsed(words: str) -> dict[str, str]:
+    names = words.split()
+    return {"output_dir": names[names.index("--output_dir") + 1]} if "--output_dir" in names else {}
+
+
+def features_of(seed: int, count: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + seed
+
+
+def test_whitened_features_have_no_mean_and_no_correlation():
+    features = features_of(3, 512)
+    whitening = Whitening.of(FeatureStatistics.of(features))
+    whitened = FeatureStatistics.of(whitening(features))
+    torch.testing.assert_close(whitened.mean, torch.zeros(5).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whitened.covariance, whitening.variances.double().diag(), atol=1e-4, rtol=0)
+    assert (whitening.variances > 0.9).sum() >= 3 and (whitening.variances <= 1).all()
+
+
+def test_gradient_of_a_batch_that_is_everything_is_that_of_the_distance():
+    whitening = Whitening.of(FeatureStatistics.of(features_of(0, 512)))
+    features = features_of(1).requires_grad_()
+    moments = RunningMoments(whitening, share=1.0)
+    (gradient,) = torch.autograd.grad(moments(features), features)
+    whitened = whitening(features)
+    second = whitened.T @ whitened / len(whitened)
+    distance = moment_distance(whitened.mean(dim=0), second, whitening.variances)
+    torch.testing.assert_close(gradient, torch.autograd.grad(distance, features)[0])
+    assert distance.item() == pytest.approx(moments(features).item())
+
+
+def test_moments_forget_slowly_and_start_anywhere():
+    whitening = Whitening.of(FeatureStatistics.of(features_of(0, 512)))
+    moments = RunningMoments(whitening, share=0.25)
+    moments.start(features_of(0, 512))
+    assert moment_distance(moments.mean, moments.second, whitening.variances) < 1e-5
+    moments(features_of(1))
+    torch.testing.assert_close(moments.mean, 0.25 * whitening(features_of(1)).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_moments_over_two_processes_are_those_of_one(tmp_path):
+    whitening = Whitening.of(FeatureStatistics.of(features_of(0, 512)))
+
+    def count(features: torch.Tensor, path: Path) -> None:
+        features.requires_grad_()
+        moments = RunningMoments(whitening, share=0.5)
+        loss = moments(features)
+        loss.backward()
+        torch.save((moments.mean, moments.second, loss.detach(), features.grad), path)
+
+    def of_rank() -> None:
+        from accelerate import Accelerator
+
+        rank = Accelerator().process_index
+        count(features_of(1)[32 * rank : 32 * (rank + 1)].clone(), tmp_path / f"{rank}.pt")
+
+    count(features_of(1), tmp_path / "one.pt")
+    code, text = in_both_processes(of_rank)
+    assert code == 0, text
+    one, *parts = (torch.load(tmp_path / f"{name}.pt") for name in ("one", 0, 1))
+    for part in parts:
+        for first, second in zip(one[:3], part[:3], strict=True):
+            torch.testing.assert_close(first, second)
+    torch.testing.assert_close(one[3], torch.cat([part[3] for part in parts]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_features_of_any_vision_model_reach_the_images(kind, tmp_path):
+    features = LayerMoments.load(save_backbone(tmp_path / kind, kind))
+    images = (torch.rand(3, 1, 16, 16) * 2 - 1).requires_grad_()
+    vectors = features(images)
+    assert vectors.shape == (3, features.feature_dim)
+    vectors.sum().backward()
+    assert images.grad.abs().sum() > 0
+    torch.testing.assert_close(features(images)[:1], features(images[:1]))
+
+
+def test_long_features_are_projected_always_the_same(tmp_path, monkeypatch):
+    folder = save_backbone(tmp_path / "resnet", "resnet")
+    whole = LayerMoments.load(folder)
+    monkeypatch.setattr("dae_diffusers.autoencoders.image_moments.MAX_FEATURES", 8)
+    first, second = LayerMoments.load(folder), LayerMoments.load(folder)
+    images = torch.rand(3, 3, 16, 16)
+    assert whole.feature_dim > first.feature_dim == 8 and first.fingerprint != whole.fingerprint
+    assert torch.equal(first(images), second(images))
+
+
+def test_two_processes_fit_together(generators, image_folder, backbone, tmp_path):
+    folder = tmp_path / "fit"
+    shutil.copytree(generators[DAEDiTPipeline], folder)
+    code, text = in_both_processes(
+        lambda: start(FIT, **flags_of(folder, image_folder), feature_model=backbone)
+    )  # fmt: skip
+    assert code == 0, text
+    moments = load_file(folder / "train_dae_stage3" / "checkpoints" / "checkpoint-00000004" / "model.safetensors")
+    assert moments["second"].abs().sum() > 0
+    assert read_fit(folder / "pipeline")["after"]["psnr"] > 0
