@@ -172,7 +172,7 @@ def test_reconstructions_that_fall_too_far_leave_the_pipeline_alone(generators, 
     assert not (folder / KEPT_VAE).exists() and read_fit(folder / "pipeline") == {}
 
 
-def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, fitted, image_folder, backbone, tmp_path, capsys):
+def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folder, backbone, tmp_path, capsys):
     source = generators[DAEDiTPipeline] / "pipeline"
     flags = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
     for more, message in {
@@ -190,7 +190,7 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, fitted, ima
     vae.save_pretrained(tmp_path / "other")
     for more, message in {
         f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'other'}": "has another encoder",
-        f"--pipeline {source} --output_dir {fitted[DAEDiTPipeline]}": "holds a pipeline already",
+        f"--pipeline {source} --output_dir {generators[DAEVQGANPipeline]}": "holds a pipeline already",
         f"--pipeline {source} --label_column none": "knows 2 classes, but the images have no labels",
         f"--pipeline {source} --resolution 15": "is not divisible by",
     }.items():
