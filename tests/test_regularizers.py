@@ -37,9 +37,11 @@ def test_interpolation_with_noise_has_the_moments_of_its_formula():
 
 
 def test_added_noise_has_a_level_for_each_sample():
-    noised = add_noise(torch.zeros(4000, 1, 8, 8), 0.5)
-    assert_close(noised.square().mean(), torch.tensor(0.25), atol=0.03, rtol=0)
-    levels = noised.flatten(1).std(dim=1)
+    """In units of each channel's standard deviation."""
+    latents = torch.randn(4000, 2, 8, 8) * torch.tensor([1.0, 10.0]).view(1, 2, 1, 1) + 3
+    noise = (add_noise(latents, 0.5) - latents) / torch.tensor([1.0, 10.0]).view(1, 2, 1, 1)
+    assert_close(noise.square().mean(dim=(0, 2, 3)), torch.tensor([0.25, 0.25]), atol=0.03, rtol=0)
+    levels = noise.flatten(1).std(dim=1)
     assert levels.min() < 0.05 and levels.max() > 1.0
 
 
@@ -76,4 +78,5 @@ def test_each_perturbation_belongs_to_its_stage():
     latents = first.of_latents(torch.rand(2, 4, 8, 8))
     assert [2 * side for side in latents.shape[2:]] == list(first.targets.shape[2:])
     assert second.inputs is images and second.targets is images
-    assert second.of_latents(torch.zeros(2, 4, 8, 8)).abs().sum() > 0
+    latents = torch.rand(2, 4, 8, 8)
+    assert (second.of_latents(latents) != latents).all()

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from scripts import assert_same_weights, in_both_processes, log_of, run, start, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
-from dae_diffusers.autoencoders.generated import KEPT_VAE, read_fit
+from dae_diffusers.autoencoders.generated import KEPT_VAE, check_judge, read_fit
 from dae_diffusers.autoencoders.image_moments import LayerMoments, RunningMoments, Whitening
 from dae_diffusers.errors import UserError
+from dae_diffusers.hub.card import repository_files
+from dae_diffusers.hub.results import read_result
 from dae_diffusers.losses.moments import moment_distance
+from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import train_dae
 
@@ -87,6 +90,26 @@ def test_log_and_pictures_tell_how_it_went(fitted):
     assert all(row["train/generated_distance"] > 0 for row in rows if "train/reconstruction_loss" in row)
     assert rows[-1]["validation/generated_fd"] == read_fit(folder / "pipeline")["after"]["generated_fd"]
     assert (folder / "train_dae_stage3" / "grids" / "generated-stage3-00000004.png").exists()
+
+
+def test_features_that_trained_a_decoder_do_not_judge_it(fitted, generators, backbone, tmp_path):
+    for kind in GENERATORS:
+        check_judge(generators[kind] / "pipeline", load_feature_extractor(backbone))
+        for path in (fitted[kind] / "pipeline", fitted[kind] / "pipeline" / "vae"):
+            with pytest.raises(UserError, match=r"\(stage 3\), which cannot judge it"):
+                check_judge(path, load_feature_extractor(backbone))
+            check_judge(path, load_feature_extractor(save_backbone(tmp_path / "other", "vit")))
+
+
+def test_card_says_what_stage_three_did(fitted):
+    result = read_result(fitted[DAEDiTPipeline])
+    files = repository_files(result, "user/name")
+    assert {"vae/stage3.json", "training/train_dae_stage3.yaml", "images/stage3.png"} <= files.keys()
+    assert not any(KEPT_VAE in name for name in files)
+    card = files["README.md"].decode()
+    assert (
+        "fitted to 12 latents that the generator drew with guidance 1.5" in card and "cannot judge this model" in card
+    )
 
 
 @pytest.mark.parametrize("kind", GENERATORS)

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
+from dae_diffusers.autoencoders.generated import check_judge
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, load_images
@@ -82,6 +83,8 @@ def main(config: EvaluateConfig) -> None:
         else load_feature_extractor(config.evaluation.features, accelerator.device)
     )
     vae_path = config.evaluation.vae
+    for name in filter(None, (config.evaluation.pipeline, vae_path) if extractor is not None else ()):
+        check_judge(name, extractor)
     value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
     with accelerator.main_process_first():
         train, validation = load_images(config.data, config.evaluation.seed, value_range=value_range)

@@ -15,10 +15,12 @@ from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.image_moments import LayerMoments, RunningMoments, Whitening
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.data.arrays import find_file
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.metrics.sampling import load_pipeline, scheduler_options
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size, reference_statistics
@@ -437,9 +439,33 @@ def save_pipeline(
     return target
 
 
-def read_fit(pipeline: str | Path) -> dict[str, Any]:
-    r"""What [`FIT_FILE`] says of a pipeline's decoder; empty where it was not fitted to its generator, and for one on the Hub."""
-    return read_json_or(Path(pipeline) / "vae" / FIT_FILE, {})
+def read_fit(name_or_path: str | Path) -> dict[str, Any]:
+    r"""
+    What [`FIT_FILE`] says of a pipeline's or an autoencoder's decoder, in a folder or on the Hub; empty where it was not fitted to a
+    generator.
+    """
+    for name in (f"vae/{FIT_FILE}", FIT_FILE):
+        path = find_file(str(name_or_path), name)
+        if path is not None:
+            return read_json_or(path, {})
+    return {}
+
+
+def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
+    r"""
+    Raises `UserError` if a decoder was fitted in the features that are to judge it.
+
+    Args:
+        name_or_path (`str`): A pipeline or an autoencoder, in a folder or on the Hub.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): The judge.
+    """
+    fit = read_fit(name_or_path)
+    model = getattr(extractor.model, "base_model", None)
+    if fit.get("feature_weights") and model is not None and fit["feature_weights"] == weights_fingerprint(model):
+        raise UserError(
+            f"the decoder of {name_or_path} was fitted in the features of {extractor.name} (stage 3), which cannot judge it. Choose other "
+            "`features`, best of another kind."
+        )
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

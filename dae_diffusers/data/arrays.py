@@ -194,7 +194,7 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     if name_or_path is None:
         return None
     for name in (_RANGE_FILE, f"vae/{_RANGE_FILE}", f"stage1/{_RANGE_FILE}", "model_index.json"):
-        path = _find_file(name_or_path, name)
+        path = find_file(name_or_path, name)
         if path is None:
             continue
         try:
@@ -236,7 +236,8 @@ def _is_cut(image: Image.Image, content: bytes) -> bool:
     return bits > 8 or re.search(";16[BLN]", str(arguments)) is not None  # "RGB;16B"; "BGR;16" is 5 + 6 + 5
 
 
-def _find_file(name_or_path: str, name: str) -> Path | None:
+def find_file(name_or_path: str, name: str) -> Path | None:
+    r"""A file of a local folder or of a repository on the Hub; None if it is not there or cannot be fetched."""
     path = Path(name_or_path) / name
     if Path(name_or_path).is_dir():
         return path if path.is_file() else None

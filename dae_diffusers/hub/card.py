@@ -194,6 +194,7 @@ def make_card(
         auxiliary_decoder=auxiliary_decoder,
         is_decoupled=is_decoupled,
         fine_tuned_from=origin.get("fine_tuned_from"),
+        fit=result.decoder_fit,
         data=data,
         classes=_class_names(result),
         scripts=[_script_description(name, script, result) for name, script in result.scripts.items()],
@@ -360,6 +361,7 @@ def _command(script: Script, result: Result) -> str | None:
     given = {
         "--vae": f"{folder}/vae" if "train_dae" in result.scripts else "path/to/vae",
         "--train_data_dir": "path/to/images",
+        "--pipeline": f"{folder}/pipeline",
     }
     for position, word in enumerate(words[1:], start=1):
         name, before = given.get(words[position - 1]), words[position - 1]
@@ -372,6 +374,8 @@ def _steps(script: Script) -> int | None:
     config = script.config
     if config.get("max_train_steps"):
         return config["max_train_steps"]
+    if config.get("stage") == "3":
+        return config.get("stage3_steps")
     stages = [config.get(name) for name in ("stage1_steps", "stage2_steps")]
     return sum(stages) if all(isinstance(each, int) for each in stages) else None
 

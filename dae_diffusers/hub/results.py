@@ -15,7 +15,7 @@ from dae_diffusers.store import read_json, read_rows
 PIPELINE_INDEX = "model_index.json"
 
 # Each keeps its own files in the run's folder under its name; in the order in which they run.
-_SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior")
+_SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior", "train_dae_stage3")
 
 # Flags of the machine and of publishing, which say nothing about the model.
 _NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
@@ -64,6 +64,12 @@ class Result:
     scripts: dict[str, Script] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, tuple[Path, str]] = field(default_factory=dict)
+
+    @property
+    def decoder_fit(self) -> dict[str, Any]:
+        r"""What stage 3 says of the pipeline's decoder; empty where it was not fitted to its generator."""
+        path = None if self.pipeline is None else self.pipeline / "vae" / "stage3.json"
+        return _without_paths(read_json(path)) if path is not None and path.exists() else {}
 
     @property
     def data_script(self) -> Script | None:
@@ -207,6 +213,11 @@ def _describe(result: Result, *, is_run: bool) -> Result:
             other = Path(used) if (Path(used) / "train_dae").is_dir() else Path(used).resolve().parent
             if other.resolve() != result.folder.resolve() and _is_script(other / "train_dae"):
                 folders.insert(0, other / "train_dae")
+    for path in list(folders):  # stage 3 may have begun with the pipeline of another run
+        used = _read_yaml(path / "config.yaml").get("pipeline")
+        other = Path(used).resolve().parent if used and Path(used).is_dir() else result.folder
+        if other.resolve() != result.folder.resolve():
+            folders[:0] = [other / name for name in _SCRIPTS[:-1] if _is_script(other / name)]
     for path in folders:
         if result.pipeline is None and path.name != "train_dae":
             continue
@@ -270,6 +281,9 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         folder = result.scripts["train_dae"].folder
         newest = latest_grid(folder, "reconstruction-stage2-*.png") or latest_grid(folder, "reconstruction-*.png")
         add("reconstructions.png", newest, "Held-out images of the data set above their reconstructions")
+    if result.pipeline is not None and "train_dae_stage3" in result.scripts:
+        newest = latest_grid(result.scripts["train_dae_stage3"].folder, "generated-stage3-*.png")
+        add("stage3.png", newest, "Drawn latents, decoded before stage 3 and after it")
     if result.pipeline is not None:
         evaluation = result.folder / "evaluation"
         add("sweep.png", evaluation / "sweep.png", "Distance to the training images over guidance and steps")

@@ -57,12 +57,12 @@ def interpolate_with_noise(latents: torch.Tensor, noise_scale: float) -> torch.T
 
 def add_noise(latents: torch.Tensor, tau: float) -> torch.Tensor:
     r"""
-    `latents + sigma * noise` with `sigma = |normal(0, tau)|` for each sample: the real decoder learns to bear the errors of a
-    diffusion model.
+    `latents + sigma * std * noise` with `sigma = |normal(0, tau)|` for each sample and `std` the latents' standard deviation in each
+    channel: the real decoder learns to bear the errors of a diffusion model.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
-        tau (`float`): In the latents' unit.
+        tau (`float`): In units of the batch's standard deviation, so that it means the same for every encoder.
 
     Returns:
         `torch.Tensor` of the same shape.
@@ -70,7 +70,8 @@ def add_noise(latents: torch.Tensor, tau: float) -> torch.Tensor:
     Source: RAE, Zheng et al., 2025, https://huggingface.co/papers/2510.11690.
     """
     sigma = tau * torch.randn(len(latents), 1, 1, 1, device=latents.device, dtype=latents.dtype).abs()
-    return latents + sigma * torch.randn_like(latents)
+    std = latents.std(dim=(0, 2, 3), keepdim=True, correction=0)
+    return latents + sigma * std * torch.randn_like(latents)
 
 
 @dataclass(frozen=True)
