@@ -222,6 +222,8 @@ class DecoderFit:
             "psnr": validate()["validation/psnr"],
             **({} if drawn_features is None else {"generated_fd": self._distance(drawn_features)}),
         }
+        if start.checkpoint is None:
+            run.log.write({f"validation/{name}": value for name, value in self.before.items()}, start.step)
         if settings.generated_weight == 0:
             return
         if settings.generated_loss == "moments":
