@@ -182,7 +182,7 @@ def main(arguments: argparse.Namespace) -> None:
                 train_other_decoder(experiment, budget, condition, seed, generators, output_dir)
             else:
                 run(experiment, budget, condition, seed, generators, output_dir)
-            if arguments.decoder_steps is not None:
+            if arguments.decoder_steps is not None and "fit_of" not in options:
                 train_decoder_on(experiment, budget, condition, seed, generators, output_dir, arguments.decoder_steps)
             judge_samples(experiment, budget, condition, seed, generators, output_dir)
     rows = [row for row in read_rows(output_dir) if row["condition"] in experiment["conditions"]]
@@ -398,7 +398,7 @@ def fit_decoders(
         flags |= {"stage": "3", "pipeline": origin / name / "pipeline", "pretrained_model_name_or_path": before / "vae"}
         accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, target, seed, "pipeline/vae")
         first = read_json(before / "autoencoder.json")
-        more = {**read_json(target / "cost.json"), "flops": math.nan}
+        more = {**read_json(target / "cost.json"), "flops": math.nan}  # not counted: it depends on the feature model
         row = {"condition": condition, "steps": folder.parent.name, "seed": seed}
         row["autoencoder_cost"] = {name: first["autoencoder_cost"][name] + more[name] for name in more}
         row |= measure_autoencoder(vae, images, seen, extractor, accelerator, target)
@@ -637,7 +637,7 @@ def run_of(row: dict[str, Any]) -> Run:
         "eff. rank": latents["effective_rank"],
         "probe": latents.get("probe_accuracy", math.nan),
         "AE CPU s": row["autoencoder_cost"]["cpu_seconds"],
-        "AE TFLOP": row["autoencoder_cost"]["flops"] / 1e12,
+        "AE TFLOP": math.nan if row["autoencoder_cost"]["flops"] is None else row["autoencoder_cost"]["flops"] / 1e12,
         "DiT CPU s": row["generator_cost"]["cpu_seconds"],
     }
 

@@ -24,6 +24,8 @@ EXPERIMENT = {
     "data": {"dataset_name": "digits", "resolution": 16},
     "num_images": 12,
     "num_inference_steps": 1,
+    "guidance_scales": [1.0, 1.5],
+    "judges": ["pixels", "spectrum"],
     "seeds": [0],
     "autoencoder": {
         "block_out_channels": [8, 8],
@@ -65,6 +67,16 @@ EXPERIMENT = {
             "decoder_of": "warm",
             "stage2_steps": 3,
             "mse_weight": 0.0,
+            "budgets": ["time"],
+            "generators": ["narrow"],
+        },
+        "fitted": {
+            "fit_of": "more",
+            "stage3_steps": 1,
+            "generated_loss": "adversarial",
+            "discriminator_layers": 2,
+            "pool_size": 4,
+            "max_psnr_drop": 99,
             "budgets": ["time"],
             "generators": ["narrow"],
         },
@@ -114,7 +126,11 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     monkeypatch.setattr(sys, "argv", command)
     benchmark.main(benchmark.parse_arguments())
 
-    folders = [str(Path(folder).relative_to(tmp_path / "claim")) for name, folder in launched if name == "train_dae"]
+    folders = [
+        str(Path(folder).relative_to(tmp_path / "claim")).removesuffix("/narrow")
+        for name, folder in launched
+        if name == "train_dae"
+    ]
     assert sorted(folders) == sorted(
         f"{condition}/{steps}/seed-0"
         for condition, all_steps in {
@@ -123,6 +139,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
             "linear": ["2+2", "2+2+1"],
             "warm": ["2+2", "2+2+1"],
             "more": ["2+2+3", "2+2+3+1"],
+            "fitted": ["2+2+3+1"],
         }.items()
         for steps in all_steps
     )
@@ -134,13 +151,14 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         *(("same", steps, "narrow") for steps in ("2+2", "2+2+1", "1+2", "1+2+1")),
         *((condition, steps, "narrow") for condition in ("linear", "warm") for steps in ("2+2", "2+2+1")),
         *(("more", steps, "narrow") for steps in ("2+2+3", "2+2+3+1")),
+        ("fitted", "2+2+3+1", "narrow"),
     }
     # The same latents and transformer, other decoders.
-    first, longer, warm, more = (
+    first, longer, warm, more, fitted = (
         next(row for row in rows if (row["condition"], row["steps"], row["generator"]) == (*which, "narrow"))
-        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"), ("more", "2+2+3"))
+        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"), ("more", "2+2+3"), ("fitted", "2+2+3+1"))
     )
-    for other in (longer, warm, more):
+    for other in (longer, warm, more, fitted):
         assert first["latent_space"]["std"] == other["latent_space"]["std"]
         assert first["validation_loss"] == other["validation_loss"]
         assert first["reconstruction"] != other["reconstruction"] and first["generation"] != other["generation"]
@@ -148,6 +166,13 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     flags = yaml.safe_load((tmp_path / "claim" / "more" / "2+2+3" / "seed-0" / "train_dae" / "config.yaml").read_text())
     assert flags["pretrained_model_name_or_path"].endswith("warm/2+2/seed-0/vae") and flags["mse_weight"] == 0
     assert warm["autoencoder_cost"] == first["autoencoder_cost"]
+    assert fitted["autoencoder_cost"]["cpu_seconds"] == more["autoencoder_cost"]["cpu_seconds"] + 1
+    judged = fitted["judged"]
+    assert judged.keys() == {"1.0", "1.5"} and {"pixels", "spectrum"} < judged["1.0"].keys()
+    assert judged["1.0"] != more["judged"]["1.0"]
+    # The first judge is the features of the table's gFD; the same noise gives the same samples.
+    gfd = next(value for name, value in more["generation"].items() if name.startswith("gfd"))
+    assert next(iter(more["judged"]["1.0"].values())) == pytest.approx(gfd, rel=0.02)
     text = (tmp_path / "claim" / "results.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert [title.partition(" (")[0] for title in titles] == [
