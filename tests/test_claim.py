@@ -70,7 +70,7 @@ EXPERIMENT = {
             "budgets": ["time"],
             "generators": ["narrow"],
         },
-        "fitted": {
+        "stage3": {
             "fit_of": "more",
             "stage3_steps": 1,
             "generated_loss": "adversarial",
@@ -139,7 +139,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
             "linear": ["2+2", "2+2+1"],
             "warm": ["2+2", "2+2+1"],
             "more": ["2+2+3", "2+2+3+1"],
-            "fitted": ["2+2+3+1"],
+            "stage3": ["2+2+3+1"],
         }.items()
         for steps in all_steps
     )
@@ -151,12 +151,12 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         *(("same", steps, "narrow") for steps in ("2+2", "2+2+1", "1+2", "1+2+1")),
         *((condition, steps, "narrow") for condition in ("linear", "warm") for steps in ("2+2", "2+2+1")),
         *(("more", steps, "narrow") for steps in ("2+2+3", "2+2+3+1")),
-        ("fitted", "2+2+3+1", "narrow"),
+        ("stage3", "2+2+3+1", "narrow"),
     }
     # The same latents and transformer, other decoders.
     first, longer, warm, more, fitted = (
         next(row for row in rows if (row["condition"], row["steps"], row["generator"]) == (*which, "narrow"))
-        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"), ("more", "2+2+3"), ("fitted", "2+2+3+1"))
+        for which in (("same", "2+2"), ("same", "2+2+1"), ("warm", "2+2"), ("more", "2+2+3"), ("stage3", "2+2+3+1"))
     )
     for other in (longer, warm, more, fitted):
         assert first["latent_space"]["std"] == other["latent_space"]["std"]
