@@ -246,7 +246,7 @@ def sample_metrics(
     folder: Path | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
     r"""
-    How samples compare with the training images.
+    Compares samples with the training images.
 
     Args:
         samples (`torch.Tensor` or [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
@@ -261,7 +261,7 @@ def sample_metrics(
 
     Returns:
         `tuple[dict, torch.Tensor]`: The metrics, and for each sample the number of its nearest training image, `(N,)`.
-        `gap` is the Fréchet distance to the training images' *reconstructions*: the generator's own error.
+        `gap` is the Fréchet distance to the *reconstructions* of training images. A decoder that blurs shrinks it too.
         Precision, recall, density and coverage compare the first `min(N, M)` of both.
     """
 
