@@ -17,9 +17,9 @@ _USAGE = """usage: dae-diffusers [flags of accelerate launch] SCRIPT [flags of t
 
 {scripts}
 
-`dae-diffusers SCRIPT --help` explains its flags, `dae-diffusers --version` prints the version. The command stands for
-`accelerate launch -m dae_diffusers.training.SCRIPT`: run `accelerate config` once for several GPUs, or say it here, as in
-`dae-diffusers --num_processes 2 train-dit --vae runs/digits/vae`."""
+`dae-diffusers SCRIPT --help` explains the flags of a script, `dae-diffusers --version` prints the version. The command stands for
+`accelerate launch -m dae_diffusers.training.SCRIPT`. For several GPUs run `accelerate config` once, or give the flags of
+`accelerate launch` here, as in `dae-diffusers --num_processes 2 train-dit --vae runs/digits/vae`."""
 _UNASKED = "The following values were not passed to `accelerate launch`"
 
 
@@ -143,7 +143,7 @@ def _launch(argv: list[str]) -> None:
 
 
 def num_cores() -> int:
-    r"""Of those that this process may use."""
+    r"""Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -6,9 +6,9 @@ Measure an autoencoder, its latent space, and a pipeline: numbers, grids and plo
     accelerate launch training/evaluate.py --pipeline runs/digits/pipeline --dataset_name digits --image_channels 1 \
         --features inception --guidance_scales 1 2 4 --num_inference_steps 10 25
 
-`metrics.json` and `metrics.md` in the output folder say what was measured on what; docs/metrics.md explains each number.
-Give the same command again to continue an interrupted evaluation: what is done lies in `samples/`,
-`parts/` and `reference/` there, under a hash of what it depends on. They can be removed at the end.
+`metrics.json` and `metrics.md` in the output folder hold the numbers and their settings; docs/metrics.md explains each number.
+Give the same command again to continue an interrupted evaluation: finished parts are in `samples/`, `parts/` and `reference/`
+there, under a hash of what they depend on. You can remove these folders at the end.
 """
 
 import itertools
@@ -118,7 +118,7 @@ def choose_autoencoder(
     vae = load_autoencoder(config.evaluation.vae).to(device)
     if own is not None and not has_same_weights(own, vae):
         raise UserError(
-            f"`--vae` {config.evaluation.vae} is not the autoencoder that `--pipeline` {config.evaluation.pipeline} decodes with, so that `gap` would "
+            f"`--vae` {config.evaluation.vae} is not the autoencoder that `--pipeline` {config.evaluation.pipeline} decodes with, so `gap` would "
             "mean nothing. Leave `--vae` out, or evaluate the two in runs of their own."
         )
     return vae

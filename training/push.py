@@ -1,12 +1,12 @@
 """
-Publish a trained model on the Hugging Face Hub: weights, code, model card, pictures, metrics, and a Space if wished.
+Publish a trained model on the Hugging Face Hub: weights, code, model card, pictures, metrics, and optionally a Space.
 
     python training/push.py runs/digits user/digits --license cc-by-4.0
     python training/push.py runs/digits user/digits --license cc-by-4.0 --private --fp16 --space
     python training/push.py runs/digits user/digits --export_dir look-first
 
-The first word is the output folder of a training run, or a pipeline's folder; the second the repository. The same is
-`dae-diffusers push runs/digits user/digits`. Log in before with `hf auth login`.
+The first argument is the output folder of a training run, or a pipeline's folder. The second is the repository.
+`dae-diffusers push runs/digits user/digits` does the same. First log in with `hf auth login`.
 """
 
 import logging

@@ -1,5 +1,5 @@
 """
-Train a decoupled autoencoder: the encoder against a weak auxiliary decoder, then, with the encoder frozen, the real decoder.
+Train a decoupled autoencoder: first the encoder with a weak auxiliary decoder, then the real decoder with the encoder frozen.
 
     accelerate launch training/train_dae.py --config digits --output_dir runs/digits
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16

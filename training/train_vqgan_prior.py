@@ -4,7 +4,7 @@ Train an autoregressive prior over the codes of a vector-quantised autoencoder: 
     accelerate launch training/train_vqgan_prior.py --dataset_name digits --image_channels 1 --vae runs/digits-vq/vae \
         --output_dir runs/digits-vq
 
-The autoencoder is one of `train_dae.py --autoencoder vq`. The images are encoded once, into `<output_dir>/codes`. The result
+The autoencoder comes from `train_dae.py --autoencoder vq`. The images are encoded once, into `<output_dir>/codes`. The result
 is `<output_dir>/pipeline`, for `DAEVQGANPipeline.from_pretrained`.
 """
 

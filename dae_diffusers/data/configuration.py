@@ -20,17 +20,17 @@ class DataConfig:
     train_split: str = field("train", "split to train on", advanced=True)
     validation_split: str | None = field(
         None,
-        "split to validate on; the training split's name: hold out a part of it; default: `validation` or `test`, if there is one",
+        "split to validate on; if it is the training split, a part of that is held out; default: `validation` or `test`, if it exists",
         advanced=True,
     )
     validation_fraction: float = field(
         0.05, "share of the training images held out if there is no validation split", above=0, below=1, advanced=True
     )
     image_column: str | None = field(
-        None, "column of the images; default: the image column, or `image` if there are several", advanced=True
+        None, "column of the images; default: the only image column, or `image` among several", advanced=True
     )
     label_column: str | None = field(
-        None, "label column, or a field of it (`json.label`); `none`: no labels; default: found"
+        None, "column of the labels, or a field of it (`json.label`); `none`: no labels; default: found by type or name"
     )
     streaming: bool = field(
         False,
@@ -47,7 +47,7 @@ class DataConfig:
         advanced=True,
     )
     max_train_samples: int | None = field(
-        None, "use only N of the training images, a fixed random choice", at_least=1, advanced=True
+        None, "use only N training images, a fixed random choice", at_least=1, advanced=True
     )
     max_validation_samples: int = field(
         1000,
@@ -65,7 +65,7 @@ class DataConfig:
         "ones, measured over the training images for others",
         advanced=True,
     )
-    random_crop: bool = field(False, "crop at a random place instead of the centre", advanced=True)
+    random_crop: bool = field(False, "crop at a random position instead of the centre", advanced=True)
     random_resized_crop: float | None = field(
         None,
         "crop a random square with at least this share of the largest square's area, then scale it",
@@ -80,7 +80,7 @@ class DataConfig:
     on_bad_image: Literal["raise", "skip"] = field(
         "raise",
         "raise: stop and name the file; skip: read every image once before training and leave bad ones out (with "
-        "`--streaming`: put another one of the batch in its place)",
+        "`--streaming`: replace a bad one with another of its batch)",
         advanced=True,
     )
     max_bad_image_share: float = field(
