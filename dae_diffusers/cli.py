@@ -185,7 +185,7 @@ class _Parser(HfArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE.yaml",
-            help="a YAML file with flags, or a packaged recipe such as digits; flags of the command line override it",
+            help="YAML file with flags, or a packaged recipe such as digits; the command line wins",
         )
         self.add_argument("--help_all", action="help", help="show every flag")
         groups, advanced = {}, set()

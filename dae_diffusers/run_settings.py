@@ -34,7 +34,7 @@ class OptimizationConfig:
         0.999, "decay of the moving average; it rises to this value", at_least=0, below=1, advanced=True
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        None, "precision of the computation; weights stay float32; default: what accelerate is configured for"
+        None, "precision of the computation; weights stay float32; default: accelerate's"
     )
     gradient_checkpointing: bool = field(
         False, "recompute activations in the backward pass to save memory", advanced=True

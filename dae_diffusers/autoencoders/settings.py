@@ -105,9 +105,7 @@ class StageConfig:
         0, "`shallow`: residual blocks per resolution, minus one; must be below `--layers_per_block`", advanced=True
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
-    stage2_steps: int = field(
-        2000, "optimiser steps of stage 2; one takes about 0.7 times as long as in stage 1", at_least=1
-    )
+    stage2_steps: int = field(2000, "optimiser steps of stage 2, which take about 0.7 times as long", at_least=1)
     warm_start_decoder: bool = field(
         True,
         "start stage 2 from the auxiliary decoder's weights instead of random ones, if it has the same shape as the real decoder "

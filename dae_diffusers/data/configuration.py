@@ -29,9 +29,7 @@ class DataConfig:
     image_column: str | None = field(
         None, "column of the images; default: the only image column, or `image` among several", advanced=True
     )
-    label_column: str | None = field(
-        None, "column of the labels, or a field of it (`json.label`); `none`: no labels; default: found by type or name"
-    )
+    label_column: str | None = field(None, "column or field (`json.label`) of the labels, or `none`; default: detected")
     streaming: bool = field(
         False,
         "read images from the Hub or local shards (Parquet, webdataset) while training, without a copy on the disk",
