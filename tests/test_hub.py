@@ -274,9 +274,9 @@ def test_pictures_of_a_public_data_set_are_published(trained):
 @pytest.mark.parametrize(
     ("flags", "stage1", "sentence", "is_decoupled"),
     [
-        ({"auxiliary_decoder": "dropout"}, "linear", "against a weak auxiliary decoder (`linear`)", True),
-        ({"auxiliary_decoder": "dropout", "stage": "2"}, "narrow", "against a weak auxiliary decoder (`narrow`)", True),
-        ({"auxiliary_decoder": "same"}, "same", "against a decoder like the one in `vae/`", False),
+        ({"auxiliary_decoder": "dropout"}, "linear", "with a weak auxiliary decoder (`linear`)", True),
+        ({"auxiliary_decoder": "dropout", "stage": "2"}, "narrow", "with a weak auxiliary decoder (`narrow`)", True),
+        ({"auxiliary_decoder": "same"}, "same", "with a decoder like the one in `vae/`", False),
         ({"auxiliary_decoder": "none"}, None, "Encoder and decoder were trained together", False),
         (
             {
@@ -285,7 +285,7 @@ def test_pictures_of_a_public_data_set_are_published(trained):
                 "pretrained_model_name_or_path": "stabilityai/sd-vae-ft-mse",
             },
             None,
-            "are those of `stabilityai/sd-vae-ft-mse`; the decoder in `vae/` was trained on",
+            "are those of `stabilityai/sd-vae-ft-mse`. Only the decoder in `vae/` was fine-tuned",
             False,
         ),
     ],
