@@ -25,14 +25,14 @@ _UNASKED = "The following values were not passed to `accelerate launch`"
 
 def main(argv: list[str] | None = None) -> None:
     r"""
-    Lists the scripts, becomes the process of one, or launches several and waits for them.
+    Lists the scripts, or runs one: this process becomes the script, or launches several processes and waits for them.
 
     Args:
         argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
 
     Raises:
-        SystemExit: With code 0 after the list; with code 2 and one line for an unknown script or a wrong argument; with the
-            code of the first of several processes that failed, or 128 + the number of the signal that ended them.
+        SystemExit: With code 0 after the list; with code 2 and one line for an unknown script or a wrong argument; with several
+            processes, with the code of the first that failed, or 128 + the number of the signal that ended them.
     """
     try:
         _main(sys.argv[1:] if argv is None else argv)
@@ -83,7 +83,7 @@ def find_scripts() -> dict[str, str]:
 
 
 def _check_arguments(script: str, flags: list[str]) -> None:
-    """Before anything slow is loaded, torch among it."""
+    """Checks the arguments before anything slow, such as torch, is loaded."""
     from dae_diffusers.cli import parse_config, run_script
     from dae_diffusers.training.settings import SCRIPTS, check_paths, with_flags
 
@@ -99,8 +99,8 @@ def _check_arguments(script: str, flags: list[str]) -> None:
 
 def _launch(argv: list[str]) -> None:
     """
-    `accelerate launch`. One process takes the place of this one, so that signals reach it and its exit code is ours; several
-    have this one as their launcher, which passes signals on and waits.
+    Runs `accelerate launch`. A single process replaces this one, so it gets the signals and its exit code is ours. Several
+    processes have this one as their launcher, which passes signals on and waits.
     """
     from accelerate.commands import launch
 
@@ -150,7 +150,7 @@ def num_cores() -> int:
 
 
 def _exit_code_of(error: Exception) -> int | None:
-    """Of processes that torch has launched and that did not end well."""
+    """The exit code for an error of torch's launcher, whose processes failed; None for any other error."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -146,7 +146,7 @@ class TransformerConfig:
         size, _, patch = self.model.partition("/")
         if size not in DIT_LAYERS or not patch.isdecimal() or int(patch) == 0:
             raise ConfigError(
-                f"`model` `{self.model}` names no size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
+                f"`model` `{self.model}` is not a size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
                 "example `DiT-S/2`."
             )
         if self.attention_head_dim is not None and self.attention_head_dim % 4:
