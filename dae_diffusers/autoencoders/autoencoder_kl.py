@@ -36,8 +36,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_dropout (`float`, *optional*, defaults to 0.3): Channel dropout rate in [0, 1) of `dropout`.
         auxiliary_channel_multiplier (`float`, *optional*, defaults to 0.25): Relative width in (0, 1] of `narrow`.
         auxiliary_layers_per_block (`int`, *optional*, defaults to 0): `layers_per_block` of `shallow`.
-        auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the auxiliary
-            one; not where it came trained.
+        auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the weights of the
+            auxiliary one. False for a real decoder that is already trained.
         latents_mean, latents_std (`list[float]` of length `latent_channels`, *optional*):
             Statistics of the raw latents over the training set, with `scaling_factor = 1.0`.
 
@@ -115,7 +115,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             generator (`torch.Generator`, *optional*): For the draw.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the latents before they are decoded.
             moments (pair of `torch.Tensor` of shape `(B, latent_channels, h, w)`, *optional*): In stage 2: mean and standard
-                deviation of the images' latents, where they are known. The encoder does not run.
+                deviation of the images' latents, if they are known. The encoder does not run then.
 
         Returns:
             [`DAEAutoencoderKLOutput`] or `(reconstruction, posterior)` in a stage; what

@@ -1,4 +1,4 @@
-"""From settings to an autoencoder that can be trained in stages."""
+"""Builds an autoencoder that can be trained in stages from the settings."""
 
 from typing import Any
 
@@ -12,13 +12,14 @@ from dae_diffusers.errors import UserError, one_line
 
 def make_autoencoder(config: Any) -> DAEAutoencoderKL | DAEVQModel:
     r"""
-    A new model, one that starts from a published autoencoder, or, for stage 2 alone, the one that a stage 1 has left.
+    Makes the autoencoder to train: a new one, one that starts from a published autoencoder, or for stage 2 alone the one that a
+    stage 1 has saved.
 
     Args:
-        config: With the parts `data`, `autoencoder`, `codebook` and `stages`.
+        config: Settings with the parts `data`, `autoencoder`, `codebook` and `stages`.
 
     Raises:
-        UserError: If what it starts from does not exist, is of another kind, or does not fit the images.
+        UserError: If the model to start from does not exist, is of another kind, or does not fit the images.
     """
     is_codebook = config.autoencoder.autoencoder == "vq"
     model_class, diffusers_class = (DAEVQModel, VQModel) if is_codebook else (DAEAutoencoderKL, AutoencoderKL)
@@ -49,7 +50,7 @@ def make_autoencoder(config: Any) -> DAEAutoencoderKL | DAEVQModel:
 
 
 def load_published(config: Any, model_class: type, diffusers_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """The autoencoder of `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
+    """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
     name = config.autoencoder.pretrained_model_name_or_path
     vae = load_autoencoder(name)
     if not isinstance(vae, diffusers_class):
@@ -66,7 +67,7 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
 
 
 def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """What a stage 1 has left in `stage1_dir`."""
+    """Loads the autoencoder that a stage 1 has saved in `stage1_dir`."""
     path = config.stages.stage1_dir
     for subfolder in ("stage1", None):
         try:

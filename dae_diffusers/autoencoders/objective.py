@@ -1,4 +1,4 @@
-"""What a stage of an autoencoder's training minimises."""
+"""The loss that a stage of an autoencoder's training minimises."""
 
 from typing import Any
 
@@ -102,7 +102,7 @@ class AutoencoderObjective:
         return loss
 
     def after_backward(self, step: Step) -> None:
-        r"""The discriminator's share of a micro-batch."""
+        r"""Trains the discriminator on a micro-batch."""
         if self.adversary is not None:
             step.add(**self.adversary.train_discriminator(*self._decoded, step.done))
 
@@ -117,7 +117,7 @@ class AutoencoderObjective:
             self.codebook.forget()
 
     def check_balance(self, step: Step) -> None:
-        r"""Says once, where means were logged, that the discriminator has won or collapsed."""
+        r"""Warns once if the logged means show that the discriminator has won or collapsed."""
         if self.adversary is not None and step.means is not None:
             self.adversary.warn_if_unbalanced(step.means, step.done + 1)
 

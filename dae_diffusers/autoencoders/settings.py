@@ -1,4 +1,4 @@
-"""Settings of an autoencoder: its size, its codebook, its stages, and what hinders the decoder. Needs no torch."""
+"""Settings of an autoencoder: its size, its codebook, its stages and the regularisation of its latents. Needs no torch."""
 
 import math
 from typing import Any, Literal, get_args
@@ -36,7 +36,7 @@ class AutoencoderConfig:
 
     @property
     def spatial_factor(self) -> int:
-        r"""Pixels of a side that make one latent."""
+        r"""Pixels of the image per latent pixel, along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -73,7 +73,7 @@ class CodebookConfig:
             raise ConfigError(str(error)) from None
 
     def quantizer_size(self, latent_channels: int) -> dict[str, int]:
-        """Number and dimension of the codes, as constructor's arguments."""
+        """Number and dimension of the codes, as arguments of the model's constructor."""
         if self.quantizer == "fsq":
             return {"num_vq_embeddings": math.prod(self.fsq_levels), "latent_channels": len(self.fsq_levels)}
         return {"num_vq_embeddings": self.codebook_size, "latent_channels": latent_channels}
@@ -142,7 +142,7 @@ class StageConfig:
         return stage == 2 or self.auxiliary_decoder == "none"
 
     def auxiliary_settings(self) -> dict[str, Any]:
-        """The arguments of an autoencoder's constructor that give the auxiliary decoder its shape."""
+        """The arguments of an autoencoder's constructor that define the auxiliary decoder."""
         return {
             "auxiliary_decoder_type": self.auxiliary_decoder,
             "auxiliary_dropout": self.auxiliary_dropout,
