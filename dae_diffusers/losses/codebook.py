@@ -5,13 +5,13 @@ import torch
 
 def commitment_loss(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     r"""
-    `mean((latents - target)^2)`, which draws the encoder to its codes and leaves the codes alone.
+    `mean((latents - target)^2)`, which pulls the encoder to its codes and does not move the codes.
 
-    This is the term that VQ-VAE weighs with beta. (`diffusers`' `VectorQuantizer` weighs [`codebook_loss`] instead.)
+    VQ-VAE multiplies this term by beta. (The `VectorQuantizer` of diffusers multiplies [`codebook_loss`] by it instead.)
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): What the encoder gave.
-        target (`torch.Tensor` of the same shape): Their codes; taken without gradient.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Output of the encoder.
+        target (`torch.Tensor` of the same shape): Their codes, used without gradient.
 
     Returns:
         `torch.Tensor`: Scalar >= 0, in float32.
@@ -23,11 +23,11 @@ def commitment_loss(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 def codebook_loss(quantized: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     r"""
-    `mean((quantized - latents)^2)`, which draws codes that are learnt by gradient to the latents they stand for.
+    `mean((quantized - latents)^2)`, which pulls codes that are learnt by gradient to the latents that they replace.
 
     Args:
-        quantized (`torch.Tensor` of shape `(B, C, h, w)`): Code vectors; without gradient the loss moves nothing.
-        latents (`torch.Tensor` of the same shape): What the encoder gave; taken without gradient.
+        quantized (`torch.Tensor` of shape `(B, C, h, w)`): Code vectors; without a gradient the loss has no effect.
+        latents (`torch.Tensor` of the same shape): Output of the encoder, used without gradient.
 
     Returns:
         `torch.Tensor`: Scalar >= 0, in float32.
@@ -36,15 +36,15 @@ def codebook_loss(quantized: torch.Tensor, latents: torch.Tensor) -> torch.Tenso
 
 
 def codebook_usage(counts: torch.Tensor) -> float:
-    r"""Share in [0, 1] of the codes that occur at all, of `(K,)` occurrences over a whole pass."""
+    r"""The share in [0, 1] of codes that occur at all, from their `(K,)` counts over a whole pass."""
     return (counts.cpu() > 0).double().mean().item()
 
 
 def codebook_perplexity(counts: torch.Tensor) -> float:
     r"""
-    `exp(H)` of the codes' frequencies, between 1 (one code) and K (all alike), of `(K,)` occurrences over a whole pass.
+    `exp(H)` of the codes' frequencies, from 1 (one code) to K (all equally often), from their `(K,)` counts over a whole pass.
 
-    Over a batch it would depend on the batch's size.
+    Over a single batch it would depend on the batch's size.
     """
     counts = counts.cpu()  # not every device has float64
     p = counts.double() / counts.sum()
