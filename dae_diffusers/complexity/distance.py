@@ -2,8 +2,8 @@ r"""
 The complexity distance of a latent space: how well small generators turn the latents into images.
 
 `D(P_z, P_x) = min over g of limited capacity of d(g(P_z), P_x)`: it is small if simple generators suffice. The idea is from DAE,
-https://huggingface.co/papers/2307.08283. The exact form here is ours: the two divergences `d`, the generators and their
-training budget. So the numbers cannot be compared with those of the paper.
+https://huggingface.co/papers/2307.08283, whose formula was not available to us. The exact form here is ours: the two divergences
+`d`, the generators and their training budget. So the numbers cannot be compared with those of the paper.
 
 There are two forms. Each is measured with generators of growing capacity, from a linear one on, and over seeds:
 
@@ -122,8 +122,8 @@ def measure_complexity(
     **Generators.** The latent channels are centred and whitened with the statistics of the training part. A generator
     is `pixel_shuffle(linear(z) + nonlinear(z))`: a 3x3 convolution, plus two hidden 3x3 convolutions of the given width
     with SiLU and a 1x1 convolution, all on the grid of the latents. Its first layers are linear in the latent channels,
-    so that an invertible linear map of these leaves the class of generators as it is; the whitening makes the start the
-    same too. Every class contains the narrower ones.
+    so an invertible linear map of these does not change the class of generators. Because of the whitening, it does not
+    change the start either. Every class contains the narrower ones.
 
     **Paired.** The linear part starts at the least-squares solution, the rest at 0; then Adam on the squared error. For
     width 0 the result is exact and the same for every seed.
@@ -133,11 +133,11 @@ def measure_complexity(
     held to slope 1 by a one-sided penalty. Then the mean of the generators (EMA) is judged by a fresh critic `f`, trained
     on training images: `(mean f(x) - mean f(g(z))) / max(1, slope)` over the held-out part, where `slope` is the 95 %
     quantile of the length of `f`'s gradient between held-out images and generated ones. This is an estimate of a lower
-    bound on the Wasserstein distance of that `g`, found by a small critic in few steps, and the distance of that `g`
-    an upper bound on the minimum over all of them, which a GAN need not find: it can end with a negative, say. Look
-    at the spread over seeds and at `_min`; do not read much into differences that are not well above it.
+    bound on the Wasserstein distance of that `g`, found by a small critic in few steps. The distance of that `g` is an
+    upper bound on the minimum over all generators, which a GAN need not find: it may draw negatives of the images, for
+    example. Look at the spread over seeds and at `_min`, and ignore differences that are not well above the spread.
 
-    The caller's random state is neither used nor changed; the same inputs give the same rows on the same machine.
+    The caller's random state is neither used nor changed. The same inputs give the same rows on the same machine.
 
     Args:
         latents_train, latents_eval (`torch.Tensor` of shape `(N, C, h, w)`): Latents of the images that generators are

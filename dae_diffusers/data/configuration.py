@@ -118,5 +118,5 @@ class DataConfig:
 
     @property
     def crops_at_random(self) -> bool:
-        r"""Whether every pass shows other parts of an image."""
+        r"""Whether images are cropped at random positions."""
         return self.random_crop or self.random_resized_crop is not None
