@@ -111,7 +111,7 @@ def main(config: EvaluateConfig) -> None:
 def choose_autoencoder(
     config: EvaluateConfig, pipeline: DiffusionPipeline | None, device: torch.device
 ) -> ModelMixin | None:
-    """That of `--vae`, which must be the pipeline's where both are given; else the pipeline's, if it has one."""
+    """Loads the autoencoder of `--vae`, or else that of the pipeline. If both are given, they must be the same."""
     own = None if pipeline is None else autoencoder_of(pipeline)
     if config.evaluation.vae is None:
         return own
@@ -172,7 +172,7 @@ def evaluate_autoencoder(
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Any], EncodedImages]:
-    """Reconstruction, latent space and codebook; beside them, `some` training images as it encodes them."""
+    """Measures reconstruction, latent space and codebook; also returns `some` training images as the autoencoder encodes them."""
     folder = Path(config.evaluation.output_dir)
     work = {
         "batch_size": config.evaluation.batch_size,
@@ -222,7 +222,7 @@ def evaluate_samples(
     extractor: FeatureExtractor,
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
-    """A row for each setting of guidance and steps that the pipeline has; `seen` is what its autoencoder makes of `some`."""
+    """Measures samples: a row for each setting of guidance and steps. `seen` holds `some` training images as the autoencoder encodes them."""
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
     if seen is None:
@@ -261,7 +261,7 @@ def evaluate_samples(
 
 
 def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSettings]:
-    """One for each combination of the swept options that the pipeline has."""
+    """The settings to measure: one for each combination of the swept options that the pipeline has."""
     sweep = [getattr(config.sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
     of_codes = {}
     if "temperature" in sampler.accepted:

@@ -121,7 +121,7 @@ def main(config: TrainClassifierConfig) -> None:
 
 
 def random_shift(pixel_values: torch.Tensor, max_shift: int) -> torch.Tensor:
-    """Moves each image by its own whole number of pixels in -max_shift..max_shift, down and right."""
+    """Shifts each image by a random whole number of pixels in -max_shift..max_shift, down and right."""
     batch_size, _, height, width = pixel_values.shape
     padded = F.pad(pixel_values, (max_shift,) * 4, mode="reflect")
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 max_shift + 1, 2 max_shift + 1, H, W)

@@ -78,7 +78,7 @@ def main(config: TrainDAEConfig) -> None:
 
 
 def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> dict[int, int]:
-    """Of each stage."""
+    """Number of optimiser steps of each stage."""
     config = run.config
     num_images = None if config.data.streaming else len(images)
     total = steps_of(None, config.optimization.num_train_epochs, num_images, run.images_per_step)
@@ -89,7 +89,7 @@ def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> 
 
 
 def find_start(run: TrainingRun, model, images, validation_images, stage_steps: dict[int, int]) -> Start:
-    """Where to begin, once it is clear that the plan fits the checkpoint."""
+    """Checks that the plan fits the checkpoint, and returns where to begin."""
     stages = run.config.stages
     names = {1: "stage1_steps", 2: "stage2_steps"}
     shape = ("auxiliary_decoder", "auxiliary_dropout", "auxiliary_channel_multiplier", "auxiliary_layers_per_block")
@@ -106,7 +106,7 @@ def find_start(run: TrainingRun, model, images, validation_images, stage_steps: 
 
 
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:
-    """Lets the real decoder begin as the auxiliary one, where their shapes allow it."""
+    """Copies the auxiliary decoder's weights into the real decoder, if their shapes allow it."""
     if model.can_start_warm:
         model.start_decoder_from_auxiliary()
         logger.info("the decoder starts from the auxiliary one")
@@ -153,7 +153,7 @@ def train_stage(
 
 
 def pays_to_cache_latents(run: TrainingRun, model, images: ImageDataset | StreamedImages, num_steps: int) -> bool:
-    """Whether stage 2 would encode more images than there are, and all their latents fit on the disk."""
+    """Whether stage 2 would encode images more than once, and the latents of all images fit into the allowed cache."""
     data = run.config.data
     if data.crops_at_random or data.streaming:
         return False
@@ -199,7 +199,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:
-    """What stage 2 has encoded of the images, or None."""
+    """The latents that stage 2 has cached, or None."""
     try:
         latents = open_latent_cache(run.folder / "latents", run.accelerator)
         latents.check(autoencoder=autoencoder_fingerprint(vae), images=images)
