@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteGuard:
     r"""
-    Watches losses and gradient norms, and decides before each update, on all processes alike.
+    Watches losses and gradient norms, and makes the same decision on all processes before each update.
 
     It reads values back from the device only in [`allows`], once per update.
 

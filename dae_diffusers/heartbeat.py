@@ -111,7 +111,7 @@ class Heartbeat:
             self._next_line = 2 * max(self._next_line, now - self._since)
 
     def _place(self) -> tuple[str, bool]:
-        """Where the training thread is, and whether it waits there for other processes."""
+        """The line of code that the training thread is in, and whether it waits there for other processes."""
         frame = sys._current_frames().get(self._main_thread)
         place, waits = "", False
         while frame is not None:

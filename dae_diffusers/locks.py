@@ -35,7 +35,7 @@ class FolderLock:
         self._key = (os.getpid(), (folder / ".lock").resolve())
         if self._key in self._held:
             return
-        owner = folder / ".owner"  # a file of its own: Windows lets nobody else read a locked one
+        owner = folder / ".owner"  # a separate file, because on Windows other processes cannot read a locked one
         lock = _make_lock(self._key[1])
         try:
             lock.acquire(blocking=False)

@@ -172,7 +172,7 @@ class RunLog:
             call()
         except Exception as error:  # a tracker may fail in any way; the run must not
             self._tracker_failed = True
-            logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+            logger.warning("the tracker failed (%s: %s); training continues without it.", type(error).__name__, error)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

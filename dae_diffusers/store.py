@@ -386,7 +386,7 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
 
 
 def _kept_value(content: bytes) -> tuple[Any, Any]:
-    """Of what, and the values."""
+    """The inputs and the values in a kept file or row."""
     try:
         kept = json.loads(content)
         if "checksum" not in kept:
@@ -422,12 +422,12 @@ def _host() -> str:
 
 
 def _escaped(name: str) -> str:
-    """For a glob."""
+    """Escapes a name for a glob pattern."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _as_json(value: Any) -> Any:
-    """As JSON gives it back, so that tuples equal lists."""
+    """The value after a round trip through JSON, so that tuples equal lists."""
     return json.loads(json.dumps(value, default=str))
 
 

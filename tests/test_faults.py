@@ -340,7 +340,7 @@ def test_tracker_that_fails_at_any_moment_is_left_alone(moment, reference, image
 
     code, text = in_child(action)
     assert code == 0, text
-    assert text.count("training goes on without it") == 1
+    assert text.count("training continues without it") == 1
     assert_equals(reference, tmp_path)
 
 

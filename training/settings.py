@@ -101,7 +101,7 @@ class TrainDAEConfig:
             self.check_warmup(stages.stage_steps())
 
     def check_mixed_precision(self, mixed_precision: str | None) -> None:
-        """Of the flag, and of what `accelerate` makes of it."""
+        """Checks the precision of the flag, or the one that `accelerate` makes of it."""
         accumulates = self.optimization.gradient_accumulation_steps > 1
         if mixed_precision == "fp16" and accumulates and self.losses.has_adversarial_loss:
             raise ConfigError(
@@ -110,7 +110,7 @@ class TrainDAEConfig:
             )
 
     def check_warmup(self, stage_steps: dict[int, int]) -> None:
-        """Of a codebook, once the length of stage 1 is known."""
+        """Checks a codebook's warm-up once the length of stage 1 is known."""
         if self.codebook.codebook_warmup_steps >= stage_steps.get(1, math.inf):
             raise ConfigError(
                 f"`codebook_warmup_steps` is {self.codebook.codebook_warmup_steps}, but must be below the "

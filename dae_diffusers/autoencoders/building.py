@@ -74,7 +74,7 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
             class_name = model_class.load_config(path, subfolder=subfolder).get("_class_name")
             if class_name != model_class.__name__:
                 raise UserError(
-                    f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` goes on from a "
+                    f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` continues from a "
                     f"{model_class.__name__}. Choose the `autoencoder` of its stage 1."
                 )
             model = model_class.from_pretrained(path, subfolder=subfolder)

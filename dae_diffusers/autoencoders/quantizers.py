@@ -140,7 +140,7 @@ class CodebookQuantizer(nn.Module):
         return distances.argmin(dim=1).view(batch, height, width)
 
     def get_codebook_entry(self, indices: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
-        r"""As in diffusers: code vectors by number, viewed as `shape` `(B, h, w, C)` and returned as `(B, C, h, w)`."""
+        r"""Code vectors by index, as in diffusers: viewed as `shape` `(B, h, w, C)` and returned as `(B, C, h, w)`."""
         vectors = self.codebook[indices]
         return vectors if shape is None else vectors.view(shape).permute(0, 3, 1, 2).contiguous()
 

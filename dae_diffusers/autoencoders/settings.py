@@ -207,7 +207,7 @@ class RegularizationConfig:
     )
 
     def perturbations(self) -> dict[str, float]:
-        """As [`~dae_diffusers.losses.regularizers.perturb`] takes them."""
+        """The arguments of [`~dae_diffusers.losses.regularizers.perturb`]."""
         names = ("mask_ratio", "latent_denoising", "equivariance", "noise_tau")
         return {name: getattr(self, name) for name in names}
 

@@ -305,7 +305,7 @@ def _check_factor(latents: torch.Tensor, pixel_values: torch.Tensor) -> None:
 
 
 def _described(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """For a fingerprint."""
+    """The dtype, shape and values of a tensor, for a fingerprint."""
     return f"{tensor.dtype} {tuple(tensor.shape)}", tensor
 
 

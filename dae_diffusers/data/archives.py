@@ -19,7 +19,7 @@ from dae_diffusers.errors import UserError, one_line
 _NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
 _TEXTS = frozenset({"txt", "text", "caption", "transcript"})
 _JSON = frozenset({"json", "jsn"})
-_INFERRED_SAMPLES = 100  # of which a stream learns its columns
+_INFERRED_SAMPLES = 100  # a stream's columns come from these
 
 
 class Member(NamedTuple):

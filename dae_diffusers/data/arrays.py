@@ -62,7 +62,7 @@ def find_depth(content: Any) -> Depth:
     refuse_signed(image, content)
     if _is_cut(image, content):
         raise LossyDepthError(
-            "it has more than 8 bits in each channel, of which Pillow keeps 8; save it as `.npy`, (H, W, channels)"
+            "it has more than 8 bits in each channel, but Pillow keeps only 8; save it as `.npy`, (H, W, channels)"
         )
     return find_picture_depth(image)
 
@@ -216,7 +216,7 @@ def _load_npy(content: bytes) -> np.ndarray:
         raise ValueError(f"it holds {dtype}, not numbers")
     count, start = math.prod(shape), file.tell()
     if count > MAX_VALUES:
-        raise ValueError(f"it has the shape {shape}: {count} values, of which an image may have {MAX_VALUES}")
+        raise ValueError(f"it has the shape {shape}: {count} values, but an image may have at most {MAX_VALUES}")
     if count * dtype.itemsize > len(content) - start:
         raise ValueError(
             f"it has the shape {shape}, which needs {count * dtype.itemsize} bytes, but only {len(content) - start} are there"

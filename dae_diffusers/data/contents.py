@@ -99,7 +99,7 @@ def column_path(path: str) -> str:
 
 
 def packed_path(archive: str, member: str, size: int, offset: int | None) -> str:
-    r"""What a column says of a member of an archive: at `offset` as it is, or (None) to be asked of the ZIP file."""
+    r"""The value of a column for a member of an archive: stored at `offset`, or (None) to be unpacked from the ZIP file."""
     return f"{_PACKED}{'' if offset is None else offset}+{size}/{quote(os.fsencode(member))}::{column_path(archive)}"
 
 

@@ -245,7 +245,7 @@ def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
 
 
 def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Metadata]]:
-    """The images in archives, and tables of metadata beside them."""
+    """The images in archives, and the metadata tables in or beside these."""
     entries, metadata, folders = [], [], _archive_folders(found.archives)
     if _split_folders(found.archives, folder):
         folders = [path.parent for path in found.archives]

@@ -41,7 +41,7 @@ class Metadata:
 
     @classmethod
     def of_member(cls, place: PurePosixPath, archive: Path, member) -> "Metadata":
-        """From a ZIP file."""
+        """Reads a metadata table from a ZIP file."""
         with zipfile.ZipFile(archive) as file:
             return cls(place, file.read(member.name))
 

@@ -275,7 +275,7 @@ class LatentDiagnostics:
 
     @property
     def _num_vectors(self) -> int:
-        """Of [`covariance_of`]."""
+        """Number of vectors seen, of the kind that [`covariance_of`] names."""
         return self.num_images if self.covariance_of == "latent" else self._num_elements
 
     @property
@@ -303,7 +303,7 @@ class LatentDiagnostics:
         return power, torch.hypot(rows[:, None], columns)
 
     def _covariance_of_means(self) -> torch.Tensor:
-        """Of the normalised posterior means."""
+        """Covariance of the normalised posterior means."""
         dim, height_width = len(self.total), self.shape[1] * self.shape[2]
         of_latents = self.covariance_of == "latent"
         count = self._num_vectors

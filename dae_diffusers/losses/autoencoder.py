@@ -29,7 +29,7 @@ def kl_loss(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
     latents. (`DiagonalGaussianDistribution.kl` sums over the elements instead.)
 
     Args:
-        posterior (`DiagonalGaussianDistribution`): Of shape `(B, C, h, w)`.
+        posterior (`DiagonalGaussianDistribution`): The posterior, of shape `(B, C, h, w)`.
 
     Returns:
         `torch.Tensor`: Scalar >= 0, in nats per latent element, in float32.

@@ -243,5 +243,5 @@ def _read_cache(path: Path, metadata: dict[str, str]) -> FeatureStatistics | Non
         return FeatureStatistics.load(path, metadata)[0]
     except NotKept as problem:
         if not problem.missing:
-            logger.warning("%s %s. It is made again.", path, problem)
+            logger.warning("%s %s. It is computed again.", path, problem)
         return None
