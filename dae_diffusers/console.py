@@ -117,7 +117,7 @@ def _launch(argv: list[str]) -> None:
         if (settled.num_processes or 1) > 1 and settled.mpirun_hostfile is None and settled.num_machines == 1:
             _refuse(
                 f"`--num_processes` is {settled.num_processes}, but accelerate would start one process on a CPU. Set "
-                f"`ACCELERATE_USE_CPU=true` in the environment and say `--multi_gpu --num_processes {settled.num_processes}`, "
+                f"`ACCELERATE_USE_CPU=true` in the environment and pass `--multi_gpu --num_processes {settled.num_processes}`, "
                 "without `--cpu`."
             )
         settle_threads(settled)

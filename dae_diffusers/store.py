@@ -124,7 +124,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     except _UNREADABLE as error:
-        raise UserError(f"{path} is damaged: it is no JSON ({_one_line(error)}).") from None
+        raise UserError(f"{path} is damaged: it is not JSON ({_one_line(error)}).") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} is damaged: it holds {_brief(value)} where a {kind.__name__} belongs.")
     return value

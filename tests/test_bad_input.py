@@ -197,7 +197,7 @@ TABLE = [
     ("train_dae", "--dataset_name {empty_validation}", 1, 'Instruction "validation" corresponds to no data'),
     ("train_dae", "--dataset_name {negative_label} --label_column kind", 1, "holds -1, but labels must lie in 0..1"),
     ("train_dae", "--dataset_name {no_label} --label_column kind", 1, "must hold integers or strings without gaps"),
-    ("train_dae", "--dataset_name {labels} --image_column kind", 1, "not images; those are ['image']"),
+    ("train_dae", "--dataset_name {labels} --image_column kind", 1, "not images; columns with images are ['image']"),
     ("train_dae", "--dataset_name {labels} --validation_split all", 1, "the splits are ['train', 'validation']"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --model DiT-Q/2", 2, "is not a size"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --attention_head_dim 6", 2, "must be a multiple of 4"),

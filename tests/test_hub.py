@@ -709,7 +709,7 @@ def test_result_is_not_exported_into_itself(trained, tmp_path):
     for folder in (trained, trained / "pipeline", trained / "pipeline" / "out", trained / "vae"):
         before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
         for source in (trained, trained / "pipeline"):
-            with pytest.raises(UserError, match="in which the result itself lies"):
+            with pytest.raises(UserError, match="which contains the result itself"):
                 push_script(source, REPO, "--export_dir", folder)
         assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     (tmp_path / "file").touch()

@@ -73,7 +73,9 @@ def main(config: EvaluateConfig) -> None:
     )
     vae = choose_autoencoder(config, pipeline, accelerator.device)
     if vae is None:
-        logger.info("%s has no autoencoder that can be measured: only what it draws is.", config.evaluation.pipeline)
+        logger.info(
+            "%s has no autoencoder that can be measured, so only its samples are measured.", config.evaluation.pipeline
+        )
     else:
         check_image_size(vae.eval(), channels=config.data.image_channels, resolution=config.data.resolution)
     extractor = (

@@ -119,7 +119,7 @@ def export(config: PushConfig, result: results.Result) -> None:
     models = [result.folder / name for name in ("pipeline", "vae", "stage1")] + [result.pipeline, result.vae]
     models = [model.resolve() for model in models if model is not None]
     if target == result.folder.resolve() or any(model in (target, *target.parents) for model in models):
-        raise UserError(f"`export_dir` is {folder}, in which the result itself lies. Choose a folder of its own.")
+        raise UserError(f"`export_dir` is {folder}, which contains the result itself. Choose another folder.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"`export_dir` is {folder}, which is a file. Choose a folder.")
     found = card.repository_files(

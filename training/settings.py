@@ -94,8 +94,8 @@ class TrainDAEConfig:
         trains_codebook = autoencoder.autoencoder == "vq" and stages.stage != "2"
         if trains_codebook and start is not None and codebook.quantizer != "vq":
             raise ConfigError(
-                f"`quantizer {codebook.quantizer}` makes a codebook of its own. With `pretrained_model_name_or_path` use "
-                "`quantizer vq`, which trains the given one on, or `stage 2`, which keeps it."
+                f"`quantizer {codebook.quantizer}` makes its own codebook. With `pretrained_model_name_or_path` use "
+                "`quantizer vq`, which fine-tunes the given codebook, or `stage 2`, which keeps it."
             )
         if trains_codebook and codebook.quantizer == "ema" and self.optimization.num_train_epochs is None:
             self.check_warmup(stages.stage_steps())

@@ -80,14 +80,16 @@ def find_image_column(rows: Rows, name: str | None) -> str:
         return "image"  # the picture of a webdataset's sample, whatever its suffix
     feature = None if name is None else feature_of(features, name)
     if feature is None or (name not in features and isinstance(rows, datasets.IterableDataset)):
-        raise UserError(f"`image_column` is {name!r}, but the columns are {list(features)}, those with images {found}.")
+        raise UserError(
+            f"`image_column` is {name!r}, but the columns are {list(features)}; columns with images are {found}."
+        )
     if (
         isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
         or _holds_files(feature)
         or (name in features and name in _columns_of_paths(rows))
     ):
         return name
-    raise UserError(f"`image_column` {name!r} holds {feature}, not images; those are {found}.")
+    raise UserError(f"`image_column` {name!r} holds {feature}, not images; columns with images are {found}.")
 
 
 def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | None:

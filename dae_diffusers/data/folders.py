@@ -281,7 +281,7 @@ def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool)
         data_files.setdefault(split, []).append(str(folder / path))
     features = stream_features([Path(path) for path in data_files["train"]])
     if not any(isinstance(feature, datasets.Image) for feature in features.values()):
-        raise UserError(f"{folder / shards[0]} holds no images that are read.")
+        raise UserError(f"{folder / shards[0]} holds no images that can be read.")
     if with_labels and set(features) == {"image"}:
         _refuse_classes_of_stream(folder, [path for path in shards if str(folder / path) in data_files["train"]])
     return {

@@ -104,7 +104,10 @@ def read_metadata(
         raise UserError(f"the tables of metadata in {folder} differ: {one_line(error, 300)}.") from None
     if missing:
         logger.warning(
-            "%d rows of metadata in %s name no image that is read, such as %s", len(missing), folder, missing[0]
+            "%d rows of metadata in %s name files that are not among the images, such as %s",
+            len(missing),
+            folder,
+            missing[0],
         )
     if len(described.rows) < len(images):
         example = next(place for place in images if place not in described.rows)

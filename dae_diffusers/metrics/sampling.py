@@ -185,8 +185,8 @@ def draw_samples(
             check_finite(output, "images that the pipeline draws")
             if image_shape is not None and tuple(output.shape[1:]) != tuple(image_shape):
                 raise UserError(
-                    f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but those to compare with have "
-                    f"{tuple(image_shape)}. Set `image_channels` and `resolution` to its own."
+                    f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but the images to compare with have "
+                    f"{tuple(image_shape)}. Set `image_channels` and `resolution` to those of the pipeline."
                 )
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         return {"images": torch.cat(parts)}
