@@ -113,7 +113,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`].
 
         Args:
-            pipeline ([`DiffusionPipeline`]): With the components that this class has.
+            pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
             kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
         """
         # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.

@@ -34,7 +34,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
     codes it knows, see [`code_fingerprint`]).
 
     Args:
-        prior ([`~transformers.PreTrainedModel`]): Such as a `LlamaForCausalLM` by training/train_vqgan_prior.py.
+        prior ([`~transformers.PreTrainedModel`]): For example a `LlamaForCausalLM` from training/train_vqgan_prior.py.
         vae ([`VQModel`]): Decodes codes.
         id2label (`dict`, *optional*):
             Class id (or its digits) to name; a name may hold several, separated by commas.
@@ -75,7 +75,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`].
 
         Args:
-            pipeline ([`DiffusionPipeline`]): With the components that this class has.
+            pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
             kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
         """
         # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.

@@ -112,7 +112,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): `pixel_values` in [-1, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`): Draw latents instead of taking the mean.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
-            generator (`torch.Generator`, *optional*): For the draw.
+            generator (`torch.Generator`, *optional*): Random generator for the draw.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the latents before they are decoded.
             moments (pair of `torch.Tensor` of shape `(B, latent_channels, h, w)`, *optional*): In stage 2: mean and standard
                 deviation of the images' latents, if they are known. The encoder does not run then.

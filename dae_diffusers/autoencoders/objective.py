@@ -31,7 +31,7 @@ class AutoencoderObjective:
     In each micro-batch call it for the loss, and after the backward pass [`after_backward`].
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `stages`, `losses`, `regularization`, `optimization`
+        run ([`~dae_diffusers.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`, `optimization`
             and, for a model with a codebook, `codebook` in its config.
         model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
 

@@ -73,7 +73,7 @@ class CodebookQuantizer(nn.Module):
         warmup_steps (`int`): Steps >= 1 without quantisation before k-means sets the codebook, for `ema`.
         dead_code_threshold (`float`): `ema` replaces a code that occurs less often, on average over recent steps, than this share
             of the even `1/K`; 0 replaces none.
-        fsq_levels (`list[int]`, *optional*): At least 2 each, for `fsq`.
+        fsq_levels (`list[int]`, *optional*): Levels of each channel, at least 2, for `fsq`.
 
     Raises:
         ValueError: For an argument out of its range.

@@ -214,7 +214,7 @@ def write_latent_cache(
 
     Args:
         folder (`Path`): A new folder, or the folder of the same unfinished cache.
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on the accelerator's device.
         images ([`~dae_diffusers.data.ImageDataset`]): Centre-cropped.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         batch_size (`int`): Images encoded at once.

@@ -38,7 +38,7 @@ def count_codes(vae: VQModel, loader: DataLoader, accelerator: Accelerator) -> t
     How often each code occurs in the images.
 
     Args:
-        vae ([`~diffusers.VQModel`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.VQModel`]): The autoencoder, in eval mode, on the accelerator's device.
         loader (`DataLoader`): This process's share of the images; see `make_pass_loader`.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
 
@@ -112,7 +112,7 @@ def cached_codes(
 
     Args:
         path (`Path`): The file, `*.safetensors`.
-        vae ([`~diffusers.VQModel`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.VQModel`]): The autoencoder, in eval mode, on the accelerator's device.
         images ([`~dae_diffusers.data.ImageDataset`]): Centre-cropped.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         batch_size (`int`): Images encoded at once.

@@ -89,8 +89,8 @@ def moments_of(
     Mean and standard deviation of the raw latents of a batch, from a cache (`latents_mean`, `latents_std`) or from the encoder.
 
     Args:
-        batch (`dict`): With cached moments, or with `pixel_values` `(B, C, H, W)` in [-1, 1].
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
+        batch (`dict`): A batch with cached moments, or with `pixel_values` `(B, C, H, W)` in [-1, 1].
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on `device`.
         device (`torch.device`): Where to encode.
 
     Returns:
@@ -109,7 +109,7 @@ def compute_latent_statistics(
     Encodes every image once, unless its latents are cached, and returns the statistics over all processes.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on `device`.
         loader (`DataLoader`): This process's share of the images or cached latents; see `make_pass_loader`.
         device (`torch.device`, *optional*): Where to encode.
         disable_progress (`bool`, *optional*): Whether to hide the progress bar.

@@ -68,7 +68,7 @@ def encode_images(
     Encodes and decodes each image once, without augmentation, from the posterior's mean. All processes call it.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on the accelerator's device.
         images ([`~dae_diffusers.data.ImageDataset`]): The images.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Feature extractor.
@@ -209,7 +209,7 @@ def latent_metrics(
     Args:
         vae, accelerator: As in [`encode_images`].
         encoded ([`EncodedImages`]): Held-out images.
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): For `ifd`.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Feature extractor for `ifd`.
         probe (`tuple`, *optional*): Latents and labels to fit the linear probe on, and the labels of `encoded`.
     """
     metrics = encoded.diagnostics.summary()

@@ -75,7 +75,7 @@ class Sampler:
     | with `batch_size` (unconditional ones) | nothing | none |
 
     Args:
-        pipeline (`DiffusionPipeline`): On its device.
+        pipeline (`DiffusionPipeline`): The pipeline, on its device.
         prompts (`tuple[str, ...]`, *optional*): See [`SampleSettings`].
 
     Raises:
