@@ -131,7 +131,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_json_or(path: Path, otherwise: Any) -> Any:
-    r"""The content of a JSON file, of the same type as `otherwise`. Returns `otherwise` if there is no file, or a damaged one (with a warning)."""
+    r"""The content of a JSON file, of the type of `otherwise`; `otherwise` if there is no file, or a damaged one (with a warning)."""
     if not path.exists():
         return otherwise
     try:

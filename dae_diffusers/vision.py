@@ -88,8 +88,8 @@ class FrozenBackbone(nn.Module):
             if num_others <= 8:
                 return hidden[:, num_others:].transpose(1, 2).unflatten(2, grid)
         raise UserError(
-            f"the output of the vision model, a {type(self.model).__name__}, has the shape {tuple(hidden.shape)}, which is not a grid of "
-            "features. Use a model such as DINOv2, a ViT, ResNet or ConvNeXt."
+            f"the output of the vision model, a {type(self.model).__name__}, has the shape {tuple(hidden.shape)}, which is not a "
+            "grid of features. Use a model such as DINOv2, a ViT, ResNet or ConvNeXt."
         )
 
     @property

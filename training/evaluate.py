@@ -224,7 +224,7 @@ def evaluate_samples(
     extractor: FeatureExtractor,
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
-    """Measures samples: a row for each setting of guidance and steps. `seen` holds `some` training images as the autoencoder encodes them."""
+    """Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images."""
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
     if seen is None:

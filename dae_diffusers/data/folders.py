@@ -212,7 +212,7 @@ def _inside(folder: Any, files: list[PurePosixPath]) -> tuple[Any, list[PurePosi
 
 
 def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
-    """The top folders that are splits, and their splits. There are none unless all top folders with images are splits, one for training."""
+    """The top folders that are splits, and which. None unless all top folders with images are splits, and one is for training."""
     tops = sorted({path.parts[0] if len(path.parts) > 1 else "" for path in paths})
     splits = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
     if "train" not in splits.values():

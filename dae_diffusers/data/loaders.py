@@ -76,7 +76,7 @@ def make_training_loader(
 
 
 def make_stream_loader(stream: ImageStream, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    r"""Makes a loader of a stream's batches, decoded in `num_workers` processes. It holds this process's share, so do not prepare it."""
+    r"""Makes a loader of this process's batches of a stream, decoded in `num_workers` processes. It must not be prepared."""
     return DataLoader(
         stream.images,
         batch_sampler=stream,

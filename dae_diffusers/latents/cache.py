@@ -1,4 +1,4 @@
-"""A cache of latents: shards of posterior means and standard deviations, each with a record of what it was made from, and a manifest."""
+"""A cache of latents: shards of posterior means and standard deviations, each with a record of its inputs, and a manifest."""
 
 import logging
 import os
