@@ -1,7 +1,7 @@
-# make demo: everything from nothing: set up, train on the embedded digits, draw a grid, check it. Look in runs/demo.
-# make demo-vq: the same with codes: an autoencoder with a codebook and an autoregressive prior. Look in runs/demo-vq.
-# make test: set up, run the tests.
-# make space: the page of a published model, with the digits model of `make demo`, on http://127.0.0.1:7860.
+# make demo: sets up, trains on the embedded digits, draws a grid and checks it. Look in runs/demo.
+# make demo-vq: the same with a codebook and an autoregressive prior. Look in runs/demo-vq.
+# make test: sets up, runs the tests.
+# make space: runs the app of a Space, with the digits model of `make demo`, on http://127.0.0.1:7860.
 # make docs: the API reference, into build/docs.
 # All make .venv with the versions of constraints.txt; PYTHON=python3.12 chooses another Python.
 

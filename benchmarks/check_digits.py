@@ -1,5 +1,5 @@
 """
-Are the digits that a pipeline draws those it was asked for? A classifier that has learnt from real digits says.
+Checks with a classifier, trained on real digits, whether a pipeline draws the digits that it was asked for.
 
     python benchmarks/check_digits.py runs/demo
 

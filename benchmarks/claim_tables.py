@@ -1,5 +1,5 @@
 """
-From the runs of `decoupled_vs_joint.py` to tables and pictures.
+Makes tables and pictures from the runs of `decoupled_vs_joint.py`.
 
     python benchmarks/claim_tables.py                         # the table of benchmarks/results/README.md, from all runs there
     python benchmarks/claim_tables.py benchmarks/results/cifar10_16px.csv \\
@@ -219,7 +219,7 @@ def table_of_runs(runs: Runs) -> list[str]:
 
 
 def table_of_differences(runs: Runs, experiment: dict[str, Any]) -> list[str]:
-    """Of gFD and gap against both baselines, and whether the rule of success is met."""
+    """Makes the table of differences in gFD and gap to both baselines, and says whether the rule of success is met."""
     lines = ["Paired differences with 95 % intervals (negative: the condition is better):", ""]
     columns = [f"{name} minus {baseline}" for name in ("gFD", "gap") for baseline in BASELINES]
     lines += [f"| condition | {' | '.join(columns)} | success |", "|---" * 6 + "|"]
@@ -316,7 +316,7 @@ def mean_ranks(values: list[float]) -> torch.Tensor:
 
 
 def partial_correlation(xy: float, xz: float, yz: float) -> float:
-    """Of x and y with z held fixed, from the three correlations."""
+    """The correlation of x and y with z held fixed, from the three correlations."""
     rest = (1 - xz**2) * (1 - yz**2)
     return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-9 else math.nan
 

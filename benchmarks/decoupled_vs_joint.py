@@ -1,5 +1,5 @@
 """
-Does decoupling help? Autoencoders that differ only in how they were trained, the same generators on each, paired seeds.
+Does decoupling help? Compares autoencoders that differ only in their training, with the same generators on each and paired seeds.
 
     python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/digits.yaml --output_dir runs/claim-digits
     python benchmarks/decoupled_vs_joint.py --experiment benchmarks/experiments/cifar10_16px.yaml --output_dir runs/claim-mine \\
@@ -23,9 +23,9 @@ Every sample is judged at each of the experiment's `guidance_scales` by the feat
 names of vision models. `judged.json` beside each transformer holds these numbers; what lacks is measured when the command is given
 again. Latents are drawn once for each transformer and guidance, and decoded by each decoder.
 
-With `--decoder_steps N` every decoder is then trained on for N steps, its encoder frozen, and everything is measured again with
-the same transformers: does a difference come from the latents, or from decoders that are not finished? The tables show it as a
-budget of its own.
+With `--decoder_steps N` every decoder is then trained for N more steps with its encoder frozen, and everything is measured again
+with the same transformers. This shows whether a difference comes from the latents or from unfinished decoders. In the tables it
+is a separate budget.
 
 The rule of success was fixed before the first run: the generation distance (gFD) of a decoupled condition is below that of
 `same` and of `joint`, with 95 % intervals of the paired differences that exclude 0.
@@ -303,7 +303,7 @@ def train_other_decoder(
     stage2 = {"stage": "2", "stage1_dir": str(before)}
 
     def cost() -> dict[str, float]:
-        """As if both stages had been trained: the base's, with one second stage for another."""
+        """The cost as if both stages had been trained: that of the base, with its second stage replaced."""
         return cost_of(whole, before)
 
     decode_again(experiment, before, folder, {**whole, **stage2}, condition, seed, generators, cost)
@@ -355,7 +355,7 @@ def decode_again(
     unfinished = [str(path.parent) for path in needed if not path.exists()]
     if unfinished:
         raise UserError(
-            f"`{condition}` goes on from runs that are not finished: {', '.join(unfinished)}. Run their conditions first."
+            f"`{condition}` continues runs that are not finished: {', '.join(unfinished)}. Run their conditions first."
         )
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     if not (folder / "autoencoder.json").exists():
@@ -478,7 +478,7 @@ JUDGES = {"pixels": Pixels, "spectrum": Spectrum}
 def autoencoder_flags(
     experiment: dict[str, Any], budget: str, condition: str, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Of `train_dae.py`."""
+    """The flags of `train_dae.py` for an autoencoder."""
     flags = {**shared_flags(folder, seed), **experiment["data"], **experiment["autoencoder"]}
     return flags | steps_of(experiment, budget, condition) | flags_among(experiment["conditions"][condition])
 
@@ -490,7 +490,7 @@ def flags_among(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def cost_of(flags: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Of an autoencoder that was trained there with those flags."""
+    """The cost of an autoencoder that was trained in a folder with these flags."""
     return {**read_json(folder / "cost.json"), "flops": training_flops(compose(TrainDAEConfig, **flags))}
 
 
@@ -503,12 +503,12 @@ def folder_of(
     *,
     decoder_steps: int | None = None,
 ) -> Path:
-    """Of an autoencoder: named after what it is trained with, so that budgets share it."""
+    """The folder of an autoencoder, named after its settings, so that budgets share it."""
     return output_dir / condition / describe_steps(experiment, budget, condition, decoder_steps) / f"seed-{seed}"
 
 
 def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
-    """Of both training scripts."""
+    """The flags that both training scripts share."""
     return {"output_dir": str(output_dir), "seed": seed, "resume_from_checkpoint": "latest", **QUIET}
 
 
@@ -564,7 +564,7 @@ def measure_autoencoder(
 
 
 def training_flops(config: TrainDAEConfig) -> float:
-    """Of the matrix products and convolutions of an autoencoder's training; without a perceptual model and a discriminator."""
+    """FLOPs of the matrix products and convolutions in an autoencoder's training, without perceptual model and discriminator."""
     model, total = make_autoencoder(config), 0
     pixel_values = torch.zeros(1, config.data.image_channels, config.data.resolution, config.data.resolution)
     for stage, steps in config.stages.stage_steps().items():
@@ -587,8 +587,8 @@ def read_rows(output_dir: Path) -> list[dict[str, Any]]:
 
 def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
     """
-    Runs a script of `training/` and returns the seconds of processor time that it took, start-up included. Of one that goes on
-    after an interruption, only those since then.
+    Runs a script of `training/` and returns the seconds of processor time that it took, start-up included. If it continues
+    after an interruption, only the seconds since then.
     """
     argv = [sys.executable, "-m", f"dae_diffusers.training.{name}", *words_of(flags)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -614,7 +614,7 @@ def last_value(log: Path, name: str) -> float:
 
 
 def run_of(row: dict[str, Any]) -> Run:
-    """What the tables show of a run."""
+    """The values of a run that the tables show."""
     reconstruction, generation = row["reconstruction"], row["generation"]
     latents = {name: math.nan if value is None else value for name, value in row["latent_space"].items()}
     complexity = {(entry["form"], entry["capacity"]): entry for entry in row["complexity"]}

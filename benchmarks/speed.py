@@ -5,11 +5,11 @@ How fast training and sampling are, beside diffusers' own classes and the plaine
     python benchmarks/speed.py --output_dir runs/speed --sections transformer sampling --repetitions 9
     python benchmarks/speed.py --output_dir runs/speed-gpu --device cuda --mixed_precision bf16
 
-What is compared takes turns, repetition by repetition, so that whatever else the machine does hits all alike; tables show
-medians, the spread (half the distance of the quartiles), and ratios to the first row. FLOPs are counted in matrix products and
-convolutions, and set against the rate that one large product reaches in the same run. The limit is the time that these take at
-that rate, plus that in which the bytes that do not fit into a cache (weights, gradients and moments in AdamW, weights of
-every sampling step, cached latents) pass at the bandwidth of one large copy. Writes `speed.md`, `speed.json` and `growth.png`.
+The compared rows take turns, repetition by repetition, so that other work on the machine affects all of them equally. Tables show
+medians, the spread (half the distance between the quartiles), and ratios to the first row. FLOPs are counted in matrix products
+and convolutions, and compared with the rate of one large product in the same run. The limit is the time of these FLOPs at that
+rate, plus the time to move the bytes that do not fit into a cache (weights, gradients and moments in AdamW, weights of
+every sampling step, cached latents) at the bandwidth of one large copy. Writes `speed.md`, `speed.json` and `growth.png`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train your own latent diffusion model on your own images: decoupled autoencoders, a DiT and its pipeline."""
+"""Train a latent diffusion model on your own images: decoupled autoencoders, a DiT, an autoregressive prior, and their pipelines."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Alignment with a frozen vision model: of an autoencoder's latents (VF loss), of a transformer's hidden states (REPA)."""
+"""Aligns latents of an autoencoder (VF loss) or hidden states of a transformer (REPA) with the features of a frozen vision model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,11 @@ from dae_diffusers.vision import FrozenBackbone, load_backbone
 @dataclass(frozen=True)
 class LatentAlignmentSettings:
     r"""
-    The defaults are those of public re-implementations, save the cap.
+    Settings of the VF loss. The defaults come from public re-implementations, except the cap.
 
     Attributes:
-        weight (`float`): Of the term, times the adaptive weight.
-        cosine_margin, distance_margin (`float`): Of the two losses.
+        weight (`float`): Weight of the term, multiplied by the adaptive weight.
+        cosine_margin, distance_margin (`float`): Margins of the two losses.
         adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the gradients' norms at the encoder's
             last layer; 0: no adaptive weight.
     """
@@ -47,8 +47,8 @@ class LatentAlignment:
     parameters into the same optimiser, and both models into `accelerator.accumulate`.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): On the accelerator's device.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The vision model, on the accelerator's device.
         projection (`nn.Module`): Latents `(B, C, h, w)` to `(B, D, h, w)`, prepared by `accelerator`.
         settings ([`LatentAlignmentSettings`]): Weights and margins.
     """
@@ -69,14 +69,14 @@ class LatentAlignment:
         self, latents: torch.Tensor, pixel_values: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         r"""
-        The weighted term of the autoencoder's loss.
+        Computes the weighted term of the autoencoder's loss.
 
-        Costs a forward pass of the backbone, a 1x1 convolution and the distance matrices; with the adaptive weight also a
+        It costs a forward pass of the backbone, a 1x1 convolution and the distance matrices; with the adaptive weight also a
         second backward pass through these and through the decoder, which leads from `other_loss` to the encoder.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): With their graph.
-            pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images they encode, whole, in [-1, 1].
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents with their graph.
+            pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images that they encode, unmasked, in [-1, 1].
             other_loss (`torch.Tensor`): Scalar: the reconstruction loss that the term is balanced with.
             last_layer (`torch.Tensor`): The encoder's last weight.
 
@@ -103,16 +103,16 @@ class RepresentationAlignment:
     REPA: [`representation_alignment_loss`] between the projected output of one of a transformer's blocks and the features of
     the clean images in a frozen vision model.
 
-    A hook on the block takes its output, so that the transformer, its wrappers and what is exported stay as they are. The
+    A hook on the block takes its output, so the transformer, its wrappers and the exported model do not change. The
     projector trains with the transformer: put its parameters into the same optimiser, and both models into
     `accelerator.accumulate`.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): On the accelerator's device.
-        projector (`nn.Module`): Hidden states `(B, N, dim)` to `(B, N, D)`, prepared by `accelerator`.
-        block (`nn.Module`): Gives hidden states `(B, N, dim)`, the positions row by row.
-        weight (`float`): Of the term.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The vision model, on the accelerator's device.
+        projector (`nn.Module`): Maps hidden states `(B, N, dim)` to `(B, N, D)`, prepared by `accelerator`.
+        block (`nn.Module`): Returns hidden states `(B, N, dim)`, the positions row by row.
+        weight (`float`): Weight of the term.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class RepresentationAlignment:
 
     def term(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         r"""
-        The weighted term of the transformer's loss. Call it after the transformer.
+        Computes the weighted term of the transformer's loss. Call it after the transformer.
 
-        Costs a forward pass of the backbone, and of the projector forward and backward; the transformer's passes are the same.
+        It costs a forward pass of the backbone, and a forward and backward pass of the projector. The transformer costs no more.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images behind the latents, in [-1, 1].
@@ -165,16 +165,16 @@ def make_representation_alignment(
     config: Any, transformer: nn.Module, accelerator: Accelerator, seed: int
 ) -> RepresentationAlignment | None:
     r"""
-    REPA with its projector, prepared by `accelerator`; None without `repa_model`.
+    Makes REPA with its projector, prepared by `accelerator`; None without `repa_model`.
 
     Args:
-        config: With `repa_model`, `repa_weight`, `repa_layer` and `repa_projector_dim`.
-        transformer ([`~dae_diffusers.DAEDiTTransformer2DModel`]): Not prepared yet.
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        seed (`int`): Of the run.
+        config: Settings with `repa_model`, `repa_weight`, `repa_layer` and `repa_projector_dim`.
+        transformer ([`~dae_diffusers.DAEDiTTransformer2DModel`]): The transformer, not prepared yet.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        seed (`int`): Seed of the run.
 
     Raises:
-        ConfigError: Under FSDP and DeepSpeed, which train one model only.
+        ConfigError: Under FSDP and DeepSpeed, which train only one model.
         UserError: If the vision model cannot be used.
     """
     if config.repa_model is None:

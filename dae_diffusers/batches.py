@@ -1,4 +1,4 @@
-"""Endless training batches for one process, the place where a stream is, and the time that was spent waiting for them."""
+"""Endless training batches for one process, the position in a stream, and the time spent waiting for data."""
 
 import logging
 import time
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 class TrainingBatches:
     r"""
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        batch_size (`int`): Images of a micro-batch.
-        seed (`int`): Of the run; the order is a function of it and of the step.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        batch_size (`int`): Images in a micro-batch.
+        seed (`int`): Seed of the run; the order depends on it and the step alone.
         num_workers (`int`): Processes that read images.
     """
 
@@ -37,12 +37,12 @@ class TrainingBatches:
 
     def over(self, dataset: Dataset, first_microbatch: int) -> Iterator[dict[str, torch.Tensor]]:
         r"""
-        Endless micro-batches for this process, on its device; a stream goes on where the checkpoint, or the last call, has
+        Yields endless micro-batches for this process, on its device. A stream continues where the checkpoint, or the last call,
         left it.
 
         Args:
             dataset (`Dataset`): Images, cached latents or codes.
-            first_microbatch (`int`): Number, over all processes, of the first one that any process takes.
+            first_microbatch (`int`): Number of the first micro-batch that any process takes, counted over all processes.
         """
         device = self.accelerator.device
         options = {"num_workers": self.num_workers, "pin_memory": device.type == "cuda"}
@@ -69,24 +69,24 @@ class TrainingBatches:
 
     @property
     def waiting_share(self) -> float | None:
-        r"""Share of the training's time that was spent waiting for data; None before the second batch."""
+        r"""Share of the training time spent waiting for data; None before the second batch."""
         return self._waiting_seconds / self._training_seconds if self._training_seconds else None
 
     def state(self) -> list[dict[str, Any]] | None:
-        r"""Where the stream is, for each process; None without one. All processes call it."""
+        r"""The position in the stream of each process; None without a stream. All processes call it."""
         if self._stream is None:
             return None
         return gather_object([self._stream.state_after(self._num_batches)])
 
     def load_state(self, states: list[dict[str, Any]] | None) -> None:
-        r"""Goes on from what [`state`] gave; with another number of processes a new pass over the stream begins."""
+        r"""Continues from a [`state`]. With another number of processes a new pass over the stream begins."""
         if states is None:
             return
         if len(states) == self.accelerator.num_processes:
             self._stream_state = states[self.accelerator.process_index]
             return
         logger.warning(
-            "the checkpoint's stream was read by %d processes, now the number differs: a new pass over the data begins.",
+            "the checkpoint's stream was read by %d processes, this run has another number: it begins a new pass over the data.",
             len(states),
         )
         epoch = 1 + max(state["epoch"] for state in states)

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any instant leaves whole."""
+"""Checkpoints that stay whole if the process is killed at any instant."""
 
 import json
 import logging
@@ -37,8 +37,8 @@ _LEFTOVER = re.compile(rf"{_TEMPORARY}(old-)?{_PREFIX}\d{{8,}}")
 
 def find_checkpoints(folder: Path) -> list[Path]:
     r"""
-    Folders in `folder` that carry a name such as a run writes, `checkpoint-00001000`, oldest step first. Others, such as
-    `checkpoint-best`, are the user's.
+    Finds the folders in `folder` whose names a run has written, such as `checkpoint-00001000`, oldest step first. Others, such
+    as `checkpoint-best`, belong to the user.
     """
     paths = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink()]
     return sorted((path for path in paths if _step_of(path) is not None), key=_step_of)
@@ -57,17 +57,17 @@ class Checkpointer:
     r"""
     Saves and restores everything that an [`~accelerate.Accelerator`] has prepared or registered.
 
-    A checkpoint is written to a temporary folder, flushed to disk and renamed to `checkpoint-<step>`; its
-    `checkpoint.json`, written last, lists every file with its size and hash. What is not listed or does not match is
-    not loaded. It also names the run, which keeps its name over interruptions: only what this run has saved is ever removed.
+    A checkpoint is written to a temporary folder, flushed to disk and renamed to `checkpoint-<step>`. Its
+    `checkpoint.json`, written last, lists every file with its size and hash. Files that are not listed or do not match are
+    not loaded. It also names the run, which keeps its name over interruptions: only checkpoints of this run are ever removed.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Its prepared and registered objects are what is saved.
-        folder (`Path`): Where the checkpoints lie.
-        total_limit (`int`, *optional*): Keep only the newest this many.
+        accelerator ([`~accelerate.Accelerator`]): Its prepared and registered objects are saved.
+        folder (`Path`): The folder of the checkpoints.
+        total_limit (`int`, *optional*): How many of the newest checkpoints to keep; default: all.
 
     Raises:
-        ConfigError: If accelerate is set to compile whole models, whose checkpoints would not fit uncompiled ones.
+        ConfigError: If accelerate is set to compile whole models, whose checkpoints would not fit uncompiled models.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, total_limit: int | None = None):
@@ -85,12 +85,12 @@ class Checkpointer:
 
     def save(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:
         r"""
-        Saves. All processes call it.
+        Saves a checkpoint. All processes call it.
 
         Args:
             step (`int`): Optimiser steps done.
-            ema (`EMAModel`, *optional*): Moving averages to save beside.
-            state: Anything JSON can hold that the run needs besides; [`newest`] gives it back.
+            ema (`EMAModel`, *optional*): Moving averages to save too.
+            state: Other state of the run, as JSON can hold it; [`newest`] returns it.
 
         Raises:
             UserError: If a weight or an average is not finite, the disk is full or the folder cannot be written; earlier
@@ -152,18 +152,18 @@ class Checkpointer:
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
         r"""
-        The checkpoint to go on from. All processes call it; the main one chooses and verifies.
+        Finds the checkpoint to continue from. All processes call it; the main one chooses and verifies.
 
         Args:
             path (`str`): `latest`, or the folder of one checkpoint.
 
         Returns:
             Its folder and manifest (`step`, `state`, `num_processes`), or None if `latest` finds none. A damaged
-            checkpoint is reported and the one before it is used.
+            checkpoint is reported, and the one before it is used.
 
         Raises:
-            UserError: On every process, if a named checkpoint does not exist or is damaged, if all that exist are damaged, or
-                if a process does not see the one that was chosen.
+            UserError: On every process, if a named checkpoint does not exist or is damaged, if all checkpoints are damaged, or
+                if a process does not see the chosen one.
         """
         found, problem = None, None
         if self.accelerator.is_main_process:
@@ -183,7 +183,7 @@ class Checkpointer:
         return found
 
     def _find(self, path: str) -> tuple[Path, dict[str, Any]] | None:
-        """What [`newest`] describes, as this process sees it."""
+        """The result of [`newest`] as this process sees it."""
         if path != "latest":
             problem, manifest = _verify(Path(path))
             if problem:
@@ -207,7 +207,7 @@ class Checkpointer:
         the run that saved last come first.
         """
         manifests = {path: _read_manifest(path) for path in find_checkpoints(self.folder)}
-        # A damaged manifest, or one of another step, does not tell its run: it is tried, and reported, in the order of steps.
+        # A damaged manifest, or one of another step, does not name its run. It is tried, and reported, in the order of steps.
         known = {path: facts for path, facts in manifests.items() if facts and facts["step"] == _step_of(path)}
         last = max(known, key=lambda path: known[path].get("saved", 0), default=None)
         run = known[last].get("run") if last is not None else None
@@ -225,7 +225,7 @@ class Checkpointer:
         from the checkpoint.
 
         Raises:
-            UserError: If the checkpoint is of other objects, such as a model of another size, or holds pickled code, which
+            UserError: If the checkpoint holds other objects, such as a model of another size, or pickled code, which
                 is not run.
         """
         try:
@@ -272,12 +272,12 @@ class Checkpointer:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _is_ours(self, checkpoint: Path) -> bool:
-        """Whether this run has saved it, under this name; a damaged one that does not tell is left alone."""
+        """Whether this run has saved the checkpoint under this name. A damaged one that does not name its run is left alone."""
         manifest = _read_manifest(checkpoint)
         return manifest is not None and manifest.get("run") == self._run and manifest["step"] == _step_of(checkpoint)
 
     def _make_room(self, path: Path) -> None:
-        """For a checkpoint of this run, where one of the same step lies."""
+        """Moves or removes an existing checkpoint of the same step."""
         if self._is_ours(path) or _read_manifest(path) is None:
             self._discard(path)
             return
@@ -296,7 +296,7 @@ class Checkpointer:
 
 
 def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
-    """Lets a schedule go on from where it is, around other learning rates."""
+    """Sets new base learning rates, and lets the schedule continue from its step."""
     scheduler.base_lrs = base_lrs
     scheduler._last_lr = [
         base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(base_lrs, scheduler.lr_lambdas, strict=True)
@@ -306,7 +306,7 @@ def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """As it is, if it is one."""
+    """The manifest in a folder, or None if it is none."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
@@ -316,7 +316,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a checkpoint, or None; and its manifest."""
+    """The problem of a checkpoint (or None), and its manifest."""
     if not folder.is_dir():
         return "it does not exist", {}
     try:

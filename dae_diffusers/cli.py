@@ -1,4 +1,4 @@
-"""From the command line and a YAML file to validated settings; from a user's mistake to one line and an exit code."""
+"""Turns a command line and a YAML file into validated settings, and a user's mistake into one line and an exit code."""
 
 import dataclasses
 import difflib
@@ -96,7 +96,7 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
 
 
 def storage_problem(error: Exception) -> str | None:
-    r"""The reason, if a file could not be written because of the disk; safetensors and torch wrap the system's error."""
+    r"""The reason if the disk kept a file from being written, else None. safetensors and torch wrap the system's error."""
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
     for number in _DISK_IS_FULL:
@@ -113,13 +113,13 @@ def _message_of(error: Exception) -> str | None:
     """One line for what a user can repair; None for anything else."""
     text = str(error)
     if isinstance(error, UserError):
-        # From a data-loading process it comes with that one's stack; the last line is the sentence.
+        # From a data-loading process the error comes with a traceback; its last line holds the message.
         return text.strip().splitlines()[-1].partition("UserError: ")[2] if "Original Traceback" in text else text
     if isinstance(error, ImportError) and "pip install" in text:  # of ours, for an optional package
         return text
     if problem := storage_problem(error):
         return (
-            f"{problem}. Checkpoints saved before are whole. Repair this and run the command again; for a training script add "
+            f"{problem}. Earlier checkpoints are whole. Fix this, then run the command again, for a training script with "
             "`--resume_from_checkpoint latest`."
         )
     if isinstance(error, MemoryError) or (
@@ -127,13 +127,13 @@ def _message_of(error: Exception) -> str | None:
     ):
         return (
             f"out of memory ({' '.join(text.split())[:200]}). Use a smaller batch, resolution or model. In training, a smaller "
-            "`--train_batch_size` with a larger `--gradient_accumulation_steps` keeps the batch of an update, and "
-            "`--gradient_checkpointing`, where a script has it, saves memory."
+            "`--train_batch_size` with a larger `--gradient_accumulation_steps` keeps the number of images per update, and "
+            "`--gradient_checkpointing`, if the script has it, saves memory."
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"a data-loading process died ({' '.join(text.split())[:200]}). Perhaps memory ran out. Continue with "
-            "`--resume_from_checkpoint latest`, with a smaller `--dataloader_num_workers` if it happens again."
+            "`--resume_from_checkpoint latest`. If it happens again, use a smaller `--dataloader_num_workers`."
         )
     if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PROCESS):
         return "another process of this run ended; its own message says why."
@@ -141,7 +141,7 @@ def _message_of(error: Exception) -> str | None:
 
 
 def _lost_folder(output_dir: str | None) -> str | None:
-    """One line where somebody has removed the output folder of a running script, which fails in many ways; else None."""
+    """One line if the output folder was removed while the script ran, which fails in many ways; else None."""
     if not output_dir or Path(output_dir).exists():
         return None
     return f"the output folder {output_dir} was removed while the script ran. Run the command again."
@@ -185,7 +185,7 @@ class _Parser(HfArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE.yaml",
-            help="a YAML file with any flags, or a packaged recipe such as digits; flags win",
+            help="YAML file with flags, or a packaged recipe such as digits; the command line wins",
         )
         self.add_argument("--help_all", action="help", help="show every flag")
         groups, advanced = {}, set()
@@ -235,7 +235,7 @@ class _Parser(HfArgumentParser):
 
 
 def _with_type(owner: type, config_field: dataclasses.Field, default: Any) -> dataclasses.Field:
-    """A field as `HfArgumentParser` reads it: with its type instead of the type's name, and with its default here."""
+    """A field in the form that `HfArgumentParser` reads: with its type instead of the type's name, and with this default."""
     is_list = isinstance(default, list)
     copy = dataclasses.field(
         default=dataclasses.MISSING if is_list else default,
@@ -247,7 +247,7 @@ def _with_type(owner: type, config_field: dataclasses.Field, default: Any) -> da
 
 
 def _expand_home(value: Any) -> Any:
-    """A path below `~` as the shell would have made it, which it does not do in YAML and after `=`."""
+    """Expands `~`, which a shell does not do in YAML and after `=`."""
     is_below_home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
     return os.path.expanduser(value) if is_below_home else value
 
@@ -278,7 +278,7 @@ def _find_config(name: str, config_class: type) -> Path:
             return recipes / f"{candidate}.yaml"
     known = sorted(each.stem.removesuffix(f"_{kind}") for each in recipes.glob(f"*_{kind}.yaml"))
     there = f"The recipes are {', '.join(known)}." if known else "This script has none: give a YAML file."
-    raise ConfigError(f"`--config` {name} is no file and no packaged recipe. {there}")
+    raise ConfigError(f"`--config` {name} is neither a file nor a packaged recipe. {there}")
 
 
 def _yaml_to_argv(name: str, config_class: type) -> list[str]:

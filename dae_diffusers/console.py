@@ -17,22 +17,22 @@ _USAGE = """usage: dae-diffusers [flags of accelerate launch] SCRIPT [flags of t
 
 {scripts}
 
-`dae-diffusers SCRIPT --help` explains its flags, `dae-diffusers --version` prints the version. The command stands for
-`accelerate launch -m dae_diffusers.training.SCRIPT`: run `accelerate config` once for several GPUs, or say it here, as in
-`dae-diffusers --num_processes 2 train-dit --vae runs/digits/vae`."""
+`dae-diffusers SCRIPT --help` explains the flags of a script, `dae-diffusers --version` prints the version. The command stands for
+`accelerate launch -m dae_diffusers.training.SCRIPT`. For several GPUs run `accelerate config` once, or give the flags of
+`accelerate launch` here, as in `dae-diffusers --num_processes 2 train-dit --vae runs/digits/vae`."""
 _UNASKED = "The following values were not passed to `accelerate launch`"
 
 
 def main(argv: list[str] | None = None) -> None:
     r"""
-    Lists the scripts, becomes the process of one, or launches several and waits for them.
+    Lists the scripts, or runs one: this process becomes the script, or launches several processes and waits for them.
 
     Args:
         argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
 
     Raises:
-        SystemExit: With code 0 after the list; with code 2 and one line for an unknown script or a wrong argument; with the
-            code of the first of several processes that failed, or 128 + the number of the signal that ended them.
+        SystemExit: With code 0 after the list; with code 2 and one line for an unknown script or a wrong argument; with several
+            processes, with the code of the first that failed, or 128 + the number of the signal that ended them.
     """
     try:
         _main(sys.argv[1:] if argv is None else argv)
@@ -83,7 +83,7 @@ def find_scripts() -> dict[str, str]:
 
 
 def _check_arguments(script: str, flags: list[str]) -> None:
-    """Before anything slow is loaded, torch among it."""
+    """Checks the arguments before anything slow, such as torch, is loaded."""
     from dae_diffusers.cli import parse_config, run_script
     from dae_diffusers.training.settings import SCRIPTS, check_paths, with_flags
 
@@ -99,8 +99,8 @@ def _check_arguments(script: str, flags: list[str]) -> None:
 
 def _launch(argv: list[str]) -> None:
     """
-    `accelerate launch`. One process takes the place of this one, so that signals reach it and its exit code is ours; several
-    have this one as their launcher, which passes signals on and waits.
+    Runs `accelerate launch`. A single process replaces this one, so it gets the signals and its exit code is ours. Several
+    processes have this one as their launcher, which passes signals on and waits.
     """
     from accelerate.commands import launch
 
@@ -117,7 +117,7 @@ def _launch(argv: list[str]) -> None:
         if (settled.num_processes or 1) > 1 and settled.mpirun_hostfile is None and settled.num_machines == 1:
             _refuse(
                 f"`--num_processes` is {settled.num_processes}, but accelerate would start one process on a CPU. Set "
-                f"`ACCELERATE_USE_CPU=true` in the environment and say `--multi_gpu --num_processes {settled.num_processes}`, "
+                f"`ACCELERATE_USE_CPU=true` in the environment and pass `--multi_gpu --num_processes {settled.num_processes}`, "
                 "without `--cpu`."
             )
         settle_threads(settled)
@@ -143,14 +143,14 @@ def _launch(argv: list[str]) -> None:
 
 
 def num_cores() -> int:
-    r"""Of those that this process may use."""
+    r"""Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _exit_code_of(error: Exception) -> int | None:
-    """Of processes that torch has launched and that did not end well."""
+    """The exit code for an error of torch's launcher, whose processes failed; None for any other error."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

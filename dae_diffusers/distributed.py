@@ -1,4 +1,4 @@
-"""What several processes, FSDP and DeepSpeed ask for, and what the run runs on."""
+"""Settings for several processes, FSDP and DeepSpeed, and a description of the hardware."""
 
 import os
 import platform
@@ -20,16 +20,16 @@ PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
     r"""
-    Settles FSDP or DeepSpeed, where one of them is in use, with the script's settings.
+    Configures FSDP or DeepSpeed, if one of them is in use, with the script's settings.
 
     Args:
-        name (`str`): The script's.
-        config: With the parts `optimization` and `hub`.
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        one_model (`bool`): Whether the script trains one model only, as both of them need it.
+        name (`str`): Name of the script.
+        config: Settings with the parts `optimization` and `hub`.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        one_model (`bool`): Whether the script trains only one model, which both of them require.
 
     Raises:
-        ConfigError: If the script does not run so.
+        ConfigError: If the script does not run with it.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(name, config, accelerator, one_model)
@@ -53,10 +53,10 @@ def check_fsdp(name: str, config: Any, accelerator: Accelerator, one_model: bool
 
 def settle_deepspeed(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:
     r"""
-    Gives DeepSpeed the script's settings; under bfloat16 the weights stay in float32, as everywhere else.
+    Gives DeepSpeed the script's settings. Under bfloat16 the weights stay in float32, as everywhere else.
 
     Raises:
-        ConfigError: If the script does not run so.
+        ConfigError: If the script does not run with DeepSpeed or these settings.
     """
     if not one_model:
         raise ConfigError(f"{name} does not run under DeepSpeed; use training/configs/accelerate/ddp.yaml.")
@@ -78,9 +78,9 @@ def settle_deepspeed(name: str, config: Any, accelerator: Accelerator, one_model
 
 def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     r"""
-    A prepared model without what it was wrapped into. All processes call it.
+    Unwraps a prepared model. All processes call it.
 
-    Where FSDP has spread the weights it is a copy with all of them, which later updates do not change.
+    If FSDP has sharded the weights, the result is a copy with all of them, which later updates do not change.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.unwrap_model(model)
@@ -92,7 +92,7 @@ def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
-    r"""What the run runs on, such as `2 x NVIDIA A100-SXM4-80GB` or `1 process on a CPU with 8 cores`."""
+    r"""Describes the hardware of the run, such as `2 x NVIDIA A100-SXM4-80GB` or `1 process on a CPU with 8 cores`."""
     count = accelerator.num_processes
     if accelerator.device.type == "cuda":
         return f"{count} x {torch.cuda.get_device_name(accelerator.device)}"

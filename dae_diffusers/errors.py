@@ -1,8 +1,8 @@
-"""What a user can mend: raised with one sentence of what was seen, what is allowed, what to do next."""
+"""Errors that a user can fix. Their messages say what was seen, what is allowed, and what to do next."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Scripts print it as one line and exit with 1, or 2 for a wrong argument."""
+    """A mistake that the user can fix. Scripts print it as one line and exit with 1, or 2 for a wrong argument."""
 
     exit_code = 1
 
@@ -14,5 +14,5 @@ class ConfigError(UserError):
 
 
 def one_line(text: object, limit: int | None = None) -> str:
-    r"""A text, or what an error says, on one line; at most `limit` characters of it."""
+    r"""Puts a text or the message of an error on one line of at most `limit` characters."""
     return " ".join(str(text).split())[:limit]

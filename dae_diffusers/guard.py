@@ -1,4 +1,4 @@
-"""Numbers that are not finite: in a loss or gradient they stop a run or an update, in weights they are never saved."""
+"""Guards against numbers that are not finite: in a loss or gradient they stop the update, in weights they are never saved."""
 
 import logging
 from collections.abc import Iterable
@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteGuard:
     r"""
-    Watches losses and gradient norms, and decides before each update, on all processes alike.
+    Watches losses and gradient norms, and makes the same decision on all processes before each update.
 
-    Nothing is read back from the device before [`allows`], once an update.
+    It reads values back from the device only in [`allows`], once per update.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        tolerated (`int`): Updates of the whole run that may be left out; 0: stop at the first.
-        folder (`Path`): The run's, for the message.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        tolerated (`int`): How many updates of the whole run may be skipped; 0: stop at the first.
+        folder (`Path`): The run's folder, for the message.
 
     Attributes:
-        skipped (`int`): Updates left out so far.
+        skipped (`int`): Updates skipped so far.
     """
 
     def __init__(self, accelerator: Accelerator, tolerated: int, folder: Path):
@@ -61,11 +61,11 @@ class NonFiniteGuard:
         Whether the optimiser may step. All processes call it, between the backward pass and the step.
 
         Args:
-            gradient_norm (`torch.Tensor`): Scalar. With fp16 it may be infinite: the loss scaling leaves such steps out.
-            name (`str`, *optional*): For the message.
+            gradient_norm (`torch.Tensor`): Scalar. With fp16 it may be infinite: loss scaling skips such steps.
+            name (`str`, *optional*): Name of the gradient, for the message.
 
         Raises:
-            UserError: When more updates than tolerated would be left out; names step, term and micro-batch.
+            UserError: If more updates than tolerated would be skipped; names step, term and micro-batch.
         """
         watched, self._watched = self._watched, []
         gradient_norm = torch.as_tensor(gradient_norm, device=self.accelerator.device)  # DeepSpeed gives a number
@@ -85,13 +85,13 @@ class NonFiniteGuard:
         what = self._describe(watched, gradient_norm, name)
         if self.skipped <= self.tolerated:
             logger.warning(
-                "%s: this update is left out, %d of `--skip_nonfinite` %d.", what, self.skipped, self.tolerated
+                "%s: this update is skipped, %d of `--skip_nonfinite` %d.", what, self.skipped, self.tolerated
             )
             return False
         raise UserError(
             f"{what}; the weights were left as they were before this update. Lower `learning_rate`, or use "
             "`mixed_precision bf16` instead of fp16, and continue from the last checkpoint in "
-            f"{self.folder / 'checkpoints'} with `resume_from_checkpoint latest`. `skip_nonfinite N` leaves out up to "
+            f"{self.folder / 'checkpoints'} with `resume_from_checkpoint latest`. `skip_nonfinite N` skips up to "
             "N such updates."
         )
 
@@ -109,13 +109,13 @@ def raise_if_not_finite_weights(
     weights: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], what: str, accelerator: Accelerator | None = None
 ) -> None:
     r"""
-    Call it before weights are saved or exported.
+    Refuses weights that are not finite. Call it before weights are saved or exported.
 
     Args:
-        weights (`torch.nn.Module` or pairs of name and `torch.Tensor`): What would be saved.
-        what (`str`): For the message, such as `"the transformer"`.
-        accelerator ([`~accelerate.Accelerator`], *optional*): Give it where each process sees a part or a copy of the weights; then
-            all processes call it, and all raise.
+        weights (`torch.nn.Module` or pairs of name and `torch.Tensor`): The weights to check.
+        what (`str`): What they belong to, for the message, such as `"the transformer"`.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Give it if each process has a part or a copy of the weights. Then
+            all processes call this function, and all raise.
 
     Raises:
         UserError: If a weight is NaN or infinite; names it.
@@ -133,6 +133,6 @@ def raise_if_not_finite_weights(
         found = gather_object(found)
     if found:
         raise UserError(
-            f"{what} cannot be saved: {len(set(found))} of its weights are not finite, such as `{found[0]}`. What was saved before "
-            "is untouched. Lower `learning_rate`, and continue from the last checkpoint with `resume_from_checkpoint` latest."
+            f"{what} cannot be saved: {len(set(found))} of its weights are not finite, such as `{found[0]}`. Earlier files are "
+            "unchanged. Lower `learning_rate`, and continue from the last checkpoint with `resume_from_checkpoint` latest."
         )

@@ -1,4 +1,4 @@
-"""Says for whom a run of several processes waits."""
+"""Reports which process a run of several processes waits for."""
 
 import json
 import logging
@@ -15,18 +15,18 @@ from dae_diffusers.store import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Seconds without a step after which a line says for which process the others wait; later lines come ever more rarely.
+# Seconds without a step after which a line says which process the others wait for; later lines come at growing intervals.
 PATIENCE_SECONDS = 300.0
 
-# What the others do meanwhile: they exchange tensors, or wait for those of the backward pass.
+# What waiting processes do: they exchange tensors, or wait for those of the backward pass.
 # On a GPU they do not wait before they read a number back, as the questions to the guard and to the stop signal do.
 _WAITING = ("distributed_c10d.py", "_engine_run_backward", "wait_for_everyone", "requested", "allows")
 
 
 class Heartbeat:
     r"""
-    Lets every process note each few seconds what it does, in a small file in the run's folder. Where no step ends for some minutes,
-    the first process that waits says for which one, what it does, and whether it still answers at all.
+    Every few seconds, each process writes what it is doing into a small file in the run's folder. If no step ends for some minutes,
+    the first process that waits says which one it waits for, what that one does, and whether it still answers.
 
     ```python
     with Heartbeat(accelerator, run.folder) as heartbeat:
@@ -38,8 +38,8 @@ class Heartbeat:
     With one process it does nothing.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        folder (`Path`): Exists, and is seen by all processes.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        folder (`Path`): An existing folder that all processes see.
         patience (`float`, *optional*): Seconds; defaults to `PATIENCE_SECONDS`.
     """
 
@@ -67,7 +67,7 @@ class Heartbeat:
             self._path(self._rank).unlink(missing_ok=True)
 
     def beat(self, step: int) -> None:
-        r"""Notes that a step has ended. Costs nothing to call."""
+        r"""Notes that a step has ended."""
         self._step, self._since = step, time.time()
 
     def _watch(self) -> None:
@@ -111,7 +111,7 @@ class Heartbeat:
             self._next_line = 2 * max(self._next_line, now - self._since)
 
     def _place(self) -> tuple[str, bool]:
-        """Where the training thread is, and whether it waits there for other processes."""
+        """The line of code that the training thread is in, and whether it waits there for other processes."""
         frame = sys._current_frames().get(self._main_thread)
         place, waits = "", False
         while frame is not None:

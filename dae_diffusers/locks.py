@@ -1,4 +1,4 @@
-"""A folder for one run only."""
+"""Locks a folder for one run."""
 
 import logging
 import os
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 class FolderLock:
     r"""
-    Keeps a second run out of a folder. The system drops the lock when the process ends, however it ends.
+    Keeps a second run out of a folder. The operating system drops the lock when the process ends, however it ends.
 
-    Processes that a run forks, such as data-loading ones, do not hold it: they may outlive a killed run for a moment.
+    Processes that a run forks, such as data-loading ones, do not hold the lock: they may outlive a killed run for a moment.
 
     Args:
-        folder (`Path`): Exists.
+        folder (`Path`): The folder, which exists.
 
     Raises:
-        UserError: If another process has it.
+        UserError: If another process holds the lock.
     """
 
-    # The process is part of the key: one that was forked inherits the entry, but does not hold the lock.
+    # The key holds the process id: a forked process inherits the entry, but does not hold the lock.
     _held: dict[tuple[int, Path], FileLock] = {}
     _descriptors: dict[Path, int] = {}
 
@@ -35,13 +35,13 @@ class FolderLock:
         self._key = (os.getpid(), (folder / ".lock").resolve())
         if self._key in self._held:
             return
-        owner = folder / ".owner"  # a file of its own: Windows lets nobody else read a locked one
+        owner = folder / ".owner"  # a separate file, because on Windows other processes cannot read a locked one
         lock = _make_lock(self._key[1])
         try:
             lock.acquire(blocking=False)
         except Timeout:
             raise UserError(
-                f"{folder} is in use by another run ({_read_owner(owner)}). Wait for its end, or choose another "
+                f"{folder} is in use by another run ({_read_owner(owner)}). Wait until it ends, or choose another "
                 "`output_dir`."
             ) from None
         except (PermissionError, IsADirectoryError):
@@ -107,7 +107,7 @@ def _read_owner(path: Path) -> str:
 
 def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
     r"""
-    Makes a folder, sees whether it can be written, and locks it. All processes call it; the main one holds the lock.
+    Makes a folder, checks that it can be written, and locks it. All processes call it; the main one holds the lock.
 
     Raises:
         ConfigError: If several processes were started and each would work alone, or fp16 was asked for on a CPU.
@@ -134,8 +134,8 @@ def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
 
 def check_launch(accelerator: Accelerator) -> None:
     r"""
-    Sees whether accelerate does what it was asked for. Without a GPU it lets each of several processes work alone, and takes fp16
-    for float32, both without a word.
+    Checks that accelerate does what it was asked for. Without a GPU it silently lets each of several processes work alone, and
+    computes in float32 instead of fp16.
 
     Raises:
         ConfigError: If it does not.
@@ -145,6 +145,6 @@ def check_launch(accelerator: Accelerator) -> None:
     started = os.environ.get("WORLD_SIZE", "1")
     if accelerator.num_processes == 1 and started.isdigit() and int(started) > 1:
         raise ConfigError(
-            f"{started} processes were started, but accelerate found no GPU for each, so that every one would train alone. On CPUs "
-            "set `ACCELERATE_USE_CPU=true` in the environment; else start one process."
+            f"{started} processes were started, but accelerate found no GPU for each, so each would train alone. On CPUs "
+            "set `ACCELERATE_USE_CPU=true` in the environment; otherwise start one process."
         )

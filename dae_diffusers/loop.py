@@ -1,4 +1,4 @@
-"""The training loop: everything between a batch and a checkpoint that is the same for every model."""
+"""The training loop: everything from a batch to a checkpoint that is the same for every model."""
 
 import functools
 import sys
@@ -22,7 +22,7 @@ from dae_diffusers.signals import StopSignal, resuming_command
 
 class Loop:
     r"""
-    Trains a model, one [`Step`] after the other.
+    Trains a model, one [`Step`] after another.
 
     ```python
     loop = Loop(run, transformer, steps=1000)
@@ -37,25 +37,25 @@ class Loop:
     model = loop.finished_model()
     ```
 
-    After the last micro-batch of a step it guards against losses that are not finite, clips, updates, averages the weights and
-    logs; after the body it saves a checkpoint where one is due, and ends the process where a signal has asked for that.
+    After the last micro-batch of a step, it guards against losses that are not finite, clips, updates, averages the weights and
+    logs. After the body of the loop, it saves a checkpoint if one is due, and ends the process if a signal has asked for that.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): What surrounds it.
-        model (`nn.Module`): What trains, and is averaged and prepared here.
+        run ([`~dae_diffusers.run.TrainingRun`]): The run, with its settings and checkpoints.
+        model (`nn.Module`): The model to train. It is prepared, and its weights averaged, here.
         steps (`int`): Optimiser steps.
-        first_step (`int`, *optional*, defaults to 0): Steps of the run before this loop, as of an earlier stage.
+        first_step (`int`, *optional*, defaults to 0): Steps of the run before this loop, such as those of an earlier stage.
         step (`int`, *optional*): Steps of the run that are done; default: `first_step`.
-        checkpoint (`Path`, *optional*): Goes on from this one.
-        description (`str`, *optional*): Of the progress bar.
+        checkpoint (`Path`, *optional*): The checkpoint to continue from.
+        description (`str`, *optional*): Text of the progress bar.
         headline (`str`, *optional*, defaults to `"loss"`): The value that the progress bar shows.
         also (`Iterable[nn.Module]`): Prepared models whose parameters the same optimiser trains, such as a projector.
         beside (`Iterable[nn.Module]`): Prepared models with an optimiser of their own, such as a discriminator.
         after_step (`Callable`, *optional*): Called after the last micro-batch of a step, such as a codebook's update.
-        after_skip (`Callable`, *optional*): Called where the guard leaves an update out.
-        snapshot (`tuple[str, Callable]`, *optional*): Name and saving function of what `hub_strategy every_save` uploads; the function
-            takes the model, with averaged weights, and a folder.
-        state: Saved with each checkpoint.
+        after_skip (`Callable`, *optional*): Called if the guard skips an update.
+        snapshot (`tuple[str, Callable]`, *optional*): What `hub_strategy every_save` uploads: its name, and a function that saves
+            it, which takes the model with averaged weights and a folder.
+        state: Other state to save with each checkpoint.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Loop:
             run.checkpointer.load(checkpoint, ema=self.ema)
 
     def over(self, dataset: Dataset) -> Iterator["Step"]:
-        r"""The steps that are left, on the batches of a data set. The first of them writes how the run is made."""
+        r"""Yields the steps that are left, on the batches of a data set. Before the first, the run's settings are written."""
         run, settings = self.run, self.run.config.run
         run.begin(self.step)
         per_step = self.accelerator.num_processes * run.config.optimization.gradient_accumulation_steps
@@ -124,7 +124,7 @@ class Loop:
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
-        r"""The whole model with averaged weights in eval mode, inside the block. All processes enter it."""
+        r"""Gives the whole model with averaged weights in eval mode, inside the `with` block. All processes enter it."""
         with ema_weights(self.ema, self.parameters):
             model = whole_model(self.model, self.accelerator)
             was_training = model.training
@@ -132,7 +132,7 @@ class Loop:
             model.train(was_training)
 
     def finished_model(self) -> torch.nn.Module:
-        r"""The model without what it was wrapped into, with averaged weights for good. All processes call it."""
+        r"""Returns the unwrapped model, with averaged weights from now on. All processes call it."""
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
         raise_if_not_finite_weights(self.model, "the trained model", self.accelerator)
@@ -158,7 +158,7 @@ class Step:
         done (`int`): Steps of the loop before this one.
         validates (`bool`): After its micro-batches: whether a validation is due.
         is_last (`bool`): After its micro-batches: whether it is the loop's last.
-        means (`dict[str, float]` or `None`): After its micro-batches, where they were logged: the means.
+        means (`dict[str, float]` or `None`): After its micro-batches: the means, if they were logged.
     """
 
     def __init__(self, loop: Loop):
@@ -188,14 +188,14 @@ class Step:
         return self.loop.microbatch
 
     def add(self, **values: torch.Tensor) -> None:
-        r"""Scalars of this micro-batch, whose means are logged."""
+        r"""Adds scalars of this micro-batch, whose means are logged."""
         for name, value in values.items():
             self.loop.run.guard.note(name, value.detach())
         self.loop.run.log.add(**values)
 
     def backward(self, loss: torch.Tensor) -> None:
         r"""
-        The backward pass of a micro-batch, and after the last one the update.
+        Runs the backward pass of a micro-batch, and after the last one the update.
 
         Args:
             loss (`torch.Tensor`): Scalar.
@@ -241,7 +241,7 @@ class Step:
 
 
 def trainable(*models: torch.nn.Module) -> list[torch.nn.Parameter]:
-    r"""The parameters of models that train, in order."""
+    r"""The trainable parameters of the models, in order."""
     return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -1,4 +1,4 @@
-"""From settings to an optimiser, a schedule of the learning rate and averaged weights."""
+"""Makes the optimiser, the learning rate schedule and the averaged weights from the settings."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ def make_optimizer(
     config: OptimizationConfig, parameters: list[torch.nn.Parameter], device: torch.device, **instead: Any
 ) -> torch.optim.AdamW:
     r"""
-    AdamW, in one pass over memory: several times faster than the loop that is PyTorch's default on a CPU.
+    Makes AdamW in its fused form, which is several times faster on a CPU than PyTorch's default.
 
     Args:
         config ([`~dae_diffusers.run_settings.OptimizationConfig`]): Learning rate, decays and epsilon.
-        parameters (`list[torch.nn.Parameter]`): What trains.
-        device (`torch.device`): Where they are trained.
-        instead: `lr`, `betas` or `weight_decay`, instead of the config's.
+        parameters (`list[torch.nn.Parameter]`): The parameters to train.
+        device (`torch.device`): Their device.
+        instead: `lr`, `betas` or `weight_decay` to use instead of the config's.
     """
     options = {
         "lr": config.learning_rate,
@@ -38,7 +38,7 @@ def make_optimizer(
 def make_lr_scheduler(
     config: OptimizationConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    r"""The schedule that the config names, over so many steps; the warm-up is no longer than they are."""
+    r"""Makes the schedule that the config names, over a number of steps. The warm-up is at most as long."""
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -50,7 +50,7 @@ def make_lr_scheduler(
 def make_ema(
     config: OptimizationConfig, parameters: list[torch.nn.Parameter], accelerator: Accelerator
 ) -> EMAModel | None:
-    r"""Moving averages of prepared parameters, or None without `use_ema`."""
+    r"""Makes the moving averages of prepared parameters; None without `use_ema`."""
     if not config.use_ema:
         return None
     is_spread = accelerator.distributed_type == DistributedType.FSDP  # such tensors lack the fast functions
@@ -59,7 +59,7 @@ def make_ema(
 
 @contextmanager
 def ema_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    r"""Lets the parameters hold their moving averages inside the block, and their own values after it."""
+    r"""Gives the parameters their moving averages inside the `with` block, and their own values after it."""
     parameters = list(parameters)
     if ema is None:
         yield

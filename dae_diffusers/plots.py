@@ -13,7 +13,7 @@ _SMALLEST = 64  # pixels of a side; smaller images are enlarged by a whole facto
 _GAP = 2
 _FONT_SIZE = 14
 
-# What shares a panel of the curves, in order; what fits none has one of its own.
+# Curves that share a panel, in order. Any other curve has its own panel.
 _PANELS = {
     "loss": r"(train|validation)/loss",
     "reconstruction": r"train/reconstruction_loss|validation/l1",
@@ -41,13 +41,13 @@ def image_grid(
     Lays images out in rows; those below 64 pixels are enlarged by a whole factor.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1] (clamped), `C` 1 or 3; of another number the first three,
-            or the first, are shown.
-        columns (`int`, *optional*): Images in a row; by default as square as it gets.
+        images (`torch.Tensor` of shape `(N, C, H, W)`): Images in [-1, 1] (clamped). With other than 1 or 3 channels, the first
+            three, or the first, are shown.
+        columns (`int`, *optional*): Images in a row; by default the grid is as square as possible.
         row_names, column_names (`list[str]`, *optional*): Written before the rows, and above the columns.
 
     Returns:
-        `PIL.Image.Image`: Missing places of the last row are white.
+        `PIL.Image.Image`: The grid; missing places of the last row are white.
     """
     if images.shape[1] not in (1, 3):
         images = images[:, : 3 if images.shape[1] > 3 else 1]
@@ -89,7 +89,7 @@ def plot_curves(
     history: list[dict[str, float]], path: Path, *, title: str, marks: dict[str, int] | None = None
 ) -> None:
     r"""
-    Draws every logged value against the step. What belongs together shares a panel; nothing logged, no panel.
+    Draws every logged value against the step. Related values share a panel; there are no empty panels.
 
     Args:
         history (`list[dict]`): Rows with `step` and any number of values.
@@ -103,7 +103,7 @@ def plot_curves(
 
 
 def figure_of_curves(history: list[dict[str, float]], *, title: str, marks: dict[str, int]) -> Figure:
-    r"""What [`plot_curves`] saves."""
+    r"""Makes the figure that [`plot_curves`] saves."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in history:
         for name, value in row.items():
@@ -140,7 +140,7 @@ def _panel_of(name: str) -> str:
 
 
 def _scale(axis, values: list[float]) -> None:
-    """Logarithmic over large ranges; and a range that hardly differs from a point is not stretched over the panel."""
+    """Makes a large range logarithmic, and keeps a tiny range from filling the whole panel."""
     low, high = min(values), max(values)
     if low > 0 and high > 30 * low:
         axis.set_yscale("log")

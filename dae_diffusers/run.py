@@ -1,4 +1,4 @@
-"""A training run: an accelerator, a folder that belongs to it, where it starts, its checkpoints, its end."""
+"""A training run: its accelerator, its folder, its start, its checkpoints and its end."""
 
 import importlib.metadata
 import logging
@@ -42,7 +42,7 @@ class Start:
     Where a run begins.
 
     Attributes:
-        checkpoint (`Path` or `None`): The checkpoint to go on from; None: from nothing.
+        checkpoint (`Path` or `None`): The checkpoint to continue from; None for a new run.
         step (`int`): Optimiser steps done.
         state (`dict`): What was saved with it.
     """
@@ -54,29 +54,29 @@ class Start:
 
 class TrainingRun:
     r"""
-    The surroundings of a training loop.
+    Everything around a training loop: accelerator, folder, checkpoints, log and batches.
 
     The script's own files lie in `<output_dir>/<name>/`: `config.yaml`, `log.jsonl` (every logged value), `curves.png`,
     `grids/`, `checkpoints/` and the trackers' files. Results (`vae/`, `pipeline/`) lie in `<output_dir>` itself, so that
     several scripts can share it.
 
     Args:
-        name (`str`): The script's.
+        name (`str`): Name of the script.
         config: A composed settings class with the parts `data`, `optimization`, `run` and `hub`.
-        one_model (`bool`, *optional*, defaults to `False`): Whether the script trains one model only, as FSDP and DeepSpeed need
-            it.
+        one_model (`bool`, *optional*, defaults to `False`): Whether the script trains only one model, which FSDP and DeepSpeed
+            require.
         folder (`str`, *optional*): Name of the folder of the script's own files; default: `name`.
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): Made from the config.
-        checkpointer ([`~dae_diffusers.checkpointing.Checkpointer`]): Of this run.
+        checkpointer ([`~dae_diffusers.checkpointing.Checkpointer`]): Saves and finds the run's checkpoints.
         guard ([`~dae_diffusers.guard.NonFiniteGuard`]): Asked before each update.
         log ([`~dae_diffusers.runlog.RunLog`]): Means, curves, grids, trackers.
-        batches ([`~dae_diffusers.batches.TrainingBatches`]): What is trained on.
-        output_dir, folder (`Path`): Of the results; of the script's own files.
+        batches ([`~dae_diffusers.batches.TrainingBatches`]): The training batches.
+        output_dir, folder (`Path`): Folder of the results, and folder of the script's own files.
 
     Raises:
-        UserError: If the folder holds another run, is in use by one, or cannot be written.
+        UserError: If the folder holds another run, is in use, or cannot be written.
     """
 
     def __init__(self, name: str, config: Any, *, one_model: bool = False, folder: str | None = None):
@@ -127,13 +127,13 @@ class TrainingRun:
         done by [`begin`], once everything has been accepted.
 
         Args:
-            inputs (`dict[str, str]`): Fingerprints of what the run is made from, such as its images, by name.
-            plan (`dict`): Settings that make the model what it is, by name; a resumed run must have the same.
-            counts (`dict[str, int]`): What `run.json` and the model card name, such as `training_images`.
-            steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of the setting that says so.
+            inputs (`dict[str, str]`): Fingerprints of the run's inputs, such as its images, by name.
+            plan (`dict`): Settings that determine the model, by name; a resumed run must have the same.
+            counts (`dict[str, int]`): Numbers for `run.json` and the model card, such as `training_images`.
+            steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
 
         Raises:
-            UserError: If the checkpoint was made from other inputs or by another plan, or none can be used.
+            UserError: If the checkpoint was made from other inputs or with another plan, or no checkpoint can be used.
         """
         self._inputs, self._plan, self._counts = inputs, {"settings": plan, "steps": steps}, counts
         resume, found = self.config.run.resume_from_checkpoint, None
@@ -148,8 +148,8 @@ class TrainingRun:
         for name, before in state.pop("inputs", {}).items():
             if inputs.get(name, before) != before:
                 raise UserError(
-                    f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Go "
-                    "on with the same, or train in another `output_dir`."
+                    f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Continue "
+                    "with the same, or train in another `output_dir`."
                 )
         plan_before = state.pop("plan", None)
         check_plan(self._plan, plan_before, step, path)
@@ -166,15 +166,15 @@ class TrainingRun:
         self.batches.load_state(state.pop("stream", None))
         if manifest["num_processes"] != self.accelerator.num_processes:
             logger.warning(
-                "the checkpoint comes from %d processes, this run has %d. The result is equal, up to rounding, only with the same "
-                "`--train_batch_size` and as many micro-batches in a step: processes times `--gradient_accumulation_steps`.",
+                "the checkpoint comes from %d processes, this run has %d. The result stays the same, up to rounding, only if "
+                "`--train_batch_size` and the product of processes and `--gradient_accumulation_steps` stay the same.",
                 manifest["num_processes"],
                 self.accelerator.num_processes,
             )
         return Start(path, step, state)
 
     def begin(self, step: int) -> None:
-        r"""Writes how the run is made and opens its log at `step`, unless that has been done. All processes call it."""
+        r"""Writes the run's settings and opens its log at `step`, unless that has been done. All processes call it."""
         if self._record is not None:
             return
         self._record = {}
@@ -223,12 +223,12 @@ class TrainingRun:
         )
 
     def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
-        r"""Uploads what training has come to, where that is wished; see [`~dae_diffusers.hub.publisher.Publisher`]."""
+        r"""Uploads the present state of the model, if `hub_strategy` asks for it; see [`~dae_diffusers.hub.publisher.Publisher`]."""
         if self._publisher is not None:
             self._publisher.push_snapshot(step, result, save)
 
     def compile_blocks(self, blocks) -> None:
-        r"""With `compile`: compiles each in its place, so that equal blocks share their code and weights keep their names."""
+        r"""With `compile`: compiles the blocks of the models in place, so equal blocks share code and weights keep their names."""
         if self.config.optimization.compile:
             torch._functorch.config.donated_buffer = False  # adaptive weights go through a graph twice
             for block in blocks:
@@ -236,7 +236,7 @@ class TrainingRun:
 
     def finish(self, result: str) -> None:
         r"""
-        Closes the log and pushes if asked to; what cannot be uploaded is a warning.
+        Closes the log and pushes the result if asked to. A failed upload is only a warning.
 
         Args:
             result (`str`): The folder below `output_dir` to push, such as `vae`.
@@ -258,7 +258,7 @@ class TrainingRun:
             self._publisher.push_result(result)
 
     def _write_record(self) -> None:
-        """`run.json`: how the result was made, for the model card. Time counts over interruptions."""
+        """Writes `run.json`: how the result was made, for the model card. The time adds up over interruptions."""
         if self._record:
             now = time.monotonic()
             self._record["seconds"] += now - self._started
@@ -267,7 +267,7 @@ class TrainingRun:
 
     def _take_folder(self) -> None:
         self._lock, problem = take_folder(self.folder, self.accelerator), [None]
-        # Not by config.yaml, which a run that failed before its first step has left too.
+        # config.yaml does not tell: a run that failed before its first step has written it too.
         is_taken = bool(read_log(self.folder)) or bool(find_checkpoints(self.folder / "checkpoints"))
         is_resumed = self.config.run.resume_from_checkpoint is not None
         if self.accelerator.is_main_process and is_taken and not is_resumed:
@@ -289,11 +289,11 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
     The accelerator of a training run.
 
     Args:
-        config: With the parts `optimization` and `run`.
-        folder (`Path`): For the trackers' files.
+        config: A composed settings class with the parts `optimization` and `run`.
+        folder (`Path`): Folder for the trackers' files.
 
     Raises:
-        ConfigError: For a tracker that is not installed or a precision that the device lacks.
+        ConfigError: If a tracker is not installed, or the device lacks the precision.
     """
     tracker = config.run.report_to
     if tracker not in (None, "all") and find_spec(tracker) is None:
@@ -311,14 +311,14 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
         raise ConfigError(str(error)) from None
     if config.run.skip_nonfinite and accelerator.mixed_precision == "fp16":
         raise ConfigError(
-            "`skip_nonfinite` does not go with fp16, whose loss scaling leaves updates out by itself. Use "
+            "`skip_nonfinite` does not go with fp16, whose loss scaling skips updates by itself. Use "
             "`mixed_precision bf16`, or leave the flag out."
         )
     return accelerator
 
 
 def start_messages(accelerator: Accelerator) -> None:
-    r"""Lets the main process of a script speak, and says what is in the way of speed."""
+    r"""Shows the log messages of the main process, and warns about settings that cost speed."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for chatty in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -333,25 +333,25 @@ def start_messages(accelerator: Accelerator) -> None:
 
 def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, checkpoint: Path) -> None:
     r"""
-    Whether a run may go on from a checkpoint: with the same settings, the same steps of the stages that are over, and at least
-    the steps that the present one has done.
+    Checks that a run may continue from a checkpoint: with the same settings, the same steps of finished stages, and at least as
+    many steps of the current stage as the checkpoint has done.
 
     Args:
         plan (`dict`): `settings` that must stay, by name; `steps` of each stage, in order, by the name of the setting.
-        before (`dict`, *optional*): The same of the checkpoint; None: it does not say.
+        before (`dict`, *optional*): The plan of the checkpoint; None if it does not record one.
         step (`int`): Optimiser steps that the checkpoint has done.
-        checkpoint (`Path`): For the message.
+        checkpoint (`Path`): The checkpoint, for the message.
 
     Raises:
-        UserError: If it may not. Says what the checkpoint has done, and what may change.
+        UserError: If it may not. The message says what the checkpoint has done, and what may change.
     """
     settings, steps = plan["settings"], plan["steps"]
     before = before or {"settings": {}, "steps": {}}
     for name, value in before["settings"].items():
         if name in settings and settings[name] != value:
             raise UserError(
-                f"{checkpoint} was trained with `{name}` {value}, but now it is {settings[name]}. Go on with {value}, or train in "
-                "another `output_dir`."
+                f"{checkpoint} was trained with `{name}` {value}, but now it is {settings[name]}. Continue with {value}, or train "
+                "in another `output_dir`."
             )
     begins, began = next(iter(steps)), next(iter(before["steps"]), None)
     if began not in (begins, None):
@@ -364,13 +364,13 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
         if step > first + planned and not is_last:  # the stage is over
             if number != planned:
                 raise UserError(
-                    f"{checkpoint} has done {step} steps: the {planned} of `{name}` are over, but now they are {number}. Go on "
-                    f"with `{name}` {planned}; only a stage that has not ended may get more steps. Or train in another `output_dir`."
+                    f"{checkpoint} has done {step} steps and has finished the stage of `{name}` {planned}, but now it is {number}. "
+                    f"Continue with {planned}, since only an unfinished stage may get more steps, or train in another `output_dir`."
                 )
         elif first <= step and number < step - first:
             raise UserError(
                 f"{checkpoint} has done {step} steps, {step - first} of them of `{name}`, but now `{name}` is {number}. Give at "
-                f"least {step - first} to go on, or train in another `output_dir`."
+                f"least {step - first} to continue, or train in another `output_dir`."
             )
         first += number
 

@@ -31,18 +31,18 @@ class OptimizationConfig:
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", above=0, advanced=True)
     use_ema: bool = field(True, "keep a moving average of the weights (EMA) and export it", advanced=True)
     ema_decay: float = field(
-        0.999, "decay of the moving average, which rises to this value", at_least=0, below=1, advanced=True
+        0.999, "decay of the moving average; it rises to this value", at_least=0, below=1, advanced=True
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        None, "precision of the computation; weights stay float32; default: that of accelerate"
+        None, "precision of the computation; weights stay float32; default: accelerate's"
     )
     gradient_checkpointing: bool = field(
         False, "recompute activations in the backward pass to save memory", advanced=True
     )
     compile: bool = field(
-        False, "compile the networks, block by block: slow first steps, faster ones after that", advanced=True
+        False, "compile the networks block by block: the first steps are slow, later ones faster", advanced=True
     )
-    allow_tf32: bool = field(False, "TF32 matrix products on GPUs that have them", advanced=True)
+    allow_tf32: bool = field(False, "use TF32 matrix products on GPUs that have them", advanced=True)
 
 
 @settings
@@ -56,14 +56,14 @@ class RunConfig:
     checkpoints_total_limit: int | None = field(2, "keep only the N newest checkpoints", at_least=1, advanced=True)
     skip_nonfinite: int = field(
         0,
-        "leave out up to N updates whose loss or gradient is not finite; 0: stop at the first",
+        "skip up to N updates whose loss or gradient is not finite; 0: stop at the first",
         at_least=0,
         advanced=True,
     )
     logging_steps: int = field(50, "log the mean losses every N steps", at_least=1, advanced=True)
     validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1)
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
-        None, "also log to a tracker; log.jsonl and curves.png are always written", advanced=True
+        None, "tracker to log to as well; log.jsonl and curves.png are always written", advanced=True
     )
 
 
@@ -74,9 +74,9 @@ def steps_of(
     Optimiser steps of a run.
 
     Args:
-        max_steps (`int`, *optional*): Given as such.
-        num_epochs (`float`, *optional*): Passes over the images, which win over `max_steps`.
-        num_images (`int`, *optional*): In a pass; None: unknown, as of a stream.
+        max_steps (`int`, *optional*): Number of steps, used if `num_epochs` is None.
+        num_epochs (`float`, *optional*): Passes over the images.
+        num_images (`int`, *optional*): Images in a pass; None if unknown, as for a stream.
         images_per_step (`int`): Batch size times micro-batches times processes.
 
     Raises:

@@ -25,9 +25,9 @@ class RunLog:
     `log.jsonl`, `curves.png` and `grids/` in a run's folder, and the trackers of its accelerator.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        folder (`Path`): Of the script's own files.
-        title (`str`): Over the curves.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        folder (`Path`): Folder of the script's own files.
+        title (`str`): Title of the curves.
         skips_nonfinite (`bool`, *optional*): Whether values that are not finite are left out of the means.
     """
 
@@ -61,7 +61,7 @@ class RunLog:
         self._marks[name] = step
 
     def add(self, **values: torch.Tensor) -> None:
-        r"""Adds one micro-batch's values to the means that [`write_means`] writes; they stay on the device until then."""
+        r"""Adds the values of one micro-batch to the means that [`write_means`] writes. They stay on the device until then."""
         for name, value in values.items():
             value, count = value.detach(), 1
             if self.skips_nonfinite:  # what belongs to an update that is left out does not count
@@ -71,7 +71,7 @@ class RunLog:
             self._counts[name] = self._counts.get(name, 0) + count
 
     def write_means(self, step: int, prefix: str = "train", **values: float | torch.Tensor) -> dict[str, float]:
-        r"""Logs the means, over all processes, of what was added since the last call, and `values` beside them."""
+        r"""Logs the means, over all processes, of the values added since the last call, together with `values`."""
         means = {f"{prefix}/{k}": total.float() / max(1, int(self._counts[k])) for k, total in self._sums.items()}
         means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
         self._sums, self._counts = {}, {}
@@ -111,12 +111,12 @@ class RunLog:
         Draws a grid from the same noise every time, a column for each class, on the main process.
 
         Args:
-            pipeline (`DiffusionPipeline`): That takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
+            pipeline (`DiffusionPipeline`): Takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
             step (`int`): Optimiser steps done.
-            num_classes (`int` or `None`): Of the data; None: no labels.
-            num_images, batch_size (`int`): Of the grid, and at once.
-            seed (`int`): Of the run.
-            options: For the pipeline.
+            num_classes (`int` or `None`): Number of classes; None without labels.
+            num_images, batch_size (`int`): Images in the grid, and images drawn at once.
+            seed (`int`): Seed of the run.
+            options: Other arguments of the pipeline's call.
         """
         if not self.accelerator.is_main_process:
             return
@@ -156,12 +156,12 @@ class RunLog:
         self.accelerator.trackers = []
 
     def state(self) -> dict[str, Any]:
-        r"""The means that are being gathered, as JSON can hold them. All processes call it."""
+        r"""The sums for the next means, as JSON can hold them. All processes call it."""
         sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
         return {"log_sums": sums, "log_counts": {k: int(v) for k, v in self._counts.items()}}
 
     def load_state(self, sums: dict[str, float], counts: dict[str, int]) -> None:
-        r"""Goes on from what [`state`] gave."""
+        r"""Continues from a [`state`]."""
         self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
         self._counts = counts
 
@@ -172,7 +172,7 @@ class RunLog:
             call()
         except Exception as error:  # a tracker may fail in any way; the run must not
             self._tracker_failed = True
-            logger.warning("the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+            logger.warning("the tracker failed (%s: %s); training continues without it.", type(error).__name__, error)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

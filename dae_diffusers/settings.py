@@ -16,7 +16,7 @@ from dae_diffusers.errors import ConfigError
 
 Config = TypeVar("Config")
 
-# The folder, publishing and resuming belong to one run; [`flags_of`] tells how to make the same model elsewhere.
+# These settings belong to a single run: [`flags_of`] leaves them out, since it says how to make the same model elsewhere.
 _OF_ONE_RUN = ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint")
 
 
@@ -32,13 +32,13 @@ def field(
     advanced: bool = False,
 ) -> Any:
     r"""
-    A field of a settings class.
+    Defines a field of a settings class.
 
     Args:
         default: Its default; without one the setting is required. A list is copied.
         help (`str`): What `--help` shows.
-        at_least, above, at_most, below (`float`, *optional*): Bounds of a number, and of each number of a list. None passes.
-        hint (`str`, *optional*): What to do instead of a value out of these bounds.
+        at_least, above, at_most, below (`float`, *optional*): Bounds of a number, or of each number in a list. None is allowed.
+        hint (`str`, *optional*): What to do instead of giving a value outside these bounds.
         advanced (`bool`, *optional*, defaults to `False`): Shown by `--help_all` only.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -54,7 +54,7 @@ def field(
 
 
 def part(**defaults: Any) -> Any:
-    r"""A field of a composed settings class: a settings class of its own, with other `defaults` than its own."""
+    r"""Defines a field that holds another settings class; `defaults` replace the defaults of that class."""
     return dataclasses.field(metadata={"defaults": defaults})
 
 
@@ -113,8 +113,8 @@ def _describe(at_least=None, above=None, at_most=None, below=None) -> str:
 @cache
 def parts_of(config_class: type) -> dict[str, tuple[type, dict[str, Any]]]:
     r"""
-    The settings classes that a composed one consists of, each with the defaults that the composition changes, by name; those
-    of a class that is not composed are itself, under the name `""`.
+    The parts of a composed settings class, by name, each with the defaults that the composition changes. A class that is not
+    composed is its own only part, under the name `""`.
     """
     hints = get_type_hints(config_class)
     found = {
@@ -126,7 +126,7 @@ def parts_of(config_class: type) -> dict[str, tuple[type, dict[str, Any]]]:
 
 
 def fields_of(config_class: type) -> Iterator[tuple[type, dataclasses.Field, Any]]:
-    r"""Each setting of a composed class: the class that owns it, its field, and its default (`MISSING` if it is required)."""
+    r"""Each setting of a composed class: the part that holds it, its field, and its default (`MISSING` if it is required)."""
     for owner, defaults in parts_of(config_class).values():
         for each in dataclasses.fields(owner):
             default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
@@ -135,7 +135,7 @@ def fields_of(config_class: type) -> Iterator[tuple[type, dataclasses.Field, Any
 
 def compose(config_class: type[Config], **values: Any) -> Config:
     r"""
-    A composed settings class from the settings of all its parts.
+    Makes an instance of a composed settings class from flat names of settings.
 
     ```python
     config = compose(TrainDAEConfig, dataset_name="digits", resolution=32)
@@ -144,7 +144,7 @@ def compose(config_class: type[Config], **values: Any) -> Config:
 
     Args:
         config_class (`type`): A [`settings`] class, composed or not.
-        values: Settings by name; the others have their defaults.
+        values: Settings by name; the others keep their defaults.
 
     Raises:
         TypeError: For a name that no part has, or a required setting that is missing.
@@ -174,7 +174,7 @@ def config_text(config: Any) -> str:
 
 
 def flags_of(config: Any) -> list[str]:
-    r"""The flags that make these settings out of the defaults, without those of the folder, publishing and resuming."""
+    r"""The flags that change the defaults into these settings, without the folder, publishing and resuming."""
     values, argv = flat(config), []
     for _, each, default in fields_of(type(config)):
         name, value = each.name, values[each.name]

@@ -1,4 +1,4 @@
-"""Signals that end a run in order, the death of its launcher, and data-loading processes that leave both to the run."""
+"""Stops a run cleanly after a signal or the death of its launcher; data-loading processes leave both to the run."""
 
 import os
 import shlex
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 # SIGHUP: the terminal is closed. Windows has none.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
-# A launcher and a terminal may both pass one Ctrl-C on: what comes within so many seconds is the same wish.
+# A launcher and a terminal may both pass on one Ctrl-C: signals within this many seconds count as one.
 SAME_WISH_SECONDS = 1.0
 
 _LAUNCHER_PROGRAMS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed", "dae-diffusers")
@@ -33,8 +33,8 @@ _WATCH_SECONDS = 0.5
 
 def launcher_pid() -> int | None:
     r"""
-    The process that started this one, if it is a launcher such as `accelerate launch` or `torchrun`, and else None: a run
-    that was started by a shell (`nohup python train_dae.py &`) outlives it.
+    The process that started this one, if it is a launcher such as `accelerate launch` or `torchrun`. Otherwise None: a run
+    that a shell started (`nohup python train_dae.py &`) outlives the shell.
     """
     parent = os.getppid()
     try:
@@ -45,7 +45,7 @@ def launcher_pid() -> int | None:
 
 
 def is_launcher(words: list[str]) -> bool:
-    r"""Whether a command line, word by word, is that of a launcher: by its program, script or module, not by its arguments."""
+    r"""Whether a command line (a list of words) starts a launcher, judged by its program, script or module, not by its arguments."""
     names = [Path(word).name.removesuffix(".exe").removesuffix(".py") for word in words]
     if not names or names[0] in _LAUNCHER_PROGRAMS:
         return bool(names)
@@ -65,8 +65,8 @@ _LAUNCHER = (os.getpid(), launcher_pid())
 
 class StopSignal:
     r"""
-    Turns SIGTERM, SIGINT and SIGHUP, and the death of the launcher, into a wish to stop after the current step. A second
-    signal kills as usual. What the caller ignores, such as SIGHUP under `nohup`, stays ignored.
+    Turns SIGTERM, SIGINT and SIGHUP, and the death of the launcher, into a request to stop after the current step. A second
+    signal kills as usual. Signals that the caller ignores, such as SIGHUP under `nohup`, stay ignored.
 
     ```python
     with StopSignal(accelerator) as stop:
@@ -110,8 +110,8 @@ class StopSignal:
         Ends the process with 128 + the signal's number.
 
         Args:
-            step (`int`, *optional*): What was saved; the last line says so.
-            command (`str`, *optional*): How to go on, for the same line; see [`resuming_command`].
+            step (`int`, *optional*): The step that was saved, for the last line of output.
+            command (`str`, *optional*): The command to continue with, for the same line; see [`resuming_command`].
         """
         if step is not None:
             self._say(f"saved step {step}" + (f"; go on with: {command}" if command else ""))
@@ -140,7 +140,7 @@ class StopSignal:
 
 def resuming_command(argv: list[str] | None = None) -> str:
     r"""
-    The command that was typed, with `--resume_from_checkpoint latest`.
+    The command that the user typed, with `--resume_from_checkpoint latest`.
 
     Args:
         argv (`list[str]`, *optional*): The command; defaults to that of `dae-diffusers`, of the launcher or of Python.
@@ -171,8 +171,8 @@ def _typed_command() -> list[str]:
 
 def protect_worker() -> None:
     r"""
-    For a data-loading process: a signal to all processes of a run is the run's to answer, since it needs this process to
-    finish its step. The run itself may still end it, and the end of the run ends it within a second.
+    Makes a data-loading process ignore signals that are sent to all processes of a run, because the run needs it to
+    finish the step. The run itself can still end it, and it ends within a second of the run.
 
     Call it in the process, in its main thread.
     """

@@ -1,9 +1,9 @@
 """
-Everything that is kept in files: a kill at any instant leaves each as it was or whole and new; what is damaged, or made from
-something else, is never used.
+Atomic files and kept results. A kill at any instant leaves the old file or the whole new one. A kept file that is damaged, or
+was made from other inputs, is never used.
 
-A *fingerprint*, 16 hexadecimal digits, says what something was made from. A *checksum*, 64 digits, says whether a file still
-holds what was written. A kept file has both in it.
+A *fingerprint*, 16 hexadecimal digits, identifies the inputs that something was made from. A *checksum*, 64 digits, shows
+whether a file still holds what was written. A kept file contains both.
 """
 
 import hashlib
@@ -22,24 +22,30 @@ import psutil
 
 from dae_diffusers.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import: what only reads and writes text does not wait for it
+if TYPE_CHECKING:  # torch takes seconds to import; code that only reads and writes text should not wait for it
     import torch
 
 logger = logging.getLogger(__name__)
 
 _HEADER = "kept"  # the entry of a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.(?P<host>\w+)-(?P<process>\d+)\.tmp$")
-_OLD_SECONDS = 24 * 3600  # a temporary file of another machine that nobody has written to for so long is a leftover
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what parsing any bytes can end with
+_OLD_SECONDS = 24 * 3600  # after so long without a write, a temporary file of another machine is a leftover
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # what parsing arbitrary bytes can raise
 
 
 class NotKept(Exception):
     r"""
-    Why a kept file is not used, as the end of a sentence that begins with its name.
+    Says why a kept file is not used, as the end of a sentence that begins with its name.
 
     Attributes:
         missing (`bool`): Whether there is no file at all.
-        of: What the file was made from, where it is whole and was made from something else; else None.
+        of: The inputs that the file was made from, if it is whole but was made from other inputs; else None.
     """
 
     def __init__(self, reason: str, *, missing: bool = False, of: Any = None):
@@ -50,10 +56,10 @@ class NotKept(Exception):
 
 def fingerprint(parts: Iterable[Any]) -> str:
     r"""
-    Of parts, one after the other.
+    The fingerprint of one or more parts, in order.
 
     Args:
-        parts: Each text, bytes, an array or a tensor, of which only the numbers count.
+        parts: Text, bytes, arrays or tensors. Of arrays and tensors only the numbers count.
 
     Returns:
         `str`: 16 hexadecimal digits.
@@ -62,12 +68,12 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def fingerprint_of_json(value: Any) -> str:
-    r"""Of anything JSON can hold; what it cannot is taken as its text. The order of names does not count."""
+    r"""The fingerprint of a value that JSON can hold; other values count as their text. The order of names does not matter."""
     return fingerprint([json.dumps(value, sort_keys=True, default=str)])
 
 
 def weights_of(model: "torch.nn.Module", children: tuple[str, ...] | None = None) -> Iterator[Any]:
-    r"""Names and values, in float32, of a model's weights, for [`fingerprint`]; of some of its children, if they are named."""
+    r"""Names and float32 values of a model's weights, or of the named children's weights, for [`fingerprint`]."""
     for name, value in sorted(model.state_dict().items()):
         if children is None or name.split(".")[0] in children:
             yield name
@@ -84,17 +90,17 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    r"""Replaces a small file at once, in UTF-8. Raises OSError."""
+    r"""Replaces a small UTF-8 file atomically. Raises OSError."""
     _replace(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
-    r"""Replaces a JSON file at once, with null for NaN and infinite numbers. Raises OSError."""
+    r"""Replaces a JSON file atomically, with null for NaN and infinite numbers. Raises OSError."""
     write_atomically(path, json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
 
 
 def finite_or_none(value: Any) -> Any:
-    r"""The same with None for NaN and infinite numbers, which JSON does not know: the PSNR of equal images is infinite."""
+    r"""The same values with None for NaN and infinite numbers, which JSON cannot hold. (The PSNR of equal images is infinite.)"""
     if isinstance(value, dict):
         return {name: finite_or_none(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -111,21 +117,21 @@ def read_json(path: Path, kind: type = dict) -> Any:
         kind (`type`, *optional*): What the outermost value must be.
 
     Raises:
-        UserError: With one line, if it cannot be read, is no JSON or something else.
+        UserError: If the file cannot be read, is no JSON, or holds another type of value.
     """
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     except _UNREADABLE as error:
-        raise UserError(f"{path} is damaged: it is no JSON ({_one_line(error)}).") from None
+        raise UserError(f"{path} is damaged: it is not JSON ({_one_line(error)}).") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} is damaged: it holds {_brief(value)} where a {kind.__name__} belongs.")
     return value
 
 
 def read_json_or(path: Path, otherwise: Any) -> Any:
-    r"""The content of a JSON file of the same kind as `otherwise`, which is returned where there is none or a damaged one (said)."""
+    r"""The content of a JSON file, of the type of `otherwise`; `otherwise` if there is no file, or a damaged one (with a warning)."""
     if not path.exists():
         return otherwise
     try:
@@ -137,12 +143,12 @@ def read_json_or(path: Path, otherwise: Any) -> Any:
 
 def read_rows(path: Path, **needed: type | tuple[type, ...]) -> list[dict[str, Any]]:
     r"""
-    The rows of a file of JSON objects, one a line. A last line that a kill cut short is left out; other lines that cannot be
-    read are left out too, which is said once.
+    The rows of a file with one JSON object per line. A last line that a kill cut short is left out. Other lines that cannot be
+    read are left out too, with one warning.
 
     Args:
         path (`Path`): The file; no rows if it does not exist.
-        needed (`type`): What a row must have, by name, and of which type.
+        needed (`type`): Names that a row must have, each with the type of its value.
 
     Raises:
         UserError: If the file cannot be read at all.
@@ -178,12 +184,12 @@ def read_rows(path: Path, **needed: type | tuple[type, ...]) -> list[dict[str, A
 
 def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> None:
     r"""
-    Writes or replaces a safetensors file at once, with what it was made from and a checksum in its header.
+    Writes or replaces a safetensors file atomically. Its header holds the inputs it was made from, and a checksum.
 
     Args:
         path (`Path`): The file; its folder exists.
-        tensors (`dict[str, torch.Tensor]`): On the CPU.
-        of: What they were made from, as JSON can hold it.
+        tensors (`dict[str, torch.Tensor]`): Tensors on the CPU.
+        of: The inputs that they were made from, as JSON can hold them.
 
     Raises:
         OSError: If it cannot be written.
@@ -193,7 +199,7 @@ def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> Non
 
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     of = _as_json(of)
-    # One entry, since safetensors writes several in any order: equal content is to be equal bytes.
+    # One entry, because safetensors writes several in any order, and equal content must give equal bytes.
     metadata = {_HEADER: json.dumps({"of": of, "checksum": _checksum_of_tensors(tensors, of)}, sort_keys=True)}
 
     def write(temporary: Path) -> None:
@@ -214,9 +220,9 @@ def kept_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torc
 
     Args:
         path (`Path`): The file.
-        of: What they must have been made from.
-        verify (`bool`, *optional*, defaults to `True`): Compare the checksum, which reads all of the file. Leave it out only
-            where another process has just done it.
+        of: The inputs that they must have been made from.
+        verify (`bool`, *optional*, defaults to `True`): Compare the checksum, which reads the whole file. Skip this only
+            if another process has just done it.
 
     Raises:
         NotKept: If there is no such file, if it was made from something else, or if it is damaged.
@@ -232,12 +238,12 @@ def kept_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torc
 
 
 def kept_of(path: Path) -> Any:
-    r"""What a file of tensors says that it was made from, by its header alone. Raises NotKept if it does not say."""
+    r"""The inputs that a file of tensors was made from, read from its header alone. Raises NotKept if the header does not hold them."""
     return _open_tensors(path)[1]
 
 
 def keep_json(path: Path, value: Any, of: Any) -> None:
-    r"""As [`keep_tensors`], anything that JSON can hold; also NaN and infinite numbers. Raises OSError."""
+    r"""Like [`keep_tensors`], for any value that JSON can hold, and NaN and infinite numbers. Raises OSError."""
     of, value = _as_json(of), _as_json(value)
     kept = {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
     write_atomically(path, json.dumps(kept, indent=2) + "\n")
@@ -245,11 +251,11 @@ def keep_json(path: Path, value: Any, of: Any) -> None:
 
 def kept_json(path: Path, of: Any = None) -> Any:
     r"""
-    What [`keep_json`] wrote.
+    The value that [`keep_json`] wrote.
 
     Args:
         path (`Path`): The file.
-        of (*optional*): What it must have been made from; None: anything.
+        of (*optional*): The inputs that it must have been made from; None: any.
 
     Raises:
         NotKept: If there is no such file, if it was made from something else, or if it is damaged.
@@ -267,7 +273,7 @@ def kept_json(path: Path, of: Any = None) -> Any:
 
 
 def keep_row(path: Path, value: Any, of: Any) -> None:
-    r"""Adds a line to a file of rows, each of which has what it was made from and its own checksum. Raises OSError."""
+    r"""Adds a row to a file. Each row holds the inputs it was made from, and its own checksum. Raises OSError."""
     of, value = _as_json(of), _as_json(value)
     with path.open("ab") as file:
         kept = {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
@@ -276,11 +282,11 @@ def keep_row(path: Path, value: Any, of: Any) -> None:
 
 def kept_rows(path: Path) -> list[tuple[Any, Any]]:
     r"""
-    What [`keep_row`] wrote: of what, and the values, in order. Makes the file's folder. Rows that are damaged or of an older
-    version are said once and removed, to be made again; one that a kill has cut short is removed.
+    The rows that [`keep_row`] wrote, in order: the inputs and the values of each. Makes the file's folder. Rows that are damaged or
+    of an older version are removed with one warning, to be made again. A row that a kill has cut short is removed too.
 
     Raises:
-        UserError: If a line is no row at all: the file is somebody else's, and stays.
+        UserError: If a line is no row at all. Then the file is not ours, and is left alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -294,7 +300,7 @@ def kept_rows(path: Path) -> list[tuple[Any, Any]]:
                 continue
             if not any(name in line for name in (b'"checksum"', b'"values"', b'"key"')):
                 raise UserError(
-                    f"line {number} of {path} is no row that was kept there: it {problem}. Remove the line, or give another "
+                    f"line {number} of {path} is not a row that a script wrote: it {problem}. Remove the line, or give another "
                     "path."
                 ) from None
             damaged.append(number)
@@ -309,17 +315,17 @@ def kept_rows(path: Path) -> list[tuple[Any, Any]]:
 
 
 def is_temporary(path: Path) -> bool:
-    r"""Whether a file is one that a write has not finished, or that a kill has left: it is never a result."""
+    r"""Whether a file is temporary: being written, or left by a kill. It is never a result."""
     return _TEMPORARY.search(path.name) is not None
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
     r"""
-    Removes what killed processes have left of files that they were writing.
+    Removes unfinished files that killed processes have left.
 
     Args:
-        folder (`Path`): Where; its sub-folders are left alone.
-        name (`str`, *optional*): Only of files with this name; empty: of all.
+        folder (`Path`): The folder; its sub-folders are left alone.
+        name (`str`, *optional*): Only unfinished versions of this file; empty: of all files.
     """
     for path in folder.glob(f"{_escaped(name)}*.tmp"):
         match = _TEMPORARY.search(path.name)
@@ -344,7 +350,7 @@ def _digest(parts: Iterable[Any]) -> str:
 
 
 def _bytes_of(numbers: Any) -> Any:
-    """The numbers of an array or of a tensor, as they lie in memory where they can be had without copying."""
+    """The bytes of an array or a tensor, without a copy if that is possible."""
     if hasattr(numbers, "detach"):
         import torch
 
@@ -380,7 +386,7 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
 
 
 def _kept_value(content: bytes) -> tuple[Any, Any]:
-    """Of what, and the values."""
+    """The inputs and the values in a kept file or row."""
     try:
         kept = json.loads(content)
         if "checksum" not in kept:
@@ -416,12 +422,12 @@ def _host() -> str:
 
 
 def _escaped(name: str) -> str:
-    """For a glob."""
+    """Escapes a name for a glob pattern."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _as_json(value: Any) -> Any:
-    """As JSON gives it back, so that tuples equal lists."""
+    """The value after a round trip through JSON, so that tuples equal lists."""
     return json.loads(json.dumps(value, default=str))
 
 

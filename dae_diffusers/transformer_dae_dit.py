@@ -1,7 +1,7 @@
 """
-The diffusion transformer, whole in this one file: it travels to the Hub inside the model's repository and is loaded
-from there with torch and diffusers alone. So it imports nothing else, and `ModelMixin` must stay a name in it
-(diffusers looks for it in the module of a component that is not its own).
+The diffusion transformer, in this one file: the file is uploaded to the Hub with the model, and loaded from there with torch
+and diffusers alone. So it imports nothing else, and `ModelMixin` must stay a name in it (diffusers looks for that name in
+the module of a component that is not its own).
 """
 
 import math
@@ -35,7 +35,7 @@ def _position_tables(
     height: int, width: int, dim: int, head_dim: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Positions of a grid of `height * width` tokens, row by row, in float32: the absolute embedding `(N, dim)` and the
+    Positions of a grid of `height * width` tokens, row by row, in float32: the absolute embedding `(N, dim)`, and
     cosine and sine of the rotation `(N, 1, head_dim / 2, 2)`. Token `(row, column)` has the same values in every grid.
     """
     rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
@@ -151,28 +151,28 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     r"""
     A diffusion transformer on latents of any height and width, conditioned on time and, optionally, on a class.
 
-    Called like [`DiTTransformer2DModel`]; differences: RMS norm, QK norm, SwiGLU, 2-D rotary positions beside the
-    absolute ones, rectangular latents, and conditioning computed once a step, all blocks' modulation in one product.
-    Labels are never dropped inside: train classifier-free guidance by replacing labels with `null_class`, once a sample.
+    It is called like [`DiTTransformer2DModel`]. The differences are: RMS norm, QK norm, SwiGLU, 2-D rotary positions in addition to
+    absolute ones, rectangular latents, and conditioning that is computed once per step, for all blocks in one product.
+    Labels are never dropped inside: to train classifier-free guidance, replace labels of samples with `null_class`.
     A new model predicts zero, and each of its blocks is the identity (adaLN-Zero).
 
     Args:
         sample_size (`int` or pair of `int`, defaults to 32):
-            Latent size, or (height, width), the model is trained on. Sampling takes it as default; `forward` accepts
+            Latent size, or (height, width), that the model is trained on. It is the default for sampling; `forward` accepts
             any size that is a multiple of `patch_size`.
         patch_size (`int`, defaults to 2): Side of the square of latents that becomes one token.
         in_channels (`int`, defaults to 4): Latent channels.
         out_channels (`int`, *optional*): Channels of the prediction; `in_channels` if not given.
         num_layers (`int`, defaults to 12): Number of blocks.
         num_attention_heads (`int`, defaults to 6): Heads; the width is `num_attention_heads * attention_head_dim`.
-        attention_head_dim (`int`, defaults to 64): Channels a head, a multiple of 4 (row and column, sine and cosine).
+        attention_head_dim (`int`, defaults to 64): Channels per head, a multiple of 4 (row and column, sine and cosine).
         num_classes (`int`, *optional*): Number of classes without the null class. `None` makes the model unconditional.
         mlp_ratio (`float`, defaults to 4.0):
-            Size of the feed-forward part, counted as that of a plain MLP: SwiGLU's hidden width is `2/3 * mlp_ratio *
-            width`, rounded up to a multiple of 32, for the same number of weights.
+            Size of the feed-forward part. SwiGLU's hidden width is `2/3 * mlp_ratio * width`, rounded up to a multiple of
+            32, so that it has as many weights as a plain MLP of this ratio.
 
     Raises:
-        `ValueError`: If `attention_head_dim` is not a multiple of 4, or `sample_size` not one of `patch_size`.
+        `ValueError`: If `attention_head_dim` is not a multiple of 4, or `sample_size` is not a multiple of `patch_size`.
 
     Sources: Peebles and Xie, 2022, https://huggingface.co/papers/2212.09748; rotary positions: Su et al., 2021,
     https://huggingface.co/papers/2104.09864; in 2-D: Heo et al., 2024, https://huggingface.co/papers/2403.13298.
@@ -255,7 +255,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         size, _, patch_size = name.partition("/")
         if size not in DIT_SIZES or not patch_size.isdecimal() or int(patch_size) == 0:
             raise ValueError(
-                f"`{name}` names no size. Write one of {', '.join(DIT_SIZES)}, a slash and the patch size, "
+                f"`{name}` is not a size. Write one of {', '.join(DIT_SIZES)}, a slash and the patch size, "
                 "for example `DiT-S/2`."
             )
         num_layers, dim, heads = DIT_SIZES[size]
@@ -279,7 +279,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
-        Predicts the velocity `noise - latents` (or what else it was trained for) of noisy latents.
+        Predicts the velocity `noise - latents` (or whatever it was trained to predict) from noisy latents.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, in_channels, h, w)`):

@@ -1,4 +1,4 @@
-"""Frozen vision networks, which judge images: loading any of them, and its hidden states as a function of images."""
+"""Frozen vision models that judge images: how to load them, and their hidden states as a function of images."""
 
 import math
 import pickle
@@ -29,13 +29,13 @@ class FrozenBackbone(nn.Module):
     r"""
     The hidden states of a frozen vision model, as a differentiable function of images.
 
-    Images are brought to the size that the model's image processor names (bilinear with antialiasing) and normalised
-    with its mean and std. One channel is repeated. Nothing is clamped or rounded, so the gradient reaches every pixel.
+    Images are resized to the size that the model's image processor names (bilinear with antialiasing) and normalised
+    with its mean and std. A single channel is repeated. Nothing is clamped or rounded, so the gradient reaches every pixel.
 
     Args:
-        model (`PreTrainedModel`): With or without head; frozen here.
+        model (`PreTrainedModel`): A model with or without head; it is frozen here.
         size (`tuple[int, int]`): Height and width of its inputs.
-        mean, std (`Sequence[float]`): Of three colours, for images in [0, 1].
+        mean, std (`Sequence[float]`): Normalisation of the three colours, for images in [0, 1].
     """
 
     def __init__(self, model: PreTrainedModel, *, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
@@ -52,7 +52,7 @@ class FrozenBackbone(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         r"""
         Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`): Around [-1, 1]; `C` 1 or 3.
+            images (`torch.Tensor` of shape `(B, C, H, W)`): Images in about [-1, 1]; `C` 1 or 3.
 
         Returns:
             `list[torch.Tensor]`: One for each layer, channels second: `(B, D, h, w)`, or `(B, D, N)` for tokens.
@@ -66,16 +66,16 @@ class FrozenBackbone(nn.Module):
     @torch.no_grad()
     def patch_features(self, images: torch.Tensor) -> torch.Tensor:
         r"""
-        The last layer's features where they lie in the image, without a class token or registers, and without gradient.
+        The last layer's features as a grid over the image, without class token and registers, and without gradient.
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): As in [`forward`].
 
         Returns:
-            `torch.Tensor` of shape `(B, D, h, w)`: With the grid of the backbone.
+            `torch.Tensor` of shape `(B, D, h, w)`: Features on the grid of the backbone.
 
         Raises:
-            UserError: If the backbone's output has no grid.
+            UserError: If the backbone's output is not a grid.
         """
         hidden = self._run(images).last_hidden_state
         if hidden.ndim == 4:
@@ -90,8 +90,8 @@ class FrozenBackbone(nn.Module):
             if num_others <= 8:
                 return hidden[:, num_others:].transpose(1, 2).unflatten(2, grid)
         raise UserError(
-            f"the output of the vision model, a {type(self.model).__name__}, has the shape {tuple(hidden.shape)}: no grid of "
-            "features. Use one such as DINOv2, a ViT, ResNet or ConvNeXt."
+            f"the output of the vision model, a {type(self.model).__name__}, has the shape {tuple(hidden.shape)}, which is not a "
+            "grid of features. Use a model such as DINOv2, a ViT, ResNet or ConvNeXt."
         )
 
     @property
@@ -115,7 +115,7 @@ def short_name(name_or_path: str) -> str:
 
 def load_backbone(name_or_path: str) -> FrozenBackbone:
     r"""
-    Loads a frozen vision model of the Hub or a local folder.
+    Loads a frozen vision model from the Hub or a local folder.
 
     Raises:
         UserError: If it does not exist, is no vision model, or lacks weights.
@@ -126,10 +126,10 @@ def load_backbone(name_or_path: str) -> FrozenBackbone:
 
 def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     r"""
-    Loads a vision model of `transformers` and what its image processor says.
+    Loads a vision model of `transformers` and the settings of its image processor.
 
     Args:
-        name_or_path (`str`): On the Hub or in a local folder, with a `preprocessor_config.json`.
+        name_or_path (`str`): A model on the Hub or in a local folder, with a `preprocessor_config.json`.
 
     Returns:
         `tuple[PreTrainedModel, dict]`: The model in float32, with its classification head if it has one; and `size`
@@ -151,13 +151,13 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
             f"the vision model {name_or_path!r} cannot be loaded: {one_line(error, 300)} (Allowed "
             "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"
         ) from None
-    model = getattr(model, "vision_model", model)  # of CLIP and its kin, only the half that sees
+    model = getattr(model, "vision_model", model)  # of CLIP and similar models, only the vision half
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise UserError(f"{name_or_path!r} is a {type(model).__name__}, which takes no images.")
     # A pooler that is not used may lack weights, as in ViT's classifiers; anything else would be random.
     missing = [key for key in loading["missing_keys"] if not (has_class_token(model) and "pooler" in key)]
     if missing:
-        raise UserError(f"{name_or_path!r} lacks weights, its features would be random: {sorted(missing)[:5]}.")
+        raise UserError(f"{name_or_path!r} lacks weights, so its features would be random: {sorted(missing)[:5]}.")
     return model, _preprocessing_of(processor)
 
 
@@ -172,8 +172,8 @@ def load_inception() -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise ImportError(
-            "Inception features need the package torch-fidelity: `pip install torch-fidelity`. Or use features of "
-            "any vision backbone, such as facebook/dinov2-base."
+            "Inception features need the package torch-fidelity: `pip install torch-fidelity`. Or use the features of "
+            "another vision model, such as facebook/dinov2-base."
         ) from None
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Writes the reference of all classes and functions, from their docstrings: python docs/reference.py build/docs"""
+"""Writes the API reference from the docstrings: python docs/reference.py build/docs"""
 
 import pkgutil
 import sys

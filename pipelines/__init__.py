@@ -1,1 +1,1 @@
-"""Pipelines, each one file that needs torch and diffusers only, so that it travels to the Hub with the weights."""
+"""Pipelines. Each is one file that needs only torch, diffusers and (for VQGAN) transformers, and is uploaded with the weights."""

@@ -41,28 +41,28 @@ FLOW_SCHEDULERS = (
 
 class DAEDiTPipeline(DiffusionPipeline):
     r"""
-    Generates images with a diffusion transformer in the latent space of an autoencoder, by class or freely.
+    Generates images with a diffusion transformer in the latent space of an autoencoder, by class or without classes.
 
-    Does all that [`DiTPipeline`] does, and returns the same images for the same weights, DDIM, seed and steps. Beyond
-    it: any number of classes and none, class names, flow matching and every usual scheduler, rectangular images,
-    guidance over part of the noise levels, autoencoders with latent statistics, grayscale. To decode many or large
+    It does everything that [`DiTPipeline`] does, and returns the same images for the same weights, DDIM, seed and steps. In
+    addition it supports any number of classes or none, class names, flow matching and the usual schedulers, rectangular images,
+    guidance over part of the noise levels, autoencoders with latent statistics, and grayscale. To decode many or large
     images in little memory, call `pipe.vae.enable_slicing()` or `pipe.vae.enable_tiling()`.
 
     Args:
         transformer ([`DAEDiTTransformer2DModel`] or [`DiTTransformer2DModel`]): Predicts from normalised latents.
         vae ([`AutoencoderKL`] or [`VQModel`]): Decodes latents.
         scheduler ([`SchedulerMixin`]):
-            Flow matching or diffusion, as the transformer was trained. For flow matching, solvers that can do it
+            For flow matching or diffusion, as the transformer was trained. For flow matching, solvers that support it
             ([`DPMSolverMultistepScheduler`], [`UniPCMultistepScheduler`]) are set up for it, with the `shift` of the
-            config that they were made from. A scheduler that would ruin the images is refused, also when it is assigned
-            later, as in `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
+            config that they were made from. A scheduler that would ruin the images is refused. The same holds if you assign
+            one later, as in `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
         id2label (`dict`, *optional*):
             Class id (or its digits) to name; a name may hold several, separated by commas, as ImageNet's do.
         value_range (`list` of two numbers, *optional*):
-            Lowest and highest value of the original images where these were no 8-bit pictures; `output_type="np"` gives
-            images in it.
+            Lowest and highest value of the original images if they were not 8-bit pictures; `output_type="np"` gives
+            images in this range.
         is_flow_matching (`bool`, *optional*):
-            Whether the transformer predicts the velocity of flow matching, and not noise or the like. By default true for
+            Whether the transformer predicts the velocity of flow matching, and not noise or the like. Default: true for
             a [`DAEDiTTransformer2DModel`]; for any other transformer the scheduler given here decides.
 
     Raises:
@@ -110,10 +110,10 @@ class DAEDiTPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEDiTPipeline":
         """
-        Makes a pipeline of another one's models, like [`DiffusionPipeline.from_pipe`].
+        Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`].
 
         Args:
-            pipeline ([`DiffusionPipeline`]): With the components that this class has.
+            pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
             kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
         """
         # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
@@ -139,15 +139,15 @@ class DAEDiTPipeline(DiffusionPipeline):
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if need be.
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
             args, kwargs: As in [`DiffusionPipeline.save_pretrained`], for example `push_to_hub=True`.
 
         Raises:
-            `ValueError`: If the autoencoder is one whose code cannot travel in one file.
+            `ValueError`: If the code of the autoencoder cannot be saved as one file.
         """
         if hasattr(self.vae, "to_diffusers"):
             raise ValueError(
-                f"`vae` is a {type(self.vae).__name__}, which no folder can carry. "
+                f"`vae` is a {type(self.vae).__name__}, whose code cannot be saved in the folder. "
                 "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
             )
         folder = Path(save_directory)
@@ -223,21 +223,21 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Every class name and its id, sorted by name. Of classes that share a name, the last."""
+        """Every class name and its id, sorted by name. If classes share a name, the last one counts."""
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
         return dict(sorted(pairs, key=operator.itemgetter(0)))
 
     def get_label_ids(self, label: int | str | Iterable[int | str]) -> list[int]:
         """
-        Class ids of names. Ids may stand among the names, and stay as they are.
+        Class ids of names. Ids among the names are returned as they are.
 
         Args:
             label (`int`, `str` or an iterable of them, nested or not):
-                A name is a whole entry of `id2label` or one of its comma-separated names. If none is written exactly
-                so, upper and lower case are held equal.
+                A name is a whole entry of `id2label` or one of its comma-separated names. If none matches exactly, upper and
+                lower case are not distinguished.
 
         Returns:
-            `list` of `int`: One id a label.
+            `list` of `int`: One id per label.
 
         Raises:
             `ValueError`: If a name is unknown or names several classes, an id is out of range, or there are no classes.
@@ -313,20 +313,20 @@ class DAEDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str` or an iterable of both, *optional*):
-                Class ids and names, see `get_label_ids`. Left out, a conditional model generates by its null class,
-                without guidance; an unconditional model takes none.
+                Class ids and names, see `get_label_ids`. Without them, a conditional model generates with its null class
+                and without guidance. An unconditional model takes none.
             guidance_scale (`float`, defaults to 4.0):
                 Classifier-free guidance, `unconditional + guidance_scale * (conditional - unconditional)` on all latent
-                channels. At 1 and below there is none, and half the work.
+                channels. At 1 and below there is no guidance, which halves the work.
             guidance_interval (pair of `float`, defaults to (0.0, 1.0)):
-                Noise levels at which guidance acts, from 0 (clean) to 1 (noise), bounds included: sigma in flow
+                Noise levels with guidance, from 0 (clean) to 1 (noise), bounds included: sigma for flow
                 matching, else timestep / number of training timesteps. Source: Kynkäänniemi et al., 2024,
                 https://huggingface.co/papers/2404.07724.
             num_inference_steps (`int`, defaults to 50): Steps of the scheduler.
             height, width (`int`, *optional*): Image size in pixels; by default what the transformer was trained on.
-            num_images_per_label (`int`, defaults to 1): Images a label, next to each other in the result.
+            num_images_per_label (`int`, defaults to 1): Images per label, next to each other in the result.
             generator (`torch.Generator` or `list` of them, *optional*):
-                Source of all noise. With a list, one an image, an image does not depend on the others in its batch.
+                Source of all noise. With a list of one per image, an image does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to start from.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` or `"numpy"` `(B, H, W, C)` and `"pt"` `(B, C, H, W)`, all in [0, 1], or `"latent"`,
@@ -341,7 +341,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             [`ImagePipelineOutput`] or `tuple`: `images`, in the order of the labels.
 
         Raises:
-            `ValueError`: If an argument does not fit the models or the others.
+            `ValueError`: If an argument does not fit the models or the other arguments.
 
         Example:
             ```py
@@ -362,7 +362,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         shape = (batch_size, *self._latent_shape(height, width, latents))
         device = self._execution_device
 
-        # Latents and the scheduler's arithmetic stay in float32, whatever the models compute in.
+        # Latents and the scheduler's arithmetic stay in float32, whatever the dtype of the models.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
@@ -418,10 +418,10 @@ class DAEDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
-        Images of normalised latents: `vae.decode` of their `raw_latents`.
+        Decodes normalised latents into images: `vae.decode` of their `raw_latents`.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): As the transformer knows them.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents, as the transformer predicts them.
 
         Returns:
             `torch.Tensor` of shape `(B, channels, H, W)`: Images, about [-1, 1].
@@ -469,7 +469,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         return prediction if learned or prediction.shape[1] != 2 * channels else prediction[:, :channels]
 
     def _to_output(self, images: torch.Tensor, output_type: str):
-        """Decoded images as the caller wants them, numbers in the range of the original images."""
+        """Decoded images in the form of `output_type`; numbers are in the range of the original images."""
         output_type = "np" if output_type == "numpy" else output_type
         images = self.image_processor.postprocess(images, output_type=output_type)
         if output_type == "np" and self.value_range is not None:
@@ -483,7 +483,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         channels = self.vae.config.out_channels
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
-                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
+                f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "
                 "Pass `output_type='np'` or `'pt'`."
             )
 
@@ -491,7 +491,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
-                "Pass one an image, or a single one."
+                "Pass one per image, or a single one."
             )
 
     def _check_choices(
@@ -512,7 +512,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         self._check_output(output_type)
 
     def _resolve_labels(self, class_labels: int | str | Iterable[int | str] | None) -> list[int | None]:
-        """One id a label; without labels, the null class (`None` if the transformer is unconditional) alone."""
+        """One id per label; without labels, only the null class (`None` if the transformer is unconditional)."""
         if class_labels is None:
             return [self.null_class]
         label_ids = self.get_label_ids(class_labels)
@@ -542,29 +542,29 @@ class DAEDiTPipeline(DiffusionPipeline):
                 )
         if height != width and isinstance(unwrap_module(self.transformer), DiTTransformer2DModel):
             raise ValueError(
-                f"{height} x {width} was asked for, but `DiTTransformer2DModel` can only do square images. "
+                f"{height} x {width} was asked for, but `DiTTransformer2DModel` makes only square images. "
                 f"Use {min(height, width)} x {min(height, width)}."
             )
         return config.in_channels, height // factor, width // factor
 
 
 def _settings_of(model: torch.nn.Module) -> dict:
-    """What the last pipeline of a model was told, so that `Pipeline(**pipe.components)` keeps it. It may be changed."""
+    """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
     return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
 
 
 def _is_named(model: object, name: str) -> bool:
-    """Whether a model is of a class of this name, wherever its code lies: in our package or beside the weights."""
+    """Whether a model's class has this name, whether its code lies in our package or beside the weights."""
     return any(base.__name__ == name for base in type(unwrap_module(model)).__mro__)
 
 
 def _flow_matching_error(scheduler: SchedulerMixin) -> tuple[float, float]:
     """
-    How far a scheduler misses data whose velocity is known, independent normal numbers of standard deviation 0.5 about
-    means up to 4: the share of the means and of the standard deviation that it gets too little (0, 0 is right).
+    How far a scheduler misses data whose velocity is known: independent normal numbers with standard deviation 0.5 around
+    means up to 4. Returns the missing share of the means and of the standard deviation; (0, 0) is right.
 
-    One set of means is enough to catch a wrong noise schedule or prediction, clipping, noise that is left in the end and
-    levels that run the wrong way, whatever the scheduler is called; the deviation shows one that averages.
+    The means reveal a wrong noise schedule or prediction, clipping, noise left at the end, and
+    levels that run the wrong way, whatever the scheduler is called. The deviation reveals a scheduler that averages.
     """
     generator = torch.Generator().manual_seed(0)
     means = torch.linspace(-4, 4, 1024).view(1, 4, 16, 16)
@@ -635,8 +635,8 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
         return scheduler
     if abs(bias) < 0.02 and 0 < narrowness < 1:
         warnings.warn(
-            f"`scheduler` is a {name} that draws fresh noise about the average image in each step, which is right for "
-            "distilled transformers alone. Of any other its images vary too little; use FlowMatchEulerDiscreteScheduler "
+            f"`scheduler` is a {name} that adds fresh noise to the average image in each step, which is right only for "
+            "distilled transformers. With any other, its images vary too little; use FlowMatchEulerDiscreteScheduler "
             "without `stochastic_sampling`.",
             stacklevel=3,
         )

@@ -26,21 +26,21 @@ OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "codes")
 
 class DAEVQGANPipeline(DiffusionPipeline):
     r"""
-    Generates images code by code, in rows from the top left, by class or freely; the `VQModel` decodes them.
+    Generates images code by code, in rows from the top left, by class or without classes; the `VQModel` decodes them.
 
     The prior is any causal language model of `transformers` whose tokens are the codes `0 .. num_codes - 1`, then one
-    for each class, then one for no class; a sequence is the class's token and then the codes. Its config says more:
+    for each class, then one for no class. A sequence is the class's token followed by the codes. Its config also holds
     `num_codes`, `num_classes`, `grid_size` (rows and columns of codes) and `code_fingerprint` (of the `VQModel` whose
     codes it knows, see [`code_fingerprint`]).
 
     Args:
-        prior ([`~transformers.PreTrainedModel`]): Such as a `LlamaForCausalLM` by training/train_vqgan_prior.py.
+        prior ([`~transformers.PreTrainedModel`]): For example a `LlamaForCausalLM` from training/train_vqgan_prior.py.
         vae ([`VQModel`]): Decodes codes.
         id2label (`dict`, *optional*):
             Class id (or its digits) to name; a name may hold several, separated by commas.
         value_range (`list` of two numbers, *optional*):
-            Lowest and highest value of the original images where these were no 8-bit pictures; `output_type="np"` gives
-            images in it.
+            Lowest and highest value of the original images if they were not 8-bit pictures; `output_type="np"` gives
+            images in this range.
 
     Raises:
         `ValueError`: If the prior was trained on the codes of another model.
@@ -72,10 +72,10 @@ class DAEVQGANPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEVQGANPipeline":
         """
-        Makes a pipeline of another one's models, like [`DiffusionPipeline.from_pipe`].
+        Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`].
 
         Args:
-            pipeline ([`DiffusionPipeline`]): With the components that this class has.
+            pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
             kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
         """
         # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
@@ -96,15 +96,15 @@ class DAEVQGANPipeline(DiffusionPipeline):
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if need be.
+            save_directory (`str` or `os.PathLike`): Folder, created if it does not exist.
             args, kwargs: As in [`DiffusionPipeline.save_pretrained`], for example `push_to_hub=True`.
 
         Raises:
-            `ValueError`: If the autoencoder is one whose code cannot travel in one file.
+            `ValueError`: If the code of the autoencoder cannot be saved as one file.
         """
         if hasattr(self.vae, "to_diffusers"):
             raise ValueError(
-                f"`vae` is a {type(self.vae).__name__}, which no folder can carry. "
+                f"`vae` is a {type(self.vae).__name__}, whose code cannot be saved in the folder. "
                 "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
             )
         folder = Path(save_directory)
@@ -119,21 +119,21 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Every class name and its id, sorted by name. Of classes that share a name, the last."""
+        """Every class name and its id, sorted by name. If classes share a name, the last one counts."""
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
         return dict(sorted(pairs, key=operator.itemgetter(0)))
 
     def get_label_ids(self, label: int | str | Iterable[int | str]) -> list[int]:
         """
-        Class ids of names. Ids may stand among the names, and stay as they are.
+        Class ids of names. Ids among the names are returned as they are.
 
         Args:
             label (`int`, `str` or an iterable of them, nested or not):
-                A name is a whole entry of `id2label` or one of its comma-separated names. If none is written exactly
-                so, upper and lower case are held equal.
+                A name is a whole entry of `id2label` or one of its comma-separated names. If none matches exactly, upper and
+                lower case are not distinguished.
 
         Returns:
-            `list` of `int`: One id a label.
+            `list` of `int`: One id per label.
 
         Raises:
             `ValueError`: If a name is unknown or names several classes, an id is out of range, or there are no classes.
@@ -196,17 +196,17 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str` or an iterable of both, *optional*):
-                Class ids and names, see `get_label_ids`. Left out, a conditional model generates by its null class,
-                without guidance; an unconditional model takes none.
+                Class ids and names, see `get_label_ids`. Without them, a conditional model generates with its null class
+                and without guidance. An unconditional model takes none.
             guidance_scale (`float`, defaults to 2.0):
                 Classifier-free guidance of the logits, `unconditional + guidance_scale * (conditional -
-                unconditional)`. At 1 and below there is none, and half the work.
+                unconditional)`. At 1 and below there is no guidance, which halves the work.
             temperature (`float`, defaults to 1.0): Divides the logits; below 1 safer, above 1 more varied.
-            top_k (`int`, *optional*): Draw from the this many likeliest codes only.
-            top_p (`float`, *optional*): Draw from the fewest likeliest codes whose share is at least this, in (0, 1].
-            num_images_per_label (`int`, defaults to 1): Images a label, next to each other in the result.
+            top_k (`int`, *optional*): Draw only from this many of the most likely codes.
+            top_p (`float`, *optional*): Draw only from the most likely codes that together have this probability, in (0, 1].
+            num_images_per_label (`int`, defaults to 1): Images per label, next to each other in the result.
             generator (`torch.Generator` or `list` of them, *optional*):
-                Source of all draws. With a list, one an image, an image does not depend on the others in its batch.
+                Source of all draws. With a list of one per image, an image does not depend on the others in its batch.
             use_cache (`bool`, defaults to `True`):
                 Keep keys and values of the codes drawn so far; without it the same codes take far longer.
             output_type (`str`, defaults to `"pil"`):
@@ -218,7 +218,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
             [`ImagePipelineOutput`] or `tuple`: `images`, in the order of the labels.
 
         Raises:
-            `ValueError`: If an argument does not fit the models or the others.
+            `ValueError`: If an argument does not fit the models or the other arguments.
 
         Example:
             ```py
@@ -264,15 +264,15 @@ class DAEVQGANPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """
-        Images of codes.
+        Decodes codes into images.
 
         Args:
-            codes (`torch.Tensor` of shape `(B, h, w)`): int64, numbers of the codes.
+            codes (`torch.Tensor` of shape `(B, h, w)`): Indices of the codes, int64.
 
         Returns:
             `torch.Tensor` of shape `(B, channels, H, W)`: Images, about [-1, 1].
         """
-        # What is decoded already is a code; only `lookup_from_codebook` would take it for a number.
+        # These are code vectors already; only `lookup_from_codebook` would take them for indices.
         lookup = self.vae.config.lookup_from_codebook
         return self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
 
@@ -293,7 +293,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         return quantized.to(self._execution_device)
 
     def _to_output(self, images: torch.Tensor, output_type: str):
-        """Decoded images as the caller wants them, numbers in the range of the original images."""
+        """Decoded images in the form of `output_type`; numbers are in the range of the original images."""
         output_type = "np" if output_type == "numpy" else output_type
         images = self.image_processor.postprocess(images, output_type=output_type)
         if output_type == "np" and self.value_range is not None:
@@ -307,7 +307,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         channels = self.vae.config.out_channels
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
-                f"The autoencoder makes images of {channels} channels, and PIL has those of 1 and 3 only. "
+                f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "
                 "Pass `output_type='np'` or `'pt'`."
             )
 
@@ -315,7 +315,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
-                "Pass one an image, or a single one."
+                "Pass one per image, or a single one."
             )
 
     def _check_choices(
@@ -334,12 +334,12 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
 
 def _settings_of(model: torch.nn.Module) -> dict:
-    """What the last pipeline of a model was told, so that `Pipeline(**pipe.components)` keeps it. It may be changed."""
+    """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
     return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
 
 
 def code_fingerprint(vae: VQModel) -> str:
-    """Hash of what makes codes of images: encoder, quant_conv and codebook. The decoder may change."""
+    """Hash of the weights that turn images into codes: encoder, quant_conv and codebook. The decoder may change."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         if name.split(".")[0] in ("encoder", "quant_conv", "quantize"):
@@ -349,7 +349,7 @@ def code_fingerprint(vae: VQModel) -> str:
 
 
 def _check_codes(prior: PreTrainedModel, vae: VQModel) -> None:
-    # Only whole float32 weights have the hash that they had in training: none of 16 bits, also if they were enlarged again.
+    # Only float32 weights have the hash of the training. Weights that were rounded to 16 bits do not, even as float32 again.
     weights = list(vae.state_dict().values())
     is_whole = all(value.dtype == torch.float32 and not value.is_meta for value in weights)
     is_rounded = any(

@@ -329,7 +329,7 @@ def test_what_a_condition_goes_on_from_must_be_finished(benchmark, launched, con
     features = save_backbone(tmp_path / "backbone", "classifier")
     give(monkeypatch, tmp_path, "--features", features, "--conditions", condition, "--generators", "narrow")
     with pytest.raises(
-        UserError, match=rf"`{condition}` goes on from runs that are not finished: .*/{base}/2\+2/seed-0, "
+        UserError, match=rf"`{condition}` continues runs that are not finished: .*/{base}/2\+2/seed-0, "
     ):
         benchmark.main(benchmark.parse_arguments())
     assert launched == []

@@ -146,7 +146,7 @@ def test_negative_numbers_with_an_exponent_are_values(tmp_path):
         (["--steps", "13", "--kind", "b"], "`--steps` 13 does not go with `--kind b`"),
         (["--rare", "0"], "above 0 and at most 1"),
         (["--rare", "nan"], "must be finite"),
-        (["--config", "nothing"], "no packaged recipe"),
+        (["--config", "nothing"], "neither a file nor a packaged recipe"),
         (["7"], "unexpected argument '7'"),
         (["--config", "/nowhere.yaml"], "does not exist"),
         (["--config"], "needs the path"),

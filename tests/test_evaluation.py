@@ -191,7 +191,7 @@ def test_drawn_images_are_read_from_their_files_by_slices(tmp_path):
     for part in (slice(None), slice(0, 4), slice(3, 9), slice(8, 20), slice(-3, -1)):
         assert torch.equal(kept[part], rows[part])
     for nothing in (slice(4, 4), slice(10, 12), slice(0, 8, 2)):
-        with pytest.raises(ValueError, match="only neighbouring ones are read"):
+        with pytest.raises(ValueError, match="only consecutive rows can be read"):
             kept[nothing]
 
 

@@ -308,7 +308,7 @@ def test_changed_images_are_refused_on_resume(reference, image_folder, tmp_path)
     options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
     code, text = in_child(lambda: start(BARE_DAE, train_data_dir=tmp_path / "images", **options))
     assert code == 1
-    assert_one_line(text, "the training images changed since", "Go on with the same")
+    assert_one_line(text, "the training images changed since", "Continue with the same")
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -340,7 +340,7 @@ def test_tracker_that_fails_at_any_moment_is_left_alone(moment, reference, image
 
     code, text = in_child(action)
     assert code == 0, text
-    assert text.count("training goes on without it") == 1
+    assert text.count("training continues without it") == 1
     assert_equals(reference, tmp_path)
 
 

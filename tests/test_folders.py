@@ -95,9 +95,9 @@ def test_split_without_classes_is_left_out(make_folder, caplog):
         (["a/1.png", "b/2.png", "a/3.npy"], "holds pictures (2, such as a/1.png) and arrays (1, such as a/3.npy)"),
         (
             ["train/1.png", "val/2.png", "extra/3.png"],
-            "holds train, val, which look like splits, and beside them extra",
+            "holds train, val, which look like splits, but also extra",
         ),
-        (["train/a/1.png", "train/b/2.png", "3.png"], "and beside them images"),
+        (["train/a/1.png", "train/b/2.png", "3.png"], "but also images"),
     ],
 )
 def test_ambiguous_layout_is_one_line(make_folder, names, message):

@@ -255,7 +255,7 @@ def test_images_of_the_author_are_published_only_if_he_says_so(
     files = client.files(repo_id)
     shown = {"images/reconstructions.png", "images/nearest.png"}
     assert shown & files.keys() == (shown if is_shown else set())
-    assert ("left out, as they show images of your data set" in caplog.text) == (not is_shown)
+    assert ("left out because they show images of your data set" in caplog.text) == (not is_shown)
     text = files["README.md"].decode()
     assert ("reconstructions.png" in text) == is_shown and "Nobody has looked" not in text
     if is_shown:  # and taken back later
@@ -274,9 +274,9 @@ def test_pictures_of_a_public_data_set_are_published(trained):
 @pytest.mark.parametrize(
     ("flags", "stage1", "sentence", "is_decoupled"),
     [
-        ({"auxiliary_decoder": "dropout"}, "linear", "against a weak auxiliary decoder (`linear`)", True),
-        ({"auxiliary_decoder": "dropout", "stage": "2"}, "narrow", "against a weak auxiliary decoder (`narrow`)", True),
-        ({"auxiliary_decoder": "same"}, "same", "against a decoder like the one in `vae/`", False),
+        ({"auxiliary_decoder": "dropout"}, "linear", "with a weak auxiliary decoder (`linear`)", True),
+        ({"auxiliary_decoder": "dropout", "stage": "2"}, "narrow", "with a weak auxiliary decoder (`narrow`)", True),
+        ({"auxiliary_decoder": "same"}, "same", "with a decoder like the one in `vae/`", False),
         ({"auxiliary_decoder": "none"}, None, "Encoder and decoder were trained together", False),
         (
             {
@@ -285,7 +285,7 @@ def test_pictures_of_a_public_data_set_are_published(trained):
                 "pretrained_model_name_or_path": "stabilityai/sd-vae-ft-mse",
             },
             None,
-            "are those of `stabilityai/sd-vae-ft-mse`; the decoder in `vae/` was trained on",
+            "are those of `stabilityai/sd-vae-ft-mse`. Only the decoder in `vae/` was fine-tuned",
             False,
         ),
     ],
@@ -709,7 +709,7 @@ def test_result_is_not_exported_into_itself(trained, tmp_path):
     for folder in (trained, trained / "pipeline", trained / "pipeline" / "out", trained / "vae"):
         before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
         for source in (trained, trained / "pipeline"):
-            with pytest.raises(UserError, match="in which the result itself lies"):
+            with pytest.raises(UserError, match="which contains the result itself"):
                 push_script(source, REPO, "--export_dir", folder)
         assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     (tmp_path / "file").touch()

@@ -558,7 +558,7 @@ def test_bad_argument_is_named(kwargs, message):
 def test_stock_transformer_does_squares_alone():
     pipeline = make_pipeline(make_stock_transformer(), scheduler=DDIMScheduler())
     assert sample(pipeline, height=24, width=24).shape == (1, 3, 24, 24)
-    with pytest.raises(ValueError, match="can only do square images. Use 16 x 16"):
+    with pytest.raises(ValueError, match="makes only square images. Use 16 x 16"):
         sample(pipeline, height=16, width=24)
 
 

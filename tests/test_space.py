@@ -120,7 +120,7 @@ def test_pictures_are_drawn_by_class_and_seed(page):
     assert abs(every.width / every.height - 2) < 0.1 and len(every.getcolors(2**20)) > 100  # three classes, six of each
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="dog").click()
-    page.get_by_role("spinbutton", name="Pictures of a class").fill("1")
+    page.get_by_role("spinbutton", name="Pictures per class").fill("1")
     one = draw()
     assert one.width == one.height
     page.get_by_role("spinbutton", name="Seed").fill("5")

@@ -262,7 +262,7 @@ def test_another_number_of_processes_begins_a_new_pass(trained, tars, tmp_path):
     assert [state["position"] for state in states["state"]["stream"]] == [6, 6]
     process = launch("train_dae", flags + " --stage 1 --resume_from_checkpoint latest", **options)
     output = process.communicate()[0]
-    assert process.returncode == 0 and "a new pass over the data begins" in output, output
+    assert process.returncode == 0 and "it begins a new pass over the data" in output, output
 
 
 def test_stream_that_breaks_off_is_one_line_and_the_run_goes_on_from_its_checkpoint(

@@ -355,7 +355,7 @@ def test_failing_tracker_does_not_stop_training(image_folder, tmp_path, monkeypa
     flags = TINY_DAE + " --stage1_steps 2 --stage2_steps 2"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
     assert (tmp_path / "vae").exists()
-    assert caplog.text.count("training goes on") == 1
+    assert caplog.text.count("training continues") == 1
 
 
 def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_folder, tmp_path):

@@ -139,7 +139,7 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
         ({"noise_tau": -0.1}, "0 or more"),
         (
             {"pretrained_model_name_or_path": "x", "autoencoder": "vq", "codebook_warmup_steps": 1},
-            "makes a codebook of its own",
+            "makes its own codebook",
         ),
         ({"pretrained_model_name_or_path": "x", "stage1_dir": "y", "stage": "2"}, "not both"),
         (

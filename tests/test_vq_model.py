@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from dae_diffusers import DAEVQModel
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer
 from dae_diffusers.losses.codebook import (
-    codebook_entropy_loss,
     codebook_loss,
     codebook_perplexity,
     codebook_usage,
@@ -231,7 +230,6 @@ import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
 from models import clusters
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer
-from dae_diffusers.losses.codebook import codebook_entropy_loss
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 _, batches = clusters(12)
@@ -241,9 +239,7 @@ for number in range(rank, 12, 2):
     torch.manual_seed(number)
     quantizer.note(quantizer.quantize(batches[number]))
     quantizer.update()
-latents = batches[rank].clone().requires_grad_()
-codebook_entropy_loss(latents, quantizer.codebook, temperature=1.0).backward()
-torch.save((quantizer.state_dict(), latents.grad / 2), f"{folder}/{{rank}}.pt")
+torch.save(quantizer.state_dict(), f"{folder}/{{rank}}.pt")
 dist.destroy_process_group()
 """
 
@@ -267,13 +263,10 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     torch.manual_seed(0)
     one = CodebookQuantizer(16, 4, quantizer_type="ema", warmup_steps=2, l2_normalize=True, ema_decay=0.5)
     noted_steps(one, batches, 2)
-    states, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in "01"), strict=True)
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in "01"]
     for name, value in one.state_dict().items():
         assert torch.equal(states[0][name], states[1][name]), name
         assert_close(states[0][name], value, rtol=1e-5, atol=1e-6)
-    latents = torch.cat(batches[:2]).requires_grad_()
-    codebook_entropy_loss(latents, one.codebook, temperature=1.0).backward()
-    assert_close(torch.cat(gradients), latents.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_usage_and_perplexity_equal_their_formulas():
@@ -284,14 +277,6 @@ def test_usage_and_perplexity_equal_their_formulas():
     counts = torch.tensor([5, 3, 1, 0])
     p = [5 / 9, 3 / 9, 1 / 9]
     assert math.isclose(codebook_perplexity(counts), math.exp(-sum(x * math.log(x) for x in p)))
-
-
-def test_entropy_loss_is_low_where_codes_are_sure_and_even():
-    codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    even = torch.tensor([1.0, -1.0]).view(1, 1, 1, 2).repeat(1, 2, 1, 1) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
-    assert_close(codebook_entropy_loss(even, codebook), torch.tensor(-math.log(2)))
-    assert_close(codebook_entropy_loss(even.abs(), codebook), torch.tensor(0.0))
-    assert_close(codebook_entropy_loss(torch.zeros(1, 2, 1, 2), codebook), torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

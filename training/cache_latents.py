@@ -1,5 +1,5 @@
 r"""
-Encode the images once, so that training a DiT reads latents instead of images.
+Encode the images once, so that the training of a DiT can read latents instead of images.
 
     accelerate launch training/cache_latents.py --dataset_name digits --image_channels 1 --vae runs/digits/vae \
         --output_dir runs/digits/latents

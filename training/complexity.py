@@ -1,12 +1,12 @@
 r"""
-Measure the complexity distance of a latent space: how far small generators stay from the images, given the latents.
+Measure the complexity distance of a latent space: how well small generators turn the latents into images.
 
     accelerate launch training/complexity.py --vae runs/digits/vae --dataset_name digits --image_channels 1 \
         --output_dir runs/digits/complexity
 
 It takes minutes. `complexity.md`, `complexity.png` and `complexity.json` in the output folder hold the result; docs/metrics.md
-explains each number. An interrupted measurement goes on when the same command is given again: finished generators stand in
-`complexity.jsonl`, under a hash of what they depend on.
+explains each number. Give the same command again to continue an interrupted measurement: `complexity.jsonl` holds the finished
+generators, under a hash of what they depend on.
 """
 
 import logging
@@ -47,7 +47,7 @@ def main(config: MeasureComplexityConfig) -> None:
             config.data, config.latent_space.seed, value_range=read_value_range(config.latent_space.vae)
         )
     if accelerator.is_main_process:
-        # Always in batches of 64: training on the latents would amplify what another size changes in their last digits.
+        # Always in batches of 64: another size changes the last digits of the latents, and training would amplify that.
         loaders = (
             make_pass_loader(images.choose(limit), batch_size=64)
             for images, limit in ((train, MAX_TRAIN_IMAGES), (validation, MAX_EVAL_IMAGES))

@@ -6,9 +6,9 @@ Measure an autoencoder, its latent space, and a pipeline: numbers, grids and plo
     accelerate launch training/evaluate.py --pipeline runs/digits/pipeline --dataset_name digits --image_channels 1 \
         --features inception --guidance_scales 1 2 4 --num_inference_steps 10 25
 
-`metrics.json` and `metrics.md` in the output folder say what was measured on what; docs/metrics.md explains each number.
-Give the same command again to continue an interrupted evaluation: what is done lies in `samples/`,
-`parts/` and `reference/` there, under a hash of what it depends on. They can be removed at the end.
+`metrics.json` and `metrics.md` in the output folder hold the numbers and their settings; docs/metrics.md explains each number.
+Give the same command again to continue an interrupted evaluation: finished parts are in `samples/`, `parts/` and `reference/`
+there, under a hash of what they depend on. You can remove these folders at the end.
 """
 
 import itertools
@@ -74,7 +74,9 @@ def main(config: EvaluateConfig) -> None:
     )
     vae = choose_autoencoder(config, pipeline, accelerator.device)
     if vae is None:
-        logger.info("%s has no autoencoder that can be measured: only what it draws is.", config.evaluation.pipeline)
+        logger.info(
+            "%s has no autoencoder that can be measured, so only its samples are measured.", config.evaluation.pipeline
+        )
     else:
         check_image_size(vae.eval(), channels=config.data.image_channels, resolution=config.data.resolution)
     extractor = (
@@ -114,14 +116,14 @@ def main(config: EvaluateConfig) -> None:
 def choose_autoencoder(
     config: EvaluateConfig, pipeline: DiffusionPipeline | None, device: torch.device
 ) -> ModelMixin | None:
-    """That of `--vae`, which must be the pipeline's where both are given; else the pipeline's, if it has one."""
+    """Loads the autoencoder of `--vae`, or else that of the pipeline. If both are given, they must be the same."""
     own = None if pipeline is None else autoencoder_of(pipeline)
     if config.evaluation.vae is None:
         return own
     vae = load_autoencoder(config.evaluation.vae).to(device)
     if own is not None and not has_same_weights(own, vae):
         raise UserError(
-            f"`--vae` {config.evaluation.vae} is not the autoencoder that `--pipeline` {config.evaluation.pipeline} decodes with, so that `gap` would "
+            f"`--vae` {config.evaluation.vae} is not the autoencoder that `--pipeline` {config.evaluation.pipeline} decodes with, so `gap` would "
             "mean nothing. Leave `--vae` out, or evaluate the two in runs of their own."
         )
     return vae
@@ -175,7 +177,7 @@ def evaluate_autoencoder(
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Any], EncodedImages]:
-    """Reconstruction, latent space and codebook; beside them, `some` training images as it encodes them."""
+    """Measures reconstruction, latent space and codebook; also returns `some` training images as the autoencoder encodes them."""
     folder = Path(config.evaluation.output_dir)
     work = {
         "batch_size": config.evaluation.batch_size,
@@ -225,7 +227,7 @@ def evaluate_samples(
     extractor: FeatureExtractor,
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
-    """A row for each setting of guidance and steps that the pipeline has; `seen` is what its autoencoder makes of `some`."""
+    """Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images."""
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
     if seen is None:
@@ -264,7 +266,7 @@ def evaluate_samples(
 
 
 def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSettings]:
-    """One for each combination of the swept options that the pipeline has."""
+    """The settings to measure: one for each combination of the swept options that the pipeline has."""
     sweep = [getattr(config.sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
     of_codes = {}
     if "temperature" in sampler.accepted:

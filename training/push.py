@@ -1,12 +1,12 @@
 """
-Publish a trained model on the Hugging Face Hub: weights, code, model card, pictures, metrics, and a Space if wished.
+Publish a trained model on the Hugging Face Hub: weights, code, model card, pictures, metrics, and optionally a Space.
 
     python training/push.py runs/digits user/digits --license cc-by-4.0
     python training/push.py runs/digits user/digits --license cc-by-4.0 --private --fp16 --space
     python training/push.py runs/digits user/digits --export_dir look-first
 
-The first word is the output folder of a training run, or a pipeline's folder; the second the repository. The same is
-`dae-diffusers push runs/digits user/digits`. Log in before with `hf auth login`.
+The first argument is the output folder of a training run, or a pipeline's folder. The second is the repository.
+`dae-diffusers push runs/digits user/digits` does the same. First log in with `hf auth login`.
 """
 
 import logging
@@ -65,13 +65,13 @@ def main(config: PushConfig) -> None:
         raise
     except Exception as error:  # a connection may fail in any way
         raise UserError(
-            f"the upload to {repo_id} failed ({upload.one_line(error)}). Nothing is lost; the same command goes on from "
-            "what has arrived."
+            f"the upload to {repo_id} failed ({upload.one_line(error)}). Nothing is lost; give the same command again to upload "
+            "what is missing."
         ) from None
 
 
 def ask_for_license() -> str | None:
-    """Whoever sits at the terminal decides; nobody else."""
+    """Asks for a license, if there is a terminal; else None."""
     if not sys.stdin.isatty():
         return None
     print("License of these weights, such as cc-by-4.0, mit, other (https://hf.co/docs/hub/repositories-licenses);")
@@ -82,7 +82,7 @@ def ask_for_license() -> str | None:
 
 
 def choose_data_pictures(config: PushConfig, result: results.Result) -> bool:
-    """Whether images of the data set are published: as the flags say, else those of a public one, else whoever is there decides."""
+    """Whether to publish images of the data set: as the flags say; yes for a public data set; else as the user answers."""
     if config.data_pictures or config.no_data_pictures:
         return config.data_pictures
     if not result.has_private_data:
@@ -95,8 +95,8 @@ def choose_data_pictures(config: PushConfig, result: results.Result) -> bool:
 
 
 def announce(config: PushConfig, result: results.Result, repo_id: str, data_pictures: bool) -> None:
-    """Says before an upload what others will see."""
-    seen = "those whom the repository lets in" if config.private else "everybody"
+    """Logs what others will see after the upload."""
+    seen = "everybody with access to the repository" if config.private else "everybody"
     pictures = card.published_pictures(result, data_pictures)
     logger.info(
         "%s will show %s: weights, code, settings, numbers%s.",
@@ -107,18 +107,19 @@ def announce(config: PushConfig, result: results.Result, repo_id: str, data_pict
     left_out = [name for name in result.pictures if name not in pictures]
     if left_out:
         logger.info(
-            "left out, as they show images of your data set: %s. `--data_pictures` publishes them.", ", ".join(left_out)
+            "left out because they show images of your data set: %s. `--data_pictures` publishes them.",
+            ", ".join(left_out),
         )
 
 
 def export(config: PushConfig, result: results.Result) -> None:
-    """Writes what would be uploaded."""
+    """Writes the files that would be uploaded into a folder."""
     folder = Path(config.export_dir)
     target = folder.resolve()
     models = [result.folder / name for name in ("pipeline", "vae", "stage1")] + [result.pipeline, result.vae]
     models = [model.resolve() for model in models if model is not None]
     if target == result.folder.resolve() or any(model in (target, *target.parents) for model in models):
-        raise UserError(f"`export_dir` is {folder}, in which the result itself lies. Choose a folder of its own.")
+        raise UserError(f"`export_dir` is {folder}, which contains the result itself. Choose another folder.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"`export_dir` is {folder}, which is a file. Choose a folder.")
     found = card.repository_files(

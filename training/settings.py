@@ -1,6 +1,6 @@
 """
-What each training script takes: the settings of its parts, composed, and what must fit together. Needs no torch, so that a wrong
-flag is answered before anything heavy is loaded.
+The settings of each training script, composed of parts, and the checks of what must fit together. Needs no torch, so that a wrong
+flag is reported before anything heavy is loaded.
 """
 
 import math
@@ -58,8 +58,8 @@ class TrainDAEConfig:
             raise ConfigError("give one of `pretrained_model_name_or_path` and `stage1_dir`, not both.")
         if stages.stage == "2" and start is None and stages.stage1_dir is None:
             raise ConfigError(
-                "`stage 2` needs an encoder: `stage1_dir <output_dir of stage 1>`, or `pretrained_model_name_or_path` to fit the "
-                "decoder of a published autoencoder to your images."
+                "`stage 2` needs an encoder: `stage1_dir <output_dir of stage 1>`, or `pretrained_model_name_or_path` to fine-tune "
+                "the decoder of a published autoencoder."
             )
         factor = autoencoder.spatial_factor
         is_new = start is None and stages.stage1_dir is None and stages.pipeline is None
@@ -99,8 +99,8 @@ class TrainDAEConfig:
         trains_codebook = autoencoder.autoencoder == "vq" and stages.stage in ("all", "1")
         if trains_codebook and start is not None and codebook.quantizer != "vq":
             raise ConfigError(
-                f"`quantizer {codebook.quantizer}` makes a codebook of its own. With `pretrained_model_name_or_path` use "
-                "`quantizer vq`, which trains the given one on, or `stage 2`, which keeps it."
+                f"`quantizer {codebook.quantizer}` makes its own codebook. With `pretrained_model_name_or_path` use "
+                "`quantizer vq`, which fine-tunes the given codebook, or `stage 2`, which keeps it."
             )
         if trains_codebook and codebook.quantizer == "ema" and self.optimization.num_train_epochs is None:
             self.check_warmup(stages.stage_steps())
@@ -121,7 +121,7 @@ class TrainDAEConfig:
             raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
 
     def check_mixed_precision(self, mixed_precision: str | None) -> None:
-        """Of the flag, and of what `accelerate` makes of it."""
+        """Checks the precision of the flag, or the one that `accelerate` makes of it."""
         accumulates = self.optimization.gradient_accumulation_steps > 1
         if mixed_precision == "fp16" and accumulates and self.has_discriminator:
             raise ConfigError(
@@ -130,7 +130,7 @@ class TrainDAEConfig:
             )
 
     def check_warmup(self, stage_steps: dict[int, int]) -> None:
-        """Of a codebook, once the length of stage 1 is known."""
+        """Checks a codebook's warm-up once the length of stage 1 is known."""
         if self.codebook.codebook_warmup_steps >= stage_steps.get(1, math.inf):
             raise ConfigError(
                 f"`codebook_warmup_steps` is {self.codebook.codebook_warmup_steps}, but must be below the "
@@ -144,14 +144,14 @@ class TransformerConfig:
 
     vae: str = field(help="folder or Hub id of the autoencoder")
     latent_cache: str | None = field(None, "folder written by cache_latents.py, to read latents instead of images")
-    model: str = field("DiT-S/2", "DiT-Ti, -XS, -S, -B, -L or -XL, then patch size /1, /2, /4")
-    patch_size: int | None = field(None, "instead of the value that `--model` implies", at_least=1, advanced=True)
-    num_layers: int | None = field(None, "instead of the value that `--model` implies", at_least=1, advanced=True)
+    model: str = field("DiT-S/2", "size (DiT-Ti, -XS, -S, -B, -L or -XL) and patch size (/1, /2, /4)")
+    patch_size: int | None = field(None, "patch size; default: that of `--model`", at_least=1, advanced=True)
+    num_layers: int | None = field(None, "transformer blocks; default: those of `--model`", at_least=1, advanced=True)
     num_attention_heads: int | None = field(
-        None, "instead of the value that `--model` implies", at_least=1, advanced=True
+        None, "attention heads of each block; default: those of `--model`", at_least=1, advanced=True
     )
     attention_head_dim: int | None = field(
-        None, "instead of the value that `--model` implies", at_least=1, advanced=True
+        None, "width of a head; default: that of `--model`", at_least=1, advanced=True
     )
     class_dropout_prob: float = field(
         0.1,
@@ -166,7 +166,7 @@ class TransformerConfig:
         size, _, patch = self.model.partition("/")
         if size not in DIT_LAYERS or not patch.isdecimal() or int(patch) == 0:
             raise ConfigError(
-                f"`model` `{self.model}` names no size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
+                f"`model` `{self.model}` is not a size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
                 "example `DiT-S/2`."
             )
         if self.attention_head_dim is not None and self.attention_head_dim % 4:
@@ -198,7 +198,7 @@ class FlowMatchingConfig:
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_steps: int = field(25, "denoising steps of the grid", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
-        2.0, "guidance of the grid; 1 is none, as is any with `--class_dropout_prob 0`", advanced=True
+        2.0, "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`", advanced=True
     )
 
 
@@ -207,7 +207,7 @@ class RepresentationAlignmentConfig:
     """Representation alignment (REPA)."""
 
     repa_model: str | None = field(
-        None, "align hidden states with this vision model (Hub id or folder); needs the images"
+        None, "align hidden states with the features of this vision model (Hub id or folder); needs the images"
     )
     repa_weight: float = field(
         0.5, "weight of the alignment", above=0, hint="leave out `repa_model` instead", advanced=True
@@ -245,13 +245,13 @@ class TrainDiTConfig:
             return
         if data.dataset_name is None and data.train_data_dir is None:
             raise ConfigError(
-                "`repa_model` looks at the images, which a latent cache does not hold: give them beside `latent_cache` "
+                "`repa_model` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
             )
         if has_cache and data.crops_at_random:
             raise ConfigError(
-                "`random_crop` and `random_resized_crop` show other images than those in `latent_cache`. Leave out one "
-                "of them."
+                "`random_crop` and `random_resized_crop` give other images than those in `latent_cache`. Leave these flags or "
+                "the cache out."
             )
         if data.image_channels not in (1, 3):
             raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
@@ -267,7 +267,7 @@ class PriorConfig:
     )
     num_layers: int = field(8, "transformer blocks", at_least=1)
     num_attention_heads: int = field(4, "attention heads of each block", at_least=1)
-    attention_head_dim: int = field(64, "width of a head; times the heads, the width of the model", at_least=2)
+    attention_head_dim: int = field(64, "width of a head; the model is as wide as its heads together", at_least=2)
     attention_dropout: float = field(0.0, "dropout of the attention weights", at_least=0, below=1, advanced=True)
     class_dropout_prob: float = field(
         0.1,
@@ -291,14 +291,16 @@ class PriorSamplesConfig:
 
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
-        2.0, "guidance of the grid; 1 is none, as is any with `--class_dropout_prob 0`", advanced=True
+        2.0, "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`", advanced=True
     )
     sample_temperature: float = field(1.0, "temperature of the grid", above=0, advanced=True)
-    sample_top_k: int | None = field(
-        None, "draw the grid from this many of the likeliest codes only", at_least=1, advanced=True
-    )
+    sample_top_k: int | None = field(None, "draw the grid only from the N most likely codes", at_least=1, advanced=True)
     sample_top_p: float | None = field(
-        None, "draw the grid from the fewest likeliest codes with this share", above=0, at_most=1, advanced=True
+        None,
+        "draw the grid only from the most likely codes that have this probability together",
+        above=0,
+        at_most=1,
+        advanced=True,
     )
 
 
@@ -333,11 +335,11 @@ class CacheConfig:
     vae: str = field(help="folder or Hub id of the autoencoder")
     output_dir: str = field("runs/my-model/latents", "folder for the cache: `train/` and `validation/`")
     batch_size: int = field(64, "images encoded at once", at_least=1)
-    dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "type of the stored numbers")
+    dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "data type of the stored latents")
     shard_size: int = field(8192, "images in a file of the cache", at_least=1, advanced=True)
     seed: int = field(
         0,
-        "chooses the held-out images where the data have no validation split; as in training",
+        "chooses the held-out images if there is no validation split; use the seed of the training",
         at_least=0,
         at_most=MAX_SEED,
     )
@@ -378,10 +380,10 @@ class LatentSpaceConfig:
 
     vae: str = field(help="folder or Hub id of the autoencoder")
     features: str | None = field(
-        None, "`inception`, or a vision model (Hub id or folder): also the distance between its features"
+        None, "`inception`, or a vision model (Hub id or folder): also measures the Fréchet distance of its features"
     )
     output_dir: str = field("runs/my-model/complexity", "folder for the results")
-    seed: int = field(0, "chooses the held-out images; as in training", at_least=0, at_most=MAX_SEED)
+    seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
 
 
 @settings
@@ -403,7 +405,7 @@ def check_measured_data(data: DataConfig, features: str | None, script: str) -> 
         raise ConfigError(f"`streaming` does not go with {script}; leave it out.")
     if features is not None and data.image_channels not in (1, 3):
         raise ConfigError(
-            f"`features` are made for gray and for RGB, not for {data.image_channels} channels; leave them out."
+            f"`features` take gray (1) or RGB (3) images, not {data.image_channels} channels; leave them out."
         )
 
 
@@ -416,13 +418,13 @@ class ClassifierConfig:
     )
     depths: list[int] = field([1, 1, 1, 1], "basic blocks of each stage", at_least=1)
     input_size: int | None = field(
-        None, "enlarge images to this, because the stem divides by 4; default: twice the resolution", at_least=1
+        None, "enlarge images to this size, because the stem divides it by 4; default: twice the resolution", at_least=1
     )
 
     def __post_init__(self):
         if len(self.hidden_sizes) != len(self.depths) or not self.depths:
             raise ConfigError(
-                f"`hidden_sizes` {self.hidden_sizes} and `depths` {self.depths} must be positive and equally many."
+                f"`hidden_sizes` {self.hidden_sizes} and `depths` {self.depths} must have the same length, at least 1."
             )
 
 
@@ -436,10 +438,8 @@ class ClassifierTrainingConfig:
     learning_rate: float = field(2e-3, "peak learning rate of AdamW, after a tenth of the steps; cosine to 0", above=0)
     weight_decay: float = field(0.05, "AdamW's weight decay", at_least=0)
     label_smoothing: float = field(0.0, "share of the target spread over all classes", at_least=0, below=1)
-    max_shift: int = field(
-        2, "shift images by up to this many pixels in both directions, the border mirrored", at_least=0
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "autocast; the weights stay float32")
+    max_shift: int = field(2, "shift images randomly by up to this many pixels; the border is mirrored", at_least=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "precision of the computation; weights stay float32")
     seed: int = field(0, "random seed of weights, data order and augmentation", at_least=0, at_most=MAX_SEED)
 
 
@@ -457,7 +457,7 @@ class TrainClassifierConfig:
             raise ConfigError("`streaming` does not go with this script; leave it out.")
         if self.data.image_channels not in (1, 3):
             raise ConfigError(
-                f"`image_channels` is {self.data.image_channels}, but features are of gray (1) or RGB (3) images."
+                f"`image_channels` is {self.data.image_channels}, but features take gray (1) or RGB (3) images."
             )
         if self.training.max_shift >= self.data.resolution:
             raise ConfigError(
@@ -473,8 +473,8 @@ class PushConfig:
     repo_id: str = field(help="`user/name` on the Hub (also the second word)")
     license: str | None = field(
         None,
-        "license of the weights, an identifier of the Hub such as cc-by-4.0; default: that of the present card, else a "
-        "question in a terminal, else none",
+        "license of the weights, as the Hub names it, such as cc-by-4.0; default: that of the card on the Hub, else the answer "
+        "to a question in the terminal, else none",
     )
     private: bool = field(False, "make a new repository private")
     revision: str | None = field(None, "branch, created if missing; default: main")
@@ -482,17 +482,17 @@ class PushConfig:
     fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
     data_pictures: bool = field(
         False,
-        "also publish pictures that show images of your data set: held-out ones, training images nearest to samples",
+        "also publish pictures that show images of your data set: held-out images, and training images nearest to samples",
     )
     no_data_pictures: bool = field(
-        False, "leave these pictures out; the default, unless the data set is public or you agree at a terminal"
+        False, "leave these pictures out; the default, unless the data set is public or you agree in the terminal"
     )
-    keep_card: bool = field(False, "leave the README.md of the repository as it is")
-    stage1: bool = field(False, "also put the autoencoder of stage 1 on the branch `stage1`")
-    space: bool = field(False, "also make a Space, a page on which the model can be tried")
+    keep_card: bool = field(False, "do not change the README.md of the repository")
+    stage1: bool = field(False, "also upload the autoencoder of stage 1, to the branch `stage1`")
+    space: bool = field(False, "also make a Space, an app in which others can try the model")
     space_id: str | None = field(None, "`user/name` of the Space; default: that of the model")
     export_dir: str | None = field(
-        None, "write everything into this folder instead of uploading it; Space in `space/`, stage 1 in `stage1/`"
+        None, "write everything into this folder and upload nothing; the Space in `space/`, stage 1 in `stage1/`"
     )
 
     def __post_init__(self):

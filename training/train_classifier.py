@@ -1,15 +1,15 @@
 r"""
-Train a small classifier on your own images, whose features judge reconstructions and samples.
+Train a small classifier on your own images; its features judge reconstructions and samples.
 
-Use it where Inception or DINOv2 are out of reach or do not know your kind of image. Its metrics are called `rfd_<folder>` and
-`gfd_<folder>`; they compare only with the same folder.
+Use it if you cannot download Inception or DINOv2, or if they do not know your kind of image. Its metrics are called `rfd_<folder>`
+and `gfd_<folder>`. Compare them only with those of the same classifier.
 
     accelerate launch training/train_classifier.py --dataset_name digits --image_channels 1 --train_steps 300 \
         --output_dir features/digits
     accelerate launch training/train_classifier.py --dataset_name cifar10 --random_flip --mixed_precision bf16 \
         --output_dir features/cifar10
 
-The result is an ordinary `transformers` folder, for `load_feature_extractor` and the `--features` of `evaluate.py`.
+The result is an ordinary `transformers` folder, for `load_feature_extractor` and for `--features` of `evaluate.py`.
 """
 
 import json
@@ -121,7 +121,7 @@ def main(config: TrainClassifierConfig) -> None:
 
 
 def random_shift(pixel_values: torch.Tensor, max_shift: int) -> torch.Tensor:
-    """Moves each image by its own whole number of pixels in -max_shift..max_shift, down and right."""
+    """Shifts each image by a random whole number of pixels in -max_shift..max_shift, down and right."""
     batch_size, _, height, width = pixel_values.shape
     padded = F.pad(pixel_values, (max_shift,) * 4, mode="reflect")
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 max_shift + 1, 2 max_shift + 1, H, W)

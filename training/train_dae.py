@@ -1,5 +1,5 @@
 """
-Train a decoupled autoencoder: the encoder against a weak auxiliary decoder, then, with the encoder frozen, the real decoder.
+Train a decoupled autoencoder: first the encoder with a weak auxiliary decoder, then the real decoder with the encoder frozen.
 
     accelerate launch training/train_dae.py --config digits --output_dir runs/digits
     accelerate launch training/train_dae.py --train_data_dir my_images --resolution 64 --mixed_precision bf16
@@ -105,7 +105,7 @@ def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset |
 
 
 def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> dict[int, int]:
-    """Of each stage."""
+    """Number of optimiser steps of each stage."""
     config = run.config
     num_images = None if config.data.streaming else len(images)
     total = steps_of(None, config.optimization.num_train_epochs, num_images, run.images_per_step)
@@ -118,7 +118,7 @@ def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> 
 def find_start(
     run: TrainingRun, model, images, validation_images, stage_steps: dict[int, int], fit: DecoderFit | None = None
 ) -> Start:
-    """Where to begin, once it is clear that the plan fits the checkpoint."""
+    """Checks that the plan fits the checkpoint, and returns where to begin."""
     stages = run.config.stages
     shape = ("auxiliary_decoder", "auxiliary_dropout", "auxiliary_channel_multiplier", "auxiliary_layers_per_block")
     return run.find_start(
@@ -134,7 +134,7 @@ def find_start(
 
 
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:
-    """Lets the real decoder begin as the auxiliary one, where their shapes allow it."""
+    """Copies the auxiliary decoder's weights into the real decoder, if their shapes allow it."""
     if model.can_start_warm:
         model.start_decoder_from_auxiliary()
         logger.info("the decoder starts from the auxiliary one")
@@ -189,7 +189,7 @@ def train_stage(
 
 
 def pays_to_cache_latents(run: TrainingRun, model, images: ImageDataset | StreamedImages, num_steps: int) -> bool:
-    """Whether stage 2 would encode more images than there are, and all their latents fit on the disk."""
+    """Whether stage 2 would encode images more than once, and the latents of all images fit into the allowed cache."""
     data = run.config.data
     if data.crops_at_random or data.streaming:
         return False
@@ -235,7 +235,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:
-    """What stage 2 has encoded of the images, or None."""
+    """The latents that stage 2 has cached, or None."""
     try:
         latents = open_latent_cache(run.folder / "latents", run.accelerator)
         latents.check(autoencoder=autoencoder_fingerprint(vae), images=images)

@@ -119,7 +119,7 @@ def main(config: TrainDiTConfig) -> None:
 
 
 def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int:
-    """Side of the latents, once it is clear that they can be cut into patches."""
+    """Checks that the latents can be cut into patches, and returns their side."""
     images = data.identity if isinstance(data, CachedLatents) else config.data
     patch_size = architecture_of(config)["patch_size"]
     check_image_size(vae, channels=images.image_channels, resolution=images.resolution, patch_size=patch_size)
@@ -127,7 +127,7 @@ def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> in
 
 
 def architecture_of(config: TrainDiTConfig) -> dict[str, int]:
-    """The arguments of the transformer's constructor that give it its size."""
+    """The arguments of the transformer's constructor that define its size."""
     named = DAEDiTTransformer2DModel.size_kwargs(config.transformer.model)
     return {**named, **config.transformer.instead_of_named()}
 
@@ -143,7 +143,7 @@ def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, 
 
 
 def find_start(run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransformer2DModel, data: Dataset, steps: int):
-    """Where to begin, once it is clear that the plan fits the checkpoint."""
+    """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
     logger.info(
         "%s, %s classes, %.1f M parameters",
@@ -163,7 +163,7 @@ def find_start(run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransfor
 def load_data(
     run: TrainingRun, vae: AutoencoderKL, value_range: list[float] | None
 ) -> tuple[Dataset, Dataset, ImageDataset | None]:
-    """Training and validation data, cached latents or images; then the images that REPA wants beside cached latents, or None."""
+    """Training and validation data (cached latents or images), and the images that REPA needs beside cached latents, or None."""
     config, images = run.config, None
     if config.data.dataset_name is not None or config.data.train_data_dir is not None:
         with run.accelerator.main_process_first():
@@ -205,7 +205,7 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
 
 
 def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
-    """The grid of a validation."""
+    """Draws the grid of samples at a validation."""
     config, flow = run.config, run.config.flow
     run.log.write_samples(
         pipeline,
@@ -222,7 +222,7 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
 def make_pipeline(
     model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, value_range: list[float] | None, shift: float
 ) -> DAEDiTPipeline:
-    """What is saved in the end, and what draws the samples on the way."""
+    """Makes the pipeline, which draws samples during training and is saved at the end."""
     return DAEDiTPipeline(
         transformer=model,
         vae=vae,

@@ -4,7 +4,7 @@ Train an autoregressive prior over the codes of a vector-quantised autoencoder: 
     accelerate launch training/train_vqgan_prior.py --dataset_name digits --image_channels 1 --vae runs/digits-vq/vae \
         --output_dir runs/digits-vq
 
-The autoencoder is one of `train_dae.py --autoencoder vq`. The images are encoded once, into `<output_dir>/codes`. The result
+The autoencoder comes from `train_dae.py --autoencoder vq`. The images are encoded once, into `<output_dir>/codes`. The result
 is `<output_dir>/pipeline`, for `DAEVQGANPipeline.from_pretrained`.
 """
 
@@ -83,7 +83,7 @@ def main(config: TrainPriorConfig) -> None:
 
 
 def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, steps: int) -> Start:
-    """Where to begin, once it is clear that the plan fits the checkpoint."""
+    """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in prior.parameters())
     logger.info(
         "%s of %d x %d codes, %s classes, %.1f M parameters",
@@ -102,7 +102,7 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
 
 
 def encode_once(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, ImageDataset]) -> list[CodeGrids]:
-    """The codes of the training and validation images, from `code_cache` or made there."""
+    """The codes of the training and validation images, read from `code_cache` or encoded into it."""
     folder = Path(run.config.prior.code_cache or run.output_dir / "codes")
     return [
         cached_codes(
@@ -118,7 +118,7 @@ def encode_once(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, Imag
 
 
 def load_vq_model(config: TrainPriorConfig) -> VQModel:
-    """The autoencoder, once it is clear that it has codes and takes such images."""
+    """Loads the autoencoder, and checks that it has codes and fits the images."""
     vae = load_autoencoder(config.prior.vae)
     if not is_vq(vae):
         raise UserError(
@@ -130,7 +130,7 @@ def load_vq_model(config: TrainPriorConfig) -> VQModel:
 
 
 def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> LlamaForCausalLM:
-    """A new transformer whose tokens are the codes, then the classes, then no class."""
+    """Makes a transformer whose tokens are the codes, then the classes, then "no class"."""
     num_codes, side = vae.config.num_vq_embeddings, config.data.resolution // spatial_factor(vae)
     num_classes = 0 if images.id2label is None else len(images.id2label)
     hidden_size = config.prior.num_attention_heads * config.prior.attention_head_dim
@@ -157,7 +157,7 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
 
 
 def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> None:
-    """The grid of a validation."""
+    """Draws the grid of samples at a validation."""
     config, samples = run.config, run.config.samples
     run.log.write_samples(
         pipeline,
@@ -176,19 +176,19 @@ def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> Non
 def make_pipeline(
     model: LlamaForCausalLM, vae: VQModel, codes: CodeGrids, value_range: list[float] | None
 ) -> DAEVQGANPipeline:
-    """What is saved in the end, and what draws the samples on the way."""
+    """Makes the pipeline, which draws samples during training and is saved at the end."""
     return DAEVQGANPipeline(model, vae, codes.id2label, value_range)
 
 
 def class_tokens(batch: dict, codes: CodeGrids) -> torch.Tensor:
-    """The label of each grid, `(B,)`; without classes 0, which is "no class"."""
+    """The label of each grid, `(B,)`; without classes it is 0, which is "no class"."""
     if codes.id2label is None:
         return torch.zeros(len(batch["codes"]), dtype=torch.int64, device=batch["codes"].device)
     return batch["class_labels"]
 
 
 def code_losses(prior: torch.nn.Module, codes: torch.Tensor, labels: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """Cross-entropy in nats of each code given those before it and the label, `(B, h, w)` to `(B, h * w)`."""
+    """Cross-entropy in nats of each code, given the label and the codes before it; `(B, h, w)` to `(B, h * w)`."""
     codes = codes.flatten(1)
     inputs = torch.cat((num_codes + labels[:, None], codes[:, :-1]), dim=1)
     logits = prior(input_ids=inputs, use_cache=False).logits[..., :num_codes].float()

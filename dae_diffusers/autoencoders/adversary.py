@@ -1,4 +1,4 @@
-"""The training of a discriminator beside an autoencoder."""
+"""Trains a discriminator together with an autoencoder."""
 
 import logging
 from collections.abc import Callable
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 class AdversarialSettings:
     r"""
     Attributes:
-        weight (`float`): Of the adversarial term, times the adaptive weight.
+        weight (`float`): Weight of the adversarial term, multiplied by the adaptive weight.
         loss_type (`str`): `hinge` or `non_saturating`.
         discriminator_start (`int`): Step of the stage at which the discriminator begins to learn.
-        generator_start (`int`): Step at which the decoder begins to feel it.
+        generator_start (`int`): Step at which the adversarial term switches on.
         ramp_steps (`int`): Steps over which the weight then rises from 0.
         adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the two gradients' norms at the
             decoder's last layer; 0: no adaptive weight.
@@ -43,7 +43,7 @@ class AdversarialSettings:
     use_augmentation: bool = True
 
     def weight_at(self, step: int) -> float:
-        r"""Of the adversarial term in the update from `step` to `step + 1`."""
+        r"""Weight of the adversarial term in the update from `step` to `step + 1`."""
         if step < self.generator_start:
             return 0.0
         return self.weight * min(1.0, (step - self.generator_start + 1) / max(1, self.ramp_steps))
@@ -51,17 +51,17 @@ class AdversarialSettings:
 
 class AdversarialTraining:
     r"""
-    A discriminator that is trained beside an autoencoder.
+    Trains a discriminator together with an autoencoder.
 
     In each micro-batch call [`generator_term`], and after the autoencoder's backward pass [`train_discriminator`]; both
     inside `accelerator.accumulate(model, discriminator)`.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
-        discriminator (`nn.Module`): Images to logits, prepared by `accelerator`.
-        optimizer (`torch.optim.Optimizer`): Of its parameters, prepared by `accelerator`.
-        settings ([`AdversarialSettings`]): Weights and times.
-        max_grad_norm (`float`): Of the discriminator.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        discriminator (`nn.Module`): Maps images to logits, prepared by `accelerator`.
+        optimizer (`torch.optim.Optimizer`): The discriminator's optimiser, prepared by `accelerator`.
+        settings ([`AdversarialSettings`]): Weights and schedule.
+        max_grad_norm (`float`): Bound of the discriminator's gradient norm.
         allows_step (`Callable`, *optional*): Called with the norm of the discriminator's gradient and its name; where it
             gives False, the optimiser does not step.
     """
@@ -88,13 +88,13 @@ class AdversarialTraining:
         self, reconstruction: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor, step: int
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         r"""
-        The weighted adversarial term of the autoencoder's loss.
+        Computes the weighted adversarial term of the autoencoder's loss.
 
         The [`~dae_diffusers.losses.adaptive_weight.adaptive_weight`] costs a second backward pass through the discriminator and the perceptual loss, but not
         through the decoder.
 
         Args:
-            reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): With its graph.
+            reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): The reconstruction with its graph.
             other_loss (`torch.Tensor`): Scalar: the losses that the adversarial one is balanced with.
             last_layer (`torch.Tensor`): The decoder's last weight.
             step (`int`): Optimiser steps of the stage that are done.
@@ -125,10 +125,10 @@ class AdversarialTraining:
         self, pixel_values: torch.Tensor, reconstruction: torch.Tensor, step: int
     ) -> dict[str, torch.Tensor]:
         r"""
-        The discriminator's share of a micro-batch; its optimiser steps where the autoencoder's does.
+        Trains the discriminator on a micro-batch. Its optimiser steps whenever the autoencoder's does.
 
         Args:
-            pixel_values, reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): Real and decoded images.
+            pixel_values, reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): Images and their reconstructions.
             step (`int`): As in [`generator_term`].
 
         Returns:
@@ -155,7 +155,7 @@ class AdversarialTraining:
         }
 
     def warn_if_unbalanced(self, means: dict[str, float], step: int) -> None:
-        r"""Says once, when the logged means show it, that the discriminator has won or collapsed."""
+        r"""Warns once if the logged means show that the discriminator has won or collapsed."""
         accuracy = means.get("train/discriminator_accuracy")
         if accuracy is None or self._has_warned or step < self.settings.generator_start + 100:
             return
@@ -169,7 +169,7 @@ class AdversarialTraining:
         self._has_warned = True
         logger.warning(
             "the discriminator %s at step %d (accuracy %.2f, logits %.2f for real and %.2f for decoded images): its "
-            "gradient tells the decoder little. Consider to %s.",
+            "gradient tells the decoder little. Try this: %s.",
             reason,
             step,
             accuracy,

@@ -36,8 +36,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_dropout (`float`, *optional*, defaults to 0.3): Channel dropout rate in [0, 1) of `dropout`.
         auxiliary_channel_multiplier (`float`, *optional*, defaults to 0.25): Relative width in (0, 1] of `narrow`.
         auxiliary_layers_per_block (`int`, *optional*, defaults to 0): `layers_per_block` of `shallow`.
-        auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the auxiliary
-            one; not where it came trained.
+        auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the weights of the
+            auxiliary one. False for a real decoder that is already trained.
         latents_mean, latents_std (`list[float]` of length `latent_channels`, *optional*):
             Statistics of the raw latents over the training set, with `scaling_factor = 1.0`.
 
@@ -113,10 +113,10 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): `pixel_values` in [-1, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`): Draw latents instead of taking the mean.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
-            generator (`torch.Generator`, *optional*): For the draw.
+            generator (`torch.Generator`, *optional*): Random generator for the draw.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the latents before they are decoded.
             moments (pair of `torch.Tensor` of shape `(B, latent_channels, h, w)`, *optional*): In stages 2 and 3: mean and standard
-                deviation of the images' latents, where they are known. The encoder does not run.
+                deviation of the images' latents, if they are known. The encoder does not run then.
             drawn_latents (`torch.Tensor` of shape `(M, latent_channels, h, w)`, *optional*): In stage 3: raw latents of a generator;
                 their `M` images follow the reconstructions.
 

@@ -1,4 +1,4 @@
-"""From settings to an autoencoder that can be trained in stages."""
+"""Builds an autoencoder that can be trained in stages from the settings."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from dae_diffusers.errors import UserError, one_line
 
 def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None) -> DAEAutoencoderKL | DAEVQModel:
     r"""
-    A new model, one that starts from a published autoencoder, or, for stage 2 alone, the one that a stage 1 has left.
+    Makes the autoencoder to train: a new one, one that starts from a published autoencoder, or for stage 2 alone the one that a
+    stage 1 has saved.
 
     Args:
-        config: With the parts `data`, `autoencoder`, `codebook` and `stages`.
+        config: Settings with the parts `data`, `autoencoder`, `codebook` and `stages`.
         trained ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`], *optional*): For stage 3: the autoencoder itself.
 
     Raises:
-        UserError: If what it starts from does not exist, is of another kind, or does not fit the images.
+        UserError: If the model to start from does not exist, is of another kind, or does not fit the images.
     """
     if trained is not None:
         return (DAEVQModel if is_vq(trained) else DAEAutoencoderKL).from_diffusers(trained)
@@ -52,7 +53,7 @@ def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None
 
 
 def load_published(config: Any, model_class: type, diffusers_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """The autoencoder of `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
+    """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
     name = config.autoencoder.pretrained_model_name_or_path
     vae = load_autoencoder(name)
     if not isinstance(vae, diffusers_class):
@@ -69,14 +70,14 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
 
 
 def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """What a stage 1 has left in `stage1_dir`."""
+    """Loads the autoencoder that a stage 1 has saved in `stage1_dir`."""
     path = config.stages.stage1_dir
     for subfolder in ("stage1", None):
         try:
             class_name = model_class.load_config(path, subfolder=subfolder).get("_class_name")
             if class_name != model_class.__name__:
                 raise UserError(
-                    f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` goes on from a "
+                    f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` continues from a "
                     f"{model_class.__name__}. Choose the `autoencoder` of its stage 1."
                 )
             model = model_class.from_pretrained(path, subfolder=subfolder)

@@ -1,4 +1,4 @@
-"""What makes an autoencoder decoupled: the two stages, what each trains, and what leaves for plain diffusers."""
+"""What makes an autoencoder decoupled: the two stages, what each of them trains, and the conversion to plain diffusers."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ class DecoupledAutoencoderMixin:
     r"""
     Adds the two training stages of a decoupled autoencoder to a diffusers autoencoder.
 
-    A model whose `stage` is `None` (the default) is its parent class, with an auxiliary decoder lying unused beside it.
-    In a stage, `forward` runs that stage alone, so that `DistributedDataParallel` and FSDP may wrap the model: every
-    parameter that asks for a gradient gets one.
+    A model whose `stage` is `None` (the default) behaves like its parent class; its auxiliary decoder is unused.
+    In a stage, `forward` runs that stage alone. So `DistributedDataParallel` and FSDP may wrap the model: every
+    parameter that requires a gradient gets one.
 
     | stage | trains | frozen, in eval mode, without gradient |
     |---|---|---|
@@ -26,10 +26,10 @@ class DecoupledAutoencoderMixin:
     https://huggingface.co/papers/2307.08283.
     """
 
-    # Children that define the latent space, and those that turn latents into images. Subclasses set the first.
+    # Modules that define the latent space (set by subclasses), and modules that turn latents into images.
     _latent_children: tuple[str, ...]
     _decoder_children: tuple[str, ...] = ("post_quant_conv", "decoder")
-    # How the config's fields begin that the plain model does not know.
+    # Prefixes of config fields that the plain model does not have.
     _own_config: tuple[str, ...] = ("auxiliary_",)
 
     stage: Literal[1, 2, 3] | None = None
@@ -37,12 +37,12 @@ class DecoupledAutoencoderMixin:
     @classmethod
     def from_diffusers(cls, vae: ModelMixin, **auxiliary) -> "DecoupledAutoencoderMixin":
         r"""
-        Starts from a trained autoencoder: its architecture and weights, and a fresh auxiliary decoder.
+        Makes a model with the architecture and weights of a trained autoencoder, and a fresh auxiliary decoder.
 
         Args:
-            vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): Any of the class that this one extends. Statistics
-                of its latents are not taken over: they may change. A codebook becomes one that is learnt by gradient. Stage 2
-                trains its decoder on (`auxiliary_warm_start` is False).
+            vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): A model of the class that this one extends. The statistics
+                of its latents are not copied, since they may change. A codebook becomes one that is learnt by gradient. Stage 2
+                fine-tunes its decoder (`auxiliary_warm_start` is False).
             auxiliary: The arguments of this class that begin with `auxiliary_`.
 
         Returns:
@@ -59,7 +59,7 @@ class DecoupledAutoencoderMixin:
     def _make_auxiliary_decoder(
         self, *, use_post_quant_conv: bool = True, code_channels: int | None = None
     ) -> AuxiliaryDecoder | None:
-        """From the config, which holds every argument of the constructor; None for joint training."""
+        """Builds the auxiliary decoder from the config, which holds every argument of the constructor; None for joint training."""
         config = self.config
         if config.auxiliary_decoder_type == "none":
             return None
@@ -92,13 +92,13 @@ class DecoupledAutoencoderMixin:
 
     @property
     def last_layer(self) -> torch.nn.Parameter:
-        r"""The last weight of the decoder that the current stage trains, where gradients of losses can be compared."""
+        r"""The last weight of the decoder that the current stage trains. Gradients of losses can be compared there."""
         decoder = self.auxiliary_decoder.decoder if self.stage == 1 and self.is_decoupled else self.decoder
         return (decoder.conv_out if hasattr(decoder, "conv_out") else decoder[0]).weight
 
     @property
     def encoder_last_layer(self) -> torch.nn.Parameter:
-        r"""The last weight of the encoder, where gradients of losses on images and on latents can be compared."""
+        r"""The last weight of the encoder. Gradients of losses on images and on latents can be compared there."""
         return self.encoder.conv_out.weight
 
     def set_stage(self, stage: Literal[1, 2, 3] | None) -> None:
@@ -123,7 +123,7 @@ class DecoupledAutoencoderMixin:
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        r"""As in `torch.nn.Module`, but what the stage has frozen stays in eval mode."""
+        r"""Like `torch.nn.Module.train`, but modules that the stage has frozen stay in eval mode."""
         super().train(mode)
         for name, child in self.named_children():
             if name in self._frozen_children():
@@ -149,7 +149,7 @@ class DecoupledAutoencoderMixin:
         Copies the auxiliary decoder's weights into the real decoder, to start stage 2 warm.
 
         Raises:
-            ValueError: When their shapes differ, there is no auxiliary decoder, or the real one came trained.
+            ValueError: If their shapes differ, there is no auxiliary decoder, or the real one is already trained.
         """
         if not self.can_start_warm:
             raise ValueError(
@@ -163,7 +163,7 @@ class DecoupledAutoencoderMixin:
 
     def to_diffusers(self) -> ModelMixin:
         r"""
-        The plain diffusers model that is published: same encoder, same real decoder, same config, no auxiliary decoder.
+        Makes the plain diffusers model to publish: same encoder, same real decoder, same config, no auxiliary decoder.
 
         Returns:
             [`~diffusers.ModelMixin`]: A copy, of the parent class, in eval mode, on the same device, in the same dtype.

@@ -10,8 +10,8 @@ class PatchDiscriminator(nn.Module):
     r"""
     A convolutional discriminator that judges overlapping patches: 70x70 pixels with three strided layers.
 
-    Group normalisation stands where the original has batch normalisation: it has no state, so that gradient
-    accumulation, several processes and several passes in a step change nothing.
+    It uses group normalisation instead of the original's batch normalisation. Group normalisation has no state, so gradient
+    accumulation, several processes and several passes in a step do not change the result.
 
     Args:
         in_channels (`int`, *optional*, defaults to 3): Channels of the images.
@@ -38,7 +38,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        r"""Images `(B, in_channels, H, W)` to logits `(B, 1, h, w)`, high for real ones."""
+        r"""Maps images `(B, in_channels, H, W)` to logits `(B, 1, h, w)`, which are high for real images."""
         return self.layers(images)
 
 
@@ -47,7 +47,7 @@ class BackboneDiscriminator(nn.Module):
     Small heads on the hidden states of a frozen vision model; only the heads train.
 
     Args:
-        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): Of the features.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The frozen vision model.
         num_channels (`int`, *optional*, defaults to 64): Width of the heads, a multiple of 8.
 
     Source: Sauer et al., 2021, https://huggingface.co/papers/2111.01007.
@@ -69,6 +69,6 @@ class BackboneDiscriminator(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        r"""Images `(B, C, H, W)` to logits `(B, 1, N)`, those of all layers and positions, high for real ones."""
+        r"""Maps images `(B, C, H, W)` to logits `(B, 1, N)` of all layers and positions, which are high for real images."""
         layers = self.backbone(images)
         return torch.cat([head(hidden.flatten(2)) for head, hidden in zip(self.heads, layers, strict=True)], dim=2)

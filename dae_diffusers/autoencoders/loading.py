@@ -1,4 +1,4 @@
-"""Loading any autoencoder that a generator can be trained on, and checking that images fit it."""
+"""Loads any autoencoder that a generator can be trained on, and checks that images fit it."""
 
 import logging
 
@@ -10,7 +10,7 @@ from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-# Of a DAEAutoencoderKL too, only the plain half is loaded.
+# Only the plain half of a DAEAutoencoderKL is loaded too.
 _CLASSES = {
     "AutoencoderKL": AutoencoderKL,
     "DAEAutoencoderKL": AutoencoderKL,
@@ -27,10 +27,10 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
         name_or_path (`str`): A diffusers autoencoder, or a pipeline that has one in `vae/`.
 
     Returns:
-        [`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]: Without gradients.
+        [`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]: The autoencoder, which needs no gradients.
 
     Raises:
-        UserError: If there is none, or it is damaged.
+        UserError: If there is no autoencoder, or it is damaged.
     """
     reason = None
     for subfolder in (None, "vae"):
@@ -42,8 +42,8 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
                 raise ValueError(f"its class is {class_name}.")
             if config.get("auxiliary_decoder_type") not in (None, "none"):
                 logger.warning(
-                    "%s holds the model of a stage 1: its latents are final, but its decoder is untrained unless a stage 2 has "
-                    "followed. Train it with `train_dae.py --stage 2`, or give the `vae` folder of its run.",
+                    "%s holds the model of a stage 1: its latents are final, but its decoder has not been trained (unless a "
+                    "stage 2 followed). Train it with `train_dae.py --stage 2`, or give the `vae` folder of its run.",
                     name_or_path,
                 )
             vae_class = _CLASSES[class_name]
@@ -55,8 +55,8 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             if reason is None or config is not None:  # that of the place where there is something
                 reason = one_line(error, 300)
     raise UserError(
-        f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Expected is a diffusers "
-        "`AutoencoderKL` or `VQModel` folder or Hub id, such as the folder `vae/` that training/train_dae.py writes."
+        f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Give the folder or Hub id of a diffusers "
+        "`AutoencoderKL` or `VQModel`, such as the folder `vae/` that training/train_dae.py writes."
     )
 
 
@@ -66,7 +66,7 @@ def is_vq(vae: ModelMixin) -> bool:
 
 
 def num_latent_channels(vae: ModelMixin) -> int:
-    r"""Channels of what `encode` gives, which for a `VQModel` is the dimension of its codes."""
+    r"""Channels of the output of `encode`; for a `VQModel` this is the dimension of its codes."""
     return vae.config.get("vq_embed_dim") or vae.config.latent_channels
 
 
@@ -76,11 +76,11 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
 
     Args:
         vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): The autoencoder.
-        pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): In [-1, 1].
+        pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): Images in [-1, 1].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, C, h, w)`: Of the posterior; for a `VQModel` the latents before
-        quantisation, and 0.
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, C, h, w)`: Mean and standard deviation of the posterior; for a `VQModel`
+        the latents before quantisation, and zeros.
     """
     if is_vq(vae):
         latents = vae.encode(pixel_values).latents
@@ -90,14 +90,14 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
 
 
 def check_has_weights(model: torch.nn.Module) -> None:
-    r"""Raises `ValueError` if a file lacked weights of a diffusers model, which are then neither set nor usable."""
+    r"""Raises `ValueError` if a file lacks weights of a diffusers model. Such weights are not set and cannot be used."""
     missing = [name for name, value in model.state_dict().items() if value.is_meta]
     if missing:
         raise ValueError(f"{len(missing)} weights of its {type(model).__name__} are missing, such as {missing[0]}.")
 
 
 def check_finite(values: torch.Tensor, what: str = "latents of the autoencoder") -> None:
-    r"""Raises `UserError` if what a model gave is NaN or infinite anywhere, so that nobody builds on it."""
+    r"""Raises `UserError` if the output of a model holds NaN or infinite values."""
     if not torch.isfinite(values).all():
         raise UserError(
             f"the {what} hold NaN or infinite values: its weights are broken, or the precision is too low. Train it again, "
@@ -106,18 +106,18 @@ def check_finite(values: torch.Tensor, what: str = "latents of the autoencoder")
 
 
 def spatial_factor(vae: ModelMixin) -> int:
-    r"""How many pixels of a side make one latent pixel."""
+    r"""Pixels of the image per latent pixel, along a side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_size: int = 1) -> None:
     r"""
-    Raises `UserError` unless images of this kind can be encoded and cut into the generator's patches.
+    Raises `UserError` unless images of this size can be encoded and cut into the generator's patches.
 
     Args:
         vae ([`~diffusers.AutoencoderKL`]): The autoencoder.
-        channels, resolution (`int`): Of the images.
-        patch_size (`int`, *optional*, defaults to 1): Of the generator, in latent pixels.
+        channels, resolution (`int`): Channels and side of the images.
+        patch_size (`int`, *optional*, defaults to 1): Patch size of the generator, in latent pixels.
     """
     if vae.config.in_channels != channels:
         raise UserError(

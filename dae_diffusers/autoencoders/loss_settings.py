@@ -15,22 +15,24 @@ class LossConfig:
     kl_weight: float = field(1e-4, "weight of the KL divergence per latent (stage 1)", at_least=0)
     perceptual_model: str | None = field(None, "vision model of the perceptual loss, or `lpips`; default: none")
     perceptual_weight: float = field(
-        1.0, "weight of the perceptual loss, if there is one, for the real decoder", at_least=0, advanced=True
+        1.0, "weight of the perceptual loss for the real decoder", at_least=0, advanced=True
     )
     stage1_perceptual_weight: float | None = field(
-        None, "the same in stage 1; default: the same weight", at_least=0, advanced=True
+        None, "weight of the perceptual loss in stage 1; default: `--perceptual_weight`", at_least=0, advanced=True
     )
     adversarial_weight: float = field(0.0, "weight of the real decoder's adversarial loss; 0: none", at_least=0)
-    stage1_adversarial_weight: float = field(0.0, "the same in stage 1", at_least=0, advanced=True)
+    stage1_adversarial_weight: float = field(
+        0.0, "weight of the adversarial loss in stage 1", at_least=0, advanced=True
+    )
     adversarial_loss: Literal["hinge", "non_saturating"] = field("hinge", "kind of adversarial loss", advanced=True)
     discriminator_model: str | None = field(
         None,
-        "a frozen vision model (Hub id or folder) under the discriminator; default: a PatchGAN",
+        "frozen vision model (Hub id or folder) whose features the discriminator sees; default: a PatchGAN without one",
         advanced=True,
     )
     discriminator_channels: int = field(64, "width of the discriminator, a multiple of 8", advanced=True)
     discriminator_layers: int = field(
-        3, "strided layers of the PatchGAN; 3 see 70x70 pixels", at_least=1, advanced=True
+        3, "strided layers of the PatchGAN; with 3, a logit sees 70x70 pixels", at_least=1, advanced=True
     )
     discriminator_learning_rate: float = field(
         2e-4, "constant learning rate of the discriminator", above=0, advanced=True
@@ -41,10 +43,12 @@ class LossConfig:
     adversarial_start: int = field(
         0, "step of the stage at which the adversarial loss switches on", at_least=0, advanced=True
     )
-    adversarial_ramp_steps: int = field(0, "steps over which its weight then rises", at_least=0, advanced=True)
+    adversarial_ramp_steps: int = field(
+        0, "steps over which the adversarial weight then rises", at_least=0, advanced=True
+    )
     adaptive_weight_cap: float = field(
         100.0,
-        "upper bound of the adaptive weight, which balances gradients at the decoder's last layer; 0: not adaptive",
+        "adversarial loss: upper bound of the adaptive weight, which balances gradients at the decoder's last layer; 0: not adaptive",
         at_least=0,
         advanced=True,
     )
@@ -59,7 +63,7 @@ class LossConfig:
         if self.discriminator_start > self.adversarial_start:
             raise ConfigError(
                 f"`adversarial_start` {self.adversarial_start} lies before `discriminator_start` "
-                f"{self.discriminator_start}: the decoder would feel a discriminator that has learnt nothing."
+                f"{self.discriminator_start}: the decoder would be trained against a discriminator that has learnt nothing."
             )
 
     @property
@@ -68,7 +72,7 @@ class LossConfig:
         return self.adversarial_weight > 0 or self.stage1_adversarial_weight > 0
 
     def perceptual_weight_of(self, final_decoder: bool) -> float:
-        """Of a stage; 0 without a perceptual model."""
+        """Weight of the perceptual loss for the final decoder or in stage 1; 0 without a perceptual model."""
         if self.perceptual_model is None:
             return 0.0
         if final_decoder or self.stage1_perceptual_weight is None:
@@ -76,5 +80,5 @@ class LossConfig:
         return self.stage1_perceptual_weight
 
     def adversarial_weight_of(self, final_decoder: bool) -> float:
-        """Of a stage."""
+        """Weight of the adversarial loss for the final decoder or in stage 1."""
         return self.adversarial_weight if final_decoder else self.stage1_adversarial_weight

@@ -1,4 +1,4 @@
-"""What a stage of an autoencoder's training minimises."""
+"""The loss that a stage of an autoencoder's training minimises."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class AutoencoderObjective:
     In each micro-batch call it for the loss, and after the backward pass [`after_backward`].
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `stages`, `losses`, `regularization`, `optimization`
+        run ([`~dae_diffusers.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`, `optimization`
             and, for a model with a codebook, `codebook` in its config.
         model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
         fit ([`~dae_diffusers.autoencoders.generated.DecoderFit`], *optional*): In stage 3.
@@ -111,7 +111,7 @@ class AutoencoderObjective:
         return loss
 
     def after_backward(self, step: Step) -> None:
-        r"""The discriminators' share of a micro-batch."""
+        r"""Trains the discriminators on a micro-batch."""
         pixel_values, reconstruction, generated = self._decoded
         if self.adversary is not None:
             step.add(**self.adversary.train_discriminator(pixel_values, reconstruction, step.done))
@@ -129,7 +129,7 @@ class AutoencoderObjective:
             self.codebook.forget()
 
     def check_balance(self, step: Step) -> None:
-        r"""Says once, where means were logged, that the discriminator has won or collapsed."""
+        r"""Warns once if the logged means show that the discriminator has won or collapsed."""
         if self.adversary is not None and step.means is not None:
             self.adversary.warn_if_unbalanced(step.means, step.done + 1)
 

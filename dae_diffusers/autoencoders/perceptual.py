@@ -12,11 +12,11 @@ class PerceptualLoss(nn.Module):
     r"""
     [`~dae_diffusers.losses.perceptual.perceptual_distance`] of an image and its reconstruction.
 
-    LPIPS without its learnt weights, in any backbone. Costs a forward pass of the backbone for each of the two images,
+    It is LPIPS without its learnt weights, in any vision model. It costs a forward pass of the model for each of the two images,
     and a backward pass for one.
 
     Args:
-        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): Of the features.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The frozen vision model.
     """
 
     def __init__(self, backbone: FrozenBackbone):
@@ -26,8 +26,8 @@ class PerceptualLoss(nn.Module):
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
         Args:
-            reconstruction, pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1]; the gradient flows into the
-                first only.
+            reconstruction, pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1]; only the first gets a
+                gradient.
 
         Returns:
             `torch.Tensor`: Scalar, float32.
@@ -60,5 +60,5 @@ class LPIPSLoss(nn.Module):
 
 
 def load_perceptual_loss(name_or_path: str) -> PerceptualLoss | LPIPSLoss:
-    r"""`lpips`, or a [`PerceptualLoss`] in the features of a vision model on the Hub or in a local folder."""
+    r"""Loads the loss `lpips`, or a [`PerceptualLoss`] in the features of a vision model from the Hub or a local folder."""
     return LPIPSLoss() if name_or_path == "lpips" else PerceptualLoss(load_backbone(name_or_path))

@@ -1,4 +1,4 @@
-"""The codebook: from latents to codes and back, and how it is kept alive while the encoder learns."""
+"""The codebook: maps latents to codes and back, and follows the encoder while it learns."""
 
 from dataclasses import dataclass
 
@@ -21,12 +21,12 @@ class Quantization:
     Latents and their codes.
 
     Attributes:
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): What was quantised, raw, with the encoder's gradient.
-        quantized (`torch.Tensor` of the same shape): The code vectors; with a gradient for a codebook that learns by it.
-        target (`torch.Tensor` of the same shape): Where the commitment loss draws the latents.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents before quantisation, with the encoder's gradient.
+        quantized (`torch.Tensor` of the same shape): The code vectors, with a gradient if the codebook learns by gradient.
+        target (`torch.Tensor` of the same shape): Where the commitment loss pulls the latents.
         straight_through (`torch.Tensor` of the same shape):
-            The value of `quantized` with the gradient of the latents: what a decoder is trained on.
-        codes (`torch.Tensor` of shape `(B, h, w)`): int64, numbers of the codes.
+            The values of `quantized` with the gradient of the latents: the input of the decoder in training.
+        codes (`torch.Tensor` of shape `(B, h, w)`): Indices of the codes, int64.
     """
 
     latents: torch.Tensor
@@ -37,7 +37,7 @@ class Quantization:
 
 
 class _CodeVectors(nn.Module):
-    """A codebook that no gradient moves, under the name that `nn.Embedding` gives its weights."""
+    """A codebook without a gradient, under the name that `nn.Embedding` gives its weights."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -48,36 +48,35 @@ class CodebookQuantizer(nn.Module):
     r"""
     Replaces each latent pixel by the nearest of the `num_codes` vectors of a codebook.
 
-    It is called like diffusers' `VectorQuantizer`, holds its codebook under the same name and finds the same codes, so
-    that a stock `VQModel` with [`codebook`] as its weights quantises identically. What differs is how the codebook comes
-    about:
+    It is called like diffusers' `VectorQuantizer`, holds its codebook under the same name and finds the same codes. So a
+    stock `VQModel` with [`codebook`] as its weights quantises identically. The types differ in how the codebook is learnt:
 
     | `quantizer_type` | codebook |
     |---|---|
-    | `vq` | a parameter, drawn to its latents by [`~dae_diffusers.losses.codebook.codebook_loss`] |
-    | `ema` | moving averages of its latents. Set by k-means after the first steps; codes that hardly occur are replaced by recent latents |
+    | `vq` | a parameter, pulled to its latents by [`~dae_diffusers.losses.codebook.codebook_loss`] |
+    | `ema` | moving averages of its latents. K-means sets them after the first steps; recent latents replace rarely used codes |
     | `fsq` | a fixed grid, `fsq_levels[i]` even steps over [-1, 1] in channel i (finite scalar quantisation) |
 
-    An `ema` codebook changes only in [`update`], once an optimiser step, by what [`note`] was told since: gradient
-    accumulation and several processes give what one large batch gives.
+    An `ema` codebook changes only in [`update`], once per optimiser step, by the latents given to [`note`] since then. So gradient
+    accumulation and several processes give the same result as one large batch.
 
-    With `l2_normalize` all codes have norm 1, the nearest is the one of the smallest angle, and the commitment loss
-    draws the latents to the sphere. FSQ clamps where the paper has a tanh, so that the codes are those of the nearest
-    grid point, which stock diffusers can find; the commitment loss draws only what lies outside [-1, 1].
+    With `l2_normalize` all codes have norm 1, the nearest code is the one at the smallest angle, and the commitment loss
+    pulls the latents to the sphere. FSQ clamps where the paper has a tanh. So its codes are the nearest grid points, which
+    stock diffusers can find, and the commitment loss pulls only latents outside [-1, 1].
 
     Args:
         num_codes (`int`): Size K of the codebook; for `fsq` the product of the levels.
         dim (`int`): Dimension C of a code; for `fsq` the number of levels.
         quantizer_type (`str`): See the table.
-        l2_normalize (`bool`): Unit codes, for `vq` and `ema`.
-        ema_decay (`float`): In [0, 1), a step of `ema`.
-        warmup_steps (`int`): Steps >= 1 of `ema` in which latents pass unquantised; k-means ends them.
+        l2_normalize (`bool`): Whether codes have norm 1, for `vq` and `ema`.
+        ema_decay (`float`): Decay per step in [0, 1), for `ema`.
+        warmup_steps (`int`): Steps >= 1 without quantisation before k-means sets the codebook, for `ema`.
         dead_code_threshold (`float`): `ema` replaces a code that occurs less often, on average over recent steps, than this share
             of the even `1/K`; 0 replaces none.
-        fsq_levels (`list[int]`, *optional*): At least 2 each, for `fsq`.
+        fsq_levels (`list[int]`, *optional*): Levels of each channel, at least 2, for `fsq`.
 
     Raises:
-        ValueError: For a choice out of its range.
+        ValueError: For an argument out of its range.
 
     Sources: van den Oord et al., 2017, https://huggingface.co/papers/1711.00937 (codes, moving averages); Yu et al.,
     2021, https://huggingface.co/papers/2110.04627 (unit codes of few dimensions); Mentzer et al., 2023,
@@ -141,7 +140,7 @@ class CodebookQuantizer(nn.Module):
         return distances.argmin(dim=1).view(batch, height, width)
 
     def get_codebook_entry(self, indices: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
-        r"""As in diffusers: code vectors by number, viewed as `shape` `(B, h, w, C)` and returned as `(B, C, h, w)`."""
+        r"""Code vectors by index, as in diffusers: viewed as `shape` `(B, h, w, C)` and returned as `(B, C, h, w)`."""
         vectors = self.codebook[indices]
         return vectors if shape is None else vectors.view(shape).permute(0, 3, 1, 2).contiguous()
 
@@ -165,7 +164,7 @@ class CodebookQuantizer(nn.Module):
         return Quantization(latents, quantized, target, base + (quantized - base).detach(), codes)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[None, None, torch.Tensor]]:
-        r"""As diffusers' `VectorQuantizer`, with beta (0.25) where it belongs: on the commitment."""
+        r"""Like diffusers' `VectorQuantizer`, but with beta (0.25) on the commitment term, as in the paper."""
         codes = self.codes_of(latents)
         quantized = self.codebook[codes].permute(0, 3, 1, 2).to(latents.dtype)
         loss = codebook_loss(quantized, latents) + 0.25 * commitment_loss(latents, quantized)
@@ -174,7 +173,7 @@ class CodebookQuantizer(nn.Module):
 
     @torch.no_grad()
     def note(self, quantization: Quantization) -> None:
-        r"""Tells an `ema` codebook what a micro-batch was made of, for its next [`update`]; nothing for other types."""
+        r"""Notes the latents of a micro-batch for the next [`update`] of an `ema` codebook; does nothing for other types."""
         if self.quantizer_type != "ema":
             return
         num_codes = len(self.embedding.weight)
@@ -188,7 +187,7 @@ class CodebookQuantizer(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         r"""
-        Moves an `ema` codebook by what was noted since the last call, over all processes; nothing for other types.
+        Updates an `ema` codebook by the latents noted since the last call, over all processes; does nothing for other types.
 
         Call it on every process, after each optimiser step.
         """
@@ -215,7 +214,7 @@ class CodebookQuantizer(nn.Module):
         self._set_codebook()
 
     def forget(self) -> None:
-        r"""Drops what was noted since the last [`update`], for a step that is left out."""
+        r"""Drops the latents noted since the last [`update`], for a step that is skipped."""
         self._noted.clear()
 
     def _remember(self, vectors: torch.Tensor) -> None:
@@ -225,7 +224,7 @@ class CodebookQuantizer(nn.Module):
         self.num_recent.fill_(len(newest))
 
     def _draw_recent(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """So many recent latent vectors, no place drawn twice unless there are too few."""
+        """Draws a number of recent latent vectors, none of them twice unless there are too few."""
         known = int(self.num_recent)
         order = torch.cat([torch.randperm(known, generator=generator) for _ in range(-(-count // known) or 1)])
         return self.recent[order[:count].to(self.recent.device)]
@@ -255,7 +254,7 @@ class CodebookQuantizer(nn.Module):
 
 
 def _count_and_sum(vectors: torch.Tensor, codes: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number `(K,)` and sum `(K, C)` of each code's vectors, bit-identical from run to run, which scattering is not."""
+    """Number `(K,)` and sum `(K, C)` of each code's vectors, bit-identical from run to run (a scatter is not)."""
     counts, sums = vectors.new_zeros(num_codes), vectors.new_zeros(num_codes, vectors.shape[1])
     with torch.autocast(vectors.device.type, enabled=False):
         for part, part_codes in zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True):

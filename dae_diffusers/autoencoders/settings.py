@@ -1,4 +1,4 @@
-"""Settings of an autoencoder: its size, its codebook, its stages, and what hinders the decoder. Needs no torch."""
+"""Settings of an autoencoder: its size, its codebook, its stages and the regularisation of its latents. Needs no torch."""
 
 import math
 from typing import Any, Literal, get_args
@@ -36,7 +36,7 @@ class AutoencoderConfig:
 
     @property
     def spatial_factor(self) -> int:
-        r"""Pixels of a side that make one latent."""
+        r"""Pixels of the image per latent pixel, along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -55,10 +55,10 @@ class CodebookConfig:
         100, "steps without quantisation, before k-means sets the codes (`ema`)", advanced=True
     )
     fsq_levels: list[int] = field(
-        [], "steps of each channel, such as 8 5 5 5; instead of size and dimension (`fsq`)", advanced=True
+        [], "levels of each channel, such as 8 5 5 5; they give the size and dimension (`fsq`)", advanced=True
     )
     commitment_weight: float = field(
-        0.25, "weight of the latents' squared distance to their codes (stage 1)", at_least=0, advanced=True
+        0.25, "weight of the squared distance from latents to their codes (stage 1)", at_least=0, advanced=True
     )
 
     def __post_init__(self):
@@ -73,7 +73,7 @@ class CodebookConfig:
             raise ConfigError(str(error)) from None
 
     def quantizer_size(self, latent_channels: int) -> dict[str, int]:
-        """Number and dimension of the codes, as constructor's arguments."""
+        """Number and dimension of the codes, as arguments of the model's constructor."""
         if self.quantizer == "fsq":
             return {"num_vq_embeddings": math.prod(self.fsq_levels), "latent_channels": len(self.fsq_levels)}
         return {"num_vq_embeddings": self.codebook_size, "latent_channels": latent_channels}
@@ -107,17 +107,17 @@ class StageConfig:
         0, "`shallow`: residual blocks per resolution, minus one; must be below `--layers_per_block`", advanced=True
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
-    stage2_steps: int = field(2000, "optimiser steps of stage 2; one takes about 0.7 times as long", at_least=1)
+    stage2_steps: int = field(2000, "optimiser steps of stage 2, which take about 0.7 times as long", at_least=1)
     stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, advanced=True)
     warm_start_decoder: bool = field(
         True,
-        "start stage 2 from the auxiliary decoder's weights instead of at random, where it has the real one's shape (`same` and "
-        "`dropout`) and no decoder came with `pretrained_model_name_or_path`",
+        "start stage 2 from the auxiliary decoder's weights instead of random ones, if it has the same shape as the real decoder "
+        "and `--pretrained_model_name_or_path` brought no trained decoder",
         advanced=True,
     )
     stage2_cache_gib: float = field(
         4.0,
-        "stage 2 encodes every image once, into a cache below the output folder, if that saves work and the cache stays below "
+        "stage 2 encodes every image once, into a cache in the output folder, if that saves work and the cache stays below "
         "this many GiB; 0: never",
         at_least=0,
         advanced=True,
@@ -147,7 +147,7 @@ class StageConfig:
         return stage > 1 or self.auxiliary_decoder == "none"
 
     def auxiliary_settings(self) -> dict[str, Any]:
-        """The arguments of an autoencoder's constructor that give the auxiliary decoder its shape."""
+        """The arguments of an autoencoder's constructor that define the auxiliary decoder."""
         return {
             "auxiliary_decoder_type": self.auxiliary_decoder,
             "auxiliary_dropout": self.auxiliary_dropout,
@@ -208,16 +208,18 @@ class RegularizationConfig:
     """Regularisation of the latents."""
 
     mask_ratio: float = field(
-        0.0, "stage 1: share of the input's patches that the encoder does not see", at_least=0, below=1, advanced=True
+        0.0, "stage 1: share of image patches hidden from the encoder", at_least=0, below=1, advanced=True
     )
     latent_denoising: float = field(
-        0.0, "stage 1: scale of the noise mixed into the latents (l-DeTok)", at_least=0, advanced=True
+        0.0, "stage 1: scale of the noise that latents are mixed with (l-DeTok)", at_least=0, advanced=True
     )
-    equivariance: float = field(0.0, "share of stage 1's batches turned and scaled (EQ-VAE)", at_least=0, at_most=1)
+    equivariance: float = field(
+        0.0, "stage 1: share of batches that are rotated and scaled (EQ-VAE)", at_least=0, at_most=1
+    )
     noise_tau: float = field(0.0, "stage 2: scale of the noise on the real decoder's input", at_least=0, advanced=True)
     vf_model: str | None = field(
         None,
-        "stage 1: align latents with the features of this vision model (Hub id or folder), the VF loss of VA-VAE",
+        "stage 1: align latents with the features of this vision model (Hub id or folder) by the VF loss of VA-VAE",
         advanced=True,
     )
     vf_weight: float = field(0.1, "weight of the VF loss", above=0, hint="leave out `vf_model` instead", advanced=True)
@@ -243,7 +245,7 @@ class RegularizationConfig:
     )
 
     def perturbations(self) -> dict[str, float]:
-        """As [`~dae_diffusers.losses.regularizers.perturb`] takes them."""
+        """The arguments of [`~dae_diffusers.losses.regularizers.perturb`]."""
         names = ("mask_ratio", "latent_denoising", "equivariance", "noise_tau")
         return {name: getattr(self, name) for name in names}
 

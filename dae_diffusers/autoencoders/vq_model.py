@@ -30,21 +30,21 @@ class DAEVQModelOutput(DecoderOutput):
 class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
     r"""
     A `VQModel` whose encoder and codebook are trained against a weak auxiliary decoder (stage 1), then frozen while the
-    real decoder is trained (stage 2), so that the codes of every image stay what they were. With
-    `auxiliary_decoder_type="none"` and `quantizer_type="vq"` it is a `VQModel`, but for the weight that its quantiser
-    gives the commitment (see [`~dae_diffusers.losses.codebook.commitment_loss`]).
+    real decoder is trained (stage 2), so the codes of every image do not change. With
+    `auxiliary_decoder_type="none"` and `quantizer_type="vq"` it is a `VQModel`, except for the weight of the
+    commitment term (see [`~dae_diffusers.losses.codebook.commitment_loss`]).
 
-    In stage 1, call `model.quantize.update()` after every optimiser step. [`to_diffusers`] writes the codebook out as
-    it is used, and stock diffusers finds the same codes and decodes the same images, whatever the quantiser.
+    In stage 1, call `model.quantize.update()` after every optimiser step. [`to_diffusers`] exports the codebook in the form
+    in which it is used, so stock diffusers finds the same codes and decodes the same images for every quantiser.
 
     Args:
         quantizer_type (`str`, *optional*, defaults to `"vq"`): `vq`, `ema` or `fsq`, see
             [`~dae_diffusers.autoencoders.quantizers.CodebookQuantizer`].
-        quantizer_l2_normalize (`bool`, *optional*, defaults to `False`): Unit codes, for `vq` and `ema`.
-        quantizer_ema_decay (`float`, *optional*, defaults to 0.99): Of `ema`.
-        quantizer_warmup_steps (`int`, *optional*, defaults to 100): Steps of `ema` before k-means.
-        quantizer_dead_code_threshold (`float`, *optional*, defaults to 0.03): Of `ema`.
-        quantizer_fsq_levels (`list[int]`, *optional*): Of `fsq`; their product is `num_vq_embeddings` and their number
+        quantizer_l2_normalize (`bool`, *optional*, defaults to `False`): Whether codes have norm 1, for `vq` and `ema`.
+        quantizer_ema_decay (`float`, *optional*, defaults to 0.99): Decay of the moving averages, for `ema`.
+        quantizer_warmup_steps (`int`, *optional*, defaults to 100): Steps before k-means, for `ema`.
+        quantizer_dead_code_threshold (`float`, *optional*, defaults to 0.03): When to replace rarely used codes, for `ema`.
+        quantizer_fsq_levels (`list[int]`, *optional*): Levels, for `fsq`; their product is `num_vq_embeddings` and their number
             the dimension of the codes.
         auxiliary_decoder_type, auxiliary_dropout, auxiliary_channel_multiplier, auxiliary_layers_per_block, auxiliary_warm_start:
             As in [`~dae_diffusers.DAEAutoencoderKL`].
@@ -95,7 +95,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
     ):
         if auxiliary_decoder_type != "none" and norm_type != "group":
             raise ValueError(
-                f"`norm_type` is {norm_type!r}, but an auxiliary decoder knows 'group' only. Use that, or "
+                f"`norm_type` is {norm_type!r}, but an auxiliary decoder supports only 'group'. Use that, or "
                 '`auxiliary_decoder_type="none"`.'
             )
         super().__init__(
@@ -146,7 +146,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             perturb_latents (`Callable`, *optional*): In a stage: applied to the quantised latents before they are decoded.
             moments (pair of `torch.Tensor` of shape `(B, C, h, w)`, *optional*): In stages 2 and 3: the images' latents before
-                quantisation (and zeros), where they are known. The encoder does not run.
+                quantisation (and zeros), if they are known. The encoder does not run then.
             drawn_latents (`torch.Tensor` of shape `(M, C, h, w)`, *optional*): In stage 3: the vectors of codes that a generator has
                 drawn; their `M` images follow the reconstructions.
 

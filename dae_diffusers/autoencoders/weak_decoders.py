@@ -1,4 +1,4 @@
-"""The auxiliary decoders of stage 1: decoders that are weak in a stated way, and the controls that are not."""
+"""The auxiliary decoders of stage 1: kinds of weak decoders, and the control that is not weak."""
 
 import math
 
@@ -12,18 +12,18 @@ from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, check_auxi
 
 class AuxiliaryDecoder(nn.Module):
     r"""
-    The decoder that the encoder is trained against in stage 1 and that is discarded afterwards.
+    The decoder that trains the encoder in stage 1 and is discarded afterwards.
 
-    It takes the same road as the real one: an optional 1x1 `post_quant_conv`, then a decoder. With `decoder_type="same"`
-    it is the real one's twin.
+    Its structure is that of the real decoder: an optional 1x1 `post_quant_conv`, then a decoder. With `decoder_type="same"`
+    the two have the same architecture.
 
     Args:
         decoder_type (`str`): What makes it weak.
             `same`: nothing, the control. `narrow`: `channel_multiplier` times the channels. `shallow`:
             `layers_per_block + 1` residual blocks per resolution. `dropout`: a full decoder whose residual branches
-            lose whole channels at the rate `dropout` while training; what flows past the branches stays whole. `prefix`: a full
-            decoder that sees only the first channels of the latents while training, for each image another number of them
-            (nested dropout), so that channels come in order of importance. `linear`: one linear map from a latent pixel to
+            lose whole channels at the rate `dropout` while training; the skip connections lose nothing. `prefix`: a full
+            decoder that sees only the first channels of the latents while training, a random number of them for each image
+            (nested dropout), so that channels are ordered by importance. `linear`: one linear map from a latent pixel to
             its patch of the image.
         latent_channels (`int`): Channels of the latents.
         code_channels (`int`, *optional*): Channels of the input where `post_quant_conv` changes their number (`VQModel`).
@@ -36,7 +36,7 @@ class AuxiliaryDecoder(nn.Module):
         auxiliary_layers_per_block (`int`): Depth >= 0 of `shallow`, below the real decoder's.
 
     Raises:
-        ValueError: For an unknown type, a strength out of its range, or a `shallow` decoder that is none.
+        ValueError: For an unknown type, a strength out of its range, or a `shallow` decoder that is not shallower.
     """
 
     def __init__(

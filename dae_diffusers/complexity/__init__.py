@@ -1,1 +1,1 @@
-"""The complexity distance: how simple a generator suffices to turn latents into images."""
+"""The complexity distance: how well small generators turn latents into images."""

@@ -1,23 +1,23 @@
 r"""
-The complexity distance of a latent space: how far a small generator stays from the images, given the latents.
+The complexity distance of a latent space: how well small generators turn the latents into images.
 
-`D(P_z, P_x) = min over g of limited capacity of d(g(P_z), P_x)`: small if little needs to be added to the latents to get
-images. The idea is that of DAE, https://huggingface.co/papers/2307.08283. Its own formula was not at hand: the exact
-form measured here, both divergences `d`, the generators and their budget, is ours, and so are the numbers.
+`D(P_z, P_x) = min over g of limited capacity of d(g(P_z), P_x)`: it is small if simple generators suffice. The idea is from DAE,
+https://huggingface.co/papers/2307.08283, whose formula was not available to us. The exact form here is ours: the two divergences
+`d`, the generators and their training budget. So the numbers cannot be compared with those of the paper.
 
-Two forms, each over a ladder of generators, from a linear one on, over seeds:
+There are two forms. Each is measured with generators of growing capacity, from a linear one on, and over seeds:
 
 - `paired`: `d` is the squared error of `g(E(x))` against `x`. The linear generator is solved exactly; a wider one starts
-  there. This mostly repeats the reconstruction error: what the encoder threw away, no generator brings back. Compare it
-  with what the autoencoder's own decoder leaves (the rows of capacity `None`). If that decoder is the conditional mean of
-  the images, the difference is `mean((g(z) - decoder(z))^2)`: what the capacity costs, without what the encoder lost.
+  from it. This form mostly repeats the reconstruction error, because no generator recovers what the encoder discarded. Compare
+  it with the error of the autoencoder's own decoder (the rows of capacity `None`). If that decoder is the conditional mean of
+  the images, the difference is `mean((g(z) - decoder(z))^2)`: the cost of the capacity, without what the encoder discarded.
 - `unpaired`: `d` is the 1-Wasserstein distance between the two distributions, under the root-mean-square distance of
-  images, trained as a GAN: `g` sees latents, a small critic sees images, and nobody sees which belong together. After
-  that a *fresh* critic is trained with `g` fixed, and what it tells apart on held-out images is reported.
+  images. `g` is trained as a GAN: it sees latents, a small critic sees images, and neither sees which of them belong together.
+  Then a *fresh* critic is trained with `g` fixed, and its estimate on held-out images is reported.
 
 Why this estimator: a Jensen-Shannon bound was tried first. On 32x32 images of a small autoencoder the discriminator
-separates nearly every pair of distributions perfectly, so that the bound sits at log 2 and orders nothing. The Wasserstein
-distance is graded however far the distributions are apart, has the unit of the paired form's root (and for the same `g`
+separates nearly every pair of distributions perfectly, so the bound is always log 2 and ranks nothing. The Wasserstein
+distance still differs for distributions far apart, has the unit of the root of the paired form (and for the same `g`
 never exceeds it), and is 0 for the images themselves.
 """
 
@@ -39,7 +39,7 @@ from dae_diffusers.store import fingerprint, fingerprint_of_json
 # Part of every row's key. Raise it when the same inputs give other numbers.
 _VERSION = 2
 
-# What the distance is measured with at most; more changes it little.
+# Maximum numbers of images; more change the distance little.
 MAX_TRAIN_IMAGES, MAX_EVAL_IMAGES = 8192, 2048
 
 
@@ -57,18 +57,18 @@ def complexity_distance(
     disable_progress: bool = False,
 ) -> ComplexityResult:
     r"""
-    Measures the complexity distance of an autoencoder's latents: encodes the images (posterior mean, or quantised
-    latents) and calls [`measure_complexity`], with the autoencoder's own decoder beside the generators.
+    Measures the complexity distance of an autoencoder's latents. It encodes the images (posterior mean, or quantised
+    latents) and calls [`measure_complexity`], which also measures the autoencoder's own decoder.
 
-    The posterior mean is taken as it is. What an encoder writes into channels that are far weaker than its posterior's
-    noise counts here as information, although a denoiser would not see it.
+    The posterior mean is used as it is. Information in channels far weaker than the posterior's noise counts here, although a
+    denoiser would not see it.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): Any, ours or not, on `device`, in eval mode.
-        loader_train, loader_eval (`Iterable` of `{"pixel_values": (B, C, H, W)}`): Images in [-1, 1], as
-            `make_pass_loader` gives them. In a fixed order, or nothing finished can be found in `rows_path`.
+        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): Any autoencoder of these classes, on `device`, in eval mode.
+        loader_train, loader_eval (`Iterable` of `{"pixel_values": (B, C, H, W)}`): Images in [-1, 1], as from
+            `make_pass_loader`. Their order must be fixed: otherwise finished rows in `rows_path` are not found.
         config ([`ComplexityConfig`], *optional*): How to measure.
-        max_train_images, max_eval_images (`int`): Take only so many, the first ones; data sorted by class must be shuffled.
+        max_train_images, max_eval_images (`int`): Use only this many of the first images; shuffle data sorted by class.
         feature_extractor, rows_path, device, disable_progress: As in [`measure_complexity`].
 
     Returns:
@@ -117,13 +117,13 @@ def measure_complexity(
     disable_progress: bool = False,
 ) -> ComplexityResult:
     r"""
-    Measures the complexity distance of latents to images; the module's docstring says what that is.
+    Measures the complexity distance of latents to images; the module's docstring explains it.
 
     **Generators.** The latent channels are centred and whitened with the statistics of the training part. A generator
     is `pixel_shuffle(linear(z) + nonlinear(z))`: a 3x3 convolution, plus two hidden 3x3 convolutions of the given width
     with SiLU and a 1x1 convolution, all on the grid of the latents. Its first layers are linear in the latent channels,
-    so that an invertible linear map of these leaves the class of generators as it is; the whitening makes the start the
-    same too. Every class contains the narrower ones.
+    so an invertible linear map of these does not change the class of generators. Because of the whitening, it does not
+    change the start either. Every class contains the narrower ones.
 
     **Paired.** The linear part starts at the least-squares solution, the rest at 0; then Adam on the squared error. For
     width 0 the result is exact and the same for every seed.
@@ -133,24 +133,24 @@ def measure_complexity(
     held to slope 1 by a one-sided penalty. Then the mean of the generators (EMA) is judged by a fresh critic `f`, trained
     on training images: `(mean f(x) - mean f(g(z))) / max(1, slope)` over the held-out part, where `slope` is the 95 %
     quantile of the length of `f`'s gradient between held-out images and generated ones. This is an estimate of a lower
-    bound on the Wasserstein distance of that `g`, found by a small critic in few steps, and the distance of that `g`
-    an upper bound on the minimum over all of them, which a GAN need not find: it can end with a negative, say. Look
-    at the spread over seeds and at `_min`; do not read much into differences that are not well above it.
+    bound on the Wasserstein distance of that `g`, found by a small critic in few steps. The distance of that `g` is an
+    upper bound on the minimum over all generators, which a GAN need not find: it may draw negatives of the images, for
+    example. Look at the spread over seeds and at `_min`, and ignore differences that are not well above the spread.
 
-    The caller's random state is neither used nor changed; the same inputs give the same rows on the same machine.
+    The caller's random state is neither used nor changed. The same inputs give the same rows on the same machine.
 
     Args:
         latents_train, latents_eval (`torch.Tensor` of shape `(N, C, h, w)`): Latents of the images that generators are
-            trained on, and of held-out ones. At any scale.
+            trained on, and of held-out images. Their scale does not matter.
         pixel_values_train, pixel_values_eval (`torch.Tensor` of shape `(N, channels, H, W)`): The images in the same
             order, in [-1, 1]; `H = factor * h`, `W = factor * w` with a whole factor.
         config ([`ComplexityConfig`], *optional*): How to measure.
-        reconstruction_train, reconstruction_eval (`torch.Tensor` of the images' shapes, *optional*): What the
-            autoencoder's own decoder makes of the latents, to be measured as the capacity `None`.
+        reconstruction_train, reconstruction_eval (`torch.Tensor` of the images' shapes, *optional*): The reconstructions by the
+            autoencoder's own decoder, measured as the capacity `None`.
         feature_extractor (`Callable`, *optional*): Images `(B, channels, H, W)` in [-1, 1] to features `(B, D)`, for
             `frechet_distance`.
-        rows_path (`str` or `Path`, *optional*): A JSON-lines file. Every finished row is appended at once, and a row
-            that it holds for these inputs is not computed again.
+        rows_path (`str` or `Path`, *optional*): A JSON-lines file. Every finished row is appended to it at once. Rows that
+            it already holds for these inputs are not computed again.
         device (`torch.device`, *optional*): Where to train.
         disable_progress (`bool`, *optional*): Whether to hide the progress bar.
 
@@ -305,12 +305,12 @@ def _check_factor(latents: torch.Tensor, pixel_values: torch.Tensor) -> None:
 
 
 def _described(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """For a fingerprint."""
+    """The dtype, shape and values of a tensor, for a fingerprint."""
     return f"{tensor.dtype} {tuple(tensor.shape)}", tensor
 
 
 def _key(config: ComplexityConfig, *tensors: torch.Tensor | None) -> str:
-    """Names everything that a row depends on, beside its form, capacity and seed."""
+    """A key for everything that a row depends on, except its form, capacity and seed."""
     budget = {
         field.name: getattr(config, field.name)
         for field in fields(config)

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Hidden layers of generators wider than this learn more slowly, in proportion: Adam moves every weight equally far,
-# and the output by the sum over the width.
+# Above this width, hidden layers of generators have a learning rate inversely proportional to the width: Adam moves every
+# weight equally far, so the output would move in proportion to the width.
 _BASE_WIDTH = 16
 
 
 class Generator(nn.Module):
-    """Whitened latents `(B, k, h, w)` to standardised images `(B, channels, factor * h, factor * w)`."""
+    """Maps whitened latents `(B, k, h, w)` to standardised images `(B, channels, factor * h, factor * w)`."""
 
     def __init__(self, latent_channels: int, channels: int, factor: int, width: int):
         super().__init__()
@@ -46,7 +46,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def mix_channels_(self, draws: torch.Generator) -> None:
-        """Every pixel of a latent's patch gets the same random mixture of that latent's channels."""
+        """Sets weights so that every pixel of a latent's patch is the same random mixture of that latent's channels."""
         weight = self.linear.weight  # (channels * factor^2, k, 3, 3)
         patch = self.factor**2
         mixture = torch.randn(len(weight) // patch, weight.shape[1], generator=draws)
@@ -56,7 +56,7 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Images `(B, channels, H, W)` to one number each: strided convolutions down to 4x4, then two layers."""
+    """Maps each image `(B, channels, H, W)` to one number: strided convolutions down to 4x4, then two layers."""
 
     def __init__(self, channels: int, height: int, width: int, num_channels: int):
         super().__init__()

@@ -11,13 +11,13 @@ from dae_diffusers.metrics.report import table
 
 def plot_complexity(results: dict[str, ComplexityResult], path: str | Path, *, title: str = "Complexity distance"):
     r"""
-    Draws the share left over against the capacity, a panel for each form, mean and standard deviation over seeds; the
+    Draws the remaining share against the capacity, with one panel per form, the mean and standard deviation over seeds, and the
     autoencoder's own decoder as a dashed line.
 
     Args:
         results (`dict[str, ComplexityResult]`): Results by the name of the latent space.
         path (`str` or `Path`): The PNG to write.
-        title (`str`): Over the panels.
+        title (`str`): Title above the panels.
     """
     if not results:
         raise ValueError("`results` is empty: there is nothing to draw.")
@@ -52,7 +52,7 @@ def plot_complexity(results: dict[str, ComplexityResult], path: str | Path, *, t
 
 
 def to_markdown(result: ComplexityResult) -> str:
-    r"""A table for each form: what is left over, its deviation over the seeds, and the difference to the decoder."""
+    r"""Makes a table for each form: the remaining share, its deviation over the seeds, and the difference to the decoder."""
     lines = []
     for form in result.config.forms:
         distance = HEADLINES[form]

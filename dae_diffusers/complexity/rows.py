@@ -1,4 +1,4 @@
-"""What a measurement of the complexity distance gives: a row for each generator, in memory and in a file."""
+"""The results of a measurement of the complexity distance: a row for each generator, in memory and in a file."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ class ComplexityRow:
 
     Attributes:
         form (`str`): `paired` or `unpaired`.
-        capacity (`int` or `None`): Width of the generator; `None` is the autoencoder's own decoder, trained by others
-            and only measured here.
-        seed (`int`): The generator's and the critic's.
-        num_parameters (`int` or `None`): Of the generator; None for the autoencoder's decoder.
+        capacity (`int` or `None`): Width of the generator; `None` is the autoencoder's own decoder, which is only measured
+            here.
+        seed (`int`): Seed of generator and critic.
+        num_parameters (`int` or `None`): Parameters of the generator; None for the autoencoder's decoder.
         seconds (`float`): Wall time of training and measuring.
         values (`dict[str, float]`): For `paired`: `mse`, the mean squared error of a pixel's value, images in [-1, 1];
             `variance_left`, the same divided by the data's variance: 1 for a latent without information. For
@@ -62,7 +62,7 @@ class ComplexityResult:
     @property
     def summary(self) -> list[dict[str, Any]]:
         r"""
-        Statistics over the seeds, a dictionary for each form and capacity.
+        Statistics over the seeds: a dictionary for each form and capacity.
 
         For every value of the rows: its mean under its name, `<name>_std` (of a sample; None with one seed) and
         `<name>_min` (a minimum over generators is sought, so that the best seed is the tightest bound). With the

@@ -1,4 +1,4 @@
-"""One set of latents and images, and what is trained and measured on it."""
+"""Trains and measures the generators of one set of latents and images."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dae_diffusers.randomness import derived_seed
 # Weight of the past in the average of a GAN's generators, which is what is measured.
 _EMA_DECAY = 0.98
 
-# Principal components of the latent channels with less of the largest variance than this are rounding.
+# Principal components of the latent channels whose variance is below this share of the largest are rounding errors.
 _MIN_VARIANCE = 1e-10
 
 # Images that one pass without gradients takes.
@@ -26,7 +26,7 @@ CHUNK = 256
 
 
 class ComplexityTask:
-    """One set of latents and images, whitened and standardised, and what is trained and measured on it."""
+    """A set of whitened latents and standardised images, on which generators are trained and measured."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ComplexityTask:
 
     @cached_property
     def features(self) -> torch.Tensor | None:
-        """Of the held-out images."""
+        """Features of the held-out images."""
         return None if self.feature_extractor is None else self._extract(self.pixel_values_eval)
 
     @cached_property
@@ -139,7 +139,7 @@ class ComplexityTask:
     def measure(
         self, form: ComplexityForm, images_train: torch.Tensor | None, images_eval: torch.Tensor, seed: int
     ) -> dict[str, float]:
-        """What is left between images in [-1, 1] and the data; `images_train` only for the unpaired form."""
+        """Measures the distance of images in [-1, 1] to the data; `images_train` is only needed for the unpaired form."""
         if form == "paired":
             mse = (images_eval - self.pixel_values_eval).cpu().double().square().mean().item()
             values = {"mse": mse, "variance_left": mse / self.data_variance}

@@ -1,4 +1,4 @@
-"""What lies in `.tar` and `.zip` files: the places of their members, and webdataset's samples of several files."""
+"""Reads `.tar` and `.zip` files: the positions of their members, and webdataset samples that consist of several files."""
 
 import json
 import re
@@ -15,11 +15,11 @@ from dae_diffusers.data.contents import MAX_FILE_BYTES, packed_path
 from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES, reads_heif
 from dae_diffusers.errors import UserError, one_line
 
-# Of a webdataset's sample: what else its files say.
+# Other files of a webdataset sample: their columns.
 _NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
 _TEXTS = frozenset({"txt", "text", "caption", "transcript"})
 _JSON = frozenset({"json", "jsn"})
-_INFERRED_SAMPLES = 100  # of which a stream learns its columns
+_INFERRED_SAMPLES = 100  # a stream's columns come from these
 
 
 class Member(NamedTuple):
@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 def members_of(archive: Path) -> list[Member]:
     r"""
-    The files in a `.tar` or `.zip`, in their order, none of them read.
+    Lists the files in a `.tar` or `.zip` in order, without reading them.
 
     Raises:
         UserError: If it is damaged, or compressed as a whole.
@@ -55,8 +55,8 @@ def members_of(archive: Path) -> list[Member]:
 
 def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:
     r"""
-    A webdataset's samples: the place of each image, and its columns. Files of the same name before the suffix belong
-    together: pictures to `image`, or with a second picture such as `0001.seg.png` to `seg.png`, and numbers, texts and the values
+    The samples of a webdataset: the position of each image, and its columns. Files with the same name before the suffix belong
+    together. Pictures go to `image`, a second picture such as `0001.seg.png` to `seg.png`, and numbers, texts and the values
     of JSON files to columns such as `cls`, `txt` and `json.label`.
     """
     compound = _compound_suffixes(members)
@@ -123,14 +123,14 @@ def columns_features(rows: Iterable[dict[str, Any]]) -> datasets.Features:
 
 
 def fitted(value: Any, feature: Any) -> Any:
-    r"""A value as its column has it: text where the column holds text for want of one kind."""
+    r"""A value in the type of its column: text, if the column's values had several types."""
     if feature == datasets.Value("string") and value is not None and not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return value
 
 
 def is_picture(name: str) -> bool:
-    r"""By its suffix."""
+    r"""Whether a file is a picture, judged by its suffix."""
     suffix = "." + name.rpartition(".")[2].lower()
     return suffix in SUFFIXES or suffix == ".npy" or (suffix in HEIF_SUFFIXES and reads_heif())
 

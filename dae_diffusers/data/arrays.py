@@ -28,19 +28,19 @@ MAX_VALUES = 2**28  # of one array: 1 GiB as float32, 16384 x 16384 pixels with 
 MAX_ELONGATION = 8
 
 Depth = Literal["8-bit", "16-bit", "numbers"]
-# Lowest and highest value where the depth says them; of numbers they must be measured or given.
+# Lowest and highest value, if the depth implies them; for other numbers they must be measured or given.
 RANGES: dict[Depth, list[float]] = {"8-bit": [0.0, 255.0], "16-bit": [0.0, 65535.0]}
 
 
 class LossyDepthError(ValueError):
-    """A file that Pillow reads, but not with all of its bits."""
+    """A file of which Pillow would read only some of the bits."""
 
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
     r"""
-    Hides Pillow's remarks on odd EXIF and palettes; bombs still raise. Filters are the process's and not safe to change
-    in threads: this goes around a pool, in the thread that starts it, and not into what the pool runs.
+    Hides Pillow's warnings about odd EXIF data and palettes; decompression bombs still raise. Warning filters belong to the process
+    and must not change in threads. So use this around a pool, in the thread that starts it, not in the pool's functions.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -49,8 +49,8 @@ def without_warnings() -> Iterator[None]:
 
 def find_depth(content: Any) -> Depth:
     r"""
-    What a row's image holds: pixels of 8 or 16 bits, or numbers of any size, as nested lists, `.npy`, float and signed
-    or 32-bit integer files do.
+    Finds what a row's image holds: pixels of 8 or 16 bits, or numbers of any size (nested lists, `.npy`, and files of floats,
+    signed or 32-bit integers).
 
     Raises:
         LossyDepthError: For several channels of more than 8 bits each, of which Pillow keeps 8.
@@ -62,7 +62,7 @@ def find_depth(content: Any) -> Depth:
     refuse_signed(image, content)
     if _is_cut(image, content):
         raise LossyDepthError(
-            "it has more than 8 bits in each channel, of which Pillow keeps 8; save it as `.npy`, (H, W, channels)"
+            "it has more than 8 bits in each channel, but Pillow keeps only 8; save it as `.npy`, (H, W, channels)"
         )
     return find_picture_depth(image)
 
@@ -80,7 +80,7 @@ def refuse_signed(image: Image.Image, content: bytes) -> None:
 
 
 def find_picture_depth(image: Image.Image) -> Depth:
-    r"""The depth of a file that Pillow has opened, as far as Pillow keeps it."""
+    r"""The depth of a file that Pillow has opened, as far as Pillow preserves it."""
     # "I" is any integer but in formats that have unsigned ones only, which older versions of Pillow open so.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         return "numbers"
@@ -93,13 +93,13 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
 
     Args:
         item: The bytes of an image file (Pillow's, or `.npy`, never a pickle), or nested lists or an array.
-        channels (`int`): That the image must have.
+        channels (`int`): Number of channels that the image must have.
 
     Returns:
         `np.ndarray` of shape `(H, W, channels)`: float32, in the values of the file.
 
     Raises:
-        ValueError: For other shapes, dtypes that are no numbers, and values that are not finite.
+        ValueError: For other shapes, dtypes that are not numeric, and values that are not finite.
     """
     if isinstance(item, bytes) and item.startswith(_NPY_MAGIC):
         array = _load_npy(item)
@@ -129,13 +129,13 @@ def resize_and_crop_array(
     array: np.ndarray, resolution: int, *, random: np.random.Generator | None = None
 ) -> np.ndarray:
     r"""
-    Scales the shorter side to `resolution`, bicubically with antialiasing, and crops a square. Overshoots are cut to the
+    Scales the shorter side to `resolution`, bicubically with antialiasing, and crops a square. Overshoots are clipped to the
     image's range.
 
     Args:
         array (`np.ndarray` of shape `(H, W, C)`): float32.
         resolution (`int`): Side of the result, in pixels.
-        random (`numpy.random.Generator`, *optional*): Chooses the place of the crop; without it, the centre.
+        random (`numpy.random.Generator`, *optional*): Chooses the position of the crop; default: the centre.
 
     Returns:
         `np.ndarray` of shape `(resolution, resolution, C)`
@@ -159,9 +159,9 @@ def cut_elongated(image: Any, size: tuple[int, int], random: np.random.Generator
     Cuts a square out of an image that is more than `MAX_ELONGATION` times as long as wide.
 
     Args:
-        image (`PIL.Image.Image` or `np.ndarray`): Any other one is returned as it is.
+        image (`PIL.Image.Image` or `np.ndarray`): The image; one that is less elongated is returned as it is.
         size (`tuple[int, int]`): Its width and height.
-        random (`numpy.random.Generator` or `None`): Chooses the place; without it, the centre.
+        random (`numpy.random.Generator` or `None`): Chooses the position; None: the centre.
 
     Returns:
         The image, and whether it was cut.
@@ -176,17 +176,17 @@ def cut_elongated(image: Any, size: tuple[int, int], random: np.random.Generator
 
 
 def save_value_range(value_range: list[float] | None, folder: Path) -> None:
-    r"""Writes the range of the original values beside an autoencoder, unless they are ordinary 8-bit ones (none)."""
+    r"""Writes the range of the original values beside an autoencoder, unless they are 8-bit values (an empty range)."""
     if value_range:
         write_atomically(folder / _RANGE_FILE, json.dumps({"value_range": list(value_range)}) + "\n")
 
 
 def read_value_range(name_or_path: str | None) -> list[float] | None:
     r"""
-    The range that [`save_value_range`] left beside an autoencoder, or that its pipeline has; None without one.
+    The range that [`save_value_range`] wrote beside an autoencoder, or that its pipeline has; None if there is none.
 
     Args:
-        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of what has one in `vae/` or `stage1/`.
+        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of a folder that has one in `vae/` or `stage1/`.
 
     Raises:
         UserError: If a file is damaged.
@@ -207,7 +207,7 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
 
 
 def _load_npy(content: bytes) -> np.ndarray:
-    """Like `numpy.load`, which believes the size that a file claims and takes memory for it."""
+    """Like `numpy.load`, but does not allocate memory for a size that the file only claims to have."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -216,7 +216,7 @@ def _load_npy(content: bytes) -> np.ndarray:
         raise ValueError(f"it holds {dtype}, not numbers")
     count, start = math.prod(shape), file.tell()
     if count > MAX_VALUES:
-        raise ValueError(f"it has the shape {shape}: {count} values, of which an image may have {MAX_VALUES}")
+        raise ValueError(f"it has the shape {shape}: {count} values, but an image may have at most {MAX_VALUES}")
     if count * dtype.itemsize > len(content) - start:
         raise ValueError(
             f"it has the shape {shape}, which needs {count * dtype.itemsize} bytes, but only {len(content) - start} are there"
@@ -226,7 +226,7 @@ def _load_npy(content: bytes) -> np.ndarray:
 
 
 def _is_cut(image: Image.Image, content: bytes) -> bool:
-    """Whether Pillow keeps 8 of a channel's bits. The mode is that of 8-bit pictures then; the file's header tells."""
+    """Whether Pillow keeps only 8 bits of a deeper channel. Its mode looks like 8 bits then, so the file's header decides."""
     if image.mode.startswith("I") or image.mode == "F" or not image.tile:
         return False
     codec, _, _, arguments = image.tile[0]

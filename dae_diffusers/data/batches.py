@@ -1,4 +1,4 @@
-"""What all data sets here have in common: they make whole batches."""
+"""The base class of the data sets here, which make whole batches."""
 
 from typing import Any
 
@@ -17,5 +17,5 @@ class BatchDataset(Dataset):
 
     @staticmethod
     def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        r"""For `DataLoader`: the batch is made already."""
+        r"""For `DataLoader`: returns the batch, which is already made."""
         return batch

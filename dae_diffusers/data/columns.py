@@ -1,4 +1,4 @@
-"""Which columns of a data set hold the images and the labels, and what the labels are called."""
+"""Finds the columns of a data set that hold the images and the labels, and the names of the classes."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from dae_diffusers.errors import UserError
 Rows = datasets.Dataset | datasets.IterableDataset
 
 _TEXT = (datasets.Value("string"), datasets.Value("large_string"))
-# Columns that hold classes by their name, if no type says so; the second kind only where there is none of the first.
+# Names of columns that hold classes, if no type says so; the second group counts only without one of the first.
 _LABELS = (("label", "labels", "class"), ("cls",))
 
 
@@ -43,17 +43,17 @@ def value_of(row: dict[str, Any], column: str) -> Any:
 
 def with_image_column(rows: Rows, name: str | None) -> tuple[Rows, str]:
     r"""
-    Finds the column of the images, and has it hold files that are not decoded (`{"bytes", "path"}`), or arrays.
+    Finds the column of the images, and casts it to files that are not decoded (`{"bytes", "path"}`), or arrays.
 
     Args:
-        rows (`datasets.Dataset` or `IterableDataset`): Of a split.
-        name (`str` or `None`): What the flag says.
+        rows (`datasets.Dataset` or `IterableDataset`): The rows of a split.
+        name (`str` or `None`): The column that the user named.
 
     Returns:
         The rows and the column's name.
 
     Raises:
-        UserError: If there is none, or several without one called `image`.
+        UserError: If there is no such column, or several and none of them is called `image`.
     """
     column = find_image_column(rows, name)
     if column not in rows.features and isinstance(rows, datasets.Dataset):
@@ -80,14 +80,16 @@ def find_image_column(rows: Rows, name: str | None) -> str:
         return "image"  # the picture of a webdataset's sample, whatever its suffix
     feature = None if name is None else feature_of(features, name)
     if feature is None or (name not in features and isinstance(rows, datasets.IterableDataset)):
-        raise UserError(f"`image_column` is {name!r}, but the columns are {list(features)}, those with images {found}.")
+        raise UserError(
+            f"`image_column` is {name!r}, but the columns are {list(features)}; columns with images are {found}."
+        )
     if (
         isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
         or _holds_files(feature)
         or (name in features and name in _columns_of_paths(rows))
     ):
         return name
-    raise UserError(f"`image_column` {name!r} holds {feature}, not images; those are {found}.")
+    raise UserError(f"`image_column` {name!r} holds {feature}, not images; columns with images are {found}.")
 
 
 def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | None:
@@ -108,7 +110,7 @@ def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | 
 
 
 def class_order(names: Iterable[str]) -> list[str]:
-    r"""Sorted, and by number if all are numbers."""
+    r"""Sorts names of classes, by number if all are numbers."""
     names = sorted(names)
     return sorted(names, key=int) if all(re.fullmatch(r"\d+", name, re.ASCII) for name in names) else names
 
@@ -127,8 +129,8 @@ def label_names(
     train: datasets.Dataset, validation: datasets.Dataset, column: str | None, *, is_chosen: bool = True
 ) -> tuple[dict[int, str] | None, dict | None]:
     """
-    Names of the classes by id, and the id of each value of the column where it does not hold ids already. A column that
-    was not chosen by the flag must look like classes.
+    Names of the classes by id, and the id of each value of the column if it does not hold ids already. A column that
+    the user did not choose must look like classes.
     """
     if column is None:
         return None, None
@@ -144,7 +146,7 @@ def label_names(
     if not is_chosen and len(set(of_train)) > max(100, len(of_train) // 2):
         raise UserError(
             f"the column {column!r} holds {len(set(of_train))} different values for {len(of_train)} images. If those are classes, "
-            f"say so with `label_column {column}`; if not, with `label_column none`."
+            f"pass `label_column {column}`; if not, `label_column none`."
         )
     value2id = None
     if all(isinstance(value, bool) for value in values):
@@ -172,10 +174,10 @@ def label_ids(
     values: list, value2id: dict | None, id2label: dict[int, str], column: str, split: str | None = None
 ) -> list[int]:
     r"""
-    The numbers of the classes.
+    The class ids of a column.
 
     Raises:
-        UserError: For labels that are none, such as the -1 of an unlabelled split, which is named.
+        UserError: For values that are no labels, such as the -1 of an unlabelled split; the message names the split.
     """
     ids = [value if value2id is None else value2id.get(value, value) for value in values]
     bad = [value for value in ids if not isinstance(value, int) or not 0 <= value < len(id2label)]
@@ -213,7 +215,7 @@ def describe_classes(labels: list[int] | None, id2label: dict[int, str]) -> str:
 
 
 def _holds_files(feature: Any) -> bool:
-    """Bytes, or `{bytes, path}`, that were not declared as images."""
+    """Whether a column holds bytes, or `{bytes, path}`, that were not declared as images."""
     binary = (datasets.Value("binary"), datasets.Value("large_binary"))
     if isinstance(feature, dict):
         return "bytes" in feature and feature["bytes"] in binary and set(feature) <= {"bytes", "path"}
@@ -221,7 +223,7 @@ def _holds_files(feature: Any) -> bool:
 
 
 def _columns_of_paths(rows: Rows) -> list[str]:
-    """Columns of text whose first value is the name of a picture."""
+    """Columns of text whose first value is the file name of a picture."""
     columns = [column for column, feature in rows.features.items() if feature in _TEXT]
     if not columns:
         return []

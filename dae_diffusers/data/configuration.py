@@ -20,18 +20,16 @@ class DataConfig:
     train_split: str = field("train", "split to train on", advanced=True)
     validation_split: str | None = field(
         None,
-        "split to validate on; the training split's name: hold out a part of it; default: `validation` or `test`, if there is one",
+        "split to validate on; if it is the training split, a part of that is held out; default: `validation` or `test`, if it exists",
         advanced=True,
     )
     validation_fraction: float = field(
         0.05, "share of the training images held out if there is no validation split", above=0, below=1, advanced=True
     )
     image_column: str | None = field(
-        None, "column of the images; default: the image column, or `image` if there are several", advanced=True
+        None, "column of the images; default: the only image column, or `image` among several", advanced=True
     )
-    label_column: str | None = field(
-        None, "label column, or a field of it (`json.label`); `none`: no labels; default: found"
-    )
+    label_column: str | None = field(None, "column or field (`json.label`) of the labels, or `none`; default: detected")
     streaming: bool = field(
         False,
         "read images from the Hub or local shards (Parquet, webdataset) while training, without a copy on the disk",
@@ -47,7 +45,7 @@ class DataConfig:
         advanced=True,
     )
     max_train_samples: int | None = field(
-        None, "use only N of the training images, a fixed random choice", at_least=1, advanced=True
+        None, "use only N training images, a fixed random choice", at_least=1, advanced=True
     )
     max_validation_samples: int = field(
         1000,
@@ -65,7 +63,7 @@ class DataConfig:
         "ones, measured over the training images for others",
         advanced=True,
     )
-    random_crop: bool = field(False, "crop at a random place instead of the centre", advanced=True)
+    random_crop: bool = field(False, "crop at a random position instead of the centre", advanced=True)
     random_resized_crop: float | None = field(
         None,
         "crop a random square with at least this share of the largest square's area, then scale it",
@@ -80,7 +78,7 @@ class DataConfig:
     on_bad_image: Literal["raise", "skip"] = field(
         "raise",
         "raise: stop and name the file; skip: read every image once before training and leave bad ones out (with "
-        "`--streaming`: put another one of the batch in its place)",
+        "`--streaming`: replace a bad one with another of its batch)",
         advanced=True,
     )
     max_bad_image_share: float = field(
@@ -120,5 +118,5 @@ class DataConfig:
 
     @property
     def crops_at_random(self) -> bool:
-        r"""Whether every pass shows other parts of an image."""
+        r"""Whether images are cropped at random positions."""
         return self.random_crop or self.random_resized_crop is not None

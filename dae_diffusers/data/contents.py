@@ -1,4 +1,4 @@
-"""The bytes of an image, wherever a row says that they are: in it, in a file, in an archive or on the Hub."""
+"""Reads the bytes of an image from where its row says: from the row itself, a file, an archive or the Hub."""
 
 import functools
 import os
@@ -20,11 +20,11 @@ _PACKED = "packed://"  # a member of an archive
 @dataclass(frozen=True)
 class Root:
     r"""
-    Where the files lie that the tables of a data set name. They may name no others.
+    The folder in which the files that a data set's tables name must lie.
 
     Attributes:
-        folder (`str`): The data set's: a local folder, or `hf://datasets/NAME`.
-        tables (`str`): The folder of the tables, where relative paths are looked up first.
+        folder (`str`): Folder of the data set: a local folder, or `hf://datasets/NAME`.
+        tables (`str`): Folder of the tables, where relative paths are looked up first.
     """
 
     folder: str
@@ -32,10 +32,10 @@ class Root:
 
     def find(self, path: str) -> str:
         r"""
-        The file, as an absolute path or the URL that `path` is.
+        Resolves `path` to an absolute path or a URL.
 
         Raises:
-            ValueError: If it lies outside of the folder, also by a link.
+            ValueError: If it lies outside the folder, even through a link.
         """
         is_remote = "://" in self.folder
         if "://" in path or is_remote:
@@ -55,14 +55,14 @@ class Root:
 
 def read_content(item: Any, root: Root | None = None) -> Any:
     r"""
-    The bytes of an image file, wherever it lies, or the lists of an array column as they are.
+    Reads the bytes of an image file from wherever it lies; returns the lists of an array column as they are.
 
     Args:
         item: A row's image: `{"bytes", "path"}`, bytes, or nested lists.
-        root ([`Root`], *optional*): Files outside of it are refused.
+        root ([`Root`], *optional*): Files outside this folder are refused.
 
     Raises:
-        ValueError, OSError: If there is nothing, more than `MAX_FILE_BYTES`, or what is no file.
+        ValueError, OSError: If the row is empty, the file is larger than `MAX_FILE_BYTES`, or it is not a file.
     """
     if item is None:
         raise ValueError("the row is empty")
@@ -81,7 +81,7 @@ def read_content(item: Any, root: Root | None = None) -> Any:
 
 
 def name_of_row(item: Any, index: int) -> str:
-    r"""The image's file name, where it has one, else its row."""
+    r"""The image's file name if it has one, else its row."""
     path = item if isinstance(item, str) else isinstance(item, dict) and item.get("path")
     if path and path.startswith(_PACKED):
         _, member, archive = _parse(path)
@@ -99,12 +99,12 @@ def column_path(path: str) -> str:
 
 
 def packed_path(archive: str, member: str, size: int, offset: int | None) -> str:
-    r"""What a column says of a member of an archive: at `offset` as it is, or (None) to be asked of the ZIP file."""
+    r"""The value of a column for a member of an archive: stored at `offset`, or (None) to be unpacked from the ZIP file."""
     return f"{_PACKED}{'' if offset is None else offset}+{size}/{quote(os.fsencode(member))}::{column_path(archive)}"
 
 
 def size_of(path: str | None, root: Root | None = None) -> int:
-    r"""Bytes of a local file or of an archive's member; 0 if it cannot be found."""
+    r"""The size in bytes of a local file or an archive's member; 0 if it cannot be found."""
     try:
         if path and path.startswith(_PACKED):
             return _parse(path)[0][1]
@@ -154,12 +154,12 @@ def _read_path(path: str, root: Root | None) -> bytes:
 
 @functools.lru_cache(maxsize=16)
 def _zip_file(path: str, process: int) -> zipfile.ZipFile:
-    """Processes that share an open file would move each other's place in it."""
+    """Opens a ZIP file, once per process: processes that share an open file would move each other's position in it."""
     return zipfile.ZipFile(path)
 
 
 def _limited(file: BinaryIO) -> bytes:
-    """All of it, read in parts: a size that a file claims is not believed."""
+    """Reads a whole file in parts, without trusting the size that it claims to have."""
     parts, size = [], 0
     while part := file.read(2**24):
         parts.append(part)

@@ -1,4 +1,4 @@
-"""Images that have numbers: one split of a data set on the disk, as tensors."""
+"""Indexed images: one split of a data set on the disk, as tensors."""
 
 import logging
 import math
@@ -33,18 +33,18 @@ class ImageDataset(BatchDataset):
     r"""
     One split, as tensors.
 
-    Indexed by an image's number, or by `(number, draw)` where `draw` seeds its augmentation; without a draw there is
-    none (centre crop, no flip).
+    It is indexed by an image's number, or by `(number, draw)`, where `draw` seeds the augmentation. Without a draw there is
+    no augmentation (centre crop, no flip).
 
-    Each item is `{"pixel_values": float32 (C, resolution, resolution) in [-1, 1], "class_labels": int}`, the labels
+    An item is `{"pixel_values": float32 (C, resolution, resolution) in [-1, 1], "class_labels": int}`, with labels
     only if `id2label` is not None.
 
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
-        depth (`str` or `None`): Of the first image (with `--on_bad_image skip`, the first that is not damaged), if not
-            given; the others must fit it.
+        depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
+            is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
-        root ([`~dae_diffusers.data.contents.Root`] or `None`): Where files must lie that the rows name.
+        root ([`~dae_diffusers.data.contents.Root`] or `None`): Folder in which the files that rows name must lie.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ImageDataset(BatchDataset):
     @property
     def value_range(self) -> list[float] | None:
         r"""
-        The lowest and the highest value of the original images, which became -1 and 1; None for 8-bit pictures (0 to 255), and
+        The lowest and highest value of the original images, which are mapped to -1 and 1. None for 8-bit pictures (0 to 255), and
         for arrays until it is set or measured.
         """
         return self._reader.value_range
@@ -95,8 +95,8 @@ class ImageDataset(BatchDataset):
     @cached_property
     def fingerprint(self) -> str:
         r"""
-        Of what the images are, for caches and resumed runs: their number, all labels, the size in bytes of every
-        encoded image, and the content of up to 64 spread over the data. Where they lie does not matter.
+        Fingerprint of the images, for caches and resumed runs. It covers their number, all labels, the size in bytes of every
+        encoded image, and the content of up to 64 images spread over the data, but not their location.
         """
         return fingerprint(self._described())
 
@@ -145,10 +145,10 @@ class ImageDataset(BatchDataset):
     @without_warnings()  # around the pool
     def without_bad_images(self) -> "ImageDataset":
         r"""
-        Reads every image once and leaves those out that cannot be decoded. Each is logged by name.
+        Reads every image once and leaves out those that cannot be decoded. Each is named in the log.
 
         Raises:
-            UserError: When more than `max_bad_image_share` of the images are bad, or all.
+            UserError: If more than `max_bad_image_share` of the images are bad, or all of them.
         """
 
         def problem(index: int) -> str | None:
@@ -177,7 +177,7 @@ class ImageDataset(BatchDataset):
         return self._select(good, self._given_depth)  # the first may have been bad
 
     def choose(self, limit: int) -> "ImageDataset":
-        r"""At most `limit` of the images, chosen at random but always the same, in their order: data may be sorted by class."""
+        r"""At most `limit` of the images, in order: a fixed random choice, because data may be sorted by class."""
         return self._select(choose_indices(len(self), limit), self.depth)
 
     def _select(self, indices: Sequence[int], depth: Depth | None) -> "ImageDataset":
@@ -197,8 +197,8 @@ class ImageDataset(BatchDataset):
     @without_warnings()
     def measure_range(self) -> list[float]:
         r"""
-        Lowest and highest value of all images: of the centre crops, or of the whole images if crops are at random. That
-        of 8-bit and 16-bit pictures is known without: see `RANGES`.
+        Measures the lowest and highest value over all centre crops, or over whole images if crops are random. For 8-bit and 16-bit
+        pictures it need not be measured: see `RANGES`.
 
         Raises:
             UserError: If all values are the same.
@@ -226,13 +226,13 @@ def choose_indices(count: int, limit: int) -> np.ndarray:
 
 def encoded_sizes(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:
     r"""
-    Bytes of each encoded image, `(N,)` int64, without reading any: 0 for a file that is missing or on no local disk. Of a
-    column of arrays none at all, `(0,)`.
+    The size in bytes of each encoded image, `(N,)` int64, without reading any; 0 for a file that is missing or not on a local disk.
+    For a column of arrays it is empty, `(0,)`.
     """
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type):
         return np.empty(0, np.int64)
-    # Selected rows are numbers beside the whole table. Asked for by them, it would copy the images.
+    # Selected rows are indices into the whole table. Reading the table through them would copy the images.
     chosen = np.arange(len(rows)) if rows._indices is None else rows._indices.column(0).to_numpy()
     sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_numpy()[chosen]  # NaN where the bytes are elsewhere
     paths = pc.struct_field(images, "path")
@@ -242,6 +242,6 @@ def encoded_sizes(rows: datasets.Dataset, column: str, root: Root | None = None)
 
 
 def _shared_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Memory that the processes of a loader share, so that each image is decoded and held once; pages are taken as they are filled."""
+    """Memory that a loader's processes share, so each image is decoded and stored once. Pages are allocated as they are filled."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)

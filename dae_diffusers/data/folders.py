@@ -1,4 +1,4 @@
-"""Folders of pictures, arrays or archives: what their layout says of splits and classes, and what belongs to each image."""
+"""Loads folders of pictures, arrays or archives: their layout gives the splits and classes."""
 
 import glob
 import logging
@@ -35,7 +35,7 @@ Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
 
 class Entry(NamedTuple):
     """
-    An image: its place, whose folders say split and class, what its column says of where it is, and what else is known.
+    An image: its path (whose folders give split and class), the value of its image column, and its other columns.
     """
 
     place: PurePosixPath
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Survey:
-    """What lies in a folder, relative to it and sorted."""
+    """The files in a folder, as sorted relative paths."""
 
     pictures: list[PurePosixPath] = field(default_factory=list)
     arrays: list[PurePosixPath] = field(default_factory=list)
@@ -63,22 +63,21 @@ def load_folder(
     folder: Path, *, streaming: bool = False, with_labels: bool = True, flag: str = "train_data_dir"
 ) -> Splits:
     r"""
-    Loads the images of a folder. What lies in the folders `train`, `validation` and `test` at its top are splits, if those
-    are its only folders with images and `train` is among them; folders below are classes, whatever they are called. Folders
-    that all images lie in say nothing. Folders in archives count like others, and so does the name of an archive where
-    archives differ by more than a number.
+    Loads the images of a folder. Top folders `train`, `validation` and `test` are splits, if they are the only folders with images
+    and `train` is among them. Folders below are classes, whatever their names. A folder that contains all images is ignored.
+    Folders in archives count like others, and so does the name of an archive if archives differ by more than a number.
 
-    Each row has an `image`, a `label` if there are classes, and the columns of the tables of metadata beside the images. Files
-    that are left out are logged, by suffix and reason.
+    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. Files
+    that are left out are logged by suffix and reason.
 
     Args:
-        folder (`Path`): With pictures, with `.npy` arrays, with `.tar` or `.zip` archives, or with tables that hold images.
-        streaming (`bool`, *optional*): Read shards as they come.
-        with_labels (`bool`, *optional*): Take the folders for classes.
+        folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
+        streaming (`bool`, *optional*): Read shards while training, without a copy.
+        with_labels (`bool`, *optional*): Whether folders are classes.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
     Raises:
-        UserError: For a mixture of kinds, for images beside class folders, and if nothing can be streamed.
+        UserError: For a mixture of kinds of files, for images beside class folders, and if nothing can be streamed.
     """
     found = survey(folder)
     pictures, arrays = found.pictures, found.arrays
@@ -125,7 +124,7 @@ def load_folder(
 
 def survey(folder: Path) -> Survey:
     r"""
-    What lies in a folder. Hidden folders do not count; linked ones do, once each.
+    Lists the files in a folder. Hidden folders are skipped; each linked folder counts once.
     """
     found, visited = Survey(), {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -164,7 +163,7 @@ def survey(folder: Path) -> Survey:
 
 
 def contents_of(folder: Path) -> str:
-    r"""What lies in a folder, in words: `3 .parquet, 1 .md`."""
+    r"""The files in a folder, in words: `3 .parquet, 1 .md`."""
     found = survey(folder)
     paths = [*found.pictures, *found.arrays, *found.archives, *found.metadata, *found.tables, *found.left_out]
     counts = Counter(path.suffix.lower() or path.name for path in paths)
@@ -199,7 +198,7 @@ def _listed(left_out: dict[PurePosixPath, str], before: str) -> str:
 
 
 def _is_special(path: str) -> bool:
-    """Whether it is a device or the like, which may never end; a file that cannot be read is for the reader to name."""
+    """Whether a file is a device or the like, which may never end. (The reader reports files that cannot be read.)"""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -207,13 +206,13 @@ def _is_special(path: str) -> bool:
 
 
 def _inside(folder: Any, files: list[PurePosixPath]) -> tuple[Any, list[PurePosixPath]]:
-    """Without the folders that all files share, such as `data/`: what says something lies below."""
+    """Strips the folders that all files share, such as `data/`; only folders below them give splits or classes."""
     shared = PurePosixPath(os.path.commonpath([path.parent for path in files]))
     return folder / shared, [path.relative_to(shared) for path in files]
 
 
 def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
-    """The folders at the top that are splits, and which; none unless all with images are, and one is for training."""
+    """The top folders that are splits, and which. None unless all top folders with images are splits, and one is for training."""
     tops = sorted({path.parts[0] if len(path.parts) > 1 else "" for path in paths})
     splits = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
     if "train" not in splits.values():
@@ -224,7 +223,7 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
     if len(splits) > 1 or has_classes:  # "train" alone may be the class of trains
         others = [top or "images" for top in tops if top not in splits]
         raise UserError(
-            f"{folder} holds {', '.join(splits)}, which look like splits, and beside them {', '.join(others[:5])}. Move those "
+            f"{folder} holds {', '.join(splits)}, which look like splits, but also {', '.join(others[:5])}. Move the latter "
             "elsewhere, or give the folder of one split as `train_data_dir`."
         )
     return {}
@@ -232,7 +231,7 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
 
 def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
     """
-    What the names of archives say, as folders: their split, by one word as in `birds-train-0001.tar`; or a class, if they
+    The folders that the names of archives stand for: a split, by a word as in `birds-train-0001.tar`; or a class, if the names
     differ by more than a number.
     """
     words = [{SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS} for path in archives]
@@ -246,7 +245,7 @@ def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
 
 
 def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Metadata]]:
-    """The images in archives, and tables of metadata beside them."""
+    """The images in archives, and the metadata tables in or beside these."""
     entries, metadata, folders = [], [], _archive_folders(found.archives)
     if _split_folders(found.archives, folder):
         folders = [path.parent for path in found.archives]
@@ -282,7 +281,7 @@ def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool)
         data_files.setdefault(split, []).append(str(folder / path))
     features = stream_features([Path(path) for path in data_files["train"]])
     if not any(isinstance(feature, datasets.Image) for feature in features.values()):
-        raise UserError(f"{folder / shards[0]} holds no images that are read.")
+        raise UserError(f"{folder / shards[0]} holds no images that can be read.")
     if with_labels and set(features) == {"image"}:
         _refuse_classes_of_stream(folder, [path for path in shards if str(folder / path) in data_files["train"]])
     return {
@@ -294,7 +293,7 @@ def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool)
 
 
 def _refuse_classes_of_stream(folder: Path, shards: list[PurePosixPath]) -> None:
-    """Folders in shards are classes, which a stream would have to read all of to know."""
+    """Refuses shards with folders: those are classes, and a stream would have to read all shards to know them."""
     places = [PurePosixPath(place) for place, _ in samples_of(folder / shards[0], members_of(folder / shards[0]))]
     tops = sorted({place.parts[0] for place in places if len(place.parts) > 1})
     if len(tops) > 1 or (len(tops) == 1 and len(shards) > 1 and len(places) == sum(len(p.parts) > 1 for p in places)):
@@ -305,7 +304,7 @@ def _refuse_classes_of_stream(folder: Path, shards: list[PurePosixPath]) -> None
 
 
 def _rows_of(folder: Path, entries: list[Entry], metadata: list[Metadata], found: Survey, with_labels: bool) -> Splits:
-    """Rows of each split, with classes and what tables of metadata say."""
+    """The rows of each split, with classes and the columns of metadata tables."""
     shared, places = _inside(PurePosixPath(), [entry.place for entry in entries])
     split_folders = _split_folders(places, folder)
     described = read_metadata(metadata, folder, {entry.place for entry in entries}, required=with_labels)
@@ -338,7 +337,7 @@ def _rows_of(folder: Path, entries: list[Entry], metadata: list[Metadata], found
 
 
 def _with_table(rows: datasets.Dataset, table: pa.Table | None, numbers: list[tuple[Any, Any, int | None]]):
-    """With the columns of metadata, empty for images that no table names."""
+    """Adds the columns of metadata; they are empty for images that no table names."""
     if table is None:
         return rows
     taken = datasets.Dataset(table.take(pa.array([number for *_, number in numbers], pa.int64())))
@@ -347,7 +346,7 @@ def _with_table(rows: datasets.Dataset, table: pa.Table | None, numbers: list[tu
 
 
 def _load_described(folder: Path, files: list[PurePosixPath]) -> Splits:
-    """Pictures with tables of which a row names several."""
+    """Loads pictures with tables in which a row names several."""
     folder, files = _inside(folder, files)
     data_files: dict[str, list[str]] = {}
     for top, split in _split_folders(files, folder).items() or [("", "train")]:
@@ -359,7 +358,7 @@ def _classes_of(
     splits: dict[str, list[tuple[PurePosixPath, Entry, Any]]], has_split_folders: bool, folder: Path, shared: PurePosixPath, found: Survey
 ) -> dict[str, tuple[list[str], list[int]]]:  # fmt: skip
     """
-    Classes and labels of each split: the first folder, or the first below that of the split; empty without two classes.
+    Classes and labels of each split: the first folder, or the first one below the split's folder. Empty with fewer than two classes.
     """
     below = 1 if has_split_folders else 0
     names = {
@@ -388,7 +387,7 @@ def _classes_of(
 
 
 def _warn_of_unread(found: Survey, classes: list[str], level: int, folder: Path) -> None:
-    """Folders that would be classes if their pictures could be read."""
+    """Warns about folders that would be classes if their pictures could be read."""
     unread: dict[str, dict[PurePosixPath, str]] = {}
     for path, reason in found.left_out.items():
         if _is_image(path) and len(path.parts) > level + 1 and path.parts[level] not in classes:

@@ -1,4 +1,4 @@
-"""Which picture files are read, and how Pillow is asked to read them."""
+"""Which picture files are read, and how Pillow reads them."""
 
 import functools
 import io
@@ -8,7 +8,7 @@ import zlib
 
 from PIL import Image, UnidentifiedImageError
 
-# Pillow knows more. It starts Ghostscript for PostScript and only names what is in GRIB, HDF5 and the like.
+# Pillow knows more formats, but it starts Ghostscript for PostScript and cannot decode GRIB, HDF5 and the like.
 FORMATS = (
     *("AVIF", "BMP", "CUR", "DDS", "DIB", "FITS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
     *("SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM"),
@@ -19,7 +19,7 @@ SUFFIXES = frozenset(
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 INSTALL_HEIF = 'pip install "dae-diffusers[heif]"'
-# Pictures that other programs read; one of them left out is worth more than a word.
+# Pictures that other programs read. If one is left out, the user should be warned.
 OTHER_SUFFIXES = frozenset(
     ".3fr .ai .arw .blp .cr2 .cr3 .dcm .dng .emf .eps .erf .exr .gbr .grib .hdf .hdr .icns .im .jxl .jxr .mpo .nef .nii .orf .pcd "
     ".pdf .ps .raf .raw .rw2 .srw .svg .wmf .xcf .xpm".split()
@@ -32,10 +32,10 @@ _ROTATIONS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts of a PNG 
 
 def open_picture(data: bytes) -> Image.Image:
     r"""
-    Opens a picture file without decoding it, by one of Pillow's decoders that run no other program.
+    Opens a picture file without decoding it, with one of Pillow's decoders that run no other program.
 
     Raises:
-        ValueError: For HEIC files without `pillow-heif`, and for what is no picture.
+        ValueError: For HEIC files without `pillow-heif`, and for files that are no pictures.
         Exception: Whatever Pillow raises for data that it cannot read.
     """
     formats = list(FORMATS)
@@ -48,7 +48,7 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        raise ValueError("it is no picture of a format that is read") from None
+        raise ValueError("it is not a picture in a supported format") from None
     if image.format == "FITS" and image.tile and image.tile[0][0] == "fits_gzip":
         raise ValueError("it is a compressed FITS file; save it as `.npy` or TIFF")
     return image
@@ -67,7 +67,7 @@ def reads_heif() -> bool:
 
 def precisions(image: Image.Image, data: bytes) -> tuple[int, bool]:
     r"""
-    Bits of the channels of an opened file, and whether they are signed, as far as Pillow hides it: it reads JPEG 2000 of
+    The bits per channel of an opened file, and whether they are signed, for files where Pillow hides this: it reads JPEG 2000 with
     several deep channels, and signed TIFF and FITS, as if they were 8-bit or unsigned.
 
     Returns:
@@ -104,7 +104,7 @@ def _is_heif(data: bytes) -> bool:
 
 def _without_texts(data: bytes) -> bytes:
     """
-    A PNG without its texts and its colour profile, which nothing here uses and of which Pillow refuses large ones; texts that
+    Removes the texts and the colour profile of a PNG. Nothing here uses them, and Pillow refuses large ones. Texts that
     may hold EXIF data stay.
     """
     parts, start, position = [], 0, len(_PNG_MAGIC)

@@ -1,4 +1,4 @@
-"""One image: from the bytes of a file to a square of pixels."""
+"""Turns the bytes of an image file into a square of pixels."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -34,14 +34,14 @@ class ImageReader:
 
     Args:
         config ([`DataConfig`]): Resolution, channels, crops, flips and range of values.
-        depth (`str` or `None`): Of the data's first image; None where it cannot be read.
-        value_range (`list[float]`, *optional*): Lowest and highest value; default: what the flag gives, if anything.
-        root ([`Root`], *optional*): Where files must lie.
+        depth (`str` or `None`): Depth of the first image; None if it cannot be read.
+        value_range (`list[float]`, *optional*): Lowest and highest value; default: that of the settings, if given.
+        root ([`Root`], *optional*): Folder in which files must lie.
 
     Attributes:
         is_array (`bool`): Whether images are read as arrays of floats rather than as 8-bit pictures.
-        value_range (`list[float]` or `None`): The values that become -1 and 1; None for 8-bit pictures, and for arrays until
-            it has been measured.
+        value_range (`list[float]` or `None`): The values that are mapped to -1 and 1. None for 8-bit pictures, and for arrays
+            until it has been measured.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ImageReader:
         r"""
         Args:
             item: A row's image: `{"bytes", "path"}`, or nested lists.
-            name (`Callable`): Gives the image's name for an error.
-            draw (`int`, *optional*): Chooses the crop; without it, the centre.
+            name (`Callable`): Returns the image's name, for an error.
+            draw (`int`, *optional*): Seeds the crop; default: the centre.
 
         Returns:
             `np.ndarray` of shape `(resolution, resolution, C)`: uint8, or float32 for arrays; not flipped.
@@ -89,7 +89,7 @@ class ImageReader:
         return pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
 
     def decode(self, item: Any, name: Callable[[], str]) -> np.ndarray | Image.Image:
-        r"""The whole image, `(H, W, C)` float32 if it is an array; as [`read`] otherwise."""
+        r"""Reads the whole image, `(H, W, C)` float32, if it is an array; otherwise like [`read`]."""
         try:
             content, channels = read_content(item, self.root), self.config.image_channels
             if self.is_array:
@@ -107,7 +107,7 @@ class ImageReader:
         r"""
         Args:
             pixels (`np.ndarray` of shape `(B, resolution, resolution, C)`): As [`read`] gives them; may be changed.
-            draws (`Sequence[int | None]`): An image with an odd one is flipped, if the flags say so.
+            draws (`Sequence[int | None]`): An image with an odd draw is flipped, if `random_flip` is set.
 
         Returns:
             `torch.Tensor` of shape `(B, C, resolution, resolution)`: float32 in [-1, 1].
@@ -122,7 +122,7 @@ class ImageReader:
         return pixel_values.sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
 
     def _decode_array(self, content: Any, *, channels: int) -> np.ndarray:
-        """In the values of the first image: white is 65535 in an 8-bit picture too, if it is in the others."""
+        """Decodes an array in the scale of the first image: if white is 65535 there, it is so for an 8-bit picture too."""
         depth, has_full_range = find_depth(content), self.value_range == RANGES["16-bit"]
         is_picture = depth == "8-bit" and channels in (1, 3)
         if self.depth not in (None, depth) and not (has_full_range and (is_picture or depth == "16-bit")):
@@ -133,7 +133,7 @@ class ImageReader:
         return image.reshape(*image.shape[:2], channels) * (257 if has_full_range else 1)
 
     def _warn_dark(self, highest: int, name: Callable[[], str]) -> None:
-        """Of 16-bit files among 8-bit ones, whose values are divided by 257."""
+        """Warns about dark 16-bit files among 8-bit ones: their values are divided by 257."""
         if 0 < highest < 4096 and not self._warned_dark:
             self._warned_dark = True
             logger.warning(
@@ -159,7 +159,7 @@ class ImageReader:
 
 
 def is_flipped(draw: int) -> bool:
-    r"""Whether a draw flips its image; images and cached latents follow the same rule."""
+    r"""Whether a draw flips its image. Images and cached latents follow the same rule."""
     return draw % 2 == 1
 
 
@@ -169,13 +169,13 @@ def decode_image(
     r"""
     Decodes an image file to 8-bit RGB (`channels=3`) or grayscale (`channels=1`).
 
-    EXIF rotation is applied; an animation gives its first frame; transparency is laid over white; CMYK, palette and
-    other modes are converted by Pillow, 16 bits to 8 (`on_16_bits` is called with the highest value then). Data sets of
+    EXIF rotation is applied. Of an animation, the first frame is used. Transparent pixels are put on white. Pillow converts CMYK,
+    palette and other modes, and 16 bits to 8 (then `on_16_bits` is called with the highest value). Data sets of
     16-bit or float files go through `dae_diffusers.data.arrays` instead.
 
     Raises:
-        Exception: Whatever Pillow raises for data that it cannot read, and ValueError for float, signed and 32-bit
-            images.
+        Exception: Whatever Pillow raises for data that it cannot read.
+        ValueError: For float, signed and 32-bit images.
     """
     image = open_picture(data)
     if find_picture_depth(image) == "numbers":
@@ -198,13 +198,13 @@ def resize_and_crop(image: Image.Image, resolution: int, *, random: np.random.Ge
     r"""
     Scales the shorter side to `resolution` and crops a square.
 
-    Large images are first halved by box filtering while they stay at least twice as large, then scaled bicubically, as
-    in ADM's preprocessing, so that nothing aliases. Very long ones are cut first.
+    Large images are first halved by box filtering while they are at least twice as large, then scaled bicubically, as
+    in ADM's preprocessing, to avoid aliasing. Very long images are cut first.
 
     Args:
-        image (`PIL.Image.Image`): Of any size.
+        image (`PIL.Image.Image`): An image of any size.
         resolution (`int`): Side of the result, in pixels.
-        random (`numpy.random.Generator`, *optional*): Chooses the place of the crop; without it, the centre.
+        random (`numpy.random.Generator`, *optional*): Chooses the position of the crop; default: the centre.
 
     Source: Dhariwal and Nichol, 2021, https://huggingface.co/papers/2105.05233.
     """
@@ -221,7 +221,7 @@ def resize_and_crop(image: Image.Image, resolution: int, *, random: np.random.Ge
 
 
 def random_square(width: int, height: int, min_area: float, random: np.random.Generator) -> tuple[int, int, int]:
-    r"""Left, top and side of a square whose area is a uniform share in `[min_area, 1]` of the largest square's."""
+    r"""Draws left, top and side of a square. Its area is a share of the largest square's, uniform in `[min_area, 1]`."""
     side = max(1, round(min(width, height) * random.uniform(min_area, 1) ** 0.5))
     return int(random.integers(width - side + 1)), int(random.integers(height - side + 1)), side
 
@@ -229,11 +229,11 @@ def random_square(width: int, height: int, min_area: float, random: np.random.Ge
 @without_warnings()
 def find_first_depth(items: Iterable[Any], config: DataConfig, root: Root | None = None) -> Depth | None:
     r"""
-    [`~dae_diffusers.data.arrays.find_depth`] of the first row's image, or with `--on_bad_image skip` of the first that
-    is not damaged; None if there is none: reading it for real says so.
+    The depth ([`~dae_diffusers.data.arrays.find_depth`]) of the first image, or with `--on_bad_image skip` of the first that
+    is not damaged. None if there is none; reading the image reports that later.
 
     Raises:
-        UserError: If it has more than 8 bits in each of several channels, of which 8 would be left.
+        UserError: If the image has several channels of more than 8 bits, of which Pillow would keep 8.
     """
     for index, item in enumerate(items):
         try:

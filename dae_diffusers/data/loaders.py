@@ -1,4 +1,4 @@
-"""In which order a data set's images come, and the loaders that bring them."""
+"""The order of a data set's images, and the loaders that read them."""
 
 import ctypes
 import sys
@@ -13,7 +13,7 @@ from dae_diffusers.data.streaming import ImageStream, StreamedImages
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.signals import protect_worker
 
-# Of glibc's malloc.h: from this size on memory is mapped, and given back when it is freed.
+# From glibc's malloc.h: blocks from this size on are mapped, and given back when they are freed.
 M_MMAP_THRESHOLD = -3
 
 # One pass over a stream ends after this many images, over all processes.
@@ -22,15 +22,15 @@ STREAM_PASS_SAMPLES = 50_000
 
 class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
     r"""
-    Endless micro-batches of `(image number, draw)`. Micro-batch `m` is a pure function of `(seed, m)`: each pass over
-    the data has another order, no image is left out and none repeated within a pass.
+    Yields endless micro-batches of `(image number, draw)`. Micro-batch `m` is a pure function of `(seed, m)`. Each pass over
+    the data has another order, and contains every image exactly once.
 
-    It knows nothing of processes: `accelerate` deals micro-batches `m = i * num_processes + process_index` to each.
+    It does not depend on processes: `accelerate` gives each process the micro-batches `m = i * num_processes + process_index`.
 
     Args:
         num_samples (`int`): Number of images.
         batch_size (`int`): Images in a micro-batch.
-        seed (`int`): The run's.
+        seed (`int`): Seed of the run.
         start (`int`, *optional*, defaults to 0): The first micro-batch, to continue a run.
     """
 
@@ -57,7 +57,7 @@ class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
 def make_training_loader(
     dataset: Dataset, *, batch_size: int, seed: int, start: int = 0, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    r"""An endless loader of shuffled micro-batches, to be prepared by `accelerate`; see [`MicrobatchSampler`]."""
+    r"""Makes an endless loader of shuffled micro-batches, to be prepared by `accelerate`; see [`MicrobatchSampler`]."""
     if batch_size > len(dataset):
         warnings.warn(
             f"`--train_batch_size` {batch_size} is larger than the data set ({len(dataset)} images): images repeat "
@@ -76,7 +76,7 @@ def make_training_loader(
 
 
 def make_stream_loader(stream: ImageStream, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    r"""The batches of a stream, decoded in `num_workers` processes. It is this process's already: not for `accelerate` to deal out."""
+    r"""Makes a loader of this process's batches of a stream, decoded in `num_workers` processes. It must not be prepared."""
     return DataLoader(
         stream.images,
         batch_sampler=stream,
@@ -91,8 +91,8 @@ def make_pass_loader(
     dataset: Dataset, *, batch_size: int, process_index: int = 0, num_processes: int = 1, num_workers: int = 0
 ) -> DataLoader:
     r"""
-    One pass without augmentation over this process's share; over all processes each image comes exactly once. Of a stream it
-    brings `STREAM_PASS_SAMPLES` images, shuffled as in its first pass with the seed 0.
+    Makes a loader for one pass without augmentation over this process's share. Over all processes each image comes exactly once.
+    For a stream, a pass is `STREAM_PASS_SAMPLES` images, shuffled as in its first pass with the seed 0.
     """
     if isinstance(dataset, StreamedImages):
         stream = ImageStream(
@@ -115,15 +115,15 @@ def make_pass_loader(
 
 
 def prepare_worker(worker: int) -> None:
-    r"""What every loader's process does first: gives memory back, and leaves signals to the run."""
+    r"""Sets up a loader's process: it gives memory back, and leaves signals to the run."""
     give_back_memory()
     protect_worker()
 
 
 def give_back_memory() -> None:
     r"""
-    Lets a loader's process give every freed batch back to the system at once. glibc otherwise keeps them on its heap, as many as
-    a hundred: gigabytes in each process for large images. Other systems' libraries are left alone.
+    Makes a loader's process give every freed batch back to the system at once. Otherwise glibc keeps up to a hundred of them on its
+    heap: gigabytes in each process for large images. Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -131,7 +131,7 @@ def give_back_memory() -> None:
 
 
 def collate_fn_of(dataset: Dataset) -> Callable | None:
-    r"""That of a dataset which makes whole batches, also below a `Subset`; None for others."""
+    r"""The `collate_fn` of a data set that makes whole batches, also inside a `Subset`; None for other data sets."""
     while isinstance(dataset, torch.utils.data.Subset):
         dataset = dataset.dataset
     return getattr(dataset, "collate_fn", None)
@@ -146,6 +146,6 @@ def describe_size(dataset: Dataset) -> str:
 
 
 def count_images(dataset: Dataset) -> dict[str, int]:
-    r"""The same for the record of a run; empty where it is not known."""
+    r"""The number of images for the record of a run; empty if it is not known."""
     number = dataset.num_examples if isinstance(dataset, StreamedImages) else len(dataset)
     return {} if number is None else {"training_images": number}

@@ -1,4 +1,4 @@
-"""From the flags to the training and the validation images."""
+"""Loads the training and validation images that the settings name."""
 
 import logging
 import math
@@ -39,13 +39,13 @@ from dae_diffusers.store import fingerprint
 
 logger = logging.getLogger(__name__)
 
-# Pictures whose depth, and files of 16 bits whose values, are looked at before training.
+# How many pictures (for their depth) and 16-bit files (for their values) are inspected before training.
 _LOOKED_AT = 64
 _READ_BY_US = (None, "imagefolder", "generator", "webdataset")
 
 
 class _Loaded(NamedTuple):
-    """All splits, where files must lie that rows name, and where they came from, for messages."""
+    """All splits, the folder in which the files that rows name must lie, and the source, for messages."""
 
     splits: dict[str, Rows]
     root: Root | None
@@ -56,19 +56,19 @@ def load_images(
     config: DataConfig, seed: int = 0, *, value_range: list[float] | None = None
 ) -> tuple[ImageDataset | StreamedImages, ImageDataset]:
     r"""
-    Loads the training and the validation images, and logs what they are: how many, from where, of which column, with which
-    classes and range of values, and what was left out.
+    Loads the training and validation images, and logs their number, source, column, classes and range of values, and the files
+    that were left out.
 
     Args:
         config ([`DataConfig`]): What to load.
         seed (`int`, *optional*): Chooses the held-out images if the data have no validation split.
-        value_range (`list[float]`, *optional*): Of the autoencoder that will see the images
-            ([`~dae_diffusers.data.arrays.read_value_range`]); that of the flags comes first. Without either, the range is that of
-            the depth of pictures, or is measured.
+        value_range (`list[float]`, *optional*): Range of the autoencoder that will see the images
+            ([`~dae_diffusers.data.arrays.read_value_range`]); the range in `config` comes first. Without either, the depth of pictures
+            gives the range, or it is measured.
 
     Returns:
-        Training and validation images, with the same `id2label` and `value_range`; the former as [`StreamedImages`] with
-        `config.streaming`.
+        Training and validation images, with the same `id2label` and `value_range`. With `config.streaming` the training images
+        are [`StreamedImages`].
 
     Raises:
         UserError: For a data set, split or column that does not exist, empty splits and unusable labels.
@@ -150,7 +150,7 @@ def _log_classes(labels: list[int] | None, id2label: dict[int, str] | None, colu
 
 
 def _compare_ranges(images: ImageDataset, *, is_given: bool) -> None:
-    """Says the range of values of 16-bit pictures beside the one that is assumed, and warns where that is far too wide."""
+    """Logs the range of values of 16-bit pictures and the assumed range, and warns if the latter is far too wide."""
     if images.depth not in ("8-bit", "16-bit") or images.config.image_channels not in (1, 3):
         return
     depths: dict[str, int] = {}
@@ -194,7 +194,7 @@ def _streamed(
     loaded: _Loaded,
     value_range: list[float] | None,
 ) -> tuple[StreamedImages, ImageDataset]:
-    """Training images as a stream. Validation images are few and kept: of their split, else the first of the stream."""
+    """Training images as a stream. The validation images, from their split or else the first of the stream, are held in memory."""
     if train.features is None:
         raise UserError(
             "the stream does not say what its columns hold; use Parquet or webdataset shards, or leave `streaming` out."
@@ -303,7 +303,7 @@ def _take(rows: datasets.IterableDataset, number: int, image_column: str, root: 
 
 
 def _validation_split(config: DataConfig, splits: dict) -> str | None:
-    """The split that is asked for, or one whose name says that it is for this; None without one. The training split: a part."""
+    """The validation split: the one asked for, or one with a usual name. None to hold out a part of the training split."""
     if config.train_split not in splits:
         raise UserError(f"`train_split` {config.train_split!r} does not exist; the splits are {list(splits)}.")
     if config.validation_split is not None:
@@ -376,7 +376,7 @@ def _read_source(config: DataConfig) -> _Loaded:
 
 
 def _tables_with_images(folder: Path, found: Survey, config: DataConfig) -> dict[str, Rows] | None:
-    """The tables of a folder; None where they hold no images and lie beside some, as a `stats.json` may."""
+    """Loads the tables of a folder; None if they hold no images but lie beside images, as a `stats.json` may."""
     if not found.pictures + found.arrays + found.archives:
         return load_tables(folder, found.tables, streaming=config.streaming)
     try:
@@ -405,7 +405,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _load_saved(folder: Path, config: DataConfig) -> _Loaded:
-    """What `save_to_disk` wrote. It keeps the paths of files and not their bytes, so those may lie anywhere."""
+    """Loads what `save_to_disk` wrote. It stores the paths of files and not their bytes, so the files may lie anywhere."""
     if config.streaming:
         raise UserError(f"{folder} was written by `save_to_disk`, which cannot be streamed: leave `streaming` out.")
     saved = datasets.load_from_disk(str(folder))
@@ -414,7 +414,7 @@ def _load_saved(folder: Path, config: DataConfig) -> _Loaded:
 
 
 def _is_read_by_us(splits: dict[str, Rows]) -> bool:
-    """Whether paths in rows come from a reader of folders, and not from a table that anybody may have written."""
+    """Whether paths in rows come from our reader of folders, and not from a table that anybody may have written."""
     return all(rows.info.builder_name in _READ_BY_US for rows in splits.values())
 
 

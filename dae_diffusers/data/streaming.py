@@ -1,4 +1,4 @@
-"""Images that are read as they come, for data sets larger than the disk, in an order that a run can go on with exactly."""
+"""Streams images, for data sets larger than the disk, in an order that a resumed run continues exactly."""
 
 import hashlib
 import logging
@@ -23,7 +23,7 @@ from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)
 
-# Shards are dealt to processes and shuffled; a data set of more files than this is taken in runs of several files.
+# Shards are distributed over processes and shuffled; if there are more files than this, several files form a shard.
 _MAX_SHARDS = 1024
 
 
@@ -34,9 +34,9 @@ class StreamedRow:
 
     Attributes:
         image: The column's value, not decoded.
-        label (`int` or `None`): Of its class.
-        number (`int`): Of the images this process has read.
-        draw (`int` or `None`): Seeds its augmentation; None: none.
+        label (`int` or `None`): Class id.
+        number (`int`): Number of the image among those that this process has read.
+        draw (`int` or `None`): Seeds the augmentation; None: no augmentation.
     """
 
     image: Any
@@ -53,21 +53,21 @@ class StreamedRow:
 
 class StreamedImages(BatchDataset):
     r"""
-    A split without numbers: makes batches, as [`ImageDataset`] does, of the rows that an [`ImageStream`] hands out. Decoding
-    thus happens in the loader's worker processes, reading in the process that trains.
+    A split that is not indexed. It makes batches, like [`ImageDataset`], from the rows of an [`ImageStream`]. So the worker
+    processes of the loader decode, and the training process reads.
 
     Args:
-        rows (`datasets.IterableDataset`): Images not decoded.
+        rows (`datasets.IterableDataset`): Rows with images that are not decoded.
         config ([`DataConfig`]): How images are read.
-        image_column, label_column (`str`): Of `rows`; no labels if the latter is None.
+        image_column, label_column (`str`): Columns of `rows`; no labels if the latter is None.
         id2label (`dict[int, str]` or `None`): Names of the classes.
-        depth (`str` or `None`): Of the first image; the others must fit it.
-        fingerprint (`str`): Of the data set.
-        held_out (`frozenset[bytes]`, *optional*): [`content_hash`] of images that are for validation.
-        num_examples (`int`, *optional*): How many images there are, where the data set says so.
-        value_range (`list[float]`, *optional*): Lowest and highest value; default: what the flag gives, if anything.
-        value2id (`dict`, *optional*): Numbers of the classes by the values of the column, if it holds other ones.
-        root ([`~dae_diffusers.data.contents.Root`], *optional*): Where files must lie that the rows name.
+        depth (`str` or `None`): Depth of the first image; the others must fit it.
+        fingerprint (`str`): Fingerprint of the data set.
+        held_out (`frozenset[bytes]`, *optional*): [`content_hash`] of the validation images.
+        num_examples (`int`, *optional*): Number of images, if the data set tells it.
+        value_range (`list[float]`, *optional*): Lowest and highest value; default: that of the settings, if given.
+        value2id (`dict`, *optional*): Class ids by the values of the column, if it does not hold ids.
+        root ([`~dae_diffusers.data.contents.Root`], *optional*): Folder in which the files that rows name must lie.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class StreamedImages(BatchDataset):
 
     @property
     def value_range(self) -> list[float] | None:
-        r"""As that of [`ImageDataset`]."""
+        r"""As in [`ImageDataset`]."""
         return self._reader.value_range
 
     @without_warnings()
@@ -129,7 +129,7 @@ class StreamedImages(BatchDataset):
                 raise
             self._num_bad += 1
             logger.warning("left out: %s", error)
-            # By each worker process for what it has read; few images say little about a share.
+            # Each worker process counts what it has read. A few images say little about a share.
             if self._num_bad > self.config.max_bad_image_share * max(self._num_read, 1000):
                 raise UserError(
                     f"{self._num_bad} of {self._num_read} images are bad, more than `max_bad_image_share` "
@@ -148,20 +148,20 @@ class StreamedImages(BatchDataset):
 
 class ImageStream(Sampler[list[StreamedRow]]):
     r"""
-    A process's endless, shuffled micro-batches of a [`StreamedImages`].
+    Yields a process's endless, shuffled micro-batches of [`StreamedImages`].
 
-    Each pass shuffles the shards by `(seed, pass)` and deals them to the processes in turn; where there are fewer shards
+    Each pass shuffles the shards by `(seed, pass)` and gives them to the processes in turn. If there are fewer shards
     than processes, each process reads all of them and keeps every `num_processes`-th row. Within a pass, images are shuffled
-    in blocks of `config.shuffle_buffer_size` that a thread reads ahead. So what comes is a function of the seed, the processes and the
-    position, and a state is a place in the data set and a position in a block: no buffered image is lost when a run goes on.
+    in blocks of `config.shuffle_buffer_size` that a thread reads ahead. So the images depend only on the seed, the processes and the
+    position. A state is a position in the data set and in a block, so a resumed run loses no buffered image.
 
     Args:
         images ([`StreamedImages`]): What to read.
         batch_size (`int`): Images in a micro-batch.
-        seed (`int`): The run's.
-        process_index, num_processes (`int`, *optional*): Whose share this is.
-        state (`dict`, *optional*): Of [`state_after`], to go on from there.
-        max_samples (`int`, *optional*): End after one pass, or after this many images, and augment none of them.
+        seed (`int`): Seed of the run.
+        process_index, num_processes (`int`, *optional*): The process whose share this is.
+        state (`dict`, *optional*): A [`state_after`] to continue from.
+        max_samples (`int`, *optional*): End after one pass, or after this many images, without augmentation.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class ImageStream(Sampler[list[StreamedRow]]):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def state_after(self, num_batches: int) -> dict[str, Any]:
-        r"""What JSON must hold to go on after so many micro-batches of this stream; earlier ones cannot be asked for any more."""
+        r"""The state after a number of micro-batches of this stream, as JSON can hold it. Earlier states are no longer available."""
         position = self._state["position"] + num_batches * self.batch_size
         starts = list(self._states)  # at once: the reading thread adds to them
         block_start = max(start for start in starts if start <= position)
@@ -251,7 +251,7 @@ class ImageStream(Sampler[list[StreamedRow]]):
 
 
 class _Place:
-    """A place in the endless passes over a stream's shards; `ImageStream` reads on from it, block by block."""
+    """A position in the endless passes over a stream's shards, from which `ImageStream` reads block by block."""
 
     def __init__(self, stream: ImageStream, state: dict[str, Any]):
         self.stream = stream
@@ -275,7 +275,7 @@ class _Place:
         }
 
     def read(self, number: int) -> list[dict[str, Any]]:
-        """The next rows, all of one pass; none only where there is one pass and it is over."""
+        """The next rows, all from one pass. Empty only if a single pass was asked for and has ended."""
         kept = []
         while len(kept) < number:
             row = next(self._iterator, None)
@@ -301,7 +301,7 @@ class _Place:
         return kept
 
     def _open(self, shard_state: dict[str, Any] | None = None) -> None:
-        """Begins the shard whose turn it is, or goes on inside it; without one the epoch is over."""
+        """Opens the next shard, or continues inside it. Without one the pass is over."""
         order = np.random.default_rng((self.stream.seed, 0, self.epoch)).permutation(self.num_shards)
         if not self.deals_rows:
             order = order[self.stream.process_index :: self.stream.num_processes]
@@ -321,7 +321,7 @@ class _Place:
 
 
 def fetch(item: Any, root: Root | None = None) -> Any:
-    r"""An image that lies elsewhere, with its bytes; None for an empty row; others as they are."""
+    r"""Reads the bytes of an image that lies in a file or on the Hub. None for an empty row; others as they are."""
     if not isinstance(item, dict) or item.get("bytes") is not None:
         return item
     if not item.get("path"):
@@ -335,7 +335,7 @@ def fetch(item: Any, root: Root | None = None) -> Any:
 
 
 def content_hash(item: Any, root: Root | None = None) -> bytes:
-    r"""Of an image's file or values; of nothing if it cannot be read."""
+    r"""The hash of an image's file or values; the hash of nothing if it cannot be read."""
     try:
         content = read_content(item, root)
     except (ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Tables: Parquet, CSV and JSON files that hold images or name them, and tables of metadata beside images."""
+"""Loads tables: Parquet, CSV and JSON files that hold or name images, and metadata tables beside images."""
 
 import glob
 import io
@@ -34,21 +34,21 @@ SPLITS = {
 
 @dataclass
 class Metadata:
-    """A table of metadata: its place in the folder, and its bytes."""
+    """A metadata table: its path in the folder, and its bytes."""
 
     path: PurePosixPath
     content: bytes
 
     @classmethod
     def of_member(cls, place: PurePosixPath, archive: Path, member) -> "Metadata":
-        """From a ZIP file."""
+        """Reads a metadata table from a ZIP file."""
         with zipfile.ZipFile(archive) as file:
             return cls(place, file.read(member.name))
 
 
 @dataclass
 class Described:
-    """The rows of all tables of metadata, and which of them describe an image, by its place."""
+    """The rows of all metadata tables, and the row of each image, by its path."""
 
     table: pa.Table | None = None
     rows: dict[PurePosixPath, list[int]] = field(default_factory=dict)
@@ -61,16 +61,16 @@ def read_metadata(
     Reads tables whose column `file_name` names images, relative to the table's folder.
 
     Args:
-        tables (`list[Metadata]`): Of the folder.
-        folder (`Path`): For messages.
+        tables (`list[Metadata]`): The tables in the folder.
+        folder (`Path`): The folder, for messages.
         images (`Collection[PurePosixPath]`): The images that exist.
-        required (`bool`): Refuse tables without that column; else they are left out with a warning.
+        required (`bool`): Refuse tables without that column; otherwise they are left out with a warning.
 
     Returns:
-        [`Described`], or None if rows name several images (`left_file_name`, `file_names`), which `datasets` reads.
+        [`Described`], or None if rows name several images (`left_file_name`, `file_names`); then `datasets` reads them.
 
     Raises:
-        UserError: If a table cannot be read, or is not one of metadata.
+        UserError: If a table cannot be read, or is not a metadata table.
     """
     parts, described, missing, count = [], Described(), [], 0
     for metadata in tables:
@@ -104,7 +104,10 @@ def read_metadata(
         raise UserError(f"the tables of metadata in {folder} differ: {one_line(error, 300)}.") from None
     if missing:
         logger.warning(
-            "%d rows of metadata in %s name no image that is read, such as %s", len(missing), folder, missing[0]
+            "%d rows of metadata in %s name files that are not among the images, such as %s",
+            len(missing),
+            folder,
+            missing[0],
         )
     if len(described.rows) < len(images):
         example = next(place for place in images if place not in described.rows)
@@ -122,10 +125,10 @@ def load_tables(
     folder: Path, tables: list[PurePosixPath], *, streaming: bool
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     r"""
-    Loads a folder of tables of one kind, the splits by one word in their names or folders.
+    Loads a folder of tables of one kind. A word in their names or folders gives the split.
 
     Raises:
-        UserError: For tables of several kinds.
+        UserError: If there are tables of several kinds.
     """
     kinds = sorted({TABLES[path.suffix.lower()] for path in tables})
     if "parquet" in kinds:  # a `stats.json` beside shards is no data

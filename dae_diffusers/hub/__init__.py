@@ -1,1 +1,1 @@
-"""Publishing on the Hub: what a run has left, its model card, the upload, and a page on which it can be tried."""
+"""Publishing on the Hub: reading a run's results, the model card, the upload, and a Space to try the model."""

@@ -19,7 +19,7 @@ from dae_diffusers.store import read_json
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
 TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
 
-# Pipelines by `_class_name`. One that is not here gets its card without a word on its generator.
+# Pipelines by `_class_name`. The card of any other pipeline does not describe the generator.
 GENERATORS = {
     "DAEDiTPipeline": {
         "what": "A Diffusion Transformer (flow matching)",
@@ -37,30 +37,30 @@ GENERATORS = {
 
 # Metric, without the name of a feature extractor, to its name and meaning.
 METRICS = {
-    "psnr": ("PSNR", "dB, reconstructions, higher is better"),
-    "ssim": ("SSIM", "reconstructions, at most 1"),
+    "psnr": ("PSNR", "reconstructions, in dB, higher is better"),
+    "ssim": ("SSIM", "reconstructions, at most 1, higher is better"),
     "lpips": ("LPIPS", "reconstructions, lower is better"),
     "rfid": ("rFID", "reconstructions, lower is better"),
     "rfd": ("rFD", "Fréchet distance of reconstructions, lower is better"),
     "probe_accuracy": ("Linear probe", "accuracy of a linear classifier on the latents"),
-    "effective_rank": ("Effective rank", "of the latents' covariance"),
-    "high_frequency_share": ("High frequencies", "share of the latents' energy"),
-    "ifid": ("iFID", "images between neighbours in latent space, lower is better"),
-    "ifd": ("iFD", "images between neighbours in latent space, lower is better"),
+    "effective_rank": ("Effective rank", "effective number of directions in which the latents vary"),
+    "high_frequency_share": ("High frequencies", "share of the latents' variance at high spatial frequencies"),
+    "ifid": ("iFID", "images decoded between neighbouring latents, lower is better"),
+    "ifd": ("iFD", "images decoded between neighbouring latents, lower is better"),
     "gfid": ("gFID", "samples, lower is better"),
     "gfd": ("gFD", "Fréchet distance of samples, lower is better"),
-    "gap": ("Gap", "samples to reconstructions of training images, lower is better"),
+    "gap": ("Gap", "Fréchet distance of samples to reconstructed training images, lower is better"),
     "kernel_distance": ("Kernel distance", "samples, about 0 is best"),
-    "precision": ("Precision", "samples, at most 1"),
-    "recall": ("Recall", "samples, at most 1"),
+    "precision": ("Precision", "share of samples near training images"),
+    "recall": ("Recall", "share of training images near samples"),
     "density": ("Density", "samples, higher is better"),
     "coverage": ("Coverage", "samples, at most 1"),
     "inception_score": ("Inception score", "samples, higher is better"),
-    "class_agreement": ("Class agreement", "share of samples that a classifier takes for the class asked for"),
+    "class_agreement": ("Class agreement", "share of samples that a classifier assigns to the requested class"),
 }
 
 
-# What stands in the metadata, where pages and leaderboards read it; the table of the card has the rest.
+# Metrics in the metadata, which the Hub's pages and leaderboards read; the table of the card has the rest.
 HEADLINES = ("psnr", "ssim", "rfid", "rfd", "gfid", "gfd", "precision", "recall", "class_agreement")
 MAX_METADATA_ROWS = 10
 EARLY_STEPS = 10_000  # of a generator
@@ -68,7 +68,7 @@ EARLY_STEPS = 10_000  # of a generator
 
 @dataclass
 class Measurement:
-    r"""One number, what it depends on, and which split of the images it is compared with; None if nobody wrote it down."""
+    r"""One number, the settings it depends on, and the split of the images it is compared with (None if unknown)."""
 
     metric: str
     value: float
@@ -80,8 +80,8 @@ class Measurement:
 
 def measurements(result: Result) -> list[Measurement]:
     r"""
-    A number for each metric of `result.metrics` that the card knows how to name: of an evaluation before those that training
-    logged, of the setting with the smallest distance where several were tried.
+    One number for each metric of `result.metrics` that the card can name. Numbers of an evaluation come before those that training
+    logged. If several sampling settings were tried, the one with the smallest distance counts.
     """
     found: dict[str, Measurement] = {}
 
@@ -111,7 +111,7 @@ def measurements(result: Result) -> list[Measurement]:
 
 
 def _best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """That of the smallest distance; the first if there is none."""
+    """The row with the smallest distance; the first if none has a distance."""
 
     def distance(row: dict[str, Any]) -> float:
         values = [v for k, v in row.items() if k.startswith(("gfid", "gfd")) and isinstance(v, (int, float))]
@@ -135,8 +135,8 @@ def make_card(
     Args:
         result ([`Result`]): What is published.
         repo_id (`str`): `user/name`.
-        license (`str`, *optional*): An identifier that the Hub knows, chosen by the author. Without one the card says so.
-        step (`int`, *optional*): While training goes on: steps done.
+        license (`str`, *optional*): An identifier that the Hub knows, chosen by the author. The card says if there is none.
+        step (`int`, *optional*): During training: the number of steps done.
         space_id (`str`, *optional*): `user/name` of the Space in which the model can be tried.
         data_pictures (`bool`, *optional*): See [`published_pictures`].
 
@@ -212,13 +212,13 @@ def make_card(
 
 def published_pictures(result: Result, data_pictures: bool | None = None) -> dict[str, tuple[Path, str]]:
     r"""
-    The pictures of a result that are published.
+    Chooses the pictures of a result to publish.
 
     Args:
         result ([`Result`]): What is published.
         data_pictures (`bool`, *optional*):
-            Whether those are that show images of the data set themselves (`DATA_PICTURES`). By default only where the data
-            set is public: one of the package or of a name on the Hub.
+            Whether to publish pictures that show images of the data set itself (`DATA_PICTURES`). By default only if the data
+            set is public: it comes with the package, or has a name on the Hub.
 
     Returns:
         `dict`: As `result.pictures`.
@@ -229,7 +229,7 @@ def published_pictures(result: Result, data_pictures: bool | None = None) -> dic
 
 
 def escape(text: Any) -> str:
-    r"""Text of a user, such as the name of a class, as one line of Markdown that says just this."""
+    r"""Escapes a user's text, such as the name of a class, so that one line of Markdown shows it literally."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", text)
 
@@ -245,7 +245,7 @@ def repository_files(
     data_pictures: bool | None = None,
 ) -> dict[str, Path | bytes]:
     r"""
-    Everything that is published, by its path in the repository.
+    Collects all files to publish, by their path in the repository.
 
     Args:
         result ([`Result`]): What is published.
@@ -257,7 +257,7 @@ def repository_files(
     """
     found: dict[str, Path | bytes] = {}
     root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
-    # Another pipeline that was trained into the same folder before has left its parts there.
+    # The folder may hold components of another pipeline that was saved there before.
     parts = {name for name, value in result.index.items() if isinstance(value, list)}
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
@@ -281,7 +281,7 @@ def repository_files(
 
 
 def without_origin(path: Path) -> Path | bytes:
-    r"""A JSON file to publish. diffusers writes the folder that a model was loaded from into its config; nobody needs to know it."""
+    r"""The content of a JSON file without `_name_or_path`, in which diffusers notes the local folder of a model."""
     config = read_json(path, object)
     if not isinstance(config, dict) or config.pop("_name_or_path", None) is None:
         return path
@@ -289,7 +289,7 @@ def without_origin(path: Path) -> Path | bytes:
 
 
 def _data_description(script: Script | None) -> dict[str, Any]:
-    """What the images are: their id on the Hub where they have one, else what can be said without a path."""
+    """Describes the images: by their id on the Hub if they have one, else without any path."""
     if script is None:
         return {}
     config = script.config
@@ -351,8 +351,8 @@ def _script_description(name: str, script: Script, result: Result) -> dict[str, 
 
 def _command(script: Script, result: Result) -> str | None:
     """
-    The command of the run as others can give it: with an output folder, and the autoencoder that the first command leaves there.
-    The machine's paths, of which the record has only the last part, are named as what they are.
+    The command of the run in a form that others can use: with an output folder, and the autoencoder that the first command
+    writes there. Placeholders replace the paths of the author's machine.
     """
     command = script.record.get("command")
     if command is None:
@@ -381,7 +381,7 @@ def _steps(script: Script) -> int | None:
 
 
 def _early(result: Result, generator: dict[str, Any], step: int | None) -> str | None:
-    """How far training went, if that is not far."""
+    """A sentence for a generator that was trained for fewer than `EARLY_STEPS` steps, else None."""
     script = result.scripts.get(generator.get("script", ""))
     steps = step if script is None or step is not None else _steps(script)
     if steps is None or steps >= EARLY_STEPS:

@@ -8,14 +8,14 @@ from dae_diffusers.errors import ConfigError, one_line
 
 def check_repo_id(repo_id: str, name: str = "repo_id") -> None:
     r"""
-    Checks a repository's name before anything is asked of the Hub.
+    Checks a repository's name before the Hub is contacted.
 
     Args:
         repo_id (`str`): `user/name`, or `name` in the account of the token.
-        name (`str`, *optional*): Of the argument, for the message.
+        name (`str`, *optional*): Name of the argument, for the message.
 
     Raises:
-        ConfigError: If it is none, such as a web address or a path.
+        ConfigError: If it is not a repository's name, such as a web address or a path.
     """
     allowed = "but must be `user/name`, or `name` in your account: letters, digits, `-`, `_` and `.`"
     if "://" in repo_id or repo_id.startswith(("huggingface.co/", "hf.co/", "www.")):

@@ -1,4 +1,4 @@
-"""The upload of a training run: access is checked before it starts, snapshots go up on the way, the result at the end."""
+"""Uploads a training run: access is checked before training starts, snapshots are uploaded during it, the result at the end."""
 
 import logging
 import shutil
@@ -10,7 +10,7 @@ from dae_diffusers.hub.settings import HubConfig
 
 logger = logging.getLogger(__name__)
 
-_ABOUT_A_RUN = ("config.yaml", "run.json", "log.jsonl", "curves.png", "grids")  # what a card tells of
+_ABOUT_A_RUN = ("config.yaml", "run.json", "log.jsonl", "curves.png", "grids")  # the files that a card is made from
 
 
 class Publisher:
@@ -19,11 +19,11 @@ class Publisher:
 
     Args:
         config ([`~dae_diffusers.hub.settings.HubConfig`]): Repository, license, strategy.
-        output_dir (`Path`): Of the run's results.
-        folder (`Path`): Of the script's own files, for snapshots on their way.
+        output_dir (`Path`): Folder of the run's results.
+        folder (`Path`): Folder of the script's own files, where snapshots lie during the upload.
 
     Raises:
-        UserError: If the Hub does not let this token write there.
+        UserError: If the Hub does not let this token write to the repository.
     """
 
     def __init__(self, config: HubConfig, output_dir: Path, folder: Path):
@@ -38,12 +38,12 @@ class Publisher:
 
     def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
         r"""
-        With `hub_strategy every_save`: uploads what training has come to, in the background.
+        With `hub_strategy every_save`: uploads the present state of the model in the background.
 
         Args:
             step (`int`): Optimiser steps done.
             result (`str`): Name of the folder, such as `vae`.
-            save: Writes it into the path that it is given.
+            save: Function that writes the model into a path.
         """
         if self.config.hub_strategy == "every_save":
             self._background.start(
@@ -53,7 +53,7 @@ class Publisher:
             )
 
     def push_result(self, result: str) -> None:
-        r"""Waits for the snapshots and uploads a result; what cannot be uploaded is a warning with the command for later."""
+        r"""Waits for the snapshots and uploads a result. If an upload fails, a warning gives the command for later."""
         if self._background.is_running:
             logger.info("waiting for the upload of the last checkpoint")
         self._background.wait()
@@ -80,7 +80,7 @@ class Publisher:
         return upload.push_folder(folder, self.repo_id, private=private, license=license, step=step)
 
     def _save_snapshot(self, folder: Path, result: str, save: Callable[[Path], None]) -> None:
-        """The result, and beside it what the card tells of the run."""
+        """Saves the result, and the files that the card is made from."""
         save(folder / result)
         for path in self.output_dir.glob("train_*"):
             for name in _ABOUT_A_RUN:

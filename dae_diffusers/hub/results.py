@@ -1,4 +1,4 @@
-"""What a run has left on disk: models, and how they came to be."""
+"""Reads what a run has written: models, and how they were made."""
 
 import re
 import shutil
@@ -14,10 +14,10 @@ from dae_diffusers.store import read_json, read_rows
 
 PIPELINE_INDEX = "model_index.json"
 
-# Each keeps its own files in the run's folder under its name; in the order in which they run.
+# The scripts, in the order in which they run. Each has a folder of its name in the output folder.
 _SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior", "train_dae_stage3")
 
-# Flags of the machine and of publishing, which say nothing about the model.
+# Flags for the machine and for publishing, which do not describe the model.
 _NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
 
 
@@ -27,7 +27,7 @@ class Script:
     One training script's part in a result.
 
     Attributes:
-        config (`dict`): Its `config.yaml`, without what concerns only the machine; absolute paths are cut down to
+        config (`dict`): Its `config.yaml`, without settings of the machine; absolute paths are shortened to
             their last part.
         record (`dict`): Its `run.json`: command, seconds, hardware, versions, counts. Empty for runs without one.
         validation (`dict`): The last validation values of its log.
@@ -44,7 +44,7 @@ class Script:
 @dataclass
 class Result:
     r"""
-    Models that can be published, and everything that the run's folder tells about them.
+    Models that can be published, and all information about them in the run's folder.
 
     Attributes:
         pipeline (`Path`, *optional*): Folder with `model_index.json`; None for an autoencoder alone.
@@ -73,7 +73,7 @@ class Result:
 
     @property
     def data_script(self) -> Script | None:
-        r"""The first script that read images, whose flags say which."""
+        r"""The first script that read images; its flags name the data set."""
         for script in self.scripts.values():
             if script.config.get("dataset_name") or script.config.get("train_data_dir"):
                 return script
@@ -81,7 +81,7 @@ class Result:
 
     @property
     def has_private_data(self) -> bool:
-        r"""Whether the images are nobody else's to see, as far as is known: not those of the package or of a name on the Hub."""
+        r"""Whether the images may be private: they neither come with the package nor have a name on the Hub."""
         if self.data_script is None:
             return True
         config = self.data_script.config
@@ -93,8 +93,8 @@ class Result:
     @property
     def autoencoder_origin(self) -> dict[str, str]:
         r"""
-        How the autoencoder was trained, as far as the run's folder says: `auxiliary_decoder`, the kind that its encoder was
-        trained against (`none` is joint training); or `fine_tuned_from`, if only the decoder of a given one was trained.
+        How the autoencoder was trained, as far as the run's folder tells: `auxiliary_decoder`, the kind that its encoder was
+        trained with (`none` is joint training); or `fine_tuned_from`, if only the decoder of a given autoencoder was trained.
         """
         if "train_dae" not in self.scripts:
             return {}
@@ -112,17 +112,17 @@ class Result:
 
 def read_result(folder: str | Path) -> Result:
     r"""
-    Looks for a result.
+    Reads a result from a folder.
 
     Args:
-        folder (`str` or `Path`): The output folder of a training run, or a pipeline's or an autoencoder's folder. What
-            stands beside the latter two (logs, metrics) is found too, if a training script of ours has left it there.
+        folder (`str` or `Path`): The output folder of a training run, or a pipeline's or an autoencoder's folder. Logs and
+            metrics beside the latter two are found too, if one of our scripts has written them.
 
     Returns:
         [`Result`]: With a pipeline, an autoencoder or both.
 
     Raises:
-        UserError: If there is neither, or the code that a pipeline needs elsewhere is not in its folder.
+        UserError: If there is neither, or a pipeline's folder lacks the code that it needs to load elsewhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -152,13 +152,13 @@ DATA_PICTURES = ("reconstructions.png", "nearest.png")
 
 
 def is_leftover(path: Path) -> bool:
-    r"""Whether a file or folder is what a kill in the middle of writing leaves: by safetensors, by our files, by checkpoints."""
+    r"""Whether a file or folder is a leftover of a kill during a write: by safetensors, by our files, or by checkpoints."""
     return re.fullmatch(r"\.tmp\w{6}|.+\.tmp|tmp-(old-)?checkpoint-\d+", path.name) is not None
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
     r"""
-    Removes what kills have left in the output folder of a run (see [`is_leftover`]), links themselves and not where they point.
+    Removes leftovers of kills from the output folder of a run (see [`is_leftover`]). Of links, it removes only the link.
 
     Call it when no other run writes there.
 
@@ -201,7 +201,7 @@ def _is_stock(class_name: Any) -> bool:
 
 
 def _describe(result: Result, *, is_run: bool) -> Result:
-    """Adds what is read. Without `is_run`, the result's folder is only the one above, and may be somebody else's."""
+    """Adds the information in the folder. Without `is_run`, the folder is only the parent of the model, and may not be ours."""
     if result.vae is not None:
         result.vae_config = read_json(result.vae / "config.json")
     folders = [result.folder / name for name in _SCRIPTS if _is_script(result.folder / name)]
@@ -302,7 +302,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _without_paths(value: Any) -> Any:
-    """Absolute paths, which tell about a machine and its user, become their last part."""
+    """Shortens absolute paths, which reveal a machine and its user, to their last part."""
     if isinstance(value, dict):
         return {name: _without_paths(each) for name, each in value.items()}
     if isinstance(value, list):

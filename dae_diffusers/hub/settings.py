@@ -12,11 +12,11 @@ class HubConfig:
 
     push_to_hub: bool = field(False, "upload the result to the Hub; see also the script `push`")
     hub_model_id: str | None = field(
-        None, "repository on the Hub; default: the output folder's name, in your account", advanced=True
+        None, "repository on the Hub; default: the output folder's name in your account", advanced=True
     )
     hub_private_repo: bool = field(False, "make the repository private", advanced=True)
     hub_license: str | None = field(
-        None, "license of the weights, an identifier of the Hub; yours to choose", advanced=True
+        None, "license of the weights, as the Hub names it (such as cc-by-4.0); you choose it", advanced=True
     )
     hub_strategy: Literal["end", "every_save"] = field(
         "end", "end: upload the result; every_save: also at each checkpoint, in the background", advanced=True

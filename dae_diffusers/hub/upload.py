@@ -1,4 +1,4 @@
-"""Uploading to the Hub. Whatever goes wrong there, what was trained is on disk."""
+"""Uploads to the Hub. Whatever goes wrong there, the trained model is on disk."""
 
 import logging
 import shlex
@@ -32,7 +32,7 @@ from dae_diffusers.hub.results import DATA_PICTURES, is_leftover, read_result
 logger = logging.getLogger(__name__)
 
 STAGE1_BRANCH = "stage1"
-# Seconds without a byte after which a request has failed; the client tries an upload a few times. It waits for ever by itself.
+# Seconds without a byte after which a request fails; the client retries an upload a few times. By default it waits forever.
 CHECK_SECONDS = 15.0  # whether the Hub is there
 UPLOAD_SECONDS = 60.0
 _PARTS = ("transformer", "prior", "scheduler", "vae")  # folders of our pipelines
@@ -42,7 +42,7 @@ _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of di
 @contextmanager
 def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
     r"""
-    Inside, a request to the Hub fails when no byte has come or gone for so long, rather than never.
+    Inside the `with` block, a request to the Hub fails after a time without a byte, instead of never.
 
     Args:
         seconds (`float`, *optional*): Defaults to `UPLOAD_SECONDS`.
@@ -57,7 +57,7 @@ def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
 
 def check_hub_access(repo_id: str, *, private: bool = False, license: str | None = None) -> str:
     r"""
-    Makes the repository before training starts, so that a missing token or permission shows at once.
+    Creates the repository before training starts, so a missing token or permission shows at once.
 
     Args:
         repo_id (`str`): `user/name`, or `name` in the account of the token.
@@ -65,10 +65,10 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
         license (`str`, *optional*): Checked as the Hub checks it.
 
     Returns:
-        `str`: The full `user/name`; what was given if the Hub cannot be reached now, which is logged.
+        `str`: The full `user/name`. If the Hub cannot be reached now, which is logged, the name as given.
 
     Raises:
-        UserError: If the Hub does not let this token write there, or does not know the license.
+        UserError: If the Hub does not let this token write to the repository, or does not know the license.
     """
     api = HfApi()
     try:
@@ -78,7 +78,7 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
             api.auth_check(repo_id, write=True)
     except Exception as error:  # a connection may fail in any way
         if _is_transient(error):
-            logger.warning("the Hub does not answer now (%s); the upload is tried all the same.", one_line(error))
+            logger.warning("the Hub does not answer now (%s); the upload will be tried anyway.", one_line(error))
             return repo_id
         raise UserError(
             f"{repo_id} cannot be written on the Hub ({one_line(error)}). Log in with `hf auth login`, or choose another "
@@ -94,7 +94,7 @@ def check_license(license: str) -> None:
     Asks the Hub whether it knows a license.
 
     Raises:
-        UserError: If it does not. A Hub that does not answer is left alone.
+        UserError: If it does not. If the Hub does not answer, the license is accepted.
     """
     card = ModelCard(f"---\n{ModelCardData(license=license).to_yaml()}\n---\n")
     try:
@@ -129,17 +129,18 @@ def push_folder(
 
     Args:
         folder (`str` or `Path`): See [`~dae_diffusers.hub.results.read_result`].
-        repo_id (`str`): `user/name`, or `name` in the account of the token. Made if need be.
+        repo_id (`str`): `user/name`, or `name` in the account of the token. It is created if it does not exist.
         private (`bool`, *optional*): Whether a new repository is private.
-        license (`str`, *optional*): An identifier that the Hub knows. If none is given, that of the card that is there.
-        revision (`str`, *optional*): Branch, made if need be.
+        license (`str`, *optional*): An identifier that the Hub knows. Default: that of the card on the Hub.
+        revision (`str`, *optional*): Branch, created if it does not exist.
         create_pr (`bool`, *optional*): Open a pull request instead of writing to the branch.
-        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`. Those of an earlier push are made again in any
-            case, or taken away where that is not possible: nobody is to load old weights beside new ones.
-        keep_card (`bool`, *optional*): Leave the `README.md` that is there as it is.
-        step (`int`, *optional*): While training goes on: steps done.
-        space_id (`str`, *optional*): Of the model's Space, for the card.
-        data_pictures (`bool`, *optional*): See [`~dae_diffusers.hub.card.published_pictures`]. Those of an earlier push go.
+        fp16 (`bool`, *optional*): Add half-precision weights, for `variant="fp16"`. Those of an earlier push are always made again,
+            or removed if that is not possible, so nobody loads old weights together with new ones.
+        keep_card (`bool`, *optional*): Do not change the `README.md` on the Hub.
+        step (`int`, *optional*): During training: the number of steps done.
+        space_id (`str`, *optional*): Name of the model's Space, for the card.
+        data_pictures (`bool`, *optional*): See [`~dae_diffusers.hub.card.published_pictures`]. Other pictures of an earlier push are
+            removed.
 
     Returns:
         `str`: Address of the repository, or of the pull request.
@@ -227,8 +228,8 @@ def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     Makes a Space with the app of [`space_files`] for a model.
 
     Args:
-        repo_id (`str`): Of the Space.
-        model_id (`str`): Of the model, `user/name`.
+        repo_id (`str`): Name of the Space.
+        model_id (`str`): Name of the model, `user/name`.
         private (`bool`, *optional*): Whether a new Space is private.
 
     Returns:
@@ -262,20 +263,20 @@ def push_command(folder: str | Path, repo_id: str, *, private: bool = False, lic
 
 
 def one_line(error: BaseException) -> str:
-    r"""An error and its cause, short enough for a log."""
+    r"""The message of an error and its cause, short enough for a log."""
     text = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
     return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
 
 
 class BackgroundUpload:
     r"""
-    Uploads snapshots of a result that training goes on with, in a thread, one at a time.
+    Uploads snapshots during training, in a thread, one at a time.
 
     Args:
-        folder (`Path`): Where a snapshot lies until it is uploaded.
+        folder (`Path`): Folder for a snapshot until it is uploaded.
 
     Attributes:
-        failures (`list[str]`): What went wrong, to be reported at the end.
+        failures (`list[str]`): Errors, to be reported at the end.
     """
 
     def __init__(self, folder: Path):
@@ -291,12 +292,12 @@ class BackgroundUpload:
 
     def start(self, step: int, *, save: Callable[[Path], object], push: Callable[[Path], object]) -> None:
         r"""
-        Saves a snapshot and begins to upload it. Does nothing while the upload before is running: the next has it all.
+        Saves a snapshot and starts its upload. Does nothing while an upload is running: the next snapshot contains everything.
 
         Args:
             step (`int`): Steps done.
-            save: Writes the snapshot into the folder that it is given, before this returns.
-            push: Uploads that folder, in the thread.
+            save: Function that writes the snapshot into a folder; it is called before this returns.
+            push: Function that uploads that folder, called in the thread.
         """
         if self.is_running:
             logger.info("step %d is not uploaded: the upload before it is still running.", step)
@@ -321,7 +322,7 @@ class BackgroundUpload:
         self._thread.start()
 
     def wait(self) -> None:
-        r"""Until the upload that is running has ended."""
+        r"""Waits until the running upload has ended."""
         if self._thread is not None:
             self._thread.join()
         if self._hides_bars:
@@ -335,7 +336,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
 
     Args:
         files (`dict`): Path in the repository to file.
-        folder (`Path`): Where the copies are written.
+        folder (`Path`): Folder for the copies.
 
     Returns:
         `dict`: Path in the repository, such as `vae/diffusion_pytorch_model.fp16.safetensors`, to file.
@@ -347,7 +348,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
     for name, path in files.items():
         if name.endswith(".safetensors.index.json"):
             raise UserError(
-                f"`fp16`: {name} says that the weights lie in several files, which is not supported. Save the pipeline "
+                f"`fp16`: {name} says that the weights are in several files, which is not supported. Save the pipeline "
                 'with `pipe.to(torch.float16).save_pretrained(folder, variant="fp16")` beside the others instead.'
             )
         if Path(name).name in _WEIGHTS:
@@ -360,7 +361,7 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
 
 @waiting_at_most()
 def published_license(repo_id: str, revision: str | None) -> str | None:
-    r"""The license that the card on the Hub states, so that pushing again without one does not take it away."""
+    r"""The license in the card on the Hub, so that pushing again without a license keeps it."""
     try:
         path = HfApi().hf_hub_download(repo_id, "README.md", revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
@@ -371,7 +372,7 @@ def published_license(repo_id: str, revision: str | None) -> str | None:
 def _commit(
     api, repo_id: str, files: dict[str, Path | bytes], *, message: str, published: Iterable[str] = (), **kwargs
 ):
-    """Adds files; of those that are `published`, it takes away weights that would be taken for theirs."""
+    """Adds files in one commit, and removes `published` weights that could be mistaken for theirs."""
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
@@ -384,8 +385,8 @@ def _commit(
 
 def stale_weights(published: Iterable[str], files: Iterable[str]) -> list[str]:
     r"""
-    Weights in a repository that are none of `files` but lie beside some of them: a single file beside new shards, half-precision
-    copies beside sharded weights. `from_pretrained` would take them for those of this push.
+    Old weights in a repository, beside new ones in `files`: a single file beside new shards, or half-precision
+    copies beside sharded weights. `from_pretrained` would load them as if they belonged to this push.
     """
     folders = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
     return [
@@ -398,7 +399,7 @@ def stale_weights(published: Iterable[str], files: Iterable[str]) -> list[str]:
 
 
 def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
-    r"""Parts of another pipeline that was pushed here before, such as the transformer when a prior takes its place."""
+    r"""Components of another pipeline that was pushed here before, such as the transformer after a push of a prior."""
     if "model_index.json" not in files:
         return []
     folders = {name.partition("/")[0] for name in files if "/" in name}
@@ -410,7 +411,7 @@ def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
 
 
 def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
-    r"""Pictures of the data set's images that an earlier push has published and this one does not."""
+    r"""Pictures of the data set's images that an earlier push has published and this one leaves out."""
     pictures = [f"images/{name}" for name in DATA_PICTURES]
     is_result = "metrics.json" in files or any(name.startswith(("vae/", "images/")) for name in files)
     return [name for name in published if is_result and name in pictures and name not in files]

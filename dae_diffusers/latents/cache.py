@@ -1,4 +1,4 @@
-"""Latents encoded once: shards of posterior means and standard deviations, each of which says of what, and a manifest."""
+"""A cache of latents: shards of posterior means and standard deviations, each with a record of its inputs, and a manifest."""
 
 import logging
 import os
@@ -44,15 +44,15 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 @dataclass(frozen=True)
 class CacheIdentity:
     r"""
-    What a cache is a cache of; two caches with the same identity hold the same latents.
+    What a cache was made from. Two caches with the same identity hold the same latents.
 
     Attributes:
         autoencoder (`str`): [`autoencoder_fingerprint`] of the encoder's model.
         data (`str`): `ImageDataset.fingerprint`.
-        num_samples, resolution, image_channels (`int`): Of the images.
+        num_samples, resolution, image_channels (`int`): Number, side and channels of the images.
         flips (`bool`): Whether mirrored images are encoded too.
-        dtype (`str`): Of the stored numbers.
-        value_range (`list[float]`): Of the images; empty: 8-bit ones.
+        dtype (`str`): Data type of the stored latents.
+        value_range (`list[float]`): Range of values of the images; empty for 8-bit images.
     """
 
     autoencoder: str
@@ -77,8 +77,8 @@ class CachedLatents(BatchDataset):
     r"""
     One cached split, indexed like [`~dae_diffusers.data.ImageDataset`]: by number, or by `(number, draw)`.
 
-    Whole batches are gathered at once from memory-mapped shards. Each is `{"latents_mean", "latents_std": (B, C, h, w)
-    float32, "class_labels": (B,) int64}`, raw; the labels only if there are any.
+    Whole batches are read at once from memory-mapped shards. A batch is `{"latents_mean", "latents_std": (B, C, h, w)
+    float32, "class_labels": (B,) int64}`, with raw latents, and labels only if there are any.
 
     Args:
         folder (`Path`): A split's folder inside a cache.
@@ -86,7 +86,7 @@ class CachedLatents(BatchDataset):
             all processes of a machine is enough: [`open_latent_cache`] does that.
 
     Attributes:
-        identity ([`CacheIdentity`]): Of what it holds.
+        identity ([`CacheIdentity`]): What it was made from.
         id2label (`dict[int, str]` or `None`): Names of the classes.
         latent_shape (`tuple[int, int, int]`): `(C, h, w)`.
 
@@ -135,7 +135,7 @@ class CachedLatents(BatchDataset):
 
     @property
     def fingerprint(self) -> str:
-        r"""Of the images that the latents were made from."""
+        r"""The fingerprint of the images that the latents were made from."""
         return self.identity.data
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -160,8 +160,8 @@ class CachedLatents(BatchDataset):
         Raises `UserError` with the reason if these are not the latents of these images under this autoencoder.
 
         Args:
-            autoencoder (`str`): [`autoencoder_fingerprint`] of the one in use.
-            images (`ImageDataset` or `None`): The images in use, if they are at hand.
+            autoencoder (`str`): [`autoencoder_fingerprint`] of the autoencoder in use.
+            images (`ImageDataset` or `None`): The images in use, if they are loaded.
         """
         wanted = {"autoencoder": autoencoder}
         if images is not None:
@@ -177,8 +177,8 @@ class CachedLatents(BatchDataset):
 
 class ImagesWithLatents(BatchDataset):
     r"""
-    Images beside their cached latents, under the same numbers and draws: `pixel_values` and labels as
-    [`~dae_diffusers.data.ImageDataset`] gives them, `latents_mean` and `latents_std` as [`CachedLatents`] does.
+    Images together with their cached latents, with the same index and draw: `pixel_values` and labels from
+    [`~dae_diffusers.data.ImageDataset`], `latents_mean` and `latents_std` from [`CachedLatents`].
     """
 
     def __init__(self, images: ImageDataset, latents: CachedLatents):
@@ -208,23 +208,23 @@ def write_latent_cache(
     r"""
     Encodes every image once, mirrored too if its config says `random_flip`, into `folder`.
 
-    Processes take turns at the shards. A shard is written to a temporary file and renamed, and says in its header of which
-    autoencoder, data and transform it is, which part of them, and its checksum. So an interrupted run goes on where it
-    stopped: what is whole and of this very cache stays, and what is missing or damaged is made again. All processes call it.
+    Processes take turns at the shards. A shard is written to a temporary file and renamed. Its header names the
+    autoencoder, the data, the transform, its position, and its checksum. So an interrupted run continues where it
+    stopped: whole shards of the same cache stay, missing and damaged ones are made again. All processes call it.
 
     Args:
-        folder (`Path`): A new folder, or one that this very cache was begun in.
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on the accelerator's device.
+        folder (`Path`): A new folder, or the folder of the same unfinished cache.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on the accelerator's device.
         images ([`~dae_diffusers.data.ImageDataset`]): Centre-cropped.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         batch_size (`int`): Images encoded at once.
         dtype (`str`, *optional*): `float32`, `float16` or `bfloat16`.
         shard_size (`int`, *optional*): Images in a shard.
-        num_workers (`int`, *optional*): Processes that read images beside each.
-        replace (`bool`, *optional*): Whether to remove another or a damaged cache in that folder instead of refusing it.
+        num_workers (`int`, *optional*): Data-loading processes for each process.
+        replace (`bool`, *optional*): Whether to replace another or a damaged cache in that folder instead of refusing it.
 
     Returns:
-        [`CachedLatents`]: The cache, every shard of which has just been written or verified.
+        [`CachedLatents`]: The cache; all its shards were just written or verified.
 
     Raises:
         UserError: If the folder holds another cache, or shards of one.
@@ -283,7 +283,7 @@ def write_latent_cache(
 
 def open_latent_cache(folder: str | os.PathLike, accelerator: Accelerator) -> CachedLatents:
     r"""
-    A finished cache, each shard of which the main process of each machine verifies once. All processes call it.
+    Opens a finished cache. The main process of each machine verifies every shard. All processes call it.
 
     Raises:
         UserError: On every process, if the cache is missing, unfinished or damaged for one of them.
@@ -293,11 +293,12 @@ def open_latent_cache(folder: str | os.PathLike, accelerator: Accelerator) -> Ca
 
 def open_once_per_machine(read: Callable[[bool], T], accelerator: Accelerator) -> T:
     r"""
-    What `read` gives, on every process, where only the main one of each machine verifies: the files are large. All call it.
+    Returns the result of `read` on every process, but verifies only in the main process of each machine, because the files are
+    large. All processes call it.
 
     Args:
-        read: From whether to verify to the result.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        read: Takes whether to verify, and returns the result.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
 
     Raises:
         UserError: On every process, if it is raised on one of them.
@@ -317,7 +318,7 @@ def open_once_per_machine(read: Callable[[bool], T], accelerator: Accelerator) -
 
 
 def autoencoder_fingerprint(vae: ModelMixin, parts: tuple[str, ...] = ("encoder", "quant_conv")) -> str:
-    r"""Of the weights that make latents; the decoder may change without making a cache stale."""
+    r"""The fingerprint of the weights that make latents. The decoder may change: the cache stays valid."""
     return fingerprint(weights_of(vae, parts))
 
 
@@ -338,7 +339,7 @@ def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> 
 
 
 def image_identity(images: ImageDataset) -> dict[str, Any]:
-    r"""What a [`CacheIdentity`] says of the images."""
+    r"""The part of a [`CacheIdentity`] that describes the images."""
     config = images.config
     return {
         "data": images.fingerprint,
@@ -358,12 +359,12 @@ def _num_shards(num_samples: int, shard_size: int) -> int:
 
 
 def _of_shard(identity: CacheIdentity, shard_size: int, number: int) -> dict[str, Any]:
-    """What a shard says of itself."""
+    """What a shard records in its header."""
     return {**_OF_MANIFEST, **vars(identity), "shard_size": shard_size, "shard": number}
 
 
 def _explained(problem: NotKept, identity: CacheIdentity, shard_size: int, number: int) -> str:
-    """Why a shard is not used, as the end of a sentence; of one that is whole, what it is of."""
+    """Why a shard is not used, as the end of a sentence; for a whole one, what it was made from."""
     if problem.of is None:
         return str(problem)
     differences = _differences(problem.of, _of_shard(identity, shard_size, number))
@@ -392,7 +393,7 @@ def _begin(folder: Path, manifest: dict[str, Any], identity: CacheIdentity, repl
     if differences and not replace:
         raise UserError(f"{folder} holds another latent cache: {'; '.join(differences)}. Choose another folder.")
     if differences:
-        # The manifest first: what a kill leaves of the shards says by itself what it is. Only names that we write.
+        # The manifest first: shards that a kill leaves behind carry their own record. Remove only names that we write.
         path.unlink(missing_ok=True)
         for shard in folder.glob("shard-*.safetensors"):
             shard.unlink(missing_ok=True)
@@ -405,7 +406,7 @@ def _begin(folder: Path, manifest: dict[str, Any], identity: CacheIdentity, repl
 
 
 def _other_cache(folder: Path, manifest: dict[str, Any] | None, identity: CacheIdentity, shard_size: int) -> list[str]:
-    """How what lies in a folder differs from a cache, as phrases: by its manifest, and by what each whole shard says of itself."""
+    """How the content of a folder differs from a cache, as phrases: by its manifest, and by the record in each whole shard."""
     if manifest is not None:
         wanted = {**vars(identity), "shard_size": shard_size}
         differences = _differences({**manifest["identity"], "shard_size": manifest["shard_size"]}, wanted)
@@ -416,7 +417,7 @@ def _other_cache(folder: Path, manifest: dict[str, Any] | None, identity: CacheI
         try:
             number = kept_of(path)["shard"]
             kept_tensors(path, {**wanted, "shard": number}, verify=False)
-        except NotKept as problem:  # whole, and of something else; what is damaged is nobody's
+        except NotKept as problem:  # whole, but made from something else; damaged shards do not count
             if problem.of is not None:
                 return _differences(problem.of, {**wanted, "shard": number})
         except (KeyError, TypeError):
@@ -425,7 +426,7 @@ def _other_cache(folder: Path, manifest: dict[str, Any] | None, identity: CacheI
 
 
 def _manifest_of_old_version(folder: Path) -> dict[str, Any] | None:
-    """What a cache of the first version says of itself; its shards say nothing, so that they are made again."""
+    """The manifest of a cache of version 1. Its shards hold no record, so they are made again."""
     try:
         manifest = read_json(folder / _MANIFEST)
         return {"identity": dict(manifest["identity"]), "shard_size": manifest["shard_size"]}

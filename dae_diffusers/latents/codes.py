@@ -1,4 +1,4 @@
-"""Images as grids of codes: how often each code occurs, and grids that were encoded once for training on them."""
+"""Images as grids of codes: counts of the codes, and grids that are encoded once to train on."""
 
 import os
 from pathlib import Path
@@ -38,9 +38,9 @@ def count_codes(vae: VQModel, loader: DataLoader, accelerator: Accelerator) -> t
     How often each code occurs in the images.
 
     Args:
-        vae ([`~diffusers.VQModel`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.VQModel`]): The autoencoder, in eval mode, on the accelerator's device.
         loader (`DataLoader`): This process's share of the images; see `make_pass_loader`.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
 
     Returns:
         `torch.Tensor` of shape `(K,)`: int64, over all processes.
@@ -53,7 +53,7 @@ def count_codes(vae: VQModel, loader: DataLoader, accelerator: Accelerator) -> t
 
 
 def codebook_metrics(counts: torch.Tensor) -> dict[str, float]:
-    r"""`codebook_usage`, a share in [0, 1], and `codebook_perplexity`, of `(K,)` occurrences over a whole pass."""
+    r"""`codebook_usage` (a share in [0, 1]) and `codebook_perplexity`, from the codes' `(K,)` counts over a whole pass."""
     return {"codebook_usage": codebook_usage(counts), "codebook_perplexity": codebook_perplexity(counts)}
 
 
@@ -61,7 +61,7 @@ class CodeGrids(BatchDataset):
     r"""
     The codes of one split, indexed like [`~dae_diffusers.data.ImageDataset`]: by number, or by `(number, draw)`.
 
-    Whole batches are gathered at once. Each is `{"codes": (B, h, w) int64, "class_labels": (B,) int64}`; the labels only
+    Whole batches are read at once. A batch is `{"codes": (B, h, w) int64, "class_labels": (B,) int64}`, with labels only
     if there are any.
 
     Args:
@@ -105,17 +105,18 @@ def cached_codes(
     num_workers: int = 0,
 ) -> CodeGrids:
     r"""
-    The codes of all images, mirrored too if their config says `random_flip`: read from a file, or encoded into it once.
+    The codes of all images, and of mirrored ones if their config has `random_flip`. They are read from a file, or encoded and written.
 
-    All processes call it. The file is whole or absent, and says in its header of what it is; see [`~dae_diffusers.store.keep_tensors`].
+    All processes call it. The file is whole or absent, and its header says what it was made from; see
+    [`~dae_diffusers.store.keep_tensors`].
 
     Args:
         path (`Path`): The file, `*.safetensors`.
-        vae ([`~diffusers.VQModel`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.VQModel`]): The autoencoder, in eval mode, on the accelerator's device.
         images ([`~dae_diffusers.data.ImageDataset`]): Centre-cropped.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         batch_size (`int`): Images encoded at once.
-        num_workers (`int`, *optional*): Processes that read images beside each.
+        num_workers (`int`, *optional*): Data-loading processes for each process.
 
     Returns:
         [`CodeGrids`]: The same on every process.

@@ -1,4 +1,4 @@
-"""What a latent space looks like to the model that has to learn it."""
+"""Diagnostics of a latent space: numbers that describe how hard it may be to model."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.store import finite_or_none
 
-# Up to this many latent elements (134 MB of float64) the covariance is that of whole latents, above it of channels.
+# Up to this many latent elements (134 MB of float64) the covariance is over whole latents, above it over channels.
 MAX_COVARIANCE_DIM = 4096
 
 # A channel is dead if no more than this share of its variance comes from the image, the rest being posterior noise.
@@ -23,10 +23,10 @@ HIGH_FREQUENCY = 0.25
 @dataclass
 class LatentDiagnostics:
     r"""
-    Running sums over posteriors `q(z|x) = N(mean, std^2)` of raw latents; two of them add up to those of both sets.
+    Running sums over posteriors `q(z|x) = N(mean, std^2)` of raw latents. The sum of two instances describes both sets.
 
-    "Latents" are draws from the posteriors, without the noise of drawing: their variance is that of the posterior
-    means plus the mean of `std^2`, as in [`~dae_diffusers.latents.statistics.LatentStatistics`]. "Normalised" is
+    "Latents" are draws from the posteriors, in expectation: their variance is the variance of the posterior
+    means plus the mean of `std^2`, as in [`~dae_diffusers.latents.statistics.LatentStatistics`]. "Normalised" means
     divided by that standard deviation, per channel. So nothing here depends on the unit of a channel, except `mean`,
     `std` and `kl`.
 
@@ -128,8 +128,8 @@ class LatentDiagnostics:
     @property
     def covariance_of(self) -> str:
         r"""
-        What `effective_rank` and `gaussian_entropy` are of: `"latent"`, whole latents of `C * h * w` elements, if
-        these are 4096 at most; else `"channels"`, the `C` channels at one position, which says nothing of neighbours.
+        The vectors whose covariance `effective_rank` and `gaussian_entropy` use: `"latent"`, whole latents of `C * h * w` elements,
+        if these are at most 4096; else `"channels"`, the `C` channels at one position, which ignores neighbours.
         """
         return "latent" if len(self.total) == math.prod(self.shape) else "channels"
 
@@ -155,14 +155,14 @@ class LatentDiagnostics:
 
     @property
     def posterior_std_ratio(self) -> torch.Tensor:
-        r"""Root mean square of the posterior's std over the latents' std, per channel, `(C,)`; 1: nothing but noise."""
+        r"""Root mean square of the posterior's std, divided by the latents' std, per channel, `(C,)`. 1 means only noise."""
         return self._mean_variance.sqrt() / self._std_or_one
 
     @property
     def dead_channels(self) -> torch.Tensor:
         r"""
-        Channels whose posterior means hold at most 1 % of their variance, `(C,)`, bool: they tell nothing of the
-        image. The "inactive units" of Burda et al., 2015, https://huggingface.co/papers/1509.00519, relative to the
+        Channels whose posterior means hold at most 1 % of their variance, `(C,)`, bool: they hold no information about the
+        image. They are the "inactive units" of Burda et al., 2015, https://huggingface.co/papers/1509.00519, relative to the
         variance.
         """
         return self._variance_of_means <= DEAD_CHANNEL_SHARE * (self._variance_of_means + self._mean_variance)
@@ -216,8 +216,8 @@ class LatentDiagnostics:
         Entropy of the Gaussian with the normalised latents' covariance (posterior noise included), in nats per
         dimension.
 
-        It bounds what a latent element can hold from above: 1.42 for white noise, less the more its elements predict
-        each other, `-inf` for a singular covariance, as of a deterministic encoder with a constant channel.
+        It is an upper bound of what a latent element can hold: 1.42 for white noise, less if elements predict
+        each other, `-inf` for a singular covariance, such as that of a deterministic encoder with a constant channel.
         """
         noise = self.variance / self.num_images
         if self.covariance_of == "channels":
@@ -228,9 +228,9 @@ class LatentDiagnostics:
 
     def summary(self) -> dict[str, float | int | str | list[float] | None]:
         r"""
-        All of it as plain numbers, for JSON; lists have one entry per channel, that of the spectrum one per frequency. What is
-        not defined is None: `effective_rank` and `gaussian_entropy` where the covariance is singular for want of images, a
-        logarithm of 0, the spectrum of latents that are all the same.
+        All diagnostics as plain numbers, for JSON. Lists have one entry per channel, the spectrum one per frequency. Undefined
+        values are None: `effective_rank` and `gaussian_entropy` if there are too few images for the covariance, a
+        logarithm of 0, the spectrum of latents that are all equal.
         """
         values = {
             "num_images": self.num_images,
@@ -250,8 +250,8 @@ class LatentDiagnostics:
 
     def scalars(self) -> dict[str, float]:
         r"""
-        The single numbers of [`summary`], for a log during training; those of the covariance only if there are enough
-        images for it. Beside them the mean over channels of `kl` and `posterior_std_ratio`, where there is a posterior.
+        The scalars of [`summary`], for a log during training; those of the covariance only if there are enough
+        images. If there is a posterior, also the means over channels of `kl` and `posterior_std_ratio`.
         """
         scalars = {
             "dead_channel_share": self.dead_channels.double().mean().item(),
@@ -275,14 +275,14 @@ class LatentDiagnostics:
 
     @property
     def _num_vectors(self) -> int:
-        """Of [`covariance_of`]."""
+        """Number of vectors seen, of the kind that [`covariance_of`] names."""
         return self.num_images if self.covariance_of == "latent" else self._num_elements
 
     @property
     def _variance_of_means(self) -> torch.Tensor:
         first, second = self.powers[:2] / self._num_elements
         variance = second - first.square()
-        # The difference cancels where a channel is constant: what is within its rounding is 0.
+        # The difference cancels for a constant channel: a value within its rounding error is 0.
         return torch.where(variance > 1e-13 * second, variance, 0)
 
     @property
@@ -303,7 +303,7 @@ class LatentDiagnostics:
         return power, torch.hypot(rows[:, None], columns)
 
     def _covariance_of_means(self) -> torch.Tensor:
-        """Of the normalised posterior means."""
+        """Covariance of the normalised posterior means."""
         dim, height_width = len(self.total), self.shape[1] * self.shape[2]
         of_latents = self.covariance_of == "latent"
         count = self._num_vectors
@@ -326,11 +326,11 @@ class LatentDiagnostics:
 
 def plot_latent_space(diagnostics: LatentDiagnostics, path: str | Path) -> None:
     r"""
-    Draws, channel by channel, what latents' standard deviation and its share that is posterior noise are; the power by
-    spatial frequency; and how many directions hold the variance.
+    Draws the standard deviation and the share of posterior noise of each channel, the power by spatial frequency, and how
+    many directions hold the variance.
 
     Args:
-        diagnostics ([`LatentDiagnostics`]): Of the latents.
+        diagnostics ([`LatentDiagnostics`]): The diagnostics to draw.
         path (`str` or `Path`): The PNG to write.
     """
     figure = Figure(figsize=(15, 3.4), layout="constrained")
@@ -372,7 +372,7 @@ def linear_probe_accuracy(
     ridge: float = 0.1,
 ) -> float:
     r"""
-    Accuracy of a linear classifier on flattened latents: how much of the class lies open.
+    Accuracy of a linear classifier on flattened latents: how well a linear map predicts the class.
 
     Least squares on one-hot labels with an intercept and an L2 penalty, solved exactly in float64. Each latent element
     is first divided by its standard deviation over the training set, so the unit of a channel does not matter.
@@ -380,10 +380,10 @@ def linear_probe_accuracy(
     Args:
         train_latents, test_latents (`torch.Tensor` of shapes `(N, ...)` and `(M, ...)`): Posterior means.
         train_labels, test_labels (`torch.Tensor` of shapes `(N,)` and `(M,)`): Integers from 0.
-        ridge (`float`, *optional*, defaults to 0.1): Penalty of the squared weights beside the mean squared error.
+        ridge (`float`, *optional*, defaults to 0.1): Weight of the penalty on squared weights, relative to the mean squared error.
 
     Returns:
-        `float`: Share of the test latents whose label is found, in [0, 1].
+        `float`: Share of the test latents that are classified correctly, in [0, 1].
     """
     for latents, labels in ((train_latents, train_labels), (test_latents, test_labels)):
         if len(latents) != len(labels) or len(latents) == 0 or labels.ndim != 1 or labels.is_floating_point():

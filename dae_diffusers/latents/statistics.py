@@ -1,4 +1,4 @@
-"""Per-channel statistics of the latents, and the normalisation that is made of them."""
+"""Per-channel statistics of the latents, and the normalisation by them."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from dae_diffusers.errors import UserError
 @dataclass
 class LatentStatistics:
     r"""
-    Running sums over raw latents; two of them add up to the statistics of both sets.
+    Running sums over raw latents. The sum of two instances describes both sets.
 
     Attributes:
         count (`int`): Latent elements of each channel seen.
@@ -34,7 +34,7 @@ class LatentStatistics:
 
     def add(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
         r"""
-        Counts a batch of posteriors: the statistics are those of draws from them, without the noise of drawing.
+        Adds a batch of posteriors. The statistics are the expectation over draws from the posteriors.
 
         Args:
             mean (`torch.Tensor` of shape `(B, C, h, w)`): Posterior means.
@@ -63,11 +63,10 @@ class LatentStatistics:
 
     def write_to_config(self, vae: ModelMixin) -> None:
         r"""
-        Puts the statistics where every user of the autoencoder finds them: `latents_mean`, `latents_std` and
-        `scaling_factor = 1.0` in its config.
+        Writes the statistics into the autoencoder's config, as `latents_mean`, `latents_std` and `scaling_factor = 1.0`.
 
         Raises:
-            ValueError: If a channel is constant, which nothing can normalise.
+            ValueError: If a channel is constant and so cannot be normalised.
         """
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.std).all()):
             raise ValueError("the latents hold NaN or infinite values: the weights of the encoder are broken.")
@@ -75,7 +74,7 @@ class LatentStatistics:
         if dead:
             raise ValueError(
                 f"latent channels {dead} are constant over the data and cannot be normalised: the encoder has "
-                "collapsed there. Lower the KL weight or the number of latent channels, or train longer."
+                "collapsed in them. Lower the KL weight or the number of latent channels, or train longer."
             )
         vae.register_to_config(
             latents_mean=self.mean.tolist(), latents_std=self.std.tolist(), scaling_factor=1.0, shift_factor=None
@@ -90,8 +89,8 @@ def moments_of(
     Mean and standard deviation of the raw latents of a batch, from a cache (`latents_mean`, `latents_std`) or from the encoder.
 
     Args:
-        batch (`dict`): With cached moments, or with `pixel_values` `(B, C, H, W)` in [-1, 1].
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
+        batch (`dict`): A batch with cached moments, or with `pixel_values` `(B, C, H, W)` in [-1, 1].
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on `device`.
         device (`torch.device`): Where to encode.
 
     Returns:
@@ -110,7 +109,7 @@ def compute_latent_statistics(
     Encodes every image once, unless its latents are cached, and returns the statistics over all processes.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on `device`.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on `device`.
         loader (`DataLoader`): This process's share of the images or cached latents; see `make_pass_loader`.
         device (`torch.device`, *optional*): Where to encode.
         disable_progress (`bool`, *optional*): Whether to hide the progress bar.
@@ -126,11 +125,11 @@ def compute_latent_statistics(
 
 def write_latent_statistics(vae: ModelMixin, loader: DataLoader, accelerator: Accelerator) -> None:
     r"""
-    [`compute_latent_statistics`], put into the autoencoder's config.
+    Calls [`compute_latent_statistics`] and writes the result into the autoencoder's config.
 
     Args:
-        vae, loader: As there.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        vae, loader: As in [`compute_latent_statistics`].
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
 
     Raises:
         UserError: If the latents cannot be normalised.
@@ -146,15 +145,15 @@ def write_latent_statistics(vae: ModelMixin, loader: DataLoader, accelerator: Ac
 
 def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     r"""
-    Raw latents to what the denoiser sees: `(latents - latents_mean) * scaling_factor / latents_std` per channel, or
+    Normalises raw latents for the denoiser: `(latents - latents_mean) * scaling_factor / latents_std` per channel, or
     `(latents - shift_factor) * scaling_factor` for an autoencoder without statistics. `DAEDiTPipeline` undoes it.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
-        vae ([`~diffusers.AutoencoderKL`]): Whose config holds the statistics.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder whose config holds the statistics.
 
     Returns:
-        `torch.Tensor` of the same shape: With statistics, mean 0 and standard deviation 1 per channel over the data.
+        `torch.Tensor` of the same shape: With statistics, each channel has mean 0 and standard deviation 1 over the data.
     """
     config = vae.config
     if not has_latent_statistics(vae):

@@ -7,13 +7,13 @@ from dae_diffusers.losses.processes import mean_over_processes
 
 def adaptive_weight(other_loss: torch.Tensor, loss: torch.Tensor, layer: torch.Tensor, *, cap: float) -> torch.Tensor:
     r"""
-    `|d other_loss / d layer| / |d loss / d layer|`, the factor that makes a loss pull at a layer as hard as the others do.
+    `|d other_loss / d layer| / |d loss / d layer|`: the factor that gives a loss a gradient at a layer as large as the other's.
 
     The gradients are averaged over all processes, so that all of them use the same factor; under accumulation each
     micro-batch has its own. All processes must call it together.
 
     Args:
-        other_loss, loss (`torch.Tensor`): Scalars whose graphs stay.
+        other_loss, loss (`torch.Tensor`): Scalars; their graphs are retained.
         layer (`torch.Tensor`): A weight that both depend on.
         cap (`float`): Upper bound.
 

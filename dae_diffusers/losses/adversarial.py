@@ -1,4 +1,4 @@
-"""Adversarial loss of scores that a discriminator gives, and what it sees of the images."""
+"""Adversarial losses on the logits of a discriminator, and the augmentation of its images."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ def discriminator_loss(
     logits_real: torch.Tensor, logits_fake: torch.Tensor, loss_type: AdversarialLossType = "hinge"
 ) -> torch.Tensor:
     r"""
-    What the discriminator minimises, averaged over all logits; half of each side.
+    The loss of the discriminator: the mean over all logits of half the term for real and half the term for fake images.
 
     `hinge`: `relu(1 - real)` and `relu(1 + fake)`; `non_saturating`: `softplus(-real)` and `softplus(fake)`.
     """
@@ -22,14 +22,14 @@ def discriminator_loss(
 
 
 def generator_loss(logits_fake: torch.Tensor, loss_type: AdversarialLossType = "hinge") -> torch.Tensor:
-    r"""What the decoder minimises: `-fake` for `hinge`, `softplus(-fake)` for `non_saturating`; mean over all logits."""
+    r"""The adversarial loss of the decoder: `-fake` for `hinge`, `softplus(-fake)` for `non_saturating`; mean over all logits."""
     return -logits_fake.float().mean() if loss_type == "hinge" else F.softplus(-logits_fake.float()).mean()
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
     r"""
-    DiffAug: random brightness, saturation, contrast, translation (by up to 1/8) and a cut-out square (half the side), for
-    each image on its own, differentiable. Real and generated images both pass through it.
+    DiffAug: random brightness, saturation, contrast, translation (by up to 1/8) and a cut-out square (half the side), drawn for
+    each image and differentiable. Apply it to real and generated images.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].

@@ -1,4 +1,4 @@
-"""How far latents or hidden states are from the features of a vision model: the VF loss and REPA."""
+"""Losses that align latents (VF loss) or hidden states (REPA) with the features of a vision model."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ def marginal_cosine_loss(projected: torch.Tensor, features: torch.Tensor, margin
     `mean(relu(1 - margin - cos(projected, features)))` over positions: 0 where the angle is small enough.
 
     Args:
-        projected, features (`torch.Tensor` of shape `(B, D, h, w)`): Latents in the features' width, and features.
+        projected, features (`torch.Tensor` of shape `(B, D, h, w)`): Latents projected to the width of the features, and features.
         margin (`float`): In [0, 2).
 
     Returns:
@@ -25,7 +25,7 @@ def marginal_distance_matrix_loss(
 ) -> torch.Tensor:
     r"""
     `mean(relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin))` over all pairs of positions `i, j` of an image: positions that are
-    alike for the vision model should be alike in the latents. The two widths may differ.
+    similar for the vision model should be similar in the latents. The two widths may differ.
 
     Costs `2 N^2 (D + D')` floating-point operations per image of `N` positions, and `4 N^2 D` for the gradient.
 
@@ -46,7 +46,8 @@ def representation_alignment_loss(projected: torch.Tensor, features: torch.Tenso
     `-mean(cos(projected, features))` over positions: from -1 (aligned) to 1.
 
     Args:
-        projected, features (`torch.Tensor` of shape `(B, D, h, w)`): Hidden states in the features' width, and features.
+        projected, features (`torch.Tensor` of shape `(B, D, h, w)`): Hidden states projected to the width of the features, and
+            features.
 
     Source: REPA, Yu et al., 2024, https://huggingface.co/papers/2410.06940.
     """

@@ -25,11 +25,11 @@ def kl_loss(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
     r"""
     Divergence of the posterior from the standard normal, `mean((mean^2 + var - 1 - log var) / 2)`.
 
-    The mean runs over samples and latent elements, so the weight that belongs to it does not depend on the size of the
+    The mean is over samples and latent elements, so its weight does not depend on the size of the
     latents. (`DiagonalGaussianDistribution.kl` sums over the elements instead.)
 
     Args:
-        posterior (`DiagonalGaussianDistribution`): Of shape `(B, C, h, w)`.
+        posterior (`DiagonalGaussianDistribution`): The posterior, of shape `(B, C, h, w)`.
 
     Returns:
         `torch.Tensor`: Scalar >= 0, in nats per latent element, in float32.

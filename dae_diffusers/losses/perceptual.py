@@ -1,4 +1,4 @@
-"""Perceptual loss: distance between the hidden states that a vision model has of two batches of images."""
+"""Perceptual loss: the distance between a vision model's hidden states for two batches of images."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 def perceptual_distance(hidden_states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
     r"""
-    Layer-wise distance of features of unit length: for each layer the squared distance of the two feature vectors at
-    each position, `2 - 2 cos`, averaged over positions; then averaged over layers.
+    Distance between features of unit length. For each layer it is the squared distance of the two feature vectors at
+    each position, `2 - 2 cos`, averaged over positions. The result is the mean over layers.
 
     Args:
         hidden_states, targets (`Sequence[torch.Tensor]` of shape `(B, D, ...)`): One for each layer, features second.

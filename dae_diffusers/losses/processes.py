@@ -1,11 +1,11 @@
-"""What losses ask the other processes of a run for."""
+"""Communication between the processes of a run that losses need."""
 
 import torch
 import torch.distributed as dist
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    r"""The mean of the same tensor of all processes, without gradient. All processes must call it together."""
+    r"""The mean of a tensor over all processes, without gradient. All processes must call it together."""
     values = values.detach()
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values

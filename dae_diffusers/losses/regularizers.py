@@ -1,6 +1,6 @@
 """
-Other ways than a weak decoder to make a latent space easy: what is done to the images before the encoder and to the latents
-before the decoder while the autoencoder trains. Each is a pure function of its input and torch's random state.
+Regularisers that make a latent space easier to model, besides a weak decoder. While the autoencoder trains, they change the
+images before the encoder or the latents before the decoder. Each is a pure function of its input and torch's random state.
 """
 
 import math
@@ -58,7 +58,7 @@ def interpolate_with_noise(latents: torch.Tensor, noise_scale: float) -> torch.T
 def add_noise(latents: torch.Tensor, tau: float) -> torch.Tensor:
     r"""
     `latents + sigma * std * noise` with `sigma = |normal(0, tau)|` for each sample and `std` the latents' standard deviation in each
-    channel: the real decoder learns to bear the errors of a diffusion model.
+    channel: the real decoder learns to tolerate the errors of a diffusion model.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
@@ -77,11 +77,11 @@ def add_noise(latents: torch.Tensor, tau: float) -> torch.Tensor:
 @dataclass(frozen=True)
 class SpatialTransform:
     r"""
-    A rotation by quarter turns and a downscaling that latents and images can both undergo, for EQ-VAE: the decoder gets
-    transformed latents and must give the transformed image.
+    A rotation by quarter turns and a downscaling for both latents and images, as in EQ-VAE: the decoder gets
+    transformed latents and must return the transformed image.
 
     Attributes:
-        quarter_turns (`int`): Counter-clockwise.
+        quarter_turns (`int`): Number of quarter turns, counter-clockwise.
         size (`tuple[int, int]`): Height and width of the latents after scaling, before turning.
         factor (`int`): Pixels of an image per latent, along a side.
 
@@ -94,7 +94,7 @@ class SpatialTransform:
 
     @classmethod
     def draw(cls, latent_size: tuple[int, int], factor: int) -> "SpatialTransform":
-        r"""A random one: any number of quarter turns, a scale uniform in [0.25, 1], whole latents."""
+        r"""Draws a random transform: any number of quarter turns, and a scale uniform in [0.25, 1], rounded to whole latents."""
         scale = _MIN_SCALE + (1 - _MIN_SCALE) * torch.rand(()).item()
         size = tuple(max(1, round(scale * side)) for side in latent_size)
         return cls(int(torch.randint(4, ())), size, factor)
@@ -114,11 +114,11 @@ class SpatialTransform:
 @dataclass(frozen=True)
 class Perturbation:
     r"""
-    What one micro-batch's images and latents undergo.
+    The perturbation of the images and latents of one micro-batch.
 
     Attributes:
-        inputs, targets (`torch.Tensor` of shape `(B, C, H, W)`): What the encoder sees, and what the decoder must give.
-        of_latents (`Callable` or `None`): What happens to the latents in between.
+        inputs, targets (`torch.Tensor` of shape `(B, C, H, W)`): Input of the encoder, and target of the decoder.
+        of_latents (`Callable` or `None`): Function applied to the latents in between.
     """
 
     inputs: torch.Tensor

@@ -1,4 +1,4 @@
-"""How losses bring images, latents and features to another grid."""
+"""Resizes images, latents and features for the losses."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     r"""
-    Bilinear with antialiasing, in float32 whatever autocast says: not every device has the kernel for bfloat16.
+    Resizes bilinearly with antialiasing, in float32 even under autocast: not every device has the kernel for bfloat16.
 
     Args:
         values (`torch.Tensor` of shape `(B, C, h, w)`): Images, latents or features.

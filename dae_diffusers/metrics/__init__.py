@@ -1,1 +1,1 @@
-"""What judges autoencoders, latent spaces and generators."""
+"""Metrics of autoencoders, latent spaces and generators."""

@@ -1,4 +1,4 @@
-"""How far apart two sets of feature vectors are, and how varied one is."""
+"""Distances between two sets of feature vectors, and the variety of one set."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ import torch
 
 from dae_diffusers.metrics.statistics import FeatureStatistics
 
-# Distances between all pairs are computed in tiles of this many rows and columns, 32 MiB in float64.
+# Distances between all pairs are computed in tiles of this many rows and columns (32 MiB in float64).
 _TILE = 2048
 
 
@@ -16,21 +16,21 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     r"""
     Fréchet distance between the Gaussians with these moments, `|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2))`, in float64.
 
-    The eigenvalues of `A B` are those of the symmetric `A^(1/2) B A^(1/2)`, so that two symmetric eigenproblems give
-    the trace of the root. A general matrix root, as most implementations take it (`scipy.linalg.sqrtm`), is neither
-    symmetric nor stable for the singular covariances of dead features or few images: its answer is then complex, or
-    depends on an `eps` added to the diagonal and on the BLAS. Here a singular covariance is nothing special.
+    The eigenvalues of `A B` are those of the symmetric matrix `A^(1/2) B A^(1/2)`, so two symmetric eigenproblems give
+    the trace of the root. Most implementations use a general matrix root (`scipy.linalg.sqrtm`), which is neither
+    symmetric nor stable for singular covariances (dead features or few images): its result is then complex, or
+    depends on an `eps` added to the diagonal and on the BLAS. Here a singular covariance needs no special treatment.
 
-    The distance has an upward bias that shrinks like `1 / count`: report the count, compare only equal ones.
+    The distance has an upward bias that shrinks like `1 / count`: report the count, and compare only equal counts.
 
     Args:
-        a, b ([`~dae_diffusers.metrics.statistics.FeatureStatistics`]): Of the same features, 2 vectors or more each.
+        a, b ([`~dae_diffusers.metrics.statistics.FeatureStatistics`]): Statistics of the same features, over at least 2 vectors each.
 
     Returns:
         `float`: At least 0; 0 for equal moments, up to rounding.
 
     Raises:
-        ValueError: If the features have different dimensions, or a covariance is not one.
+        ValueError: If the features have different dimensions, or a matrix is not a covariance.
 
     Source: Heusel et al., 2017, https://huggingface.co/papers/1706.08500.
     """
@@ -44,7 +44,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * _clip_rounding(values, values.max()).sqrt()) @ vectors.T
     product = root @ covariance_b @ root
-    # Rounding goes with the factors: the product itself may be far smaller, if they share no direction.
+    # The rounding error scales with the factors: their product may be far smaller, if they share no direction.
     scale = values.max() * torch.linalg.matrix_norm(covariance_b)
     eigenvalues = _clip_rounding(torch.linalg.eigvalsh((product + product.T) / 2), scale)  # ascending
     rank = min(len(eigenvalues), a.count - 1, b.count - 1)  # at most; the others are rounding, whose root is not small
@@ -54,7 +54,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def few_images_note(num_images: int, feature_dim: int) -> str | None:
-    r"""What to say beside a Fréchet distance of so many images in so many features; None where there are enough."""
+    r"""A note for a Fréchet distance that has fewer images than features; None if there are enough images."""
     if num_images > feature_dim:
         return None
     return (
@@ -67,8 +67,8 @@ def kernel_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float
     r"""
     Kernel distance (KID): unbiased squared maximum mean discrepancy under `k(x, y) = (x.y / D + 1)^3`, over all pairs.
 
-    Unlike the Fréchet distance it has no bias from the number of images; for equal distributions it scatters around 0,
-    below it too.
+    Unlike the Fréchet distance, it has no bias from the number of images. For equal distributions it scatters around 0, so it
+    may be negative.
 
     Args:
         features_a, features_b (`torch.Tensor` of shapes `(N, D)` and `(M, D)`): Two vectors or more each.
@@ -89,11 +89,11 @@ def precision_recall(
     features_real: torch.Tensor, features_generated: torch.Tensor, *, num_neighbors: int = 3
 ) -> tuple[float, float]:
     r"""
-    Improved precision and recall: the share of generated vectors inside the balls around the real ones, and of real
-    vectors inside the balls around the generated ones. A ball reaches to the `num_neighbors`-th neighbour of its
-    centre in the centre's own set (itself not counted), border included.
+    Improved precision and recall: the share of generated vectors inside the balls around real ones, and the share of real
+    vectors inside the balls around generated ones. A ball reaches to the `num_neighbors`-th neighbour of its
+    centre in the centre's own set (not counting itself), border included.
 
-    Both depend on the number of images: compare only equal ones.
+    Both depend on the number of images: compare only equal numbers.
 
     Args:
         features_real, features_generated (`torch.Tensor` of shapes `(N, D)` and `(M, D)`): More than `num_neighbors`
@@ -115,9 +115,9 @@ def density_coverage(
     features_real: torch.Tensor, features_generated: torch.Tensor, *, num_neighbors: int = 5
 ) -> tuple[float, float]:
     r"""
-    Density, the mean number of balls around real vectors that hold a generated one, over `num_neighbors`; and
-    coverage, the share of real vectors whose ball holds a generated one. Balls are those of [`precision_recall`];
-    unlike it, both look only at the real set's, which outliers among the generated vectors cannot blow up.
+    Density is the mean number of real vectors' balls that hold a generated vector, divided by `num_neighbors`. Coverage is
+    the share of real vectors whose ball holds a generated vector. Balls are those of [`precision_recall`]. Both use only
+    balls of the real set, which outliers among the generated vectors cannot enlarge.
 
     Args:
         features_real, features_generated (`torch.Tensor` of shapes `(N, D)` and `(M, D)`): More than `num_neighbors`
@@ -141,19 +141,19 @@ def inception_score(probabilities: torch.Tensor, *, splits: int = 10) -> tuple[f
     Inception score: `exp(mean KL(p(y|x) || p(y)))` in each of `splits` consecutive parts, then mean and standard
     deviation (divided by `splits`) over the parts.
 
-    It is defined by Inception's 1008 classes and made for images like ImageNet's; with another classifier it is
-    another score, and names should say so.
+    It is defined with Inception's 1008 classes, for images like ImageNet's. With another classifier it is
+    a different score, and its name should say so.
 
     Args:
-        probabilities (`torch.Tensor` of shape `(N, num_classes)`): Of each image, `logits.softmax(dim=1)`, in random
+        probabilities (`torch.Tensor` of shape `(N, num_classes)`): `logits.softmax(dim=1)` of each image, in random
             order of the images.
-        splits (`int`, *optional*, defaults to 10): Parts.
+        splits (`int`, *optional*, defaults to 10): Number of parts.
 
     Returns:
         `tuple[float, float]`: Mean, in [1, num_classes], and standard deviation.
 
     Raises:
-        ValueError: If rows are no probabilities, or there are fewer than `splits`.
+        ValueError: If rows are not probabilities, or there are fewer rows than `splits`.
 
     Source: Salimans et al., 2016, https://huggingface.co/papers/1606.03498.
     """
@@ -181,10 +181,10 @@ def nearest_neighbors(
     Exact Euclidean neighbours of each query, in tiles: memory does not grow with the number of pairs.
 
     Args:
-        queries (`torch.Tensor` of shape `(N, D)`): Whose neighbours to find.
-        points (`torch.Tensor` of shape `(M, D)`, *optional*): Where to find them; without them, among the queries,
-            each leaving out itself (but not its duplicates).
-        num_neighbors (`int`, *optional*, defaults to 1): How many.
+        queries (`torch.Tensor` of shape `(N, D)`): Vectors whose neighbours to find.
+        points (`torch.Tensor` of shape `(M, D)`, *optional*): Candidates. Default: the queries, where a query is not its own
+            neighbour (but a duplicate of it may be).
+        num_neighbors (`int`, *optional*, defaults to 1): Number of neighbours of each query.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Squared distances, float64, and indices, int64, both `(N, num_neighbors)`,
@@ -234,7 +234,7 @@ def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     x, y = x.double(), y.double()
     squares = x.square().sum(1, keepdim=True) + y.square().sum(1)
     distances = squares - 2 * x @ y.T
-    # The difference cancels for equal vectors: what is within its rounding is 0, so that duplicates are duplicates.
+    # The difference cancels for equal vectors: a value within its rounding error is 0, so duplicates have distance 0.
     return distances.masked_fill_(distances <= x.shape[1] * torch.finfo(torch.float64).eps * squares, 0)
 
 
@@ -254,12 +254,12 @@ def _kernel(products: torch.Tensor, feature_dim: int) -> torch.Tensor:
 
 
 def _clip_rounding(eigenvalues: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Eigenvalues of a matrix that should have none below 0: lifts to 0 what rounding at this scale has pushed below."""
+    """Sets eigenvalues that rounding made negative to 0; refuses any that are too negative for rounding at this scale."""
     rounding = 10 * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * scale
     if not eigenvalues.min() >= -rounding:  # NaN too
         raise ValueError(
-            f"the statistics give the eigenvalue {eigenvalues.min().item():.3g} where none is below 0 and rounding makes "
-            f"at most {rounding.item():.3g}: they hold no covariance. Compute them again."
+            f"the statistics have the eigenvalue {eigenvalues.min().item():.3g}, but a covariance has none below 0 and rounding "
+            f"makes at most {rounding.item():.3g}. Compute them again."
         )
     return eigenvalues.clamp(min=0)
 

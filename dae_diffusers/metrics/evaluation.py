@@ -1,4 +1,4 @@
-"""The measurements of `training/evaluate.py`: an autoencoder, its latent space, and images that a pipeline has drawn."""
+"""The measurements of `training/evaluate.py`: of an autoencoder, of its latent space, and of images that a pipeline has drawn."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +34,14 @@ from dae_diffusers.store import fingerprint
 @dataclass
 class EncodedImages:
     r"""
-    What an autoencoder makes of some images, in the images' order, the same on every process.
+    The latents and reconstructions of some images, measured, in the images' order, the same on every process.
 
     Attributes:
-        latents (`torch.Tensor` of shape `(N, C, h, w)`): Posterior means, raw.
-        features, reconstruction_features (`torch.Tensor` of shape `(N, D)` or `None`): Of the images and of their
+        latents (`torch.Tensor` of shape `(N, C, h, w)`): Raw posterior means.
+        features, reconstruction_features (`torch.Tensor` of shape `(N, D)` or `None`): Features of the images and of their
             reconstructions.
-        quality (`dict[str, torch.Tensor]`): Of the reconstructions: a number for each image, `(N,)`, by measure.
-        diagnostics ([`~dae_diffusers.latents.diagnostics.LatentDiagnostics`]): Of the latents.
+        quality (`dict[str, torch.Tensor]`): Quality of the reconstructions: a number for each image, `(N,)`, by measure.
+        diagnostics ([`~dae_diffusers.latents.diagnostics.LatentDiagnostics`]): Diagnostics of the latents.
     """
 
     latents: torch.Tensor
@@ -68,15 +68,15 @@ def encode_images(
     Encodes and decodes each image once, without augmentation, from the posterior's mean. All processes call it.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`]): In eval mode, on the accelerator's device.
+        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on the accelerator's device.
         images ([`~dae_diffusers.data.ImageDataset`]): The images.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Of the features.
-        measures (`dict[str, ImageMeasure]`, *optional*): Of the reconstructions' quality; default: what
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Feature extractor.
+        measures (`dict[str, ImageMeasure]`, *optional*): Measures of the reconstructions' quality; default: those that
             [`~dae_diffusers.metrics.image_quality.image_measures`] finds.
-        batch_size, num_workers (`int`, *optional*): Per process; they change no result.
-        folder (`Path`, *optional*): Where to keep what is done, so that an interrupted evaluation goes on from there.
-        description (`str`, *optional*): Of the progress bar.
+        batch_size, num_workers (`int`, *optional*): Per process; they do not change the results.
+        folder (`Path`, *optional*): Where to keep finished parts, so that an interrupted evaluation can continue.
+        description (`str`, *optional*): Text of the progress bar.
 
     Returns:
         [`EncodedImages`]: The same on every process.
@@ -136,7 +136,7 @@ def image_features(
     num_workers: int = 0,
     folder: Path | None = None,
 ) -> torch.Tensor:
-    r"""Features of the images alone, `(N, D)`; everything as in [`encode_images`]."""
+    r"""Features of the images alone, `(N, D)`; arguments as in [`encode_images`]."""
 
     def extract(chunk: range) -> dict[str, torch.Tensor]:
         loader = make_pass_loader(Subset(images, chunk), batch_size=batch_size, num_workers=num_workers)
@@ -159,7 +159,7 @@ def image_features(
 def evaluation_inputs(
     vae: ModelMixin | None, images: ImageDataset, extractor: FeatureExtractor | None
 ) -> dict[str, Any]:
-    r"""What the measurements of an autoencoder on some images depend on, for [`~dae_diffusers.store.fingerprint_of_json`]."""
+    r"""The inputs that an autoencoder's measurements on some images depend on, for [`~dae_diffusers.store.fingerprint_of_json`]."""
     return {
         "vae": None if vae is None else model_fingerprint(vae),
         "images": [len(images), image_identity(images)],
@@ -171,7 +171,7 @@ def evaluation_inputs(
 def decode_features(
     vae: ModelMixin, latents: torch.Tensor, extractor: FeatureExtractor, accelerator: Accelerator, batch_size: int = 64
 ) -> torch.Tensor:
-    r"""Features of decoded raw latents, `(N, C, h, w)` to `(N, D)`, shared out over the processes."""
+    r"""Features of decoded raw latents, `(N, C, h, w)` to `(N, D)`. The processes share the work."""
     image_pixels = latents[0, 0].numel() * spatial_factor(vae) ** 2
 
     def extract(chunk: range) -> dict[str, torch.Tensor]:
@@ -185,7 +185,7 @@ def decode_features(
 
 
 def reconstruction_metrics(encoded: EncodedImages, extractor: FeatureExtractor | None) -> dict[str, float]:
-    r"""`psnr` (dB), `ssim`, `lpips_<net>`: means over images; and the Fréchet distance of reconstructions to the images."""
+    r"""Means over images of `psnr` (dB), `ssim` and `lpips_<net>`, and the Fréchet distance of reconstructions to the images."""
     metrics = {name: values.double().mean().item() for name, values in encoded.quality.items()}
     if extractor is not None:
         name = extractor.distance_name("r")
@@ -204,12 +204,12 @@ def latent_metrics(
     probe: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     r"""
-    The latent space without a generator: diagnostics, `ifd` (iFID in the extractor's features) and `probe_accuracy`.
+    Measures the latent space without a generator: diagnostics, `ifd` (iFID in the extractor's features) and `probe_accuracy`.
 
     Args:
         vae, accelerator: As in [`encode_images`].
         encoded ([`EncodedImages`]): Held-out images.
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): For `ifd`.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): Feature extractor for `ifd`.
         probe (`tuple`, *optional*): Latents and labels to fit the linear probe on, and the labels of `encoded`.
     """
     metrics = encoded.diagnostics.summary()
@@ -227,7 +227,7 @@ def latent_metrics(
 def codebook_use(
     vae: ModelMixin, encoded: EncodedImages, accelerator: Accelerator, *, batch_size: int = 64
 ) -> dict[str, float]:
-    r"""Which of a `VQModel`'s codes encoded images use: what [`~dae_diffusers.latents.codes.codebook_metrics`] gives."""
+    r"""How encoded images use the codes of a `VQModel`: the result of [`~dae_diffusers.latents.codes.codebook_metrics`]."""
     parts = encoded.latents.split(batch_size)
     codes = torch.cat([codes_of(vae, part.to(accelerator.device)).flatten() for part in parts])
     return codebook_metrics(torch.bincount(codes, minlength=vae.config.num_vq_embeddings))
@@ -246,22 +246,22 @@ def sample_metrics(
     folder: Path | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
     r"""
-    How samples compare with the training images.
+    Compares samples with the training images.
 
     Args:
         samples (`torch.Tensor` or [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
-        reference ([`FeatureStatistics`]): Of all training images.
-        train_features (`torch.Tensor` of shape `(M, D)`): Of some training images.
-        train_reconstruction_features (`torch.Tensor` of shape `(M, D)` or `None`): Of what the autoencoder makes of them;
-            None where there is no autoencoder, so that there is no `gap`.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Feature extractor.
+        reference ([`FeatureStatistics`]): Statistics of all training images.
+        train_features (`torch.Tensor` of shape `(M, D)`): Features of some training images.
+        train_reconstruction_features (`torch.Tensor` of shape `(M, D)` or `None`): Features of the reconstructions of these images.
+            None without an autoencoder; then there is no `gap`.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         batch_size (`int`, *optional*): Images at once, per process.
-        folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation goes on from there.
+        folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation can continue.
 
     Returns:
         `tuple[dict, torch.Tensor]`: The metrics, and for each sample the number of its nearest training image, `(N,)`.
-        `gap` is the Fréchet distance to the training images' *reconstructions*: the generator's own error.
+        `gap` is the Fréchet distance to the *reconstructions* of training images. A decoder that blurs shrinks it too.
         Precision, recall, density and coverage compare the first `min(N, M)` of both.
     """
 

@@ -1,4 +1,4 @@
-"""Images to feature vectors: any Hugging Face vision backbone, or Inception, behind one contract."""
+"""Feature extractors: any vision model of Hugging Face, or Inception, behind one interface."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ class FeatureExtractor(torch.nn.Module):
     A fixed network that turns images into feature vectors.
 
     Called with images `(B, C, H, W)`, floats in [-1, 1], `C` 1 (repeated) or 3, it returns features of the shape
-    `(B, feature_dim)`, float32, without gradients. It stays in eval mode and in float32 whatever surrounds it, autocast
-    included: an image's features depend on nothing but the image.
+    `(B, feature_dim)`, float32, without gradients. It always stays in eval mode and in float32, even under
+    autocast: an image's features depend only on the image.
 
     Attributes:
         name (`str`): Short name in snake_case, part of [`distance_name`].
         feature_dim (`int`): Length of a feature vector.
-        num_classes (`int` or `None`): Length of the logits; None if the network is no classifier.
+        num_classes (`int` or `None`): Length of the logits; None if the network is not a classifier.
         description (`str`): How images are resized and normalised. Distances are comparable only if this, the weights
             and the number of images are the same.
     """
@@ -39,7 +39,7 @@ class FeatureExtractor(torch.nn.Module):
 
     def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Features, and what the Inception score needs beside them, from one pass.
+        Features and logits (for the Inception score) from one forward pass.
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
@@ -53,7 +53,7 @@ class FeatureExtractor(torch.nn.Module):
         """
         if self.num_classes is None:
             raise ValueError(
-                f"{self.name!r} is no classifier and has no logits. Use a network with an image-classification head."
+                f"{self.name!r} is not a classifier and has no logits. Use a network with an image-classification head."
             )
         return self._run(images)
 
@@ -63,19 +63,19 @@ class FeatureExtractor(torch.nn.Module):
 
     def distance_name(self, prefix: Literal["r", "g"]) -> str:
         r"""
-        What a Fréchet distance of these features is called in logs and cards: `rfd_<name>` for reconstructions,
+        The name of a Fréchet distance in these features, for logs and cards: `rfd_<name>` for reconstructions,
         `gfd_<name>` for generated images. Only Inception's is called `rfid` and `gfid`.
         """
         return f"{prefix}fd_{self.name}"
 
     @property
     def device(self) -> torch.device:
-        r"""Where the weights lie; images are brought there."""
+        r"""Device of the weights; images are moved there."""
         return next(self.parameters()).device
 
     @cached_property
     def fingerprint(self) -> str:
-        r"""Of the weights and of the preprocessing, for caches."""
+        r"""Fingerprint of the weights and the preprocessing, for caches."""
         return fingerprint(itertools.chain([self.description], *sorted(self.state_dict().items())))
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
 
     def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         backbone_outputs = []
-        # Heads differ in what they take from the backbone: the hook gives both from the model's own forward.
+        # Heads use different outputs of the backbone: the hook takes both from the model's own forward.
         hook = self.model.base_model.register_forward_hook(lambda *call: backbone_outputs.append(call[-1]))
         try:
             output = self.model(pixel_values=prepare_images(images, **self._preprocessing))
@@ -183,12 +183,12 @@ def prepare_images(
     images: torch.Tensor, *, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
     r"""
-    Images to what a vision network takes, rounded to 8 bit first, as saving them would: images from memory and from files
-    give the same.
+    Prepares images for a vision network. They are rounded to 8 bits first, as in a file, so images from memory and from files
+    give the same features.
 
     Args:
-        images (`torch.Tensor` of shape `(B, C, H, W)`): Floats in [-1, 1], clamped to it; `C` 1 (repeated) or 3.
-        size (`tuple[int, int]`): Height and width of the result: bicubic with antialiasing, overshoots clamped.
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Floats, clamped to [-1, 1]; `C` 1 (repeated) or 3.
+        size (`tuple[int, int]`): Height and width of the result (bicubic with antialiasing; overshoots are clamped).
         mean, std (`Sequence[float]`): Normalisation of each colour, for images in [0, 1].
 
     Returns:
@@ -206,7 +206,7 @@ def prepare_images(
 
 
 def _to_rgb_levels(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] to three channels of whole levels in 0..255, float32."""
+    """Converts images in [-1, 1] to three channels of integer levels in 0..255, float32."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"images have the shape {tuple(images.shape)}, but must be (B, C, H, W) with 1 (gray, repeated) or 3 "

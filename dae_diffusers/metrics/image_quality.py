@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its image."""
+"""Measures how close a reconstruction is to its image."""
 
 import importlib.util
 import logging
@@ -39,12 +39,12 @@ def structural_similarity(reconstruction: torch.Tensor, pixel_values: torch.Tens
     SSIM of each image, from `torchmetrics`: the mean over pixels and channels, with an 11x11 Gaussian window of
     standard deviation 1.5, `K1 = 0.01` and `K2 = 0.03`.
 
-    Images are moved to [0, 2] first (a range of 2), because SSIM compares means that must not be negative: the result
-    is that of the same images in [0, 1] or [0, 255].
+    Images are shifted to [0, 2] first (a range of 2), because SSIM compares means, which must not be negative. The result
+    is the same as for these images in [0, 1] or [0, 255].
 
-    The window never shrinks. At the border it sees the image mirrored, and border pixels count like any other, unlike
-    in scikit-image. In an image smaller than the window, all of them are border pixels: the number is defined, but
-    tells little about structure, and is comparable only at the same size.
+    The window never shrinks. At the border it sees the mirrored image, and border pixels count like any others, unlike
+    in scikit-image. In an image smaller than the window, all pixels are border pixels. Then the number is defined, but
+    tells little about structure, and can be compared only at the same size.
 
     Args:
         reconstruction, pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1]; the reconstruction is
@@ -83,7 +83,7 @@ def image_measures(
     image_shape: tuple[int, int, int], *, lpips_net: LPIPSNet | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, ImageMeasure]:
     r"""
-    All measures that this machine has for images of a kind. What is left out is named in the log, with the reason.
+    All measures that this machine has for images of a kind. The log names measures that are left out, with the reason.
 
     Args:
         image_shape (`tuple[int, int, int]`): Channels, height and width.

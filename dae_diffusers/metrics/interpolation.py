@@ -1,4 +1,4 @@
-"""iFID's images: latents halfway to their nearest neighbour, which a good latent space decodes to plausible images."""
+"""The images of iFID: decoded from latents halfway to their nearest neighbour. A good latent space gives plausible images there."""
 
 import torch
 
@@ -11,16 +11,16 @@ def interpolate_to_neighbors(
     r"""
     Moves each latent towards its nearest neighbour among the others, `(1 - alpha) * latent + alpha * neighbour`.
 
-    The Fréchet distance between the decoded results and the images is iFID. It tells how smooth a latent space is
-    between its data, which the reconstruction's distance cannot. We know of the source only its abstract, "FID of
-    images decoded from a latent interpolated with its nearest neighbour"; that neighbours are found by Euclidean
-    distance between normalised posterior means, the straight line and its middle are our choices.
+    iFID is the Fréchet distance between the decoded results and the images. It tells how smooth a latent space is
+    between its data, which the distance of reconstructions does not. Only the abstract of the source was available to us: "FID of
+    images decoded from a latent interpolated with its nearest neighbour". The details are our choices: Euclidean
+    distance between normalised posterior means, the straight line, and its middle.
 
     Args:
         latents (`torch.Tensor` of shape `(N, C, h, w)`): Raw latents of distinct images (posterior means), two or
             more.
-        normalized_latents (`torch.Tensor` of the same shape): The same, normalised per channel, in which neighbours
-            are found: [`~dae_diffusers.latents.statistics.normalize_latents`].
+        normalized_latents (`torch.Tensor` of the same shape): The same latents, normalised per channel, to find neighbours in:
+            [`~dae_diffusers.latents.statistics.normalize_latents`].
         alpha (`float`, *optional*, defaults to 0.5): How far to go, in [0, 1]: 0 gives reconstructions.
 
     Returns:

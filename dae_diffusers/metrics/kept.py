@@ -1,4 +1,4 @@
-"""Results kept in files that are named by a fingerprint of what they depend on: an evaluation computes none of them twice."""
+"""Keeps results in files named by a fingerprint of their inputs, so an evaluation computes none of them twice."""
 
 import itertools
 import json
@@ -27,14 +27,14 @@ from dae_diffusers.store import (
 
 logger = logging.getLogger(__name__)
 
-# Of what is kept: raised when a measurement changes, so that results of an older version are not taken for those of this one.
+# Version of kept results. Raise it when a measurement changes, so that older results are not used.
 _VERSION = 3
 
 
 class KeptRows:
     r"""
-    Rows of a tensor that lie in files, read when they are asked for: drawn images of a large evaluation fit into no memory,
-    least of all once for each process.
+    Rows of a tensor in files, read on access. The drawn images of a large evaluation do not fit into memory, let alone once
+    for each process.
 
     Example:
         ```python
@@ -43,8 +43,8 @@ class KeptRows:
         ```
 
     Args:
-        name (`str`): Of the tensor in the files.
-        files (`dict[range, Path]`): Numbers of some rows, in order, to the safetensors file that holds them.
+        name (`str`): Name of the tensor in the files.
+        files (`dict[range, Path]`): Ranges of rows, in order, and the safetensors file that holds each of them.
     """
 
     def __init__(self, name: str, files: dict[range, Path]):
@@ -55,10 +55,10 @@ class KeptRows:
         return sum(map(len, self.files))
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        r"""Neighbouring rows as a tensor. Raises ValueError for a slice of none, and for one with a step."""
+        r"""Consecutive rows as a tensor. Raises ValueError for an empty slice, and for one with a step."""
         start, stop, step = rows.indices(len(self))
         if step != 1 or start >= stop:
-            raise ValueError(f"{rows} of {len(self)} rows: only neighbouring ones are read, and at least one.")
+            raise ValueError(f"{rows} of {len(self)} rows: only consecutive rows can be read, and at least one.")
         parts = []
         for chunk, path in self.files.items():
             first, last = max(start, chunk.start), min(stop, chunk.stop)
@@ -80,19 +80,19 @@ def keep_rows(
     load: bool = True,
 ) -> dict[str, torch.Tensor] | dict[str, KeptRows]:
     r"""
-    Tensors with a row for each image, computed in chunks that the processes take turns at. All processes call it.
+    Computes tensors with a row for each image, in chunks that the processes take turns at. All processes call it.
 
-    A chunk is kept with what it depends on and a checksum, which are compared when it is read again: one that is damaged or
-    of something else is said once and computed again.
+    A chunk is kept with its inputs and a checksum, which are compared when it is read again. A chunk that is damaged or was
+    made from other inputs is computed again, with one warning.
 
     Args:
-        compute: From the numbers of some rows to these rows of each tensor, on the CPU.
-        num_rows (`int`): In all.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
-        folder (`Path` or `None`): Chunks are kept in a sub-folder, which all processes must see; with None nowhere.
-        of: Everything that the rows depend on, as JSON can hold it.
+        compute: Takes a range of rows, and returns these rows of each tensor, on the CPU.
+        num_rows (`int`): Total number of rows.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        folder (`Path` or `None`): Chunks are kept in a sub-folder, which all processes must see. None: keep nothing.
+        of: All inputs that the rows depend on, as JSON can hold them.
         chunk_size (`int`, *optional*): Rows in a chunk.
-        description (`str`, *optional*): Of the progress bar.
+        description (`str`, *optional*): Text of the progress bar.
         load (`bool`, *optional*, defaults to `True`): Whether to return the rows themselves, in the memory of each process,
             or [`KeptRows`], which need a folder.
 
@@ -141,13 +141,13 @@ def keep_rows(
 
 def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder: Path, of: Any) -> Any:
     r"""
-    Whatever JSON can hold, computed by all processes together, or read. All processes call it.
+    Reads values that JSON can hold from a file, or computes them with all processes together. All processes call it.
 
     Args:
-        compute: To the values, which only those of the main process count.
-        accelerator ([`~accelerate.Accelerator`]): Of this run.
-        folder (`Path`): Where the file is kept.
-        of: Everything that the values depend on, as JSON can hold it.
+        compute: Returns the values; those of the main process count.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        folder (`Path`): The folder of the file.
+        of: All inputs that the values depend on, as JSON can hold them.
 
     Returns:
         The values as JSON gives them back, the same on every process.
@@ -171,7 +171,7 @@ def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    r"""Of a model's weights and of its config, without where it came from."""
+    r"""Fingerprint of a model's weights and config, without the place that it was loaded from."""
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
     described = fingerprint_of_json({key: value for key, value in config.items() if key[0] != "_"})
     return fingerprint(itertools.chain([described], weights_of(model)))
@@ -182,7 +182,7 @@ def _of_chunk(key: str, chunk: range) -> dict[str, Any]:
 
 
 def _say_unusable(unusable: list[str], num_files: int, accelerator: Accelerator) -> None:
-    """One line for all processes, of which only the main one's are shown."""
+    """Logs one line for all processes; only the main process shows it."""
     unusable = [each for share in gather_object([unusable]) for each in share]
     if unusable and accelerator.is_main_process:
         logger.warning("%s. Files to be computed again: %d of %d.", unusable[0], len(unusable), num_files)

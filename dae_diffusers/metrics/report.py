@@ -1,4 +1,4 @@
-"""What an evaluation tells its reader: the setting, tables and pictures."""
+"""The report of an evaluation: its settings, tables and pictures."""
 
 import importlib.metadata
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ def describe(
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    r"""Everything that the numbers depend on; `config` is a dataclass of the script."""
+    r"""Everything that the numbers depend on; `config` is the script's settings class."""
     parts = ("_class_name", "latent_channels", "block_out_channels")
     packages = ["dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"]
     packages += [name for name in ("torchmetrics", "torch-fidelity", "lpips") if find_spec(name.replace("-", "_"))]
@@ -53,7 +53,7 @@ def describe(
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    r"""The numbers as tables, and what they depend on most; all of it stands in `metrics.json`."""
+    r"""The numbers as tables, with their main settings; `metrics.json` holds all settings."""
     lines = []
     for part in [name for name in ("reconstruction", "latent_space", "codebook") if name in results]:
         lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
@@ -78,7 +78,7 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 
 def few_images_lines(setting: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    r"""A warning below the tables where distances come from fewer images than the features have numbers."""
+    r"""A warning below the tables if distances come from fewer images than the features have dimensions."""
     if not setting["features"]:
         return []
     counts = [setting[images]["number"] for images in ("train_images", "validation_images")]
@@ -102,7 +102,7 @@ def _to_cell(value: Any) -> str:
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
-    r"""The distance against guidance, a line for each number of steps; against steps, where guidance is always the same."""
+    r"""Draws the distance against guidance, a line for each number of steps; or against steps, if there is only one guidance scale."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
     legends = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
@@ -122,7 +122,7 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 
 @torch.no_grad()
 def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, count: int = 12) -> None:
-    r"""Held-out images, what the autoencoder makes of them, and four times the difference (gray: none)."""
+    r"""Draws held-out images, their reconstructions, and four times the difference (gray: no difference)."""
     pixel_values = torch.stack([images[n]["pixel_values"] for n in range(min(count, len(images)))])
     mean, _ = encode_moments(vae, pixel_values.to(vae.device))
     reconstruction = vae.decode(mean).sample.float().cpu().clamp(-1, 1)
@@ -138,7 +138,7 @@ def save_grids(
     train: ImageDataset,
     neighbors: torch.Tensor,
 ) -> None:
-    r"""A grid of samples, and each of twelve samples beside its nearest training image."""
+    r"""Saves a grid of samples, and a grid of twelve samples above their nearest training images."""
     columns = num_classes if num_classes is not None and num_classes <= 20 else 10
     few = samples[: 8 * columns].float() / 127.5 - 1
     image_grid(few, columns=columns).save(folder / f"samples-{name}.png")

@@ -1,4 +1,4 @@
-"""Drawing images from any pipeline, so that each of them depends on its number alone."""
+"""Draws images from any pipeline, so that each image depends only on its number."""
 
 import inspect
 from collections.abc import Callable
@@ -22,17 +22,17 @@ from dae_diffusers.randomness import derived_seed
 @dataclass(frozen=True)
 class SampleSettings:
     r"""
-    How images are drawn. Image `n` depends on `(seed, n)` and its label alone, on no batch and no process.
+    How images are drawn. Image `n` depends only on `(seed, n)` and its label, not on batches or processes.
 
     Attributes:
-        num_images (`int`): How many.
+        num_images (`int`): Number of images.
         guidance_scale (`float` or `None`): Classifier-free guidance; 1 is none. None for a pipeline that has none.
         num_inference_steps (`int` or `None`): Denoising steps; None for a pipeline that has none.
-        label_sampling (`str`): `balanced`, each class equally often (to one), or `random`, uniformly.
-        seed (`int`): Of labels and noise.
-        temperature, top_k, top_p (*optional*): Of a pipeline that draws codes; None is its default.
-        prompts (`tuple[str, ...]`, *optional*): Text for each class, of a text-to-image pipeline; a single one if there are
-            no classes.
+        label_sampling (`str`): `balanced` (each class equally often, up to one image) or `random` (uniformly).
+        seed (`int`): Seed of labels and noise.
+        temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
+        prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
+            classes.
     """
 
     num_images: int
@@ -50,7 +50,7 @@ class SampleSettings:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def call_kwargs(self) -> dict[str, Any]:
-        r"""What the pipeline is called with for every image."""
+        r"""The arguments of the pipeline's call that are the same for every image."""
         names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p")
         return {name: value for name, value in self.given().items() if name in names}
 
@@ -66,7 +66,7 @@ class SampleSettings:
 
 class Sampler:
     r"""
-    A pipeline behind one call, whatever its own is.
+    Calls any kind of pipeline through one interface.
 
     | pipeline | drawn for each image | classes |
     |---|---|---|
@@ -75,11 +75,11 @@ class Sampler:
     | with `batch_size` (unconditional ones) | nothing | none |
 
     Args:
-        pipeline (`DiffusionPipeline`): On its device.
+        pipeline (`DiffusionPipeline`): The pipeline, on its device.
         prompts (`tuple[str, ...]`, *optional*): See [`SampleSettings`].
 
     Raises:
-        UserError: For a pipeline of another kind, and a text-to-image one without prompts.
+        UserError: For a pipeline of another kind, or a text-to-image pipeline without prompts.
 
     Attributes:
         accepted (`set[str]`): Names of the call's options that change what this pipeline draws.
@@ -101,7 +101,7 @@ class Sampler:
         elif "prompt" in self.accepted:
             if prompts is None:
                 raise UserError(
-                    f"a {type(pipeline).__name__} draws images of a text: give `prompt`, such as 'a photo of a {{label}}'."
+                    f"a {type(pipeline).__name__} draws images from a text: give `prompt`, such as 'a photo of a {{label}}'."
                 )
             self.num_classes = len(prompts) if len(prompts) > 1 else None
             self._given = lambda labels, count: {"prompt": [prompts[label] for label in labels or [0] * count]}
@@ -116,7 +116,7 @@ class Sampler:
     def __call__(
         self, labels: list[int] | None, count: int, generators: list[torch.Generator], **options
     ) -> torch.Tensor:
-        r"""`count` images, `(count, C, H, W)` in [0, 1]; options that the pipeline does not know are left out."""
+        r"""Draws `count` images, `(count, C, H, W)` in [0, 1]. Options that the pipeline does not know are ignored."""
         images = self.pipeline(
             **self._given(labels, count),
             **{name: value for name, value in options.items() if name in self.accepted},
@@ -132,7 +132,7 @@ class Sampler:
 
 
 def autoencoder_of(pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
-    r"""What it decodes its latents with; None for a pipeline without latents, or with an autoencoder of another class."""
+    r"""The autoencoder of a pipeline; None for a pipeline without latents, or with an autoencoder of another class."""
     parts = (pipeline.components.get(name) for name in ("vae", "vqvae"))
     return next((part for part in parts if isinstance(part, AutoencoderKL | VQModel)), None)
 
@@ -151,20 +151,20 @@ def draw_samples(
     Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
 
     Args:
-        pipeline (`DiffusionPipeline`): Of a kind that [`Sampler`] knows.
+        pipeline (`DiffusionPipeline`): A pipeline of a kind that [`Sampler`] knows.
         settings ([`SampleSettings`]): What to draw.
         folder (`Path`): Chunks go to a sub-folder named after a fingerprint of the pipeline, the settings and the precision.
         accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks, and draw in its precision.
         image_shape (`tuple[int, int, int]`, *optional*): Channels, height and width that images must have.
-        batch_size (`int`, *optional*): Images at once; changes no image beyond float rounding.
+        batch_size (`int`, *optional*): Images at once; changes images only by float rounding.
         chunk_size (`int`, *optional*): Images in a chunk.
 
     Returns:
-        [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(num_images, C, H, W)`: uint8, the same on every process; a slice
-        of them is a tensor.
+        [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(num_images, C, H, W)`: uint8, the same on every process; slicing
+        gives a tensor.
 
     Raises:
-        UserError: For images of another shape, and with NaN or infinite values.
+        UserError: If images have another shape, or NaN or infinite values.
     """
     sampler = Sampler(pipeline, settings.prompts)
     labels = settings.labels(sampler.num_classes)
@@ -185,8 +185,8 @@ def draw_samples(
             check_finite(output, "images that the pipeline draws")
             if image_shape is not None and tuple(output.shape[1:]) != tuple(image_shape):
                 raise UserError(
-                    f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but those to compare with have "
-                    f"{tuple(image_shape)}. Set `image_channels` and `resolution` to its own."
+                    f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but the images to compare with have "
+                    f"{tuple(image_shape)}. Set `image_channels` and `resolution` to those of the pipeline."
                 )
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         return {"images": torch.cat(parts)}
@@ -206,7 +206,7 @@ def draw_samples(
 def generation_inputs(
     pipeline: DiffusionPipeline, settings: SampleSettings, accelerator: Accelerator
 ) -> dict[str, Any]:
-    r"""What drawn images depend on, for [`~dae_diffusers.store.fingerprint_of_json`]."""
+    r"""The inputs that drawn images depend on, for [`~dae_diffusers.store.fingerprint_of_json`]."""
     return {
         "models": {
             name: model_fingerprint(part)
@@ -221,8 +221,8 @@ def generation_inputs(
 
 def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
     r"""
-    The options of its scheduler and the scheduler's class; None for a pipeline without one. What diffusers notes beside them
-    is left out: the order of `_use_default_values` changes from process to process.
+    The class and options of a pipeline's scheduler; None without a scheduler. Private notes of diffusers are left out, because
+    the order of `_use_default_values` changes from process to process.
     """
     if not hasattr(pipeline, "scheduler"):
         return None
@@ -230,7 +230,7 @@ def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
 
 
 def _image_pixels(pipeline: DiffusionPipeline) -> int:
-    """Of the images that it draws; few where its parts do not say."""
+    """Pixels of an image that the pipeline draws; a small number if its components do not tell."""
     model = next((getattr(pipeline, name) for name in ("transformer", "unet") if hasattr(pipeline, name)), pipeline)
     size = getattr(getattr(model, "config", None), "sample_size", None) or 1
     height, width = (size, size) if isinstance(size, int) else size
@@ -240,7 +240,7 @@ def _image_pixels(pipeline: DiffusionPipeline) -> int:
 
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     r"""
-    Ours, also for any other with a class-conditional transformer and latents; else as diffusers loads it.
+    Loads a pipeline as ours, if it has a class-conditional transformer and latents; any other as diffusers does.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -265,14 +265,14 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
 
 def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:
     r"""
-    A text for each class, or one for all.
+    Makes a text for each class, or one for all.
 
     Args:
-        prompt (`str` or `None`): `{label}` in it stands for a class's name.
+        prompt (`str` or `None`): The text, in which `{label}` is replaced by a class's name.
         id2label (`dict[int, str]` or `None`): Names of the classes.
 
     Raises:
-        UserError: If the text speaks of classes where there are none.
+        UserError: If the text contains `{label}` but there are no classes.
     """
     if prompt is None or "{label}" not in prompt:
         return None if prompt is None else (prompt,)

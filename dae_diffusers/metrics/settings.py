@@ -13,19 +13,19 @@ class EvaluationConfig:
 
     vae: str | None = field(None, "folder or Hub id of an autoencoder; default: the pipeline's")
     pipeline: str | None = field(
-        None, "folder or Hub id of a diffusion pipeline; default: only the autoencoder is measured"
+        None, "folder or Hub id of a diffusers pipeline; default: only the autoencoder is measured"
     )
     features: str | None = field(
         None, "`inception`, or a vision model (Hub id or folder), for rFD and gFD; default: neither is measured"
     )
     output_dir: str = field("runs/my-model/evaluation", "folder for the results")
-    batch_size: int = field(64, "images at once in each process; changes no result", at_least=1)
+    batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
     lpips_net: Literal["alex", "vgg", "squeeze", "none"] = field(
-        "alex", "network of the LPIPS, which is measured where the package `lpips` is installed", advanced=True
+        "alex", "network of LPIPS, which is measured if the package `lpips` is installed", advanced=True
     )
     seed: int = field(
         0,
-        "of noise, labels and held-out images; use that of training for the same held-out images",
+        "seed of noise, labels and held-out images; the seed of the training holds out the same images",
         at_least=0,
         at_most=MAX_SEED,
     )
@@ -43,18 +43,22 @@ class SamplingConfig:
     """Images that the pipeline draws."""
 
     num_images: int = field(10000, "images to draw for each setting, and training images to compare with", at_least=1)
-    guidance_scales: list[float] = field([1.0], "scales of classifier-free guidance; each is measured")
-    num_inference_steps: list[int] = field([25], "numbers of denoising steps; each is measured", at_least=1)
+    guidance_scales: list[float] = field([1.0], "one or more scales of classifier-free guidance to measure")
+    num_inference_steps: list[int] = field([25], "one or more numbers of denoising steps to measure", at_least=1)
     temperature: float | None = field(
         None, "temperature, for a pipeline that draws codes; default: its own", above=0, advanced=True
     )
-    top_k: int | None = field(None, "draw from this many of the likeliest codes only", at_least=1, advanced=True)
+    top_k: int | None = field(None, "draw only from the N most likely codes", at_least=1, advanced=True)
     top_p: float | None = field(
-        None, "draw from the fewest likeliest codes with this share", above=0, at_most=1, advanced=True
+        None,
+        "draw only from the most likely codes that have this probability together",
+        above=0,
+        at_most=1,
+        advanced=True,
     )
     label_sampling: Literal["balanced", "random"] = field(
-        "balanced", "labels of the drawn images: each equally often, or at random", advanced=True
+        "balanced", "labels of the drawn images: each class equally often, or at random", advanced=True
     )
     prompt: str | None = field(
-        None, "text for a text-to-image pipeline; {label} in it stands for the name of an image's class", advanced=True
+        None, "text for a text-to-image pipeline; {label} in it is replaced by the name of a class", advanced=True
     )

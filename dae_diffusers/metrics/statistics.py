@@ -1,4 +1,4 @@
-"""Moments of features that add up over batches and processes, and a cache of those of reference images."""
+"""Moments of features, which add up over batches and processes, and a cache of the moments of reference images."""
 
 import json
 import logging
@@ -19,15 +19,15 @@ from dae_diffusers.store import NotKept, fingerprint_of_json, keep_tensors, kept
 
 logger = logging.getLogger(__name__)
 
-# A long pass over reference images is saved this often, to go on from there after an interruption.
+# A long pass over reference images is saved this often, to continue after an interruption.
 SAVE_SECONDS = 60
 
 
 @dataclass
 class FeatureStatistics:
     r"""
-    Count, mean and scatter of feature vectors. Two of them add up to the statistics of both sets: how the images were
-    split into batches and over processes matters only to the last digits of float64.
+    Count, mean and scatter of feature vectors. The sum of two instances describes both sets. How images are
+    split into batches and over processes changes only the last digits of float64.
 
     Attributes:
         count (`int`): Feature vectors seen.
@@ -61,7 +61,7 @@ class FeatureStatistics:
 
     def add(self, features: torch.Tensor) -> None:
         r"""
-        Counts a batch.
+        Adds a batch.
 
         Args:
             features (`torch.Tensor` of shape `(B, D)`): Feature vectors; `B` may be 0.
@@ -99,11 +99,11 @@ class FeatureStatistics:
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
         r"""
-        Writes one safetensors file; a kill at any moment leaves either the file before or the whole new one.
+        Writes a safetensors file. A kill at any instant leaves the old file or the whole new one.
 
         Args:
-            path (`str` or `PathLike`): The file; its folder is made.
-            metadata (`dict[str, str]`, *optional*): What the features are of; [`load`] gives it back.
+            path (`str` or `PathLike`): The file; its folder is created.
+            metadata (`dict[str, str]`, *optional*): What the features describe; [`load`] returns it.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +115,11 @@ class FeatureStatistics:
         cls, path: str | os.PathLike, metadata: dict[str, str] | None = None
     ) -> tuple["FeatureStatistics", dict[str, str]]:
         r"""
-        Reads what [`save`] wrote.
+        Reads a file that [`save`] wrote.
 
         Args:
             path (`str` or `PathLike`): The file.
-            metadata (`dict[str, str]`, *optional*): What the features must be of; default: of anything.
+            metadata (`dict[str, str]`, *optional*): What the features must describe; default: anything.
 
         Returns:
             `tuple[FeatureStatistics, dict[str, str]]`: The statistics and the metadata.
@@ -137,8 +137,8 @@ class FeatureStatistics:
 
 def padded_size(batch_size: int, image_pixels: int) -> int:
     r"""
-    `batch_size` rounded up to a multiple of 16, the number of lanes that CPU kernels work in; of less for images above
-    256x256 pixels, so that small batches stay small. In batches of such sizes the rounding of a network's products does
+    `batch_size` rounded up to a multiple of 16, the number of lanes of CPU kernels; to a smaller multiple for images above
+    256x256 pixels, so that small batches stay small. In batches of such sizes, the rounding of a network's products does
     not depend on the size.
     """
     block = max(1, min(16, 2**20 // image_pixels))
@@ -147,11 +147,11 @@ def padded_size(batch_size: int, image_pixels: int) -> int:
 
 def pad_batch(rows: torch.Tensor, image_pixels: int | None = None) -> torch.Tensor:
     r"""
-    Repeats the last row up to [`padded_size`]. Cut the result again.
+    Repeats the last row up to [`padded_size`]. The caller must cut the result again.
 
     Args:
         rows (`torch.Tensor` of shape `(B, C, H, W)`): At least one row.
-        image_pixels (`int`, *optional*): Of an image, if the rows are latents; default: `H * W`.
+        image_pixels (`int`, *optional*): Pixels of an image, if the rows are latents; default: `H * W`.
 
     Returns:
         `torch.Tensor` of shape `(padded_size, C, H, W)`.
@@ -170,16 +170,16 @@ def reference_statistics(
     disable_progress: bool = True,
 ) -> FeatureStatistics:
     r"""
-    Statistics of a data set's images, without augmentation, from the cache if they are there. All processes call it.
+    Statistics of a data set's images, without augmentation. They come from the cache if it has them. All processes call it.
 
-    The cache's key is a fingerprint of the extractor (name, weights, preprocessing), of the images (their fingerprint, number,
-    channels, range of values) and of their resolution. A damaged file is reported and made again; one that cannot be
-    written is reported. An interrupted pass goes on from where it was saved last, if as many processes take part.
+    The cache's key is a fingerprint of the extractor (name, weights, preprocessing), the images (their fingerprint, number,
+    channels, range of values) and their resolution. A damaged file is reported and made again; a file that cannot be
+    written is reported. An interrupted pass continues from where it was saved last, if the number of processes is the same.
 
     Args:
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Of the features.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Feature extractor.
         images ([`~dae_diffusers.data.ImageDataset`]): The reference images.
-        cache_dir (`str` or `PathLike`, *optional*): Where to look first and to write; without it nothing is kept.
+        cache_dir (`str` or `PathLike`, *optional*): Folder of the cache; default: nothing is kept.
         batch_size (`int`, *optional*, defaults to 64): Images at a time, per process.
         num_workers (`int`, *optional*, defaults to 0): Processes that read images, per process.
         disable_progress (`bool`, *optional*): Whether to hide the progress bar.
@@ -202,7 +202,7 @@ def reference_statistics(
         key = fingerprint_of_json(metadata)
         path = Path(cache_dir) / f"{extractor.name}-{key}.safetensors"
         partial = path.with_suffix(f".{state.process_index}-of-{state.num_processes}.safetensors")
-    # One process looks and tells the others: they might see the file at different moments.
+    # One process looks and tells the others, because they might see the file at different moments.
     cached = [_read_cache(path, metadata) if path is not None and state.is_main_process else None]
     statistics = broadcast_object_list(cached)[0]
     if statistics is not None:
@@ -243,5 +243,5 @@ def _read_cache(path: Path, metadata: dict[str, str]) -> FeatureStatistics | Non
         return FeatureStatistics.load(path, metadata)[0]
     except NotKept as problem:
         if not problem.missing:
-            logger.warning("%s %s. It is made again.", path, problem)
+            logger.warning("%s %s. It is computed again.", path, problem)
         return None

@@ -1,7 +1,7 @@
 """
-A page on which a model can be tried: draw by class, look into its latent space, read its numbers.
+An app to try a model: draw by class, look at its latent space, read its numbers.
 
-The model is `MODEL` in the environment, else the first of `models:` in README.md: a Hub repository or a folder.
+The model is the environment variable `MODEL`, or else the first of `models:` in README.md: a Hub repository or a folder.
 """
 
 import inspect
@@ -54,11 +54,11 @@ SIDE = VAE.config.sample_size if isinstance(VAE.config.sample_size, int) else VA
 
 
 class VisitorHasGoneError(Exception):
-    """Ends a draw that nobody waits for."""
+    """Raised to stop a draw that nobody waits for."""
 
 
 class Visitors:
-    """Who has closed the page. Models run for one visitor at a time, on a free CPU for minutes."""
+    """Remembers who has closed the page. The model serves one visitor at a time, and a draw may take minutes on a free CPU."""
 
     def __init__(self):
         self.gone = deque(maxlen=1000)
@@ -136,7 +136,7 @@ def draw_one(request: gr.Request = None):
 
 @torch.no_grad()
 def reconstruct(first, second):
-    """What the autoencoder keeps of a picture, its latent channels, and the way to a second picture."""
+    """The reconstruction of a picture, its latent channels, and an interpolation to a second picture."""
     if first is None:
         raise gr.Error("Choose a picture first.", print_exception=False)
     pixels = to_pixels(first)
@@ -148,9 +148,7 @@ def reconstruct(first, second):
     shrunk = pixels[0].numel() / latents[0].numel()
     size = "x".join(map(str, latents.shape[1:]))
     text = f"**PSNR {psnr}** between the picture (left) and its reconstruction (right), at {SIDE}x{SIDE} pixels. "
-    text += (
-        f"The latents are {size} numbers (channels x height x width): {shrunk:.3g} times fewer than the picture has."
-    )
+    text += f"The latents hold {size} numbers (channels x height x width), {shrunk:.3g} times fewer than the picture."
     channels = (latents[0] - latents[0].mean((1, 2), keepdim=True)) / (6 * latents[0].std((1, 2), keepdim=True) + 1e-6)
     channels = grid((channels + 0.5).clamp(0, 1)[:, None], min(len(channels), 4))
     if second is None:
@@ -171,7 +169,7 @@ def decode(latents):
 
 
 def to_pixels(image):
-    """Any picture to `(1, C, side, side)` in [-1, 1]: its centre, over white where it is transparent."""
+    """Any picture to `(1, C, side, side)` in [-1, 1]: its centre square, with white behind transparency."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("L" if VAE.config.in_channels == 1 else "RGB"), (SIDE, SIDE), Image.LANCZOS)
@@ -186,7 +184,7 @@ def to_pil(image):
 
 
 def enlarge(image, side):
-    """By a whole factor, to about `side` pixels."""
+    """Enlarges by a whole factor, to at most `side` pixels where that is possible."""
     factor = max(1, side // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.NEAREST)
 
@@ -206,7 +204,7 @@ def grid(images, columns=None):
 
 
 def picture_input(label, elem_id):
-    """An upload that answers what is not a picture with a sentence."""
+    """A picture upload that shows an error message for a file that is no picture."""
     component = gr.Image(
         label=label,
         type="pil",
@@ -277,10 +275,10 @@ def generate_tab():
             if len(CLASSES) > 1:
                 choices.insert(0, (EACH_CLASS, EACH_CLASS))
             label = gr.Dropdown(choices, value=choices[0][1] if choices else None, label="Class", visible=bool(CLASSES))
-            count = gr.Slider(1, 16, 6, step=1, label="Pictures of a class" if len(CLASSES) > 1 else "Pictures")
+            count = gr.Slider(1, 16, 6, step=1, label="Pictures per class" if len(CLASSES) > 1 else "Pictures")
             guided = "guidance_scale" in OPTIONS and bool(CLASSES)
             guidance = gr.Slider(
-                1, 8, 2, step=0.1, label="Guidance", info="1: none; more: clearer, less varied", visible=guided
+                1, 8, 2, step=0.1, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
             )
             stepped = "num_inference_steps" in OPTIONS
             steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: slower, finer", visible=stepped)
@@ -294,7 +292,7 @@ def generate_tab():
 
 def reconstruct_tab():
     gr.Markdown(
-        "What does the autoencoder keep of a picture? Choose one; choose a second to walk from one to the other."
+        "How well does the autoencoder reconstruct a picture? Choose one. Choose a second one to interpolate between them."
     )
     with gr.Row():
         with gr.Column(min_width=240):
