@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import yaml
-from models import save_backbone
+from models import save_backbone, save_run
 from safetensors.torch import load_file, save_file
 from scripts import CONFIG_CLASSES, load_benchmark, without_curves
 
@@ -377,3 +377,28 @@ def test_tables_need_runs_and_their_experiment(tables, words, message, monkeypat
     with pytest.raises(SystemExit):
         tables.parse_arguments()
     assert message in capsys.readouterr().err
+
+
+def test_gans_on_noise_latents_and_a_prior(tmp_path, monkeypatch, image_folder, capsys):
+    """Each is trained once; the same command gives the same table."""
+    benchmark = load_benchmark("gan_latents")
+    run = save_run(tmp_path / "run", {0: "cat", 1: "dog"})
+    command = [
+        "gan_latents", "--data", f"train_data_dir={image_folder}", "resolution=16", "--features",
+        save_backbone(tmp_path / "backbone", "classifier"), "--output_dir", f"{tmp_path}/gan", "--widths", "2", "4",
+        "--seeds", "0", "--steps", "1", "--num_images", "12", "--batch_size", "4", "--sources", "noise",
+        f"latents={run / 'pipeline' / 'vae'}", f"prior={run / 'pipeline'}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main(benchmark.parse_arguments())
+    text = (tmp_path / "gan" / "results.md").read_text()
+    assert [line.split()[1] for line in text.splitlines()[2:]] == ["noise", "latents", "prior"]
+    rows = (tmp_path / "gan" / "rows.jsonl").read_text()
+    assert len(rows.splitlines()) == 6 and (tmp_path / "gan" / "results.png").exists()
+    benchmark.main(benchmark.parse_arguments())
+    assert (tmp_path / "gan" / "rows.jsonl").read_text() == rows
+    assert (tmp_path / "gan" / "results.md").read_text() == text
+    monkeypatch.setattr(sys, "argv", [*command, "--sources", "noise"])
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments()
+    assert "at least one NAME=FOLDER" in capsys.readouterr().err
