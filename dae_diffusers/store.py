@@ -238,7 +238,7 @@ def kept_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torc
 
 
 def kept_of(path: Path) -> Any:
-    r"""The inputs that a file of tensors was made from, read from its header alone. Raises NotKept if the header does not hold them."""
+    r"""The inputs that a file of tensors was made from, by its header alone. Raises NotKept if it does not hold them."""
     return _open_tensors(path)[1]
 
 

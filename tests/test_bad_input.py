@@ -240,7 +240,7 @@ TABLE = [
         "evaluate",
         "--train_data_dir {images} --vae {vae} --features {features} --image_channels 5",
         2,
-        "not for 5 channels",
+        "not 5 channels",
     ),
     ("evaluate", "--train_data_dir {images} --vae {vae} --top_k 3", 1, "`--top_k` means nothing to an autoencoder"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --features {vae}", 1, "cannot be loaded"),

@@ -268,7 +268,7 @@ def test_latents_do_not_depend_on_the_batch_size(image_folder):
         ({"capacities": [-1]}, "`capacities`"),
         ({"seed": -1}, "`seed` is -1"),
         ({"streaming": True}, "`streaming`"),
-        ({"features": "x", "image_channels": 4}, "not for 4 channels"),
+        ({"features": "x", "image_channels": 4}, "not 4 channels"),
         ({"dataset_name": None}, "`dataset_name`"),
     ],
 )

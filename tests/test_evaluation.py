@@ -368,7 +368,7 @@ def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
     assert len(samples.flatten(1).unique(dim=0)) == 7
     with pytest.raises(UserError, match="give `prompt`"):
         Sampler(Painter(DDPMScheduler()))
-    with pytest.raises(UserError, match=r"\(3, 4, 4\), but those to compare with have \(3, 8, 8\)"):
+    with pytest.raises(UserError, match=r"\(3, 4, 4\), but the images to compare with have \(3, 8, 8\)"):
         draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))
 
 

@@ -405,7 +405,7 @@ def test_tolerated_update_is_left_out_and_counted_over_interruptions(image_folde
     options = {"train_data_dir": image_folder, "output_dir": tmp_path}
     code, text = in_child(lambda: with_bad_kl({2, 3}, lambda: start(flags, **options)))
     assert code == 1
-    assert "step 3, in micro-batch 2: this update is left out, 1 of `--skip_nonfinite` 1" in text
+    assert "step 3, in micro-batch 2: this update is skipped, 1 of `--skip_nonfinite` 1" in text
     assert_one_line(text, "step 4, in micro-batch 3")
     before, after = (
         load_file(tmp_path / "train_dae" / "checkpoints" / f"checkpoint-{step:08d}" / "model.safetensors")
