@@ -49,6 +49,7 @@ class Loop:
         checkpoint (`Path`, *optional*): The checkpoint to continue from.
         description (`str`, *optional*): Text of the progress bar.
         headline (`str`, *optional*, defaults to `"loss"`): The value that the progress bar shows.
+        learning_rate (`float`, *optional*): Peak learning rate; default: that of the settings.
         also (`Iterable[nn.Module]`): Prepared models whose parameters the same optimiser trains, such as a projector.
         beside (`Iterable[nn.Module]`): Prepared models with an optimiser of their own, such as a discriminator.
         after_step (`Callable`, *optional*): Called after the last micro-batch of a step, such as a codebook's update.
@@ -69,6 +70,7 @@ class Loop:
         checkpoint: Path | None = None,
         description: str = "Training",
         headline: str = "loss",
+        learning_rate: float | None = None,
         also: Iterable[torch.nn.Module] = (),
         beside: Iterable[torch.nn.Module] = (),
         after_step: Callable[[], None] | None = None,
@@ -83,7 +85,8 @@ class Loop:
         self.after_step, self.after_skip = after_step, after_skip
         self.snapshot, self.state = snapshot, state or {}
         also = list(also)
-        optimizer = make_optimizer(config, trainable(model, *also), self.accelerator.device)
+        instead = {} if learning_rate is None else {"lr": learning_rate}
+        optimizer = make_optimizer(config, trainable(model, *also), self.accelerator.device, **instead)
         scheduler = make_lr_scheduler(config, optimizer, steps)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.accumulated = [self.model, *also, *beside]

@@ -29,7 +29,7 @@ pytestmark = [
 FIT = (
     "--stage 3 --resolution 16 --train_batch_size 4 --stage3_steps 4 --logging_steps 2 --validation_steps 4 "
     "--checkpointing_steps 2 --checkpoints_total_limit 9 --pool_size 12 --pool_inference_steps 2 --max_psnr_drop 99 "
-    "--learning_rate 1e-3"
+    "--learning_rate 1e-3 --stage3_learning_rate 1e-3"
 )
 GENERATORS = {DAEDiTPipeline: "transformer", DAEVQGANPipeline: "prior"}
 
@@ -143,7 +143,9 @@ def test_without_weight_it_is_stage_two_that_goes_on(generators, kind, image_fol
     folder = tmp_path / "fit"
     shutil.copytree(generators[kind], folder)
     run(train_dae, FIT + " --generated_weight 0", **flags_of(folder, image_folder), feature_model=backbone)
-    stage2 = FIT.replace("--stage 3", "--stage 2").replace("stage3_steps", "stage2_steps")
+    stage2 = FIT.replace("--stage 3", "--stage 2").replace(
+        "stage3_steps", "stage2_steps"
+    )  # both learning rates are the same
     run(
         train_dae,
         stage2 + f" --autoencoder {'vq' if kind is DAEVQGANPipeline else 'kl'}",
@@ -188,7 +190,7 @@ def test_reconstructions_that_fall_too_far_leave_the_pipeline_alone(generators, 
     folder = tmp_path / "fit"
     shutil.copytree(generators[DAEDiTPipeline], folder)
     before = weights(folder / "pipeline" / "vae")
-    more = " --max_psnr_drop 0 --learning_rate 0.3 --l1_weight 1e-6 --mse_weight 0 --validation_steps 2"
+    more = " --max_psnr_drop 0 --stage3_learning_rate 0.3 --l1_weight 1e-6 --mse_weight 0 --validation_steps 2"
     with pytest.raises(UserError, match="PSNR of reconstructions fell from .* The pipeline is as it was"):
         run(train_dae, FIT + more, **flags_of(folder, image_folder), feature_model=backbone)
     assert_same_weights(before, weights(folder / "pipeline" / "vae"))

@@ -167,6 +167,7 @@ def train_stage(
         checkpoint=start.checkpoint,
         description=f"Stage {stage}",
         headline="reconstruction_loss",
+        learning_rate=None if fit is None else config.generated.stage3_learning_rate,
         also=objective.also,
         beside=objective.beside,
         after_step=objective.after_step,

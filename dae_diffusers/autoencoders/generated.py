@@ -315,7 +315,7 @@ class DecoderFit:
         if psnr < lowest:
             raise UserError(
                 f"the PSNR of reconstructions fell from {self.before['psnr']:.2f} to {psnr:.2f} dB, by more than `max_psnr_drop` "
-                f"{self.settings.max_psnr_drop}. The pipeline is as it was. Lower `generated_weight` or `learning_rate`, or train "
+                f"{self.settings.max_psnr_drop}. The pipeline is as it was. Lower `generated_weight` or `stage3_learning_rate`, or train "
                 "fewer steps, in another `output_dir` or without this one's train_dae_stage3."
             )
         vae = model.to_diffusers()

@@ -181,6 +181,9 @@ class GeneratedConfig:
         "moments: mean and covariance of the features; adversarial: a discriminator tells drawn images from training images",
         advanced=True,
     )
+    stage3_learning_rate: float = field(
+        1e-4, "peak learning rate of stage 3, instead of `--learning_rate`", above=0, advanced=True
+    )
     generated_weight: float = field(
         1.0, "weight of this loss, balanced with the others at the decoder's last layer", at_least=0, advanced=True
     )
