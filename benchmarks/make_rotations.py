@@ -1,0 +1,52 @@
+r"""
+Images turned by 0, 90, 180 and 270 degrees, with the turn as their label: data for a judge that has seen no class.
+
+    python benchmarks/make_rotations.py my_other_images runs/rotations --resolution 32
+    dae-diffusers train-classifier --dataset_name runs/rotations --resolution 32 --output_dir features/rotations
+
+A network that learns to tell the turn is self-supervised. Trained on other images than the generator's, it judges in another way
+than a classifier of the generator's own data: a gain that only the classifier sees is none.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+
+from dae_diffusers.cli import run_script
+from dae_diffusers.data import DataConfig, ImageDataset, load_images
+
+NAMES = ["0", "90", "180", "270"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", help="a data set: a folder, or a name on the Hub")
+    parser.add_argument("output_dir", type=Path, help="where to write Parquet files, for `--dataset_name`")
+    parser.add_argument("--resolution", type=int, default=32, help="height and width of the images")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = DataConfig(dataset_name=arguments.images, resolution=arguments.resolution, label_column="none")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    for split, images in zip(("train", "validation"), load_images(config, 0), strict=True):
+        rows = datasets.Dataset.from_list(list(turned(images)), features=features)
+        rows.to_parquet(arguments.output_dir / f"{split}-00000-of-00001.parquet")
+        print(f"{len(rows)} images: {split}")
+
+
+def turned(images: ImageDataset) -> Iterator[dict]:
+    for number in range(len(images)):
+        levels = ((images[number]["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
+        for turn in range(len(NAMES)):
+            pixels = torch.rot90(levels, turn, dims=(1, 2)).permute(1, 2, 0).contiguous().numpy()
+            yield {"image": Image.fromarray(pixels), "label": turn}
+
+
+if __name__ == "__main__":
+    run_script(main, parse_arguments())
