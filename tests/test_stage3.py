@@ -12,7 +12,7 @@ from scripts import assert_same_weights, in_both_processes, log_of, run, start, 
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.autoencoders.generated import KEPT_VAE, check_judge, read_fit
-from dae_diffusers.autoencoders.image_moments import LayerMoments, RunningMoments, Whitening
+from dae_diffusers.autoencoders.image_moments import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
@@ -202,7 +202,6 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
     flags = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
     for more, message in {
         "": "`--stage 3` and `--pipeline`",
-        f"--pipeline {source}": "in the features of `--feature_model`",
         f"--pipeline {source} --feature_model {backbone} --streaming": "does not go with `--streaming`",
         f"--pipeline {source} --feature_model {backbone} --stage1_dir x": "`--stage1_dir` is for `--stage 2`",
     }.items():
@@ -240,7 +239,7 @@ def test_whitened_features_have_no_mean_and_no_correlation():
     whitened = FeatureStatistics.of(whitening(features))
     torch.testing.assert_close(whitened.mean, torch.zeros(5).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(whitened.covariance, whitening.variances.double().diag(), atol=1e-4, rtol=0)
-    assert (whitening.variances > 0.9).sum() >= 3 and (whitening.variances <= 1).all()
+    assert whitening.variances.max() > 0.8 and (whitening.variances < 1).all()
 
 
 def test_gradient_of_a_batch_that_is_everything_is_that_of_the_distance():
@@ -290,22 +289,33 @@ def test_moments_over_two_processes_are_those_of_one(tmp_path):
     torch.testing.assert_close(one[3], torch.cat([part[3] for part in parts]) / 2)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_features_of_any_vision_model_reach_the_images(kind, tmp_path):
-    features = LayerMoments.load(save_backbone(tmp_path / kind, kind))
-    images = (torch.rand(3, 1, 16, 16) * 2 - 1).requires_grad_()
-    vectors = features(images)
-    assert vectors.shape == (3, features.feature_dim)
+@pytest.mark.parametrize(("kind", "channels"), [("resnet", 1), ("vit", 3), (None, 5)])
+def test_statistics_reach_the_images(kind, channels, tmp_path):
+    statistics = ImageStatistics.load(None if kind is None else save_backbone(tmp_path / kind, kind), channels)
+    images = (torch.rand(3, channels, 16, 16) * 2 - 1).requires_grad_()
+    vectors = statistics(images)
+    assert vectors.shape == (3, statistics.feature_dim)
     vectors.sum().backward()
-    assert images.grad.abs().sum() > 0
-    torch.testing.assert_close(features(images)[:1], features(images[:1]))
+    assert (images.grad != 0).any(dim=(2, 3)).all()
+    torch.testing.assert_close(statistics(images)[:1], statistics(images[:1]))
 
 
-def test_long_features_are_projected_always_the_same(tmp_path, monkeypatch):
+def test_spectrum_tells_frequencies_apart():
+    """A wave's power lies in the ring of its frequency, whatever its phase and direction."""
+    position = torch.arange(32) / 32
+    for cycles, ring in ((0, 0), (3, 1), (9, 4), (15, 7)):
+        wave = torch.cos(2 * torch.pi * (cycles * position + 0.1)).expand(1, 1, 32, 32)
+        for image in (wave, wave.transpose(2, 3), wave.roll(5, dims=3)):
+            assert log_spectrum(image, 8)[0, 0].argmax() == ring
+    noise = torch.randn(500, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(log_spectrum(noise, 8).exp().mean(dim=(0, 1)), torch.ones(8), atol=0.1, rtol=0)
+
+
+def test_long_vectors_are_projected_always_the_same(tmp_path, monkeypatch):
     folder = save_backbone(tmp_path / "resnet", "resnet")
-    whole = LayerMoments.load(folder)
+    whole = ImageStatistics.load(folder)
     monkeypatch.setattr("dae_diffusers.autoencoders.image_moments.MAX_FEATURES", 8)
-    first, second = LayerMoments.load(folder), LayerMoments.load(folder)
+    first, second = ImageStatistics.load(folder), ImageStatistics.load(folder)
     images = torch.rand(3, 3, 16, 16)
     assert whole.feature_dim > first.feature_dim == 8 and first.fingerprint != whole.fingerprint
     assert torch.equal(first(images), second(images))

@@ -112,11 +112,6 @@ class TrainDAEConfig:
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
     def _check_stage3(self) -> None:
-        if self.generated.generated_loss == "moments" and self.stages.feature_model is None:
-            raise ConfigError(
-                "`stage 3` compares drawn images with training images in the features of `feature_model`: name a vision model, such as "
-                "facebook/convnext-tiny-224, or one of `train_classifier.py`. Not the one that will judge."
-            )
         if self.data.streaming:
             raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.adversary import make_adversary
-from dae_diffusers.autoencoders.image_moments import LayerMoments, RunningMoments, Whitening
+from dae_diffusers.autoencoders.image_moments import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.arrays import find_file
@@ -150,8 +150,8 @@ class DecoderFit:
     r"""
     What stage 3 adds to a decoder's loss: how far its images of drawn latents are, as a whole, from the training images.
 
-    With `generated_loss moments` it is the distance of the moments of their features, see
-    [`~dae_diffusers.autoencoders.image_moments.RunningMoments`]; with `adversarial` a discriminator tells them apart.
+    With `generated_loss moments` it is the distance between the moments of their statistics, see
+    [`~dae_diffusers.autoencoders.image_moments.ImageStatistics`]; with `adversarial` a discriminator tells them apart.
 
     Args:
         run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `generated`, `optimization` and `run` in its
@@ -164,14 +164,16 @@ class DecoderFit:
         self.run, self.settings, self.accelerator = run, run.config.generated, run.accelerator
         self.pipeline, self.images = pipeline, images
         self.labels = pool_labels(pipeline, images, self.settings.pool_size, run.config.run.seed)
-        self.features = self.moments = self.adversary = None
+        self.moments = self.adversary = None
         self.before: dict[str, float] = {}
         self.now: dict[str, float] = {}
         self.batch_size = self.settings.generated_batch_size or 2 * run.config.optimization.train_batch_size
         if self.settings.generated_loss == "adversarial":
             self.batch_size = run.config.optimization.train_batch_size  # as many as images
-        if run.config.stages.feature_model is not None:
-            self.features = LayerMoments.load(run.config.stages.feature_model, run.accelerator.device)
+        config = run.config
+        self.features = ImageStatistics.load(
+            config.stages.feature_model, config.data.image_channels, run.accelerator.device
+        )
 
     def inputs(self) -> dict[str, str]:
         r"""What a resumed run must find unchanged, by name: fingerprints."""
@@ -180,7 +182,7 @@ class DecoderFit:
         return {
             "the generator of `--pipeline`": model_fingerprint(generator),
             "the encoder of `--pipeline`": autoencoder_fingerprint(pipeline.vae),
-            **({} if self.features is None else {"`--feature_model`": self.features.fingerprint}),
+            "`--feature_model`": self.features.fingerprint,
         }
 
     def plan(self) -> dict[str, Any]:
@@ -210,17 +212,14 @@ class DecoderFit:
             batch_size=run.config.optimization.train_batch_size,
         )
         self.vae = self.pipeline.vae.eval()
-        drawn_features = None
-        if self.features is not None:
-            chosen = self.images.choose(MAX_REFERENCE_IMAGES)
-            with torch.no_grad():
-                self.reference = reference_statistics(self.features, chosen, cache_dir=run.folder / "reference")
-            self._check_counts(len(chosen))
-            if start.checkpoint is None:
-                drawn_features = self.features_of_pool(self.vae)
+        chosen = self.images.choose(MAX_REFERENCE_IMAGES)
+        with torch.no_grad():
+            self.reference = reference_statistics(self.features, chosen, cache_dir=run.folder / "reference")
+        self._check_counts(len(chosen))
+        drawn_features = self.features_of_pool(self.vae) if start.checkpoint is None else None
         self.before = start.state.get("before") or {
             "psnr": validate()["validation/psnr"],
-            **({} if drawn_features is None else {"generated_fd": self._distance(drawn_features)}),
+            "generated_fd": self._distance(drawn_features),
         }
         if start.checkpoint is None:
             run.log.write({f"validation/{name}": value for name, value in self.before.items()}, start.step)
@@ -325,10 +324,7 @@ class DecoderFit:
                 rows = [self.decode(each, chosen)[: len(chosen)] for each in (self.vae, vae)]
             grid = image_grid(torch.cat(rows), columns=len(chosen), row_names=["before", "now"])
             self.run.log.write_grid("generated-stage3", grid, step)
-        self.now = {"psnr": psnr}
-        if self.features is None:
-            return {}
-        self.now["generated_fd"] = self._distance(self.features_of_pool(vae))
+        self.now = {"psnr": psnr, "generated_fd": self._distance(self.features_of_pool(vae))}
         return {"validation/generated_fd": self.now["generated_fd"]}
 
     def finish(self, model: ModelMixin, step: int, validate: Callable[[], dict[str, float]]) -> None:
@@ -345,7 +341,8 @@ class DecoderFit:
         names = ("generated_loss", "generated_weight", "pool_size", "pool_guidance_scale")
         described = {name: getattr(self.settings, name) for name in names}
         described["feature_model"] = self.run.config.stages.feature_model
-        described["feature_weights"] = self.features and weights_fingerprint(self.features.backbone.model)
+        backbone = self.features.backbone
+        described["feature_weights"] = None if backbone is None else weights_fingerprint(backbone.model)
         described |= {"before": self.before, "after": self.now}
         if self.accelerator.is_main_process:
             folder = save_pipeline(self.run.output_dir, self.pipeline, model, described)
@@ -364,8 +361,8 @@ class DecoderFit:
         fewest = min(num_images, self.settings.pool_size)
         if fewest < 2 * self.features.feature_dim:
             logger.warning(
-                "the moments of %d features are compared over %d images only: use a smaller `--feature_model`, or more images and a "
-                "larger `--pool_size`",
+                "the moments of %d statistics are compared over %d images only: use a smaller `--feature_model`, or none, or more images "
+                "and a larger `--pool_size`",
                 self.features.feature_dim,
                 fewest,
             )

@@ -96,7 +96,7 @@ class StageConfig:
     stage: Literal["all", "1", "2", "3"] = field("all", "all: 1 and 2; 3: fit a pipeline's decoder to its generator")
     stage1_dir: str | None = field(None, "with `--stage 2`: the output folder of a stage 1", advanced=True)
     pipeline: str | None = field(None, "with `--stage 3`: the pipeline (folder or Hub id)")
-    feature_model: str | None = field(None, "with `--stage 3`: vision model for features of drawn images")
+    feature_model: str | None = field(None, "with `--stage 3`: compare in this vision model's features too")
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",
         "in stage 1",
