@@ -32,20 +32,20 @@ from safetensors.torch import load_file
 
 DATA = "--dataset_name digits --image_channels 1 --max_train_samples 256 --max_validation_samples 32"
 TIMES = (
-    "--train_batch_size 16 --logging_steps 1 --checkpointing_steps 2 --checkpoints_total_limit 3 --validation_steps 15"
+    "--train_batch_size 16 --logging_steps 1 --checkpointing_steps 2 --checkpoints_total_limit 3 --validation_steps 8"
 )
-DAE = f"{DATA} {TIMES} --block_out_channels 8 16 --norm_num_groups 4 --stage1_steps 30 --stage2_steps 30"
+DAE = f"{DATA} {TIMES} --block_out_channels 8 16 --norm_num_groups 4 --stage1_steps 16 --stage2_steps 16"
 # {root} holds the results of uninterrupted runs and the network for features.
 COMMANDS = {
     "autoencoder": f"train_dae {DAE}",
-    "codebook": f"train_dae {DAE} --autoencoder vq --codebook_size 64 --codebook_warmup_steps 10",
+    "codebook": f"train_dae {DAE} --autoencoder vq --codebook_size 64 --codebook_warmup_steps 6",
     "transformer": f"train_dit {DATA} {TIMES} --vae {{root}}/autoencoder/vae --model DiT-Ti/2 --num_layers 2 "
-    "--max_train_steps 60 --num_sample_images 10 --sample_steps 2",
+    "--max_train_steps 32 --num_sample_images 10 --sample_steps 2",
     "prior": f"train_vqgan_prior {DATA} {TIMES} --vae {{root}}/codebook/vae --num_layers 2 --num_attention_heads 2 "
-    "--attention_head_dim 16 --max_train_steps 60 --num_sample_images 10",
+    "--attention_head_dim 16 --max_train_steps 32 --num_sample_images 10",
     "latents": f"cache_latents {DATA} --vae {{root}}/autoencoder/vae --batch_size 2 --shard_size 4 --random_flip",
-    "evaluation": f"evaluate {DATA} --pipeline {{root}}/transformer/pipeline --features {{root}}/features --num_images 600 "
-    "--guidance_scales 1 2 4 --num_inference_steps 4 --batch_size 16",
+    "evaluation": f"evaluate {DATA} --pipeline {{root}}/transformer/pipeline --features {{root}}/features --num_images 520 "
+    "--guidance_scales 1 3 --num_inference_steps 4 --batch_size 16",
 }
 NEEDS = {"transformer": "autoencoder", "prior": "codebook", "latents": "autoencoder", "evaluation": "transformer"}
 WORKERS, LAUNCHER = "autoencoder, data-loading processes", "autoencoder, accelerate launch"
@@ -53,7 +53,7 @@ CASES = [*COMMANDS, WORKERS, LAUNCHER]
 RESULTS = ("*/log.jsonl", "stage1/*", "vae/*", "pipeline/**/*", "codes/*", "train/*", "validation/*", "metrics.json")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-REAL_STARTS = 12  # one start of so many is a process of its own
+REAL_STARTS = 16  # one start of so many is a process of its own
 SAVING_SECONDS = 0.02  # after the first sign of a file that is being written
 
 

@@ -92,10 +92,9 @@ def find_start(run: TrainingRun, model, images, validation_images, stage_steps: 
     """Where to begin, once it is clear that the plan fits the checkpoint."""
     stages = run.config.stages
     names = {1: "stage1_steps", 2: "stage2_steps"}
-    shape = ("auxiliary_decoder", "auxiliary_dropout", "auxiliary_channel_multiplier", "auxiliary_layers_per_block")
     return run.find_start(
         inputs={"the training images": images.fingerprint},
-        plan={name: getattr(stages, name) for name in shape},
+        plan=stages.plan(),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),
