@@ -12,6 +12,7 @@ Half of the kills come at any instant, half a few milliseconds after a run has b
 server that has imported torch (`fork_server.py`); each case also starts processes of its own, and a launcher always does.
 """
 
+import math
 import os
 import random
 import shutil
@@ -54,7 +55,7 @@ RESULTS = ("*/log.jsonl", "stage1/*", "vae/*", "pipeline/**/*", "codes/*", "trai
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 REAL_STARTS = 16  # one start of so many is a process of its own
-SAVING_SECONDS = 0.02  # after the first sign of a file that is being written
+SAVING_SECONDS = (1e-4, 0.03)  # after the first sign of a file that is being written, most often soon
 
 
 @dataclass
@@ -195,7 +196,7 @@ def waits_for_the_instant(
     process: subprocess.Popen | Forked, folder: Path, kill_after: float, instants: random.Random
 ) -> bool:
     """Whether the run still goes on then; half of the times it is the next instant at which a file is being written."""
-    wants_write, moment = instants.random() < 0.5, instants.uniform(0, SAVING_SECONDS)
+    wants_write, moment = instants.random() < 0.5, math.exp(instants.uniform(*map(math.log, SAVING_SECONDS)))
     try:
         process.wait(kill_after)
         return False
