@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from dae_diffusers.cli import storage_problem
+from dae_diffusers.cli import REMOVED, storage_problem
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.sharding import whole_tensor
@@ -80,6 +80,7 @@ class Checkpointer:
         self.accelerator = accelerator
         self.folder = folder
         self.total_limit = total_limit
+        self._place = _identity(folder.parent)
         # None: a run that began before checkpoints named their run.
         self._run: str | None = uuid.uuid4().hex
 
@@ -99,6 +100,9 @@ class Checkpointer:
         self._raise_if_not_finite(step, ema)
         try:
             self._save(step, ema, state)
+        except UserError:
+            shutil.rmtree(self.folder / f"{_TEMPORARY}{_name_of(step)}", ignore_errors=True)
+            raise
         except Exception as error:
             problem = storage_problem(error) or (str(error) if isinstance(error, OSError) else None)
             if problem is None:
@@ -118,6 +122,7 @@ class Checkpointer:
         final = self.folder / _name_of(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.accelerator.is_main_process:
+            self._raise_if_removed()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
@@ -143,12 +148,18 @@ class Checkpointer:
             }
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
+            self._raise_if_removed()  # accelerate makes folders that are missing
             if final.exists():
                 self._make_room(final)
             temporary.rename(final)
             _flush_folder(self.folder)
             self._rotate(final)
         self.accelerator.wait_for_everyone()
+
+    def _raise_if_removed(self) -> None:
+        """A run whose folder was removed, and made again by a save, has neither its lock nor its log."""
+        if self._place not in (None, _identity(self.folder.parent)):
+            raise UserError(REMOVED.format(self.folder.parent))
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
         r"""
@@ -293,6 +304,15 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of a folder, whatever its name; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:

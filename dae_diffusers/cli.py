@@ -28,6 +28,7 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _METAVARS = {int: "N", float: "X", str: "NAME"}
+REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -77,12 +78,13 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
     Raises:
         SystemExit: With the error's exit code.
     """
+    _keep_interrupts()
     try:
         run(config)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        message = _message_of(error) or _lost_folder(flat(config).get("output_dir"))
+        message = _message_of(error) or _lost_folder(error, flat(config).get("output_dir"))
         if message is None:
             raise
         message = with_dashes(" ".join(message.splitlines()), flat(config))  # a file's name may hold line breaks
@@ -93,6 +95,20 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
             f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr, flush=True
         )
         raise SystemExit(getattr(error, "exit_code", UserError.exit_code)) from None
+
+
+def _keep_interrupts() -> None:
+    """A Ctrl-C that comes while Python runs a destructor, or ends, would be printed with a stack, and forgotten."""
+    previous = sys.unraisablehook
+
+    def end_at_once(unraisable) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        previous(unraisable)
+
+    if previous.__qualname__ != end_at_once.__qualname__:
+        sys.unraisablehook = end_at_once
 
 
 def storage_problem(error: Exception) -> str | None:
@@ -140,11 +156,15 @@ def _message_of(error: Exception) -> str | None:
     return None
 
 
-def _lost_folder(output_dir: str | None) -> str | None:
+def _lost_folder(error: Exception, output_dir: str | None) -> str | None:
     """One line where somebody has removed the output folder of a running script, which fails in many ways; else None."""
-    if not output_dir or Path(output_dir).exists():
+    if not output_dir:
         return None
-    return f"the output folder {output_dir} was removed while the script ran. Run the command again."
+    folder = Path(output_dir)
+    named = getattr(error, "filename", None) if isinstance(error, FileNotFoundError) else None
+    if isinstance(named, str) and folder in Path(named).parents:  # perhaps a folder in it
+        folder = next((path for path in reversed(Path(named).parents) if not path.exists()), folder)
+    return None if folder.exists() else REMOVED.format(folder)
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
