@@ -107,7 +107,7 @@ def _keep_interrupts() -> None:
             signal.raise_signal(signal.SIGINT)
         previous(unraisable)
 
-    if previous.__qualname__ != end_at_once.__qualname__:
+    if getattr(previous, "__qualname__", "") != end_at_once.__qualname__:
         sys.unraisablehook = end_at_once
 
 
