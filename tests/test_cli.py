@@ -165,6 +165,7 @@ def test_wrong_flags_are_answered_in_one_line(argv, message, capsys):
         ("steps:", "has no value"),
         ("- 1\n- 2", "holds a list"),
         ("steps: [1", "cannot be read as YAML"),
+        ("steps: " + 2000 * "[" + 2000 * "]", "is nested too deeply"),
         ("!!python/object/apply:os.system ['touch hacked']", "cannot be read as YAML"),
     ],
 )

@@ -1,6 +1,7 @@
 """Files from strangers: nothing in them is executed, nothing is written outside of the output folder, and a line says so."""
 
 import ast
+import contextlib
 import io
 import json
 import os
@@ -139,6 +140,27 @@ MALICIOUS = {
     "other dtype": safetensors_file(json.dumps({"a": {**ENTRY, "dtype": "OBJ"}}).encode(), bytes(16)),
     "pickle": pickle.dumps({"a": 1}),
 }
+
+
+def test_no_other_program_reads_a_picture(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looks for it again
+    content = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(content, "eps")
+    with contextlib.suppress(OSError, ValueError):
+        Image.open(content).load()
+    assert called.exists()
+    called.unlink()
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.png").write_bytes(content.getvalue())
+    code, line = attempt(train_dae, train_data_dir=tmp_path / "images", output_dir=tmp_path / "run")
+    assert code == 1 and "it is no picture of a format that is read" in line and not called.exists()
 
 
 @pytest.mark.parametrize("content", MALICIOUS.values(), ids=MALICIOUS)

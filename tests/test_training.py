@@ -34,7 +34,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.settings import compose, flat
-from dae_diffusers.training import cache_latents, train_dae, train_dit
+from dae_diffusers.training import cache_latents, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -441,6 +441,18 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dae, "--dataset_name digits --stage 2", "stage1_dir"),
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
+        (
+            train_dae,
+            "--dataset_name digits --seed 4294967296",
+            "`--seed` is 4294967296, but must be in [0, 4294967295]",
+        ),
+        (
+            train_dae,
+            "--dataset_name digits --adam_weight_decay -1",
+            "`--adam_weight_decay` is -1.0, but must be 0 or more",
+        ),
+        (train_dae, "--dataset_name digits --value_range 3 3", "value_range"),
+        (train_vqgan_prior, "--vae x --dataset_name digits --sample_top_p 0", "`--sample_top_p` is 0.0, but must be"),
         (train_dit, "--vae x --dataset_name digits --model DiT-M/2", "DiT-S"),
         (train_dit, "--vae x --dataset_name digits --class_dropout_prob 1", "label_column none"),
         (train_dit, "--vae x", "one of"),
