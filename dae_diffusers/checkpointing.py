@@ -31,6 +31,7 @@ _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _EMA = "ema.safetensors"
 _TEMPORARY = "tmp-"
+_BESIDE = (".owner", "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
 _NAME = re.compile(rf"{_PREFIX}(\d{{8,}})")
 _LEFTOVER = re.compile(rf"{_TEMPORARY}(old-)?{_PREFIX}\d{{8,}}")
 
@@ -80,7 +81,7 @@ class Checkpointer:
         self.accelerator = accelerator
         self.folder = folder
         self.total_limit = total_limit
-        self._place = _identity(folder.parent)
+        self._has_run = self._is_beside_a_run()
         # None: a run that began before checkpoints named their run.
         self._run: str | None = uuid.uuid4().hex
 
@@ -157,9 +158,14 @@ class Checkpointer:
         self.accelerator.wait_for_everyone()
 
     def _raise_if_removed(self) -> None:
-        """A run whose folder was removed, and made again by a save, has neither its lock nor its log."""
-        if self._place not in (None, _identity(self.folder.parent)):
+        """A run whose folder was removed, and made again by a save, would have neither its lock nor its log."""
+        if self._has_run and not self._is_beside_a_run():
             raise UserError(REMOVED.format(self.folder.parent))
+        self._has_run = self._is_beside_a_run()
+
+    def _is_beside_a_run(self) -> bool:
+        # Not by the folder's number: file systems in the network may give it another one.
+        return any((self.folder.parent / name).exists() for name in _BESIDE)
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
         r"""
@@ -304,15 +310,6 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Of a folder, whatever its name; None if there is none."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
