@@ -27,6 +27,7 @@ Config = TypeVar("Config")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
+_LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
@@ -157,13 +158,17 @@ def _message_of(error: Exception) -> str | None:
 
 
 def _lost_folder(error: Exception, output_dir: str | None) -> str | None:
-    """One line where somebody has removed the output folder of a running script, which fails in many ways; else None."""
+    """One line where somebody has removed the output folder of a running script, or one in it; else None."""
     if not output_dir:
         return None
-    folder = Path(output_dir)
-    named = getattr(error, "filename", None) if isinstance(error, FileNotFoundError) else None
-    if isinstance(named, str) and folder in Path(named).parents:  # perhaps a folder in it
-        folder = next((path for path in reversed(Path(named).parents) if not path.exists()), folder)
+    folder, text = Path(output_dir), str(error)
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
+        named = Path(error.filename)
+        if folder not in (named, *named.parents):
+            return None
+        folder = next((path for path in reversed(named.parents) if not path.exists()), folder)
+    elif not any(words in text for words in _LOST_FOLDER):
+        return None
     return None if folder.exists() else REMOVED.format(folder)
 
 

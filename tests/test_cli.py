@@ -268,6 +268,16 @@ def test_output_folder_that_is_removed_meanwhile_is_one_line(tmp_path, capsys):
     assert line.startswith(f"error: the output folder {tmp_path / 'run'} was removed")
 
 
+@pytest.mark.parametrize("error", [KeyError("x"), FileNotFoundError(2, "No such file", "/elsewhere/x")])
+def test_other_errors_before_the_output_folder_is_made_are_not_hidden(error, tmp_path):
+    def run(config):
+        raise error
+
+    config = compose(TrainDAEConfig, dataset_name="digits", output_dir=str(tmp_path / "run"))
+    with pytest.raises(type(error)):
+        run_script(run, config)
+
+
 def test_reader_of_the_help_that_leaves_is_no_error():
     script = Path(__file__).parents[1] / "training" / "train_dae.py"
     source = "import os, runpy, sys; os.close(sys.stdin.fileno()); runpy.run_path(sys.argv[1], run_name='__main__')"
