@@ -127,10 +127,11 @@ def test_interrupted_again_and_again_ends_with_the_same_results(case, root, serv
         outcome.runs += 1
         assert results_of(folder) == results_of(root / command), folder
         shutil.rmtree(folder)
-    print(
-        f"\n{case}: {done} kills ({outcome.kills}), {outcome.while_saving} while a file was written ({outcome.left} left "
-        f"half of it), {outcome.real} of processes that were not forked, {outcome.runs} runs, all equal"
-    )
+        print(
+            f"\n{case}: {done} kills ({outcome.kills}), {outcome.while_saving} while a file was written ({outcome.left} left "
+            f"half of it), {outcome.real} of processes that were not forked, {outcome.runs} runs, all equal",
+            flush=True,
+        )
 
 
 def run_whole(command: str, root: Path, server: ForkServer) -> float:
