@@ -6,6 +6,7 @@ own, with its own output and arguments, and ends with Python's own shutdown. Sig
 most of the time of a tiny run.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -86,12 +87,15 @@ def _serve(scripts: list[str]) -> None:
         del sys.modules[f"{PACKAGE}.{script}"]  # runs again, as `__main__`
     runlog.plot_curves = lambda *args, **kwargs: None
     assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
+    gc.collect()
+    gc.freeze()  # else each copy of this process would look through, and so copy, all that torch has made
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
             return _become(**json.loads(line))
         print(process, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+    os._exit(0)
 
 
 def _become(script: str, flags: list[str], output: str) -> None:
