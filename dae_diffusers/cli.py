@@ -147,6 +147,8 @@ def _message_of(error: Exception) -> str | None:
             "`--train_batch_size` with a larger `--gradient_accumulation_steps` keeps the batch of an update, and "
             "`--gradient_checkpointing`, where a script has it, saves memory."
         )
+    if isinstance(error, RuntimeError) and "without overflow" in text:  # torch's, of an optimiser's settings
+        return "a number became too large for float32. Lower `learning_rate`."
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"a data-loading process died ({' '.join(text.split())[:200]}). Perhaps memory ran out. Continue with "
