@@ -12,6 +12,7 @@ Half of the kills come at any instant, half a few milliseconds after a run has b
 server that has imported torch (`fork_server.py`); each case also starts processes of its own, and a launcher always does.
 """
 
+import contextlib
 import math
 import os
 import random
@@ -55,7 +56,7 @@ RESULTS = ("*/log.jsonl", "stage1/*", "vae/*", "pipeline/**/*", "codes/*", "trai
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 REAL_STARTS = 16  # one start of so many is a process of its own
-SAVING_SECONDS = (1e-4, 0.03)  # after the first sign of a file that is being written, most often soon
+SAVING_SECONDS = (1e-4, 0.03)  # after the first sign of a file that is being written, most often soon; or at once
 
 
 @dataclass
@@ -78,10 +79,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class End:
-    """Of a run: how it was ended (empty: it came to its end), seconds after it took its folder, and in the middle of what."""
+    """Of a run: how it was ended (empty: it came to its end), seconds since it took its folder then, and in the middle of what."""
 
     how: str
-    seconds: float
+    seconds: float = 0.0
     while_saving: bool = False
     left: bool = False
 
@@ -172,8 +173,10 @@ def run(
         while process.poll() is None and not (taken.exists() and taken.read_text() != before):
             time.sleep(0.005)
         started = time.monotonic()
-        if kill_after is not None and waits_for_the_instant(process, folder, kill_after, instants):
-            return end(process, case, folder, instants, output, time.monotonic() - started)
+        if kill_after is not None:
+            while_saving = wait_for_the_instant(process, folder, kill_after, instants)
+            if process.poll() is None:
+                return end(process, case, folder, instants, output, while_saving)
         process.wait()
         output.seek(0)
         assert process.returncode == 0, output.read()
@@ -193,24 +196,22 @@ def start(case: str, script: str, flags: list[str], output: IO[str]) -> subproce
     )
 
 
-def waits_for_the_instant(
+def wait_for_the_instant(
     process: subprocess.Popen | Forked, folder: Path, kill_after: float, instants: random.Random
 ) -> bool:
-    """Whether the run still goes on then; half of the times it is the next instant at which a file is being written."""
-    wants_write, moment = instants.random() < 0.5, math.exp(instants.uniform(*map(math.log, SAVING_SECONDS)))
-    try:
+    """Half of the times it is the next one at which a file is being written. Whether one is, then."""
+    wants_write, at_once = instants.random() < 0.5, instants.random() < 0.5
+    moment = math.exp(instants.uniform(*map(math.log, SAVING_SECONDS)))
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(kill_after)
-        return False
-    except subprocess.TimeoutExpired:
-        pass
-    if not wants_write:
-        return True
-    while process.poll() is None:
+    while wants_write and process.poll() is None:
         if is_writing(folder):
+            if at_once:
+                return True
             time.sleep(moment)
-            return process.poll() is None
-        time.sleep(0.001)
-    return False
+            break
+        time.sleep(0.0002)
+    return is_writing(folder)
 
 
 def is_writing(folder: Path) -> bool:
@@ -233,16 +234,16 @@ def end(
     folder: Path,
     instants: random.Random,
     output: IO[str],
-    seconds: float,
+    while_saving: bool,
 ) -> End:
     """Ends a run in one of the ways that happen, and waits until nothing of it is left."""
     number = instants.choice((signal.SIGKILL, signal.SIGKILL, *SIGNALS))
     to_all = instants.random() < 0.5
-    everything = everything_of(process.pid)
-    while_saving = is_writing(folder)
     (os.killpg if to_all else os.kill)(process.pid, number)
     process.wait(120)
-    _, alive = psutil.wait_procs(everything, timeout=120)
+    deadline = time.monotonic() + 120
+    while (alive := session_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
     output.seek(0)
     text = output.read()
     for each in alive:
@@ -252,15 +253,17 @@ def end(
         assert process.returncode in (0, -number, 128 + number), text  # 0: it came too late
         assert "Traceback" not in text, text
     how = f"{number.name} to {'all' if to_all else 'the launcher' if case == LAUNCHER else 'one'}"
-    return End(how, seconds, while_saving, is_writing(folder))
+    return End(how, while_saving=while_saving, left=is_writing(folder))
 
 
-def everything_of(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def session_of(pid: int) -> list[psutil.Process]:
+    """What still runs of all that a process has started, which is the leader of its session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def results_of(folder: Path) -> dict[str, bytes]:
