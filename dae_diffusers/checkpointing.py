@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from dae_diffusers.cli import storage_problem
+from dae_diffusers.cli import REMOVED, storage_problem
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.sharding import whole_tensor
@@ -31,6 +31,7 @@ _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _EMA = "ema.safetensors"
 _TEMPORARY = "tmp-"
+_BESIDE = (".owner", "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
 _NAME = re.compile(rf"{_PREFIX}(\d{{8,}})")
 _LEFTOVER = re.compile(rf"{_TEMPORARY}(old-)?{_PREFIX}\d{{8,}}")
 
@@ -80,6 +81,7 @@ class Checkpointer:
         self.accelerator = accelerator
         self.folder = folder
         self.total_limit = total_limit
+        self._has_run = self._is_beside_a_run()
         # None: a run that began before checkpoints named their run.
         self._run: str | None = uuid.uuid4().hex
 
@@ -99,6 +101,9 @@ class Checkpointer:
         self._raise_if_not_finite(step, ema)
         try:
             self._save(step, ema, state)
+        except UserError:
+            shutil.rmtree(self.folder / f"{_TEMPORARY}{_name_of(step)}", ignore_errors=True)
+            raise
         except Exception as error:
             problem = storage_problem(error) or (str(error) if isinstance(error, OSError) else None)
             if problem is None:
@@ -118,6 +123,7 @@ class Checkpointer:
         final = self.folder / _name_of(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.accelerator.is_main_process:
+            self._raise_if_removed()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
@@ -143,12 +149,23 @@ class Checkpointer:
             }
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
+            self._raise_if_removed()  # accelerate makes folders that are missing
             if final.exists():
                 self._make_room(final)
             temporary.rename(final)
             _flush_folder(self.folder)
             self._rotate(final)
         self.accelerator.wait_for_everyone()
+
+    def _raise_if_removed(self) -> None:
+        """A run whose folder was removed, and made again by a save, would have neither its lock nor its log."""
+        if self._has_run and not self._is_beside_a_run():
+            raise UserError(REMOVED.format(self.folder.parent))
+        self._has_run = self._is_beside_a_run()
+
+    def _is_beside_a_run(self) -> bool:
+        # Not by the folder's number: file systems in the network may give it another one.
+        return any((self.folder.parent / name).exists() for name in _BESIDE)
 
     def newest(self, path: str = "latest") -> tuple[Path, dict[str, Any]] | None:
         r"""

@@ -27,7 +27,9 @@ Config = TypeVar("Config")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
+_LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 _METAVARS = {int: "N", float: "X", str: "NAME"}
+REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -77,12 +79,13 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
     Raises:
         SystemExit: With the error's exit code.
     """
+    _keep_interrupts()
     try:
         run(config)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        message = _message_of(error) or _lost_folder(flat(config).get("output_dir"))
+        message = _message_of(error) or _lost_folder(error, flat(config).get("output_dir"))
         if message is None:
             raise
         message = with_dashes(" ".join(message.splitlines()), flat(config))  # a file's name may hold line breaks
@@ -93,6 +96,20 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
             f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr, flush=True
         )
         raise SystemExit(getattr(error, "exit_code", UserError.exit_code)) from None
+
+
+def _keep_interrupts() -> None:
+    """A Ctrl-C that comes while Python runs a destructor, or ends, would be printed with a stack, and forgotten."""
+    previous = sys.unraisablehook
+
+    def end_at_once(unraisable) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        previous(unraisable)
+
+    if getattr(previous, "__qualname__", "") != end_at_once.__qualname__:
+        sys.unraisablehook = end_at_once
 
 
 def storage_problem(error: Exception) -> str | None:
@@ -130,6 +147,8 @@ def _message_of(error: Exception) -> str | None:
             "`--train_batch_size` with a larger `--gradient_accumulation_steps` keeps the number of images per update, and "
             "`--gradient_checkpointing`, if the script has it, saves memory."
         )
+    if isinstance(error, RuntimeError) and "without overflow" in text:  # torch's, of an optimiser's settings
+        return "a number became too large for float32. Lower `learning_rate`."
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"a data-loading process died ({' '.join(text.split())[:200]}). Perhaps memory ran out. Continue with "
@@ -140,11 +159,19 @@ def _message_of(error: Exception) -> str | None:
     return None
 
 
-def _lost_folder(output_dir: str | None) -> str | None:
-    """One line if the output folder was removed while the script ran, which fails in many ways; else None."""
-    if not output_dir or Path(output_dir).exists():
+def _lost_folder(error: Exception, output_dir: str | None) -> str | None:
+    """One line if the output folder, or one in it, was removed while the script ran; else None."""
+    if not output_dir:
         return None
-    return f"the output folder {output_dir} was removed while the script ran. Run the command again."
+    folder, text = Path(output_dir), str(error)
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
+        named = Path(error.filename)
+        if folder not in (named, *named.parents):
+            return None
+        folder = next((path for path in reversed(named.parents) if not path.exists()), folder)
+    elif not any(words in text for words in _LOST_FOLDER):
+        return None
+    return None if folder.exists() else REMOVED.format(folder)
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

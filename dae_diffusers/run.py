@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dae_diffusers.batches import TrainingBatches
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.console import num_cores
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.distributed import PROCESS_GROUP, describe_hardware, settle_backend
 from dae_diffusers.errors import ConfigError, UserError
@@ -28,6 +29,7 @@ from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
 from dae_diffusers.runlog import RunLog, read_log
 from dae_diffusers.settings import config_text, flags_of, flat
+from dae_diffusers.signals import launcher_pid
 from dae_diffusers.store import read_json_or, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
@@ -322,12 +324,13 @@ def start_messages(accelerator: Accelerator) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for chatty in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
+    is_launchers_choice = launcher_pid() is not None and "DAE_DIFFUSERS_COMMAND" not in os.environ
+    threads = num_cores() // max(1, accelerator.num_processes)
+    if accelerator.device.type == "cpu" and is_launchers_choice and torch.get_num_threads() == 1 < threads:
         logger.warning(
-            "one CPU thread of %d is in use, accelerate's default. Give it more: "
-            "`accelerate launch --num_cpu_threads_per_process %d ...`",
-            os.cpu_count(),
-            os.cpu_count(),
+            "one CPU thread of %d is in use, the launcher's default. Give it more: put `OMP_NUM_THREADS=%d` before the command.",
+            threads,
+            threads,
         )
 
 

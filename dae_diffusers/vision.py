@@ -146,7 +146,14 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
         model, loading = (AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(
             name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
-    except (OSError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"the vision model {name_or_path!r} cannot be loaded: its weights are a pickle with more in it than tensors. Code in "
+            "it is not run. Use a model whose weights are safetensors."
+        ) from None
+    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
         raise UserError(
             f"the vision model {name_or_path!r} cannot be loaded: {one_line(error, 300)} (Allowed "
             "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"

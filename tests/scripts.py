@@ -51,6 +51,7 @@ BARE_DAE = _DAE + " --logging_steps 1 --validation_steps 9 --checkpointing_steps
 BARE_DIT = _DIT + (
     " --logging_steps 1 --validation_steps 9 --checkpointing_steps 2 --num_sample_images 2 --sample_steps 1"
 )
+DIVERGING = " --learning_rate 1e38 --lr_warmup_steps 0 --validation_steps 99"
 TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 PRIOR = "pipeline/prior/model.safetensors"
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"

@@ -29,6 +29,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.locks import take_folder
+from dae_diffusers.runlog import RunLog
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig
 
@@ -271,6 +272,41 @@ def test_every_row_of_the_table_is_one_line_and_an_exit_code(
         mended = "--train_data_dir {images}" + ("" if script == "train_dae" else " --vae {vae}")
         flags = f"{base} {mended.format(**names)} --output_dir {output}".split()
         module.TrainingRun(script, parse_config(CONFIG_CLASSES[module], flags))
+
+
+@pytest.mark.parametrize(
+    ("script", "moment", "removed"),
+    [
+        ("train_dae", (RunLog, "write"), "run"),
+        ("train_dae", (RunLog, "write"), "run/train_dae"),
+        ("train_dae", (RunLog, "draw_curves"), "run/train_dae"),
+        ("train_dae", (Checkpointer, "save"), "run"),
+        ("train_dae", (Accelerator, "save_state"), "run/train_dae"),  # which makes the folder again
+        ("train_dit", (Checkpointer, "save"), "run"),
+        ("train_vqgan_prior", (Checkpointer, "save"), "run/train_vqgan_prior"),
+    ],
+)
+def test_folder_that_is_removed_meanwhile_is_one_line(script, moment, removed, places, tmp_path):
+    module, base = SCRIPTS[script]
+    autoencoder = {} if script == "train_dae" else {"vae": places / ("vq" if "vq" in script else "vae")}
+
+    def action():
+        owner, name = moment
+        original = getattr(owner, name)
+
+        def remove_first(*args, **kwargs):
+            shutil.rmtree(tmp_path / removed, ignore_errors=True)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, remove_first)
+        options = {"train_data_dir": places / "images", "output_dir": tmp_path / "run", "checkpointing_steps": 1}
+        start(base, script=module, **options, **autoencoder)
+
+    code, text = in_child(action)
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert code == 1 and len(errors) == 1 and "Traceback" not in text, text
+    assert f"the output folder {tmp_path / removed}" in errors[0] and "was removed while the script ran" in errors[0]
+    assert not list(tmp_path.rglob("checkpoint.json")) and not list(tmp_path.rglob("model_index.json"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from dae_diffusers import signals
+from dae_diffusers import run, signals
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.guard import raise_if_not_finite_weights
@@ -273,6 +273,29 @@ def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="`mixed_precision` is fp16, which needs a GPU. On a CPU use bf16 or no."):
         take_folder(tmp_path / "run", Accelerator(cpu=True, mixed_precision="fp16"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "cores", "command", "warns"),
+    [(7, 4, "", True), (None, 4, "", False), (7, 1, "", False), (7, 4, "dae-diffusers train-dae", False)],
+)
+def test_one_thread_is_said_only_where_a_launcher_chose_it(
+    launcher, cores, command, warns, accelerator, monkeypatch, caplog
+):
+    monkeypatch.setattr(run, "launcher_pid", lambda: launcher)
+    monkeypatch.setattr(run, "num_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.delenv("DAE_DIFFUSERS_COMMAND", raising=False)
+    if command:  # it uses all cores by itself: one thread was asked for
+        monkeypatch.setenv("DAE_DIFFUSERS_COMMAND", command)
+    run.start_messages(accelerator)
+    assert caplog.messages == (
+        [
+            "one CPU thread of 4 is in use, the launcher's default. Give it more: put `OMP_NUM_THREADS=4` before the command."
+        ]
+        if warns
+        else []
+    )
 
 
 @pytest.mark.parametrize("number", signals.STOPPING)

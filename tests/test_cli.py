@@ -165,6 +165,7 @@ def test_wrong_flags_are_answered_in_one_line(argv, message, capsys):
         ("steps:", "has no value"),
         ("- 1\n- 2", "holds a list"),
         ("steps: [1", "cannot be read as YAML"),
+        ("steps: " + 2000 * "[" + 2000 * "]", "is nested too deeply"),
         ("!!python/object/apply:os.system ['touch hacked']", "cannot be read as YAML"),
     ],
 )
@@ -265,6 +266,16 @@ def test_output_folder_that_is_removed_meanwhile_is_one_line(tmp_path, capsys):
     assert exit_info.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: the output folder {tmp_path / 'run'} was removed")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), FileNotFoundError(2, "No such file", "/elsewhere/x")])
+def test_other_errors_before_the_output_folder_is_made_are_not_hidden(error, tmp_path):
+    def run(config):
+        raise error
+
+    config = compose(TrainDAEConfig, dataset_name="digits", output_dir=str(tmp_path / "run"))
+    with pytest.raises(type(error)):
+        run_script(run, config)
 
 
 def test_reader_of_the_help_that_leaves_is_no_error():

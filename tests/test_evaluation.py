@@ -1,6 +1,7 @@
 """An evaluation counts each image once and depends on no batch and no process."""
 
 import json
+import logging
 import math
 from functools import wraps
 from types import SimpleNamespace
@@ -261,7 +262,7 @@ def test_what_results_are_kept_under_is_the_same_in_every_process_and_names_the_
     assert fingerprint_of_json(evaluation_inputs(pipeline.vae, images, extractor)) != before
 
 
-def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, image_folder, pipeline, tmp_path):
+def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, image_folder, pipeline, tmp_path, caplog):
     pipeline.save_pretrained(tmp_path / "pipeline")
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias += 0.1
@@ -271,9 +272,10 @@ def test_gap_is_measured_with_the_pipelines_own_autoencoder(extractor_folder, im
     with pytest.raises(UserError, match="is not the autoencoder that `--pipeline` .* decodes with"):
         run(evaluate, flags, output_dir=tmp_path / "evaluation", vae=tmp_path / "vae", **folders)
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert evaluate.has_same_weights(
-        load_autoencoder(str(tmp_path / "pipeline")), make_autoencoder("none").to_diffusers()
-    )
+    with caplog.at_level(logging.INFO):
+        loaded = load_autoencoder(str(tmp_path / "pipeline"))
+    assert evaluate.has_same_weights(loaded, make_autoencoder("none").to_diffusers())
+    assert f"the autoencoder is `vae` of {tmp_path / 'pipeline'}" in caplog.messages
 
 
 def test_results_are_json_whatever_they_hold():

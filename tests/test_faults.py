@@ -499,6 +499,19 @@ def test_interrupted_by_the_keyboard_before_training_ends_without_a_stack(capsys
     assert capsys.readouterr().err == ""
 
 
+def test_interrupt_while_python_tidies_up_is_not_forgotten():
+    class Tidied:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def run(config):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        Tidied()
+        time.sleep(60)
+
+    assert in_child(lambda: run_script(run, None)) == (-signal.SIGINT, "")
+
+
 def test_lock_outlives_no_release(tmp_path):
     lock = locks.FolderLock(tmp_path)
 

@@ -306,7 +306,13 @@ def test_damaged_archive_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_webdataset_of_two_formats_with_dots_and_json(tmp_path, streaming):
+@pytest.mark.parametrize("source", ["train_data_dir", "dataset_name"])
+def test_webdataset_of_two_formats_with_dots_and_json(tmp_path, source, streaming):
+    if source == "dataset_name":  # as on the Hub, with a card that says what the files are
+        data_files = "[{split: train, path: '*.tar'}]"
+        (tmp_path / "README.md").write_text(
+            f"---\nconfigs:\n- {{config_name: default, data_files: {data_files}}}\n---\n"
+        )
     for shard, format in enumerate(("png", "jpeg")):
         members = {}
         for number in range(4):
@@ -316,7 +322,7 @@ def test_webdataset_of_two_formats_with_dots_and_json(tmp_path, streaming):
         pack(tmp_path / f"{shard}.tar", members)
     flags = {"label_column": "json.label", "num_classes": 2} if streaming else {"label_column": "json.kind"}
     train, validation = load_images(
-        DataConfig(train_data_dir=str(tmp_path), resolution=4, streaming=streaming, validation_fraction=0.25, **flags)
+        DataConfig(**{source: str(tmp_path)}, resolution=4, streaming=streaming, validation_fraction=0.25, **flags)
     )
     assert train.id2label == ({0: "0", 1: "1"} if streaming else {0: "a", 1: "b"})
     batches = [batch for images in (train, validation) for batch in make_pass_loader(images, batch_size=3)]

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import venv
@@ -22,11 +23,13 @@ from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from models import make_prior_pipeline, save_autoencoder, save_run
+from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import make_card, measurements, repository_files
@@ -815,3 +818,22 @@ def test_upload_in_the_background_never_makes_training_wait(tmp_path):
     upload.start(4, save=lambda folder: folder.mkdir(), push=lambda folder: 1 / 0)
     upload.wait()
     assert upload.failures == ["step 4: ZeroDivisionError: division by zero"]
+
+
+def test_webdataset_of_the_hub_is_read_whatever_the_suffixes_of_its_pictures(client, tmp_path, monkeypatch):
+    """`datasets` would make a column of each suffix, and leave half of the rows empty."""
+    for shard, suffix in enumerate(("png", "jpg")):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number in range(3):
+                Image.new("L", (8, 8), 40 * number).save(tmp_path / f"v1.{number}.{suffix}")
+                archive.add(tmp_path / f"v1.{number}.{suffix}", f"v1.{number}.{suffix}")
+    huggingface_hub.create_repo("writer/shards", repo_type="dataset")
+    huggingface_hub.upload_folder(
+        repo_id="writer/shards", repo_type="dataset", folder_path=tmp_path, allow_patterns="*.tar"
+    )
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", client.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    train, validation = load_images(DataConfig(dataset_name="writer/shards", resolution=8, image_channels=1))
+    values = [images[n]["pixel_values"][0, 0, 0] for images in (train, validation) for n in range(len(images))]
+    assert sorted(round(float(value * 127.5 + 127.5)) for value in values) == [0, 0, 40, 40, 80, 80]

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import dae_diffusers.metrics.distances as distances
-from dae_diffusers.cli import parse_config
+from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import (
@@ -349,6 +349,20 @@ def test_trained_extractor_is_what_its_folder_loads(tmp_path):
     assert results["test_accuracy"] == pytest.approx(accuracy) and results["num_test_images"] == 40
     with pytest.raises(UserError, match="holds a model already"):
         train_classifier.main(config)
+
+
+@pytest.mark.parametrize("rate", ["1e37", "1e38"])  # the loss overflows, or already a setting of AdamW
+def test_extractor_that_diverges_is_not_saved(rate, tmp_path, capsys):
+    flags = (
+        "--dataset_name digits --image_channels 1 --resolution 8 --max_validation_samples 40 --hidden_sizes 4 6 "
+        f"--depths 1 1 --train_steps 2 --train_batch_size 8 --output_dir {tmp_path} --learning_rate {rate}"
+    )
+    fresh_accelerator_state()
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(train_classifier.main, parse_config(TrainClassifierConfig, flags.split()))
+    assert exit_info.value.code == 1
+    assert "Lower `--learning_rate`" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,24 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+import torch
+from device import DEVICE, OnDevice, WithoutFloat64
+
 import dae_diffusers
+from dae_diffusers.complexity.task import _whiten
+from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
+from dae_diffusers.latents.statistics import LatentStatistics
+from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
+from dae_diffusers.metrics.distances import (
+    density_coverage,
+    inception_score,
+    kernel_distance,
+    nearest_neighbors,
+    precision_recall,
+)
+from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
+from dae_diffusers.metrics.statistics import FeatureStatistics
 
 _CODE = """
 import importlib, os, signal, sys
@@ -61,3 +78,43 @@ def test_every_module_is_imported_and_used_without_what_only_posix_has(tmp_path)
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(modules()) > 40
+
+
+def _gathered(kind, shape, *tensors) -> dict:
+    statistics = kind.empty(shape)
+    statistics.add(*tensors)
+    return vars(statistics)
+
+
+MEASURES = {
+    "codebook_usage": lambda latents, features, labels: codebook_usage(labels),
+    "codebook_perplexity": lambda latents, features, labels: codebook_perplexity(labels),
+    "latent_diagnostics": lambda latents, features, labels: _gathered(
+        LatentDiagnostics, (3, 4, 4), latents, latents.exp()
+    ),
+    "latent_statistics": lambda latents, features, labels: _gathered(LatentStatistics, 3, latents),
+    "feature_statistics": lambda latents, features, labels: _gathered(FeatureStatistics, 5, features),
+    "kernel_distance": lambda latents, features, labels: kernel_distance(features, features[:20]),
+    "precision_recall": lambda latents, features, labels: precision_recall(features, features[:20] + 0.1),
+    "density_coverage": lambda latents, features, labels: density_coverage(features, features[:20] + 0.1),
+    "inception_score": lambda latents, features, labels: inception_score(features.softmax(dim=1), splits=3),
+    "nearest_neighbors": lambda latents, features, labels: nearest_neighbors(features),
+    "interpolate_to_neighbors": lambda latents, features, labels: interpolate_to_neighbors(latents, latents),
+    "linear_probe": lambda latents, features, labels: linear_probe_accuracy(latents, labels, latents[:9], labels[:9]),
+    "whitening": lambda latents, features, labels: _whiten(latents, latents[:9]),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_measures_of_tensors_on_a_device_without_float64_are_those_of_the_cpu(measure):
+    random = torch.Generator().manual_seed(0)
+    tensors = torch.randn(32, 3, 4, 4, generator=random), torch.randn(32, 5, generator=random), torch.arange(32) % 4
+    with WithoutFloat64():
+        found = measure(*(tensor.to(DEVICE) for tensor in tensors))
+        found = torch.utils._pytree.tree_map(lambda value: value.cpu() if isinstance(value, OnDevice) else value, found)
+    torch.testing.assert_close(found, measure(*tensors))
+
+
+def test_simulated_device_refuses_float64():
+    with WithoutFloat64(), pytest.raises(AssertionError, match="no float64"):
+        torch.zeros(2, device=DEVICE).double()

@@ -1,6 +1,7 @@
 """Files from strangers: nothing in them is executed, nothing is written outside of the output folder, and a line says so."""
 
 import ast
+import contextlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from models import make_autoencoder, make_vq_model, save_backbone
 from PIL import Image
@@ -24,6 +26,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CachedLatents
 from dae_diffusers.store import keep_json
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.vision import load_vision_model
 
 FLAGS = {
     train_dae: BARE_DAE.replace("_steps 4", "_steps 1"),
@@ -32,6 +35,15 @@ FLAGS = {
     evaluate: "--resolution 16 --num_inference_steps 1 --num_images 2 --validation_fraction 0.5",
     train_vqgan_prior: "--resolution 16 --num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 1",
 }
+
+
+class Evil:
+    """Leaves a file when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("hacked"),)
+
+
 EVIL = "import pathlib\npathlib.Path('hacked').touch()\n"
 
 
@@ -128,6 +140,27 @@ MALICIOUS = {
     "other dtype": safetensors_file(json.dumps({"a": {**ENTRY, "dtype": "OBJ"}}).encode(), bytes(16)),
     "pickle": pickle.dumps({"a": 1}),
 }
+
+
+def test_no_other_program_reads_a_picture(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looks for it again
+    content = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(content, "eps")
+    with contextlib.suppress(OSError, ValueError):
+        Image.open(content).load()
+    assert called.exists()
+    called.unlink()
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.png").write_bytes(content.getvalue())
+    code, line = attempt(train_dae, train_data_dir=tmp_path / "images", output_dir=tmp_path / "run")
+    assert code == 1 and "it is no picture of a format that is read" in line and not called.exists()
 
 
 @pytest.mark.parametrize("content", MALICIOUS.values(), ids=MALICIOUS)
@@ -235,6 +268,23 @@ def test_code_of_a_feature_extractor_is_not_run(name, places, image_folder, tmp_
     (tmp_path / "features" / "evil.py").write_text(EVIL)
     options = {"train_data_dir": image_folder, "vae": places / "vae", "output_dir": tmp_path / "run"}
     attempt(evaluate, features=tmp_path / "features", **options)
+
+
+def test_pickled_weights_of_a_vision_model_are_tensors_or_refused(places, image_folder, tmp_path):
+    shutil.copytree(places / "features", tmp_path / "features")
+    weights, pickled = tmp_path / "features" / "model.safetensors", tmp_path / "features" / "pytorch_model.bin"
+    tensors = load_file(weights)
+    weights.unlink()
+    torch.save(tensors, pickled)
+    state = load_vision_model(str(tmp_path / "features"))[0].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in tensors.items())
+    os.truncate(pickled, 1000)
+    with pytest.raises(UserError, match="cannot be loaded: PytorchStreamReader failed"):
+        load_vision_model(str(tmp_path / "features"))
+    torch.save({**tensors, "code": Evil()}, pickled)
+    options = {"train_data_dir": image_folder, "vae": places / "vae", "output_dir": tmp_path / "run"}
+    code, line = attempt(evaluate, features=tmp_path / "features", **options)
+    assert code == 1 and "its weights are a pickle with more in it than tensors" in line
 
 
 def test_remote_code_is_asked_for_nowhere_but_in_the_space():

@@ -5,14 +5,17 @@ import re
 import shutil
 import signal
 import time
+from typing import get_args
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from models import make_autoencoder
 from safetensors.torch import load_file
 from scripts import (
     CONFIG_CLASSES,
+    DIVERGING,
     TINY_DAE,
     TINY_DIT,
     TRANSFORMER,
@@ -26,11 +29,12 @@ from scripts import (
 )
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
+from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, StageConfig
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.settings import compose, flat
-from dae_diffusers.training import cache_latents, train_dae, train_dit
+from dae_diffusers.training import cache_latents, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -129,6 +133,21 @@ def test_plan_that_contradicts_the_checkpoint_is_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=re.escape(message)):
         run(script, flags, train_data_dir=image_folder, output_dir=trained, resume_from_checkpoint="latest")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", get_args(AuxiliaryDecoderType))
+def test_plan_holds_exactly_what_shapes_the_auxiliary_decoder_of_this_kind(kind):
+    changes = {"auxiliary_dropout": 0.6, "auxiliary_channel_multiplier": 0.5, "auxiliary_layers_per_block": 1}
+    plan = StageConfig(auxiliary_decoder=kind).plan()
+    for name, value in changes.items():
+        decoders = [
+            make_autoencoder(kind, layers_per_block=2, block_out_channels=(16, 16), **more).auxiliary_decoder
+            for more in ({}, {name: value})
+        ]
+        assert (name in plan) == (str(decoders[0]) != str(decoders[1])), name
+    assert plan["auxiliary_decoder"] == kind
+    if kind != "none":
+        assert StageConfig(stage="2", auxiliary_decoder=kind).plan() == {}  # stage 1 has made it
 
 
 def test_epochs_are_passes_over_the_images_whatever_the_batch():
@@ -422,6 +441,18 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dae, "--dataset_name digits --stage 2", "stage1_dir"),
         (train_dae, "--dataset_name digits --norm_num_groups 7", "multiples of"),
         (train_dae, "--dataset_name digits --train_data_dir x", "one of"),
+        (
+            train_dae,
+            "--dataset_name digits --seed 4294967296",
+            "`--seed` is 4294967296, but must be in [0, 4294967295]",
+        ),
+        (
+            train_dae,
+            "--dataset_name digits --adam_weight_decay -1",
+            "`--adam_weight_decay` is -1.0, but must be 0 or more",
+        ),
+        (train_dae, "--dataset_name digits --value_range 3 3", "value_range"),
+        (train_vqgan_prior, "--vae x --dataset_name digits --sample_top_p 0", "`--sample_top_p` is 0.0, but must be"),
         (train_dit, "--vae x --dataset_name digits --model DiT-M/2", "DiT-S"),
         (train_dit, "--vae x --dataset_name digits --class_dropout_prob 1", "label_column none"),
         (train_dit, "--vae x", "one of"),
@@ -519,12 +550,12 @@ def test_compiled_networks_train_as_others_do(trained, image_folder, tmp_path, m
         assert_same_weights(*transformers, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("limit", [1, 2])
-def test_weights_that_diverge_are_neither_saved_nor_exported(trained, image_folder, tmp_path, limit):
-    flags = TINY_DIT.replace("--checkpoints_total_limit 9", f"--checkpoints_total_limit {limit}")
-    options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path / "run"}
-    with pytest.raises(UserError, match="NaN or infinite|became"):
-        run(train_dit, flags + " --learning_rate 1e38 --lr_warmup_steps 0 --validation_steps 99", **options)
-    assert not (tmp_path / "run" / "pipeline").exists()
+@pytest.mark.parametrize(("script", "limit"), [(train_dit, 1), (train_dit, 2), (train_dae, 1)])
+def test_weights_that_diverge_are_neither_saved_nor_exported(script, limit, trained, image_folder, tmp_path):
+    flags = TINY_DAE if script is train_dae else f"{TINY_DIT} --vae {trained / 'vae'}"
+    flags = flags.replace("--checkpoints_total_limit 9", f"--checkpoints_total_limit {limit}")
+    with pytest.raises(UserError, match="NaN or infinite|became|not finite"):
+        run(script, flags + DIVERGING, train_data_dir=image_folder, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "pipeline").exists() and not (tmp_path / "run" / "vae").exists()
     for path in (tmp_path / "run").rglob("*.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values()), path

@@ -13,7 +13,19 @@ from hub_server import HubServer
 from models import make_autoencoder, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, assert_same_weights, launch, log_of, resume, run, succeed, weights
+from scripts import (
+    DIVERGING,
+    TINY_DAE,
+    TINY_DIT,
+    TINY_PRIOR,
+    assert_same_weights,
+    launch,
+    log_of,
+    resume,
+    run,
+    succeed,
+    weights,
+)
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
@@ -250,6 +262,15 @@ def test_resumed_prior_equals_an_uninterrupted_one(trained, with_prior, image_fo
     assert_same_weights(prior_weights(with_prior), prior_weights(tmp_path / "run"))
     logs = [(folder / "train_vqgan_prior" / "log.jsonl").read_text() for folder in (with_prior, tmp_path / "run")]
     assert logs[0] == logs[1]
+
+
+def test_prior_that_diverges_is_neither_saved_nor_exported(trained, image_folder, tmp_path):
+    options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path}
+    with pytest.raises(UserError, match="NaN or infinite|became|not finite"):
+        run(train_vqgan_prior, TINY_PRIOR.replace("_limit 9", "_limit 1") + DIVERGING, **options)
+    assert not (tmp_path / "pipeline").exists()
+    for path in (tmp_path / "train_vqgan_prior" / "checkpoints").rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values()), path
 
 
 def test_prior_sees_images_in_the_range_of_its_autoencoder(trained, tmp_path):

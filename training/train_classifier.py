@@ -100,6 +100,9 @@ def main(config: TrainClassifierConfig) -> None:
     progress.close()
     seconds = time.monotonic() - start
 
+    state = accelerator.unwrap_model(model, keep_fp32_wrapper=False).state_dict()
+    if not all(value.isfinite().all() for value in state.values()):
+        raise UserError("the weights became NaN or infinite; nothing is saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(output_dir)
         processor = ViTImageProcessor(

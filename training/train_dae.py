@@ -120,10 +120,9 @@ def find_start(
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     stages = run.config.stages
-    shape = ("auxiliary_decoder", "auxiliary_dropout", "auxiliary_channel_multiplier", "auxiliary_layers_per_block")
     return run.find_start(
         inputs={"the training images": images.fingerprint, **({} if fit is None else fit.inputs())},
-        plan={name: getattr(stages, name) for name in shape} if fit is None else fit.plan(),
+        plan=stages.plan() if fit is None else fit.plan(),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),

@@ -24,7 +24,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     Loads a frozen autoencoder, float32, in eval mode, from a folder or the Hub.
 
     Args:
-        name_or_path (`str`): A diffusers autoencoder, or a pipeline that has one in `vae/`.
+        name_or_path (`str`): A diffusers autoencoder, or what has one in `vae/`: a pipeline, or the output folder of a run.
 
     Returns:
         [`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]: The autoencoder, which needs no gradients.
@@ -49,6 +49,8 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
             vae_class = _CLASSES[class_name]
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             check_has_weights(vae)
+            if subfolder is not None:
+                logger.info("the autoencoder is `%s` of %s", subfolder, name_or_path)
             vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae
             return vae.eval().requires_grad_(False)
         except Exception as error:  # a damaged config.json can fail in any way

@@ -9,6 +9,13 @@ from dae_diffusers.settings import field, settings
 AuxiliaryDecoderType = Literal["none", "same", "narrow", "shallow", "dropout", "prefix", "linear"]
 QuantizerType = Literal["vq", "ema", "fsq"]
 
+# What makes a kind of auxiliary decoder weaker or stronger.
+_STRENGTHS = {
+    "dropout": "auxiliary_dropout",
+    "narrow": "auxiliary_channel_multiplier",
+    "shallow": "auxiliary_layers_per_block",
+}
+
 
 @settings
 class AutoencoderConfig:
@@ -154,6 +161,14 @@ class StageConfig:
             "auxiliary_channel_multiplier": self.auxiliary_channel_multiplier,
             "auxiliary_layers_per_block": self.auxiliary_layers_per_block,
         }
+
+    def plan(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint: the auxiliary decoder, and the strength that its kind has."""
+        if self.stage == "2":  # it comes from stage 1, whatever the flags say
+            return {}
+        strength = _STRENGTHS.get(self.auxiliary_decoder)
+        names = ("auxiliary_decoder", *([strength] if strength else []))
+        return {name: getattr(self, name) for name in names}
 
     def stage_steps(self, num_steps: int | None = None) -> dict[int, int]:
         """

@@ -271,6 +271,35 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
     return entries, metadata
 
 
+def load_shards(shards: dict[str, list[Path]], *, streaming: bool = False) -> Splits:
+    r"""
+    The samples of a webdataset whose splits are known. Each has its picture in `image`, whatever the suffix, and what lies beside
+    it in other columns, such as `cls`.
+
+    Args:
+        shards (`dict[str, list[Path]]`): Files (.tar) of each split.
+        streaming (`bool`, *optional*): Read them as they come.
+
+    Raises:
+        UserError: If one is damaged, or there are no images.
+    """
+    if streaming:
+        return _streams_of({split: list(map(str, paths)) for split, paths in shards.items()})
+    samples = {
+        split: [columns for path in paths for _, columns in samples_of(path, members_of(path))]
+        for split, paths in shards.items()
+    }
+    features = columns_features(columns for rows in samples.values() for columns in rows)
+    _require_images(features, next(iter(shards.values()))[0])
+    return {
+        split: datasets.Dataset.from_dict(
+            {name: [fitted(row.get(name), feature) for row in rows] for name, feature in features.items()},
+            features=features,
+        )
+        for split, rows in samples.items()
+    }
+
+
 def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool) -> Splits:
     of_folder, of_name = _split_folders(shards, folder), _archive_folders(shards)
     names = [of_folder.get(path.parts[0]) or (str(name) if str(name) in SPLITS.values() else None) for path, name in zip(shards, of_name, strict=True)]  # fmt: skip
@@ -279,17 +308,28 @@ def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool)
     data_files: dict[str, list[str]] = {}
     for split, path in zip(names, shards, strict=True):
         data_files.setdefault(split, []).append(str(folder / path))
-    features = stream_features([Path(path) for path in data_files["train"]])
-    if not any(isinstance(feature, datasets.Image) for feature in features.values()):
-        raise UserError(f"{folder / shards[0]} holds no images that can be read.")
-    if with_labels and set(features) == {"image"}:
+    streams = _streams_of(data_files)
+    if with_labels and set(streams["train"].features) == {"image"}:
         _refuse_classes_of_stream(folder, [path for path in shards if str(folder / path) in data_files["train"]])
+    return streams
+
+
+def _streams_of(shards: dict[str, list[str]]) -> Splits:
+    """One of each split, with the columns of the first."""
+    paths = [Path(path) for path in shards.get("train") or next(iter(shards.values()))]
+    features = stream_features(paths)
+    _require_images(features, paths[0])
     return {
         split: datasets.IterableDataset.from_generator(
-            streamed_samples, features=features, gen_kwargs={"shards": paths, "features": features}
+            streamed_samples, features=features, gen_kwargs={"shards": files, "features": features}
         )
-        for split, paths in data_files.items()
+        for split, files in shards.items()
     }
+
+
+def _require_images(features: datasets.Features, shard: Path) -> None:
+    if not any(isinstance(feature, datasets.Image) for feature in features.values()):
+        raise UserError(f"{shard} holds no images that are read.")
 
 
 def _refuse_classes_of_stream(folder: Path, shards: list[PurePosixPath]) -> None:

@@ -29,7 +29,7 @@ from dae_diffusers.data.columns import (
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
-from dae_diffusers.data.folders import Survey, contents_of, load_folder, survey
+from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
 from dae_diffusers.data.tables import load_tables
@@ -389,7 +389,30 @@ def _tables_with_images(folder: Path, found: Survey, config: DataConfig) -> dict
 
 
 def _load_dataset(name: str, config: DataConfig) -> dict[str, Rows]:
+    shards = _shards_of(name, config)
+    if shards is not None:
+        return load_shards(shards, streaming=config.streaming)
     return datasets.load_dataset(name, config.dataset_config_name, streaming=config.streaming)
+
+
+def _shards_of(name: str, config: DataConfig) -> dict[str, list[Path]] | None:
+    """
+    Files of a webdataset that are here, or that are fetched since all of them are needed; None of anything else. `datasets` takes
+    each suffix for a column of its own, and a dot in a name for the end of it.
+    """
+    if config.streaming and not Path(name).is_dir():
+        return None
+    builder = datasets.load_dataset_builder(name, config.dataset_config_name)
+    if builder.info.builder_name != "webdataset" or not builder.config.data_files:
+        return None
+    files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
+    every = [path for paths in files.values() for path in paths]
+    is_elsewhere = any("://" in path for path in every)
+    if not all(path.endswith(".tar") for path in every) or (is_elsewhere and config.streaming):
+        return None
+    if is_elsewhere:
+        files = datasets.DownloadManager(download_config=datasets.DownloadConfig(token=builder.token)).download(files)
+    return {split: list(map(Path, paths)) for split, paths in files.items()}
 
 
 def _has_card(folder: Path) -> bool:

@@ -393,18 +393,18 @@ def linear_probe_accuracy(
             )
     if not ridge > 0:
         raise ValueError(f"`ridge` is {ridge}, but must be above 0.")
-    train, test = train_latents.flatten(1).double(), test_latents.flatten(1).double()
+    train, test = train_latents.flatten(1).cpu().double(), test_latents.flatten(1).cpu().double()
     center, scale = train.mean(dim=0), train.std(dim=0, correction=0)
     scale = torch.where(scale > 1e-12 * center.abs(), scale, math.inf)  # a constant element, which says nothing, to 0
     train, test = (train - center) / scale, (test - center) / scale
-    targets = torch.nn.functional.one_hot(train_labels.long()).to(train)
+    targets = torch.nn.functional.one_hot(train_labels.cpu().long()).to(train)
     centered = targets - targets.mean(dim=0)
     if train.shape[1] <= len(train):
         weights = _ridge_solve(train.T @ train, train.T @ centered, ridge * len(train))  # (D, K)
     else:  # the same solution from the smaller system
         weights = train.T @ _ridge_solve(train @ train.T, centered, ridge * len(train))
     predictions = (test @ weights + targets.mean(dim=0)).argmax(dim=1)
-    return (predictions == test_labels.to(predictions.device)).double().mean().item()
+    return (predictions == test_labels.cpu()).double().mean().item()
 
 
 def _eigenvalues(covariance: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def kernel_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float
 
     Source: Binkowski et al., 2018, https://huggingface.co/papers/1801.01401.
     """
-    _check_features(features_a, features_b, min_count=2)
+    features_a, features_b = _checked(features_a, features_b, min_count=2)
     n, m = len(features_a), len(features_b)
     within_a = (_kernel_sum(features_a, features_a) - _kernel_diagonal_sum(features_a)) / (n * (n - 1))
     within_b = (_kernel_sum(features_b, features_b) - _kernel_diagonal_sum(features_b)) / (m * (m - 1))
@@ -105,7 +105,7 @@ def precision_recall(
 
     Source: Kynkäänniemi et al., 2019, https://huggingface.co/papers/1904.06991.
     """
-    _check_features(features_real, features_generated, min_count=num_neighbors + 1)
+    features_real, features_generated = _checked(features_real, features_generated, min_count=num_neighbors + 1)
     inside_real = _count_balls(features_generated, features_real, _radii(features_real, num_neighbors)) > 0
     inside_generated = _count_balls(features_real, features_generated, _radii(features_generated, num_neighbors)) > 0
     return inside_real.double().mean().item(), inside_generated.double().mean().item()
@@ -129,7 +129,7 @@ def density_coverage(
 
     Source: Naeem et al., 2020, https://huggingface.co/papers/2002.09797.
     """
-    _check_features(features_real, features_generated, min_count=1)
+    features_real, features_generated = _checked(features_real, features_generated, min_count=1)
     radii = _radii(features_real, num_neighbors)
     density = _count_balls(features_generated, features_real, radii).double().mean() / num_neighbors
     covered = nearest_neighbors(features_real, features_generated)[0][:, 0] <= radii
@@ -162,7 +162,7 @@ def inception_score(probabilities: torch.Tensor, *, splits: int = 10) -> tuple[f
             f"probabilities have the shape {tuple(probabilities.shape)}, but must be (N, num_classes) with N at least "
             f"`splits`, {splits}."
         )
-    probabilities = probabilities.double()
+    probabilities = probabilities.cpu().double()
     sums = probabilities.sum(dim=1)
     if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3, rtol=0):
         raise ValueError("each row must be probabilities that sum to 1. Pass `logits.softmax(dim=1)`.")
@@ -188,13 +188,14 @@ def nearest_neighbors(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Squared distances, float64, and indices, int64, both `(N, num_neighbors)`,
-        nearest first.
+        nearest first, on the CPU.
 
     Raises:
         ValueError: If there are too few points.
     """
     among_queries = points is None
-    points = queries if among_queries else points
+    queries = queries.cpu()
+    points = queries if among_queries else points.cpu()
     num_candidates = len(points) - among_queries
     if not 1 <= num_neighbors <= num_candidates:
         raise ValueError(f"`num_neighbors` is {num_neighbors}, but must lie in 1..{num_candidates}, the other points.")
@@ -264,7 +265,10 @@ def _clip_rounding(eigenvalues: torch.Tensor, scale: torch.Tensor) -> torch.Tens
     return eigenvalues.clamp(min=0)
 
 
-def _check_features(features_a: torch.Tensor, features_b: torch.Tensor, *, min_count: int) -> None:
+def _checked(
+    features_a: torch.Tensor, features_b: torch.Tensor, *, min_count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the CPU, since not every device has float64."""
     if features_a.ndim != 2 or features_b.ndim != 2 or features_a.shape[1] != features_b.shape[1]:
         raise ValueError(
             f"features have the shapes {tuple(features_a.shape)} and {tuple(features_b.shape)}, but must be (N, D) "
@@ -277,3 +281,4 @@ def _check_features(features_a: torch.Tensor, features_b: torch.Tensor, *, min_c
         )
     if not (torch.isfinite(features_a).all() and torch.isfinite(features_b).all()):
         raise ValueError("features hold NaN or infinite values. Look at the images and at the feature extractor.")
+    return features_a.cpu(), features_b.cpu()
