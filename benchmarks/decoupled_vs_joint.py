@@ -352,11 +352,7 @@ def decode_again(
         Path(flags["pretrained_model_name_or_path"]).parent if "pretrained_model_name_or_path" in flags else before
     )
     needed = [started_from / "autoencoder.json", *(before / name / "generator.json" for name in missing)]
-    unfinished = [str(path.parent) for path in needed if not path.exists()]
-    if unfinished:
-        raise UserError(
-            f"`{condition}` continues runs that are not finished: {', '.join(unfinished)}. Run their conditions first."
-        )
+    check_finished(condition, needed)
     accelerator, images, extractor, vae, seen = train_autoencoder(experiment, flags, folder, seed)
     if not (folder / "autoencoder.json").exists():
         row = {"condition": condition, "steps": folder.parent.name, "seed": seed, "autoencoder_cost": cost()}
@@ -384,11 +380,7 @@ def fit_decoders(
         target = folder / name
         if (target / "generator.json").exists():
             continue
-        needed = [path for path in (before / "autoencoder.json", origin / name / "generator.json") if not path.exists()]
-        if needed:
-            raise UserError(
-                f"`{condition}` goes on from runs that are not finished: {needed[0].parent}. Run their conditions first."
-            )
+        check_finished(condition, [before / "autoencoder.json", origin / name / "generator.json"])
         flags = {
             **shared_flags(target, seed),
             **experiment["data"],
@@ -407,6 +399,15 @@ def fit_decoders(
         row["generation"] = measure_samples(experiment, pipeline, target, seed, images, seen, extractor, accelerator)
         write_json(folder / "autoencoder.json", row)
         write_json(target / "generator.json", row)
+
+
+def check_finished(condition: str, needed: list[Path]) -> None:
+    """Raises `UserError` if files of the runs that a condition continues are missing."""
+    unfinished = [str(path.parent) for path in needed if not path.exists()]
+    if unfinished:
+        raise UserError(
+            f"`{condition}` continues runs that are not finished: {', '.join(unfinished)}. Run their conditions first."
+        )
 
 
 def judge_samples(

@@ -324,12 +324,12 @@ def test_success_needs_both_baselines(tables):
     assert lines[-1] == "Here `better` is compared with `joint-c8` and `same-c8`."
 
 
-@pytest.mark.parametrize(("condition", "base"), [("warm", "same"), ("more", "warm")])
+@pytest.mark.parametrize(("condition", "base"), [("warm", "same"), ("more", "warm"), ("stage3", "more")])
 def test_what_a_condition_goes_on_from_must_be_finished(benchmark, launched, condition, base, tmp_path, monkeypatch):
     features = save_backbone(tmp_path / "backbone", "classifier")
     give(monkeypatch, tmp_path, "--features", features, "--conditions", condition, "--generators", "narrow")
     with pytest.raises(
-        UserError, match=rf"`{condition}` continues runs that are not finished: .*/{base}/2\+2/seed-0, "
+        UserError, match=rf"`{condition}` continues runs that are not finished: .*/{base}/2\+2(\+3)?/seed-0, "
     ):
         benchmark.main(benchmark.parse_arguments())
     assert launched == []
