@@ -346,11 +346,12 @@ class DecoderFit:
         described |= {"before": self.before, "after": self.now}
         if self.accelerator.is_main_process:
             folder = save_pipeline(self.run.output_dir, self.pipeline, model, described)
+            logger.info("saved %s; the autoencoder as it was is in %s", folder, self.run.output_dir / KEPT_VAE)
             logger.info(
-                "saved %s; the autoencoder as it was is in %s. Before and after, on held-out images and in the features that trained "
-                "it: %s; %s. Judge by other features: evaluate.py --pipeline %s",
-                folder, self.run.output_dir / KEPT_VAE, _show(self.before), _show(self.now), folder,
-            )  # fmt: skip
+                "PSNR of held-out reconstructions: %.2f -> %.2f dB. Distance of drawn images in the statistics that were matched: "
+                "%.4g -> %.4g. Other features must judge them: `dae-diffusers evaluate --pipeline %s --features ...`",
+                *(self.before["psnr"], self.now["psnr"], self.before["generated_fd"], self.now["generated_fd"], folder),
+            )
         self.accelerator.wait_for_everyone()
 
     def _distance(self, drawn_features: torch.Tensor) -> float:
@@ -470,10 +471,6 @@ def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
 def weights_fingerprint(model: torch.nn.Module) -> str:
     r"""Of the weights of a vision model without its head."""
     return fingerprint(weights_of(model))
-
-
-def _show(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def _encoder_of(folder: Path) -> str | None:
