@@ -1,6 +1,8 @@
 """Stage 3: a decoder is fitted to the latents that a generator draws, and nothing else changes."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from models import make_prior_pipeline, save_backbone, save_run
 from safetensors.torch import load_file
-from scripts import assert_same_weights, in_both_processes, log_of, run, start, weights
+from scripts import assert_same_weights, in_both_processes, in_child, log_of, run, start, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.autoencoders.generated import KEPT_VAE, check_judge, read_fit
@@ -123,6 +125,37 @@ def test_resumed_fit_equals_an_uninterrupted_one(fitted, generators, kind, image
     run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint=checkpoint)
     assert_same_weights(weights(fitted[kind] / "pipeline" / "vae"), weights(folder / "pipeline" / "vae"))
     assert log_of(folder, "train_dae_stage3") == log_of(fitted[kind], "train_dae_stage3")
+
+
+def test_kill_while_the_decoder_is_put_in_leaves_a_whole_pipeline(generators, fitted, image_folder, backbone, tmp_path):
+    """Killed before the first of its files is replaced, and after it."""
+    for number, first in enumerate((True, False)):
+        folder = tmp_path / str(number)
+        shutil.copytree(fitted[DAEDiTPipeline], folder)
+        for name in ("pipeline", KEPT_VAE):
+            shutil.rmtree(folder / name)
+        shutil.copytree(generators[DAEDiTPipeline] / "pipeline", folder / "pipeline")
+        flags = {**flags_of(folder, image_folder), "feature_model": backbone, "resume_from_checkpoint": "latest"}
+
+        def run_and_die(flags=flags, folder=folder, first=first) -> None:
+            replace = os.replace
+
+            def replace_and_die(source, target):
+                if Path(target).parent == folder / "pipeline" / "vae" and Path(target).name != "stage3.json":
+                    if not first:
+                        replace(source, target)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+
+            os.replace = replace_and_die
+            start(FIT, **flags)
+
+        assert in_child(run_and_die)[0] == -signal.SIGKILL
+        DAEDiTPipeline.from_pretrained(folder / "pipeline")
+        assert_same_weights(weights(generators[DAEDiTPipeline] / "pipeline" / "vae"), weights(folder / KEPT_VAE))
+        run(train_dae, FIT, **flags)
+        assert_same_weights(weights(fitted[DAEDiTPipeline] / "pipeline" / "vae"), weights(folder / "pipeline" / "vae"))
+        assert_same_weights(weights(generators[DAEDiTPipeline] / "pipeline" / "vae"), weights(folder / KEPT_VAE))
 
 
 def test_finished_fit_given_again_changes_nothing(fitted, image_folder, backbone):
