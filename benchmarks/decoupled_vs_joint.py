@@ -69,12 +69,12 @@ from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.autoencoders.building import make_autoencoder
-from dae_diffusers.autoencoders.generated import draw_latents
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.complexity.distance import MAX_EVAL_IMAGES, MAX_TRAIN_IMAGES, complexity_distance
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.fitting.decoder_fit import draw_latents
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,

@@ -33,11 +33,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.discriminators import PatchDiscriminator
-from dae_diffusers.autoencoders.generated import draw_latents, pool_labels
 from dae_diffusers.autoencoders.loading import load_autoencoder, spatial_factor
 from dae_diffusers.cli import run_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.decoder_fit import draw_latents, pool_labels
 from dae_diffusers.latents.statistics import moments_of, normalize_latents
 from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
 from dae_diffusers.metrics.distances import frechet_distance

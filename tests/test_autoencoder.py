@@ -231,4 +231,4 @@ def test_bad_auxiliary_decoders_are_refused(config, message):
 
 def test_bad_stage_is_refused(autoencoder):
     with pytest.raises(ValueError, match="must be 1"):
-        autoencoder.set_stage(3)
+        autoencoder.set_stage(4)

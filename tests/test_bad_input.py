@@ -118,7 +118,7 @@ class Malicious:
 
 
 TABLE = [
-    ("train_dae", "--train_data_dir {images} --stage3_steps 4", 2, "unknown flag `--stage3_steps`. Did you mean"),
+    ("train_dae", "--train_data_dir {images} --stage4_steps 4", 2, "unknown flag `--stage4_steps`. Did you mean"),
     ("train_dae", "--train_data_dir {images} --resolution big", 2, "invalid int value: 'big'"),
     ("train_dae", "--train_data_dir {images} --auxiliary_decoder weak", 2, "invalid choice: 'weak'"),
     (

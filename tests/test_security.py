@@ -160,7 +160,7 @@ def test_no_other_program_reads_a_picture(tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / "images" / f"{number}.png").write_bytes(content.getvalue())
     code, line = attempt(train_dae, train_data_dir=tmp_path / "images", output_dir=tmp_path / "run")
-    assert code == 1 and "it is no picture of a format that is read" in line and not called.exists()
+    assert code == 1 and "it is not a picture in a supported format" in line and not called.exists()
 
 
 @pytest.mark.parametrize("content", MALICIOUS.values(), ids=MALICIOUS)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from scripts import assert_same_weights, in_both_processes, in_child, log_of, run, start, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
-from dae_diffusers.autoencoders.generated import KEPT_VAE, check_judge, read_fit
-from dae_diffusers.autoencoders.image_moments import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge, read_fit
+from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.losses.moments import moment_distance
@@ -347,7 +347,7 @@ def test_spectrum_tells_frequencies_apart():
 def test_long_vectors_are_projected_always_the_same(tmp_path, monkeypatch):
     folder = save_backbone(tmp_path / "resnet", "resnet")
     whole = ImageStatistics.load(folder)
-    monkeypatch.setattr("dae_diffusers.autoencoders.image_moments.MAX_FEATURES", 8)
+    monkeypatch.setattr("dae_diffusers.fitting.image_statistics.MAX_FEATURES", 8)
     first, second = ImageStatistics.load(folder), ImageStatistics.load(folder)
     images = torch.rand(3, 3, 16, 16)
     assert whole.feature_dim > first.feature_dim == 8 and first.fingerprint != whole.fingerprint

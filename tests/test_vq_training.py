@@ -71,7 +71,7 @@ def test_result_is_a_plain_vq_model_with_statistics_and_the_codes_of_stage_one(t
 
 def test_folder_of_stage_one_loads_as_what_would_be_published(trained, caplog):
     vae = load_autoencoder(str(trained / "stage1"))
-    assert "its latents are final, but its decoder is untrained" in caplog.text
+    assert "its latents are final, but its decoder has not been trained" in caplog.text
     caplog.clear()
     assert type(vae) is VQModel and code_fingerprint(vae) == code_fingerprint(load_autoencoder(str(trained / "vae")))
     assert "stage 1" not in caplog.text

@@ -20,13 +20,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
-from dae_diffusers.autoencoders.generated import check_judge
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.decoder_fit import check_judge
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.evaluation import (

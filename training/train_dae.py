@@ -16,7 +16,6 @@ from accelerate.utils import gather_object
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.building import make_autoencoder
-from dae_diffusers.autoencoders.generated import DecoderFit, load_generator
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
@@ -24,6 +23,7 @@ from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range, save_value_range
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.decoder_fit import DecoderFit, load_generator
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,

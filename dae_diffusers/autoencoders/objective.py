@@ -8,7 +8,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from dae_diffusers.alignment import LatentAlignment, LatentAlignmentSettings
 from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.generated import DecoderFit
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.autoencoders.quantizers import Quantization
@@ -33,14 +32,14 @@ class AutoencoderObjective:
         run ([`~dae_diffusers.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`, `optimization`
             and, for a model with a codebook, `codebook` in its config.
         model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
-        fit ([`~dae_diffusers.autoencoders.generated.DecoderFit`], *optional*): In stage 3.
+        fit ([`~dae_diffusers.fitting.decoder_fit.DecoderFit`], *optional*): In stage 3.
 
     Attributes:
         also (`list[nn.Module]`): What the model's optimiser trains beside the model.
         beside (`list[nn.Module]`): What has an optimiser of its own.
     """
 
-    def __init__(self, run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel, fit: DecoderFit | None = None):
+    def __init__(self, run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel, fit: Any = None):
         config, accelerator = run.config, run.accelerator
         self.config, self.accelerator, self.stage = config, accelerator, model.stage
         is_final = config.stages.trains_final_decoder(model.stage)

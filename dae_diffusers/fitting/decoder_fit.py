@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.adversary import make_adversary
-from dae_diffusers.autoencoders.image_moments import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.arrays import find_file
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
@@ -151,7 +151,7 @@ class DecoderFit:
     What stage 3 adds to a decoder's loss: how far its images of drawn latents are, as a whole, from the training images.
 
     With `generated_loss moments` it is the distance between the moments of their statistics, see
-    [`~dae_diffusers.autoencoders.image_moments.ImageStatistics`]; with `adversarial` a discriminator tells them apart.
+    [`~dae_diffusers.fitting.image_statistics.ImageStatistics`]; with `adversarial` a discriminator tells them apart.
 
     Args:
         run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `generated`, `optimization` and `run` in its
