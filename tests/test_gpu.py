@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from models import save_backbone
+from models import save_backbone, save_run
 from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, assert_same_weights, log_of, resume, run, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
@@ -86,6 +86,19 @@ def test_codebooks_and_their_prior(image_folder, tmp_path, quantizer):
     pipeline = DAEVQGANPipeline.from_pretrained(tmp_path / "pipeline").to("cuda")
     pipeline.set_progress_bar_config(disable=True)
     assert [image.size for image in pipeline(["cat", 1]).images] == [(16, 16)] * 2
+
+
+@pytest.mark.parametrize("more", ["", " --feature_model {backbone}", " --generated_loss adversarial"])
+def test_decoder_fitted_to_its_generator(image_folder, tmp_path, more):
+    folder = save_run(tmp_path / "run", {0: "cat", 1: "dog"})
+    more = more.format(backbone=save_backbone(tmp_path / "backbone", "resnet"))
+    flags = (
+        "--stage 3 --resolution 16 --train_batch_size 4 --stage3_steps 4 --pool_size 12 --pool_inference_steps 2 "
+        "--max_psnr_drop 99 --mixed_precision bf16 --discriminator_channels 8 --discriminator_layers 2"
+    )
+    run(train_dae, flags + more, train_data_dir=image_folder, pipeline=folder / "pipeline", output_dir=folder)
+    after = json.loads((folder / "pipeline" / "vae" / "stage3.json").read_text())["after"]
+    assert np.isfinite([after["psnr"], after["generated_fd"]]).all()
 
 
 def test_evaluation_gives_the_numbers_of_a_cpu(trained, image_folder, tmp_path, monkeypatch):

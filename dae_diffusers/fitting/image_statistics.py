@@ -84,7 +84,7 @@ class ImageStatistics(nn.Module):
             hidden = hidden.flatten(2).float()
             parts += [hidden.mean(dim=2), (hidden.var(dim=2, correction=0) + 1e-6).sqrt()]
         features = torch.cat(parts, dim=1)
-        return features if self.projection is None else features @ self.projection
+        return features if self.projection is None else features @ self.projection.to(features.device)
 
 
 def log_spectrum(images: torch.Tensor, num_rings: int) -> torch.Tensor:
