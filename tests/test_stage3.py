@@ -23,10 +23,7 @@ from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.training import train_dae
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*larger than the data set"),
-    pytest.mark.filterwarnings("ignore:.*covariance is singular"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
 FIT = (
     "--stage 3 --resolution 16 --train_batch_size 4 --stage3_steps 4 --logging_steps 2 --validation_steps 4 "

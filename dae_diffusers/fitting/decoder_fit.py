@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -356,7 +357,9 @@ class DecoderFit:
 
     def _distance(self, drawn_features: torch.Tensor) -> float:
         """Fréchet distance in the training features between decoded drawn latents and images."""
-        return frechet_distance(FeatureStatistics.of(drawn_features), self.reference)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `_check_counts` has said once that there are few images
+            return frechet_distance(FeatureStatistics.of(drawn_features), self.reference)
 
     def _check_counts(self, num_images: int) -> None:
         fewest = min(num_images, self.settings.pool_size)
