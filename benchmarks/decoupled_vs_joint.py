@@ -75,6 +75,7 @@ from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import draw_latents
+from dae_diffusers.fitting.image_statistics import log_spectrum
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
@@ -462,15 +463,10 @@ class Pixels(torch.nn.Module):
 class Spectrum(torch.nn.Module):
     """A judge without a network: the logarithm of an image's power in 8 rings of spatial frequency, for each colour."""
 
-    name, fingerprint, feature_dim = "spectrum", "spectrum-8", 24
+    name, fingerprint, feature_dim = "spectrum", "spectrum-8-ortho", 24
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        power = torch.fft.rfft2(images.float()).abs().square()
-        rows, columns = (torch.fft.fftfreq(images.shape[2]), torch.fft.rfftfreq(images.shape[3]))
-        radius = (rows[:, None].square() + columns.square()).sqrt()
-        ring = (radius / 0.5 * 8).long().clamp(max=7)
-        rings = [power[..., ring == number].mean(dim=-1) for number in range(8)]
-        return (torch.stack(rings, dim=-1) + 1e-3).log().flatten(1)
+        return log_spectrum(images, 8, floor=1e-3 / images[0, 0].numel()).flatten(1)
 
 
 JUDGES = {"pixels": Pixels, "spectrum": Spectrum}

@@ -14,7 +14,8 @@ from scripts import assert_same_weights, in_both_processes, in_child, log_of, ru
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.errors import UserError
-from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge, read_fit
+from dae_diffusers.fit_record import read_fit
+from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
@@ -109,6 +110,17 @@ def test_card_says_what_stage_three_did(fitted):
     assert (
         "fitted to 12 latents that the generator drew with guidance 1.5" in card and "cannot judge this model" in card
     )
+
+
+def test_record_of_other_weights_says_nothing(fitted, generators, backbone, tmp_path):
+    """As after a generator was trained again into the same folder: the record stays, the decoder does not."""
+    folder = tmp_path / "run"
+    shutil.copytree(fitted[DAEDiTPipeline], folder)
+    DAEDiTPipeline.from_pretrained(generators[DAEDiTPipeline] / "pipeline").save_pretrained(folder / "pipeline")
+    assert (folder / "pipeline" / "vae" / "stage3.json").exists() and read_fit(folder / "pipeline") == {}
+    check_judge(folder / "pipeline", load_feature_extractor(backbone))
+    files = repository_files(read_result(folder), "user/name")
+    assert "vae/stage3.json" not in files and "fitted to" not in files["README.md"].decode()
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
@@ -234,6 +246,7 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
         "": "`--stage 3` and `--pipeline`",
         f"--pipeline {source} --feature_model {backbone} --streaming": "does not go with `--streaming`",
         f"--pipeline {source} --feature_model {backbone} --stage1_dir x": "`--stage1_dir` is for `--stage 2`",
+        f"--pipeline {source} --push_to_hub --hub_strategy every_save": "`--hub_strategy every_save` does not go with",
     }.items():
         with pytest.raises(SystemExit):
             run(train_dae, f"{FIT} {more}", **flags)
@@ -242,7 +255,13 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
     with torch.no_grad():
         vae.encoder.conv_out.bias.add_(0.5)
     vae.save_pretrained(tmp_path / "other")
+    codes = generators[DAEVQGANPipeline] / "pipeline"
+    vae = VQModel.from_pretrained(codes / "vae")
+    with torch.no_grad():
+        vae.quantize.embedding.weight.add_(0.5)
+    vae.save_pretrained(tmp_path / "other_codes")
     for more, message in {
+        f"--pipeline {codes} --pretrained_model_name_or_path {tmp_path / 'other_codes'}": "another encoder or codebook",
         f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'other'}": "has another encoder",
         f"--pipeline {source} --output_dir {generators[DAEVQGANPipeline]}": "holds a pipeline already",
         f"--pipeline {source} --label_column none": "knows 2 classes, but the images have no labels",

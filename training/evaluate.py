@@ -85,8 +85,9 @@ def main(config: EvaluateConfig) -> None:
         else load_feature_extractor(config.evaluation.features, accelerator.device)
     )
     vae_path = config.evaluation.vae
-    for name in filter(None, (config.evaluation.pipeline, vae_path) if extractor is not None else ()):
-        check_judge(name, extractor)
+    if extractor is not None:
+        for name in filter(None, (config.evaluation.pipeline, vae_path)):
+            check_judge(name, extractor)
     value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
     with accelerator.main_process_first():
         train, validation = load_images(config.data, config.evaluation.seed, value_range=value_range)

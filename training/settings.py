@@ -114,6 +114,10 @@ class TrainDAEConfig:
     def _check_stage3(self) -> None:
         if self.data.streaming:
             raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
+        if self.hub.push_to_hub and self.hub.hub_strategy == "every_save":
+            raise ConfigError(
+                "`hub_strategy every_save` does not go with `stage 3`, which has a pipeline only at its end; use `end`."
+            )
 
     def check_mixed_precision(self, mixed_precision: str | None) -> None:
         """Checks the precision of the flag, or the one that `accelerate` makes of it."""

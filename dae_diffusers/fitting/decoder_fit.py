@@ -15,27 +15,27 @@ from diffusers import ModelMixin
 from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.data.arrays import find_file
 from dae_diffusers.errors import UserError
+from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
-from dae_diffusers.metrics.sampling import load_pipeline, scheduler_options
-from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, padded_size, reference_statistics
+from dae_diffusers.metrics.sampling import draws_of, load_pipeline, scheduler_options
+from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
-from dae_diffusers.store import fingerprint, read_json_or, weights_of, write_json
+from dae_diffusers.store import fingerprint, weights_of
 
 logger = logging.getLogger(__name__)
 
-# Beside the weights of a decoder that was fitted to a generator: to which, how, and in whose features.
-FIT_FILE = "stage3.json"
+# What makes the latents that a generator learns.
+_LATENT_PARTS = ("encoder", "quant_conv", "quantize")
 # The autoencoder as it was, in the output folder.
 KEPT_VAE = "vae_before_stage3"
 MAX_REFERENCE_IMAGES = 50_000
@@ -66,9 +66,9 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
         )
     if start is not None:
         vae = load_autoencoder(start)
-        if autoencoder_fingerprint(vae) != autoencoder_fingerprint(pipeline.vae):
+        if latents_fingerprint(vae) != latents_fingerprint(pipeline.vae):
             raise UserError(
-                f"`pretrained_model_name_or_path` {start} has another encoder than the autoencoder of `pipeline` {name}: its decoder "
+                f"`pretrained_model_name_or_path` {start} has another encoder or codebook than the autoencoder of `pipeline` {name}: its decoder "
                 "knows other latents. Give an autoencoder whose decoder alone was trained on."
             )
         pipeline.vae.load_state_dict(vae.state_dict())
@@ -109,19 +109,15 @@ def draw_latents(
     """
     pipeline.set_progress_bar_config(disable=True)
     is_codes = isinstance(pipeline, DAEVQGANPipeline)
-    options: dict[str, Any] = {"output_type": "codes"} if is_codes else {"output_type": "latent"}
-    generator = pipeline.prior if is_codes else pipeline.transformer
+    options: dict[str, Any] = {"output_type": "codes"}
     if not is_codes:
-        options["num_inference_steps"] = num_inference_steps
+        options = {"output_type": "latent", "num_inference_steps": num_inference_steps}
     if labels is not None:
         options["guidance_scale"] = guidance_scale
 
     def draw(chunk: range) -> dict[str, torch.Tensor]:
         parts = []
-        for first in range(chunk.start, chunk.stop, batch_size):
-            count = min(batch_size, chunk.stop - first)
-            numbers = torch.arange(first, first + padded_size(count, 2**16)).clamp(max=first + count - 1).tolist()
-            generators = [torch.Generator().manual_seed(derived_seed(seed, stream, number)) for number in numbers]
+        for count, numbers, generators in draws_of(pipeline, chunk, batch_size, seed, stream):
             given = (
                 {"num_images_per_label": len(numbers)} if labels is None else {"class_labels": labels[numbers].tolist()}
             )
@@ -132,19 +128,29 @@ def draw_latents(
         return {"latents": torch.cat(parts)}
 
     described = {
-        "generator": model_fingerprint(generator),
-        "autoencoder": autoencoder_fingerprint(pipeline.vae),
+        "generator": model_fingerprint(generator_of(pipeline)),
+        "autoencoder": latents_fingerprint(pipeline.vae),
         "statistics": {
-            name: pipeline.vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor")
+            name: pipeline.vae.config.get(name)
+            for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
         },
         "scheduler": scheduler_options(pipeline),
         "labels": None if labels is None else fingerprint([labels]),
         "options": {**options, "seed": [seed, stream]},
         "mixed_precision": accelerator.mixed_precision,
     }
-    return keep_rows(draw, num_latents, accelerator, folder=folder, of=described, description="Drawing latents")[
-        "latents"
-    ]
+    rows = keep_rows(draw, num_latents, accelerator, folder=folder, of=described, description="Drawing latents")
+    return rows["latents"]
+
+
+def generator_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module:
+    r"""The transformer or the prior of a pipeline."""
+    return pipeline.prior if isinstance(pipeline, DAEVQGANPipeline) else pipeline.transformer
+
+
+def latents_fingerprint(vae: ModelMixin) -> str:
+    r"""Fingerprint of what makes an autoencoder's latents or codes; the decoder may change."""
+    return autoencoder_fingerprint(vae, _LATENT_PARTS)
 
 
 class DecoderFit:
@@ -162,27 +168,25 @@ class DecoderFit:
     """
 
     def __init__(self, run: TrainingRun, pipeline: DAEDiTPipeline | DAEVQGANPipeline, images: ImageDataset):
-        self.run, self.settings, self.accelerator = run, run.config.generated, run.accelerator
+        config, settings = run.config, run.config.generated
+        self.run, self.settings, self.accelerator = run, settings, run.accelerator
         self.pipeline, self.images = pipeline, images
-        self.labels = pool_labels(pipeline, images, self.settings.pool_size, run.config.run.seed)
+        self.labels = pool_labels(pipeline, images, settings.pool_size, config.run.seed)
         self.moments = self.adversary = None
         self.before: dict[str, float] = {}
         self.now: dict[str, float] = {}
-        self.batch_size = self.settings.generated_batch_size or 2 * run.config.optimization.train_batch_size
-        if self.settings.generated_loss == "adversarial":
-            self.batch_size = run.config.optimization.train_batch_size  # as many as images
-        config = run.config
+        self.batch_size = settings.generated_batch_size or 2 * config.optimization.train_batch_size
+        if settings.generated_loss == "adversarial":
+            self.batch_size = config.optimization.train_batch_size  # as many as images
         self.features = ImageStatistics.load(
             config.stages.feature_model, config.data.image_channels, run.accelerator.device
         )
 
     def inputs(self) -> dict[str, str]:
         r"""What a resumed run must find unchanged, by name: fingerprints."""
-        pipeline = self.pipeline
-        generator = pipeline.prior if isinstance(pipeline, DAEVQGANPipeline) else pipeline.transformer
         return {
-            "the generator of `--pipeline`": model_fingerprint(generator),
-            "the encoder of `--pipeline`": autoencoder_fingerprint(pipeline.vae),
+            "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)),
+            "the encoder of `--pipeline`": latents_fingerprint(self.pipeline.vae),
             "`--feature_model`": self.features.fingerprint,
         }
 
@@ -410,14 +414,14 @@ def save_pipeline(
         folder (`Path`): The output folder.
         pipeline: With the decoder before, which the call replaces.
         model: The trained autoencoder.
-        described (`dict`): What [`FIT_FILE`] says.
+        described (`dict`): How it was fitted, for [`~dae_diffusers.fit_record.write_fit`].
 
     Returns:
         `Path`: The pipeline's folder.
     """
     target, kept = folder / "pipeline", folder / KEPT_VAE
     source = target / "vae"
-    if _encoder_of(kept) != autoencoder_fingerprint(pipeline.vae):
+    if _latents_fingerprint_in(kept) != latents_fingerprint(pipeline.vae):
         temporary = kept.with_name(f"{kept.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         if source.is_dir():
@@ -430,28 +434,16 @@ def save_pipeline(
     if not target.exists():
         temporary = target.with_name("pipeline.tmp")
         pipeline.save_pretrained(temporary)
-        write_json(temporary / "vae" / FIT_FILE, described)
+        write_fit(temporary / "vae", temporary / "vae", described)
         temporary.rename(target)
         return target
     temporary = target / "vae.tmp"
     pipeline.vae.save_pretrained(temporary)
-    write_json(source / FIT_FILE, described)  # first: that a decoder was fitted is never left unsaid
+    write_fit(source, temporary, described)  # first, and it names the new weights: it is never left out and never wrong
     for path in sorted(temporary.iterdir()):
         os.replace(path, source / path.name)
     temporary.rmdir()
     return target
-
-
-def read_fit(name_or_path: str | Path) -> dict[str, Any]:
-    r"""
-    What [`FIT_FILE`] says of a pipeline's or an autoencoder's decoder, in a folder or on the Hub; empty where it was not fitted to a
-    generator.
-    """
-    for name in (f"vae/{FIT_FILE}", FIT_FILE):
-        path = find_file(str(name_or_path), name)
-        if path is not None:
-            return read_json_or(path, {})
-    return {}
 
 
 def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
@@ -476,9 +468,10 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return fingerprint(weights_of(model))
 
 
-def _encoder_of(folder: Path) -> str | None:
+def _latents_fingerprint_in(folder: Path) -> str | None:
+    """Of the autoencoder in a folder; None if there is none. A path that does not exist could be taken for a name on the Hub."""
     try:
-        return autoencoder_fingerprint(load_autoencoder(str(folder)))
+        return latents_fingerprint(load_autoencoder(str(folder))) if folder.is_dir() else None
     except UserError:
         return None
 

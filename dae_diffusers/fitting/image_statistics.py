@@ -87,7 +87,7 @@ class ImageStatistics(nn.Module):
         return features if self.projection is None else features @ self.projection.to(features.device)
 
 
-def log_spectrum(images: torch.Tensor, num_rings: int) -> torch.Tensor:
+def log_spectrum(images: torch.Tensor, num_rings: int, *, floor: float = 1e-5) -> torch.Tensor:
     r"""
     The logarithm of images' mean power in rings of spatial frequency, from 0 to half a cycle per pixel; what lies in the corners
     belongs to the last ring.
@@ -95,6 +95,7 @@ def log_spectrum(images: torch.Tensor, num_rings: int) -> torch.Tensor:
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Around [-1, 1].
         num_rings (`int`): Number of rings.
+        floor (`float`, *optional*): Added to the power, which is 1 on average for noise of deviation 1.
 
     Returns:
         `torch.Tensor` of shape `(B, C, num_rings)`: float32.
@@ -105,7 +106,7 @@ def log_spectrum(images: torch.Tensor, num_rings: int) -> torch.Tensor:
     rings = ((rows[:, None].square() + columns.square()).sqrt() * 2 * num_rings).long().clamp(max=num_rings - 1)
     members = F.one_hot(rings.flatten(), num_rings).float()
     mean = power.flatten(2) @ (members / members.sum(dim=0).clamp(min=1))
-    return (mean + 1e-5).log()
+    return (mean + floor).log()
 
 
 @dataclass(frozen=True)

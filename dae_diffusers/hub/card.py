@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
+from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.store import read_json
 
@@ -259,11 +260,13 @@ def repository_files(
     root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
     # The folder may hold components of another pipeline that was saved there before.
     parts = {name for name, value in result.index.items() if isinstance(value, list)}
+    has_fit = bool(result.decoder_fit)
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         hidden = hidden or any(map(is_leftover, (relative, *relative.parents)))
         foreign = result.pipeline is not None and len(relative.parts) > 1 and relative.parts[0] not in parts
+        hidden = hidden or (relative.name == FIT_FILE and not has_fit)  # the record of other weights
         if path.is_file() and not hidden and not foreign and relative.name != "README.md":
             found[f"{prefix}{relative.as_posix()}"] = without_origin(path) if path.suffix == ".json" else path
     for name, (path, _) in published_pictures(result, data_pictures).items():

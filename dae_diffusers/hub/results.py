@@ -10,6 +10,7 @@ import yaml
 
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.fit_record import read_fit
 from dae_diffusers.store import read_json, read_rows
 
 PIPELINE_INDEX = "model_index.json"
@@ -67,9 +68,8 @@ class Result:
 
     @property
     def decoder_fit(self) -> dict[str, Any]:
-        r"""What stage 3 says of the pipeline's decoder; empty where it was not fitted to its generator."""
-        path = None if self.pipeline is None else self.pipeline / "vae" / "stage3.json"
-        return _without_paths(read_json(path)) if path is not None and path.exists() else {}
+        r"""How stage 3 fitted the pipeline's decoder to its generator; empty where it did not."""
+        return {} if self.pipeline is None else _without_paths(read_fit(self.pipeline))
 
     @property
     def data_script(self) -> Script | None:

@@ -1,7 +1,7 @@
 """Draws images from any pipeline, so that each image depends only on its number."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -169,16 +169,10 @@ def draw_samples(
     sampler = Sampler(pipeline, settings.prompts)
     labels = settings.labels(sampler.num_classes)
     pipeline.set_progress_bar_config(disable=True)
-    image_pixels = _image_pixels(pipeline)
 
     def draw(chunk: range) -> dict[str, torch.Tensor]:
         parts = []
-        for first in range(chunk.start, chunk.stop, batch_size):
-            count = min(batch_size, chunk.stop - first)
-            numbers = (
-                torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
-            )
-            generators = [torch.Generator().manual_seed(derived_seed(settings.seed, 5, n)) for n in numbers]
+        for count, numbers, generators in draws_of(pipeline, chunk, batch_size, settings.seed):
             chosen = None if labels is None else labels[numbers].tolist()
             with accelerator.autocast():
                 output = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
@@ -201,6 +195,20 @@ def draw_samples(
         description="Drawing",
         load=False,
     )["images"]
+
+
+def draws_of(
+    pipeline: DiffusionPipeline, chunk: range, batch_size: int, seed: int, stream: int = 5
+) -> Iterator[tuple[int, list[int], list[torch.Generator]]]:
+    r"""
+    The batches in which a chunk is drawn: how many images to keep, the numbers of those to draw, and a random generator for each, a
+    function of `(seed, stream, number)`. The last number is repeated up to [`~dae_diffusers.metrics.statistics.padded_size`].
+    """
+    image_pixels = _image_pixels(pipeline)
+    for first in range(chunk.start, chunk.stop, batch_size):
+        count = min(batch_size, chunk.stop - first)
+        numbers = torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
+        yield count, numbers, [torch.Generator().manual_seed(derived_seed(seed, stream, n)) for n in numbers]
 
 
 def generation_inputs(
