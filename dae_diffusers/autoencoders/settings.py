@@ -141,7 +141,9 @@ class StageConfig:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if (self.stage == "3") != (self.pipeline is not None):
-            raise ConfigError("`stage 3` and `pipeline`, the generator whose latents are to be decoded, go together.")
+            raise ConfigError(
+                "`stage 3` and `pipeline` go together: name the pipeline (folder or Hub id) whose decoder is to be fitted to its generator."
+            )
         if self.stage in ("1", "2") and self.auxiliary_decoder == "none":
             raise ConfigError("`auxiliary_decoder none` has only one stage: use `stage all`.")
         if self.stage != "2" and self.stage1_dir is not None:
