@@ -121,6 +121,7 @@ class Loop:
                 if stop.requested():
                     if not is_due:
                         run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                    self.progress.close()  # else it is drawn again after the last line
                     stop.exit(step=self.step, command=resuming_command())
         self.progress.close()
         self.accelerator.wait_for_everyone()
