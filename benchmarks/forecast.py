@@ -23,7 +23,7 @@ from dae_diffusers.cli import run_script
 from dae_diffusers.comparison.statistics import rank_correlation
 from dae_diffusers.comparison.trials import finished_rows
 from dae_diffusers.complexity.pilots import measure_pilots
-from dae_diffusers.complexity.report import distance_name
+from dae_diffusers.complexity.report import complexity_distance, distance_name
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
@@ -44,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 250], help="lengths of the pilots")
     parser.add_argument("--num_images", type=int, default=1000, help="that a pilot draws")
+    parser.add_argument("--max_train_samples", type=int, help="pilots and their judge see only N training images")
     parser.add_argument("--limit", type=int, help="only the first N autoencoders of each comparison")
     return parser.parse_args()
 
@@ -72,28 +73,34 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
     features = experiment["features"]
     if isinstance(features, dict):
         features = str(runs / "features" / "classifier")
-    folder = arguments.output_dir / runs.name / row["condition"] / row["steps"] / f"seed-{row['seed']}"
-    pilots, seconds, points = {}, 0.0, []
-    for steps in arguments.steps:
-        config = ComplexityConfig(widths=arguments.widths, pilot_steps=steps, num_images=arguments.num_images)
-        found = measure_pilots(
-            str(vae_of(runs, row)), experiment["data"], config, folder, features=features, seed=row["seed"]
-        )
-        seconds += math.fsum(pilot["cpu_seconds"] for pilot in found)
-        for pilot in found:
-            distance = pilot[distance_name(found)]
-            pilots[f"pilot gFD, width {pilot['width']}, {steps} steps"] = distance
-            pilots[f"pilot loss, width {pilot['width']}, {steps} steps"] = pilot["validation_loss"]
-            points.append((steps * pilot["parameters"], distance))
+    data = experiment["data"]
+    if arguments.max_train_samples is not None:
+        data = {**data, "max_train_samples": arguments.max_train_samples}
+    config = ComplexityConfig(widths=arguments.widths, pilot_steps=arguments.steps, num_images=arguments.num_images)
+    found = measure_pilots(
+        str(vae_of(runs, row)), data, config,
+        arguments.output_dir / runs.name / row["condition"] / row["steps"] / f"seed-{row['seed']}",
+        features=features, seed=row["seed"], reference=arguments.output_dir / "reference",
+    )  # fmt: skip
+    pilots, points = {}, []
+    for pilot in found:
+        size, distance = f"width {pilot['width']}, {pilot['steps']} steps", pilot[distance_name(found)]
+        pilots |= {f"pilot gFD, {size}": distance, f"pilot loss, {size}": pilot["validation_loss"]}
+        points.append((pilot["steps"] * pilot["parameters"], distance))
     options = {**experiment["transformer"], **(experiment[f"generator {row['generator']}"] or {})}
     return {
         "comparison": runs.name,
         "name": f"{row['condition']} {row['steps']} seed {row['seed']}",
         "gFD": next(value for name, value in row["generation"].items() if name.startswith(("gfd", "gfid"))),
         "effort": options["max_train_steps"] * row["parameters"],
-        "cost": seconds / row["generator_cost"]["cpu_seconds"],
+        "cost": math.fsum(pilot["cpu_seconds"] for pilot in found) / row["generator_cost"]["cpu_seconds"],
         "points": points,
-        "predictors": {**pilots, "full generator's loss": row["validation_loss"], **others_of(row)},
+        "predictors": {
+            "D": complexity_distance(found),
+            **pilots,
+            "full generator's loss": row["validation_loss"],
+            **others_of(row),
+        },
     }
 
 

@@ -24,7 +24,7 @@ from dae_diffusers.training.settings import MeasureComplexityConfig
 DATA = {"dataset_name": "digits", "image_channels": 1, "resolution": 16, "max_train_samples": 48}
 DATA |= {"max_validation_samples": 24}
 TINY = ComplexityConfig(
-    widths=[8, 16], pilot_steps=2, pilot_layers=1, train_batch_size=8, num_images=12, num_inference_steps=1
+    widths=[8, 16], pilot_steps=[2], pilot_layers=1, train_batch_size=8, num_images=12, num_inference_steps=1
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
 
@@ -64,16 +64,16 @@ def test_finished_pilots_are_not_repeated_and_others_are_added(measured):
     with launched_here() as calls:
         assert measure_pilots(vae, DATA, TINY, folder, features=features) == rows
         assert calls == []
-        more = compose(ComplexityConfig, **changes_of(TINY) | {"widths": [16, 8], "pilot_seeds": [0, 1]})
+        more = compose(ComplexityConfig, **changes_of(TINY) | {"widths": [16, 8], "pilot_steps": [2, 3]})
         four = measure_pilots(vae, DATA, more, folder, features=features)
-        assert [name for name, _ in calls] == ["train_dit", "train_dit"]
+        assert [name for name, _ in calls] == ["cache_latents", "train_dit", "train_dit"]
         assert [four[2], four[0]] == rows
         assert len({row["validation_loss"] for row in four}) == 4
         # Without features only the loss: nothing is trained for it.
         assert [row["validation_loss"] for row in measure_pilots(vae, DATA, TINY, folder)] == [
             row["validation_loss"] for row in rows
         ]
-        assert len(calls) == 2
+        assert len(calls) == 3 and not list(folder.rglob("latents"))
 
 
 def test_scale_of_the_latents_changes_nothing(measured, tmp_path):
@@ -153,7 +153,7 @@ def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(
         ({"pilot_seeds": []}, "`pilot_seeds` is"),
         ({"widths": [64, 64]}, "`widths` is"),
         ({"widths": [6]}, "`widths` holds 6, but must hold multiples of 4"),
-        ({"pilot_steps": 0}, "`pilot_steps` is 0"),
+        ({"pilot_steps": [0]}, "`pilot_steps` is .0."),
         ({"seed": -1}, "`seed` is -1"),
         ({"streaming": True}, "`streaming`"),
         ({"random_crop": True}, "`random_crop`"),

@@ -3,11 +3,12 @@
 import json
 import math
 import random
+import sys
 
 import pytest
 import yaml
 from models import save_backbone
-from scripts import launched_here, run
+from scripts import launched_here, load_benchmark, run
 
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.search.candidates import read_candidates
@@ -170,6 +171,7 @@ def test_packaged_candidates_fit(name, resolution, count):
         ({"candidates": {"a": {"stage1_steps": 4}}}, "has `stage1_steps`, which is no flag that a candidate can set"),
         ({"candidates": {"a": 4}}, "must be a mapping of flags, but is 4"),
         ({"candidates": {"a": {}}, "transformer": {"modle": 1}}, "transformer of .* has `modle`"),
+        ({"candidates": {"a/b": {}}}, "'a/b' is no name"),
         ({"candidates": {"a": {}}, "more": {}}, "it holds .'candidates', 'more'"),
     ],
 )
@@ -305,3 +307,28 @@ def test_speed_is_measured_before_a_plan(tmp_path):
     ):
         search.run()
     assert not (tmp_path / "find" / "plan.json").exists() and not (tmp_path / "find" / "calibration").exists()
+
+
+def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, capsys):
+    benchmark = load_benchmark("search_payoff")
+    content = CANDIDATES | {"candidates": {name: CANDIDATES["candidates"][name] for name in ("joint", "same")}}
+    command = ["search_payoff", "--candidates", written(tmp_path, content), "--output_dir", f"{tmp_path}/payoff"]
+    command += ["--data", *(f"{name}={value}" for name, value in DATA.items()), "--shares", "0.5", "--seeds", "0"]
+    command += [
+        "--autoencoder_steps",
+        "4",
+        "--generator_steps",
+        "4",
+        "--num_images",
+        "12",
+        "--num_inference_steps",
+        "1",
+    ]
+    command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
+    monkeypatch.setattr(sys, "argv", command)
+    with launched_here() as calls:
+        benchmark.main(benchmark.parse_arguments())
+        text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
+        assert "| seed | chosen | gFD | best | best gFD | gFD / best | cost |" in text and "The rule is" in text
+        benchmark.main(benchmark.parse_arguments())
+        assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text

@@ -3,7 +3,7 @@ The complexity distance of a latent space, measured with *pilots*: small transfo
 on the normalised latents.
 
 `D(width)` is the generation distance (gFD) of the pilot of that width after decoding, and its held-out loss. The scalar `D` is the
-geometric mean of gFD over the ladder of widths. The scale of the latents does not matter, since they are normalised. The idea of a
+geometric mean of gFD over the pilots. The scale of the latents does not matter, since they are normalised. The idea of a
 distance under limited capacity is from DAE, https://huggingface.co/papers/2307.08283, whose formula was not available to us.
 
 Decoders differ in what they lose. With `refit_steps` each autoencoder's decoder is trained on in the same way first.
@@ -33,6 +33,7 @@ def measure_pilots(
     *,
     features: str | None = None,
     seed: int = 0,
+    reference: Path | None = None,
 ) -> list[dict[str, Any]]:
     r"""
     Trains and measures the pilots of an autoencoder. Several processes may call it: each pilot is trained by one of them. What is
@@ -45,16 +46,19 @@ def measure_pilots(
         folder (`Path`): Where to work.
         features (`str`, *optional*): Feature extractor for gFD; without one, only the loss is measured.
         seed (`int`, *optional*): Chooses the held-out images.
+        reference (`Path`, *optional*): Folder of the training images' statistics, which several autoencoders may share.
 
     Returns:
-        `list[dict]`: A row for each pilot: `width`, `seed`, `parameters`, `validation_loss`, `cpu_seconds`, and with features gFD,
+        `list[dict]`: A row for each pilot: `width`, `steps`, `seed`, `parameters`, `validation_loss`, `cpu_seconds`, and with features gFD,
         `gap` and the other numbers of samples.
 
     Raises:
         ScriptError: If a training fails.
         UserError: For an autoencoder that cannot be loaded.
     """
-    described = {name: value for name, value in vars(config).items() if name not in ("widths", "pilot_seeds")}
+    described = {
+        name: value for name, value in vars(config).items() if name not in ("widths", "pilot_steps", "pilot_seeds")
+    }
     images = load_images(DataConfig(**data), seed)[0].fingerprint
     key = fingerprint_of_json([_VERSION, model_fingerprint(load_autoencoder(vae)), images, data, described, seed])
     home = folder / "pilots" / key
@@ -64,7 +68,7 @@ def measure_pilots(
         "num_images": config.num_images,
         "num_inference_steps": config.num_inference_steps,
         "transformer": {},
-        "generators": {name: config.transformer(width) for name, (width, _) in config.pilots().items()},
+        "generators": {name: config.transformer(*pilot[:2]) for name, pilot in config.pilots().items()},
     }
     used = str(home / "refitted" / "vae") if config.refit_steps else vae
     judged = home / ("loss" if features is None else fingerprint_of_json(features))
@@ -72,33 +76,44 @@ def measure_pilots(
     def row_of(name: str) -> Path:
         return judged / f"{name}.json"
 
+    def are_cached(_: str) -> bool:
+        return cached.exists() or all((home / name / "trained.json").exists() for name in config.pilots())
+
+    cached = home / "cached.json"
     missing = [name for name in config.pilots() if not row_of(name).exists()]
     if missing:
         if config.refit_steps:
             share(["refitted"], home, lambda _: Path(used).exists(), lambda _: _refit(vae, data, config, home, seed))
-        cached = home / "cached.json"
-        share(["latents"], home, lambda _: cached.exists(), lambda _: write_json(
+        share(["latents"], home, are_cached, lambda _: write_json(
             cached, cache_latents(experiment, used, home / "latents", seed)
         ))  # fmt: skip
     ruler: list[Ruler] = []
 
     def measure(name: str) -> None:
-        width, pilot_seed = config.pilots()[name]
+        width, steps, pilot_seed = config.pilots()[name]
         target = home / name
         kept = target / "trained.json"
         if not kept.exists():
             write_json(kept, train_generator(experiment, name, used, home / "latents", target, pilot_seed))
         trained = read_json(kept)
-        row = {"width": width, "seed": pilot_seed, "cpu_seconds": trained["generator_cost"]["cpu_seconds"]}
+        row = {
+            "width": width,
+            "steps": steps,
+            "seed": pilot_seed,
+            "cpu_seconds": trained["generator_cost"]["cpu_seconds"],
+        }
         row |= {each: trained[each] for each in ("parameters", "validation_loss")}
         if features is not None:
             if not ruler:
-                ruler.append(Ruler(experiment, used, seed, folder / "reference"))
+                ruler.append(Ruler(experiment, used, seed, reference or folder / "reference"))
             row |= ruler[0].samples(target / "pipeline", target)
         judged.mkdir(exist_ok=True)
         write_json(row_of(name), row)
+        shutil.rmtree(target / "train_dit" / "checkpoints", ignore_errors=True)
 
     share(missing, home, lambda name: row_of(name).exists(), measure)
+    (home / "cached.json").unlink(missing_ok=True)
+    shutil.rmtree(home / "latents", ignore_errors=True)
     return [read_json(row_of(name)) for name in config.pilots()]
 
 

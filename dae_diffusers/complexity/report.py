@@ -17,19 +17,19 @@ def distance_name(rows: Rows) -> str:
 
 
 def complexity_distance(rows: Rows) -> float:
-    r"""`D`: the geometric mean over the ladder of widths, and over seeds."""
+    r"""`D`: the geometric mean over all pilots."""
     return math.exp(math.fsum(math.log(row[distance_name(rows)]) for row in rows) / len(rows))
 
 
 def summarize(rows: Rows) -> Rows:
-    r"""Mean and standard deviation over seeds for each width; the deviation of a single seed is None."""
+    r"""Mean and standard deviation over seeds for each width and length; the deviation of a single seed is None."""
     summary = []
-    for width in sorted({row["width"] for row in rows}):
-        of_width = [row for row in rows if row["width"] == width]
-        entry = {"width": width, "parameters": of_width[0]["parameters"], "seeds": len(of_width)}
+    for size in sorted({(row["width"], row["steps"]) for row in rows}):
+        of_size = [row for row in rows if (row["width"], row["steps"]) == size]
+        entry = {"width": size[0], "steps": size[1], "parameters": of_size[0]["parameters"], "seeds": len(of_size)}
         for name in dict.fromkeys((distance_name(rows), "gap", "validation_loss")):
-            if name in of_width[0]:
-                values = [row[name] for row in of_width]
+            if name in of_size[0]:
+                values = [row[name] for row in of_size]
                 mean = math.fsum(values) / len(values)
                 squares = math.fsum((value - mean) ** 2 for value in values)
                 entry[name] = mean
@@ -39,7 +39,7 @@ def summarize(rows: Rows) -> Rows:
 
 
 def to_markdown(rows: Rows) -> str:
-    r"""The scalar distance and a table with a line for each width."""
+    r"""The scalar distance and a table with a line for each width and length."""
     text = f"D = {complexity_distance(rows):.5g}, the geometric mean of `{distance_name(rows)}` over the pilots."
     seconds = math.fsum(row["cpu_seconds"] for row in rows)
     lines = ["# Complexity distance", "", text, f"They took {seconds:.0f} seconds of processor time.", ""]
@@ -48,7 +48,7 @@ def to_markdown(rows: Rows) -> str:
 
 def plot_complexity(results: dict[str, Rows], path: str | Path) -> None:
     r"""
-    Draws the distance against the parameters of the pilots, with its deviation over seeds.
+    Draws the distance of the longest pilots against their parameters, with its deviation over seeds.
 
     Args:
         results (`dict`): Rows of pilots by the name of the latent space, all measured in the same way.
@@ -59,7 +59,8 @@ def plot_complexity(results: dict[str, Rows], path: str | Path) -> None:
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, rows in results.items():
-        summary, distance = summarize(rows), distance_name(rows)
+        longest, distance = max(row["steps"] for row in rows), distance_name(rows)
+        summary = [entry for entry in summarize(rows) if entry["steps"] == longest]
         axis.errorbar(
             [entry["parameters"] for entry in summary],
             [entry[distance] for entry in summary],

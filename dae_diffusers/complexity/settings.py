@@ -1,5 +1,7 @@
 """How the complexity distance is measured. Needs no torch."""
 
+import itertools
+
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
@@ -10,7 +12,7 @@ class ComplexityConfig:
 
     widths: list[int] = field([64, 128, 256], "widths of the pilot transformers, multiples of 4", at_least=4)
     pilot_seeds: list[int] = field([0], "one pilot of each width is trained for each seed", at_least=0)
-    pilot_steps: int = field(400, "optimiser steps of a pilot", at_least=1)
+    pilot_steps: list[int] = field([400], "optimiser steps of the pilots, one or more lengths", at_least=1)
     pilot_layers: int = field(4, "transformer blocks of a pilot", at_least=1, advanced=True)
     patch_size: int = field(2, "patch size of a pilot", at_least=1, advanced=True)
     train_batch_size: int = field(64, "images in a batch of the training", at_least=1, advanced=True)
@@ -23,7 +25,7 @@ class ComplexityConfig:
     )  # fmt: skip
 
     def __post_init__(self):
-        for name in ("widths", "pilot_seeds"):
+        for name in ("widths", "pilot_steps", "pilot_seeds"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or not values or len(set(values)) != len(values):
                 raise ConfigError(f"`{name}` is {values!r}, but must be one or more different values.")
@@ -31,11 +33,12 @@ class ComplexityConfig:
             if not isinstance(width, int) or width % 4:
                 raise ConfigError(f"`widths` holds {width!r}, but must hold multiples of 4 (rotary positions).")
 
-    def pilots(self) -> dict[str, tuple[int, int]]:
-        """Width and seed of each pilot, by its name."""
-        return {f"width-{width}-seed-{seed}": (width, seed) for width in self.widths for seed in self.pilot_seeds}
+    def pilots(self) -> dict[str, tuple[int, int, int]]:
+        """Width, steps and seed of each pilot, by its name."""
+        every = itertools.product(self.widths, self.pilot_steps, self.pilot_seeds)
+        return {"width-{}-steps-{}-seed-{}".format(*pilot): pilot for pilot in every}
 
-    def transformer(self, width: int) -> dict[str, int | float]:
+    def transformer(self, width: int, steps: int) -> dict[str, int | float]:
         """The flags of `train_dit.py` for a pilot."""
         heads = width // 64 if width % 64 == 0 else 1
         return {
@@ -46,5 +49,5 @@ class ComplexityConfig:
             "train_batch_size": self.train_batch_size,
             "learning_rate": self.learning_rate,
             "ema_decay": 0.99,
-            "max_train_steps": self.pilot_steps,
+            "max_train_steps": steps,
         }

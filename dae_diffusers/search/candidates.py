@@ -1,5 +1,6 @@
 """Which latent spaces are tried: a YAML file, checked against the images."""
 
+import re
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -52,6 +53,8 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     for part, config_class in _PARTS.items():
         _check_names(f"{part} of {name}", getattr(found, part), config_class)
     for candidate, flags in content["candidates"].items():
+        if not re.fullmatch(r"[\w.-]+", str(candidate)):
+            raise ConfigError(f"{name}: {candidate!r} is no name: use letters, digits, `.`, `-` and `_`.")
         _check_names(f"{candidate} of {name}", flags, TrainDAEConfig)
         found.flags[str(candidate)] = found.autoencoder | flags
     if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):

@@ -19,6 +19,7 @@ from dae_diffusers.store import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+_FIXED = ("budget", "keep_one_in", "num_images", "num_inference_steps", "train_generator", "seed")
 _CALIBRATION = (2, 12, 42)  # steps at which the clock is read; the first reading warms up
 
 
@@ -39,13 +40,14 @@ class Search:
     def __init__(self, config: SearchConfig, data: dict[str, Any], candidates: Candidates, workers: int = 1):
         self.config, self.data, self.candidates, self.workers = config, data, candidates, workers
         self.folder, self.began = Path(config.output_dir), time.monotonic()
+        self.planned: dict[str, Any] = {"seconds": 0.0}
         self.folder.mkdir(parents=True, exist_ok=True)
         described = {
             "data": data,
             "candidates": candidates.flags,
             "transformer": candidates.transformer,
             "judge": config.features or candidates.judge,
-            "settings": {name: getattr(config, name) for name in ("budget", "keep_one_in", "num_images", "seed")},
+            "settings": {name: getattr(config, name) for name in _FIXED},
         }
         path = self.folder / "search.json"
         share(["begin"], self.folder, lambda _: path.exists(), lambda _: write_json(path, described))
@@ -66,11 +68,15 @@ class Search:
         r"""Searches until the winner is trained, or goes on with that."""
         self.experiment["features"] = self.find_judge()
         rungs = self.plan()
+        self.train_winner(self.choose(rungs), rungs)
+
+    def choose(self, rungs: list[Rung]) -> str:
+        r"""Goes through the rungs and returns the candidate that is left."""
         names = list(self.candidates.flags)
         for number, rung in enumerate(rungs):
             self.run_rung(number, rung, names)
             names = self.best(number, names)[: rungs[number + 1].candidates if number + 1 < len(rungs) else 1]
-        self.train_winner(names[0], rungs)
+        return names[0]
 
     def find_judge(self) -> str:
         """The features that judge: those of the settings, or those of a classifier, of classes or of turns, trained on the images."""
@@ -191,20 +197,21 @@ class Search:
         share(["decide"], self.folder, lambda _: path.exists(), decide)
         rung, trial = Rung(**read_json(path)["rung"]), self.trial(name)
         logger.info("the winner is %s: %d steps of its autoencoder", name, rung.autoencoder_steps)
-        is_done = trial.result_path(number).exists
-        share(
-            ["winner"],
-            self.folder,
-            lambda _: is_done(),
-            lambda _: trial.run(number, rung, with_generator=with_generator),
-        )
-        row = self.result(name, number)
-        if "failed" in row:
-            raise UserError(f"the winner `{name}` failed in its last training: {row['failed']}")
-        if Path(row["vae"]).is_dir():
-            _replace(Path(row["vae"]), self.folder / "vae")
-        if with_generator:
-            _replace(trial.folder_of(number) / "generator" / "pipeline", self.folder / "pipeline")
+        finished = self.folder / "finished.json"
+
+        def train(_: str) -> None:
+            if not trial.result_path(number).exists():
+                trial.run(number, rung, with_generator=with_generator)
+            row = self.result(name, number)
+            if "failed" in row:
+                raise UserError(f"the winner `{name}` failed in its last training: {row['failed']}")
+            if Path(row["vae"]).is_dir():
+                _replace(Path(row["vae"]), self.folder / "vae")
+            if with_generator:
+                _replace(trial.folder_of(number) / "generator" / "pipeline", self.folder / "pipeline")
+            write_json(finished, {"vae": row["vae"]})
+
+        share(["winner"], self.folder, lambda _: finished.exists(), train)
 
 
 def _per_step(clock: list[float], *, whole: bool = False) -> float:
