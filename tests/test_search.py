@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from models import save_backbone
+from models import save_autoencoder, save_backbone
 from scripts import launched_here, load_benchmark, run
 
 from dae_diffusers.errors import ConfigError, UserError
@@ -88,6 +88,9 @@ def test_a_budget_that_holds_no_rung_says_the_least_that_does():
     assert min(rungs[0].autoencoder_steps, rungs[0].generator_steps) >= MIN_STEPS
     with pytest.raises(UserError):
         plan_rungs(0.8 * least, 12, 3, speeds)
+    with pytest.raises(UserError, match="`budget` 30s cannot hold"):
+        plan_rungs(30, 12, 3, speeds, used=100)
+    assert plan_rungs(least + 100, 12, 3, speeds, used=100) == rungs
 
 
 def test_winner_gets_the_rest_and_never_less_than_it_had():
@@ -222,7 +225,8 @@ def searched(tmp_path_factory):
     """A finished search without classes and its file of candidates."""
     folder = tmp_path_factory.mktemp("search")
     candidates = written(folder, CANDIDATES)
-    find(folder / "find", candidates, label_column="none")
+    save_autoencoder(folder / "rgb")
+    find(folder / "find", candidates, label_column="none", published_vae=folder / "rgb")
     return folder / "find", candidates
 
 
@@ -231,7 +235,8 @@ def test_search_ends_with_a_pipeline_and_a_report(searched):
     assert (folder / "vae" / "config.json").exists() and (folder / "pipeline" / "model_index.json").exists()
     winner = read_json(folder / "winner.json")["name"]
     text = (folder / "report.md").read_text()
-    assert f"**{winner}** is the best of 3 latent spaces" in text and "| broken | 1 | failed: `" in text
+    assert f"**{winner}** is the best of 4 latent spaces" in text and "| broken | 1 | failed: `" in text
+    assert "| published | 1 | failed: the autoencoder takes 3 image channels, but `image_channels` is 1." in text
     assert "`coarse` was left out: latents of 1x1" in text and "by how much an image is turned" in text
     assert "dae-diffusers train-dae --dataset_name digits" in text and "dae-diffusers train-dit" in text
     assert not list(folder.rglob("latents"))
@@ -242,7 +247,7 @@ def test_search_ends_with_a_pipeline_and_a_report(searched):
 
 def test_rungs_go_on_from_their_autoencoders(searched):
     folder, _ = searched
-    assert sorted(path.name for path in (folder / "trials").iterdir()) == ["broken", "joint", "same"]
+    assert sorted(path.name for path in (folder / "trials").iterdir()) == ["broken", "joint", "published", "same"]
     assert not (folder / "trials" / "broken" / "rung-1").exists()
     log = (folder / "trials" / "joint" / "autoencoder" / "train_dae" / "log.jsonl").read_text()
     assert max(json.loads(line)["step"] for line in log.splitlines()) == 4
@@ -252,8 +257,8 @@ def test_rungs_go_on_from_their_autoencoders(searched):
 
 def test_finished_search_repeats_nothing_and_an_interrupted_one_ends_alike(searched, tmp_path, monkeypatch):
     folder, candidates = searched
-    before = (folder / "report.md").read_text()
-    assert find(folder, candidates, label_column="none") == []
+    before, same = (folder / "report.md").read_text(), {"label_column": "none", "published_vae": folder.parent / "rgb"}
+    assert find(folder, candidates, **same) == []
     assert (folder / "report.md").read_text() == before
     # Stopped before each of its trials in turn, in another folder.
     measure, left = find_latents.Search.run_rung, []
@@ -267,8 +272,8 @@ def test_finished_search_repeats_nothing_and_an_interrupted_one_ends_alike(searc
     monkeypatch.setattr(find_latents.Search, "run_rung", stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            find(tmp_path / "find", candidates, label_column="none")
-    find(tmp_path / "find", candidates, label_column="none")
+            find(tmp_path / "find", candidates, **same)
+    find(tmp_path / "find", candidates, **same)
     for path in folder.glob("trials/*/rung-*/result.json"):
         first, second = read_json(path), read_json(tmp_path / "find" / path.relative_to(folder))
         assert first.get("failed", "")[:60] == second.get("failed", "")[:60], path  # then its folder
@@ -281,7 +286,7 @@ def test_folder_of_another_search_is_refused(searched, tmp_path):
     with pytest.raises(UserError, match="holds another search: its data were"):
         find(folder, candidates)
     with pytest.raises(UserError, match="holds another search: its settings were"):
-        find(folder, candidates, label_column="none", budget="2h")
+        find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", budget="2h")
 
 
 def test_a_search_in_which_all_fails_says_why(tmp_path):

@@ -13,6 +13,9 @@ to continue. Several processes share the candidates.
 import logging
 import os
 
+import diffusers.utils.logging
+import transformers.utils.logging
+
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.comparison.scripts import work_alone
 from dae_diffusers.search.candidates import read_candidates
@@ -28,6 +31,8 @@ def main(config: FindLatentsConfig) -> None:
     workers = int(os.environ.get("WORLD_SIZE", 1))
     is_first = work_alone()
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_first else logging.ERROR)
+    for library in (diffusers, transformers):  # a bar for each model that is loaded
+        library.utils.logging.disable_progress_bar()
     data = changes_of(config.data)
     candidates = read_candidates(config.search, data)
     for name, reason in candidates.left_out.items():

@@ -45,7 +45,9 @@ class Rung:
         return asdict(self)
 
 
-def plan_rungs(budget: float, candidates: int, keep_one_in: int, speeds: Speeds, workers: int = 1) -> list[Rung]:
+def plan_rungs(
+    budget: float, candidates: int, keep_one_in: int, speeds: Speeds, workers: int = 1, used: float = 0.0
+) -> list[Rung]:
     r"""
     The rungs in which candidates are chosen. Each next one has a third (or another part) of the candidates, trained three times as
     long. An autoencoder and its pilot get the same time.
@@ -56,6 +58,7 @@ def plan_rungs(budget: float, candidates: int, keep_one_in: int, speeds: Speeds,
         keep_one_in (`int`): The part that goes on.
         speeds ([`Speeds`]): How fast training is here.
         workers (`int`, *optional*): Processes that share the candidates.
+        used (`float`, *optional*): Seconds of the budget that are gone.
 
     Returns:
         `list[Rung]`: Empty for a single candidate.
@@ -71,12 +74,13 @@ def plan_rungs(budget: float, candidates: int, keep_one_in: int, speeds: Speeds,
     fixed = math.fsum(math.ceil(count / min(count, workers)) * speeds.fixed for count in counts)
     least = 2 * MIN_STEPS * max(speeds.autoencoder, speeds.generator)
     needed = (fixed + least * sum(turns)) / _SHARE
-    if needed > budget or not counts and budget < least / _SHARE:
+    left = budget - used
+    if needed > left or not counts and left < least / _SHARE:
         raise UserError(
             f"`budget` {show_seconds(budget)} cannot hold {counts[0] if counts else 1} candidates: here they need at least "
-            f"{show_seconds(max(needed, least / _SHARE) * 1.05 + 1)}. Give that, or fewer `candidates`."
+            f"{show_seconds(max(needed, least / _SHARE) * 1.05 + used + 1)}. Give that, or fewer `candidates`."
         )
-    each = (_SHARE * budget - fixed) / max(1, sum(turns)) / 2
+    each = (_SHARE * left - fixed) / max(1, sum(turns)) / 2
     return [
         Rung(
             count,

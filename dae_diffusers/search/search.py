@@ -106,7 +106,7 @@ class Search:
             speeds = self.measure_speeds()
             used = time.monotonic() - self.began  # the judge's training included
             count = len(self.candidates.flags)
-            rungs = plan_rungs(self.config.seconds - used, count, self.config.keep_one_in, speeds, self.workers)
+            rungs = plan_rungs(self.config.seconds, count, self.config.keep_one_in, speeds, self.workers, used)
             write_json(
                 path,
                 {

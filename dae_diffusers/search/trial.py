@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.autoencoders.loading import check_image_size
+from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.scripts import ScriptError, launch_script
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
+from dae_diffusers.data import DataConfig
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.report import draw_reconstructions
 from dae_diffusers.search.planning import Rung
@@ -50,7 +51,7 @@ class CandidateTrial:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             row = self._measure(number, rung, with_generator)
-        except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError, OSError) as error:
+        except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
         row |= {"rung": rung.to_dict(), "seconds": time.monotonic() - start}
         write_json(self.result_path(number), row)
@@ -58,9 +59,10 @@ class CandidateTrial:
     def _measure(self, number: int, rung: Rung, with_generator: bool) -> dict[str, Any]:
         folder = self.folder_of(number)
         vae = self.train_autoencoder(number, rung.autoencoder_steps)
-        data = self.experiment["data"]
+        if "vae" in self.flags:
+            data = DataConfig(**self.experiment["data"])
+            check_image_size(load_autoencoder(vae), channels=data.image_channels, resolution=data.resolution)
         ruler = Ruler(self.experiment, vae, self.seed, self.search_folder / "reference")
-        check_image_size(ruler.vae, channels=ruler.train[0]["pixel_values"].shape[0], resolution=data["resolution"])
         row = {"vae": vae, **ruler.autoencoder()}
         draw_reconstructions(ruler.vae, ruler.validation, folder / "reconstructions.png", count=8)
         if with_generator:
@@ -79,7 +81,8 @@ class CandidateTrial:
             grids = sorted((target / "train_dit" / "grids").glob("*.png"))
             shutil.copyfile(grids[-1], folder / "samples.png")
             shutil.rmtree(target / "samples")
-            shutil.rmtree(folder / "latents", ignore_errors=True)
+            for left in (folder / "latents", target / "train_dit" / "checkpoints"):
+                shutil.rmtree(left, ignore_errors=True)
         bad = [name for name, value in distances(row).items() if not math.isfinite(value)]
         if bad:
             raise UserError(f"{bad[0]} is not finite.")
