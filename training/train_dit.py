@@ -37,10 +37,10 @@ from dae_diffusers.latents.statistics import (
 )
 from dae_diffusers.loop import Loop
 from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
-from dae_diffusers.randomness import derived_seed
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import SampleSettings
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.training.settings import TrainDiTConfig
