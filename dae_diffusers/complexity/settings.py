@@ -50,4 +50,6 @@ class ComplexityConfig:
             "learning_rate": self.learning_rate,
             "ema_decay": 0.99,
             "max_train_steps": steps,
+            "num_sample_images": 1,  # nobody looks at its grid
+            "sample_steps": 1,
         }
