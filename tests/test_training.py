@@ -348,12 +348,19 @@ def test_grid_is_guided_only_by_a_model_that_learnt_to_do_without_the_class(
     assert set(scales) == {guidance_scale}
 
 
-def test_autoencoder_without_statistics_gets_them(trained, image_folder, tmp_path):
+def test_published_autoencoder_stays_as_it_is_and_gets_statistics(trained, image_folder, tmp_path):
+    """As Stable Diffusion's come: no statistics, a factor, a shift, and the side of the images that it has seen."""
     vae = AutoencoderKL.from_pretrained(trained / "vae")
-    vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5)
+    published = {"scaling_factor": 0.18215, "shift_factor": 0.2, "sample_size": 512}
+    vae.register_to_config(latents_mean=None, latents_std=None, **published)
     vae.save_pretrained(tmp_path / "vae")
     run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=tmp_path, vae=tmp_path / "vae")
-    with_statistics = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline").vae.config
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    for name, weight in weights(tmp_path / "vae").items():
+        assert torch.equal(weight, pipeline.vae.state_dict()[name])
+    assert pipeline(num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+    with_statistics = pipeline.vae.config
+    assert with_statistics.shift_factor is None
     expected = AutoencoderKL.from_pretrained(trained / "vae").config
     torch.testing.assert_close(torch.tensor(with_statistics.latents_std), torch.tensor(expected.latents_std))
     assert with_statistics.scaling_factor == 1.0
