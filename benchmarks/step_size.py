@@ -13,19 +13,20 @@ from dae_diffusers import DAEDiTTransformer2DModel
 RATES = {"2 CPU cores": 0.127e12, "H100": 25e12}  # FLOP/s, from results/speed_cpu.md and results/cifar10_16px_gpu.md
 BYTES_PER_PARAMETER = 20  # float32: weights, gradients, two moments of AdamW, moving average
 
-SMALL, LARGE = (64, 128, 128), (128, 256, 512, 512)
-# Name; model; shape of one image or its latents; images in a batch, at once; steps. Autoencoders are trained as a whole.
+# Name; model (an autoencoder by channels and layers, trained as a whole); shape of an image or its latents; images in a batch; steps.
 RECIPES = (
-    ("64 pixels, autoencoder", (SMALL, 1), (3, 64, 64), (32, 32), 30_000),
-    ("64 pixels, `DiT-S/2`", "DiT-S/2", (4, 16, 16), (64, 64), 100_000),
-    ("128 pixels, autoencoder", ((*SMALL, 128), 1), (3, 128, 128), (32, 32), 30_000),
-    ("128 pixels, `DiT-S/2`", "DiT-S/2", (4, 16, 16), (64, 64), 100_000),
-    ("256 pixels, `kl_f8_256`", (LARGE, 2), (3, 256, 256), (12, 12), 150_000),
-    ("256 pixels, `DiT-B/2`", "DiT-B/2", (4, 32, 32), (32, 32), 200_000),
+    ("`photos_cpu_dae`", ((32, 64, 64), 1), (3, 64, 64), 32, 3_000),
+    ("`photos_cpu_dit`", "DiT-Ti/2", (4, 16, 16), 64, 4_000),
+    ("`photos_64_dae`", ((64, 128, 128), 1), (3, 64, 64), 32, 30_000),
+    ("`photos_64_dit`", "DiT-S/2", (4, 16, 16), 64, 100_000),
+    ("`photos_128_dae`", ((64, 128, 128, 128), 1), (3, 128, 128), 32, 30_000),
+    ("`kl_f8_256`", ((128, 256, 512, 512), 2), (3, 256, 256), 12, 150_000),
+    ("256 pixels, `DiT-S/2`", "DiT-S/2", (4, 32, 32), 32, 100_000),
+    ("256 pixels, `DiT-B/2`", "DiT-B/2", (4, 32, 32), 32, 200_000),
 )
 CHECKS = (  # against the measured memory in results/speed_cpu.md
-    ("check: 32 pixels, autoencoder", ((32, 64, 64), 1), (3, 32, 32), (16, 16), 1),
-    ("check: `DiT-S/2`, 256 tokens", "DiT-S/2", (4, 32, 32), (8, 8), 1),
+    ("check: 32 pixels, autoencoder", ((32, 64, 64), 1), (3, 32, 32), 16, 1),
+    ("check: `DiT-S/2`, 256 tokens", "DiT-S/2", (4, 32, 32), 8, 1),
 )
 
 
@@ -71,12 +72,12 @@ def main() -> None:
         + " |"
     )
     print("|---" * (6 + len(RATES)) + "|")
-    for name, kind, shape, (batch, at_once), steps in (*RECIPES, *CHECKS):
+    for name, kind, shape, batch, steps in (*RECIPES, *CHECKS):
         with torch.device("meta"):
             model, sample = make(kind), torch.zeros(1, *shape)
             flops, activations = measure(model, sample)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        memory = [(parameters * BYTES_PER_PARAMETER + at_once * activations * share) / 2**30 for share in (1, 0.5)]
+        memory = [(parameters * BYTES_PER_PARAMETER + batch * activations * share) / 2**30 for share in (1, 0.5)]
         hours = [steps * batch * flops / rate / 3600 for rate in RATES.values()]
         cells = [
             f"{parameters / 1e6:.1f} M",

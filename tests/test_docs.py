@@ -23,6 +23,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/results/*.md")])
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if "```bash" in path.read_text())
 FEWER = {
+    r"--config (photos_\w+_dae)": r"--config \1 --resolution 64 --block_out_channels 64 128 128 --stage1_steps 9 --stage2_steps 9 "
+    "--train_batch_size 9 --validation_steps 9",
+    r"--config (photos_\w+_dit)": r"--config \1 --model DiT-S/2 --resolution 64 --max_train_steps 9 --train_batch_size 9 "
+    "--validation_steps 9",
     r"--stage([12])_steps \d+": r"--stage\1_steps 4",
     r"--max_train_steps \d+": "--max_train_steps 4",
     r"--validation_steps \d+": "--validation_steps 4",
@@ -68,6 +72,50 @@ def test_every_flag_in_the_text_exists(path):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+def test_readme_and_guide_have_the_same_recipe():
+    """The first commands of the README for one's own images are those of the guide."""
+    readme, guide = (
+        " ".join(path.read_text().replace("\\\n", " ").split()) for path in (ROOT / "README.md", DOCS / "own_images.md")
+    )
+    for script in ("train-dae", "train-dit"):
+        command = re.search(rf"dae-diffusers {script} [^#`]*", readme)[0].strip()
+        assert "--train_data_dir my_images" in command and command in guide
+
+
+QUESTIONS = {
+    "docs/own_images.md": ("is-this-for-you", "the-folder", "see-what-training-will-see", "train"),
+    "docs/planning.md": (
+        "how-many-images-steps-hours-and-gib",
+        "on-a-cpu",
+        "is-the-autoencoder-good-enough",
+        "what-do-the-grids-of-samples-show",
+        "samples-are-blobs",
+        "overfitting",
+        "when-memory-runs-out",
+    ),
+    "docs/recipes.md": ("256-pixels", "only-the-generator-on-a-published-autoencoder"),
+}
+
+
+def test_every_question_is_answered_in_two_clicks():
+    first = links_of("README.md")
+    second = {link for page in first if page.endswith(".md") for link in links_of(page)}
+    for page, anchors in QUESTIONS.items():
+        assert {f"{page}#{anchor}" for anchor in anchors} <= first | second
+        assert set(anchors) <= anchors_of((ROOT / page).read_text())
+
+
+def links_of(page: str) -> set[str]:
+    """Where a page's links lead, from the root of the repository; for a link to a heading also its page."""
+    found = set()
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        target, _, anchor = link.partition("#")
+        if not target.startswith("http"):
+            path = os.path.relpath((ROOT / page).parent / target if target else ROOT / page, ROOT)
+            found |= {path, f"{path}#{anchor}"}
+    return found
 
 
 @pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in PAGES])
