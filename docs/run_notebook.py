@@ -3,6 +3,7 @@ Runs the notebook and keeps its outputs, so that they show where it is hosted: `
 ipykernel (`pip install -e ".[docs]"`), and leaves `docs/runs` and `docs/look-first` behind.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path, **options) -> nbformat.No
     Runs every cell in a folder.
 
     Args:
-        notebook (`nbformat.NotebookNode`): Gets the outputs, without bars of progress, paths of this machine and times.
+        notebook (`nbformat.NotebookNode`): Gets the outputs, without bars of progress, warnings, and what tells of this machine.
         folder (`Path`): The working folder.
         options: Of [`nbclient.NotebookClient`].
 
@@ -27,11 +28,12 @@ def run(notebook: nbformat.NotebookNode, folder: Path, **options) -> nbformat.No
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell fails.
     """
+    metadata = copy.deepcopy(notebook.metadata)
     nbclient.NotebookClient(notebook, kernel_name="python3", record_timing=False, **options).execute(cwd=str(folder))
+    notebook.metadata = metadata
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in map(tidy, merge(cell.outputs)) if output is not None]
-    notebook.metadata.pop("widgets", None)
     return notebook
 
 
@@ -47,9 +49,12 @@ def merge(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 
 
 def tidy(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-    r"""An output without what a terminal overwrites, or None if nothing is left."""
+    r"""An output without what a terminal overwrites and without a second form of a picture, or None if nothing is left."""
     if output.output_type != "stream":
+        output.data.pop("image/jpeg", None)
         return output
+    if output.name == "stderr":
+        return None
     text = output.text.replace("\r\n", "\n").replace("\x1b[A", "")
     lines = (re.split(r"\r|\x1b\[K", line)[-1].rstrip() for line in text.split("\n"))
     output.text = "".join(f"{line}\n" for line in lines if line and not re.search(r"\d+%\|", line))

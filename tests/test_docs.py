@@ -37,7 +37,7 @@ FEWER = {
     r"--codebook_size \d+": "--codebook_size 16",
     r"--num_images \d+": "--num_images 20",
     r"--metric_steps \d+": "--metric_steps 2 --metric_images 20",
-    r" train-classifier ": " train-classifier --max_train_steps 4 ",
+    r" train-classifier ": " train-classifier --train_steps 4 ",
     r"--num_inference_steps \d+": "--num_inference_steps 2",
     r"--resolution 64": "--resolution 32",
     r"--block_out_channels 64 128 128": "--block_out_channels 32 32 32",

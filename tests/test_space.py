@@ -288,7 +288,8 @@ def test_app_serves_models_without_classes_and_autoencoders_alone(part, tmp_path
     if part != "vae":
         (folder / "images").mkdir()
         names = {"row_names": ["the first row", "second"], "column_names": ["a", "b", "c"]}
-        image_grid(torch.rand(6, 3, 16, 16) * 2 - 1, columns=3, **names).save(folder / "images" / "samples.png")
+        side = 8 if part == "vqgan" else 16  # the prior's grid is smaller than what its autoencoder was made for
+        image_grid(torch.rand(6, 3, side, side) * 2 - 1, columns=3, **names).save(folder / "images" / "samples.png")
     absent = ["dae_diffusers", *([] if part == "vqgan" else ["transformers"])]  # which only a VQGAN needs
     code = f"import sys; sys.modules.update(dict.fromkeys({absent}))"
     code += """
