@@ -43,6 +43,8 @@ FEWER = {
     r"--block_out_channels 64 128 128": "--block_out_channels 32 32 32",
     r"DiT-S/2": "DiT-Ti/2",
     r" train-dit ": " train-dit --num_sample_images 4 --sample_steps 2 ",
+    r"--pilot_steps \d+": "--pilot_steps 4",
+    r"--budget \w+": "--budget 6m",
     r" evaluate ": " evaluate --max_train_samples 40 --max_validation_samples 20 --validation_fraction 0.5 ",
     r"--num_cpu_threads_per_process 2": "--num_cpu_threads_per_process 1",
 }
