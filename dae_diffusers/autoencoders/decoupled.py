@@ -59,7 +59,7 @@ class DecoupledAutoencoderMixin:
         """
         left_out = ("latents_mean", "latents_std", "auto_map")
         config = {name: value for name, value in vae.config.items() if name not in left_out}
-        model = cls.from_config({**config, **settings, "auxiliary_warm_start": False})
+        model = cls.from_config(config, **{**settings, "auxiliary_warm_start": False})
         missing = [name for name in _take_fitting(model, vae.state_dict()) if not name.startswith("auxiliary_decoder.")]
         may_differ = ("decoder.",) if settings.keys() & set(_DECODER_SIZES) else ()
         strange = [name for name in missing if not name.startswith(may_differ)] if may_differ else missing
@@ -76,7 +76,7 @@ class DecoupledAutoencoderMixin:
         Args:
             sizes: `decoder_block_out_channels`, `decoder_layers_per_block` or both.
         """
-        model = type(self).from_config({**self.config, **sizes})
+        model = type(self).from_config(self.config, **sizes)
         decoder = tuple(f"{name}." for name in self._decoder_children)
         _take_fitting(model, {name: value for name, value in self.state_dict().items() if not name.startswith(decoder)})
         return model

@@ -37,6 +37,11 @@ class LossConfig:
     discriminator_learning_rate: float = field(
         2e-4, "constant learning rate of the discriminator", above=0, advanced=True
     )
+    discriminator_augmentation: bool = field(
+        False,
+        "show the discriminator images and reconstructions augmented (DiffAug); for few images, since it hides small differences",
+        advanced=True,
+    )
     discriminator_start: int = field(
         0, "step of the stage at which the discriminator begins to learn", at_least=0, advanced=True
     )
