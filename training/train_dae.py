@@ -236,8 +236,8 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         if model.is_asymmetric:
             logger.info(
                 "its decoder is no mirror of its encoder, which no class of diffusers can hold: it is a %s of dae_diffusers. Without this "
-                "package load it with `AutoModel.from_pretrained(..., trust_remote_code=True)`, whose code lies beside the weights.",
-                type(vae).__name__,
+                "package load it with `AutoModel.from_pretrained(%r, trust_remote_code=True)`, whose code lies beside the weights.",
+                *(type(vae).__name__, str(run.output_dir / "vae")),
             )
         shutil.rmtree(run.folder / "latents", ignore_errors=True)
         shutil.rmtree(run.folder / NEWEST, ignore_errors=True)
