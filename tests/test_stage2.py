@@ -192,12 +192,15 @@ def test_decoder_of_another_encoder_is_refused(generated, finished, tmp_path, ca
         assemble.main(parse_config(AssembleConfig, ["--pipeline", str(tmp_path / "vae"), "--vae", "x"]))
 
 
-def test_unfinished_decoder_is_not_published_while_training():
-    argv = ["--vae", "x", "--train_data_dir", "x", "--push_to_hub", "--hub_strategy", "every_save"]
+def test_unfinished_decoder_is_neither_published_nor_measured_while_training():
+    argv = "--vae x --train_data_dir x --push_to_hub --hub_strategy every_save --metric_features x".split()
     config = parse_config(CONFIG_CLASSES[train_dit], argv)
     config.hub.check_snapshots(True)
+    config.monitor.check_decoder(True)
     with pytest.raises(ConfigError, match="whose decoder is not finished"):
         config.hub.check_snapshots(False)
+    with pytest.raises(ConfigError, match="its decoder still changes"):
+        config.monitor.check_decoder(False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,6 +38,8 @@ from dae_diffusers.latents.statistics import (
 )
 from dae_diffusers.loop import Loop
 from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
+from dae_diffusers.metrics.monitor import SampleDistance, save_result
+from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
@@ -53,13 +55,14 @@ def main(config: TrainDiTConfig) -> None:
     accelerator, flow = run.accelerator, config.flow
     autoencoder = GrowingAutoencoder(config.transformer.vae, run.output_dir, accelerator.device)
     config.hub.check_snapshots(autoencoder.is_finished)
+    config.monitor.check_decoder(autoencoder.is_finished)
     vae = autoencoder.vae
     value_range = read_value_range(config.transformer.vae)
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
     size = latent_size(config, vae, train_data)
     transformer = make_transformer(config, vae, train_data, size)
-    pipeline_of = partial(make_pipeline, data=train_data, value_range=value_range, shift=flow.timestep_shift)
+    pipeline_of = partial(make_pipeline, vae=vae, data=train_data, value_range=value_range, shift=flow.timestep_shift)
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -70,18 +73,21 @@ def main(config: TrainDiTConfig) -> None:
     )
     start = find_start(run, vae, transformer, train_data, steps)
     statistics = settle_statistics(run, vae, train_data, start)
+    monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
         transformer,
-        steps=steps,
+        steps=steps if monitor is None or not monitor.is_exhausted else start.step,
         step=start.step,
         checkpoint=start.checkpoint,
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
-        snapshot=("pipeline", lambda model, folder: pipeline_of(model, vae).save_pretrained(folder)),
-        state=statistics,
+        snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
+        state=statistics | ({} if monitor is None else {"monitor": monitor.state}),
     )
-    data = train_data if training_images is None else ImagesWithLatents(training_images, train_data)
+    data = train_data
+    if alignment is not None and isinstance(train_data, CachedLatents):
+        data = ImagesWithLatents(training_images, train_data)
     for step in loop.over(data):
         for batch in step:
             with accelerator.autocast():
@@ -109,11 +115,20 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data)
-                draw_samples(run, pipeline_of(model, autoencoder.newest()), loop.step)
+                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
+        if monitor is not None and monitor.is_due(loop.step, step.is_last):
+            with loop.averaged() as model:
+                step.write(monitor.measure(pipeline_of(model), loop.step))
+            if monitor.is_exhausted:
+                loop.stop()
 
     model = loop.finished_model().eval()
-    is_whole = accelerator.is_main_process and autoencoder.save(pipeline_of(model, vae))
+    is_whole = autoencoder.is_finished
+    if accelerator.is_main_process and is_whole:
+        save_result(run, pipeline_of(model), monitor)
+    elif accelerator.is_main_process:
+        is_whole = autoencoder.save_waiting(pipeline_of(model))
     run.finish("pipeline" if is_whole else None)
 
 
@@ -181,19 +196,19 @@ def find_start(
 def load_data(
     run: TrainingRun, vae: AutoencoderKL, value_range: list[float] | None
 ) -> tuple[Dataset, Dataset, ImageDataset | None]:
-    """Training and validation data (cached latents or images), and the images that REPA needs beside cached latents, or None."""
+    """Training and validation data (cached latents or images), and the training images, or None if only their latents are given."""
     config, images = run.config, None
     if config.data.dataset_name is not None or config.data.train_data_dir is not None:
         with run.accelerator.main_process_first():
             images = load_images(config.data, config.run.seed, value_range=value_range)
     if config.transformer.latent_cache is None:
-        return (*images, None)
+        return (*images, images[0])
     folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
     caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
-    return (*caches, None if config.alignment.repa_model is None else images[0])
+    return (*caches, None if images is None else images[0])
 
 
 @torch.no_grad()
@@ -222,6 +237,16 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
     return math.fsum(losses) / len(losses)
 
 
+def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
+    """What measures samples while the transformer trains; None without `metric_features`."""
+    config, flow = run.config, run.config.flow
+    if config.monitor.metric_features is None:
+        return None
+    guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
+    settings = SampleSettings(config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed)
+    return SampleDistance(run, images, settings, start.state.get("monitor"))
+
+
 def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
     """Draws the grid of samples at a validation."""
     config, flow = run.config, run.config.flow
@@ -238,7 +263,7 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
 
 
 def make_pipeline(
-    model: DAEDiTTransformer2DModel, vae: AutoencoderKL, *, data: Dataset, value_range: list[float] | None, shift: float
+    model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, value_range: list[float] | None, shift: float
 ) -> DAEDiTPipeline:
     """Makes the pipeline, which draws samples during training and is saved at the end."""
     return DAEDiTPipeline(

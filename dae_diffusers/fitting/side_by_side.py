@@ -61,15 +61,14 @@ class GrowingAutoencoder:
             self._origin = origin
         return with_statistics_of(self.vae, vae).to(self.device)
 
-    def save(self, pipeline: DiffusionPipeline) -> bool:
+    def save_waiting(self, pipeline: DiffusionPipeline) -> bool:
         r"""
-        Saves a finished pipeline, and returns whether its decoder is finished too. Otherwise it waits in [`WAITING`] for
-        train_dae.py to end. One process calls it.
+        Saves a finished generator whose decoder was not finished at the start: as `pipeline/` if the decoder is finished now, else in
+        [`WAITING`], until train_dae.py ends. One process calls it.
+
+        Returns:
+            `bool`: Whether the pipeline is whole.
         """
-        if self.is_finished:
-            pipeline.save_pretrained(self.output_dir / "pipeline")
-            logger.info("saved %s", self.output_dir / "pipeline")
-            return True
         replace_folder(self.output_dir / WAITING, pipeline.save_pretrained)
         if join_waiting(self.output_dir, self._runs):
             return True
