@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
-from models import make_autoencoder
+from models import make_autoencoder, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
@@ -517,7 +517,7 @@ def test_cached_latents_change_nothing_in_stage_two(cached, image_folder, tmp_pa
 
 
 def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
-    """And never again: the statistics are those of what is cached."""
+    """And never again, whatever the losses: the statistics are those of what is cached."""
     encoded = []
     original = DAEAutoencoderKL.encode
 
@@ -528,7 +528,10 @@ def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoencoderKL, "encode", lambda *args, **kwargs: pytest.fail("encoded once more"))
     monkeypatch.setattr(DAEAutoencoderKL, "encode", count)
-    flags = LONG_STAGE_TWO + " --validation_steps 1000 --validation_fraction 0.25"
+    flags = LONG_STAGE_TWO + " --validation_steps 1000 --validation_fraction 0.25 --adversarial_weight 0.5"
+    flags += (
+        f" --discriminator_channels 8 --discriminator_layers 2 --perceptual_model {save_backbone(tmp_path, 'resnet')}"
+    )
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
     rows = len(list(image_folder.rglob("*.png")))
     held_out = round(0.25 * rows)

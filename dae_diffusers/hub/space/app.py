@@ -51,7 +51,8 @@ def load():
     """The folder of the model, its pipeline (None for an autoencoder alone) and its autoencoder."""
     folder = MODEL if os.path.isdir(MODEL) else snapshot_download(MODEL, ignore_patterns=["*.fp16.*"])
     if not (Path(folder) / "model_index.json").exists():
-        return Path(folder), None, AutoModel.from_pretrained(folder, subfolder="vae")
+        has_code = "auto_map" in AutoModel.load_config(folder, subfolder="vae")
+        return Path(folder), None, AutoModel.from_pretrained(folder, subfolder="vae", trust_remote_code=has_code)
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     return Path(folder), pipe, pipe.vae
