@@ -14,6 +14,7 @@ from dae_diffusers.autoencoders.settings import (
     GeneratedConfig,
     RegularizationConfig,
     StageConfig,
+    check_decoder_widths,
     check_shallow,
 )
 from dae_diffusers.complexity.settings import ComplexityConfig
@@ -70,9 +71,12 @@ class TrainDAEConfig:
                 f"{len(autoencoder.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, data.resolution // factor) * factor} and {(data.resolution // factor + 1) * factor}."
             )
-        if is_new and stages.auxiliary_decoder == "shallow":
+        if is_new:
             try:
-                check_shallow(stages.auxiliary_layers_per_block, autoencoder.layers_per_block)
+                if stages.auxiliary_decoder == "shallow":
+                    check_shallow(stages.auxiliary_layers_per_block, autoencoder.layers_per_block)
+                widths = tuple(autoencoder.decoder_block_out_channels)
+                check_decoder_widths(widths, autoencoder.block_out_channels, autoencoder.norm_num_groups)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         models = {
@@ -113,6 +117,11 @@ class TrainDAEConfig:
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
     def _check_stage3(self) -> None:
+        if self.autoencoder.decoder_sizes():
+            raise ConfigError(
+                "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder_block_out_channels` and "
+                "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
+            )
         if self.data.streaming:
             raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
         if self.hub.push_to_hub and self.hub.hub_strategy == "every_save":
@@ -227,6 +236,14 @@ class MonitorConfig:
         ):
             if is_set:
                 raise ConfigError(f"`{name}` needs a distance to compare: give `metric_features`.")
+
+    def check_decoder(self, is_finished: bool) -> None:
+        """Checks that distances of different steps are those of the same decoder."""
+        if self.metric_features is not None and not is_finished:
+            raise ConfigError(
+                "`metric_features` does not go with the `vae` of a stage 1: its decoder still changes, and the distances with it. Leave "
+                "it out, or finish stage 2 first."
+            )
 
 
 def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
@@ -537,6 +554,17 @@ class TrainClassifierConfig:
 
 
 @settings
+class AssembleConfig:
+    """Assembling."""
+
+    pipeline: str = field(help="folder of the pipeline, or the output folder that holds it")
+    vae: str = field(help="folder or Hub id of the autoencoder with the decoder")
+    output_dir: str | None = field(
+        None, "the result goes into `pipeline/` of this folder; default: the pipeline's decoder is replaced"
+    )
+
+
+@settings
 class PushConfig:
     """Publishing."""
 
@@ -581,6 +609,7 @@ class PushConfig:
 
 
 SCRIPTS = {
+    "assemble": AssembleConfig,
     "cache-latents": CacheLatentsConfig,
     "complexity": MeasureComplexityConfig,
     "evaluate": EvaluateConfig,
