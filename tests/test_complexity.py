@@ -100,7 +100,7 @@ def test_two_processes_share_the_pilots_and_give_the_rows_of_one(measured, tmp_p
 
 def test_refitted_decoder_has_the_same_latents(measured, tmp_path):
     vae, features, _, rows = measured
-    refit = compose(ComplexityConfig, **changes_of(TINY) | {"refit_steps": 1, "widths": [8]})
+    refit = compose(ComplexityConfig, **changes_of(TINY) | {"refit_steps": 4, "widths": [8]})
     with launched_here() as calls:
         (row,) = measure_pilots(vae, DATA, refit, tmp_path, features=features)
     assert [name for name, _ in calls] == ["train_dae", "cache_latents", "train_dit"]
