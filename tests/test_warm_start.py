@@ -1,19 +1,27 @@
 """Training from given weights: what is taken over, what is new, and that new parts change nothing at first."""
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
-from models import make_autoencoder
+from models import make_autoencoder, make_prior_pipeline
+
+from scripts import TINY_DIT, TRANSFORMER, resume, run
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.denoising import Diffusion, FlowMatching
+from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.sampling import load_pipeline
+from dae_diffusers.training import train_dit
 from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -176,6 +184,7 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["ours", "stock"])
 def test_samples_before_the_first_step_are_those_of_the_given_pipeline(kind, places, image_folder, tmp_path, caplog):
     """However the given autoencoder says that its latents are normalised: the transformer knows them in one way."""
+    caplog.set_level(logging.INFO)
     data = {"train_data_dir": image_folder, "vae": places / "vae", "output_dir": tmp_path}
     run(train_dit, STILL, pretrained_model_name_or_path=places / kind, **data)
     pipeline, old = (load_pipeline(str(folder), "cpu") for folder in (tmp_path / "pipeline", places / kind))
@@ -214,9 +223,7 @@ def test_resumed_run_equals_an_uninterrupted_one_and_needs_the_given_weights_no_
         (f"--pretrained_model_name_or_path {places / 'ours'}", "was trained with `pretrained_model_name_or_path`"),
     ):
         with pytest.raises(UserError, match=message):
-            run(
-                train_dit, f"{flags} {change} --resume_from_checkpoint latest", output_dir=tmp_path / "again", **data
-            )
+            run(train_dit, f"{flags} {change} --resume_from_checkpoint latest", output_dir=tmp_path / "again", **data)
 
 
 @pytest.mark.parametrize(

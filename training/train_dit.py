@@ -150,7 +150,7 @@ def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, patch
 
 def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[str, int]:
     """The arguments of the transformer's constructor that define its size."""
-    name = config.transformer.name
+    name = config.transformer.name if origin is None else config.transformer.model
     given = {} if name is None else DAEDiTTransformer2DModel.size_kwargs(name)
     given |= config.transformer.instead_of_named()
     return given if origin is None else origin.architecture(given)
