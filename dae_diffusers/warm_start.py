@@ -1,14 +1,13 @@
-"""Starts a transformer from given weights: what fits is taken over, and what is new begins so that it changes nothing."""
+"""Given weights that the training of a transformer starts from, and what their samples depend on besides."""
 
 import json
 import logging
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
-import torch
 from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -16,12 +15,12 @@ from diffusers import (
     ModelMixin,
     SchedulerMixin,
 )
-from diffusers.models.embeddings import LabelEmbedding
 
 from dae_diffusers.autoencoders.loading import check_has_weights
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.take_over import LAYOUTS, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
@@ -29,25 +28,6 @@ logger = logging.getLogger(__name__)
 _SIZES = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
 _NORMALISATION = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 _INDEX = "model_index.json"
-
-
-class _Layout(NamedTuple):
-    """A class of transformers, and where it keeps what depends on the latents and on the classes."""
-
-    model_class: type[ModelMixin]
-    first: str  # layer
-    last: str
-    labels: str  # end of the name of a label table
-    classes: str  # their number, in the config
-
-
-_LAYOUTS = {
-    layout.model_class.__name__: layout
-    for layout in (
-        _Layout(DAEDiTTransformer2DModel, "patch_embed", "proj_out", "label_embed.weight", "num_classes"),
-        _Layout(DiTTransformer2DModel, "pos_embed.proj", "proj_out_2", "embedding_table.weight", "num_embeds_ada_norm"),
-    )
-}
 
 
 @dataclass
@@ -73,6 +53,11 @@ class WarmStart:
     pipeline: DAEDiTPipeline | None = None
     normalisation: dict[str, Any] | None = None
     changes: list[str] = field(default_factory=list)
+
+    @property
+    def is_resumed(self) -> bool:
+        r"""Whether a checkpoint holds newer weights."""
+        return self.normalisation is not None
 
     @classmethod
     def load(cls, name: str) -> "WarmStart":
@@ -106,10 +91,10 @@ class WarmStart:
     @classmethod
     def _of_pipeline(cls, name: str, place: str, index: dict[str, Any]) -> "WarmStart":
         class_name = (index.get("transformer") or [None, None])[1]
-        if class_name not in _LAYOUTS or not {"vae", "scheduler"} <= index.keys():
+        if class_name not in LAYOUTS or not {"vae", "scheduler"} <= index.keys():
             raise UserError(
                 f"`pretrained_model_name_or_path` {name} is a {index.get('_class_name')}, which has no diffusion transformer that "
-                f"training can start from. Give a pipeline with a {' or '.join(_LAYOUTS)}."
+                f"training can start from. Give a pipeline with a {' or '.join(LAYOUTS)}."
             )
         pipeline = DAEDiTPipeline.from_pretrained(place)
         check_has_weights(pipeline.vae)
@@ -119,9 +104,9 @@ class WarmStart:
     @classmethod
     def _of_transformer(cls, name: str) -> "WarmStart":
         class_name = DAEDiTTransformer2DModel.load_config(name).get("_class_name")
-        if class_name not in _LAYOUTS:
+        if class_name not in LAYOUTS:
             raise UserError(
-                f"`pretrained_model_name_or_path` {name} is of class {class_name}, but training starts from a {' or '.join(_LAYOUTS)}, "
+                f"`pretrained_model_name_or_path` {name} is of class {class_name}, but training starts from a {' or '.join(LAYOUTS)}, "
                 "or from a pipeline with one. An autoencoder belongs to `vae`."
             )
         if class_name == DiTTransformer2DModel.__name__:
@@ -134,7 +119,7 @@ class WarmStart:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "WarmStart":
         r"""What a checkpoint holds of it; the weights follow with the checkpoint."""
-        transformer = _LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
+        transformer = LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
         scheduler = getattr(diffusers, state["scheduler"]["_class_name"]).from_config(state["scheduler"])
         return cls(
             state["name"], transformer, scheduler, state["is_flow_matching"], normalisation=state["normalisation"]
@@ -195,14 +180,7 @@ class WarmStart:
         self, sample_size: int, in_channels: int, patch_size: int, id2label: dict[int, str] | None
     ) -> ModelMixin:
         r"""
-        The transformer for other latents and other classes.
-
-        - With the same latents and classes, every weight stays.
-        - A class of the same name keeps its row of the label table, as the null class does. A new class begins with the row of the
-          null class. A model without classes gets a table of zeros. A model that loses its classes goes on as at its null class.
-        - For another number of channels or another patch size, the first and the last layer are new; the last is zero.
-        - Positions are numbers of rows and columns, so that another size continues them.
-        - A learned variance is dropped: the loss does not train it.
+        The transformer to train: for these latents and classes, with the given weights. Says in the log what is not as before.
 
         Args:
             sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
@@ -211,55 +189,42 @@ class WarmStart:
         Raises:
             UserError: If the transformer cannot do without classes, and there are none.
         """
-        old, layout = self.transformer, _LAYOUTS[type(self.transformer).__name__]
-        if self.normalisation is not None:  # of a checkpoint: it was made for these latents and classes
-            return _without_dropout(old)
-        before, is_stock = old.config, layout.model_class is DiTTransformer2DModel
-        if id2label is None and is_stock:
+        if self.is_resumed:  # it was made for these latents and classes
+            return without_label_dropout(self.transformer)
+        if id2label is None and isinstance(self.transformer, DiTTransformer2DModel):
             raise UserError(
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which needs classes, but the images have "
                 "none. Put them into a sub-folder, which is a class, or name their `label_column`."
             )
-        num_before, outputs = before[layout.classes], before.out_channels or before.in_channels
-        self.transformer = new = layout.model_class.from_config(
-            before,
+        self.transformer, changes = take_over(
+            self.transformer,
             sample_size=sample_size,
             in_channels=in_channels,
             patch_size=patch_size,
-            out_channels=None if before.out_channels is None else in_channels,
-            **{layout.classes: None if id2label is None else len(id2label)},
+            rows=self._rows(id2label),
         )
-        is_new = (before.in_channels, before.patch_size) != (in_channels, patch_size)
-        is_new |= outputs != in_channels and not is_stock
-        rows = self._rows(num_before, id2label)
-        taken, state = old.state_dict(), new.state_dict()
-        for name, value in state.items():
-            layer = name.rpartition(".")[0]
-            if name.endswith(layout.labels):
-                state[name] = taken[name][rows] if rows else torch.zeros_like(value)
-            elif is_new and layer in (layout.first, layout.last):
-                state[name] = torch.zeros_like(value) if layer == layout.last else value
-            elif is_stock and layer == layout.last:  # its rows: the pixels of a patch, each with its channels
-                state[name] = taken[name].unflatten(0, (-1, outputs))[:, :in_channels].flatten(0, 1)
-            else:
-                state[name] = taken[name]
-        if num_before is not None and id2label is None:
-            state["time_embed.linear_2.bias"] = taken["time_embed.linear_2.bias"] + taken[layout.labels][-1]
-        new.load_state_dict(state)
-        self._tell(before, is_new, outputs)
+        logger.info(
+            "starting from the weights of %s, for %s: %s",
+            self.name,
+            "flow matching" if self.is_flow_matching else f"diffusion with its {type(self.scheduler).__name__}",
+            "; ".join([*changes, *self.changes, "all else is as before"]),
+        )
         self.pipeline = None  # frees the old weights
-        return _without_dropout(new)
+        return without_label_dropout(self.transformer)
 
-    def _rows(self, num_before: int | None, id2label: dict[int, str] | None) -> list[int]:
-        """The row of the old label table for each new class, and for no class; empty without an old or a new table."""
-        if num_before is None or id2label is None:
-            if num_before is not None or id2label is not None:
-                self.changes.append("it had no classes" if num_before is None else "its classes are left out")
-            return []
+    def _rows(self, id2label: dict[int, str] | None) -> list[int | None] | None:
+        """The old number of each class, or None if it is new."""
+        num_before = self.transformer.config[layout_of(self.transformer).classes]
+        if id2label is None:
+            self.changes += [] if num_before is None else ["its classes are left out"]
+            return None
         names = [id2label[number] for number in sorted(id2label)]
+        if num_before is None:
+            self.changes.append("it had no classes, and begins the same for each")
+            return [None] * len(names)
         if self.pipeline is not None and self.pipeline.id2label:
-            rows = [self._row_of(name, num_before) for name in names]
-        else:  # the classes of the weights have numbers only
+            rows = [self._number_of(name, num_before) for name in names]
+        else:  # its classes have no names
             rows = list(range(num_before)) if len(names) == num_before else [None] * len(names)
         begun = [name for name, row in zip(names, rows, strict=True) if row is None]
         if begun:
@@ -268,33 +233,14 @@ class WarmStart:
         left_out = num_before - len(set(rows) - {None})
         if left_out:
             self.changes.append(f"{left_out} of its {num_before} classes are left out")
-        return [num_before if row is None else row for row in rows] + [num_before]
+        return rows
 
-    def _row_of(self, name: str, num_before: int) -> int | None:
+    def _number_of(self, name: str, num_classes: int) -> int | None:
         try:
-            (row,) = self.pipeline.get_label_ids(name)
+            (number,) = self.pipeline.get_label_ids(name)
         except ValueError:  # unknown, or a name of several
             return None
-        return row if row < num_before else None
-
-    def _tell(self, before: dict[str, Any], is_new: bool, outputs: int) -> None:
-        """Logs what was taken over, and what was not."""
-        now = self.transformer.config
-        if is_new:
-            was, is_now = (
-                f"{each['in_channels']} channels in patches of {each['patch_size']}" for each in (before, now)
-            )
-            self.changes.append(f"first and last layer are new (latents of {is_now}, before: {was})")
-        elif outputs != now.in_channels:
-            self.changes.append("its learned variance is left out")
-        if before["sample_size"] != now.sample_size:
-            self.changes.append(f"latents are {now.sample_size} wide (before: {before['sample_size']})")
-        logger.info(
-            "starting from the weights of %s, which predict %s. %s",
-            self.name,
-            "velocities" if self.is_flow_matching else f"as for its {type(self.scheduler).__name__}",
-            f"Not as before: {'; '.join(self.changes)}." if self.changes else "Everything is as before.",
-        )
+        return number if number < num_classes else None
 
 
 def _index_of(place: str) -> dict[str, Any] | None:
@@ -305,14 +251,6 @@ def _index_of(place: str) -> dict[str, Any] | None:
         if (Path(place) / _INDEX).exists():
             raise
         return None
-
-
-def _without_dropout(transformer: ModelMixin) -> ModelMixin:
-    """The stock class would drop labels by itself, in each block another one; see `class_dropout_prob`."""
-    for module in transformer.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0
-    return transformer
 
 
 def _without_variance(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -14,7 +14,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from models import make_autoencoder, make_prior_pipeline
-
 from scripts import TINY_DIT, TRANSFORMER, resume, run
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
