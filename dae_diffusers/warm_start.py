@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -75,8 +76,10 @@ class WarmStart:
         places = [place / "pipeline", place.parent] if place.name == "transformer" else [place / "pipeline"]
         place = next((str(each) for each in places if (each / _INDEX).is_file()), name)  # with the names of its classes
         try:
-            index = _index_of(place)
-            start = cls._of_transformer(name) if index is None else cls._of_pipeline(name, place, index)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # of diffusers to the Hub's client
+                index = _index_of(place)
+                start = cls._of_transformer(name) if index is None else cls._of_pipeline(name, place, index)
             check_has_weights(start.transformer)
         except UserError:
             raise
