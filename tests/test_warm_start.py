@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -14,13 +15,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from models import make_autoencoder, make_prior_pipeline
-from scripts import TINY_DIT, TRANSFORMER, resume, run
+from scripts import BARE_DIT, TRANSFORMER, resume, run
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.sampling import load_pipeline
+from dae_diffusers.settings import compose
 from dae_diffusers.training import train_dit
+from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -203,20 +207,28 @@ def test_samples_before_the_first_step_are_those_of_the_given_pipeline(kind, pla
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_resumed_run_equals_an_uninterrupted_one_and_needs_the_given_weights_no_more(
-    kind, places, image_folder, tmp_path
-):
-    flags = TINY_DIT.replace("--model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16", "")
-    shutil.copytree(places / kind, tmp_path / "given")
+def test_checkpoint_holds_all_but_the_weights(kind):
+    start = make_start(kind)
+    vae = start.pipeline.vae
+    assert start.normalise(vae)
+    model = start.continued(8, 3, 1, {0: "dog", 1: "owl"})
+    again = WarmStart.from_state(json.loads(json.dumps(start.state(vae))))
+    assert again.continued(8, 3, 1, {0: "dog", 1: "owl"}).config == model.config
+    assert (type(again.scheduler), again.scheduler.config) == (type(start.scheduler), start.scheduler.config)
+    assert (again.is_flow_matching, again.shift) == (start.is_flow_matching, start.shift)
+    other = make_autoencoder(latent_channels=4).to_diffusers()
+    assert again.normalise(other) and other.config.scaling_factor == vae.config.scaling_factor
+
+
+def test_resumed_run_equals_an_uninterrupted_one_and_needs_the_given_weights_no_more(places, image_folder, tmp_path):
+    flags = BARE_DIT.replace("--model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16", "")
+    shutil.copytree(places / "stock", tmp_path / "given")
     data = {"train_data_dir": image_folder, "vae": places / "vae"}
     run(train_dit, flags, pretrained_model_name_or_path=tmp_path / "given", output_dir=tmp_path / "run", **data)
     shutil.rmtree(tmp_path / "given")
-    resume(train_dit, flags, tmp_path / "run", tmp_path / "again", 3, ("pipeline",), **data)
-    assert (tmp_path / "run" / TRANSFORMER).read_bytes() == (tmp_path / "again" / TRANSFORMER).read_bytes()
-    logs = [(tmp_path / name / "train_dit" / "log.jsonl").read_text() for name in ("run", "again")]
-    assert logs[0] == logs[1]
-    indices = [json.loads((tmp_path / name / "pipeline" / "model_index.json").read_text()) for name in ("run", "again")]
-    assert indices[0] == indices[1] and indices[0]["is_flow_matching"] is (kind == "ours")
+    resume(train_dit, flags, tmp_path / "run", tmp_path / "again", 4, ("pipeline",), **data)
+    for name in (TRANSFORMER, "pipeline/model_index.json", "train_dit/log.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     for change, message in (
         ("--patch_size 1", "was trained with `patch_size` 2, but now it is 1"),
         (f"--pretrained_model_name_or_path {places / 'ours'}", "was trained with `pretrained_model_name_or_path`"),
@@ -226,32 +238,49 @@ def test_resumed_run_equals_an_uninterrupted_one_and_needs_the_given_weights_no_
 
 
 @pytest.mark.parametrize(
-    ("given", "flags", "message"),
+    ("given", "message"),
     [
-        ("prior", "", "is a DAEVQGANPipeline, which has no diffusion transformer"),
-        ("vae", "", "is of class AutoencoderKL, but .* An autoencoder belongs to `vae`"),
-        ("nowhere", "", "cannot be loaded: .* Give the folder or Hub id of a pipeline"),
-        ("user/nothing", "", "user/nothing cannot be loaded: "),
-        ("damaged", "", "damaged cannot be loaded: .* Give the folder"),
-        ("stock/transformer", "", None),  # with its pipeline
-        ("alone", "", "a DiTTransformer2DModel alone, which does not tell what it predicts"),
-        ("ours", "--num_layers 3", "has `num_layers` 2, but `num_layers` 3 was asked for"),
-        ("ours", "--model DiT-Ti/2", "`num_attention_heads` 2, `attention_head_dim` 16, but `num_layers` 6, `num_att"),
-        ("stock", "--timestep_shift 2", "`timestep_shift` is for flow matching, but .* its DDIMScheduler"),
-        ("stock", "--label_column none", "has a DiTTransformer2DModel, which needs classes, but the images have none"),
-        ("ours", "--patch_size 3", "is not divisible by 6"),
-        ("ours", "--repa_model x --repa_layer 3", "x"),
+        ("prior", "is a DAEVQGANPipeline, which has no diffusion transformer"),
+        ("vae", "is of class AutoencoderKL, but .* An autoencoder belongs to `vae`"),
+        ("nowhere", "cannot be loaded: .* Give the folder or Hub id of a pipeline"),
+        ("user/nothing", "user/nothing cannot be loaded: "),
+        ("damaged", "damaged cannot be loaded: .* Give the folder"),
+        ("damaged_index", "damaged_index cannot be loaded: .*model_index.json"),
+        ("alone", "a DiTTransformer2DModel alone, which does not tell what it predicts"),
     ],
 )
-def test_weights_that_cannot_be_started_from_are_named(given, flags, message, places, image_folder, tmp_path):
+def test_what_is_no_transformer_to_start_from_is_named(given, message, places, tmp_path):
     shutil.copytree(places / "ours", tmp_path / "damaged")
     with (tmp_path / "damaged" / "transformer" / "diffusion_pytorch_model.safetensors").open("r+b") as file:
         file.truncate(100)
+    shutil.copytree(places / "stock", tmp_path / "damaged_index")
+    (tmp_path / "damaged_index" / "model_index.json").write_text("{")
     shutil.copytree(places / "stock" / "transformer", tmp_path / "alone")
     name = next((str(root / given) for root in (places, tmp_path) if (root / given).exists()), given)
-    data = {"train_data_dir": image_folder, "vae": places / "vae", "output_dir": tmp_path / "run"}
-    if message is None:
-        return run(train_dit, f"{STILL} {flags}", pretrained_model_name_or_path=name, **data)
     with pytest.raises(UserError, match=message) as error:
-        run(train_dit, f"{STILL} {flags}", pretrained_model_name_or_path=name, **data)
-    assert "\n" not in str(error.value) and not (tmp_path / "run" / "train_dit" / "log.jsonl").exists()
+        WarmStart.load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_the_weights_is_named(places):
+    with pytest.raises(UserError, match="has `num_layers` 2, but `num_layers` 3 was asked for"):
+        make_start("ours").architecture({"num_layers": 3, "num_attention_heads": 2})
+    with pytest.raises(UserError, match="has a DiTTransformer2DModel, which needs classes, but the images have none"):
+        make_start("stock").continued(8, 3, 2, None)
+    config = compose(TrainDiTConfig, dataset_name="digits", vae="x", timestep_shift=2.0)
+    with pytest.raises(UserError, match="`timestep_shift` is for flow matching, but .* its DDIMScheduler"):
+        train_dit.make_objective(config, make_start("stock"))
+    data = {"dataset_name": "digits", "image_channels": 1, "vae": "x", "pretrained_model_name_or_path": "y"}
+    config = compose(TrainDiTConfig, **data, repa_model="z", repa_layer=3)
+    with pytest.raises(UserError, match="`repa_layer` is 3, but the transformer has blocks 1 to 2"):
+        make_representation_alignment(config.alignment, make_transformer("stock"), Accelerator(cpu=True), 0)
+
+
+def test_folder_of_a_transformer_counts_as_its_pipeline_and_a_folder_alone_has_numbers_for_names(places, tmp_path):
+    assert WarmStart.load(str(places / "stock" / "transformer")).pipeline.id2label == {0: "cat", 1: "dog"}
+    shutil.copytree(places / "ours" / "transformer", tmp_path / "alone")
+    start = WarmStart.load(str(tmp_path / "alone"))
+    old = start.transformer
+    assert torch.equal(predict(start.continued(8, 3, 2, {0: "owl", 1: "tit"}), 1), predict(old, 1))
+    start.transformer = old
+    assert torch.equal(predict(start.continued(8, 3, 2, NAMES), 1), predict(old, 2))

@@ -56,6 +56,7 @@ def main(config: TrainDiTConfig) -> None:
     vae = load_autoencoder(config.transformer.vae).to(accelerator.device)
     origin = find_origin(run)
     architecture = architecture_of(config, origin)
+    objective, scheduler = make_objective(config, origin)
     value_range = read_value_range(config.transformer.vae)
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
@@ -66,7 +67,6 @@ def main(config: TrainDiTConfig) -> None:
         loader = run.pass_loader(train_data, num_workers=config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, accelerator)
     transformer = make_transformer(origin, architecture, vae, train_data, size)
-    objective, scheduler = make_objective(config, origin)
     pipeline_of = partial(
         DAEDiTPipeline,
         vae=vae,
