@@ -26,8 +26,8 @@ from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
 from dae_diffusers.settings import field, flat, part, settings
 
 # Blocks of each named size; a test compares them with the transformer's.
-DEFAULT_MODEL = "DiT-S/2"
 DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
+DEFAULT_MODEL = "DiT-S/2"
 
 
 @settings
@@ -181,14 +181,10 @@ class TransformerConfig:
             )
 
     @property
-    def name(self) -> str | None:
-        """The named size; None if the size is that of given weights."""
-        return DEFAULT_MODEL if self.model is None and self.pretrained_model_name_or_path is None else self.model
-
-    @property
     def depth(self) -> int | None:
-        """Number of blocks; None if that of given weights."""
-        return self.num_layers or (self.name and DIT_LAYERS[self.name.partition("/")[0]])
+        """Number of blocks; None if it is that of given weights."""
+        model = self.model or (DEFAULT_MODEL if self.pretrained_model_name_or_path is None else None)
+        return self.num_layers or (model and DIT_LAYERS[model.partition("/")[0]])
 
     def instead_of_named(self) -> dict[str, int]:
         """The arguments of the transformer's constructor that replace those of the named size."""
