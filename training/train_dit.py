@@ -39,6 +39,8 @@ from dae_diffusers.latents.statistics import (
     write_latent_statistics,
 )
 from dae_diffusers.loop import Loop
+from dae_diffusers.metrics.monitor import SampleDistance, save_result
+from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
@@ -86,18 +88,24 @@ def main(config: TrainDiTConfig) -> None:
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, **architecture}
     start = find_start(run, vae, transformer, train_data, steps, plan)
+    monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
         transformer,
-        steps=steps,
+        steps=steps if monitor is None or not monitor.is_exhausted else start.step,
         step=start.step,
         checkpoint=start.checkpoint,
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
-        state=None if origin is None else {"warm_start": origin.state(vae)},
+        state={
+            **({} if monitor is None else {"monitor": monitor.state}),
+            **({} if origin is None else {"warm_start": origin.state(vae)}),
+        },
     )
-    data = train_data if training_images is None else ImagesWithLatents(training_images, train_data)
+    data = train_data
+    if alignment is not None and isinstance(train_data, CachedLatents):
+        data = ImagesWithLatents(training_images, train_data)
     for step in loop.over(data):
         for batch in step:
             with accelerator.autocast():
@@ -124,11 +132,15 @@ def main(config: TrainDiTConfig) -> None:
                 value = validation_loss(run, model, vae, validation_data, objective)
                 draw_samples(run, pipeline_of(model), loop.step)
             step.write({"validation/loss": value})
+        if monitor is not None and monitor.is_due(loop.step, step.is_last):
+            with loop.averaged() as model:
+                step.write(monitor.measure(pipeline_of(model), loop.step))
+            if monitor.is_exhausted:
+                loop.stop()
 
     model = loop.finished_model().eval()
     if accelerator.is_main_process:
-        pipeline_of(model).save_pretrained(run.output_dir / "pipeline")
-        logger.info("saved %s", run.output_dir / "pipeline")
+        save_result(run, pipeline_of(model), monitor)
     run.finish("pipeline")
 
 
@@ -205,19 +217,19 @@ def find_start(
 def load_data(
     run: TrainingRun, vae: AutoencoderKL, value_range: list[float] | None
 ) -> tuple[Dataset, Dataset, ImageDataset | None]:
-    """Training and validation data (cached latents or images), and the images that REPA needs beside cached latents, or None."""
+    """Training and validation data (cached latents or images), and the training images, or None if only their latents are given."""
     config, images = run.config, None
     if config.data.dataset_name is not None or config.data.train_data_dir is not None:
         with run.accelerator.main_process_first():
             images = load_images(config.data, config.run.seed, value_range=value_range)
     if config.transformer.latent_cache is None:
-        return (*images, None)
+        return (*images, images[0])
     folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
     caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
-    return (*caches, None if config.alignment.repa_model is None else images[0])
+    return (*caches, None if images is None else images[0])
 
 
 @torch.no_grad()
@@ -244,6 +256,16 @@ def validation_loss(
         losses += objective.loss(prediction, latents, noise, levels).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
+
+
+def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
+    """What measures samples while the transformer trains; None without `metric_features`."""
+    config, flow = run.config, run.config.flow
+    if config.monitor.metric_features is None:
+        return None
+    guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
+    settings = SampleSettings(config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed)
+    return SampleDistance(run, images, settings, start.state.get("monitor"))
 
 
 def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
