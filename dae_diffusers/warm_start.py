@@ -20,6 +20,7 @@ from diffusers import (
 from dae_diffusers.autoencoders.loading import check_has_weights
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
+from dae_diffusers.latents.statistics import STATISTICS
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.take_over import LAYOUTS, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -27,7 +28,6 @@ from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 logger = logging.getLogger(__name__)
 
 _SIZES = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
-_NORMALISATION = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 _INDEX = "model_index.json"
 
 
@@ -41,9 +41,10 @@ class WarmStart:
         transformer ([`DAEDiTTransformer2DModel`] or [`~diffusers.DiTTransformer2DModel`]): The weights.
         scheduler ([`~diffusers.SchedulerMixin`]): Samples from it.
         is_flow_matching (`bool`): Whether it predicts the velocity of flow matching; if not, it is for diffusion.
-        pipeline ([`DAEDiTPipeline`], *optional*): Where it comes from, with class names and autoencoder; None for a transformer
-            alone.
-        normalisation (`dict`, *optional*): For a resumed run: the normalisation of its latents, as an autoencoder's config says it.
+        pipeline ([`DAEDiTPipeline`], *optional*): Where it comes from, with the names of its classes; None for a transformer alone.
+        encoder (`str`, *optional*): Fingerprint of the encoder of its latents.
+        statistics (`dict`, *optional*): What the config of its autoencoder says of the latents' statistics.
+        is_resumed (`bool`): Whether a checkpoint holds newer weights.
         changes (`list[str]`): What is not as before, for the log.
     """
 
@@ -52,13 +53,10 @@ class WarmStart:
     scheduler: SchedulerMixin
     is_flow_matching: bool = True
     pipeline: DAEDiTPipeline | None = None
-    normalisation: dict[str, Any] | None = None
+    encoder: str | None = None
+    statistics: dict[str, Any] | None = None
+    is_resumed: bool = False
     changes: list[str] = field(default_factory=list)
-
-    @property
-    def is_resumed(self) -> bool:
-        r"""Whether a checkpoint holds newer weights."""
-        return self.normalisation is not None
 
     @classmethod
     def load(cls, name: str) -> "WarmStart":
@@ -101,8 +99,20 @@ class WarmStart:
             )
         pipeline = DAEDiTPipeline.from_pretrained(place)
         check_has_weights(pipeline.vae)
-        scheduler = _without_variance(pipeline.scheduler)
-        return cls(name, pipeline.transformer, scheduler, pipeline.is_flow_matching, pipeline)
+        return cls.from_pipeline(name, pipeline)
+
+    @classmethod
+    def from_pipeline(cls, name: str, pipeline: DAEDiTPipeline) -> "WarmStart":
+        r"""From a loaded pipeline."""
+        return cls(
+            name,
+            pipeline.transformer,
+            _without_variance(pipeline.scheduler),
+            pipeline.is_flow_matching,
+            pipeline=pipeline,
+            encoder=autoencoder_fingerprint(pipeline.vae),
+            statistics={name: pipeline.vae.config.get(name) for name in STATISTICS},
+        )
 
     @classmethod
     def _of_transformer(cls, name: str) -> "WarmStart":
@@ -124,23 +134,20 @@ class WarmStart:
         r"""What a checkpoint holds of it; the weights follow with the checkpoint."""
         transformer = LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
         scheduler = getattr(diffusers, state["scheduler"]["_class_name"]).from_config(state["scheduler"])
-        return cls(
-            state["name"], transformer, scheduler, state["is_flow_matching"], normalisation=state["normalisation"]
-        )
+        return cls(state["name"], transformer, scheduler, state["is_flow_matching"], is_resumed=True)
 
     @property
     def shift(self) -> float:
         r"""The scheduler's shift of the noise levels, for flow matching."""
         return self.scheduler.config.get("shift") or self.scheduler.config.get("flow_shift") or 1.0
 
-    def state(self, vae: ModelMixin) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         r"""What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more."""
         return {
             "name": self.name,
             "transformer": json.loads(self.transformer.to_json_string()),
             "scheduler": json.loads(self.scheduler.to_json_string()),
             "is_flow_matching": self.is_flow_matching,
-            "normalisation": _normalisation_of(vae),
         }
 
     def architecture(self, given: dict[str, int]) -> dict[str, int]:
@@ -159,24 +166,22 @@ class WarmStart:
             )
         return {**sizes, **given}
 
-    def normalise(self, vae: ModelMixin) -> bool:
+    def settles_statistics(self, vae: ModelMixin) -> bool:
         r"""
-        Makes an autoencoder with the same encoder normalise its latents as the transformer knows them.
+        Gives an autoencoder with the same encoder the statistics of its latents that the transformer knows, or none if it knows none.
 
         Returns:
-            `bool`: Whether that settles how the latents are normalised.
+            `bool`: Whether the encoder is the same.
         """
-        known = self.normalisation
-        if known is None and self.pipeline is not None:
-            if autoencoder_fingerprint(vae) == autoencoder_fingerprint(self.pipeline.vae):
-                known = _normalisation_of(self.pipeline.vae)
-            else:
-                self.changes.append("its latents came from another encoder")
-        if known is None:
+        if self.encoder is None:
             return False
-        if known != _normalisation_of(vae):
-            vae.register_to_config(**known)
-            self.changes.append("latents are normalised as they were, not as in the config of `--vae`")
+        if autoencoder_fingerprint(vae) != self.encoder:
+            logger.info("the latents of %s came from another encoder: its samples mean nothing in these", self.name)
+            return False
+        before = dict(vae.config)
+        vae.register_to_config(**self.statistics)
+        if any(vae.config[name] != before.get(name) for name in self.statistics):
+            logger.info("latents are normalised as in %s, not as the config of `--vae` says", self.name)
         return True
 
     def continued(
@@ -262,10 +267,6 @@ def _without_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
         return scheduler
     default = signature(type(scheduler).__init__).parameters["variance_type"].default
     return type(scheduler).from_config(scheduler.config, variance_type=default)
-
-
-def _normalisation_of(vae: ModelMixin) -> dict[str, Any]:
-    return {name: vae.config.get(name) for name in _NORMALISATION}
 
 
 def _listed(values: dict[str, int], names: list[str]) -> str:

@@ -13,6 +13,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -22,7 +23,6 @@ from torch.utils.data import Dataset
 from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.autoencoders.loading import (
     check_image_size,
-    load_autoencoder,
     num_latent_channels,
     spatial_factor,
 )
@@ -31,8 +31,10 @@ from dae_diffusers.data import ImageDataset, count_images, describe_size, load_i
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint, open_latent_cache
 from dae_diffusers.latents.statistics import (
+    STATISTICS,
     has_latent_statistics,
     moments_of,
     normalize_latents,
@@ -55,7 +57,10 @@ logger = logging.getLogger(__name__)
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
     accelerator = run.accelerator
-    vae = load_autoencoder(config.transformer.vae).to(accelerator.device)
+    autoencoder = GrowingAutoencoder(config.transformer.vae, run.output_dir, accelerator.device)
+    config.hub.check_snapshots(autoencoder.is_finished)
+    config.monitor.check_decoder(autoencoder.is_finished)
+    vae = autoencoder.vae
     origin = find_origin(run)
     architecture = architecture_of(config, origin)
     objective, scheduler = make_objective(config, origin)
@@ -63,11 +68,6 @@ def main(config: TrainDiTConfig) -> None:
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
     size = latent_size(config, vae, train_data, architecture["patch_size"])
-    is_normalised = origin is not None and origin.normalise(vae)
-    if not is_normalised and not has_latent_statistics(vae):
-        logger.info("%s has no latent statistics: computing them over the training data", config.transformer.vae)
-        loader = run.pass_loader(train_data, num_workers=config.data.dataloader_num_workers)
-        write_latent_statistics(vae, loader, accelerator)
     transformer = make_transformer(origin, architecture, vae, train_data, size)
     pipeline_of = partial(
         DAEDiTPipeline,
@@ -88,6 +88,7 @@ def main(config: TrainDiTConfig) -> None:
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, **architecture}
     start = find_start(run, vae, transformer, train_data, steps, plan)
+    statistics = settle_statistics(run, vae, train_data, start, origin)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
@@ -99,8 +100,9 @@ def main(config: TrainDiTConfig) -> None:
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
         state={
+            **statistics,
             **({} if monitor is None else {"monitor": monitor.state}),
-            **({} if origin is None else {"warm_start": origin.state(vae)}),
+            **({} if origin is None else {"warm_start": origin.state()}),
         },
     )
     data = train_data
@@ -130,7 +132,7 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective)
-                draw_samples(run, pipeline_of(model), loop.step)
+                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None and monitor.is_due(loop.step, step.is_last):
             with loop.averaged() as model:
@@ -139,9 +141,32 @@ def main(config: TrainDiTConfig) -> None:
                 loop.stop()
 
     model = loop.finished_model().eval()
-    if accelerator.is_main_process:
+    is_whole = autoencoder.is_finished
+    if accelerator.is_main_process and is_whole:
         save_result(run, pipeline_of(model), monitor)
-    run.finish("pipeline")
+    elif accelerator.is_main_process:
+        is_whole = autoencoder.save_waiting(pipeline_of(model))
+    run.finish("pipeline" if is_whole else None)
+
+
+def settle_statistics(
+    run: TrainingRun, vae: AutoencoderKL, data: Dataset, start: Start, origin: WarmStart | None
+) -> dict[str, Any]:
+    """
+    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none. Returns the part of a
+    checkpoint's state that keeps them: the run goes on with the same, whatever the autoencoder of a finished stage 2 has then.
+    """
+    kept = start.state.get("latent_statistics")
+    if kept is not None:
+        vae.register_to_config(**kept)
+        return {"latent_statistics": kept}
+    if origin is None or not origin.settles_statistics(vae):
+        if has_latent_statistics(vae):
+            return {}
+        logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
+        loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
+        write_latent_statistics(vae, loader, run.accelerator)
+    return {"latent_statistics": {name: vae.config.get(name) for name in STATISTICS}}
 
 
 def find_origin(run: TrainingRun) -> WarmStart | None:
