@@ -102,6 +102,16 @@ def test_same_latents_and_classes_keep_every_weight(kind):
         assert is_last or torch.equal(value, old[name]), name
 
 
+def test_scheduler_that_asks_for_a_learned_variance_asks_no_more():
+    pipeline = make_pipeline("stock")
+    pipeline.scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    start = WarmStart.from_pipeline("old", pipeline)
+    assert (start.scheduler.config.variance_type, start.scheduler.config.clip_sample) == ("fixed_small", False)
+    pipeline.transformer, pipeline.scheduler = start.continued(8, 3, 2, NAMES), start.scheduler
+    assert pipeline.transformer.config.out_channels == 3
+    assert draw(pipeline, ["cat", "dog"]).isfinite().all()
+
+
 def test_model_without_classes_gets_them_and_loses_them_without_a_change():
     start = make_start("ours", None)
     old = start.transformer
