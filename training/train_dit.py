@@ -61,6 +61,7 @@ def main(config: TrainDiTConfig) -> None:
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
     size = latent_size(config, vae, train_data)
+    statistics = measure_statistics(run, vae, train_data)
     transformer = make_transformer(config, vae, train_data, size)
     pipeline_of = partial(make_pipeline, vae=vae, data=train_data, value_range=value_range, shift=flow.timestep_shift)
     if config.optimization.gradient_checkpointing:
@@ -72,7 +73,9 @@ def main(config: TrainDiTConfig) -> None:
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
     )
     start = find_start(run, vae, transformer, train_data, steps)
-    statistics = settle_statistics(run, vae, train_data, start)
+    # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
+    statistics = start.state.get("latent_statistics", statistics)
+    vae.register_to_config(**statistics)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
@@ -83,7 +86,10 @@ def main(config: TrainDiTConfig) -> None:
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
-        state=statistics | ({} if monitor is None else {"monitor": monitor.state}),
+        state={
+            **({"latent_statistics": statistics} if statistics else {}),
+            **({} if monitor is None else {"monitor": monitor.state}),
+        },
     )
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
@@ -132,21 +138,14 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline" if is_whole else None)
 
 
-def settle_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, start: Start) -> dict[str, Any]:
-    """
-    Gives the autoencoder statistics of its latents, unless it has some, and returns the part of a checkpoint's state that keeps
-    them: the run goes on with the same, whatever the autoencoder of a finished stage 2 has then.
-    """
-    kept = start.state.get("latent_statistics")
-    if kept is not None:
-        vae.register_to_config(**kept)
-    elif not has_latent_statistics(vae):
-        logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
-        loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
-        write_latent_statistics(vae, loader, run.accelerator)
-        names = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-        kept = {name: vae.config[name] for name in names}
-    return {} if kept is None else {"latent_statistics": kept}
+def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset) -> dict[str, Any]:
+    """Statistics of the latents for the autoencoder's config, which gets them; empty if it has some."""
+    if has_latent_statistics(vae):
+        return {}
+    logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
+    loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
+    write_latent_statistics(vae, loader, run.accelerator)
+    return {name: vae.config[name] for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")}
 
 
 def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int:
