@@ -155,6 +155,10 @@ def test_repository_holds_what_is_promised(published, trained):
         *("images/train_dae_curves.png", "images/train_dit_curves.png"),
         *("training/train_dae.yaml", "training/train_dae.json", "training/train_dit.yaml", "training/train_dit.json"),
     }
+    captions = dict(re.findall(r"^!\[(.*)\]\((images/.*)\)$", published["README.md"].decode(), re.MULTILINE)[::-1])
+    captions = {path: caption for caption, path in captions.items()}
+    assert captions.keys() == {name for name in published if name.startswith("images/")}
+    assert captions["images/train_dit_curves.png"] == "Training of the generator"
     for name in ("vae", "transformer"):
         path = f"{name}/diffusion_pytorch_model.safetensors"
         assert published[path] == (trained / "pipeline" / path).read_bytes()

@@ -24,6 +24,7 @@ from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
+from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
 
 # Blocks of each named size; a test compares them with the transformer's.
@@ -444,7 +445,7 @@ class LatentSpaceConfig:
 
     vae: str = field(help="folder or Hub id of the autoencoder")
     features: str | None = field(
-        None, "`inception`, or a vision model (Hub id or folder): also measures the Fréchet distance of its features"
+        None, "`inception`, or a vision model (Hub id or folder), for gFD; default: only the pilots' loss is measured"
     )
     output_dir: str = field("runs/my-model/complexity", "folder for the results")
     seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
@@ -460,6 +461,29 @@ class MeasureComplexityConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.latent_space.features, "complexity.py, which chooses images")
+        if self.data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` do not go with pilots, whose latents are cached."
+            )
+
+
+@settings
+class FindLatentsConfig:
+    """Settings of find_latents.py."""
+
+    data: DataConfig = part()
+    search: SearchConfig = part()
+
+    def __post_init__(self):
+        check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
+        if self.data.image_channels not in (1, 3):
+            raise ConfigError(
+                f"`image_channels` is {self.data.image_channels}, but a judge takes gray (1) or RGB (3) images: convert them first."
+            )
+        if self.data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` do not go with pilots, whose latents are cached."
+            )
 
 
 def check_measured_data(data: DataConfig, features: str | None, script: str) -> None:
@@ -589,6 +613,7 @@ SCRIPTS = {
     "cache-latents": CacheLatentsConfig,
     "complexity": MeasureComplexityConfig,
     "evaluate": EvaluateConfig,
+    "find-latents": FindLatentsConfig,
     "push": PushConfig,
     "train-classifier": TrainClassifierConfig,
     "train-dae": TrainDAEConfig,

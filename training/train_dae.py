@@ -261,7 +261,9 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
     originals above reconstructions.
     """
     accelerator = run.accelerator
-    psnr, l1, pairs = [], [], []
+    psnr, l1, shown = [], [], {}
+    chosen = images.spread(10)
+    number = accelerator.process_index  # of the image in the data set: a pass deals them out one by one
     counts = diagnostics = None
     if is_vq(model):
         counts = torch.zeros(model.config.num_vq_embeddings, dtype=torch.int64, device=accelerator.device)
@@ -278,10 +280,15 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
             diagnostics.add(mean, std)
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
-        if not pairs:
-            pairs = [pixel_values[:10], reconstruction[:10]]
-    if accelerator.is_main_process:  # another process may have no image at all
-        grid = image_grid(torch.cat(pairs), columns=len(pairs[0]), row_names=["image", "reconstruction"])
+        for pair in zip(pixel_values.cpu(), reconstruction.cpu(), strict=True):
+            if number in chosen:
+                shown[number] = pair
+            number += accelerator.num_processes
+    shown = dict(gather_object(list(shown.items())))
+    if accelerator.is_main_process:
+        rows = [shown[n][row] for row in range(2) for n in chosen]
+        names = {"row_names": ["image", "reconstruction"], "column_names": images.class_names_of(chosen)}
+        grid = image_grid(torch.stack(rows), columns=len(chosen), **names)
         run.log.write_grid(f"reconstruction-stage{model.stage}", grid, step)
     psnr, l1 = gather_object(psnr), gather_object(l1)
     values = {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}
