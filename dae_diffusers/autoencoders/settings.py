@@ -137,7 +137,7 @@ class StageConfig:
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
     stage2_steps: int = field(
         2000,
-        "optimiser steps of stage 2, which take about 0.7 to 0.9 times as long",
+        "optimiser steps of stage 2, each about 0.8 times as long",
         at_least=1,
     )
     stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, advanced=True)
