@@ -5,7 +5,8 @@ Train a Diffusion Transformer in the latent space of an autoencoder, with flow m
         --output_dir runs/digits
     accelerate launch training/train_dit.py --latent_cache runs/digits/latents --vae runs/digits/vae --model DiT-S/2
 
-The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`.
+The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Training starts from nothing, or from given weights with
+`--pretrained_model_name_or_path`.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from torch.utils.data import Dataset
 
 from dae_diffusers.alignment import make_representation_alignment
@@ -28,42 +29,55 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.denoising import Diffusion, FlowMatching
+from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint, open_latent_cache
 from dae_diffusers.latents.statistics import (
+    STATISTICS,
     has_latent_statistics,
     moments_of,
     normalize_latents,
     write_latent_statistics,
 )
 from dae_diffusers.loop import Loop
-from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
-from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.training.settings import DEFAULT_MODEL, TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+from dae_diffusers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
 
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
-    accelerator, flow = run.accelerator, config.flow
+    accelerator = run.accelerator
     autoencoder = GrowingAutoencoder(config.transformer.vae, run.output_dir, accelerator.device)
     config.hub.check_snapshots(autoencoder.is_finished)
     config.monitor.check_decoder(autoencoder.is_finished)
     vae = autoencoder.vae
+    origin = find_origin(run)
+    architecture = architecture_of(config, origin)
+    objective, scheduler = make_objective(config, origin)
     value_range = read_value_range(config.transformer.vae)
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
-    size = latent_size(config, vae, train_data)
-    statistics = measure_statistics(run, vae, train_data)
-    transformer = make_transformer(config, vae, train_data, size)
-    pipeline_of = partial(make_pipeline, vae=vae, data=train_data, value_range=value_range, shift=flow.timestep_shift)
+    size = latent_size(config, vae, train_data, architecture["patch_size"])
+    statistics = measure_statistics(run, vae, train_data, origin)
+    transformer = make_transformer(origin, architecture, vae, train_data, size)
+    pipeline_of = partial(
+        DAEDiTPipeline,
+        vae=vae,
+        scheduler=scheduler,
+        id2label=train_data.id2label,
+        value_range=value_range,
+        is_flow_matching=isinstance(objective, FlowMatching),
+    )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -72,7 +86,9 @@ def main(config: TrainDiTConfig) -> None:
     steps = steps_of(
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
     )
-    start = find_start(run, vae, transformer, train_data, steps)
+    given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
+    plan = {"pretrained_model_name_or_path": given, **architecture}
+    start = find_start(run, vae, transformer, train_data, steps, plan)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
     vae.register_to_config(**statistics)
@@ -89,6 +105,7 @@ def main(config: TrainDiTConfig) -> None:
         state={
             **({"latent_statistics": statistics} if statistics else {}),
             **({} if monitor is None else {"monitor": monitor.state}),
+            **({} if origin is None else {"warm_start": origin.state()}),
         },
     )
     data = train_data
@@ -100,17 +117,14 @@ def main(config: TrainDiTConfig) -> None:
                 mean, std = (moment.float() for moment in moments_of(batch, vae, accelerator.device))
             latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
             noise = torch.randn_like(latents)
-            sigmas = sample_sigmas(
-                len(latents), sampling=flow.timestep_sampling, shift=flow.timestep_shift, device=latents.device
-            )
+            levels = objective.draw(len(latents), latents.device)
             labels = batch.get("class_labels")
             if labels is not None:  # dropped once a sample, for classifier-free guidance
                 dropped = torch.rand(len(labels), device=labels.device) < config.transformer.class_dropout_prob
                 labels = torch.where(dropped, len(train_data.id2label), labels)
-            velocity = loop.model(
-                interpolate(latents, noise, sigmas), 1000 * sigmas, class_labels=labels, return_dict=False
-            )[0]
-            loss = flow_matching_loss(velocity, latents, noise).mean()
+            noisy, timesteps = objective.noised(latents, noise, levels)
+            prediction = loop.model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+            loss = objective.loss(prediction, latents, noise, levels).mean()
             step.add(loss=loss)
             if alignment is not None:
                 grid = tuple(side // transformer.config.patch_size for side in latents.shape[2:])
@@ -120,7 +134,7 @@ def main(config: TrainDiTConfig) -> None:
             step.backward(loss)
         if step.validates:
             with loop.averaged() as model:
-                value = validation_loss(run, model, vae, validation_data)
+                value = validation_loss(run, model, vae, validation_data, objective)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None and monitor.is_due(loop.step, step.is_last):
@@ -138,55 +152,85 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline" if is_whole else None)
 
 
-def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset) -> dict[str, Any]:
-    """Statistics of the latents for the autoencoder's config, which gets them; empty if it has some."""
-    if has_latent_statistics(vae):
-        return {}
-    logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
-    loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
-    write_latent_statistics(vae, loader, run.accelerator)
-    return {name: vae.config[name] for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")}
+def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
+    """
+    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none. Returns those that its
+    config got; empty if it keeps its own.
+    """
+    if origin is None or not origin.settles_statistics(vae):
+        if has_latent_statistics(vae):
+            return {}
+        logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
+        loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
+        write_latent_statistics(vae, loader, run.accelerator)
+    return {name: vae.config.get(name) for name in STATISTICS}
 
 
-def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int:
+def find_origin(run: TrainingRun) -> WarmStart | None:
+    """What the transformer starts from, read from the checkpoint if the run goes on; None for a new transformer."""
+    name = run.config.transformer.pretrained_model_name_or_path
+    if run.resumed is not None:
+        state = run.resumed[1]["state"].get("warm_start")
+        return None if state is None else WarmStart.from_state(state)
+    return None if name is None else WarmStart.load(name)
+
+
+def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, patch_size: int) -> int:
     """Checks that the latents can be cut into patches, and returns their side."""
     images = data.identity if isinstance(data, CachedLatents) else config.data
-    patch_size = architecture_of(config)["patch_size"]
     check_image_size(vae, channels=images.image_channels, resolution=images.resolution, patch_size=patch_size)
     return images.resolution // spatial_factor(vae)
 
 
-def architecture_of(config: TrainDiTConfig) -> dict[str, int]:
+def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[str, int]:
     """The arguments of the transformer's constructor that define its size."""
-    named = DAEDiTTransformer2DModel.size_kwargs(config.transformer.model)
-    return {**named, **config.transformer.instead_of_named()}
+    name = config.transformer.model or (DEFAULT_MODEL if origin is None else None)
+    given = {} if name is None else DAEDiTTransformer2DModel.size_kwargs(name)
+    given |= config.transformer.instead_of_named()
+    return given if origin is None else origin.architecture(given)
 
 
-def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, size: int) -> DAEDiTTransformer2DModel:
-    """A new transformer for latents of this size."""
-    return DAEDiTTransformer2DModel(
-        sample_size=size,
-        in_channels=num_latent_channels(vae),
-        num_classes=None if data.id2label is None else len(data.id2label),
-        **architecture_of(config),
-    )
+def make_transformer(
+    origin: WarmStart | None, architecture: dict[str, int], vae: AutoencoderKL, data: Dataset, size: int
+) -> ModelMixin:
+    """A transformer for latents of this size: a new one, or the given one."""
+    channels = num_latent_channels(vae)
+    if origin is not None:
+        return origin.continued(size, channels, architecture["patch_size"], data.id2label)
+    num_classes = None if data.id2label is None else len(data.id2label)
+    return DAEDiTTransformer2DModel(size, in_channels=channels, num_classes=num_classes, **architecture)
+
+
+def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[FlowMatching | Diffusion, SchedulerMixin]:
+    """What the transformer learns to predict, and the scheduler that samples from it; those of given weights stay."""
+    shift, sampling = config.flow.timestep_shift, config.flow.timestep_sampling
+    if origin is None or (origin.is_flow_matching and shift is not None):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
+        return FlowMatching(sampling, shift or 1.0), scheduler
+    if origin.is_flow_matching:
+        return FlowMatching(sampling, origin.shift), origin.scheduler
+    if shift is not None:
+        raise UserError(
+            f"`timestep_shift` is for flow matching, but {origin.name} is for diffusion: its {type(origin.scheduler).__name__} says which "
+            "noise levels it knows. Leave it out."
+        )
+    return Diffusion(origin.scheduler), origin.scheduler
 
 
 def find_start(
-    run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransformer2DModel, data: Dataset, steps: int
+    run: TrainingRun, vae: AutoencoderKL, transformer: ModelMixin, data: Dataset, steps: int, plan: dict
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
     logger.info(
         "%s, %s classes, %.1f M parameters",
         describe_size(data),
-        transformer.config.num_classes or "no",
+        len(data.id2label or {}) or "no",
         num_parameters / 1e6,
     )
-    sizes = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
     return run.find_start(
         inputs={"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
-        plan={name: transformer.config[name] for name in sizes},
+        plan=plan,
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
     )
@@ -211,12 +255,13 @@ def load_data(
 
 
 @torch.no_grad()
-def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> float:
+def validation_loss(
+    run: TrainingRun, model: ModelMixin, vae: AutoencoderKL, data: Dataset, objective: FlowMatching | Diffusion
+) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
-    shift = run.config.flow.timestep_shift
-    all_sigmas = shift * quantiles / (1 + (shift - 1) * quantiles)
+    all_levels = objective.spread(quantiles)
     all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
@@ -225,13 +270,12 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
         latents = normalize_latents(mean.float(), vae)
         mine = slice(start, start + len(latents) * step, step)
         start = mine.stop
-        noise, sigmas = all_noise[mine].to(latents), all_sigmas[mine].to(latents)
+        noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
+        noisy, timesteps = objective.noised(latents, noise, levels)
         labels = batch["class_labels"].to(latents.device) if "class_labels" in batch else None
         with run.accelerator.autocast():
-            velocity = model(
-                interpolate(latents, noise, sigmas), 1000 * sigmas, class_labels=labels, return_dict=False
-            )[0]
-        losses += flow_matching_loss(velocity, latents, noise).tolist()
+            prediction = model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+        losses += objective.loss(prediction, latents, noise, levels).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
 
@@ -252,25 +296,12 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
     run.log.write_samples(
         pipeline,
         step,
-        num_classes=pipeline.transformer.config.num_classes,
+        num_classes=pipeline.null_class,
         num_images=flow.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
         guidance_scale=flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1,
         num_inference_steps=flow.sample_steps,
-    )
-
-
-def make_pipeline(
-    model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, value_range: list[float] | None, shift: float
-) -> DAEDiTPipeline:
-    """Makes the pipeline, which draws samples during training and is saved at the end."""
-    return DAEDiTPipeline(
-        transformer=model,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        id2label=data.id2label,
-        value_range=value_range,
     )
 
 
