@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -34,12 +34,12 @@ def main(config: CacheLatentsConfig) -> None:
     folder = Path(cache.output_dir)
     lock = take_folder(folder, accelerator)
     vae = load_autoencoder(cache.vae).to(accelerator.device)
-    check_image_size(vae, channels=data.image_channels, resolution=data.resolution)
+    settle_images(config, vae)
     with accelerator.main_process_first():
         splits = dict(
             zip(
                 ("train", "validation"),
-                load_images(data, cache.seed, value_range=read_value_range(cache.vae)),
+                load_images(data, cache.seed, value_range=read_value_range(cache.vae), model=cache.vae),
                 strict=True,
             )
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.complexity.distance import MAX_EVAL_IMAGES, MAX_TRAIN_IMAGES, complexity_distance
 from dae_diffusers.complexity.report import plot_complexity, to_markdown
@@ -36,15 +36,16 @@ def main(config: MeasureComplexityConfig) -> None:
     folder = Path(config.latent_space.output_dir)
     lock = take_folder(folder, accelerator)
     vae = load_autoencoder(config.latent_space.vae).to(accelerator.device)
-    check_image_size(vae, channels=config.data.image_channels, resolution=config.data.resolution)
+    settle_images(config, vae)
     extractor = (
         None
         if config.latent_space.features is None
         else load_feature_extractor(config.latent_space.features, accelerator.device)
     )
     with accelerator.main_process_first():
+        name = config.latent_space.vae
         train, validation = load_images(
-            config.data, config.latent_space.seed, value_range=read_value_range(config.latent_space.vae)
+            config.data, config.latent_space.seed, value_range=read_value_range(name), model=name
         )
     if accelerator.is_main_process:
         # Always in batches of 64: another size changes the last digits of the latents, and training would amplify that.

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -49,6 +49,7 @@ from dae_diffusers.metrics.sampling import (
     autoencoder_of,
     draw_samples,
     generation_inputs,
+    image_sides,
     load_pipeline,
     prompts_of,
 )
@@ -73,12 +74,14 @@ def main(config: EvaluateConfig) -> None:
         None if config.evaluation.pipeline is None else load_pipeline(config.evaluation.pipeline, accelerator.device)
     )
     vae = choose_autoencoder(config, pipeline, accelerator.device)
+    sides = None if pipeline is None else image_sides(pipeline)
     if vae is None:
         logger.info(
             "%s has no autoencoder that can be measured, so only its samples are measured.", config.evaluation.pipeline
         )
+        config.data.settle(*[] if sides is None else [min(sides)])
     else:
-        check_image_size(vae.eval(), channels=config.data.image_channels, resolution=config.data.resolution)
+        settle_images(config, vae.eval(), side=sides)
     extractor = (
         None
         if config.evaluation.features is None
@@ -90,7 +93,9 @@ def main(config: EvaluateConfig) -> None:
             check_judge(name, extractor)
     value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
     with accelerator.main_process_first():
-        train, validation = load_images(config.data, config.evaluation.seed, value_range=value_range)
+        train, validation = load_images(
+            config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
+        )
     sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config.sampling.prompt, train.id2label))
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)

@@ -25,6 +25,9 @@ from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
 from dae_diffusers.settings import field, flat, part, settings
 
+# Left open until the trained autoencoder has been read.
+_OF_THE_AUTOENCODER = {"resolution": None, "image_channels": None}
+
 # Blocks of each named size; a test compares them with the transformer's.
 DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
 
@@ -35,7 +38,7 @@ class TrainDAEConfig:
 
     RECIPES = "dae"
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     autoencoder: AutoencoderConfig = part()
     codebook: CodebookConfig = part()
     stages: StageConfig = part()
@@ -63,6 +66,8 @@ class TrainDAEConfig:
             )
         factor = autoencoder.spatial_factor
         is_new = start is None and stages.stage1_dir is None and stages.pipeline is None
+        if is_new:
+            data.settle()
         if is_new and data.resolution % factor:
             raise ConfigError(
                 f"`resolution` {data.resolution} is not divisible by {factor}, the factor of an autoencoder with "
@@ -80,11 +85,12 @@ class TrainDAEConfig:
             "vf_model": self.regularization.vf_model,
             "feature_model": stages.feature_model,
         }
-        if data.image_channels not in (1, 3) and any(model is not None for model in models.values()):
+        if data.image_channels not in (None, 1, 3) and any(model is not None for model in models.values()):
             raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
         self.check_mixed_precision(self.optimization.mixed_precision)
         smallest = 3 * 2**losses.discriminator_layers
-        if self.has_discriminator and losses.discriminator_model is None and data.resolution < smallest:
+        too_small = data.resolution is not None and data.resolution < smallest
+        if self.has_discriminator and losses.discriminator_model is None and too_small:
             raise ConfigError(
                 f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
                 f"`resolution` is {data.resolution}. Lower `discriminator_layers`."
@@ -223,7 +229,7 @@ class TrainDiTConfig:
 
     RECIPES = "dit"
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     transformer: TransformerConfig = part()
     flow: FlowMatchingConfig = part()
     alignment: RepresentationAlignmentConfig = part()
@@ -242,7 +248,7 @@ class TrainDiTConfig:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
         if self.alignment.repa_model is None:
             return
-        if data.dataset_name is None and data.train_data_dir is None:
+        if not data.has_source:
             raise ConfigError(
                 "`repa_model` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
@@ -252,7 +258,7 @@ class TrainDiTConfig:
                 "`random_crop` and `random_resized_crop` give other images than those in `latent_cache`. Leave these flags or "
                 "the cache out."
             )
-        if data.image_channels not in (1, 3):
+        if data.image_channels not in (None, 1, 3):
             raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
 
 
@@ -309,7 +315,7 @@ class TrainPriorConfig:
 
     RECIPES = "vqgan_prior"
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     prior: PriorConfig = part()
     samples: PriorSamplesConfig = part()
     optimization: OptimizationConfig = part(adam_weight_decay=0.05)
@@ -348,7 +354,7 @@ class CacheConfig:
 class CacheLatentsConfig:
     """Settings of cache_latents.py."""
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     cache: CacheConfig = part()
 
     def __post_init__(self):
@@ -365,7 +371,7 @@ class CacheLatentsConfig:
 class EvaluateConfig:
     """Settings of evaluate.py."""
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     evaluation: EvaluationConfig = part()
     sampling: SamplingConfig = part()
 
@@ -389,7 +395,7 @@ class LatentSpaceConfig:
 class MeasureComplexityConfig:
     """Settings of complexity.py."""
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     latent_space: LatentSpaceConfig = part()
     complexity: ComplexityConfig = part()
 
@@ -402,7 +408,7 @@ def check_measured_data(data: DataConfig, features: str | None, script: str) -> 
     data.require_source()
     if data.streaming:
         raise ConfigError(f"`streaming` does not go with {script}; leave it out.")
-    if features is not None and data.image_channels not in (1, 3):
+    if features is not None and data.image_channels not in (None, 1, 3):
         raise ConfigError(
             f"`features` take gray (1) or RGB (3) images, not {data.image_channels} channels; leave them out."
         )

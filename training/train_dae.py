@@ -50,10 +50,10 @@ def main(config: TrainDAEConfig) -> None:
         return
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
+    model = make_autoencoder(config)
     train_images, validation_images = load_both(
         run, config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
     )
-    model = make_autoencoder(config)
     run.compile_blocks(filter(None, (model.encoder, model.auxiliary_decoder, model.decoder)))
     stage_steps = number_of_steps(run, train_images)
     start = find_start(run, model, train_images, validation_images, stage_steps)
@@ -99,7 +99,9 @@ def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset |
     """Training and validation images, in the range of values that a trained model knows."""
     config = run.config
     with run.accelerator.main_process_first():
-        train, validation = load_images(config.data, config.run.seed, value_range=read_value_range(starts_from))
+        train, validation = load_images(
+            config.data, config.run.seed, value_range=read_value_range(starts_from), model=starts_from
+        )
     logger.info("%s, %d validation images", describe_size(train), len(validation))
     return train, validation
 

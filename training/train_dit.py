@@ -20,15 +20,15 @@ from torch.utils.data import Dataset
 
 from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.autoencoders.loading import (
-    check_image_size,
     load_autoencoder,
     num_latent_channels,
+    settle_images,
     spatial_factor,
 )
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint, open_latent_cache
+from dae_diffusers.latents.cache import ImagesWithLatents, autoencoder_fingerprint, follow_cache, open_latent_cache
 from dae_diffusers.latents.statistics import (
     has_latent_statistics,
     moments_of,
@@ -51,16 +51,13 @@ def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
     accelerator, flow = run.accelerator, config.flow
     vae = load_autoencoder(config.transformer.vae).to(accelerator.device)
-    value_range = read_value_range(config.transformer.vae)
-    train_data, validation_data, training_images = load_data(run, vae, value_range)
-    value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
-    size = latent_size(config, vae, train_data)
+    train_data, validation_data, training_images = load_data(run, vae)
     if not has_latent_statistics(vae):
         logger.info("%s has no latent statistics: computing them over the training data", config.transformer.vae)
         loader = run.pass_loader(train_data, num_workers=config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, accelerator)
-    transformer = make_transformer(config, vae, train_data, size)
-    pipeline_of = partial(make_pipeline, vae=vae, data=train_data, value_range=value_range, shift=flow.timestep_shift)
+    transformer = make_transformer(config, vae, train_data)
+    pipeline_of = partial(make_pipeline, vae=vae, data=train_data, shift=flow.timestep_shift)
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -118,24 +115,16 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline")
 
 
-def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> int:
-    """Checks that the latents can be cut into patches, and returns their side."""
-    images = data.identity if isinstance(data, CachedLatents) else config.data
-    patch_size = architecture_of(config)["patch_size"]
-    check_image_size(vae, channels=images.image_channels, resolution=images.resolution, patch_size=patch_size)
-    return images.resolution // spatial_factor(vae)
-
-
 def architecture_of(config: TrainDiTConfig) -> dict[str, int]:
     """The arguments of the transformer's constructor that define its size."""
     named = DAEDiTTransformer2DModel.size_kwargs(config.transformer.model)
     return {**named, **config.transformer.instead_of_named()}
 
 
-def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, size: int) -> DAEDiTTransformer2DModel:
-    """A new transformer for latents of this size."""
+def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> DAEDiTTransformer2DModel:
+    """A new transformer for the latents of these data."""
     return DAEDiTTransformer2DModel(
-        sample_size=size,
+        sample_size=config.data.resolution // spatial_factor(vae),
         in_channels=num_latent_channels(vae),
         num_classes=None if data.id2label is None else len(data.id2label),
         **architecture_of(config),
@@ -160,18 +149,21 @@ def find_start(run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransfor
     )
 
 
-def load_data(
-    run: TrainingRun, vae: AutoencoderKL, value_range: list[float] | None
-) -> tuple[Dataset, Dataset, ImageDataset | None]:
+def load_data(run: TrainingRun, vae: AutoencoderKL) -> tuple[Dataset, Dataset, ImageDataset | None]:
     """Training and validation data (cached latents or images), and the images that REPA needs beside cached latents, or None."""
     config, images = run.config, None
-    if config.data.dataset_name is not None or config.data.train_data_dir is not None:
+    patch_size, caches = architecture_of(config)["patch_size"], None
+    if config.transformer.latent_cache is not None:
+        folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
+        caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
+        follow_cache(config.data, caches[0])
+    settle_images(config, vae, patch_size=patch_size)
+    if config.data.has_source:
         with run.accelerator.main_process_first():
-            images = load_images(config.data, config.run.seed, value_range=value_range)
-    if config.transformer.latent_cache is None:
+            name = config.transformer.vae
+            images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
+    if caches is None:
         return (*images, None)
-    folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
-    caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
@@ -219,16 +211,14 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
     )
 
 
-def make_pipeline(
-    model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, value_range: list[float] | None, shift: float
-) -> DAEDiTPipeline:
+def make_pipeline(model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, shift: float) -> DAEDiTPipeline:
     """Makes the pipeline, which draws samples during training and is saved at the end."""
     return DAEDiTPipeline(
         transformer=model,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         id2label=data.id2label,
-        value_range=value_range,
+        value_range=data.value_range,
     )
 
 

@@ -239,11 +239,20 @@ def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
 
 def _image_pixels(pipeline: DiffusionPipeline) -> int:
     """Pixels of an image that the pipeline draws; a small number if its components do not tell."""
-    model = next((getattr(pipeline, name) for name in ("transformer", "unet") if hasattr(pipeline, name)), pipeline)
-    size = getattr(getattr(model, "config", None), "sample_size", None) or 1
+    height, width = image_sides(pipeline) or (1, 1)
+    return height * width
+
+
+def image_sides(pipeline: DiffusionPipeline) -> tuple[int, int] | None:
+    r"""Height and width of the images that a pipeline draws; None if its components do not tell."""
+    model = next((getattr(pipeline, n) for n in ("transformer", "unet", "prior") if hasattr(pipeline, n)), pipeline)
+    config, vae = getattr(model, "config", None), autoencoder_of(pipeline)
+    size = getattr(config, "sample_size", None) or getattr(config, "grid_size", None)
+    if not size:
+        return None
     height, width = (size, size) if isinstance(size, int) else size
-    vae = autoencoder_of(pipeline)
-    return height * width * (1 if vae is None else spatial_factor(vae) ** 2)
+    factor = 1 if vae is None else spatial_factor(vae)
+    return height * factor, width * factor
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
