@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from importlib.resources import files
@@ -80,6 +81,7 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         SystemExit: With the error's exit code.
     """
     _keep_interrupts()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a line of our source helps nobody
     try:
         run(config)
     except KeyboardInterrupt:

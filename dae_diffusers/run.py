@@ -121,6 +121,11 @@ class TrainingRun:
         optimization = self.config.optimization
         return optimization.train_batch_size * optimization.gradient_accumulation_steps * self.accelerator.num_processes
 
+    @property
+    def last_step(self) -> int:
+        r"""Optimiser steps of all stages together, once [`find_start`] knows them."""
+        return sum(self._plan["steps"].values())
+
     def find_start(
         self, inputs: dict[str, str], plan: dict[str, Any], counts: dict[str, int], steps: dict[str, int]
     ) -> Start:

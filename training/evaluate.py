@@ -37,6 +37,7 @@ from dae_diffusers.metrics.evaluation import (
     image_features,
     latent_metrics,
     reconstruction_metrics,
+    sample_features,
     sample_metrics,
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
@@ -52,8 +53,10 @@ from dae_diffusers.metrics.sampling import (
     image_sides,
     load_pipeline,
     prompts_of,
+    say_duration,
 )
 from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
@@ -97,15 +100,26 @@ def main(config: EvaluateConfig) -> None:
             config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
         )
     sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config.sampling.prompt, train.id2label))
+    config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)
 
     some = train.choose(config.sampling.num_images)
-    results, seen = {}, None
+    results, held_out, seen = {}, None, None
     if vae is not None:
-        results, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
+        results, held_out, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
+    yardstick = None
+    if extractor is not None:
+        work = {"batch_size": config.evaluation.batch_size, "num_workers": config.data.dataloader_num_workers}
+        kept = {"held_out": held_out, "folder": folder / "parts", **work}
+        yardstick = Yardstick(extractor, train, validation, accelerator, **kept)
+        results["judge"] = yardstick.judge()
+        results["floor"] = {} if vae is None else {"reconstruction": yardstick.of_reconstructions()}
     if sampler is not None:
-        results["generation"] = evaluate_samples(config, sampler, vae, train, some, seen, extractor, accelerator)
+        results["generation"], floor = evaluate_samples(
+            config, sampler, vae, train, some, seen, extractor, yardstick, accelerator
+        )
+        results["floor"] |= {"generation": floor} if floor else {}
 
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
@@ -182,8 +196,8 @@ def evaluate_autoencoder(
     validation: ImageDataset,
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
-) -> tuple[dict[str, Any], EncodedImages]:
-    """Measures reconstruction, latent space and codebook; also returns `some` training images as the autoencoder encodes them."""
+) -> tuple[dict[str, Any], EncodedImages, EncodedImages]:
+    """Measures reconstruction, latent space and codebook; also returns how it encodes the held-out and `some` training images."""
     folder = Path(config.evaluation.output_dir)
     work = {
         "batch_size": config.evaluation.batch_size,
@@ -220,7 +234,7 @@ def evaluate_autoencoder(
         plot_latent_space(held_out.diagnostics, folder / "latent_space.png")
         draw_reconstructions(vae, validation, folder / "reconstructions.png")
     accelerator.wait_for_everyone()
-    return results, seen
+    return results, held_out, seen
 
 
 def evaluate_samples(
@@ -231,9 +245,13 @@ def evaluate_samples(
     some: ImageDataset,
     seen: EncodedImages | None,
     extractor: FeatureExtractor,
+    yardstick: Yardstick,
     accelerator: Accelerator,
-) -> list[dict[str, Any]]:
-    """Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """
+    Measures samples: a row for each setting of guidance and steps; and real images in their place. `seen`: how the autoencoder
+    encodes `some` images.
+    """
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
     if seen is None:
@@ -244,8 +262,9 @@ def evaluate_samples(
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
     shape = (config.data.image_channels, config.data.resolution, config.data.resolution)
-    rows = []
-    for settings in swept_settings(config, sampler):
+    rows, drawn_features, sweep = [], [], swept_settings(config, sampler)
+    say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
+    for settings in sweep:
         samples = draw_samples(
             sampler.pipeline, settings, folder / "samples", accelerator, image_shape=shape, batch_size=batch_size
         )
@@ -264,11 +283,13 @@ def evaluate_samples(
         )
         given = {name: value for name, value in settings.given().items() if name != "prompts"}
         rows.append(given | compared["metrics"])
+        gathered = sample_features(samples, extractor, accelerator, batch_size=batch_size, folder=folder / "parts")
+        drawn_features.append(gathered["features"])
         if accelerator.is_main_process:
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
             save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]))
-    return rows
+    return rows, yardstick.of_samples(drawn_features, reference, features, reconstruction_features)
 
 
 def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSettings]:

@@ -114,6 +114,15 @@ def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> 
     stage_steps = config.stages.stage_steps(total)
     if config.autoencoder.autoencoder == "vq" and config.codebook.quantizer == "ema":
         config.check_warmup(stage_steps)
+    losses = config.losses
+    for stage, steps in stage_steps.items() if config.stages.stage != "3" else ():
+        is_late = losses.adversarial_start + losses.adversarial_ramp_steps >= steps
+        if losses.adversarial_weight_of(config.stages.trains_final_decoder(stage)) > 0 and is_late:
+            logger.warning(
+                "the adversarial loss reaches its weight after %d + %d steps (`--adversarial_start`, `--adversarial_ramp_steps`), but stage "
+                "%d has only %d.",
+                losses.adversarial_start, losses.adversarial_ramp_steps, stage, steps,
+            )  # fmt: skip
     return stage_steps
 
 

@@ -1,6 +1,8 @@
 """Draws images from any pipeline, so that each image depends only on its number."""
 
 import inspect
+import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,15 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor
+from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.randomness import derived_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,51 @@ def draw_samples(
         description="Drawing",
         load=False,
     )["images"]
+
+
+def say_duration(
+    sampler: Sampler, sweep: list[SampleSettings], folder: Path, accelerator: Accelerator, batch_size: int
+) -> None:
+    r"""
+    Logs how long the drawing of all settings takes, from short draws of one batch. Nothing is logged if some of the images are
+    there, from an interrupted evaluation. The main process alone draws.
+    """
+    if not accelerator.is_main_process or any(Path(folder).glob("*/*.safetensors")):
+        return
+    total, costs = 0.0, {}
+    for settings in sweep:
+        is_guided = settings.guidance_scale not in (None, 1)
+        if is_guided not in costs:
+            costs[is_guided] = _draw_costs(sampler, settings, accelerator, batch_size)
+        once, per_step = costs[is_guided]
+        batches = -(-settings.num_images // (batch_size * accelerator.num_processes))
+        total += batches * (once + per_step * (settings.num_inference_steps or 0))
+    logger.info(
+        "drawing %d images for each of %d settings takes about %s", sweep[0].num_images, len(sweep), duration(total)
+    )
+
+
+def _draw_costs(
+    sampler: Sampler, settings: SampleSettings, accelerator: Accelerator, batch_size: int
+) -> tuple[float, float]:
+    """Seconds that a batch takes beside its denoising steps, and for each step."""
+    labels = settings.labels(sampler.num_classes)
+    _, numbers, generators = next(draws_of(sampler.pipeline, range(settings.num_images), batch_size, settings.seed))
+    chosen = None if labels is None else labels[numbers].tolist()
+    sampler.pipeline.set_progress_bar_config(disable=True)
+
+    def seconds(steps: int) -> float:
+        start = time.monotonic()
+        with accelerator.autocast():
+            sampler(chosen, len(numbers), generators, **settings.call_kwargs() | {"num_inference_steps": steps})
+        return time.monotonic() - start
+
+    seconds(2)  # the very first draw warms up
+    if settings.num_inference_steps is None:
+        return seconds(2), 0.0
+    two, four = seconds(2), seconds(4)
+    per_step = max(0.0, four - two) / 2
+    return max(0.0, two - 2 * per_step), per_step
 
 
 def draws_of(
