@@ -18,7 +18,7 @@ from dae_diffusers.autoencoders.settings import (
 )
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
@@ -471,6 +471,26 @@ class TrainClassifierConfig:
 
 
 @settings
+class PreviewOutputConfig:
+    """Preview."""
+
+    output_dir: str = field("runs/my-model/preview", "folder for the picture and the table")
+    num_images: int = field(6, "pictures of each class", at_least=1, at_most=40)
+    seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
+
+
+@settings
+class PreviewConfig:
+    """Settings of preview.py."""
+
+    data: DataConfig = part()
+    preview: PreviewOutputConfig = part()
+
+    def __post_init__(self):
+        self.data.require_source()
+
+
+@settings
 class PushConfig:
     """Publishing."""
 
@@ -518,6 +538,7 @@ SCRIPTS = {
     "cache-latents": CacheLatentsConfig,
     "complexity": MeasureComplexityConfig,
     "evaluate": EvaluateConfig,
+    "preview": PreviewConfig,
     "push": PushConfig,
     "train-classifier": TrainClassifierConfig,
     "train-dae": TrainDAEConfig,
@@ -534,13 +555,13 @@ def check_paths(config: Any) -> None:
     values = flat(config)
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
-        raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images.")
+        raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
     for name in _PLACES:
         place = values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith((".", "/")))
         if is_path and not os.path.exists(place):
             raise UserError(
-                f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id."
+                f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id{in_full(place)}."
             )
 
 

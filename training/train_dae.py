@@ -242,6 +242,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         vae.save_pretrained(run.output_dir / "vae")
         save_value_range(images.value_range, run.output_dir / "vae")
         logger.info("saved %s", run.output_dir / "vae")
+        logger.info("next: %s", run.next_command("train_vqgan_prior" if is_vq(vae) else "train_dit", vae="vae"))
         shutil.rmtree(run.folder / "latents", ignore_errors=True)
 
 

@@ -32,9 +32,9 @@ from dae_diffusers.data.dataset import ImageDataset, choose_indices
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
 from dae_diffusers.data.held_out import warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, find_first_depth
-from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
+from dae_diffusers.data.streaming import StreamedImages, check_suffix, content_hash, fetch
 from dae_diffusers.data.tables import load_tables
-from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import fingerprint
 
@@ -254,6 +254,9 @@ def _streamed(
             "sorted by class, split them into more files.",
             config.shuffle_buffer_size,
         )
+    if config.on_bad_image == "raise":
+        for number, row in enumerate(rows):
+            check_suffix(train, row[image_column], image_column, f"number {number} of the stream")
     kept = datasets.Dataset.from_list(rows, features=train.features if validation is None else validation.features)
     labels = None
     if label_column is not None:
@@ -349,7 +352,7 @@ def _read_source(config: DataConfig) -> _Loaded:
     if config.train_data_dir is not None:
         folder = Path(config.train_data_dir)
         if not folder.is_dir():
-            raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images.")
+            raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
         if _is_saved(folder):
             return _load_saved(folder, config)
         splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels)
