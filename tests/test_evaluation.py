@@ -6,6 +6,7 @@ import math
 from functools import wraps
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -323,7 +324,7 @@ def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder
     """The script itself, on 1,797 real digits, to 1e-6."""
     vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
     DAEDiTPipeline(pipeline.transformer, vae, pipeline.scheduler).save_pretrained(tmp_path / "pipeline")
-    flags = "--dataset_name digits --image_channels 1 --resolution 16 --num_images 100 --num_inference_steps 2"
+    flags = "--dataset_name digits --num_images 100 --num_inference_steps 2"
     results = []
     for processes, batch_size in ((1, 64), (1, 1), (2, 7)):
         folder = tmp_path / f"{processes}-{batch_size}"
@@ -333,7 +334,7 @@ def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder
         )  # fmt: skip
         succeed(process)
         results.append(json.loads((folder / "metrics.json").read_text()))
-    parts = ("reconstruction", "latent_space", "generation")
+    parts = ("reconstruction", "latent_space", "generation", "floor", "judge")
     expected = [dict(numbers_in(results[0][part])) for part in parts]
     assert len(expected[0]) >= 3 and len(expected[1]) >= 8 and len(expected[2]) >= 8
     for result in results[1:]:
@@ -392,13 +393,16 @@ def test_pipelines_that_cannot_be_called_are_named():
 
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular")
-def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(extractor_folder, image_folder, tmp_path):
+def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
+    extractor_folder, extractor, image_folder, images, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
     unet = UNet2DModel(
         sample_size=16, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    flags = "--resolution 16 --validation_fraction 0.5 --num_images 12 --guidance_scales 1 2 --num_inference_steps 1 2"
+    flags = "--validation_fraction 0.5 --guidance_scales 1 2 --num_inference_steps 1 2"
     folders = {"pipeline": tmp_path / "ddpm", "features": extractor_folder, "train_data_dir": image_folder}
     run(evaluate, flags, output_dir=tmp_path / "evaluation", **folders)
     results = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
@@ -406,7 +410,20 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(extractor_
     assert [row["num_inference_steps"] for row in results["generation"]] == [1, 2]  # nothing is guided
     assert all("gap" not in row and "guidance_scale" not in row for row in results["generation"])
     assert results["setting"]["pipeline"] == "DDPMPipeline" and results["setting"]["features"]["fingerprint"]
-    assert "DDPMScheduler" in (tmp_path / "evaluation" / "metrics.md").read_text()
+    report = (tmp_path / "evaluation" / "metrics.md").read_text()
+    assert "DDPMScheduler" in report
+    assert {row["num_images"] for row in results["generation"]} == {len(images)}  # as many as training images
+    assert f"drawing {len(images)} images for each of 2 settings takes about" in caplog.text
+    floor, held_out = results["floor"]["generation"], load_images(images.config)[1]
+    features = [extractor(torch.stack([each["pixel_values"] for each in split])) for split in (held_out, images)]
+    number = min(map(len, features))
+    chosen = features[0][np.sort(np.random.default_rng(0).permutation(len(features[0]))[:number])]
+    expected = frechet_distance(*map(FeatureStatistics.of, (chosen, features[1])))
+    assert floor["num_images"] == number
+    assert floor["real"][extractor.distance_name("g")] == pytest.approx(expected, rel=1e-5)
+    assert [row.keys() for row in floor["samples"]] == [floor["real"].keys()] * 2
+    assert "| **real** |" in report and f"{extractor.distance_name('g')} ↓" in report and "precision ↑" in report
+    assert 0 <= results["judge"]["judge_accuracy"] <= 1 and "Judge: " in report
     pictures = sorted(path.name for path in (tmp_path / "evaluation").glob("*.png"))
     assert pictures == [
         "nearest-steps-1.png",
