@@ -100,6 +100,7 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         SystemExit: With the error's exit code.
     """
     _keep_interrupts()
+    warnings.simplefilter("once", append=True)  # the same words from two lines are one warning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a line of our source helps nobody
     try:
         run(config)

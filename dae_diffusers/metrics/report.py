@@ -12,41 +12,13 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.autoencoders.loading import encode_moments
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.metrics.directions import with_arrow
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
 from dae_diffusers.metrics.sampling import scheduler_options
 from dae_diffusers.plots import image_grid, scale_axis
 from dae_diffusers.settings import flat
-
-_BETTER = {
-    "↑": (
-        "psnr",
-        "ssim",
-        "precision",
-        "recall",
-        "density",
-        "coverage",
-        "inception_score",
-        "classifier_score",
-        "probe_accuracy",
-    )
-    + ("train_codebook", "validation_codebook"),
-    "↓": (
-        "lpips",
-        "rfd",
-        "rfid",
-        "gfd",
-        "gfid",
-        "ifd",
-        "ifid",
-        "gap",
-        "kernel_distance",
-        "variance_left",
-        "std_left",
-        "mse",
-    ),
-}
 
 
 def describe(
@@ -88,7 +60,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     for part in [name for name in ("reconstruction", "latent_space", "codebook") if name in results]:
         lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value | real images |", "|---|---|---|"]
         lines += [
-            f"| {with_arrow(k)} | {v:.5g} | {_to_cell(floor.get('reconstruction', {}).get(k))} |"
+            f"| {with_arrow(k)} | {v:.5g} | {_to_cell(None if k == 'num_images' else floor.get('reconstruction', {}).get(k))} |"
             for k, v in results[part].items()
             if isinstance(v, (int, float))
         ]
@@ -114,14 +86,6 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines += ["### Setting", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
     return "\n".join(lines) + "\n"
-
-
-def with_arrow(metric: str) -> str:
-    r"""The metric's name, with an arrow in the direction that is better, if there is one."""
-    for arrow, names in _BETTER.items():
-        if metric.startswith(names):
-            return f"{metric} {arrow}"
-    return metric
 
 
 def judge_lines(results: dict[str, Any]) -> list[str]:
