@@ -116,6 +116,7 @@ class Loop:
                     self.progress.write(text)
                 if step.validates:
                     run.log.draw_curves()
+                step.is_last = self.step == self.last_step
                 is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
                 if is_due:
                     run.save_checkpoint(self.step, ema=self.ema, **self.state)
@@ -146,6 +147,10 @@ class Loop:
         model = self.accelerator.unwrap_model(whole_model(self.model, self.accelerator), keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         return model
+
+    def stop(self) -> None:
+        r"""Makes the present step the last one. Call it in the loop's body, on all processes."""
+        self.last_step = self.step
 
     def _push_snapshot(self) -> None:
         if self.snapshot is not None:

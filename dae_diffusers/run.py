@@ -221,6 +221,10 @@ class TrainingRun:
         )
         self._write_record()
 
+    def note(self, **values: Any) -> None:
+        r"""Adds values to `run.json`, for the model card."""
+        self._record.update(values)
+
     def pass_loader(self, dataset: Dataset, *, num_workers: int = 0) -> DataLoader:
         r"""One pass over this process's share, in batches of the training's size; see [`~dae_diffusers.data.make_pass_loader`]."""
         return make_pass_loader(

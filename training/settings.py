@@ -208,6 +208,50 @@ class FlowMatchingConfig:
 
 
 @settings
+class MonitorConfig:
+    """Distance while training."""
+
+    metric_features: str | None = field(
+        None, "while training, measure the distance of samples in these features (as `evaluate --features`)"
+    )
+    metric_images: int = field(2000, "samples for each measurement", at_least=2, advanced=True)
+    metric_steps: int = field(2000, "measure every N steps, and at the end", at_least=1, advanced=True)
+    export: Literal["last", "best"] = field(
+        "last", "weights of the pipeline: the last, or those with the smallest distance", advanced=True
+    )
+    early_stopping_patience: int | None = field(
+        None, "stop after N measurements in a row that bring nothing better", at_least=1, advanced=True
+    )
+
+    def __post_init__(self):
+        if self.metric_features is not None:
+            return
+        for name, is_set in (
+            ("export best", self.export == "best"),
+            ("early_stopping_patience", self.early_stopping_patience is not None),
+        ):
+            if is_set:
+                raise ConfigError(f"`{name}` needs a distance to compare: give `metric_features`.")
+
+
+def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
+    """Raises `ConfigError` if the images that samples would be compared with are not at hand."""
+    if monitor.metric_features is None:
+        return
+    if not data.has_source:
+        raise ConfigError(
+            "`metric_features` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
+            "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
+        )
+    if data.streaming:
+        raise ConfigError(
+            "`metric_features` does not go with `streaming`: evaluate afterwards, with `dae-diffusers evaluate`."
+        )
+    if data.image_channels not in (None, 1, 3):
+        raise ConfigError(f"`metric_features` takes images of 1 or 3 channels, not {data.image_channels}.")
+
+
+@settings
 class RepresentationAlignmentConfig:
     """Representation alignment (REPA)."""
 
@@ -233,6 +277,7 @@ class TrainDiTConfig:
     transformer: TransformerConfig = part()
     flow: FlowMatchingConfig = part()
     alignment: RepresentationAlignmentConfig = part()
+    monitor: MonitorConfig = part()
     optimization: OptimizationConfig = part(learning_rate=3e-4)
     run: RunConfig = part()
     hub: HubConfig = part()
@@ -243,6 +288,7 @@ class TrainDiTConfig:
             data.require_source()
         elif data.streaming:
             raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
+        check_monitor(self.monitor, data)
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
         if layer is not None and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
@@ -318,6 +364,7 @@ class TrainPriorConfig:
     data: DataConfig = part(**_OF_THE_AUTOENCODER)
     prior: PriorConfig = part()
     samples: PriorSamplesConfig = part()
+    monitor: MonitorConfig = part()
     optimization: OptimizationConfig = part(adam_weight_decay=0.05)
     run: RunConfig = part()
     hub: HubConfig = part()
@@ -331,6 +378,7 @@ class TrainPriorConfig:
             )
         if self.data.streaming:
             raise ConfigError("`streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
+        check_monitor(self.monitor, self.data)
 
 
 @settings

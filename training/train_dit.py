@@ -28,7 +28,13 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.latents.cache import ImagesWithLatents, autoencoder_fingerprint, follow_cache, open_latent_cache
+from dae_diffusers.latents.cache import (
+    CachedLatents,
+    ImagesWithLatents,
+    autoencoder_fingerprint,
+    follow_cache,
+    open_latent_cache,
+)
 from dae_diffusers.latents.statistics import (
     has_latent_statistics,
     moments_of,
@@ -37,9 +43,11 @@ from dae_diffusers.latents.statistics import (
 )
 from dae_diffusers.loop import Loop
 from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
+from dae_diffusers.metrics.monitor import SampleDistance, save_result
+from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.run import TrainingRun
+from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -67,17 +75,21 @@ def main(config: TrainDiTConfig) -> None:
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
     )
     start = find_start(run, vae, transformer, train_data, steps)
+    monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
         transformer,
-        steps=steps,
+        steps=steps if monitor is None or not monitor.is_exhausted else start.step,
         step=start.step,
         checkpoint=start.checkpoint,
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
+        state={} if monitor is None else {"monitor": monitor.state},
     )
-    data = train_data if training_images is None else ImagesWithLatents(training_images, train_data)
+    data = train_data
+    if alignment is not None and isinstance(train_data, CachedLatents):
+        data = ImagesWithLatents(training_images, train_data)
     for step in loop.over(data):
         for batch in step:
             with accelerator.autocast():
@@ -107,11 +119,15 @@ def main(config: TrainDiTConfig) -> None:
                 value = validation_loss(run, model, vae, validation_data)
                 draw_samples(run, pipeline_of(model), loop.step)
             step.write({"validation/loss": value})
+        if monitor is not None and monitor.is_due(loop.step, step.is_last):
+            with loop.averaged() as model:
+                step.write(monitor.measure(pipeline_of(model), loop.step))
+            if monitor.is_exhausted:
+                loop.stop()
 
     model = loop.finished_model().eval()
     if accelerator.is_main_process:
-        pipeline_of(model).save_pretrained(run.output_dir / "pipeline")
-        logger.info("saved %s", run.output_dir / "pipeline")
+        save_result(run, pipeline_of(model), monitor)
     run.finish("pipeline")
 
 
@@ -131,7 +147,9 @@ def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) 
     )
 
 
-def find_start(run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransformer2DModel, data: Dataset, steps: int):
+def find_start(
+    run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransformer2DModel, data: Dataset, steps: int
+) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
     logger.info(
@@ -150,7 +168,7 @@ def find_start(run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransfor
 
 
 def load_data(run: TrainingRun, vae: AutoencoderKL) -> tuple[Dataset, Dataset, ImageDataset | None]:
-    """Training and validation data (cached latents or images), and the images that REPA needs beside cached latents, or None."""
+    """Training and validation data (cached latents or images), and the training images, or None if only their latents are given."""
     config, images = run.config, None
     patch_size, caches = architecture_of(config)["patch_size"], None
     if config.transformer.latent_cache is not None:
@@ -163,11 +181,11 @@ def load_data(run: TrainingRun, vae: AutoencoderKL) -> tuple[Dataset, Dataset, I
             name = config.transformer.vae
             images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
     if caches is None:
-        return (*images, None)
+        return (*images, images[0])
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
-    return (*caches, None if config.alignment.repa_model is None else images[0])
+    return (*caches, None if images is None else images[0])
 
 
 @torch.no_grad()
@@ -194,6 +212,16 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
         losses += flow_matching_loss(velocity, latents, noise).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
+
+
+def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
+    """What measures samples while the transformer trains; None without `metric_features`."""
+    config, flow = run.config, run.config.flow
+    if config.monitor.metric_features is None:
+        return None
+    guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
+    settings = SampleSettings(config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed)
+    return SampleDistance(run, images, settings, start.state.get("monitor"))
 
 
 def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:

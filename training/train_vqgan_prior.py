@@ -10,6 +10,7 @@ is `<output_dir>/pipeline`, for `DAEVQGANPipeline.from_pretrained`.
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.loop import Loop
+from dae_diffusers.metrics.monitor import SampleDistance, save_result
+from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
@@ -45,6 +48,8 @@ def main(config: TrainPriorConfig) -> None:
     steps = steps_of(config.prior.max_train_steps, epochs, len(images[0]), run.images_per_step)
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = encode_once(run, vae, images)
+    monitor = make_monitor(run, images[0], start)
+    pipeline_of = partial(make_pipeline, vae=vae, codes=train_codes, value_range=images[0].value_range)
     if config.optimization.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.
         getattr(prior, "activation_checkpointing_enable", prior.gradient_checkpointing_enable)()
@@ -52,14 +57,12 @@ def main(config: TrainPriorConfig) -> None:
     loop = Loop(
         run,
         prior,
-        steps=steps,
+        steps=steps if monitor is None or not monitor.is_exhausted else start.step,
         step=start.step,
         checkpoint=start.checkpoint,
         description="Prior",
-        snapshot=(
-            "pipeline",
-            lambda model, folder: make_pipeline(model, vae, train_codes, images[0].value_range).save_pretrained(folder),
-        ),
+        snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
+        state={} if monitor is None else {"monitor": monitor.state},
     )
     for step in loop.over(train_codes):
         for batch in step:
@@ -73,13 +76,17 @@ def main(config: TrainPriorConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, validation_codes)
-                draw_samples(run, make_pipeline(model, vae, train_codes, images[0].value_range), loop.step)
+                draw_samples(run, pipeline_of(model), loop.step)
             step.write({"validation/loss": value})
+        if monitor is not None and monitor.is_due(loop.step, step.is_last):
+            with loop.averaged() as model:
+                step.write(monitor.measure(pipeline_of(model), loop.step))
+            if monitor.is_exhausted:
+                loop.stop()
 
     model = loop.finished_model().eval()
     if accelerator.is_main_process:
-        make_pipeline(model, vae, train_codes, images[0].value_range).save_pretrained(run.output_dir / "pipeline")
-        logger.info("saved %s", run.output_dir / "pipeline")
+        save_result(run, pipeline_of(model), monitor)
     run.finish("pipeline")
 
 
@@ -155,6 +162,23 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
             code_fingerprint=code_fingerprint(vae),
         )
     )
+
+
+def make_monitor(run: TrainingRun, images: ImageDataset, start: Start) -> SampleDistance | None:
+    """What measures samples while the prior trains; None without `metric_features`."""
+    config, samples = run.config, run.config.samples
+    if config.monitor.metric_features is None:
+        return None
+    settings = SampleSettings(
+        config.monitor.metric_images,
+        samples.sample_guidance_scale if config.prior.class_dropout_prob else 1.0,
+        None,
+        seed=config.run.seed,
+        temperature=samples.sample_temperature,
+        top_k=samples.sample_top_k,
+        top_p=samples.sample_top_p,
+    )
+    return SampleDistance(run, images, settings, start.state.get("monitor"))
 
 
 def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> None:

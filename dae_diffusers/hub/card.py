@@ -359,6 +359,7 @@ def _script_description(name: str, script: Script, result: Result) -> dict[str, 
         described["time"] = _duration(record["seconds"])
     described["hardware"] = record.get("hardware")
     described["counts"] = record.get("counts", {})
+    described["exported_step"] = record.get("exported_step")
     return described
 
 

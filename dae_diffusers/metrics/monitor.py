@@ -1,0 +1,162 @@
+"""The distance of samples to the training images, measured while a generator trains, and the best weights so far."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dae_diffusers.data import ImageDataset
+from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.kept import keep_rows
+from dae_diffusers.metrics.sampling import Sampler, SampleSettings, draws_of
+from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+MAX_REFERENCE_IMAGES = 50_000
+
+
+class SampleDistance:
+    r"""
+    Measures how far samples are from the training images at every `metric_steps` steps, and keeps the best pipeline in
+    `<folder>/best/step-<N>`. The samples of a step depend on the weights and the run's seed alone, so that the number of processes
+    and interruptions change nothing.
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
+        images ([`~dae_diffusers.data.ImageDataset`]): The training images.
+        state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
+        settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
+
+    Attributes:
+        state (`dict`): `step` and `distance` of the best measurement, and `worse`, how many were made since. It changes in
+            place: save it with each checkpoint.
+
+    Raises:
+        UserError: If the features cannot be loaded or do not take such images.
+    """
+
+    def __init__(
+        self, run: TrainingRun, images: ImageDataset, settings: SampleSettings, state: dict[str, Any] | None = None
+    ):
+        self.run, self.config, self.settings = run, run.config.monitor, settings
+        self.images = images.choose(MAX_REFERENCE_IMAGES)
+        self.extractor = load_feature_extractor(self.config.metric_features, run.accelerator.device)
+        self.name = f"validation/{self.extractor.distance_name('g')}"
+        self.state = state or {"step": None, "distance": None, "worse": 0}
+        self.reference: FeatureStatistics | None = None
+        self._started, self._spent = time.monotonic(), 0.0
+
+    @property
+    def is_exhausted(self) -> bool:
+        r"""Whether the last `early_stopping_patience` measurements brought nothing better."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state["worse"] >= patience
+
+    def is_due(self, step: int, is_last: bool) -> bool:
+        r"""Whether to measure after `step` optimiser steps."""
+        return is_last or step % self.config.metric_steps == 0
+
+    @torch.no_grad()
+    def measure(self, pipeline: DiffusionPipeline, step: int) -> dict[str, float]:
+        r"""
+        Draws samples and measures them; a pipeline that is the best so far is saved. All processes call it.
+
+        Args:
+            pipeline (`DiffusionPipeline`): With averaged weights, on its device.
+            step (`int`): Optimiser steps done.
+
+        Returns:
+            `dict[str, float]`: The distance, as it is logged.
+        """
+        start, run = time.monotonic(), self.run
+        if self.reference is None:
+            self.reference = reference_statistics(
+                self.extractor, self.images, cache_dir=run.folder / "reference", disable_progress=False
+            )
+        statistics = FeatureStatistics.of(self._features(pipeline))
+        distance = frechet_distance(statistics, self.reference)
+        if self.state["distance"] is None or distance < self.state["distance"]:
+            if run.accelerator.is_main_process:
+                self._keep(pipeline, step)
+            self.state.update(step=step, distance=distance, worse=0)
+        else:
+            self.state["worse"] += 1
+        run.accelerator.wait_for_everyone()
+        self._spent += time.monotonic() - start
+        return {self.name: distance}
+
+    def best_pipeline(self) -> Path | None:
+        r"""The folder of the best pipeline so far."""
+        folder = self.run.folder / "best" / f"step-{self.state['step']}"
+        return folder if folder.exists() else None
+
+    def report(self) -> None:
+        r"""Says what was best and what the measurements cost."""
+        share = self._spent / max(time.monotonic() - self._started, 1e-9)
+        logger.info(
+            "%s was smallest at step %d: %.4g; measuring took %.0f %% of the time",
+            self.name.partition("/")[2],
+            self.state["step"],
+            self.state["distance"],
+            100 * share,
+        )
+
+    def _features(self, pipeline: DiffusionPipeline) -> torch.Tensor:
+        """Of all samples, `(N, D)`, on the CPU of each process."""
+        accelerator, settings = self.run.accelerator, self.settings
+        sampler = Sampler(pipeline)
+        labels = settings.labels(sampler.num_classes)
+        pipeline.set_progress_bar_config(disable=True)
+        size = self.run.config.optimization.train_batch_size
+
+        def extract(chunk: range) -> dict[str, torch.Tensor]:
+            parts = []
+            for count, numbers, generators in draws_of(pipeline, chunk, size, settings.seed):
+                chosen = None if labels is None else labels[numbers].tolist()
+                with accelerator.autocast():
+                    drawn = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
+                parts.append(self.extractor(drawn.to(accelerator.device).float() * 2 - 1)[:count].cpu())
+            return {"features": torch.cat(parts)}
+
+        return keep_rows(
+            extract, settings.num_images, accelerator, folder=None, of=None, chunk_size=size, description="Drawing"
+        )["features"]
+
+    def _keep(self, pipeline: DiffusionPipeline, step: int) -> None:
+        """Saves a pipeline whole or not at all. The one before stays until then: an older checkpoint may still name it."""
+        folder = self.run.folder / "best"
+        kept = {f"step-{self.state['step']}", f"step-{step}"}
+        for old in folder.glob("step-*"):
+            if old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+        unfinished, finished = folder / f"step-{step}.unfinished", folder / f"step-{step}"
+        pipeline.save_pretrained(unfinished)
+        shutil.rmtree(finished, ignore_errors=True)
+        unfinished.replace(finished)
+
+
+def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:
+    r"""
+    Saves `<output_dir>/pipeline`: the pipeline with the last weights, or with `export best` the one with the smallest distance.
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): The run.
+        pipeline (`DiffusionPipeline`): With the last weights.
+        monitor ([`SampleDistance`], *optional*): What measured the samples.
+    """
+    target, step = run.output_dir / "pipeline", None
+    if monitor is not None:
+        monitor.report()
+        best = monitor.best_pipeline() if monitor.config.export == "best" else None
+        if best is not None:
+            pipeline, step = type(pipeline).from_pretrained(best), monitor.state["step"]
+            run.note(exported_step=step)
+    pipeline.save_pretrained(target)
+    logger.info("saved %s%s", target, "" if step is None else f", the weights of step {step}")

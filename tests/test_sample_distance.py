@@ -1,0 +1,120 @@
+"""The distance of samples while a generator trains: kept weights, early end, resumed and distributed runs."""
+
+import pytest
+from models import make_plain_vq_model, save_autoencoder, save_backbone
+from scripts import (
+    PRIOR,
+    TINY_DIT,
+    TINY_PRIOR,
+    TRANSFORMER,
+    assert_same_weights,
+    launch,
+    log_of,
+    resume,
+    run,
+    succeed,
+    weights,
+)
+
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.training import train_dit, train_vqgan_prior
+
+NAME = "validation/gfd_judge"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, image_folder):
+    folder = tmp_path_factory.mktemp("inputs")
+    judge = save_backbone(folder / "judge", "classifier")
+    return {"train_data_dir": image_folder, "vae": save_autoencoder(folder / "vae"), "metric_features": judge}
+
+
+FLAGS = TINY_DIT + " --metric_images 12 --metric_steps 2"
+
+
+@pytest.fixture(scope="module")
+def watched(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    run(train_dit, FLAGS + " --export best --learning_rate 0.3", output_dir=folder, **inputs)
+    return folder
+
+
+def distances(folder, script="train_dit"):
+    return {row["step"]: row[NAME] for row in log_of(folder, script) if NAME in row}
+
+
+def test_best_weights_are_exported(watched):
+    found = distances(watched)
+    assert list(found) == [2, 4, 6]
+    best = min(found, key=found.get)
+    kept = watched / "train_dit" / "best" / f"step-{best}" / "transformer"
+    assert_same_weights(weights(kept), weights(watched / "pipeline" / "transformer"))
+    assert best != 6  # else this test shows nothing: the last weights would be the same
+
+
+def test_measuring_leaves_training_as_it_is(watched, inputs, tmp_path):
+    bare = {name: value for name, value in inputs.items() if name != "metric_features"}
+    run(train_dit, TINY_DIT + " --learning_rate 0.3", output_dir=tmp_path, **bare)
+    losses = [
+        [row["train/loss"] for row in log_of(folder, "train_dit") if "train/loss" in row]
+        for folder in (watched, tmp_path)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resumed_run_finds_the_same_best(watched, inputs, tmp_path):
+    flags = FLAGS + " --export best --learning_rate 0.3"
+    resume(train_dit, flags, watched, tmp_path / "run", 3, ("pipeline", "train_dit/best"), **inputs)
+    assert distances(tmp_path / "run") == distances(watched)
+    # The best one came before the checkpoint, and its folder is gone: the last weights are exported, and it is said.
+    assert (tmp_path / "run" / TRANSFORMER).exists()
+
+
+def test_patience_ends_a_run_for_good(inputs, tmp_path):
+    flags = FLAGS.replace("--max_train_steps 6", "--max_train_steps 40") + " --learning_rate 0.3"
+    run(train_dit, flags + " --early_stopping_patience 2", output_dir=tmp_path, **inputs)
+    found = distances(tmp_path)
+    last = max(found)
+    assert last < 40 and min(found, key=found.get) == last - 4
+    assert max(row["step"] for row in log_of(tmp_path, "train_dit")) == last
+    again = {"output_dir": tmp_path, "resume_from_checkpoint": "latest", **inputs}
+    run(train_dit, flags + " --early_stopping_patience 2", **again)
+    assert distances(tmp_path) == found
+    flags = flags.replace("40", str(last + 2))
+    run(train_dit, flags + " --early_stopping_patience 3", **again)
+    assert max(distances(tmp_path)) == last + 2
+
+
+def test_two_processes_measure_what_one_does(inputs, tmp_path):
+    still = " --learning_rate 1e-30 --max_train_steps 2"
+    started = {
+        name: launch("train_dit", FLAGS + still, processes=count, output_dir=tmp_path / name, **inputs)
+        for name, count in (("one", 1), ("two", 2))
+    }
+    for process in started.values():
+        succeed(process)
+    one, two = (distances(tmp_path / name) for name in started)
+    assert one == pytest.approx(two, rel=1e-5) and list(one) == [2]
+
+
+def test_a_prior_is_measured_too(inputs, tmp_path):
+    make_plain_vq_model().save_pretrained(tmp_path / "vae")
+    more = {**inputs, "vae": tmp_path / "vae", "output_dir": tmp_path}
+    run(train_vqgan_prior, TINY_PRIOR + " --metric_images 12 --metric_steps 3", **more)
+    assert list(distances(tmp_path, "train_vqgan_prior")) == [3, 6] and (tmp_path / PRIOR).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--export best", "`--export best` needs a distance"),
+        ("--early_stopping_patience 3", "`--early_stopping_patience` needs a distance"),
+        ("--metric_features judge --streaming", "does not go with `--streaming`"),
+        ("--metric_features judge --image_channels 4", "images of 1 or 3 channels, not 4"),
+    ],
+)
+def test_wrong_settings_are_refused(flags, message, inputs, capsys):
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        bare = {name: value for name, value in inputs.items() if name != "metric_features"}
+        run(train_dit, f"{TINY_DIT} {flags}", output_dir="unused", **bare)
+    assert message in str(error.value) + capsys.readouterr().err
