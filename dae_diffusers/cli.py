@@ -210,7 +210,11 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
         super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action):
-        says_all = action.metavar == "KIND" or any(action.default is each for each in (None, False, SUPPRESS))
+        says_all = (
+            action.metavar == "KIND"
+            or "default: " in (action.help or "")
+            or any(action.default is each for each in (None, False, SUPPRESS))
+        )
         if says_all or not action.help or f"--no_{action.dest}" in action.option_strings:
             return action.help
         if isinstance(action.default, list):  # as it is typed

@@ -58,14 +58,13 @@ class DataConfig:
     # Scripts that may take a trained autoencoder have None here, until they have read it.
     resolution: int | None = field(
         DEFAULT_RESOLUTION,
-        f"height and width of the images, in pixels; default: as a given autoencoder knows them, else {DEFAULT_RESOLUTION}",
+        f"side of the images, in pixels; default: that of a given autoencoder, else {DEFAULT_RESOLUTION}",
         at_least=1,
         at_most=MAX_RESOLUTION,
     )
     image_channels: int | None = field(
         DEFAULT_CHANNELS,
-        "3: RGB; 1: gray; other numbers: arrays with that many channels; default: those of a given autoencoder, else "
-        f"{DEFAULT_CHANNELS}",
+        f"3: RGB; 1: gray; others: arrays; default: that of a given autoencoder, else {DEFAULT_CHANNELS}",
         at_least=1,
     )
     value_range: list[float] = field(
