@@ -1,6 +1,7 @@
 """What a trained autoencoder, pipeline or cache knows of the images needs no flag; a flag that says otherwise is answered."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from models import make_autoencoder, save_autoencoder
 
 from dae_diffusers.autoencoders.building import make_autoencoder as build
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.held_out import warn_of_seen_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import ids_in_pipeline
 from dae_diffusers.latents.cache import CachedLatents, CacheIdentity, follow_cache
+from dae_diffusers.run import TrainingRun
 from dae_diffusers.settings import compose
 from dae_diffusers.training.settings import SCRIPTS, TrainDAEConfig, TrainDiTConfig
 
@@ -108,6 +111,17 @@ def test_another_range_of_values_than_the_autoencoders_is_said(image_folder, cap
     config = DataConfig(train_data_dir=str(image_folder), resolution=16, value_range=[0.0, 255.0])
     load_images(config, value_range=[0.0, 4095.0])
     assert "`--value_range` is 0 255, but the autoencoder was trained with 0 4095" in caplog.text
+
+
+def test_next_command_names_the_images_and_leaves_out_what_the_model_knows():
+    run = object.__new__(TrainingRun)
+    flags = {"train_data_dir": "/my photos/cats", "resolution": 64, "image_channels": 1, "random_flip": True}
+    run.config, run.output_dir = compose(TrainDAEConfig, **flags, seed=3), Path("runs/mine")
+    words = shlex.split(run.next_command("train_dit", vae="vae"))
+    config = parse_config(TrainDiTConfig, words[words.index("training/train_dit.py") + 1 :])
+    assert config.transformer.vae == "runs/mine/vae" and config.run.output_dir == "runs/mine" and config.run.seed == 3
+    assert config.data.train_data_dir == "/my photos/cats" and config.data.random_flip
+    assert config.data.resolution is config.data.image_channels is None
 
 
 class Named:

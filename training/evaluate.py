@@ -180,6 +180,14 @@ def check_counts(
             config.sampling.num_images,
             sampler.num_classes,
         )
+    known = getattr(sampler.pipeline, "id2label", None) if sampler is not None else None
+    differing = sorted(set(known.values()) ^ set(train.id2label.values())) if known and train.id2label else []
+    if differing:
+        logger.warning(
+            "the classes of the pipeline and of the images differ, such as %r: samples of some classes are compared with images of "
+            "others.",
+            differing[0],
+        )
     # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
     needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
     if extractor is not None and (len(validation) < 2 or min(len(train), config.sampling.num_images) < needed):

@@ -13,9 +13,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
+from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
-from dae_diffusers.metrics.directions import with_arrow
 from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023

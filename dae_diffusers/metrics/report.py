@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.autoencoders.loading import encode_moments
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.metrics.directions import with_arrow
+from dae_diffusers.directions import with_arrow
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
