@@ -20,5 +20,6 @@ def with_arrow(metric: str, name: str | None = None) -> str:
         metric (`str`): Its name in `metrics.json`, such as `gfd_dinov2_base`.
         name (`str`, *optional*): The name to show; default: `metric`.
     """
-    arrow = next((arrow for arrow, names in _BETTER.items() if metric.startswith(names)), "")
+    is_spread = metric.endswith("_std")
+    arrow = next((arrow for arrow, names in _BETTER.items() if metric.startswith(names) and not is_spread), "")
     return f"{name or metric} {arrow}".rstrip()
