@@ -5,10 +5,7 @@ _BETTER = {
         *("psnr", "ssim", "precision", "recall", "density", "coverage", "inception_score", "classifier_score"),
         *("probe_accuracy", "class_agreement", "train_codebook", "validation_codebook", "codebook"),
     ),
-    "↓": (
-        *("lpips", "rfd", "rfid", "gfd", "gfid", "ifd", "ifid", "gap", "kernel_distance", "l1", "loss"),
-        *("variance_left", "std_left", "mse"),
-    ),
+    "↓": (*("lpips", "rfd", "rfid", "gfd", "gfid", "ifd", "ifid", "gap", "kernel_distance", "l1", "loss"),),
 }
 
 
@@ -20,6 +17,5 @@ def with_arrow(metric: str, name: str | None = None) -> str:
         metric (`str`): Its name in `metrics.json`, such as `gfd_dinov2_base`.
         name (`str`, *optional*): The name to show; default: `metric`.
     """
-    is_spread = metric.endswith("_std")
-    arrow = next((arrow for arrow, names in _BETTER.items() if metric.startswith(names) and not is_spread), "")
+    arrow = next((arrow for arrow, names in _BETTER.items() if metric.startswith(names)), "")
     return f"{name or metric} {arrow}".rstrip()
