@@ -55,6 +55,7 @@ from dae_diffusers.metrics.sampling import (
     draw_samples,
     generation_inputs,
     prompts_of,
+    say_duration,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.store import fingerprint_of_json, finite_or_none
@@ -375,6 +376,21 @@ def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
         draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))
 
 
+def test_time_of_drawing_is_said_where_that_costs_little(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    sampler = Sampler(Painter(DDPMScheduler()), ("a cat", "a dog"))
+    sweep = [SampleSettings(160, scale, 25, prompts=("a cat", "a dog")) for scale in (1.0, 3.0)]
+    say_duration(sampler, sweep[:1], tmp_path, Accelerator(), 64)  # 75 steps of a batch
+    assert caplog.text == ""
+    say_duration(sampler, sweep, tmp_path, Accelerator(), 16)
+    assert "drawing 160 images for each of 2 settings takes about 1 second" in caplog.text
+    caplog.clear()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "0.safetensors").touch()
+    say_duration(sampler, sweep, tmp_path, Accelerator(), 16)
+    assert caplog.text == ""
+
+
 def test_prompts_name_the_classes_of_the_images(images):
     for prompt, expected in (("a photo of a {label}", ("a photo of a cat", "a photo of a dog")), ("{}", ("{}",))):
         assert prompts_of(prompt, images.id2label) == expected
@@ -394,9 +410,8 @@ def test_pipelines_that_cannot_be_called_are_named():
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular")
 def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
-    extractor_folder, extractor, image_folder, images, tmp_path, caplog
+    extractor_folder, extractor, image_folder, images, tmp_path
 ):
-    caplog.set_level(logging.INFO)
     unet = UNet2DModel(
         sample_size=16, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
@@ -413,7 +428,6 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
     report = (tmp_path / "evaluation" / "metrics.md").read_text()
     assert "DDPMScheduler" in report
     assert {row["num_images"] for row in results["generation"]} == {len(images)}  # as many as training images
-    assert f"drawing {len(images)} images for each of 2 settings takes about" in caplog.text
     floor, held_out = results["floor"]["generation"], load_images(images.config)[1]
     features = [extractor(torch.stack([each["pixel_values"] for each in split])) for split in (held_out, images)]
     number = min(map(len, features))

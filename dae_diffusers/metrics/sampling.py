@@ -23,6 +23,8 @@ from dae_diffusers.randomness import derived_seed
 
 logger = logging.getLogger(__name__)
 
+_TRIED_STEPS = (2, 2, 4)
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -206,10 +208,17 @@ def say_duration(
     sampler: Sampler, sweep: list[SampleSettings], folder: Path, accelerator: Accelerator, batch_size: int
 ) -> None:
     r"""
-    Logs how long the drawing of all settings takes, from short draws of one batch. Nothing is logged if some of the images are
-    there, from an interrupted evaluation. The main process alone draws.
+    Logs how long the drawing of all settings takes, from short draws of one batch. Nothing is logged if these would take more than
+    a tenth of that, or if some of the images are there, from an interrupted evaluation. The main process alone draws.
     """
     if not accelerator.is_main_process or any(Path(folder).glob("*/*.safetensors")):
+        return
+    work = sum(
+        -(-each.num_images // (batch_size * accelerator.num_processes)) * (each.num_inference_steps or 1)
+        for each in sweep
+    )
+    guided = {settings.guidance_scale not in (None, 1) for settings in sweep}
+    if 10 * len(guided) * (1 if sweep[0].num_inference_steps is None else sum(_TRIED_STEPS)) > work:
         return
     total, costs = 0.0, {}
     for settings in sweep:
@@ -239,10 +248,9 @@ def _draw_costs(
             sampler(chosen, len(numbers), generators, **settings.call_kwargs() | {"num_inference_steps": steps})
         return time.monotonic() - start
 
-    seconds(2)  # the very first draw warms up
     if settings.num_inference_steps is None:
-        return seconds(2), 0.0
-    two, four = seconds(2), seconds(4)
+        return seconds(0), 0.0
+    _, two, four = map(seconds, _TRIED_STEPS)  # the very first draw warms up
     per_step = max(0.0, four - two) / 2
     return max(0.0, two - 2 * per_step), per_step
 
