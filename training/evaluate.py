@@ -42,7 +42,7 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
-from dae_diffusers.metrics.kept import keep_values
+from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import describe, draw_reconstructions, plot_sweep, save_grids, to_markdown
 from dae_diffusers.metrics.sampling import (
     Sampler,
@@ -108,18 +108,21 @@ def main(config: EvaluateConfig) -> None:
     results, held_out, seen = {}, None, None
     if vae is not None:
         results, held_out, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
-    yardstick = None
-    if extractor is not None:
-        work = {"batch_size": config.evaluation.batch_size, "num_workers": config.data.dataloader_num_workers}
-        kept = {"held_out": held_out, "folder": folder / "parts", **work}
-        yardstick = Yardstick(extractor, train, validation, accelerator, **kept)
-        results["judge"] = yardstick.judge()
-        results["floor"] = {} if vae is None else {"reconstruction": yardstick.of_reconstructions()}
+    drawn: list[KeptRows] = []
+    of_train = ()
     if sampler is not None:
-        results["generation"], floor = evaluate_samples(
-            config, sampler, vae, train, some, seen, extractor, yardstick, accelerator
+        results["generation"], drawn, of_train = evaluate_samples(
+            config, sampler, vae, train, some, seen, extractor, accelerator
         )
-        results["floor"] |= {"generation": floor} if floor else {}
+    if extractor is not None:
+        sweep = [] if sampler is None else swept_settings(config, sampler)
+        results |= keep_values(
+            lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, of_train, accelerator),
+            accelerator,
+            folder=folder / "parts",
+            of=["real images", *(evaluation_inputs(vae, images, extractor) for images in (train, validation, some))]
+            + [generation_inputs(sampler.pipeline, settings, accelerator) for settings in sweep],
+        )
 
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
@@ -253,12 +256,11 @@ def evaluate_samples(
     some: ImageDataset,
     seen: EncodedImages | None,
     extractor: FeatureExtractor,
-    yardstick: Yardstick,
     accelerator: Accelerator,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[KeptRows], tuple]:
     """
-    Measures samples: a row for each setting of guidance and steps; and real images in their place. `seen`: how the autoencoder
-    encodes `some` images.
+    Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also returns the
+    samples of each setting, and the features of training images that they were compared with.
     """
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
@@ -270,7 +272,7 @@ def evaluate_samples(
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
     shape = (config.data.image_channels, config.data.resolution, config.data.resolution)
-    rows, drawn_features, sweep = [], [], swept_settings(config, sampler)
+    rows, every, sweep = [], [], swept_settings(config, sampler)
     say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
     for settings in sweep:
         samples = draw_samples(
@@ -291,13 +293,37 @@ def evaluate_samples(
         )
         given = {name: value for name, value in settings.given().items() if name != "prompts"}
         rows.append(given | compared["metrics"])
-        gathered = sample_features(samples, extractor, accelerator, batch_size=batch_size, folder=folder / "parts")
-        drawn_features.append(gathered["features"])
+        every.append(samples)
         if accelerator.is_main_process:
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
             save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]))
-    return rows, yardstick.of_samples(drawn_features, reference, features, reconstruction_features)
+    return rows, every, (reference, features, reconstruction_features)
+
+
+def measure_real_images(
+    config: EvaluateConfig,
+    train: ImageDataset,
+    validation: ImageDataset,
+    held_out: EncodedImages | None,
+    extractor: FeatureExtractor,
+    drawn: list[KeptRows],
+    of_train: tuple,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
+    parts, batch_size = Path(config.evaluation.output_dir) / "parts", config.evaluation.batch_size
+    work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
+    yardstick = Yardstick(extractor, train, validation, accelerator, held_out=held_out, folder=parts, **work)
+    floor = {} if held_out is None else {"reconstruction": yardstick.of_reconstructions()}
+    if drawn:
+        features = [
+            sample_features(each, extractor, accelerator, batch_size=batch_size, folder=parts)["features"]
+            for each in drawn
+        ]
+        of_samples = yardstick.of_samples(features, *of_train)
+        floor |= {"generation": of_samples} if of_samples else {}
+    return {"judge": yardstick.judge(), "floor": floor}
 
 
 def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSettings]:
