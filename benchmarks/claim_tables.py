@@ -16,10 +16,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from dae_diffusers.comparison.experiment import describe_steps, origin_of_latents
+from dae_diffusers.comparison.statistics import rank_correlation
 
 # 97.5 % quantiles of Student's t for n - 1 degrees of freedom, n = 2...16; for more seeds the last, which widens the interval.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -93,34 +95,6 @@ def table_of_settings(settings: list[dict[str, Any]], results: dict[str, list[Ru
             cells.append(show_interval(paired_difference(runs, "weak", baseline, number), "+.1f"))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def origin_of_latents(experiment: dict[str, Any], condition: str) -> str:
-    """The condition whose encoder and transformers this one has: its own, or those that it names, which may name others."""
-    options = experiment["conditions"][condition]
-    base = options.get("latents_of") or options.get("decoder_of") or options.get("fit_of")
-    return condition if base is None else origin_of_latents(experiment, base)
-
-
-def steps_of(experiment: dict[str, Any], budget: str, condition: str) -> dict[str, int]:
-    """`stage1_steps` and `stage2_steps`; joint training takes their sum. A condition may have its own for a budget."""
-    options = experiment["conditions"][condition]
-    is_joint = options["auxiliary_decoder"] == "none"
-    return options.get("steps", {}).get(budget) or experiment["budgets"][budget]["joint" if is_joint else "decoupled"]
-
-
-def describe_steps(experiment: dict[str, Any], budget: str, condition: str, decoder_steps: int | None = None) -> str:
-    """Such as `450` for joint training, `210+340` for two stages; more of the decoder alone stands at the end."""
-    options = experiment["conditions"][condition]
-    if "fit_of" in options:
-        parts = [describe_steps(experiment, budget, options["fit_of"]), options["stage3_steps"]]
-    elif "decoder_of" in options:
-        parts = [describe_steps(experiment, budget, options["decoder_of"]), options["stage2_steps"]]
-    else:
-        steps = steps_of(experiment, budget, condition)
-        is_joint = options["auxiliary_decoder"] == "none"
-        parts = [sum(steps.values())] if is_joint else [steps["stage1_steps"], steps["stage2_steps"]]
-    return "+".join(map(str, parts + ([] if decoder_steps is None else [decoder_steps])))
 
 
 def budgets_of(rows: list[Run], experiment: dict[str, Any]) -> list[str]:
@@ -250,25 +224,27 @@ def table_of_correlations(runs: Runs) -> list[str]:
     if not runs:
         return []
     numbers = [run for seeds in runs.values() for run in seeds.values()]
+    predictors = [name for name in PREDICTORS if any(name in run for run in numbers)]
+    names = [*predictors, "gFD"]
     means = [
-        {name: math.fsum(run[name] for run in seeds.values()) / len(seeds) for name in numbers[0]}
+        {name: math.fsum(run.get(name, math.nan) for run in seeds.values()) / len(seeds) for name in names}
         for seeds in runs.values()
     ]
     lines = [
         f"Spearman's rank correlation with gFD over {len(numbers)} runs and the means of {len(means)} conditions:",
         "",
     ]
-    lines += [f"| | {' | '.join(PREDICTORS)} |", "|---" * (len(PREDICTORS) + 1) + "|"]
+    lines += [f"| | {' | '.join(predictors)} |", "|---" * (len(predictors) + 1) + "|"]
     for label, points in (("runs", numbers), ("conditions", means)):
-        values = {name: [point[name] for point in points] for name in points[0]}
-        plain = {name: rank_correlation(values[name], values["gFD"]) for name in PREDICTORS}
+        values = {name: [point.get(name, math.nan) for point in points] for name in names}
+        plain = {name: rank_correlation(values[name], values["gFD"]) for name in predictors}
         partial = {
             name: partial_correlation(plain[name], rank_correlation(values[name], values["rFD"]), plain["rFD"])
-            for name in PREDICTORS
+            for name in predictors
         }
         for of_label, row in ((label, plain), (f"{label}, at matched rFD", partial)):
             few = len(points) < (5 if row is partial else 3)  # a partial correlation of three points is always 1 or -1
-            cells = ["" if few or math.isnan(row[name]) else f"{row[name]:+.2f}" for name in PREDICTORS]
+            cells = ["" if few or math.isnan(row[name]) else f"{row[name]:+.2f}" for name in predictors]
             lines.append(f"| {of_label} | {' | '.join(cells)} |")
     return lines
 
@@ -301,18 +277,6 @@ def show_interval(interval: tuple[float, float, float] | None, form: str = "+.3g
         return ""
     mean, low, high = interval
     return f"{mean:{form}} (1 seed)" if math.isinf(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's; equal values share the mean of their ranks."""
-    if len(x) < 3 or any(map(math.isnan, [*x, *y])):
-        return math.nan
-    return float(torch.corrcoef(torch.stack([mean_ranks(values) for values in (x, y)]))[0, 1])
-
-
-def mean_ranks(values: list[float]) -> torch.Tensor:
-    _, which, counts = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]
 
 
 def partial_correlation(xy: float, xz: float, yz: float) -> float:

@@ -9,17 +9,11 @@ than a classifier of the generator's own data: a gain that only the classifier s
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
-import torch
-from PIL import Image
-
 from dae_diffusers.cli import run_script
-from dae_diffusers.data import DataConfig, ImageDataset, load_images
-
-NAMES = ["0", "90", "180", "270"]
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.search.turned import write_turned
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,20 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     config = DataConfig(dataset_name=arguments.images, resolution=arguments.resolution, label_column="none")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    for split, images in zip(("train", "validation"), load_images(config, 0), strict=True):
-        rows = datasets.Dataset.from_list(list(turned(images)), features=features)
-        rows.to_parquet(arguments.output_dir / f"{split}-00000-of-00001.parquet")
-        print(f"{len(rows)} images: {split}")
-
-
-def turned(images: ImageDataset) -> Iterator[dict]:
-    for number in range(len(images)):
-        levels = ((images[number]["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
-        for turn in range(len(NAMES)):
-            pixels = torch.rot90(levels, turn, dims=(1, 2)).permute(1, 2, 0).contiguous().numpy()
-            yield {"image": Image.fromarray(pixels), "label": turn}
+    write_turned(load_images(config, 0), arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first use, so that `import dae_diffusers` loads no torch.
 _PUBLIC = {
+    "DAEAsymmetricAutoencoderKL": "dae_diffusers.autoencoder_dae_asymmetric",
+    "DAEAsymmetricVQModel": "dae_diffusers.autoencoder_dae_asymmetric",
     "DAEAutoencoderKL": "dae_diffusers.autoencoders.autoencoder_kl",
     "DAEDiTPipeline": "dae_diffusers.pipelines.dae_dit",
     "DAEDiTTransformer2DModel": "dae_diffusers.transformer_dae_dit",

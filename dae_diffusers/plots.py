@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 _SMALLEST = 64  # pixels of a side; smaller images are enlarged by a whole factor
@@ -127,6 +128,7 @@ def figure_of_curves(history: list[dict[str, float]], *, title: str, marks: dict
         scale_axis(axis, [value for name in panels[panel] for _, value in lines[name]])
         axis.set_title(panel, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7, frameon=False)
     return figure

@@ -265,12 +265,12 @@ class TrainingRun:
         start = f"dae-diffusers {script.replace('_', '-')}" if is_command else f"accelerate launch training/{script}.py"
         return f"{start} {shlex.join(words)}"
 
-    def finish(self, result: str) -> None:
+    def finish(self, result: str | None) -> None:
         r"""
         Closes the log and pushes the result if asked to. A failed upload is only a warning.
 
         Args:
-            result (`str`): The folder below `output_dir` to push, such as `vae`.
+            result (`str` or `None`): The folder below `output_dir` to push, such as `vae`. None: the result is not whole yet.
         """
         share = self.batches.waiting_share
         if share is not None:
@@ -285,8 +285,10 @@ class TrainingRun:
         self.accelerator.end_training()  # ends the process group: no process waits for the upload
         if self._lock is not None:
             self._lock.release()
-        if self._publisher is not None:
+        if self._publisher is not None and result is not None:
             self._publisher.push_result(result)
+        elif self._publisher is not None:
+            logger.warning("nothing is pushed yet: the decoder is not finished. Then use `dae-diffusers push`.")
 
     def _write_record(self) -> None:
         """Writes `run.json`: how the result was made, for the model card. The time adds up over interruptions."""

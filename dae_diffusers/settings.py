@@ -168,6 +168,12 @@ def flat(config: Any) -> dict[str, Any]:
     return {each.name: getattr(one, each.name) for one in parts for each in dataclasses.fields(one)}
 
 
+def changes_of(values: Any) -> dict[str, Any]:
+    r"""The settings of one class that differ from their defaults, by name."""
+    defaults = {each.name: default for _, each, default in fields_of(type(values))}
+    return {name: getattr(values, name) for name in defaults if getattr(values, name) != defaults[name]}
+
+
 def config_text(config: Any) -> str:
     r"""Settings as the YAML that `--config` reads."""
     return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -92,6 +93,21 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     r"""Replaces a small UTF-8 file atomically. Raises OSError."""
     _replace(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
+    r"""
+    Puts a new folder in the place of an old one, which may be missing. Others see one of them whole, or none for an instant.
+
+    Args:
+        folder (`Path`): The folder.
+        save: Writes the new one into the path that it gets.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

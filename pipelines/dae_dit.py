@@ -28,6 +28,7 @@ PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
 DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
+ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
 TRANSFORMER = "DAEDiTTransformer2DModel"  # predicts the velocity of flow matching at timestep 1000 sigma
 FLOW_SETTINGS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 FLOW_SCHEDULERS = (
@@ -161,6 +162,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             (folder / "transformer").mkdir(exist_ok=True)
             source = sys.modules[transformer_class.__module__].__file__
             shutil.copyfile(source, folder / "transformer" / f"{name}.py")
+        _name_code_of(self)
         super().save_pretrained(str(folder), *args, **kwargs)
 
     @classmethod
@@ -206,6 +208,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 model_kwargs["variant"] = variant
             transformer_class = getattr(importlib.import_module(module), class_name)
             kwargs["transformer"] = transformer_class.from_pretrained(folder, subfolder="transformer", **model_kwargs)
+        kwargs |= _own_autoencoder(cls, folder, kwargs)
         pipeline = super().from_pretrained(folder, **kwargs)
         device = (getattr(pipeline, "hf_device_map", None) or {}).get("transformer") if is_balanced else None
         if device is not None and "transformer" in kwargs:
@@ -648,3 +651,29 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
         "`pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`, without further options; for a "
         "transformer that was trained for diffusion, make the pipeline with `is_flow_matching=False`."
     )
+
+
+def _name_code_of(pipeline: DiffusionPipeline) -> None:
+    """Names the file beside the autoencoder's weights in the index, if its class is not diffusers' own; the class saves the file."""
+    vae_class = type(unwrap_module(pipeline.vae))
+    module = vae_class.__module__.rpartition(".")[2]
+    if module == ASYMMETRIC:
+        pipeline.register_to_config(vae=(module, vae_class.__name__))
+
+
+def _own_autoencoder(pipeline_class: type[DiffusionPipeline], folder: Path, kwargs: dict) -> dict[str, ModelMixin]:
+    """The autoencoder of a folder, with its class from the installed package, if it is not one of diffusers' own."""
+    module, class_name = pipeline_class.load_config(folder).get("vae", (None, None))
+    if "vae" in kwargs or module != ASYMMETRIC:
+        return {}
+    options = ("dtype", "torch_dtype", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
+    model_kwargs = {name: kwargs[name] for name in options if name in kwargs}
+    for name, value in model_kwargs.items():
+        if isinstance(value, dict):  # a dtype for each component
+            model_kwargs[name] = value.get("vae", value.get("default"))
+    variant = kwargs.get("variant")
+    if variant is not None and any(f".{variant}." in file.name for file in folder.glob("vae/*")):
+        model_kwargs["variant"] = variant
+    own = importlib.import_module(f"{PACKAGE}.{ASYMMETRIC}")
+    sys.modules.setdefault(module, own)  # diffusers checks the class of what it gets by the name in the index
+    return {"vae": getattr(own, class_name).from_pretrained(folder, subfolder="vae", **model_kwargs)}

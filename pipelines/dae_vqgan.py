@@ -7,20 +7,25 @@ the model's folder as `pipeline.py`, so that what we publish runs without our pa
 
 import difflib
 import hashlib
+import importlib
+import importlib.util
 import operator
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, VQModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import unwrap_module
 from transformers import DynamicCache, PreTrainedModel
 
+PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
+ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "codes")
 
 
@@ -110,7 +115,26 @@ class DAEVQGANPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, folder / PIPELINE_FILE)
+        _name_code_of(self)
         super().save_pretrained(str(folder), *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DAEVQGANPipeline":
+        """
+        Loads like [`DiffusionPipeline.from_pretrained`], with an autoencoder that is not diffusers' own from the installed package, so
+        that no code of the repository runs.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
+            kwargs: As in [`DiffusionPipeline.from_pretrained`], for example `dtype` or `revision`.
+        """
+        name_or_path = str(pretrained_model_name_or_path)
+        if "custom_pipeline" in kwargs or not importlib.util.find_spec(PACKAGE):
+            return super().from_pretrained(name_or_path, **kwargs)
+        folder = Path(name_or_path if os.path.isdir(name_or_path) else cls.download(name_or_path, **kwargs))
+        pipeline = super().from_pretrained(folder, **{**kwargs, **_own_autoencoder(cls, folder, kwargs)})
+        pipeline.register_to_config(_name_or_path=name_or_path)
+        return pipeline
 
     @property
     def null_class(self) -> int | None:
@@ -388,3 +412,29 @@ def _draw_codes(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
     # Rounding may put a draw at the very end, behind the last code that is allowed.
     rank = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1).minimum((probabilities > 0).sum(dim=-1) - 1)
     return codes.gather(1, rank[:, None])[:, 0]
+
+
+def _name_code_of(pipeline: DiffusionPipeline) -> None:
+    """Names the file beside the autoencoder's weights in the index, if its class is not diffusers' own; the class saves the file."""
+    vae_class = type(unwrap_module(pipeline.vae))
+    module = vae_class.__module__.rpartition(".")[2]
+    if module == ASYMMETRIC:
+        pipeline.register_to_config(vae=(module, vae_class.__name__))
+
+
+def _own_autoencoder(pipeline_class: type[DiffusionPipeline], folder: Path, kwargs: dict) -> dict[str, ModelMixin]:
+    """The autoencoder of a folder, with its class from the installed package, if it is not one of diffusers' own."""
+    module, class_name = pipeline_class.load_config(folder).get("vae", (None, None))
+    if "vae" in kwargs or module != ASYMMETRIC:
+        return {}
+    options = ("dtype", "torch_dtype", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
+    model_kwargs = {name: kwargs[name] for name in options if name in kwargs}
+    for name, value in model_kwargs.items():
+        if isinstance(value, dict):  # a dtype for each component
+            model_kwargs[name] = value.get("vae", value.get("default"))
+    variant = kwargs.get("variant")
+    if variant is not None and any(f".{variant}." in file.name for file in folder.glob("vae/*")):
+        model_kwargs["variant"] = variant
+    own = importlib.import_module(f"{PACKAGE}.{ASYMMETRIC}")
+    sys.modules.setdefault(module, own)  # diffusers checks the class of what it gets by the name in the index
+    return {"vae": getattr(own, class_name).from_pretrained(folder, subfolder="vae", **model_kwargs)}

@@ -25,7 +25,17 @@ from safetensors.torch import load_file
 
 from dae_diffusers import runlog
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.training import cache_latents, complexity, evaluate, train_dae, train_dit, train_vqgan_prior
+from dae_diffusers.comparison.scripts import words_of
+from dae_diffusers.training import (
+    cache_latents,
+    complexity,
+    evaluate,
+    find_latents,
+    train_classifier,
+    train_dae,
+    train_dit,
+    train_vqgan_prior,
+)
 from dae_diffusers.training.settings import SCRIPTS
 
 _DAE = (
@@ -57,8 +67,10 @@ PRIOR = "pipeline/prior/model.safetensors"
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 CONFIG_CLASSES = {
     script: SCRIPTS[script.__name__.rpartition(".")[-1].replace("_", "-")]
-    for script in (cache_latents, complexity, evaluate, train_dae, train_dit, train_vqgan_prior)
-}
+    for script in (
+        cache_latents, complexity, evaluate, find_latents, train_classifier, train_dae, train_dit, train_vqgan_prior
+    )
+}  # fmt: skip
 
 
 def arguments_of(name: str, *flags: str) -> Namespace:
@@ -237,3 +249,27 @@ def log_of(folder: Path, script: str = "train_dae") -> list[dict]:
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "train_dae" / "checkpoints").glob("checkpoint-*"))
+
+
+@contextmanager
+def launched_here():
+    """The library's `launch_script` runs a script in this process. Yields the names and output folders of what it ran."""
+    calls = []
+    known = {script.__name__.rpartition(".")[-1]: script for script in CONFIG_CLASSES}
+
+    def launch_script(name, flags):
+        with without_curves():
+            known[name].main(parse_config(CONFIG_CLASSES[known[name]], words_of(flags)))
+        calls.append((name, str(flags["output_dir"])))
+        return {"cpu_seconds": 1.0}
+
+    modules = [module for module in list(sys.modules.values()) if hasattr(module, "launch_script")]
+    before = {module: module.launch_script for module in modules}
+    for module in modules:
+        module.launch_script = launch_script
+    try:
+        yield calls
+    finally:
+        for module, function in before.items():
+            module.launch_script = function
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -11,13 +11,10 @@ import scipy.stats
 import yaml
 from models import save_backbone, save_run
 from safetensors.torch import load_file, save_file
-from scripts import CONFIG_CLASSES, load_benchmark, without_curves
+from scripts import launched_here, load_benchmark
 
-from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import UserError
-from dae_diffusers.training import cache_latents, train_dae, train_dit
 
-SCRIPTS = {"train_dae": train_dae, "cache_latents": cache_latents, "train_dit": train_dit}
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
 RESULTS = EXPERIMENTS.with_name("results")
 EXPERIMENT = {
@@ -95,24 +92,10 @@ def tables():
 
 
 @pytest.fixture
-def launched(benchmark, monkeypatch):
+def launched(benchmark):
     """The scripts run in this process; their names and output folders are counted."""
-    calls = []
-
-    def launch_script(name, flags):
-        script = SCRIPTS[name]
-        with without_curves():
-            script.main(parse_config(CONFIG_CLASSES[script], benchmark.words_of(flags)))
-        calls.append((name, flags["output_dir"]))
-        return {"cpu_seconds": 1.0}
-
-    monkeypatch.setattr(benchmark, "launch_script", launch_script)
-    monkeypatch.setattr(
-        benchmark,
-        "COMPLEXITY",
-        benchmark.ComplexityConfig(capacities=(0,), seeds=(0,), unpaired_steps=1, evaluation_steps=1),
-    )
-    return calls
+    with launched_here() as calls:
+        yield calls
 
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular")
@@ -123,6 +106,7 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
         "--features", save_backbone(tmp_path / "backbone", "classifier"), "--decoder_steps", "1",
         "--data", f"train_data_dir={image_folder}", "validation_fraction=0.5",
     ]  # fmt: skip
+    claim_command = command
     monkeypatch.setattr(sys, "argv", command)
     benchmark.main(benchmark.parse_arguments())
 
@@ -193,6 +177,20 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     benchmark.main(benchmark.parse_arguments())
     assert launched == []
     assert (tmp_path / "claim" / "results.md").read_text() == text
+
+    # Pilots on the autoencoders of the finished runs.
+    forecast = load_benchmark("forecast")
+    command = ["forecast", "--runs", f"{tmp_path}/claim", "--output_dir", f"{tmp_path}/forecast", "--limit", "3"]
+    command += ["--generator", "narrow", "--widths", "8", "--steps", "1", "2", "--num_images", "12"]
+    monkeypatch.setattr(sys, "argv", command)
+    with launched_here() as pilots:
+        forecast.main(forecast.parse_arguments())
+        assert [name for name, _ in pilots] == ["cache_latents", "train_dit", "train_dit"] * 3
+        table = (tmp_path / "forecast" / "forecast.md").read_text()
+        assert "### claim: 3 runs" in table and "| pilot gFD, width 8, 2 steps | " in table and "| forecast | " in table
+        forecast.main(forecast.parse_arguments())
+        assert len(pilots) == 9 and (tmp_path / "forecast" / "forecast.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", claim_command)
 
     # Another experiment must not take these runs for its own; a condition that is no longer in it is left out.
     other = EXPERIMENT | {"features": {}, "num_images": 13}

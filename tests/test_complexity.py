@@ -1,273 +1,162 @@
-"""The laws of the complexity distance, on the embedded digits and on latents whose answer is known."""
+"""The laws of the complexity distance, and of the processes that train its pilots."""
 
 import json
+import math
+import os
+import signal
+import time
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import VQModel
-from models import make_autoencoder, save_backbone
-from scripts import launch, run, succeed
+from models import make_autoencoder, make_plain_vq_model, save_backbone
+from scripts import in_child, launched_here, run
 
-from dae_diffusers.cli import parse_config
-from dae_diffusers.complexity.distance import complexity_distance, encode, measure_complexity
-from dae_diffusers.complexity.report import plot_complexity
+from dae_diffusers.comparison.scripts import ScriptError, launch_script, work_alone
+from dae_diffusers.comparison.sharing import share
+from dae_diffusers.complexity.pilots import measure_pilots
+from dae_diffusers.complexity.report import complexity_distance, plot_complexity, summarize, to_markdown
 from dae_diffusers.complexity.settings import ComplexityConfig
-from dae_diffusers.complexity.task import ComplexityTask
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.settings import compose
+from dae_diffusers.settings import changes_of, compose
 from dae_diffusers.training import complexity
 from dae_diffusers.training.settings import MeasureComplexityConfig
 
-PAIRED = ComplexityConfig(forms=("paired",), capacities=(0, 8), seeds=(0,), paired_steps=80)
-UNPAIRED = ComplexityConfig(forms=("unpaired",), capacities=(0,), seeds=(0,), unpaired_steps=60, evaluation_steps=80)
+DATA = {"dataset_name": "digits", "image_channels": 1, "resolution": 16, "max_train_samples": 48}
+DATA |= {"max_validation_samples": 24}
 TINY = ComplexityConfig(
-    capacities=(0, 2), seeds=(0, 1), batch_size=8, paired_steps=3, unpaired_steps=2, evaluation_steps=2, critic_width=4
+    widths=[8, 16], pilot_steps=[2], pilot_layers=1, train_batch_size=8, num_images=12, num_inference_steps=1
 )
+pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
+
+
+def save_vae(folder, factor: float = 1.0) -> str:
+    """An autoencoder whose latents are those of the first one times a factor."""
+    torch.manual_seed(0)
+    vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
+    with torch.no_grad():
+        last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
+        half = len(last.bias) // 2
+        last.weight[:half] *= factor
+        last.bias[:half] *= factor
+        last.bias[half:] += 2 * math.log(factor)
+        first = vae.decoder.conv_in if vae.post_quant_conv is None else vae.post_quant_conv
+        first.weight /= factor
+    vae.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """1,200 and 297 digits of 8x8 pixels."""
-    splits = load_images(DataConfig(dataset_name="digits", image_channels=1, resolution=8), seed=0)
-    train, test = [torch.stack([split[n]["pixel_values"] for n in range(len(split))]) for split in splits]
-    return train[:1200], test
+def measured(tmp_path_factory):
+    """An autoencoder, a feature extractor, the folder of its pilots, and their rows."""
+    folder = tmp_path_factory.mktemp("pilots")
+    vae, features = save_vae(folder / "vae"), save_backbone(folder / "judge", "classifier")
+    with launched_here():
+        rows = measure_pilots(vae, DATA, TINY, folder / "rows", features=features)
+    return vae, features, folder / "rows", rows
 
 
-def latents_of(images: torch.Tensor) -> torch.Tensor:
-    """An invertible, strongly nonlinear code of 4 channels at half the resolution."""
-    latents = F.pixel_unshuffle(images, 2)
-    return latents + 0.9 * torch.sin(3 * latents.flip(1))
+def distances(rows) -> list[float]:
+    return [value for row in rows for value in (row["validation_loss"], row["gfd_judge"])]
 
 
-def measure(config: ComplexityConfig, latents: list[torch.Tensor], images, **kwargs) -> dict[int, dict]:
-    result = measure_complexity(latents[0], images[0], latents[1], images[1], config, disable_progress=True, **kwargs)
-    return {entry["capacity"]: entry for entry in result.summary}
+def test_finished_pilots_are_not_repeated_and_others_are_added(measured):
+    vae, features, folder, rows = measured
+    with launched_here() as calls:
+        assert measure_pilots(vae, DATA, TINY, folder, features=features) == rows
+        assert calls == []
+        more = compose(ComplexityConfig, **changes_of(TINY) | {"widths": [16, 8], "pilot_steps": [2, 3]})
+        four = measure_pilots(vae, DATA, more, folder, features=features)
+        assert [name for name, _ in calls] == ["cache_latents", "train_dit", "train_dit"]
+        assert [four[2], four[0]] == rows
+        assert len({row["validation_loss"] for row in four}) == 4
+        # Without features only the loss: nothing is trained for it.
+        assert [row["validation_loss"] for row in measure_pilots(vae, DATA, TINY, folder)] == [
+            row["validation_loss"] for row in rows
+        ]
+        assert len(calls) == 3 and not list(folder.rglob("latents"))
 
 
-def test_images_as_latents_leave_nothing(digits):
-    for latents in (list(digits), [F.pixel_unshuffle(part, 4) for part in digits]):
-        paired = measure(PAIRED, latents, digits)
-        assert paired[0]["variance_left"] < 1e-6
-        assert paired[8]["variance_left"] < 5e-3
+def test_scale_of_the_latents_changes_nothing(measured, tmp_path):
+    _, features, _, rows = measured
+    with launched_here():
+        scaled = measure_pilots(save_vae(tmp_path / "vae", 4.0), DATA, TINY, tmp_path / "rows", features=features)
+    assert distances(scaled) == pytest.approx(distances(rows), rel=2e-3)
 
 
-def test_noise_as_latents_leaves_the_variance_of_the_data(digits):
-    latents = [torch.randn(len(part), 4, 4, 4) for part in digits]
-    paired = measure(PAIRED, latents, digits)
-    position = digits[0].mean(dim=0)  # the best that can be said without information, but for translation
-    ceiling = (digits[1] - digits[0].mean()).square().mean()
-    assert paired[0]["mse"] == pytest.approx(ceiling.item(), rel=0.35)
-    assert paired[0]["mse"] >= (digits[1] - position).square().mean().item() * 0.95
-    assert paired[8]["mse"] >= (digits[1] - position).square().mean().item() * 0.95
+def test_two_processes_share_the_pilots_and_give_the_rows_of_one(measured, tmp_path):
+    vae, features, _, rows = measured
+
+    def measure():
+        with launched_here() as calls:
+            shared = measure_pilots(vae, DATA, TINY, tmp_path / "rows", features=features)
+        assert distances(shared) == pytest.approx(distances(rows), rel=1e-6)
+        (tmp_path / f"calls-{os.getpid()}.json").write_text(json.dumps(calls))
+
+    processes = [in_child(measure, wait=False) for _ in range(2)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    calls = [call for path in tmp_path.glob("calls-*.json") for call in json.loads(path.read_text())]
+    assert sorted(name for name, _ in calls) == ["cache_latents", "train_dit", "train_dit"]
 
 
-def test_linear_maps_of_the_latents_change_nothing(digits):
-    latents = [latents_of(part) for part in digits]
-    matrix = torch.tensor([[1.0, 2, 0, 0], [0, 0.5, 0, 1], [3, 0, -1, 0], [0, 1, 1, 1]])
-    mapped = [torch.einsum("kc,nchw->nkhw", matrix, part) * 30 + 5 for part in latents]
-    before, after = measure(PAIRED, latents, digits), measure(PAIRED, mapped, digits)
-    assert after[0]["mse"] == pytest.approx(before[0]["mse"], rel=1e-4)
-    # A wider one starts from other weights in effect, so only about the same.
-    assert after[8]["mse"] == pytest.approx(before[8]["mse"], rel=0.25)
+def test_refitted_decoder_has_the_same_latents(measured, tmp_path):
+    vae, features, _, rows = measured
+    refit = compose(ComplexityConfig, **changes_of(TINY) | {"refit_steps": 1, "widths": [8]})
+    with launched_here() as calls:
+        (row,) = measure_pilots(vae, DATA, refit, tmp_path, features=features)
+    assert [name for name, _ in calls] == ["train_dae", "cache_latents", "train_dit"]
+    assert row["validation_loss"] == pytest.approx(rows[0]["validation_loss"], rel=1e-3)
+    assert row["gfd_judge"] != rows[0]["gfd_judge"]
 
 
-def test_shuffling_destroys_only_the_paired_form(digits):
-    latents = [latents_of(part) for part in digits]
-    shuffled = [part[torch.randperm(len(part))] for part in latents]
-    position = (digits[1] - digits[0].mean(dim=0)).square().mean().item()  # all that shuffled latents tell
-    assert measure(PAIRED, latents, digits)[0]["mse"] < 0.7 * position
-    assert measure(PAIRED, shuffled, digits)[0]["mse"] > 0.95 * position
-    kept, lost = measure(UNPAIRED, latents, digits), measure(UNPAIRED, shuffled, digits)
-    assert lost[0]["std_left"] == pytest.approx(kept[0]["std_left"], abs=0.1)
-
-
-def test_capacity_never_hurts(digits):
-    config = ComplexityConfig(forms=("paired",), capacities=(0, 4, 16), seeds=(0, 1), paired_steps=120)
-    paired = measure(config, [latents_of(part) for part in digits], digits)
-    assert paired[4]["variance_left"] < paired[0]["variance_left"]
-    assert paired[16]["variance_left"] < paired[4]["variance_left"]
-
-
-def test_linear_generator_is_the_least_squares_solution(digits):
-    """Against numpy on explicit 3x3 neighbourhoods."""
-    latents = [latents_of(part) for part in digits]
-    pixels = [F.pixel_unshuffle(part, 2).flatten(2).transpose(1, 2).flatten(0, 1).double() for part in digits]
-    # Outside the grid the generator sees whitened zeros, that is the mean.
-    mean = latents[0].mean(dim=(0, 2, 3), keepdim=True)
-    patches = [F.unfold(part - mean, 3, padding=1).transpose(1, 2).flatten(0, 1).double() for part in latents]
-    patches = [torch.cat([part, torch.ones(len(part), 1)], dim=1) for part in patches]
-    solution = torch.linalg.lstsq(patches[0], pixels[0]).solution
-    expected = (patches[1] @ solution - pixels[1]).square().mean().item()
-    assert measure(PAIRED, latents, digits)[0]["mse"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_unpaired_form_finds_a_difference_and_its_absence(digits):
-    """The images themselves against images that all have one brightness less."""
-    config = ComplexityConfig(forms=("unpaired",), capacities=(0,), seeds=(0,), unpaired_steps=1, evaluation_steps=150)
-    same = [part.clone() for part in digits]
-    darker = [part - 0.5 * (part + 1) for part in digits]
-    left = {}
-    for name, decoded in (("same", same), ("darker", darker)):
-        entries = measure(config, list(digits), digits, reconstruction_train=decoded[0], reconstruction_eval=decoded[1])
-        left[name] = entries[None]["wasserstein"]
-    paired = (0.5 * (digits[1] + 1)).square().mean().sqrt().item()
-    assert abs(left["same"]) < 0.05
-    assert 0.3 * paired < left["darker"] < 1.05 * paired  # never above the distance of the pairs
-
-
-def test_decoder_is_compared(digits):
-    latents = [latents_of(part) for part in digits]
-    decoded = [part * 0.9 for part in digits]
-    paired = measure(PAIRED, latents, digits, reconstruction_train=decoded[0], reconstruction_eval=decoded[1])
-    assert paired[None]["mse"] == pytest.approx(0.01 * digits[1].square().mean().item(), rel=1e-4)
-    assert paired[0]["mse_difference"] == pytest.approx(paired[0]["mse"] - paired[None]["mse"])
-    assert paired[0]["mse_ratio"] == pytest.approx(paired[0]["mse"] / paired[None]["mse"])
-
-
-def test_same_inputs_same_rows_and_random_state_untouched(digits):
-    latents = [latents_of(part)[:100] for part in digits]
-    images = [part[:100] for part in digits]
-    state = torch.get_rng_state()
-    first, second = measure(TINY, latents, images), measure(TINY, latents, images)
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first[2]["std_left_std"] > 0
-
-
-def test_finished_rows_are_not_repeated(digits, tmp_path, monkeypatch):
-    latents, images = [latents_of(part)[:100] for part in digits], [part[:100] for part in digits]
-    path = tmp_path / "rows.jsonl"
-    whole = measure(TINY, latents, images, rows_path=path)
-    lines = path.read_text().splitlines(keepends=True)
-    assert len(lines) == 8
-    path.write_text("".join(lines[:3]) + lines[3][:40])  # stopped while it wrote
-    assert measure(TINY, latents, images, rows_path=path) == whole
-    assert len(path.read_text().splitlines()) == 8
-
-    monkeypatch.setattr(ComplexityTask, "train", None)
-    assert measure(TINY, latents, images, rows_path=path) == whole
-    with pytest.raises(TypeError):  # other latents are other rows
-        measure(TINY, [latents[0] * 2, latents[1]], images, rows_path=path)
-
-
-@pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_any_autoencoder_and_a_plot(kind, tmp_path):
-    if kind == "kl":
-        vae = make_autoencoder(in_channels=1, out_channels=1).to_diffusers().eval()
-    else:
-        vae = VQModel(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4).eval()
-    splits = load_images(DataConfig(dataset_name="digits", image_channels=1, resolution=16), seed=0)
-    loaders = [make_pass_loader(split, batch_size=20) for split in splits]
-    result = complexity_distance(vae, *loaders, TINY, max_train_images=50, max_eval_images=30, disable_progress=True)
-    assert (result.num_train_images, result.num_eval_images) == (50, 30)
-    assert {row.capacity for row in result.rows} == {0, 2, None}
-    assert json.loads(json.dumps(result.to_dict()))["image_shape"] == [1, 16, 16]
-    plot_complexity({kind: result}, tmp_path / "complexity.png")
-    assert (tmp_path / "complexity.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"latents_train": torch.zeros(10, 4, 4, 4)}, "collapsed"),
-        ({"latents_train": torch.full((10, 4, 4, 4), torch.nan)}, "NaN"),
-        ({"latents_train": torch.randn(9, 4, 4, 4)}, "9 rows"),
-        ({"latents_eval": torch.randn(10, 3, 4, 4)}, "must be the same"),
-        ({"pixel_values_train": torch.rand(10, 1, 8, 8) * 255}, r"\[-1, 1\]"),
-        ({"pixel_values_train": torch.zeros(10, 1, 8, 8)}, "constant"),
-        ({"latents_train": torch.randn(10, 4, 3, 3), "latents_eval": torch.randn(10, 4, 3, 3)}, "whole factor"),
-        ({"reconstruction_train": torch.zeros(10, 1, 8, 8)}, "both of"),
-    ],
-)
-def test_bad_input_is_refused(change, sentence):
-    arguments = {
-        "latents_train": torch.randn(10, 4, 4, 4),
-        "pixel_values_train": torch.rand(10, 1, 8, 8),
-        "latents_eval": torch.randn(10, 4, 4, 4),
-        "pixel_values_eval": torch.rand(10, 1, 8, 8),
-    }
-    with pytest.raises(ValueError, match=sentence):
-        measure_complexity(**{**arguments, **change}, config=TINY, disable_progress=True)
-
-
-@pytest.mark.parametrize("change", [{"capacities": ()}, {"capacities": (-1,)}, {"forms": ("both",)}, {"seeds": (0, 0)}])
-def test_bad_config_is_refused(change):
-    with pytest.raises(ValueError):
-        ComplexityConfig(**change)
-
-
-def test_damaged_rows_are_refused(digits, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1 of"):
-        measure(TINY, [latents_of(part) for part in digits], digits, rows_path=path)
-
-
-# The script
-
-
-@pytest.fixture
-def vae_folder(tmp_path):
-    make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers().save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
-FLAGS = "--dataset_name digits --image_channels 1 --resolution 16"
-
-
-def test_script_measures_draws_and_goes_on(vae_folder, tmp_path):
-    features = save_backbone(tmp_path, "classifier")
-    flags = FLAGS + " --capacities 0 --seeds 1 --unpaired_steps 3 --evaluation_steps 3"
-    folders = {"vae": vae_folder, "features": features, "output_dir": tmp_path / "complexity"}
-    succeed(launch("complexity", flags, **folders))
+def test_script_writes_a_report_for_a_codebook_too(tmp_path):
+    make_plain_vq_model(in_channels=1, out_channels=1).save_pretrained(tmp_path / "vae")
+    flags = " ".join(f"--{name} {value}" for name, value in DATA.items())
+    flags += " --widths 8 --pilot_seeds 0 1 --pilot_steps 2 --pilot_layers 1 --patch_size 1 --train_batch_size 8 --num_images 12"
+    with launched_here() as calls:
+        for _ in range(2):
+            run(complexity, flags, vae=tmp_path / "vae", output_dir=tmp_path / "complexity")
+    assert len(calls) == 3
     result = json.loads((tmp_path / "complexity" / "complexity.json").read_text())
-    assert {(row["form"], row["capacity"]) for row in result["summary"]} == {
-        ("paired", 0), ("paired", None), ("unpaired", 0), ("unpaired", None)
-    }  # fmt: skip
-    assert all(row["seed"] == 1 and row["values"]["frechet_distance"] >= 0 for row in result["rows"])
-    assert result["image_shape"] == [1, 16, 16] and result["config"]["evaluation_steps"] == 3
+    losses = [row["validation_loss"] for row in result["pilots"]]
+    assert result["distance"] == pytest.approx(math.sqrt(losses[0] * losses[1]))
+    assert result["summary"][0]["seeds"] == 2
+    assert (tmp_path / "complexity" / "complexity.md").read_text().startswith("# Complexity distance\n\nD = ")
     assert (tmp_path / "complexity" / "complexity.png").stat().st_size > 5000
-    report = (tmp_path / "complexity" / "complexity.md").read_text()
-    assert "### Complexity distance, paired\n| capacity | seeds | variance_left |" in report and "the decoder" in report
-    rows = (tmp_path / "complexity" / "complexity.jsonl").read_text()
-    run(complexity, flags, **folders)
-    assert (tmp_path / "complexity" / "complexity.jsonl").read_text() == rows
-    assert json.loads((tmp_path / "complexity" / "complexity.json").read_text()) == result
 
 
-def test_script_depends_on_no_batch_size_and_its_errors_are_the_users(vae_folder, tmp_path, monkeypatch):
-    sizes = []
-
-    def measure(vae, train_loader, eval_loader, config, **kwargs):
-        sizes.extend([train_loader.batch_size, eval_loader.batch_size])
-        raise ValueError("`latents_train` is constant.")
-
-    monkeypatch.setattr(complexity, "complexity_distance", measure)
-    with pytest.raises(UserError, match="cannot be measured: `latents_train` is constant"):
-        run(complexity, FLAGS + " --batch_size 7", vae=vae_folder, output_dir=tmp_path / "complexity")
-    assert sizes == [64, 64]
-
-
-def test_latents_do_not_depend_on_the_batch_size(image_folder):
-    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16, validation_fraction=0.5))[0]
-    vae = make_autoencoder("none").to_diffusers()
-    encoded = [
-        encode(vae, make_pass_loader(images, batch_size=size), 100, "images", "cpu", True) for size in (1, 7, 64)
+def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(tmp_path):
+    rows = [
+        {
+            "width": width,
+            "seed": seed,
+            "cpu_seconds": 1.0,
+            "parameters": 10 * width,
+            "validation_loss": 1.0,
+            "gfd_x": gfd,
+        }
+        for width, seed, gfd in ((8, 0, 4.0), (8, 1, 6.0), (16, 0, 2.0), (16, 1, 2.0))
     ]
-    assert [len(tensor) for tensor in encoded[0]] == [len(images)] * 3
-    for other in encoded[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(encoded[0], other, strict=True))
+    assert complexity_distance(rows) == pytest.approx((4 * 6 * 2 * 2) ** (1 / 4))
+    first, second = summarize(rows)
+    assert (first["gfd_x"], second["gfd_x"]) == (5, 2)
+    assert first["gfd_x_std"] == pytest.approx(math.sqrt(2)) and second["gfd_x_std"] == 0
+    assert summarize(rows[:1])[0]["gfd_x_std"] is None
+    assert to_markdown(rows).count("\n| ") == 3
+    plot_complexity({"a": rows, "b": rows[:1]}, tmp_path / "plot.png")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_complexity({}, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seeds": []}, "`seeds` is"),
-        ({"capacities": [-1]}, "`capacities`"),
+        ({"pilot_seeds": []}, "`pilot_seeds` is"),
+        ({"widths": [64, 64]}, "`widths` is"),
+        ({"widths": [6]}, "`widths` holds 6, but must hold multiples of 4"),
+        ({"pilot_steps": [0]}, "`pilot_steps` is .0."),
         ({"seed": -1}, "`seed` is -1"),
         ({"streaming": True}, "`streaming`"),
+        ({"random_crop": True}, "`random_crop`"),
         ({"features": "x", "image_channels": 4}, "not 4 channels"),
         ({"dataset_name": None}, "`dataset_name`"),
     ],
@@ -277,7 +166,67 @@ def test_flags_are_checked(change, sentence):
         compose(MeasureComplexityConfig, **{"vae": "x", "dataset_name": "digits", **change})
 
 
-def test_autoencoder_is_asked_for(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parse_config(MeasureComplexityConfig, ["--dataset_name", "digits"])
-    assert exit_info.value.code == 2 and "--vae" in capsys.readouterr().err
+def test_images_must_fit_the_autoencoder(tmp_path):
+    save_vae(tmp_path / "vae")
+    with pytest.raises(UserError, match="`resolution` 18 is not divisible"):
+        run(complexity, "--dataset_name digits --image_channels 1 --resolution 18", vae=tmp_path / "vae")
+
+
+# The processes
+
+
+def test_processes_of_a_launcher_work_alone(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}.items():
+        monkeypatch.setenv(name, value)
+    assert not work_alone()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6" and not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ)
+    assert work_alone() and os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def wait_for(condition, log) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "nothing was written"
+        time.sleep(0.1)
+
+
+def test_script_runs_in_a_process_of_its_own_which_ends_with_the_one_that_started_it(tmp_path):
+    flags = {**DATA, "block_out_channels": [8, 8], "norm_num_groups": 4, "train_batch_size": 4, "logging_steps": 1}
+    flags |= {"auxiliary_decoder": "none", "stage1_steps": 1, "stage2_steps": 1, "resume_from_checkpoint": "latest"}
+
+    def launch_three():
+        assert launch_script("train_dae", {**flags, "output_dir": tmp_path / "a"})["cpu_seconds"] > 1
+        with pytest.raises(ScriptError, match="train-dae failed: unknown flag `--stage1_stpes`. Did you mean"):
+            launch_script("train_dae", {"stage1_stpes": 1, "output_dir": tmp_path / "b"})
+        (tmp_path / "both").touch()
+        launch_script("train_dae", {**flags, "stage1_steps": 20000, "output_dir": tmp_path / "c"})
+
+    process = in_child(launch_three, wait=False)
+    log = tmp_path / "c" / "train_dae" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 2, tmp_path / "a" / "train_dae.txt")
+    assert (tmp_path / "both").exists() and (tmp_path / "a" / "vae").is_dir()
+    assert "saved" in (tmp_path / "a" / "train_dae.txt").read_text()
+    os.kill(process, signal.SIGKILL)  # the script saves and ends
+    os.waitpid(process, 0)
+    checkpoints = tmp_path / "c" / "train_dae" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*")), tmp_path / "c" / "train_dae.txt")
+
+
+def test_a_killed_process_leaves_its_job_to_the_others(tmp_path):
+    def work(name: str) -> None:
+        time.sleep(99 if name == "slow" and not (tmp_path / "begun").exists() else 0)
+        (tmp_path / name).touch()
+
+    def begin(name: str) -> None:
+        (tmp_path / "begun").touch() if name == "fast" else None
+        work(name)
+
+    process = in_child(lambda: share(["slow"], tmp_path, lambda name: (tmp_path / name).exists(), work), wait=False)
+    while not (tmp_path / "claims" / "slow" / ".owner").exists():
+        time.sleep(0.05)
+    assert not (tmp_path / "slow").exists()
+    share(["fast"], tmp_path, lambda name: (tmp_path / name).exists(), begin)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    share(["slow", "fast"], tmp_path, lambda name: (tmp_path / name).exists(), begin)
+    assert (tmp_path / "slow").exists()

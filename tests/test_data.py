@@ -19,7 +19,7 @@ from dae_diffusers.data import (
     make_training_loader,
     resize_and_crop,
 )
-from dae_diffusers.data.dataset import encoded_sizes
+from dae_diffusers.data.dataset import encoded_sizes, spread_over_classes
 from dae_diffusers.data.formats import reads_heif
 from dae_diffusers.data.images import read_content
 from dae_diffusers.errors import ConfigError, UserError
@@ -45,6 +45,18 @@ def test_class_folders_give_labels_and_a_held_out_part(image_folder):
         item = train[number]
         assert item["pixel_values"].shape == (3, 16, 16)
         assert train.id2label[item["class_labels"]] in train.name_of(number)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 25, 99])
+@pytest.mark.parametrize("sizes", [(50,), (40, 30, 20), (90, 1, 2), (5,) * 13])
+def test_images_to_show_are_spread_over_the_classes(sizes, count):
+    labels = [3 * label for label, size in enumerate(sizes) for _ in range(size)]  # sorted, and some ids without images
+    chosen = spread_over_classes(labels, count)
+    assert len(set(chosen)) == len(chosen) == min(count, len(labels)) and chosen == sorted(chosen)
+    shares = [sum(labels[n] == 3 * label for n in chosen) for label in range(len(sizes))]
+    assert all(share == size or share >= max(shares) - 1 for share, size in zip(shares, sizes, strict=True))
+    mixed = np.random.default_rng(0).permutation(labels)
+    assert [mixed[n] for n in spread_over_classes(mixed, count)] == [labels[n] for n in chosen]
 
 
 def test_flat_folder_has_no_labels(tmp_path):

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from models import make_prior_pipeline, save_autoencoder, save_run
+from models import make_autoencoder, make_prior, make_prior_pipeline, make_vq_model, save_autoencoder, save_run
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, run
@@ -155,6 +155,10 @@ def test_repository_holds_what_is_promised(published, trained):
         *("images/train_dae_curves.png", "images/train_dit_curves.png"),
         *("training/train_dae.yaml", "training/train_dae.json", "training/train_dit.yaml", "training/train_dit.json"),
     }
+    captions = dict(re.findall(r"^!\[(.*)\]\((images/.*)\)$", published["README.md"].decode(), re.MULTILINE)[::-1])
+    captions = {path: caption for caption, path in captions.items()}
+    assert captions.keys() == {name for name in published if name.startswith("images/")}
+    assert captions["images/train_dit_curves.png"] == "Training of the generator"
     for name in ("vae", "transformer"):
         path = f"{name}/diffusion_pytorch_model.safetensors"
         assert published[path] == (trained / "pipeline" / path).read_bytes()
@@ -354,6 +358,35 @@ print(type(pipe.transformer).__module__.split(".")[0])
         (home / "images.pt").unlink()
         run_fresh(python, code + draw, {**hub.environment(home), **offline}, home)
         assert torch.equal(torch.load(home / "images.pt"), expected)
+
+
+@pytest.mark.parametrize("kind", ["dit", "vqgan", "alone"])
+def test_card_snippets_load_a_larger_decoder_with_and_without_the_package(client, bare_python, tmp_path, kind):
+    vae = (make_vq_model("vq") if kind == "vqgan" else make_autoencoder()).with_decoder(decoder_layers_per_block=2)
+    model = vae = vae.to_diffusers()
+    if kind == "dit":
+        model = DAEDiTPipeline.from_pretrained(save_run(tmp_path / "run", {0: "cat", 1: "dog"}) / "pipeline", vae=vae)
+    if kind == "vqgan":
+        model = DAEVQGANPipeline(make_prior(vae, num_classes=2), vae, {0: "cat", 1: "dog"})
+    model.save_pretrained(tmp_path / "larger" / "model")
+    push_script(tmp_path / "larger" / "model", f"writer/larger-{kind}")
+    card = client.files(f"writer/larger-{kind}")["README.md"].decode()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    own, without = blocks if kind == "alone" else (blocks[2], blocks[1] + "\nvae = pipe.vae")
+    latents = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
+    expected = vae.decode(latents).sample.double().sum().item()
+    check = """
+import torch
+image = vae.eval().decode(torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).sample
+print(type(vae).__module__.split(".")[0], image.double().sum().item())
+"""
+    for python, code, module in (
+        (sys.executable, own, "dae_diffusers"),
+        (bare_python, without, "diffusers_modules"),
+    ):
+        home = tmp_path / module
+        home.mkdir()
+        assert run_fresh(python, code + check, client.environment(home), home) == f"{module} {expected}\n"
 
 
 def test_options_of_from_pretrained_hold_without_the_package(hub, published, bare_python, tmp_path):

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 import dae_diffusers.latents.diagnostics as diagnostics_module
-from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy, plot_latent_space
+from dae_diffusers.latents.diagnostics import (
+    LatentDiagnostics,
+    figure_of_latent_space,
+    linear_probe_accuracy,
+    plot_latent_space,
+)
 from dae_diffusers.latents.statistics import LatentStatistics
 
 
@@ -206,6 +211,14 @@ def test_picture_of_the_latent_space(tmp_path):
     plot_latent_space(diagnose(mean, std), tmp_path / "with.png")
     plot_latent_space(diagnose(mean), tmp_path / "without.png")
     assert min(path.stat().st_size for path in tmp_path.iterdir()) > 5000
+
+
+@pytest.mark.parametrize("channels", [1, 3, 32])
+def test_channels_and_components_have_whole_numbers(channels):
+    for axis in figure_of_latent_space(diagnose(torch.randn(200, channels, 2, 2))).axes[::2]:
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert ticks and all(tick == round(tick) and tick >= 0 for tick in ticks)
 
 
 def test_too_few_images_are_warned_of():

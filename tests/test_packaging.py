@@ -52,7 +52,13 @@ def test_no_top_level_pipelines_training_or_tests_are_installed():
 
 
 @pytest.mark.parametrize(
-    "file", ["pipelines/dae_dit.py", "pipelines/dae_vqgan.py", "dae_diffusers/transformer_dae_dit.py"]
+    "file",
+    [
+        "pipelines/dae_dit.py",
+        "pipelines/dae_vqgan.py",
+        "dae_diffusers/transformer_dae_dit.py",
+        "dae_diffusers/autoencoder_dae_asymmetric.py",
+    ],
 )
 def test_files_that_travel_to_the_hub_import_torch_and_diffusers_only(file):
     tree = ast.parse((ROOT / file).read_text())

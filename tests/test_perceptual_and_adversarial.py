@@ -149,10 +149,23 @@ def test_discriminator_learns_to_tell_noise_from_stripes(adversary):
     assert accuracies[-1] > 0.9 > accuracies[0]
 
 
-def test_a_discriminator_that_has_won_is_reported_once(adversary, caplog):
-    means = {"train/discriminator_accuracy": 0.999, "train/logits_real": 3.0, "train/logits_fake": -3.0}
+def test_discriminator_tells_images_from_slightly_blurred_ones(adversary):
+    assert not AdversarialSettings(0.5).use_augmentation  # which would hide them
+    generator = torch.Generator().manual_seed(0)
+    accuracies = []
+    for step in range(80):
+        images = torch.randn(8, 1, 16, 16, generator=generator) / 2
+        blurred = 0.8 * images + 0.2 * torch.nn.functional.avg_pool2d(images, 3, 1, 1)
+        accuracies.append(adversary.train_discriminator(images, blurred, step)["discriminator_accuracy"].item())
+    assert sum(accuracies[-10:]) / 10 > 0.7
+
+
+@pytest.mark.parametrize(("accuracy", "reason"), [(0.999, "has won"), (0.55, "cannot discriminate")])
+def test_a_discriminator_that_teaches_nothing_is_reported_once(adversary, caplog, accuracy, reason):
+    means = {"train/discriminator_accuracy": accuracy, "train/logits_real": 3.0, "train/logits_fake": -3.0}
     adversary.warn_if_unbalanced({**means, "train/discriminator_accuracy": 0.7}, 1000)
+    adversary.warn_if_unbalanced(means, 50)  # it has learnt for a moment only
     assert not caplog.records
     adversary.warn_if_unbalanced(means, 1000)
     adversary.warn_if_unbalanced(means, 2000)
-    assert len(caplog.records) == 1 and "has won" in caplog.text
+    assert len(caplog.records) == 1 and reason in caplog.text

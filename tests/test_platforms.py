@@ -10,7 +10,6 @@ import torch
 from device import DEVICE, OnDevice, WithoutFloat64
 
 import dae_diffusers
-from dae_diffusers.complexity.task import _whiten
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
 from dae_diffusers.latents.statistics import LatentStatistics
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
@@ -101,7 +100,6 @@ MEASURES = {
     "nearest_neighbors": lambda latents, features, labels: nearest_neighbors(features),
     "interpolate_to_neighbors": lambda latents, features, labels: interpolate_to_neighbors(latents, latents),
     "linear_probe": lambda latents, features, labels: linear_probe_accuracy(latents, labels, latents[:9], labels[:9]),
-    "whitening": lambda latents, features, labels: _whiten(latents, latents[:9]),
 }
 
 

@@ -1,6 +1,7 @@
 """The page of a published model, in a real browser: click, wait, look. Screenshots go to build/screenshots."""
 
 import ast
+import io
 import os
 import re
 import shutil
@@ -12,12 +13,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
 from huggingface_hub import RepoCard
 from models import make_prior_pipeline, save_run
 from PIL import Image
 
 from dae_diffusers.hub.upload import space_files
+from dae_diffusers.plots import image_grid
 from dae_diffusers.training import push
 from dae_diffusers.training.settings import PushConfig
 
@@ -26,11 +29,14 @@ APP = ROOT / "dae_diffusers" / "hub" / "space" / "app.py"
 SCREENSHOTS = ROOT / "build" / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+NAMES = {0: "cat", 1: "dog", 2: "a, rather long, name"}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    run = save_run(tmp_path_factory.mktemp("run"), {0: "cat", 1: "dog", 2: "a, rather long, name"})
+    run = save_run(tmp_path_factory.mktemp("run"), NAMES)
+    (run / "evaluation").mkdir()
+    Image.effect_noise((300, 200), 90).save(run / "evaluation" / "sweep.png")
     folder = run / "exported"
     push.main(PushConfig(folder=str(run), repo_id="user/tiny", export_dir=str(folder), space=True))
     return folder
@@ -109,23 +115,127 @@ def picture(page, selector: str, other_than: str | None = None) -> Image.Image:
     return image
 
 
+def draw(page) -> list[dict]:
+    """Presses Draw, waits for other pictures, and returns each one's name, address, and box on the page."""
+    before = page.get_attribute("#samples img", "src")
+    page.click("#draw")
+    page.wait_for_function("old => document.querySelector('#samples img')?.src !== old", arg=before)
+    page.wait_for_function("[...document.querySelectorAll('#samples img')].every(image => image.naturalWidth > 0)")
+    return page.evaluate(
+        """[...document.querySelectorAll('#samples .gallery-item')].map(item => ({
+            name: item.innerText, src: item.querySelector('img').src, box: item.querySelector('img').getBoundingClientRect()
+        }))"""
+    )
+
+
+def fetch(page, address: str) -> Image.Image:
+    with Image.open(io.BytesIO(page.request.get(address).body())) as image:
+        image.load()
+    return image
+
+
+def overlap(one: dict, other: dict) -> bool:
+    """Whether two boxes share more than a line of pixels."""
+    return all(
+        min(one[start] + one[size], other[start] + other[size]) - max(one[start], other[start]) > 1
+        for start, size in (("x", "width"), ("y", "height"))
+    )
+
+
+def boxes(page, selector: str) -> list[dict]:
+    return [box for box in (each.bounding_box() for each in page.locator(selector).all()) if box is not None]
+
+
 @pytest.mark.slow
 def test_pictures_are_drawn_by_class_and_seed(page):
-    def draw():
-        before = page.get_attribute("#samples img", "src")
-        page.click("#draw")
-        return picture(page, "#samples", before)
-
-    every = draw()
-    assert abs(every.width / every.height - 2) < 0.1 and len(every.getcolors(2**20)) > 100  # three classes, six of each
+    every = draw(page)
+    assert [each["name"] for each in every] == [name for name in NAMES.values() for _ in range(6)]
+    assert len(fetch(page, every[0]["src"]).getcolors(2**20)) > 100
+    rows = [[each["box"]["y"] for each in every if each["name"] == name] for name in NAMES.values()]
+    assert all(len(set(row)) == 1 for row in rows) and rows == sorted(rows)  # a class has a row of its own
+    assert all(abs(each["box"]["width"] - each["box"]["height"]) < 1 for each in every)
+    seed = page.get_by_role("spinbutton", name="Seed").input_value()
+    again = draw(page)
+    assert {each["src"] for each in every}.isdisjoint(each["src"] for each in again)
+    assert page.get_by_role("spinbutton", name="Seed").input_value() != seed
+    page.get_by_label("A new seed each time").uncheck()
+    page.get_by_role("spinbutton", name="Seed").fill(seed)
+    page.keyboard.press("Tab")
+    assert [fetch(page, each["src"]).tobytes() for each in draw(page)[:2]] == [
+        fetch(page, each["src"]).tobytes() for each in every[:2]
+    ]
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="dog").click()
     page.get_by_role("spinbutton", name="Pictures per class").fill("1")
-    one = draw()
-    assert one.width == one.height
+    page.get_by_role("spinbutton", name="Seed").fill("4")
+    page.keyboard.press("Tab")
+    (one,) = draw(page)
+    picture = fetch(page, one["src"])
+    assert one["name"] == "dog" and picture.width == picture.height
     page.get_by_role("spinbutton", name="Seed").fill("5")
     page.keyboard.press("Tab")
-    assert list(draw().get_flattened_data()) != list(one.get_flattened_data())
+    (other,) = draw(page)
+    assert fetch(page, other["src"]).tobytes() != picture.tobytes()
+
+
+@pytest.mark.slow
+def test_nothing_covers_a_picture_and_one_can_be_downloaded(page):
+    pictures = [each["box"] for each in draw(page)]
+    covering = boxes(page, "#samples .icon-button") + boxes(page, "#samples .caption-label")
+    assert not any(overlap(picture, each) for picture in pictures for each in covering)
+    result, button = page.locator("#samples").bounding_box(), page.locator("#draw").bounding_box()
+    if page.viewport_size["width"] < 640:
+        assert result["y"] + result["height"] <= button["y"]  # above the controls
+    else:
+        assert result["x"] > button["x"] + button["width"]
+    page.get_by_label("Thumbnail 2 of 18").click()
+    shown = page.get_by_test_id("detailed-image")
+    shown.wait_for()
+    covering = boxes(page, "#samples .icon-button") + boxes(page, "#samples .caption, #samples .thumbnails")
+    assert len(covering) >= 5 and not any(overlap(shown.bounding_box(), each) for each in covering)
+    with page.expect_download() as download:
+        page.get_by_label("Download", exact=True).click()
+    with Image.open(download.value.path()) as image:
+        assert image.format == "PNG" and image.size == (256, 256)
+
+
+@pytest.mark.slow
+def test_draw_can_be_stopped(page):
+    before = page.get_attribute("#samples img", "src")
+    page.get_by_role("spinbutton", name="Pictures per class").fill("16")
+    page.get_by_role("spinbutton", name="Steps").fill("100")
+    page.keyboard.press("Tab")
+    page.click("#draw")
+    page.get_by_text("/100 steps").wait_for()
+    page.click("#stop")
+    page.get_by_text("Stopped.").wait_for()
+    assert page.get_attribute("#samples img", "src") == before
+    page.get_by_role("spinbutton", name="Steps").fill("1")
+    page.keyboard.press("Tab")
+    assert len(draw(page)) == 48
+
+
+@pytest.mark.slow
+def test_page_says_what_the_model_is_and_how_good(page):
+    words = page.inner_text("#title")
+    assert "A Diffusion Transformer (flow matching)" in words and "cat, dog, a, rather long, name" in words
+    assert "Class agreement 0.5" in words and "Try it in its Space" not in words
+    page.get_by_role("tab", name="Numbers").click()
+    captions = page.locator(".caption").all_inner_texts()
+    assert any(text.startswith("Distance to the training images over") for text in captions)
+    assert any(text.startswith("Samples, by class: cat") for text in captions)
+
+
+@pytest.mark.slow
+def test_example_shows_its_latent_space(page):
+    page.get_by_role("tab", name="Latent space").click()
+    page.locator("#examples tbody tr").first.click()
+    assert picture(page, "#between").width > 5 * picture(page, "#between").height
+    assert "PSNR" in page.inner_text("#psnr")
+    result, button = page.locator("#pair").bounding_box(), page.locator("#reconstruct").bounding_box()
+    assert (result["y"] < button["y"]) == (page.viewport_size["width"] < 640)
+    buttons, pictures = (boxes(page, f":is(#pair, #channels, #between) {part}") for part in (".icon-button", "img"))
+    assert len(buttons) == 6 and not any(overlap(one, other) for one in buttons for other in pictures)
 
 
 @pytest.mark.slow
@@ -175,6 +285,11 @@ def test_app_serves_models_without_classes_and_autoencoders_alone(part, tmp_path
     make_prior_pipeline(num_classes=0, id2label=None).save_pretrained(run / "vqgan")
     folder = tmp_path / "exported"
     push.main(PushConfig(folder=str(run / part), repo_id="user/tiny", export_dir=str(folder), space=True))
+    if part != "vae":
+        (folder / "images").mkdir()
+        names = {"row_names": ["the first row", "second"], "column_names": ["a", "b", "c"]}
+        side = 8 if part == "vqgan" else 16  # the prior's grid is smaller than what its autoencoder was made for
+        image_grid(torch.rand(6, 3, side, side) * 2 - 1, columns=3, **names).save(folder / "images" / "samples.png")
     absent = ["dae_diffusers", *([] if part == "vqgan" else ["transformers"])]  # which only a VQGAN needs
     code = f"import sys; sys.modules.update(dict.fromkeys({absent}))"
     code += """
@@ -187,9 +302,15 @@ noise = Image.effect_noise((40, 40), 50)
 if app.PIPE is None:
     picture = noise
 else:
-    assert app.draw(None, 5, 2.0, 2, 0, progress=lambda *args, **kwargs: None).width > 300
+    gallery, seed = app.draw(None, 5, 2.0, 2, 7, False, progress=lambda *args, **kwargs: None)
+    assert len(gallery.value) == 5 and seed == 7
     picture = app.draw_one()
-pair, text, channels, between = app.reconstruct(picture, noise.convert("P"))
+    for path in app.example_pictures():  # each is one picture of the grid, enlarged
+        example = Image.open(path)
+        small = example.resize((app.SIDE, app.SIDE), Image.NEAREST)
+        assert small.resize(example.size, Image.NEAREST).tobytes() == example.tobytes()
+assert len(app.example_pictures()) == 2
+pair, text, channels, between, _ = app.reconstruct(picture, noise.convert("P"))
 print(app.PIPE is None, pair.size, "PSNR" in text)
 """
     environment = {**os.environ, "MODEL": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -203,7 +324,14 @@ def test_draw_stops_when_its_visitor_has_gone(page_url):
     """Spoken as a browser speaks: join the queue, leave the page in the middle of a long draw, and another gets its turn."""
     gradio_client = pytest.importorskip("gradio_client", reason='needs gradio: pip install -e ".[browser]"')
     first, second = (gradio_client.Client(page_url, verbose=False) for _ in range(2))
-    arguments = {"class_id": "every class", "count": 16, "guidance_scale": 2, "steps": 100, "seed": 0}
+    arguments = {
+        "class_id": "every class",
+        "count": 16,
+        "guidance_scale": 2,
+        "steps": 100,
+        "seed": 0,
+        "is_random": True,
+    }
     start = time.monotonic()
     first.predict(**arguments, api_name="/draw")
     whole = time.monotonic() - start

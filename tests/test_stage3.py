@@ -107,6 +107,7 @@ def test_card_says_what_stage_three_did(fitted):
     assert {"vae/stage3.json", "training/train_dae_stage3.yaml", "images/stage3.png"} <= files.keys()
     assert not any(KEPT_VAE in name for name in files)
     card = files["README.md"].decode()
+    assert "![Drawn latents, decoded before stage 3 and after it](images/stage3.png)" in card
     assert (
         "fitted to 12 latents that the generator drew with guidance 1.5" in card and "cannot judge this model" in card
     )

@@ -7,11 +7,13 @@ import signal
 import time
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
-from models import make_autoencoder
+from models import make_autoencoder, save_backbone
+from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
     CONFIG_CLASSES,
@@ -31,7 +33,9 @@ from scripts import (
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, StageConfig
 from dae_diffusers.cli import parse_config
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.plots import image_grid
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.settings import compose, flat
 from dae_diffusers.training import cache_latents, train_dae, train_dit, train_vqgan_prior
@@ -74,6 +78,17 @@ def test_run_leaves_logs_curves_and_grids(trained):
         assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
         assert {"train/learning_rate", "train/gradient_norm"} <= rows[0].keys()
     assert any("validation/loss" in row for row in rows)
+
+
+def test_grid_shows_held_out_images_of_every_class(trained, image_folder):
+    _, held_out = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))
+    chosen = held_out.spread(10)
+    assert {held_out.labels[n] for n in chosen} == set(held_out.labels)
+    originals = np.asarray(image_grid(torch.stack([held_out[n]["pixel_values"] for n in chosen]), columns=len(chosen)))
+    height, width, _ = originals.shape
+    with Image.open(trained / "train_dae" / "grids" / "reconstruction-stage2-00000008.png") as grid:
+        pixels = np.asarray(grid)[-2 * height - 2 :, -width:]  # the names are left and above
+    assert np.array_equal(pixels[:height], originals) and grid.height > 2 * height + 2
 
 
 def test_pipeline_draws_images_by_class_name(trained):
@@ -333,12 +348,19 @@ def test_grid_is_guided_only_by_a_model_that_learnt_to_do_without_the_class(
     assert set(scales) == {guidance_scale}
 
 
-def test_autoencoder_without_statistics_gets_them(trained, image_folder, tmp_path):
+def test_published_autoencoder_stays_as_it_is_and_gets_statistics(trained, image_folder, tmp_path):
+    """As Stable Diffusion's come: no statistics, a factor, a shift, and the side of the images that it has seen."""
     vae = AutoencoderKL.from_pretrained(trained / "vae")
-    vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5)
+    published = {"scaling_factor": 0.18215, "shift_factor": 0.2, "sample_size": 512}
+    vae.register_to_config(latents_mean=None, latents_std=None, **published)
     vae.save_pretrained(tmp_path / "vae")
     run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=tmp_path, vae=tmp_path / "vae")
-    with_statistics = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline").vae.config
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    for name, weight in weights(tmp_path / "vae").items():
+        assert torch.equal(weight, pipeline.vae.state_dict()[name])
+    assert pipeline(num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+    with_statistics = pipeline.vae.config
+    assert with_statistics.shift_factor is None
     expected = AutoencoderKL.from_pretrained(trained / "vae").config
     torch.testing.assert_close(torch.tensor(with_statistics.latents_std), torch.tensor(expected.latents_std))
     assert with_statistics.scaling_factor == 1.0
@@ -495,7 +517,7 @@ def test_cached_latents_change_nothing_in_stage_two(cached, image_folder, tmp_pa
 
 
 def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
-    """And never again: the statistics are those of what is cached."""
+    """And never again, whatever the losses: the statistics are those of what is cached."""
     encoded = []
     original = DAEAutoencoderKL.encode
 
@@ -506,7 +528,10 @@ def test_stage_two_encodes_each_view_once(image_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoencoderKL, "encode", lambda *args, **kwargs: pytest.fail("encoded once more"))
     monkeypatch.setattr(DAEAutoencoderKL, "encode", count)
-    flags = LONG_STAGE_TWO + " --validation_steps 1000 --validation_fraction 0.25"
+    flags = LONG_STAGE_TWO + " --validation_steps 1000 --validation_fraction 0.25 --adversarial_weight 0.5"
+    flags += (
+        f" --discriminator_channels 8 --discriminator_layers 2 --perceptual_model {save_backbone(tmp_path, 'resnet')}"
+    )
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
     rows = len(list(image_folder.rglob("*.png")))
     held_out = round(0.25 * rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
+from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -33,7 +33,7 @@ def main(config: CacheLatentsConfig) -> None:
     cache, data = config.cache, config.data
     folder = Path(cache.output_dir)
     lock = take_folder(folder, accelerator)
-    vae = load_autoencoder(cache.vae).to(accelerator.device)
+    vae = as_plain(load_any_autoencoder(cache.vae, takes_stage1=True)).to(accelerator.device)
     settle_images(config, vae)
     with accelerator.main_process_first():
         splits = dict(

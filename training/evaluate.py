@@ -297,7 +297,9 @@ def evaluate_samples(
         if accelerator.is_main_process:
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
-            save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]))
+            id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
+            names = [id2label[label] for label in sorted(id2label)] if settings.label_sampling == "balanced" else None
+            save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]), names)
     return rows, every, (reference, features, reconstruction_features)
 
 

@@ -14,6 +14,7 @@ from dae_diffusers.autoencoders.settings import (
     GeneratedConfig,
     RegularizationConfig,
     StageConfig,
+    check_decoder_widths,
     check_shallow,
 )
 from dae_diffusers.complexity.settings import ComplexityConfig
@@ -23,6 +24,7 @@ from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
+from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
 
 # Left open until the trained autoencoder has been read.
@@ -74,9 +76,12 @@ class TrainDAEConfig:
                 f"{len(autoencoder.block_out_channels)} resolutions. The nearest valid ones are "
                 f"{max(1, data.resolution // factor) * factor} and {(data.resolution // factor + 1) * factor}."
             )
-        if is_new and stages.auxiliary_decoder == "shallow":
+        if is_new:
             try:
-                check_shallow(stages.auxiliary_layers_per_block, autoencoder.layers_per_block)
+                if stages.auxiliary_decoder == "shallow":
+                    check_shallow(stages.auxiliary_layers_per_block, autoencoder.layers_per_block)
+                widths = tuple(autoencoder.decoder_block_out_channels)
+                check_decoder_widths(widths, autoencoder.block_out_channels, autoencoder.norm_num_groups)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         models = {
@@ -118,6 +123,11 @@ class TrainDAEConfig:
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
     def _check_stage3(self) -> None:
+        if self.autoencoder.decoder_sizes():
+            raise ConfigError(
+                "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder_block_out_channels` and "
+                "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
+            )
         if self.data.streaming:
             raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
         if self.hub.push_to_hub and self.hub.hub_strategy == "every_save":
@@ -232,6 +242,14 @@ class MonitorConfig:
         ):
             if is_set:
                 raise ConfigError(f"`{name}` needs a distance to compare: give `metric_features`.")
+
+    def check_decoder(self, is_finished: bool) -> None:
+        """Checks that distances of different steps are those of the same decoder."""
+        if self.metric_features is not None and not is_finished:
+            raise ConfigError(
+                "`metric_features` does not go with the `vae` of a stage 1: its decoder still changes, and the distances with it. Leave "
+                "it out, or finish stage 2 first."
+            )
 
 
 def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
@@ -433,7 +451,7 @@ class LatentSpaceConfig:
 
     vae: str = field(help="folder or Hub id of the autoencoder")
     features: str | None = field(
-        None, "`inception`, or a vision model (Hub id or folder): also measures the Fréchet distance of its features"
+        None, "`inception`, or a vision model (Hub id or folder), for gFD; default: only the pilots' loss is measured"
     )
     output_dir: str = field("runs/my-model/complexity", "folder for the results")
     seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
@@ -449,6 +467,29 @@ class MeasureComplexityConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.latent_space.features, "complexity.py, which chooses images")
+        if self.data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` do not go with pilots, whose latents are cached."
+            )
+
+
+@settings
+class FindLatentsConfig:
+    """Settings of find_latents.py."""
+
+    data: DataConfig = part()
+    search: SearchConfig = part()
+
+    def __post_init__(self):
+        check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
+        if self.data.image_channels not in (1, 3):
+            raise ConfigError(
+                f"`image_channels` is {self.data.image_channels}, but a judge takes gray (1) or RGB (3) images: convert them first."
+            )
+        if self.data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` do not go with pilots, whose latents are cached."
+            )
 
 
 def check_measured_data(data: DataConfig, features: str | None, script: str) -> None:
@@ -539,6 +580,17 @@ class PreviewConfig:
 
 
 @settings
+class AssembleConfig:
+    """Assembling."""
+
+    pipeline: str = field(help="folder of the pipeline, or the output folder that holds it")
+    vae: str = field(help="folder or Hub id of the autoencoder with the decoder")
+    output_dir: str | None = field(
+        None, "the result goes into `pipeline/` of this folder; default: the pipeline's decoder is replaced"
+    )
+
+
+@settings
 class PushConfig:
     """Publishing."""
 
@@ -583,10 +635,12 @@ class PushConfig:
 
 
 SCRIPTS = {
+    "assemble": AssembleConfig,
     "cache-latents": CacheLatentsConfig,
     "complexity": MeasureComplexityConfig,
     "evaluate": EvaluateConfig,
     "preview": PreviewConfig,
+    "find-latents": FindLatentsConfig,
     "push": PushConfig,
     "train-classifier": TrainClassifierConfig,
     "train-dae": TrainDAEConfig,

@@ -24,6 +24,7 @@ from dae_diffusers.data import ImageDataset, StreamedImages, count_images, descr
 from dae_diffusers.data.arrays import read_value_range, save_value_range
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import DecoderFit, load_generator
+from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
@@ -133,7 +134,7 @@ def find_start(
     stages = run.config.stages
     return run.find_start(
         inputs={"the training images": images.fingerprint, **({} if fit is None else fit.inputs())},
-        plan=stages.plan() if fit is None else fit.plan(),
+        plan=stages.plan() | model.decoder_sizes if fit is None else fit.plan(),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),
@@ -144,12 +145,11 @@ def find_start(
 
 
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:
-    """Copies the auxiliary decoder's weights into the real decoder, if their shapes allow it."""
+    """Copies the auxiliary decoder's weights into the real decoder, if they have counterparts."""
     if model.can_start_warm:
-        model.start_decoder_from_auxiliary()
-        logger.info("the decoder starts from the auxiliary one")
+        logger.info("%s", model.start_decoder_from_auxiliary())
     else:
-        logger.info("the decoder does not start from the auxiliary one: their shapes differ, or it came trained")
+        logger.info("the decoder does not start from the auxiliary one: it is of another kind, or it came trained")
 
 
 def train_stage(
@@ -196,6 +196,8 @@ def train_stage(
             with loop.averaged() as averaged:
                 values = validate(run, averaged, validation_images, loop.step)
                 step.write(values if fit is None else values | fit.validate(averaged, values, loop.step))
+                if stage == 2 and not step.is_last and run.accelerator.is_main_process:
+                    save_newest(averaged, run.folder, loop.step)
     return loop.finished_model()
 
 
@@ -242,8 +244,16 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         vae.save_pretrained(run.output_dir / "vae")
         save_value_range(images.value_range, run.output_dir / "vae")
         logger.info("saved %s", run.output_dir / "vae")
+        if model.is_asymmetric:
+            logger.info(
+                "its decoder is no mirror of its encoder, which no class of diffusers can hold: it is a %s of dae_diffusers. Without this "
+                "package load it with `AutoModel.from_pretrained(%r, trust_remote_code=True)`, whose code lies beside the weights.",
+                *(type(vae).__name__, str(run.output_dir / "vae")),
+            )
         logger.info("next: %s", run.next_command("train_vqgan_prior" if is_vq(vae) else "train_dit", vae="vae"))
         shutil.rmtree(run.folder / "latents", ignore_errors=True)
+        shutil.rmtree(run.folder / NEWEST, ignore_errors=True)
+        join_waiting(run.output_dir, [run.output_dir])
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:
@@ -263,7 +273,9 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
     originals above reconstructions.
     """
     accelerator = run.accelerator
-    psnr, l1, pairs = [], [], []
+    psnr, l1, shown = [], [], {}
+    chosen = images.spread(10)
+    number = accelerator.process_index  # of the image in the data set: a pass deals them out one by one
     counts = diagnostics = None
     if is_vq(model):
         counts = torch.zeros(model.config.num_vq_embeddings, dtype=torch.int64, device=accelerator.device)
@@ -280,10 +292,15 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
             diagnostics.add(mean, std)
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
-        if not pairs:
-            pairs = [pixel_values[:10], reconstruction[:10]]
-    if accelerator.is_main_process:  # another process may have no image at all
-        grid = image_grid(torch.cat(pairs), columns=len(pairs[0]), row_names=["image", "reconstruction"])
+        for pair in zip(pixel_values.cpu(), reconstruction.cpu(), strict=True):
+            if number in chosen:
+                shown[number] = pair
+            number += accelerator.num_processes
+    shown = dict(gather_object(list(shown.items())))
+    if accelerator.is_main_process:
+        rows = [shown[n][row] for row in range(2) for n in chosen]
+        names = {"row_names": ["image", "reconstruction"], "column_names": images.class_names_of(chosen)}
+        grid = image_grid(torch.stack(rows), columns=len(chosen), **names)
         run.log.write_grid(f"reconstruction-stage{model.stage}", grid, step)
     psnr, l1 = gather_object(psnr), gather_object(l1)
     values = {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}

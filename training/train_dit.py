@@ -12,6 +12,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -20,7 +21,6 @@ from torch.utils.data import Dataset
 
 from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.autoencoders.loading import (
-    load_autoencoder,
     num_latent_channels,
     settle_images,
     spatial_factor,
@@ -28,6 +28,7 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
@@ -58,12 +59,11 @@ logger = logging.getLogger(__name__)
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
     accelerator, flow = run.accelerator, config.flow
-    vae = load_autoencoder(config.transformer.vae).to(accelerator.device)
+    autoencoder = GrowingAutoencoder(config.transformer.vae, run.output_dir, accelerator.device)
+    config.hub.check_snapshots(autoencoder.is_finished)
+    config.monitor.check_decoder(autoencoder.is_finished)
+    vae = autoencoder.vae
     train_data, validation_data, training_images = load_data(run, vae)
-    if not has_latent_statistics(vae):
-        logger.info("%s has no latent statistics: computing them over the training data", config.transformer.vae)
-        loader = run.pass_loader(train_data, num_workers=config.data.dataloader_num_workers)
-        write_latent_statistics(vae, loader, accelerator)
     transformer = make_transformer(config, vae, train_data)
     pipeline_of = partial(make_pipeline, vae=vae, data=train_data, shift=flow.timestep_shift)
     if config.optimization.gradient_checkpointing:
@@ -75,6 +75,7 @@ def main(config: TrainDiTConfig) -> None:
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
     )
     start = find_start(run, vae, transformer, train_data, steps)
+    statistics = settle_statistics(run, vae, train_data, start)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
@@ -85,7 +86,7 @@ def main(config: TrainDiTConfig) -> None:
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
-        state={} if monitor is None else {"monitor": monitor.state},
+        state=statistics | ({} if monitor is None else {"monitor": monitor.state}),
     )
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
@@ -117,7 +118,7 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data)
-                draw_samples(run, pipeline_of(model), loop.step)
+                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None and monitor.is_due(loop.step, step.is_last):
             with loop.averaged() as model:
@@ -126,9 +127,29 @@ def main(config: TrainDiTConfig) -> None:
                 loop.stop()
 
     model = loop.finished_model().eval()
-    if accelerator.is_main_process:
+    is_whole = autoencoder.is_finished
+    if accelerator.is_main_process and is_whole:
         save_result(run, pipeline_of(model), monitor)
-    run.finish("pipeline")
+    elif accelerator.is_main_process:
+        is_whole = autoencoder.save_waiting(pipeline_of(model))
+    run.finish("pipeline" if is_whole else None)
+
+
+def settle_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, start: Start) -> dict[str, Any]:
+    """
+    Gives the autoencoder statistics of its latents, unless it has some, and returns the part of a checkpoint's state that keeps
+    them: the run goes on with the same, whatever the autoencoder of a finished stage 2 has then.
+    """
+    kept = start.state.get("latent_statistics")
+    if kept is not None:
+        vae.register_to_config(**kept)
+    elif not has_latent_statistics(vae):
+        logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
+        loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
+        write_latent_statistics(vae, loader, run.accelerator)
+        names = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+        kept = {name: vae.config[name] for name in names}
+    return {} if kept is None else {"latent_statistics": kept}
 
 
 def architecture_of(config: TrainDiTConfig) -> dict[str, int]:

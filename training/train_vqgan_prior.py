@@ -19,11 +19,12 @@ from diffusers import VQModel
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images, spatial_factor
+from dae_diffusers.autoencoders.loading import is_vq, settle_images, spatial_factor
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
@@ -39,7 +40,10 @@ logger = logging.getLogger(__name__)
 def main(config: TrainPriorConfig) -> None:
     run = TrainingRun("train_vqgan_prior", config, one_model=True)
     accelerator = run.accelerator
-    vae = load_vq_model(config).to(accelerator.device)
+    autoencoder = load_vq_model(run)
+    config.hub.check_snapshots(autoencoder.is_finished)
+    config.monitor.check_decoder(autoencoder.is_finished)
+    vae = autoencoder.vae
     with accelerator.main_process_first():
         name = config.prior.vae
         images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
@@ -76,7 +80,7 @@ def main(config: TrainPriorConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, validation_codes)
-                draw_samples(run, pipeline_of(model), loop.step)
+                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None and monitor.is_due(loop.step, step.is_last):
             with loop.averaged() as model:
@@ -85,9 +89,12 @@ def main(config: TrainPriorConfig) -> None:
                 loop.stop()
 
     model = loop.finished_model().eval()
-    if accelerator.is_main_process:
+    is_whole = autoencoder.is_finished
+    if accelerator.is_main_process and is_whole:
         save_result(run, pipeline_of(model), monitor)
-    run.finish("pipeline")
+    elif accelerator.is_main_process:
+        is_whole = autoencoder.save_waiting(pipeline_of(model))
+    run.finish("pipeline" if is_whole else None)
 
 
 def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, steps: int) -> Start:
@@ -125,16 +132,18 @@ def encode_once(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, Imag
     ]
 
 
-def load_vq_model(config: TrainPriorConfig) -> VQModel:
+def load_vq_model(run: TrainingRun) -> GrowingAutoencoder:
     """Loads the autoencoder, and checks that it has codes and fits the images."""
-    vae = load_autoencoder(config.prior.vae)
+    config = run.config
+    autoencoder = GrowingAutoencoder(config.prior.vae, run.output_dir, run.accelerator.device)
+    vae = autoencoder.vae
     if not is_vq(vae):
         raise UserError(
             f"`vae` {config.prior.vae} is of class {type(vae).__name__}, which has no codes. Train one with "
             "`training/train_dae.py --autoencoder vq`, or use training/train_dit.py."
         )
     settle_images(config, vae)
-    return vae
+    return autoencoder
 
 
 def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> LlamaForCausalLM:

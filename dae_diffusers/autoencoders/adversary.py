@@ -18,6 +18,9 @@ from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
 
+# Outside of these, the gradient of a discriminator tells the decoder little.
+LOWEST_ACCURACY, HIGHEST_ACCURACY = 0.6, 0.98
+
 
 @dataclass(frozen=True)
 class AdversarialSettings:
@@ -31,7 +34,7 @@ class AdversarialSettings:
         adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the two gradients' norms at the
             decoder's last layer; 0: no adaptive weight.
         use_augmentation (`bool`): Whether the discriminator sees images through
-            [`~dae_diffusers.losses.adversarial.augment`].
+            [`~dae_diffusers.losses.adversarial.augment`]. It hides the small differences between an image and its reconstruction.
     """
 
     weight: float
@@ -40,7 +43,7 @@ class AdversarialSettings:
     generator_start: int = 0
     ramp_steps: int = 0
     adaptive_weight_cap: float = 100.0
-    use_augmentation: bool = True
+    use_augmentation: bool = False
 
     def weight_at(self, step: int) -> float:
         r"""Weight of the adversarial term in the update from `step` to `step + 1`."""
@@ -155,15 +158,19 @@ class AdversarialTraining:
         }
 
     def warn_if_unbalanced(self, means: dict[str, float], step: int) -> None:
-        r"""Warns once if the logged means show that the discriminator has won or collapsed."""
+        r"""Warns once if the logged means show that the discriminator has won, or that it cannot discriminate."""
         accuracy = means.get("train/discriminator_accuracy")
         if accuracy is None or self._has_warned or step < self.settings.generator_start + 100:
             return
-        spread = means["train/logits_real"] - means["train/logits_fake"]
-        if accuracy > 0.98:
+        if accuracy > HIGHEST_ACCURACY:
             reason, advice = "has won", "lower `--discriminator_learning_rate` or `--adversarial_weight`"
-        elif abs(spread) < 1e-3:
-            reason, advice = "has collapsed", "raise `--discriminator_learning_rate` or start it earlier"
+        elif accuracy < LOWEST_ACCURACY:
+            reason = "cannot discriminate"
+            advice = "raise `--discriminator_learning_rate`, let it learn longer first (`--adversarial_start`), " + (
+                "leave out `--discriminator_augmentation`"
+                if self.settings.use_augmentation
+                else "or leave out the adversarial loss if you cannot tell the images apart either"
+            )
         else:
             return
         self._has_warned = True
@@ -182,7 +189,9 @@ class AdversarialTraining:
         return augment(images.float()) if self.settings.use_augmentation else images
 
 
-def make_adversary(run: TrainingRun, weight: float, number: int) -> AdversarialTraining | None:
+def make_adversary(
+    run: TrainingRun, weight: float, number: int, *, augments: bool | None = None
+) -> AdversarialTraining | None:
     r"""
     A discriminator with its optimiser, or None for a weight of 0.
 
@@ -190,6 +199,7 @@ def make_adversary(run: TrainingRun, weight: float, number: int) -> AdversarialT
         run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `optimization` and `run` in its config.
         weight (`float`): Of the adversarial term.
         number (`int`): Tells the discriminators of a run apart: their first weights differ.
+        augments (`bool`, *optional*): Whether it sees augmented images; default: as the settings say.
     """
     if weight == 0:
         return None
@@ -217,6 +227,7 @@ def make_adversary(run: TrainingRun, weight: float, number: int) -> AdversarialT
         losses.adversarial_start,
         losses.adversarial_ramp_steps,
         losses.adaptive_weight_cap,
+        losses.discriminator_augmentation if augments is None else augments,
     )
     max_grad_norm = config.optimization.max_grad_norm
     return AdversarialTraining(

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 
+from dae_diffusers.autoencoder_dae_asymmetric import DAEAsymmetricAutoencoderKL, make_decoder
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType
 
@@ -38,6 +39,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_layers_per_block (`int`, *optional*, defaults to 0): `layers_per_block` of `shallow`.
         auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the weights of the
             auxiliary one. False for a real decoder that is already trained.
+        decoder_block_out_channels, decoder_layers_per_block (*optional*): Size of the real decoder, as in
+            [`~dae_diffusers.DAEAsymmetricAutoencoderKL`]; by default it mirrors the encoder. The auxiliary decoder always does.
         latents_mean, latents_std (`list[float]` of length `latent_channels`, *optional*):
             Statistics of the raw latents over the training set, with `scaling_factor = 1.0`.
 
@@ -45,6 +48,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
     """
 
     _diffusers_class = AutoencoderKL
+    _asymmetric_class = DAEAsymmetricAutoencoderKL
     _latent_children = ("encoder", "quant_conv")
 
     @register_to_config
@@ -73,6 +77,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_channel_multiplier: float = 0.25,
         auxiliary_layers_per_block: int = 0,
         auxiliary_warm_start: bool = True,
+        decoder_block_out_channels: tuple[int, ...] | None = None,
+        decoder_layers_per_block: int | None = None,
     ):
         super().__init__(
             in_channels=in_channels,
@@ -95,6 +101,8 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
             mid_block_add_attention=mid_block_add_attention,
         )
         self.auxiliary_decoder = self._make_auxiliary_decoder(use_post_quant_conv=use_post_quant_conv)
+        if self.is_asymmetric:  # last: stage 1 begins with the same weights as without it
+            self.decoder = make_decoder(self.config)
 
     def forward(
         self,

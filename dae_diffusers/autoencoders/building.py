@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
+from dae_diffusers.autoencoders.settings import check_decoder_widths
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
 
@@ -49,6 +50,7 @@ def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None
         mid_block_add_attention=sizes.mid_block_add_attention,
         sample_size=config.data.resolution,
         **config.stages.auxiliary_settings(),
+        **sizes.decoder_sizes(),
     )
 
 
@@ -64,8 +66,12 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
         )
     settle_images(config, vae)
     vae.register_to_config(sample_size=config.data.resolution)
+    sizes = config.autoencoder.decoder_sizes()
     try:
-        return model_class.from_diffusers(vae, **config.stages.auxiliary_settings())
+        check_decoder_widths(
+            sizes.get("decoder_block_out_channels"), vae.config.block_out_channels, vae.config.norm_num_groups
+        )
+        return model_class.from_diffusers(vae, **config.stages.auxiliary_settings(), **sizes)
     except ValueError as error:  # an auxiliary decoder that does not fit this architecture
         raise UserError(str(error)) from None
 
@@ -89,4 +95,13 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
     settle_images(config, model)
     model.register_to_config(sample_size=config.data.resolution)
-    return model
+    sizes = config.autoencoder.decoder_sizes()
+    if not sizes:
+        return model
+    try:
+        check_decoder_widths(
+            sizes["decoder_block_out_channels"], model.config.block_out_channels, model.config.norm_num_groups
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model.with_decoder(**sizes)

@@ -1,11 +1,16 @@
 """What makes an autoencoder decoupled: the two stages, what each of them trains, and the conversion to plain diffusers."""
 
-from typing import Literal
+import logging
+from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoder
+
+logger = logging.getLogger(__name__)
+
+_DECODER_SIZES = ("decoder_block_out_channels", "decoder_layers_per_block")
 
 
 class DecoupledAutoencoderMixin:
@@ -29,13 +34,16 @@ class DecoupledAutoencoderMixin:
     # Modules that define the latent space (set by subclasses), and modules that turn latents into images.
     _latent_children: tuple[str, ...]
     _decoder_children: tuple[str, ...] = ("post_quant_conv", "decoder")
+    # The class of the plain model, and of the one whose decoder has a size of its own.
+    _diffusers_class: type[ModelMixin]
+    _asymmetric_class: type[ModelMixin]
     # Prefixes of config fields that the plain model does not have.
     _own_config: tuple[str, ...] = ("auxiliary_",)
 
     stage: Literal[1, 2, 3] | None = None
 
     @classmethod
-    def from_diffusers(cls, vae: ModelMixin, **auxiliary) -> "DecoupledAutoencoderMixin":
+    def from_diffusers(cls, vae: ModelMixin, **settings) -> "DecoupledAutoencoderMixin":
         r"""
         Makes a model with the architecture and weights of a trained autoencoder, and a fresh auxiliary decoder.
 
@@ -43,18 +51,46 @@ class DecoupledAutoencoderMixin:
             vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): A model of the class that this one extends. The statistics
                 of its latents are not copied, since they may change. A codebook becomes one that is learnt by gradient. Stage 2
                 fine-tunes its decoder (`auxiliary_warm_start` is False).
-            auxiliary: The arguments of this class that begin with `auxiliary_`.
+            settings: The arguments of this class that begin with `auxiliary_` or `decoder_`. A decoder of another size gets the weights
+                whose shapes fit.
 
         Returns:
             A model of this class.
         """
-        config = {name: value for name, value in vae.config.items() if name not in ("latents_mean", "latents_std")}
-        model = cls.from_config({**config, **auxiliary, "auxiliary_warm_start": False})
-        missing, unexpected = model.load_state_dict(vae.state_dict(), strict=False)
-        strange = [name for name in missing if not name.startswith("auxiliary_decoder.")] + list(unexpected)
+        left_out = ("latents_mean", "latents_std", "auto_map")
+        config = {name: value for name, value in vae.config.items() if name not in left_out}
+        model = cls.from_config(config, **{**settings, "auxiliary_warm_start": False})
+        missing = [name for name in _take_fitting(model, vae.state_dict()) if not name.startswith("auxiliary_decoder.")]
+        may_differ = ("decoder.",) if settings.keys() & set(_DECODER_SIZES) else ()
+        strange = [name for name in missing if not name.startswith(may_differ)] if may_differ else missing
         if strange:
             raise ValueError(f"the autoencoder does not fit its own config: {strange[:5]}.")
+        if missing:
+            logger.info("%s", _describe_missing(model, missing, "the autoencoder to start from"))
         return model
+
+    def with_decoder(self, **sizes: Any) -> "DecoupledAutoencoderMixin":
+        r"""
+        A copy with a fresh real decoder of another size.
+
+        Args:
+            sizes: `decoder_block_out_channels`, `decoder_layers_per_block` or both.
+        """
+        model = type(self).from_config(self.config, **sizes)
+        decoder = tuple(f"{name}." for name in self._decoder_children)
+        _take_fitting(model, {name: value for name, value in self.state_dict().items() if not name.startswith(decoder)})
+        return model
+
+    @property
+    def decoder_sizes(self) -> dict[str, Any]:
+        r"""The size of the real decoder where it is no mirror of the encoder, as arguments of the constructor; None: as the encoder."""
+        sizes = {name: self.config[name] for name in _DECODER_SIZES}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+
+    @property
+    def is_asymmetric(self) -> bool:
+        r"""Whether the real decoder has a size of its own."""
+        return any(value is not None for value in self.decoder_sizes.values())
 
     def _make_auxiliary_decoder(
         self, *, use_post_quant_conv: bool = True, code_channels: int | None = None
@@ -144,12 +180,16 @@ class DecoupledAutoencoderMixin:
             return self.auxiliary_decoder(latents)
         return self.decode(latents).sample
 
-    def start_decoder_from_auxiliary(self) -> None:
+    def start_decoder_from_auxiliary(self) -> str:
         r"""
-        Copies the auxiliary decoder's weights into the real decoder, to start stage 2 warm.
+        Copies the auxiliary decoder's weights into the real decoder, to start stage 2 warm: all of them, or those whose shapes fit
+        a real decoder of another size.
+
+        Returns:
+            `str`: What was copied, as a sentence without a full stop.
 
         Raises:
-            ValueError: If their shapes differ, there is no auxiliary decoder, or the real one is already trained.
+            ValueError: If there is no auxiliary decoder of that kind, or the real one is already trained.
         """
         if not self.can_start_warm:
             raise ValueError(
@@ -157,19 +197,31 @@ class DecoupledAutoencoderMixin:
                 "`auxiliary_decoder_type` same, dropout and prefix, and with `auxiliary_warm_start`; this model has "
                 f"{self.config.auxiliary_decoder_type!r} and {self.config.auxiliary_warm_start}."
             )
-        self.decoder.load_state_dict(self.auxiliary_decoder.decoder.state_dict())
-        if self.post_quant_conv is not None:
-            self.post_quant_conv.load_state_dict(self.auxiliary_decoder.post_quant_conv.state_dict())
+        left = _take_fitting(self, self.auxiliary_decoder.state_dict())
+        decoder = tuple(f"{name}." for name in self._decoder_children)
+        missing = [name for name in left if name.startswith(decoder)]
+        return (
+            _describe_missing(self, missing, "the auxiliary one")
+            if missing
+            else "the decoder starts from the auxiliary one"
+        )
 
     def to_diffusers(self) -> ModelMixin:
         r"""
         Makes the plain diffusers model to publish: same encoder, same real decoder, same config, no auxiliary decoder.
 
         Returns:
-            [`~diffusers.ModelMixin`]: A copy, of the parent class, in eval mode, on the same device, in the same dtype.
+            [`~diffusers.ModelMixin`]: A copy, in eval mode, on the same device, in the same dtype. It is of the parent class, or, with
+            a decoder of another size than the encoder's mirror, of [`~dae_diffusers.DAEAsymmetricAutoencoderKL`] or
+            [`~dae_diffusers.DAEAsymmetricVQModel`], whose code is saved beside the weights.
         """
-        config = {name: value for name, value in self.config.items() if not name.startswith(self._own_config)}
-        plain = self._diffusers_class.from_config(config).to(self.device)
+        own = self._own_config if self.is_asymmetric else (*self._own_config, *_DECODER_SIZES)
+        config = {name: value for name, value in self.config.items() if not name.startswith(own)}
+        for name in ("latents_mean", "latents_std"):  # a VQModel takes note of them, but warns of their absence
+            if config.get(name) is None:
+                config.pop(name, None)
+        plain_class = self._asymmetric_class if self.is_asymmetric else self._diffusers_class
+        plain = plain_class.from_config(config).to(self.device)
         if self.dtype != plain.dtype:
             plain = plain.to(self.dtype)
         plain.load_state_dict(self._plain_state_dict())
@@ -184,3 +236,20 @@ class DecoupledAutoencoderMixin:
         if self.stage == 1 and self.is_decoupled:
             return self._decoder_children
         return ()
+
+
+def _take_fitting(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Loads the weights whose name and shape the model has, and returns the names of the others in the model."""
+    own = model.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def _describe_missing(model: DecoupledAutoencoderMixin, missing: list[str], source: str) -> str:
+    children = tuple(f"{name}." for name in model._decoder_children)
+    total = sum(name.startswith(children) for name in model.state_dict())
+    return (
+        f"the decoder takes {total - len(missing)} of its {total} tensors from {source}; the others, such as {missing[0]}, have no "
+        "counterpart of their shape and start at random"
+    )

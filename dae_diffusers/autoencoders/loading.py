@@ -7,18 +7,24 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
+from dae_diffusers.autoencoder_dae_asymmetric import DAEAsymmetricAutoencoderKL, DAEAsymmetricVQModel
+from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
 from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-# Only the plain half of a DAEAutoencoderKL is loaded too.
 _CLASSES = {
-    "AutoencoderKL": AutoencoderKL,
-    "DAEAutoencoderKL": AutoencoderKL,
-    "VQModel": VQModel,
-    "DAEVQModel": DAEVQModel,
+    each.__name__: each
+    for each in (
+        AutoencoderKL,
+        DAEAutoencoderKL,
+        DAEAsymmetricAutoencoderKL,
+        VQModel,
+        DAEVQModel,
+        DAEAsymmetricVQModel,
+    )
 }
 
 
@@ -35,26 +41,41 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     Raises:
         UserError: If there is no autoencoder, or it is damaged.
     """
+    model = load_any_autoencoder(name_or_path)
+    if is_from_stage1(model):
+        logger.warning(
+            "%s holds the model of a stage 1: its latents are final, but its decoder has not been trained (unless a "
+            "stage 2 followed). Train it with `train_dae.py --stage 2`, or give the `vae` folder of its run.",
+            name_or_path,
+        )
+    return as_plain(model)
+
+
+def load_any_autoencoder(name_or_path: str, *, takes_stage1: bool = False) -> AutoencoderKL | VQModel:
+    r"""
+    Loads an autoencoder as [`load_autoencoder`] does, but as the class that it was saved as: that of a stage 1 has its auxiliary
+    decoder.
+
+    Args:
+        name_or_path (`str`): As in [`load_autoencoder`].
+        takes_stage1 (`bool`, *optional*, defaults to `False`): Whether `stage1/` counts too, where there is no `vae/`.
+
+    Raises:
+        UserError: If there is no autoencoder, or it is damaged.
+    """
     reason = None
-    for subfolder in (None, "vae"):
+    for subfolder in (None, "vae", "stage1") if takes_stage1 else (None, "vae"):
         config = None
         try:
             config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
             class_name = config.get("_class_name", "AutoencoderKL")
             if class_name not in _CLASSES:
                 raise ValueError(f"its class is {class_name}.")
-            if config.get("auxiliary_decoder_type") not in (None, "none"):
-                logger.warning(
-                    "%s holds the model of a stage 1: its latents are final, but its decoder has not been trained (unless a "
-                    "stage 2 followed). Train it with `train_dae.py --stage 2`, or give the `vae` folder of its run.",
-                    name_or_path,
-                )
             vae_class = _CLASSES[class_name]
             vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             check_has_weights(vae)
             if subfolder is not None:
                 logger.info("the autoencoder is `%s` of %s", subfolder, name_or_path)
-            vae = vae.to_diffusers() if isinstance(vae, DAEVQModel) else vae
             return vae.eval().requires_grad_(False)
         except Exception as error:  # a damaged config.json can fail in any way
             if reason is None or config is not None:  # that of the place where there is something
@@ -63,6 +84,17 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Give the folder or Hub id of a diffusers "
         "`AutoencoderKL` or `VQModel`, such as the folder `vae/` that training/train_dae.py writes."
     )
+
+
+def is_from_stage1(model: ModelMixin) -> bool:
+    r"""Whether the model was saved by a stage 1: its latents are final, its real decoder is not trained."""
+    return getattr(model, "auxiliary_decoder", None) is not None
+
+
+def as_plain(model: ModelMixin) -> AutoencoderKL | VQModel:
+    r"""The model as a class that loads without a stage, frozen; itself if it is one."""
+    plain = model.to_diffusers() if hasattr(model, "to_diffusers") else model
+    return plain.eval().requires_grad_(False)
 
 
 def is_vq(vae: ModelMixin) -> bool:

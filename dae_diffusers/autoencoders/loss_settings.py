@@ -35,7 +35,12 @@ class LossConfig:
         3, "strided layers of the PatchGAN; with 3, a logit sees 70x70 pixels", at_least=1, advanced=True
     )
     discriminator_learning_rate: float = field(
-        2e-4, "constant learning rate of the discriminator", above=0, advanced=True
+        5e-4, "constant learning rate of the discriminator", above=0, advanced=True
+    )
+    discriminator_augmentation: bool = field(
+        False,
+        "show the discriminator images and reconstructions augmented (DiffAug); for few images, since it hides small differences",
+        advanced=True,
     )
     discriminator_start: int = field(
         0, "step of the stage at which the discriminator begins to learn", at_least=0, advanced=True

@@ -29,6 +29,19 @@ class AutoencoderConfig:
     layers_per_block: int = field(
         1, "residual blocks at each resolution of the encoder; the decoder has one more", at_least=1, advanced=True
     )
+    decoder_block_out_channels: list[int] = field(
+        [],
+        "channels per resolution of the real decoder, if it is to be larger or smaller than the encoder's mirror; stage 1 stays the "
+        "same; default: `--block_out_channels`",
+        at_least=1,
+        advanced=True,
+    )
+    decoder_layers_per_block: int | None = field(
+        None,
+        "residual blocks at each resolution of the real decoder, minus one; default: `--layers_per_block`",
+        at_least=0,
+        advanced=True,
+    )
     latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1)
     norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True)
     mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True)
@@ -40,6 +53,14 @@ class AutoencoderConfig:
                 f"`block_out_channels` {self.block_out_channels} must all be multiples of `norm_num_groups` "
                 f"{self.norm_num_groups}; {bad} are not."
             )
+
+    def decoder_sizes(self) -> dict[str, Any]:
+        """The arguments of an autoencoder's constructor that give the real decoder a size of its own; empty where none is asked for."""
+        sizes = {
+            "decoder_block_out_channels": tuple(self.decoder_block_out_channels) or None,
+            "decoder_layers_per_block": self.decoder_layers_per_block,
+        }
+        return sizes if any(value is not None for value in sizes.values()) else {}
 
     @property
     def spatial_factor(self) -> int:
@@ -328,4 +349,22 @@ def check_quantizer(
         raise ValueError(
             f"the levels {list(fsq_levels)} make {math.prod(fsq_levels)} codes of dimension {len(fsq_levels)}, not "
             f"{num_codes} of dimension {dim}."
+        )
+
+
+def check_decoder_widths(
+    widths: tuple[int, ...] | None, block_out_channels: tuple[int, ...], norm_num_groups: int
+) -> None:
+    r"""Raises `ValueError` for widths of a decoder that do not fit the encoder."""
+    if not widths:
+        return
+    if len(widths) != len(block_out_channels):
+        raise ValueError(
+            f"`decoder_block_out_channels` {list(widths)} must have as many widths as the encoder has resolutions: "
+            f"{len(block_out_channels)}, {list(block_out_channels)}."
+        )
+    bad = [width for width in widths if width % norm_num_groups]
+    if bad:
+        raise ValueError(
+            f"`decoder_block_out_channels` {list(widths)} must all be multiples of `norm_num_groups` {norm_num_groups}; {bad} are not."
         )

@@ -8,6 +8,7 @@ from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 
+from dae_diffusers.autoencoder_dae_asymmetric import DAEAsymmetricVQModel, make_decoder
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer, Quantization
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, QuantizerType
@@ -48,6 +49,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             the dimension of the codes.
         auxiliary_decoder_type, auxiliary_dropout, auxiliary_channel_multiplier, auxiliary_layers_per_block, auxiliary_warm_start:
             As in [`~dae_diffusers.DAEAutoencoderKL`].
+        decoder_block_out_channels, decoder_layers_per_block (*optional*): As in [`~dae_diffusers.DAEAutoencoderKL`].
         latents_mean, latents_std (`list[float]`, *optional*):
             Statistics of the latents before quantisation over the training set, with `scaling_factor = 1.0`.
 
@@ -55,6 +57,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
     """
 
     _diffusers_class = VQModel
+    _asymmetric_class = DAEAsymmetricVQModel
     _latent_children = ("encoder", "quant_conv", "quantize")
     _own_config = ("auxiliary_", "quantizer_")
     _supports_gradient_checkpointing = True
@@ -90,6 +93,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         auxiliary_channel_multiplier: float = 0.25,
         auxiliary_layers_per_block: int = 0,
         auxiliary_warm_start: bool = True,
+        decoder_block_out_channels: tuple[int, ...] | None = None,
+        decoder_layers_per_block: int | None = None,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
     ):
@@ -129,6 +134,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             fsq_levels=quantizer_fsq_levels,
         )
         self.auxiliary_decoder = self._make_auxiliary_decoder(code_channels=code_channels)
+        if self.is_asymmetric:  # last: stage 1 begins with the same weights as without it
+            self.decoder = make_decoder(self.config)
 
     def forward(
         self,

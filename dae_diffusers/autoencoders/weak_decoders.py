@@ -14,8 +14,9 @@ class AuxiliaryDecoder(nn.Module):
     r"""
     The decoder that trains the encoder in stage 1 and is discarded afterwards.
 
-    Its structure is that of the real decoder: an optional 1x1 `post_quant_conv`, then a decoder. With `decoder_type="same"`
-    the two have the same architecture.
+    Its structure is that of a real decoder that mirrors the encoder: an optional 1x1 `post_quant_conv`, then a decoder. With
+    `decoder_type="same"` it is that mirror. A real decoder of another size changes nothing here, so that one stage 1 serves real
+    decoders of several sizes.
 
     Args:
         decoder_type (`str`): What makes it weak.
@@ -29,7 +30,7 @@ class AuxiliaryDecoder(nn.Module):
         code_channels (`int`, *optional*): Channels of the input where `post_quant_conv` changes their number (`VQModel`).
         out_channels (`int`): Channels of the image.
         up_block_types, block_out_channels, layers_per_block, norm_num_groups, act_fn, mid_block_add_attention:
-            As in `AutoencoderKL`: the real decoder's.
+            As in `AutoencoderKL`: those of the encoder's mirror.
         use_post_quant_conv (`bool`): Whether the real decoder has a 1x1 convolution before it.
         dropout (`float`): Rate in [0, 1) of `dropout`.
         channel_multiplier (`float`): Factor in (0, 1] of `narrow`.

@@ -1,1 +1,1 @@
-"""The complexity distance: how well small generators turn latents into images."""
+"""The complexity distance: how well small generators, trained for a short time, model a latent space."""

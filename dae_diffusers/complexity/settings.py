@@ -1,56 +1,55 @@
-"""How the complexity distance is measured."""
+"""How the complexity distance is measured. Needs no torch."""
 
-from typing import Literal
+import itertools
 
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
-ComplexityForm = Literal["paired", "unpaired"]
-
-# The value that ranks each form: a share of the data's variance, or of its standard deviation.
-HEADLINES = {"paired": "variance_left", "unpaired": "std_left"}
-
 
 @settings
 class ComplexityConfig:
-    """Complexity distance (compare numbers only if everything here but `forms`, `capacities` and `seeds` is the same)."""
+    """Pilots (compare numbers only if everything here is the same)."""
 
-    forms: list[str] = field(["paired", "unpaired"], "`paired`, `unpaired` or both")
-    capacities: list[int] = field([0, 4, 16, 64], "widths of the generators' hidden layers; 0 is the linear generator")
-    seeds: list[int] = field([0, 1, 2], "one generator of each width is trained for each seed")
-    batch_size: int = field(64, "images in a batch of the generators' training", at_least=1, advanced=True)
-    paired_steps: int = field(
-        400, "steps of a generator in the paired form (none for width 0, which is solved)", at_least=1, advanced=True
-    )
-    paired_learning_rate: float = field(
-        5e-3,
-        "learning rate in the paired form (Adam): constant for half of the steps, then linear to 0",
-        above=0,
-        advanced=True,
-    )
-    unpaired_steps: int = field(150, "steps of a generator in the unpaired form", at_least=1, advanced=True)
-    critic_steps: int = field(3, "steps of the critic for each step of the generator", at_least=1, advanced=True)
-    unpaired_learning_rate: float = field(
-        2e-3,
-        "learning rate of generator and critic in the unpaired form, on the same schedule",
-        above=0,
-        advanced=True,
-    )
-    critic_width: int = field(
-        16, "channels of the critic's first layer; later ones have up to four times as many", at_least=1, advanced=True
-    )
-    gradient_penalty: float = field(1.0, "weight of the penalty on the critic's slope", above=0, advanced=True)
-    evaluation_steps: int = field(200, "steps of the fresh critic that judges the generator", at_least=1, advanced=True)
+    widths: list[int] = field([64, 128, 256], "widths of the pilot transformers, multiples of 4", at_least=4)
+    pilot_seeds: list[int] = field([0], "one pilot of each width is trained for each seed", at_least=0)
+    pilot_steps: list[int] = field([400], "optimiser steps of the pilots, one or more lengths", at_least=1)
+    pilot_layers: int = field(4, "transformer blocks of a pilot", at_least=1, advanced=True)
+    patch_size: int = field(2, "patch size of a pilot", at_least=1, advanced=True)
+    train_batch_size: int = field(64, "images in a batch of the training", at_least=1, advanced=True)
+    learning_rate: float = field(1e-3, "peak learning rate of a pilot", above=0, advanced=True)
+    num_images: int = field(2000, "images that a pilot draws, and training images to compare with", at_least=2)
+    num_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
+    refit_steps: int = field(
+        0, "train the decoder on for so many steps first, the encoder frozen: decoders of several autoencoders become alike",
+        at_least=0,
+    )  # fmt: skip
 
     def __post_init__(self):
-        for name in ("forms", "capacities", "seeds"):
+        for name in ("widths", "pilot_steps", "pilot_seeds"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or not values or len(set(values)) != len(values):
                 raise ConfigError(f"`{name}` is {values!r}, but must be one or more different values.")
-        for form in self.forms:
-            if form not in HEADLINES:
-                raise ConfigError(f"`forms` holds {form!r}, but must hold some of {sorted(HEADLINES)}.")
-        for name in ("capacities", "seeds"):
-            for value in getattr(self, name):
-                if not isinstance(value, int) or value < 0:
-                    raise ConfigError(f"`{name}` holds {value!r}, but must hold integers of at least 0.")
+        for width in self.widths:
+            if not isinstance(width, int) or width % 4:
+                raise ConfigError(f"`widths` holds {width!r}, but must hold multiples of 4 (rotary positions).")
+
+    def pilots(self) -> dict[str, tuple[int, int, int]]:
+        """Width, steps and seed of each pilot, by its name."""
+        every = itertools.product(self.widths, self.pilot_steps, self.pilot_seeds)
+        return {"width-{}-steps-{}-seed-{}".format(*pilot): pilot for pilot in every}
+
+    def transformer(self, width: int, steps: int) -> dict[str, int | float]:
+        """The flags of `train_dit.py` for a pilot."""
+        heads = width // 64 if width % 64 == 0 else 1
+        return {
+            "patch_size": self.patch_size,
+            "num_layers": self.pilot_layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": width // heads,
+            "train_batch_size": self.train_batch_size,
+            "learning_rate": self.learning_rate,
+            "ema_decay": 0.99,
+            "max_train_steps": steps,
+            "num_sample_images": 1,  # nobody looks at its grid
+            "sample_steps": 1,
+        }

@@ -184,6 +184,14 @@ class ImageDataset(BatchDataset):
         r"""At most `limit` of the images, in order: a fixed random choice, because data may be sorted by class."""
         return self._select(choose_indices(len(self), limit), self.depth)
 
+    def spread(self, count: int) -> list[int]:
+        r"""The numbers of at most `count` images to show: evenly over the classes and within each, in the order of the classes."""
+        return spread_over_classes(self.labels or [0] * len(self), count)
+
+    def class_names_of(self, indices: Sequence[int]) -> list[str] | None:
+        r"""The name of each image's class; None without classes."""
+        return None if self.id2label is None else [self.id2label[self.labels[index]] for index in indices]
+
     def _select(self, indices: Sequence[int], depth: Depth | None) -> "ImageDataset":
         if len(indices) == len(self):
             return self
@@ -226,6 +234,25 @@ class ImageDataset(BatchDataset):
 def choose_indices(count: int, limit: int) -> np.ndarray:
     r"""`min(count, limit)` ascending indices below `count`: all of them, or a random choice that is always the same."""
     return np.sort(np.random.default_rng(0).permutation(count)[:limit]) if limit < count else np.arange(count)
+
+
+def spread_over_classes(labels: Sequence[int], count: int) -> list[int]:
+    r"""
+    The places of at most `count` labels: as many of each class as of any other, while it has that many, evenly over its places. If
+    there are more classes than `count`, every so many-th class has one.
+    """
+    places = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
+    places = [places[n] for n in _evenly(len(places), count)]
+    shares = [0] * len(places)
+    while sum(shares) < min(count, sum(map(len, places))):
+        smallest = min((n for n in range(len(places)) if shares[n] < len(places[n])), key=shares.__getitem__)
+        shares[smallest] += 1
+    return [int(each[n]) for each, share in zip(places, shares, strict=True) for n in _evenly(len(each), share)]
+
+
+def _evenly(count: int, limit: int) -> np.ndarray:
+    """At most `limit` ascending numbers below `count`, evenly spaced."""
+    return np.arange(min(count, limit)) * count // max(1, min(count, limit))
 
 
 def encoded_sizes(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:

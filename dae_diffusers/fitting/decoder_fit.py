@@ -236,7 +236,7 @@ class DecoderFit:
                 self.moments.start(drawn_features)
             run.accelerator.prepare_model(self.moments, evaluation_mode=True)  # so that checkpoints hold them
         else:
-            self.adversary = make_adversary(run, settings.generated_weight, 3)
+            self.adversary = make_adversary(run, settings.generated_weight, 3, augments=True)  # no pairs
 
     @property
     def beside(self) -> list[torch.nn.Module]:

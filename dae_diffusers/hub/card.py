@@ -199,6 +199,7 @@ def make_card(
         pipeline_class=result.index.get("_class_name"),
         call=_example_call(result, generator),
         vae_class=result.vae_config.get("_class_name"),
+        vae_code=_vae_code(result),
         latent=_latent_description(result),
         auxiliary_decoder=auxiliary_decoder,
         is_decoupled=is_decoupled,
@@ -315,6 +316,12 @@ def _data_description(script: Script | None) -> dict[str, Any]:
     if name and re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name) and not Path(name).exists():
         return {**described, "id": name, "name": name}
     return {**described, "type": "imagefolder", "name": f"images of the author ({name or config['train_data_dir']})"}
+
+
+def _vae_code(result: Result) -> str | None:
+    """The file beside the autoencoder's weights that holds its class, where that is not diffusers' own."""
+    names = (result.vae_config.get("auto_map") or {}).values()
+    return next((f"{name.partition('.')[0]}.py" for name in names), None)
 
 
 def _latent_description(result: Result) -> dict[str, Any]:

@@ -15,8 +15,13 @@ from dae_diffusers.store import read_json, read_rows
 
 PIPELINE_INDEX = "model_index.json"
 
-# The scripts, in the order in which they run. Each has a folder of its name in the output folder.
-_SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior", "train_dae_stage3")
+# The scripts, in the order in which they run, and what their curves show. Each has a folder of its name in the output folder.
+_SCRIPTS = {
+    "train_dae": "Training of the autoencoder",
+    "train_dit": "Training of the generator",
+    "train_vqgan_prior": "Training of the generator",
+    "train_dae_stage3": "Training of the decoder on what the generator draws",
+}
 
 # Flags for the machine and for publishing, which do not describe the model.
 _NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
@@ -217,7 +222,7 @@ def _describe(result: Result, *, is_run: bool) -> Result:
         used = _read_yaml(path / "config.yaml").get("pipeline")
         other = Path(used).resolve().parent if used and Path(used).is_dir() else result.folder
         if other.resolve() != result.folder.resolve():
-            folders[:0] = [other / name for name in _SCRIPTS[:-1] if _is_script(other / name)]
+            folders[:0] = [other / name for name in list(_SCRIPTS)[:-1] if _is_script(other / name)]
     for path in folders:
         if result.pipeline is None and path.name != "train_dae":
             continue
@@ -290,7 +295,7 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         nearest = sorted(evaluation.glob("nearest-*.png"))
         add("nearest.png", nearest[0] if nearest else None, "Samples above their nearest training images")
     for name, script in result.scripts.items():
-        add(f"{name}_curves.png", script.folder / "curves.png", f"Training: {name}")
+        add(f"{name}_curves.png", script.folder / "curves.png", _SCRIPTS[name])
     return pictures
 
 

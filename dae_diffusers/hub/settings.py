@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from dae_diffusers.errors import ConfigError
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.settings import field, settings
 
@@ -25,3 +26,10 @@ class HubConfig:
     def __post_init__(self):
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "hub_model_id")
+
+    def check_snapshots(self, has_decoder: bool) -> None:
+        """Checks that what is published during training can be decoded."""
+        if self.push_to_hub and self.hub_strategy == "every_save" and not has_decoder:
+            raise ConfigError(
+                "`hub_strategy every_save` does not go with the `vae` of a stage 1, whose decoder is not finished; use `end`."
+            )

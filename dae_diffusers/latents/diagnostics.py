@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dae_diffusers.store import finite_or_none
 
@@ -333,6 +334,11 @@ def plot_latent_space(diagnostics: LatentDiagnostics, path: str | Path) -> None:
         diagnostics ([`LatentDiagnostics`]): The diagnostics to draw.
         path (`str` or `Path`): The PNG to write.
     """
+    figure_of_latent_space(diagnostics).savefig(path, dpi=110)
+
+
+def figure_of_latent_space(diagnostics: LatentDiagnostics) -> Figure:
+    r"""Makes the figure that [`plot_latent_space`] saves."""
     figure = Figure(figsize=(15, 3.4), layout="constrained")
     channels, power, directions = figure.subplots(1, 3)
     numbers = range(diagnostics.shape[0])
@@ -360,7 +366,9 @@ def plot_latent_space(diagnostics: LatentDiagnostics, path: str | Path) -> None:
     for axis in (channels, power, directions):
         axis.tick_params(labelsize=8)
         axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110)
+    for axis in (channels, directions):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
 
 
 def linear_probe_accuracy(

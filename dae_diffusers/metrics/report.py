@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dae_diffusers.autoencoders.loading import encode_moments
 from dae_diffusers.data import ImageDataset
@@ -156,6 +157,8 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     scale_axis(axis, [row[distance] for row in rows])
     axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
     axis.set_ylabel(with_arrow(distance))
+    if along == "num_inference_steps":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -164,11 +167,17 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 @torch.no_grad()
 def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, count: int = 12) -> None:
     r"""Draws held-out images, their reconstructions, and four times the difference (gray: no difference)."""
-    pixel_values = torch.stack([images[n]["pixel_values"] for n in range(min(count, len(images)))])
+    chosen = images.spread(count)
+    pixel_values = torch.stack([images[n]["pixel_values"] for n in chosen])
     mean, _ = encode_moments(vae, pixel_values.to(vae.device))
     reconstruction = vae.decode(mean).sample.float().cpu().clamp(-1, 1)
     rows = torch.cat([pixel_values, reconstruction, 4 * (reconstruction - pixel_values)])
-    image_grid(rows, columns=len(pixel_values)).save(path)
+    image_grid(
+        rows,
+        columns=len(chosen),
+        row_names=["image", "reconstruction", "4 x difference"],
+        column_names=images.class_names_of(chosen),
+    ).save(path)
 
 
 def save_grids(
@@ -178,11 +187,15 @@ def save_grids(
     num_classes: int | None,
     train: ImageDataset,
     neighbors: torch.Tensor,
+    class_names: list[str] | None = None,
 ) -> None:
-    r"""Saves a grid of samples, and a grid of twelve samples above their nearest training images."""
+    r"""Saves a grid of samples, a column for each of few classes, and a grid of twelve samples above their nearest training images."""
     columns = num_classes if num_classes is not None and num_classes <= 20 else 10
     few = samples[: 8 * columns].float() / 127.5 - 1
-    image_grid(few, columns=columns).save(folder / f"samples-{name}.png")
+    image_grid(few, columns=columns, column_names=class_names if columns == num_classes else None).save(
+        folder / f"samples-{name}.png"
+    )
     few = few[:12]
     nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
-    image_grid(torch.cat([few, nearest]), columns=len(few)).save(folder / f"nearest-{name}.png")
+    rows = torch.cat([few, nearest])
+    image_grid(rows, columns=len(few), row_names=["sample", "nearest"]).save(folder / f"nearest-{name}.png")

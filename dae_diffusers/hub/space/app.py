@@ -7,6 +7,9 @@ The model is the environment variable `MODEL`, or else the first of `models:` in
 import inspect
 import math
 import os
+import random
+import re
+import tempfile
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +25,25 @@ MAX_IMAGES = 64  # in one grid
 MAX_STEPS = 100
 INTERPOLATION_STEPS = 8
 GRID_PIXELS = 1024  # about the width of a grid; small pictures are enlarged by whole factors
+MAX_SEED = 2**31 - 1
 EACH_CLASS = "every class"
+HEADLINES = ("psnr", "class_agreement", "gfid", "gfd", "rfid", "rfd")  # numbers under the title
 Image.MAX_IMAGE_PIXELS = 20_000_000  # pillow refuses pictures of twice as many
 
 CSS = """
 .gradio-container {width: 100%; max-width: 1080px !important; margin: 0 auto !important}
-#title h1 {margin-bottom: .2em; font-size: 1.9em} #title p {margin-top: 0; opacity: .8}
+#title h1 {margin-bottom: .2em; font-size: 1.9em} #title p {margin: .2em 0; opacity: .8}
 .pixels img {image-rendering: pixelated}
-#samples img {max-height: 78vh; object-fit: contain}
+.above .icon-button-wrapper {position: static; width: fit-content; margin: 0 0 4px auto}  /* buttons cover no picture */
+#samples .grid-wrap {height: auto; min-height: 0; max-height: none; overflow: visible}
+#samples .grid-container {grid-template: none / repeat(var(--grid-cols), minmax(0, 1fr)); grid-auto-rows: auto; gap: 6px}
+#samples .thumbnail-lg {aspect-ratio: auto; height: auto} #samples .thumbnail-lg > img {height: auto; max-height: 78vh; border-radius: 0}
+#samples .caption-label {position: static; max-width: 100%; padding: 1px 2px; border: 0; background: none; text-align: center; opacity: 1}
+#samples .gallery-container:has(.preview) {min-height: 480px} #samples .media-button {height: calc(100% - 130px) !important}  /* above caption and thumbnails */
 .numbers {overflow-x: auto} .numbers :is(td, th) {overflow-wrap: normal; word-break: normal} .numbers table {width: 100%; font-size: .95em} .numbers pre {overflow-x: auto}
 .caption p {margin: .6em 0 0; font-weight: 600; opacity: .75}
 footer {opacity: .6}
+@media (max-width: 640px) {.result {order: -1}}
 """
 
 
@@ -40,7 +51,8 @@ def load():
     """The folder of the model, its pipeline (None for an autoencoder alone) and its autoencoder."""
     folder = MODEL if os.path.isdir(MODEL) else snapshot_download(MODEL, ignore_patterns=["*.fp16.*"])
     if not (Path(folder) / "model_index.json").exists():
-        return Path(folder), None, AutoModel.from_pretrained(folder, subfolder="vae")
+        has_code = "auto_map" in AutoModel.load_config(folder, subfolder="vae")
+        return Path(folder), None, AutoModel.from_pretrained(folder, subfolder="vae", trust_remote_code=has_code)
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     return Path(folder), pipe, pipe.vae
@@ -50,58 +62,76 @@ FOLDER, PIPE, VAE = load()
 CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
-SIDE = VAE.config.sample_size if isinstance(VAE.config.sample_size, int) else VAE.config.sample_size[0]
 
 
-class VisitorHasGoneError(Exception):
-    """Raised to stop a draw that nobody waits for."""
+def picture_side():
+    """The side of the model's pictures, in pixels. The generator knows it better than the autoencoder, which may have seen others."""
+    latents = getattr(getattr(PIPE, "transformer", None), "config", {}).get("sample_size")
+    if latents is None and getattr(PIPE, "prior", None) is not None:
+        latents = PIPE.prior.config.grid_size
+    side = VAE.config.sample_size if latents is None else latents
+    side = side if isinstance(side, int) else side[0]
+    return side if latents is None else side * 2 ** (len(VAE.config.block_out_channels) - 1)
+
+
+SIDE = picture_side()
+
+
+class StoppedError(Exception):
+    """Raised to stop a draw that nobody waits for any more."""
 
 
 class Visitors:
-    """Remembers who has closed the page. The model serves one visitor at a time, and a draw may take minutes on a free CPU."""
+    """Remembers who waits for a draw. The model serves one visitor at a time, and a draw may take minutes on a free CPU."""
 
     def __init__(self):
         self.gone = deque(maxlen=1000)
         self.current = None  # whose draw is running
+        self.is_stopped = False
 
     def leave(self, request: gr.Request):
         """Gradio calls this when a tab is closed or reloaded."""
         self.gone.append(request.session_hash)
 
+    def stop(self, request: gr.Request):
+        """Stops a visitor's draw before its next step."""
+        self.is_stopped = self.current == request.session_hash
+
     @contextmanager
     def drawing_for(self, request):
-        """Inside, the model stops before its next step once the visitor has gone."""
-        self.current = getattr(request, "session_hash", None)
+        """Inside, the model raises `StoppedError` before its next step once the visitor has gone, or has stopped it."""
+        self.current, self.is_stopped = getattr(request, "session_hash", None), False
         model = getattr(PIPE, "transformer", None) or getattr(PIPE, "prior", None)
         hook = model.register_forward_pre_hook(lambda *_: self.check()) if model is not None else None
         try:
             self.check()  # a visitor may also leave while waiting in the queue
             yield
-        except VisitorHasGoneError:
+        except StoppedError:
             PIPE.maybe_free_model_hooks()
-            raise gr.Error("The visitor has gone.", print_exception=False) from None
+            gr.Info("Stopped.", duration=3)
+            raise
         finally:
             self.current = None
             if hook is not None:
                 hook.remove()
 
     def check(self):
-        if self.current is not None and self.current in self.gone:
-            raise VisitorHasGoneError
+        if self.is_stopped or (self.current is not None and self.current in self.gone):
+            raise StoppedError
 
 
 VISITORS = Visitors()
 
 
-def draw(class_id, count, guidance_scale, steps, seed, request: gr.Request = None, progress=gr.Progress()):  # noqa: B008, this is how gradio passes it
-    """A grid of samples."""
-    count, steps, seed = int(count), int(steps), int(seed or 0)
+def draw(class_id, count, guidance_scale, steps, seed, is_random, request: gr.Request = None, progress=gr.Progress()):  # noqa: B008, this is how gradio passes it
+    """A gallery of samples with the names of their classes, in which a class has a row of its own; and the seed."""
+    count, steps = int(count), int(steps)
+    seed = random.randint(0, MAX_SEED) if is_random else int(seed or 0)
     if class_id == EACH_CLASS:
         columns = min(count, max(1, MAX_IMAGES // len(CLASSES)))
         labels = [key for key in CLASSES for _ in range(columns)][:MAX_IMAGES]
-        columns = None if columns == 1 else columns
     else:
-        columns = None
+        columns = 1
         labels = [class_id] * count if CLASSES else None
     number = count if labels is None else len(labels)
     generators = [torch.Generator().manual_seed((seed + n) % 2**63) for n in range(number)]
@@ -119,9 +149,22 @@ def draw(class_id, count, guidance_scale, steps, seed, request: gr.Request = Non
         "callback_on_step_end": on_step,
         "output_type": "pt",
     }
-    with VISITORS.drawing_for(request):
-        images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
-    return grid(images.float().cpu(), columns)
+    images = images_of(arguments, request)
+    if images is None:
+        return gr.skip(), gr.skip()
+    pictures = [enlarge(to_pil(image), 256) for image in images]
+    names = [None] * number if labels is None else [CLASSES[label] for label in labels]
+    columns = columns if columns > 1 else square_columns(number)
+    return gr.Gallery(list(zip(pictures, names, strict=True)), columns=columns, selected_index=None), seed
+
+
+def images_of(arguments, request):
+    """What the pipeline draws, `(N, C, H, W)` in [0, 1]; None if the visitor stops it. Arguments that it does not know are left out."""
+    try:
+        with VISITORS.drawing_for(request):
+            return PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images.float().cpu()
+    except StoppedError:
+        return None
 
 
 def draw_one(request: gr.Request = None):
@@ -129,14 +172,13 @@ def draw_one(request: gr.Request = None):
     arguments = {"num_inference_steps": 20, "output_type": "pt"}
     if CLASSES:
         arguments["class_labels"] = [int(torch.randint(len(CLASSES), ()))]
-    with VISITORS.drawing_for(request):
-        images = PIPE(**{name: value for name, value in arguments.items() if name in OPTIONS}).images
-    return enlarge(to_pil(images[0].float().cpu()), 256)
+    images = images_of(arguments, request)
+    return gr.skip() if images is None else enlarge(to_pil(images[0]), 256)
 
 
 @torch.no_grad()
 def reconstruct(first, second):
-    """The reconstruction of a picture, its latent channels, and an interpolation to a second picture."""
+    """The reconstruction of a picture, its latent channels, an interpolation to a second picture; and the place of all, now visible."""
     if first is None:
         raise gr.Error("Choose a picture first.", print_exception=False)
     pixels = to_pixels(first)
@@ -152,10 +194,10 @@ def reconstruct(first, second):
     channels = (latents[0] - latents[0].mean((1, 2), keepdim=True)) / (6 * latents[0].std((1, 2), keepdim=True) + 1e-6)
     channels = grid((channels + 0.5).clamp(0, 1)[:, None], min(len(channels), 4))
     if second is None:
-        return pair, text, channels, None
+        return pair, text, channels, None, gr.Column(visible=True)
     weights = torch.linspace(0, 1, INTERPOLATION_STEPS).view(-1, 1, 1, 1)
     between = decode((1 - weights) * latents + weights * encode(to_pixels(second)))
-    return pair, text, channels, grid(between / 2 + 0.5, INTERPOLATION_STEPS)
+    return pair, text, channels, grid(between / 2 + 0.5, INTERPOLATION_STEPS), gr.Column(visible=True)
 
 
 def encode(pixels):
@@ -189,11 +231,15 @@ def enlarge(image, side):
     return image.resize((image.width * factor, image.height * factor), Image.NEAREST)
 
 
+def square_columns(count):
+    """Columns for about as many rows; those that fill the last row, if there are."""
+    square = math.ceil(math.sqrt(count))
+    return next((n for n in range(square, square + 3) if count % n == 0), square)
+
+
 def grid(images, columns=None):
     """`(N, C, H, W)` in [0, 1] to one picture."""
-    if columns is None:  # rows that are full, if that keeps it about square
-        square = math.ceil(math.sqrt(len(images)))
-        columns = next((n for n in range(square, square + 3) if len(images) % n == 0), square)
+    columns = columns or square_columns(len(images))
     tiles = [enlarge(to_pil(image), min(256, GRID_PIXELS // columns)) for image in images]
     width, height, gap = tiles[0].width + 4, tiles[0].height + 4, 4
     rows = math.ceil(len(tiles) / columns)
@@ -240,11 +286,54 @@ def card_tab():
         table = "\n".join(["| metric | value | measured with |", "|---|---|---|", *rows])
         gr.Markdown(table, elem_classes="numbers", elem_id="numbers")
     for path in sorted((FOLDER / "images").glob("*.png")):
-        caption(path.stem.replace("_", " ").capitalize())
+        caption(caption_of(path.name))
         picture_output(value=str(path), plot=path.stem.endswith(("curves", "sweep")))
     with gr.Accordion("The whole card", open=not rows):
         text = "\n".join(line for line in CARD.text.splitlines() if not line.startswith(("![", "# ")))
         gr.Markdown(text, elem_classes="numbers")
+
+
+def caption_of(name):
+    """What the card writes below a picture, in Markdown."""
+    found = re.search(rf"^!\[(.*)\]\(images/{re.escape(name)}\)$", CARD.text if CARD is not None else "", re.MULTILINE)
+    return found[1] if found else name.removesuffix(".png").replace("_", " ").capitalize()
+
+
+def description():
+    """What the model is, from which data, and how good: the card's words and headline numbers, in Markdown."""
+    if CARD is None:
+        kind = "A latent diffusion model" if PIPE is not None else "An autoencoder"
+        return f"{kind}{f' of {len(CLASSES)} classes' if CLASSES else ''}, {SIDE}x{SIDE} pixels."
+    lines = CARD.text.partition("\n## ")[0].splitlines()
+    words = [line for line in lines if line and not re.match(r"# |!\[|Try it|\*(?!\*)", line)][:3]
+    found = [each for name in HEADLINES for each in CARD.data.eval_results or [] if each.metric_type.startswith(name)]
+    numbers = ", ".join(f"{each.metric_name or each.metric_type} {each.metric_value:.4g}" for each in found[:3])
+    license = CARD.data.license
+    measured = f"Measured: {numbers} (see Numbers)." if numbers else "Nothing was measured yet."
+    return "\n\n".join([*words, measured + (f" License: {license}." if license else "")])
+
+
+def example_pictures():
+    """
+    Pictures to try the autoencoder with, as files: from the last columns of the first row of the model's own grids, which have 2
+    pixels between pictures, names left and above, and pictures of at least 64 pixels.
+    """
+    factor = max(1, math.ceil(64 / SIDE))
+    pitch, folder = SIDE * factor + 2, Path(tempfile.mkdtemp())
+    path = next(
+        (path for name in ("reconstructions", "samples") if (path := FOLDER / "images" / f"{name}.png").exists()), None
+    )
+    if path is None:
+        pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
+    else:
+        sheet = Image.open(path)
+        rows, columns = (sheet.height + 2) // pitch, (sheet.width + 2) // pitch
+        lefts = [sheet.width + 2 - pitch * n for n in range(1, min(columns, 7) + 1, 2)]
+        top = sheet.height + 2 - pitch * rows
+        pictures = [sheet.crop((left, top, left + pitch - 2, top + pitch - 2)) for left in lefts]
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(len(pictures))]
 
 
 def caption(text):
@@ -258,7 +347,7 @@ def picture_output(plot=False, **options):
         show_label=False,
         container=False,
         buttons=["download", "fullscreen"],
-        elem_classes=None if plot else "pixels",
+        elem_classes=["above"] if plot else ["above", "pixels"],
         **options,
     )
 
@@ -282,48 +371,76 @@ def generate_tab():
             )
             stepped = "num_inference_steps" in OPTIONS
             steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: slower, finer", visible=stepped)
+            is_random = gr.Checkbox(True, label="A new seed each time")
             seed = gr.Number(0, precision=0, label="Seed", info="the same seed draws the same pictures")
-            button = gr.Button("Draw", variant="primary", elem_id="draw")
-        with gr.Column(scale=3, min_width=280):
+            with gr.Row():
+                button = gr.Button("Draw", variant="primary", elem_id="draw", scale=2, min_width=120)
+                stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+        with gr.Column(scale=3, min_width=280, elem_classes="result"):
             first = FOLDER / "images" / "samples.png"
-            output = picture_output(value=str(first) if first.exists() else None, elem_id="samples")
-    button.click(draw, [label, count, guidance, steps, seed], output, concurrency_id="model")
+            output = gr.Gallery(
+                [(str(first), caption_of(first.name))] if first.exists() else None,
+                format="png",
+                columns=1,
+                interactive=False,
+                show_label=False,
+                object_fit="contain",
+                buttons=["download", "download_all", "fullscreen"],
+                elem_id="samples",
+                elem_classes=["above", "pixels"],
+            )
+    inputs = [label, count, guidance, steps, seed, is_random]
+    button.click(draw, inputs, [output, seed], concurrency_id="model", show_progress_on=output, scroll_to_output=True)
+    stop.click(VISITORS.stop, queue=False)
 
 
 def reconstruct_tab():
     gr.Markdown(
         "How well does the autoencoder reconstruct a picture? Choose one. Choose a second one to interpolate between them."
     )
-    with gr.Row():
-        with gr.Column(min_width=240):
-            first = picture_input("Picture", "first")
-            one = gr.Button("Let the model draw it", size="sm", visible=PIPE is not None)
-        with gr.Column(min_width=240):
-            second = picture_input("Second picture (optional)", "second")
-            two = gr.Button("Let the model draw it", size="sm", visible=PIPE is not None)
-    button = gr.Button("Encode and decode", variant="primary", elem_id="reconstruct")
-    text = gr.Markdown(elem_id="psnr")
-    with gr.Row():
-        with gr.Column(min_width=280):
-            caption("Picture and reconstruction")
-            pair = picture_output(elem_id="pair")
-        with gr.Column(min_width=280):
-            caption("Latent channels")
-            channels = picture_output(elem_id="channels")
-    caption("From the first picture to the second, in latent space")
-    between = picture_output(elem_id="between")
+    with gr.Column():
+        with gr.Row():
+            with gr.Column(min_width=240):
+                first = picture_input("Picture", "first")
+                one = gr.Button("Let the model draw it", size="sm", visible=PIPE is not None)
+            with gr.Column(min_width=240):
+                second = picture_input("Second picture (optional)", "second")
+                two = gr.Button("Let the model draw it", size="sm", visible=PIPE is not None)
+        button = gr.Button("Encode and decode", variant="primary", elem_id="reconstruct")
+        examples = gr.Row(elem_id="examples")
+    with gr.Column(visible=False, elem_classes="result") as result:
+        text = gr.Markdown(elem_id="psnr")
+        with gr.Row():
+            with gr.Column(min_width=280):
+                caption("Picture and reconstruction")
+                pair = picture_output(elem_id="pair")
+            with gr.Column(min_width=280):
+                caption("Latent channels")
+                channels = picture_output(elem_id="channels")
+        caption("From the first picture to the second, in latent space")
+        between = picture_output(elem_id="between")
     for button_one, picture in ((one, first), (two, second)):
         button_one.click(draw_one, None, picture, concurrency_id="model")
-    button.click(reconstruct, [first, second], [pair, text, channels, between], concurrency_id="model")
+    outputs = [pair, text, channels, between, result]
+    button.click(reconstruct, [first, second], outputs, concurrency_id="model", scroll_to_output=True)
+    found = example_pictures()
+    with examples:
+        gr.Examples(
+            [[one, two] for one, two in zip(found, found[1:] + found[:1], strict=True)],
+            [first, second],
+            outputs,
+            fn=reconstruct,
+            run_on_click=True,
+            cache_examples=False,
+            label="Examples: click a row",
+        )
 
 
 def build():
     name = (CARD.data.model_name if CARD is not None else None) or Path(MODEL).name
     with gr.Blocks(title=name, analytics_enabled=False) as demo:
-        kind = "A latent diffusion model" if PIPE is not None else "An autoencoder"
-        classes = f" of {len(CLASSES)} classes" if CLASSES else ""
-        where = "" if os.path.isdir(MODEL) else f": [{MODEL}](https://huggingface.co/{MODEL})"
-        gr.Markdown(f"# {name}\n{kind}{classes}, {SIDE}x{SIDE} pixels{where}", elem_id="title")
+        where = "" if os.path.isdir(MODEL) else f"\n\nModel: [{MODEL}](https://huggingface.co/{MODEL})"
+        gr.Markdown(f"# {name}\n{description()}{where}", elem_id="title")
         if PIPE is not None:
             with gr.Tab("Draw"):
                 generate_tab()

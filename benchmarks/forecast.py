@@ -1,0 +1,148 @@
+r"""
+Do short pilots forecast a generator's distance? Pilots on the autoencoders of `decoupled_vs_joint.py`, beside every other predictor.
+
+    python benchmarks/forecast.py --runs runs/claim-digits --output_dir runs/forecast-digits
+    python benchmarks/forecast.py --runs runs/claim-digits runs/claim-cifar10-16px --output_dir runs/forecast --generator width-128
+
+Every finished run of a comparison has an autoencoder and the final gFD of a generator. On each autoencoder pilots of several widths
+and lengths are trained. The forecast is that of `dae-diffusers find-latents`: a straight line through the logarithms of gFD over the
+logarithms of steps times parameters, with one slope for all autoencoders of a comparison and a height for each. The final gFD is
+never used for it.
+
+The table has Spearman's rank correlation of each predictor with the final gFD, separately for each comparison (different images
+cannot be ranked together), and how often the forecast's 90 % interval holds the final gFD. What is finished stays in `--output_dir`
+and is not repeated. Start it several times, once for each core, to share the work.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from dae_diffusers.cli import run_script
+from dae_diffusers.comparison.statistics import rank_correlation
+from dae_diffusers.comparison.trials import finished_rows
+from dae_diffusers.complexity.pilots import measure_pilots
+from dae_diffusers.complexity.report import complexity_distance, distance_name
+from dae_diffusers.complexity.settings import ComplexityConfig
+from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.report import table
+from dae_diffusers.search.forecast import forecast
+from dae_diffusers.store import read_json, write_atomically, write_json
+
+OTHERS = {
+    "reconstruction": ("psnr", "rfd_", "rfid"),
+    "latent_space": ("ifd_", "ifid", "high_frequency_share", "effective_rank", "gaussian_entropy", "probe_accuracy"),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="output folders of decoupled_vs_joint.py")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--generator", default="width-128", help="the generator whose final gFD is forecast")
+    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--steps", nargs="+", type=int, default=[100, 250], help="lengths of the pilots")
+    parser.add_argument("--num_images", type=int, default=1000, help="that a pilot draws")
+    parser.add_argument("--max_train_samples", type=int, help="pilots and their judge see only N training images")
+    parser.add_argument("--limit", type=int, help="only the first N autoencoders of each comparison")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    rows = []
+    for runs in arguments.runs:
+        finished = [row for row in finished_rows(runs) if row["generator"] == arguments.generator]
+        finished = [row for row in finished if vae_of(runs, row).is_dir()]
+        if not finished:
+            raise UserError(f"no autoencoder with a finished `{arguments.generator}` was found in {runs}.")
+        rows += [row_of(arguments, runs, row) for row in finished[: arguments.limit]]
+    write_json(arguments.output_dir / "forecast.json", rows)
+    text = summarize(rows)
+    write_atomically(arguments.output_dir / "forecast.md", text)
+    print(text)
+
+
+def vae_of(runs: Path, row: dict[str, Any]) -> Path:
+    return runs / row["condition"] / row["steps"] / f"seed-{row['seed']}" / "vae"
+
+
+def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The final gFD of a run, what its pilots gave, and every other predictor."""
+    experiment = read_json(runs / "experiment.json")
+    features = experiment["features"]
+    if isinstance(features, dict):
+        features = str(runs / "features" / "classifier")
+    data = experiment["data"]
+    if arguments.max_train_samples is not None:
+        data = {**data, "max_train_samples": arguments.max_train_samples}
+    config = ComplexityConfig(widths=arguments.widths, pilot_steps=arguments.steps, num_images=arguments.num_images)
+    found = measure_pilots(
+        str(vae_of(runs, row)), data, config,
+        arguments.output_dir / runs.name / row["condition"] / row["steps"] / f"seed-{row['seed']}",
+        features=features, seed=row["seed"], reference=arguments.output_dir / "reference",
+    )  # fmt: skip
+    pilots, points = {}, []
+    for pilot in found:
+        size, distance = f"width {pilot['width']}, {pilot['steps']} steps", pilot[distance_name(found)]
+        pilots |= {f"pilot gFD, {size}": distance, f"pilot loss, {size}": pilot["validation_loss"]}
+        points.append((pilot["steps"] * pilot["parameters"], distance))
+    options = {**experiment["transformer"], **(experiment[f"generator {row['generator']}"] or {})}
+    return {
+        "comparison": runs.name,
+        "name": f"{row['condition']} {row['steps']} seed {row['seed']}",
+        "gFD": next(value for name, value in row["generation"].items() if name.startswith(("gfd", "gfid"))),
+        "effort": options["max_train_steps"] * row["parameters"],
+        "cost": math.fsum(pilot["cpu_seconds"] for pilot in found) / row["generator_cost"]["cpu_seconds"],
+        "points": points,
+        "predictors": {
+            "D": complexity_distance(found),
+            **pilots,
+            "full generator's loss": row["validation_loss"],
+            **others_of(row),
+        },
+    }
+
+
+def others_of(row: dict[str, Any]) -> dict[str, float]:
+    found = {
+        name: value
+        for part, names in OTHERS.items()
+        for name, value in row[part].items()
+        if name.startswith(names) and value is not None
+    }
+    for entry in row.get("complexity", []):  # of older versions
+        if entry["capacity"] == 16:
+            value = {"paired": "variance_left", "unpaired": "std_left"}[entry["form"]]
+            found[f"complexity distance, {entry['form']}"] = entry[value]
+    return found
+
+
+def summarize(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for comparison in dict.fromkeys(row["comparison"] for row in rows):
+        chosen = [row for row in rows if row["comparison"] == comparison]
+        final = [row["gFD"] for row in chosen]
+        made = forecast({row["name"]: row["points"] for row in chosen}, chosen[0]["effort"])
+        forecasts = [made[row["name"]] for row in chosen]
+        values = {"forecast": [each.value for each in forecasts]}
+        for name in chosen[0]["predictors"]:
+            if all(name in row["predictors"] for row in chosen):
+                values[name] = [row["predictors"][name] for row in chosen]
+        found = {name: rank_correlation(of_name, final) for name, of_name in values.items()}
+        held = sum(each.low <= distance <= each.high for each, distance in zip(forecasts, final, strict=True))
+        order = sorted(found, key=lambda name: -abs(found[name]) if math.isfinite(found[name]) else 1)
+        cost = math.fsum(row["cost"] for row in chosen) / len(chosen)
+        lines += table(
+            f"{comparison}: {len(chosen)} runs",
+            [{"predictor": name, "rank correlation with final gFD": f"{found[name]:+.2f}"} for name in order],
+        )
+        lines += [
+            f"Pilots cost {cost:.0%} of the generator. The intervals of 90 % hold {held} of {len(chosen)} final distances.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_arguments())

@@ -1,0 +1,99 @@
+"""Judges of samples: vision models, a classifier trained on the images, and two that need no network."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from dae_diffusers.comparison.experiment import Trial
+from dae_diffusers.comparison.scripts import launch_script
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.fitting.decoder_fit import draw_latents
+from dae_diffusers.fitting.image_statistics import log_spectrum
+from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.sampling import SampleSettings
+from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.store import read_json, write_json
+
+
+class Pixels(torch.nn.Module):
+    """A judge without a network: images shrunk to 8x8 pixels."""
+
+    name, fingerprint, feature_dim = "pixels", "pixels-8", 192
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+class Spectrum(torch.nn.Module):
+    """A judge without a network: the logarithm of an image's power in 8 rings of spatial frequency, for each colour."""
+
+    name, fingerprint, feature_dim = "spectrum", "spectrum-8-ortho", 24
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return log_spectrum(images, 8, floor=1e-3 / images[0, 0].numel()).flatten(1)
+
+
+_WITHOUT_NETWORK = {"pixels": Pixels, "spectrum": Spectrum}
+
+
+def find_features(features: str | dict[str, Any], data: dict[str, Any], output_dir: Path) -> str:
+    r"""The feature extractor's name; one that is described by flags of `train_classifier.py` is trained on the images first."""
+    if not isinstance(features, dict):
+        return features
+    folder = output_dir / "features" / "classifier"
+    if not (folder / "results.json").exists():
+        # Elsewhere, and moved at the end: it may be interrupted, or be trained by another process too.
+        unfinished = folder.with_name(f"classifier-{os.getpid()}")
+        launch_script("train_classifier", {**data, **features, "output_dir": unfinished})
+        with contextlib.suppress(OSError):  # another was faster
+            unfinished.replace(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return str(folder)
+
+
+def judge_samples(trial: Trial, generators: list[str]) -> None:
+    r"""Fréchet distances of samples to the training images by each judge and at each guidance, into `judged.json`."""
+    experiment, folder, origin = trial.experiment, trial.folder, trial.origin.folder
+    names = [experiment["features"], *experiment.get("judges", [])]
+    scales = [str(float(scale)) for scale in experiment.get("guidance_scales", [])]
+    for generator in generators:
+        path = folder / generator / "judged.json"
+        judged = read_json(path) if path.exists() else {}
+        if all(set(names) <= judged.get(scale, {}).keys() for scale in scales):
+            continue
+        accelerator = Accelerator()
+        train = load_images(DataConfig(**experiment["data"]), trial.seed)[0]
+        judges = {
+            name: _WITHOUT_NETWORK[name]() if name in _WITHOUT_NETWORK else load_feature_extractor(name)
+            for name in names
+        }
+        references = {
+            name: reference_statistics(judge, train, cache_dir=trial.output_dir / "reference")
+            for name, judge in judges.items()
+        }
+        fitted = folder / generator / "pipeline" / "vae"
+        vae = AutoencoderKL.from_pretrained(fitted if fitted.exists() else folder / "vae").eval()
+        pipeline = DAEDiTPipeline.from_pretrained(origin / generator / "pipeline").to(accelerator.device)
+        labels = SampleSettings(experiment["num_images"], None, None).labels(pipeline.null_class)
+        for scale in scales:
+            latents = draw_latents(
+                pipeline, labels, experiment["num_images"], origin / generator / "drawn", accelerator,
+                guidance_scale=float(scale), num_inference_steps=experiment["num_inference_steps"],
+                seed=1000 + trial.seed, stream=5,
+            )  # fmt: skip
+            statistics = {name: FeatureStatistics.empty(judge.feature_dim) for name, judge in judges.items()}
+            with torch.no_grad():
+                for part in latents.split(64):
+                    images = vae.decode(part.to(accelerator.device)).sample.float().clamp(-1, 1)
+                    for name, judge in judges.items():
+                        statistics[name].add(judge(images))
+            judged[scale] = {name: frechet_distance(each, references[name]) for name, each in statistics.items()}
+            write_json(path, judged)

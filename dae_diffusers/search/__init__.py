@@ -1,0 +1,1 @@
+"""Finds the best latent space for some images within a budget of time."""

@@ -1,0 +1,113 @@
+"""Which latent spaces are tried: a YAML file, checked against the images."""
+
+import re
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dae_diffusers.errors import ConfigError, UserError, one_line
+from dae_diffusers.search.settings import SearchConfig
+from dae_diffusers.settings import compose, fields_of
+from dae_diffusers.training.settings import TrainClassifierConfig, TrainDAEConfig, TrainDiTConfig
+
+_PARTS = {"autoencoder": TrainDAEConfig, "transformer": TrainDiTConfig, "judge": TrainClassifierConfig}
+_OURS = ("stage", "stage1_steps", "stage2_steps", "max_train_steps", "output_dir", "seed", "resume_from_checkpoint")
+
+
+@dataclass
+class Candidates:
+    r"""
+    Attributes:
+        autoencoder, transformer, judge (`dict`): Flags that all candidates share.
+        flags (`dict`): The flags of each candidate by its name; only `vae` for a published autoencoder.
+        left_out (`dict`): Why candidates do not fit the images, by name.
+    """
+
+    autoencoder: dict[str, Any]
+    transformer: dict[str, Any]
+    judge: dict[str, Any]
+    flags: dict[str, dict[str, Any]]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
+    r"""
+    Reads the candidates of a search and leaves out those that do not fit the images.
+
+    Args:
+        config ([`SearchConfig`]): The search.
+        data (`dict`): Flags of the images.
+
+    Raises:
+        ConfigError: For a file that is no list of candidates, and with `on_misfit stop` for one that does not fit.
+        UserError: If none fits.
+    """
+    content, name = _load(config.candidates), f"`candidates` {config.candidates}"
+    unknown = set(content) - {*_PARTS, "candidates"}
+    if unknown or not isinstance(content.get("candidates"), dict) or not content["candidates"]:
+        raise ConfigError(f"{name} must hold `candidates`, and may hold {', '.join(_PARTS)}; it holds {list(content)}.")
+    found = Candidates(**{part: content.get(part) or {} for part in _PARTS}, flags={})
+    for part, config_class in _PARTS.items():
+        _check_names(f"{part} of {name}", getattr(found, part), config_class)
+    for candidate, flags in content["candidates"].items():
+        if not re.fullmatch(r"[\w.-]+", str(candidate)):
+            raise ConfigError(f"{name}: {candidate!r} is no name: use letters, digits, `.`, `-` and `_`.")
+        _check_names(f"{candidate} of {name}", flags, TrainDAEConfig)
+        found.flags[str(candidate)] = found.autoencoder | flags
+    if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):
+        found.flags = {"joint": {**found.autoencoder, "auxiliary_decoder": "none"}, **found.flags}
+    for candidate in list(found.flags):
+        reason = _misfit(found.flags[candidate], found.transformer, data)
+        if reason is not None and config.on_misfit == "stop":
+            raise ConfigError(f"candidate `{candidate}` does not fit: {reason} `on_misfit skip` leaves it out.")
+        if reason is not None:
+            found.left_out[candidate] = reason
+            del found.flags[candidate]
+    if config.published_vae is not None:
+        found.flags["published"] = {"vae": config.published_vae}
+    if not found.flags:
+        raise UserError(f"no candidate fits the images: {next(iter(found.left_out.values()))}")
+    return found
+
+
+def _load(name: str) -> dict[str, Any]:
+    path = Path(name).expanduser()
+    if not path.suffix and path.name == name:
+        packaged = Path(str(files("dae_diffusers.search") / "configs"))
+        path = packaged / f"{name}.yaml"
+        if not path.exists():
+            known = ", ".join(sorted(each.stem for each in packaged.glob("*.yaml")))
+            raise ConfigError(f"`candidates` {name} is neither a YAML file nor one of {known}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"`candidates` {name} cannot be read: {one_line(error, 200)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"`candidates` {name} must be a mapping, but is a {type(content).__name__}.")
+    return content
+
+
+def _check_names(where: str, flags: Any, config_class: type) -> None:
+    if not isinstance(flags, dict):
+        raise ConfigError(f"{where} must be a mapping of flags, but is {flags!r}.")
+    known = {each.name for _, each, _ in fields_of(config_class)}
+    wrong = [name for name in flags if name not in known or name in _OURS]
+    if wrong:
+        raise ConfigError(f"{where} has `{wrong[0]}`, which is no flag that a candidate can set.")
+
+
+def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """Why an autoencoder and its generator do not fit the images, or None."""
+    try:
+        autoencoder = compose(TrainDAEConfig, **data, **flags)
+        generator = compose(TrainDiTConfig, **data, vae="vae", **transformer)
+    except ConfigError as error:
+        return str(error)
+    side = autoencoder.data.resolution // autoencoder.autoencoder.spatial_factor
+    patch = generator.transformer.patch_size or int(generator.transformer.model.partition("/")[2])
+    if side % patch:
+        return f"latents of {side}x{side} cannot be cut into patches of {patch}."
+    return None

@@ -1,0 +1,236 @@
+"""The report of a search: `report.md`, and `report.html` with its pictures inside."""
+
+import base64
+import html
+import io
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dae_diffusers.comparison.scripts import words_of
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.metrics.report import table
+from dae_diffusers.search.forecast import forecast
+from dae_diffusers.search.search import Search
+from dae_diffusers.search.settings import show_seconds
+from dae_diffusers.search.trial import distances
+from dae_diffusers.store import read_json, write_atomically
+
+_STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}img{max-width:100%}code,pre{background:#f4f4f4}"
+)
+
+
+def write_report(search: Search) -> None:
+    r"""Writes what a search has found so far; the winner is known once it is trained."""
+    results = results_of(search)
+    winner = winner_of(search)
+    rows = table_of_candidates(search, results)
+    texts = [*head_of(search, results, winner), *table("Candidates", rows), *notes(search)]
+    folder = search.folder
+    figures = {"frontier.png": frontier(results, winner), "curves.png": curves(results)}
+    pictures = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, format="png")
+        pictures[name] = buffer.getvalue()
+        (folder / name).write_bytes(pictures[name])
+    links = [f"![{name}]({name})" for name in pictures] + [""]
+    grids = grids_of(search, results)
+    links += [f"![{name}]({path.relative_to(folder)})" for name, path in grids]
+    write_atomically(folder / "report.md", "\n".join([*texts, *links]) + "\n")
+    write_atomically(
+        folder / "report.html", to_html(texts, [*pictures.items(), *((n, p.read_bytes()) for n, p in grids)])
+    )
+
+
+def results_of(search: Search) -> dict[str, list[dict[str, Any]]]:
+    r"""The results of each candidate, rung after rung, as far as they exist."""
+    found = {}
+    for name in search.candidates.flags:
+        paths = sorted(search.trial(name).folder.glob("rung-*/result.json"))
+        found[name] = [read_json(path) for path in paths]
+    return found
+
+
+def winner_of(search: Search) -> str | None:
+    path = search.folder / "winner.json"
+    return read_json(path)["name"] if path.exists() else None
+
+
+def head_of(search: Search, results: dict[str, list[dict[str, Any]]], winner: str | None) -> list[str]:
+    title = ["# Which latent space?", ""]
+    if winner is None:
+        return [*title, "The search is not finished. Give the same command again to continue.", ""]
+    last = results[winner][-1]
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in distances(last).items())
+    text = f"**{winner}** is the best of {len(results)} latent spaces, chosen by the gFD of pilots. Its last measurement: {shown}."
+    used = f"The search took {show_seconds(search.seconds_used())} of {search.config.budget}."
+    return [
+        *title,
+        text,
+        used,
+        "",
+        "Train it at full length:",
+        "",
+        "```bash",
+        *full_commands(search, winner),
+        "```",
+        "",
+    ]
+
+
+def full_commands(search: Search, winner: str) -> list[str]:
+    r"""The commands that train the winner at full length."""
+    flags, data = search.candidates.flags[winner], shlex.join(words_of(search.data))
+    vae, lines = flags.get("vae"), []
+    if vae is None:
+        vae = "runs/best/vae"
+        lines.append(f"dae-diffusers train-dae {data} {shlex.join(words_of(flags))} --output_dir runs/best")
+    generator = shlex.join(words_of(search.candidates.transformer))
+    return [*lines, f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best"]
+
+
+def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    r"""A line for each candidate, the furthest first: how far it came, why it stopped, its numbers and its forecast."""
+    points = {name: points_of(rows) for name, rows in results.items()}
+    effort = max((x for of_name in points.values() for x, _ in of_name), default=1.0)
+    forecasts = forecast(points, effort)
+    winner, lines = winner_of(search), []
+    for name, rows in results.items():
+        whole = [row for row in rows if "failed" not in row and "gFD" in distances(row)]
+        found = distances(whole[-1]) if whole else {}
+        lines.append(
+            {
+                "candidate": name,
+                "rungs": len(rows),
+                "end": end_of(name, rows, winner),
+                **{key: found.get(key) for key in ("PSNR", "rFD", "gFD", "gap")},
+                "forecast": str(forecasts[name]) if name in forecasts else None,
+                "time": show_seconds(math.fsum(row["seconds"] for row in rows)) if rows else None,
+            }
+        )
+    return sorted(lines, key=lambda line: (-line["rungs"], math.inf if line["gFD"] is None else line["gFD"]))
+
+
+def points_of(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    r"""Effort (steps times parameters of the generator) and gFD of each rung."""
+    return [
+        (row["rung"]["generator_steps"] * row["parameters"], distances(row)["gFD"])
+        for row in rows
+        if "failed" not in row and "gFD" in distances(row)
+    ]
+
+
+def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
+    if rows and "failed" in rows[-1]:
+        return f"failed: {rows[-1]['failed']}"
+    if winner is None:
+        return "not finished"
+    return "the winner" if name == winner else f"dropped after rung {len(rows)}: others had a lower gFD"
+
+
+def notes(search: Search) -> list[str]:
+    lines = [f"`{name}` was left out: {reason}" for name, reason in search.candidates.left_out.items()]
+    if search.config.features is None:
+        images = load_images(DataConfig(**search.data), search.config.seed)[0]
+        of = "tell its classes" if images.id2label else "tell by how much an image is turned (there are no classes)"
+        lines.append(f"The judge is a small network that was trained on these images to {of}.")
+    lines.append(
+        "gFD is the distance of a pilot's samples to the images, rFD that of reconstructions, gap that of samples to reconstructions. "
+        "A forecast is gFD after the longest training here: a line through the logarithms of the rungs, with the interval of 90 %. One seed: small differences mean little."
+    )
+    return [line for each in lines for line in (each, "")]
+
+
+def frontier(results: dict[str, list[dict[str, Any]]], winner: str | None) -> Figure:
+    r"""rFD against the generator's own error (`gap`), a point for each candidate at its last rung."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, (name, rows) in enumerate(results.items()):
+        whole = [distances(row) for row in rows if "failed" not in row and "gap" in distances(row)]
+        if whole:
+            axis.scatter(
+                whole[-1]["rFD"], whole[-1]["gap"], color=f"C{number % 10}", marker="*" if name == winner else "o",
+                s=120 if name == winner else 40, label=name,
+            )  # fmt: skip
+    axis.set_xlabel("rFD: what the autoencoder loses")
+    axis.set_ylabel("gap: samples to reconstructions")
+    _legend(figure, axis)
+    return figure
+
+
+def curves(results: dict[str, list[dict[str, Any]]]) -> Figure:
+    r"""gFD of each candidate over the steps of its generator."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, (name, rows) in enumerate(results.items()):
+        points = [
+            (row["rung"]["generator_steps"], distances(row)["gFD"])
+            for row in rows
+            if "failed" not in row and "gFD" in distances(row)
+        ]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{number % 10}", label=name)
+    if axis.lines:
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    axis.set_xlabel("steps of the generator")
+    axis.set_ylabel("gFD (lower is better)")
+    _legend(figure, axis)
+    return figure
+
+
+def _legend(figure: Figure, axis) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        figure.legend(*axis.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right")
+
+
+def grids_of(search: Search, results: dict[str, list[dict[str, Any]]]) -> list[tuple[str, Path]]:
+    r"""Grids of reconstructions and of samples of each candidate, at its last rung that has them."""
+    found = []
+    for name in results:
+        for kind in ("reconstructions", "samples"):
+            paths = sorted(search.trial(name).folder.glob(f"rung-*/{kind}.png"))
+            found += [(f"{name}: {kind}", path) for path in paths[-1:]]
+    return found
+
+
+def to_html(lines: list[str], pictures: list[tuple[str, bytes]]) -> str:
+    r"""The lines of Markdown that this module writes, and pictures, as one file that needs no network."""
+    parts, code, in_table = [], False, False
+    for line in lines:
+        if in_table and not line.startswith("|"):
+            parts.append("</table>")
+        starts, in_table = line.startswith("|") and not in_table, line.startswith("|")
+        if line.startswith("```"):
+            code = not code
+            parts.append("<pre>" if code else "</pre>")
+        elif code:
+            parts.append(html.escape(line))
+        elif line.startswith("#"):
+            level = len(line) - len(line.lstrip("#"))
+            parts.append(f"<h{level}>{_inline(line[level:].strip())}</h{level}>")
+        elif in_table and not line.startswith("|---"):
+            cells = "".join(f"<td>{_inline(cell.strip())}</td>" for cell in line.strip("|").split("|"))
+            parts.append(f"{'<table>' if starts else ''}<tr>{cells}</tr>")
+        elif line and not in_table:
+            parts.append(f"<p>{_inline(line)}</p>")
+    for name, content in pictures:
+        data = base64.b64encode(content).decode()
+        parts.append(f'<h3>{html.escape(name)}</h3><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    body = "\n".join(parts)
+    return f'<!doctype html><meta charset="utf-8"><title>Which latent space?</title><style>{_STYLE}</style>\n{body}\n'
+
+
+def _inline(text: str) -> str:
+    """Bold and code of Markdown."""
+    text = html.escape(text, quote=False)
+    for mark, tag in (("**", "b"), ("`", "code")):
+        parts = text.split(mark)
+        text = "".join(part if number % 2 == 0 else f"<{tag}>{part}</{tag}>" for number, part in enumerate(parts))
+    return text

@@ -1,0 +1,234 @@
+"""The search: rung after rung, from all candidates to one, and the winner's training."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from dae_diffusers.comparison.judges import find_features
+from dae_diffusers.comparison.sharing import share
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.errors import UserError
+from dae_diffusers.search.candidates import Candidates
+from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
+from dae_diffusers.search.settings import SearchConfig, show_seconds
+from dae_diffusers.search.trial import CandidateTrial, distances
+from dae_diffusers.search.turned import write_turned
+from dae_diffusers.store import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_FIXED = ("budget", "keep_one_in", "num_images", "num_inference_steps", "train_generator", "seed")
+_CALIBRATION = (2, 12, 42)  # steps at which the clock is read; the first reading warms up
+
+
+class Search:
+    r"""
+    A search in a folder, begun or continued. Several processes may work in the same folder.
+
+    Args:
+        config ([`SearchConfig`]): The search.
+        data (`dict`): Flags of the images.
+        candidates ([`Candidates`]): What is tried.
+        workers (`int`, *optional*): Processes that were started together.
+
+    Raises:
+        UserError: If the folder holds another search.
+    """
+
+    def __init__(self, config: SearchConfig, data: dict[str, Any], candidates: Candidates, workers: int = 1):
+        self.config, self.data, self.candidates, self.workers = config, data, candidates, workers
+        self.folder, self.began = Path(config.output_dir), time.monotonic()
+        self.planned: dict[str, Any] = {"seconds": 0.0}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described = {
+            "data": data,
+            "candidates": candidates.flags,
+            "transformer": candidates.transformer,
+            "judge": config.features or candidates.judge,
+            "settings": {name: getattr(config, name) for name in _FIXED},
+        }
+        path = self.folder / "search.json"
+        share(["begin"], self.folder, lambda _: path.exists(), lambda _: write_json(path, described))
+        before = read_json(path)
+        for name, value in described.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"`output_dir` {self.folder} holds another search: its {name} were {before.get(name)}. Choose another folder."
+                )
+        self.experiment = {
+            "data": data,
+            "num_images": config.num_images,
+            "num_inference_steps": config.num_inference_steps,
+            "transformer": candidates.transformer,
+        }
+
+    def run(self) -> None:
+        r"""Searches until the winner is trained, or goes on with that."""
+        self.experiment["features"] = self.find_judge()
+        rungs = self.plan()
+        self.train_winner(self.choose(rungs), rungs)
+
+    def choose(self, rungs: list[Rung]) -> str:
+        r"""Goes through the rungs and returns the candidate that is left."""
+        names = list(self.candidates.flags)
+        for number, rung in enumerate(rungs):
+            self.run_rung(number, rung, names)
+            names = self.best(number, names)[: rungs[number + 1].candidates if number + 1 < len(rungs) else 1]
+        return names[0]
+
+    def find_judge(self) -> str:
+        """The features that judge: those of the settings, or those of a classifier, of classes or of turns, trained on the images."""
+        if self.config.features is not None:
+            return self.config.features
+        folder, flags = self.folder / "features" / "classifier", {**self.candidates.judge, "seed": self.config.seed}
+
+        def train(_: str) -> None:
+            images = load_images(DataConfig(**self.data), self.config.seed)
+            data = self.data
+            if images[0].id2label is None:  # self-supervised: it tells by how much an image is turned
+                turned = self.folder / "features" / "turned"
+                write_turned(images, turned)
+                data = {name: data[name] for name in ("resolution", "image_channels") if name in data}
+                data["dataset_name"] = str(turned)
+            find_features(flags, data, self.folder)
+            shutil.rmtree(self.folder / "features" / "turned", ignore_errors=True)
+
+        share(["judge"], self.folder, lambda _: (folder / "results.json").exists(), train)
+        return str(folder)
+
+    def plan(self) -> list[Rung]:
+        """The rungs, planned once from how fast training is here."""
+        path = self.folder / "plan.json"
+
+        def make(_: str) -> None:
+            speeds = self.measure_speeds()
+            used = time.monotonic() - self.began  # the judge's training included
+            count = len(self.candidates.flags)
+            rungs = plan_rungs(self.config.seconds, count, self.config.keep_one_in, speeds, self.workers, used)
+            write_json(
+                path,
+                {
+                    "speeds": vars(speeds),
+                    "rungs": [rung.to_dict() for rung in rungs],
+                    "seconds": used,
+                },
+            )
+
+        share(["plan"], self.folder, lambda _: path.exists(), make)
+        self.planned = read_json(path)
+        self.speeds = Speeds(**self.planned["speeds"])
+        return [Rung(**rung) for rung in self.planned["rungs"]]
+
+    def measure_speeds(self) -> Speeds:
+        """Times a few steps of joint training and of a generator on its latents."""
+        name = next(name for name, flags in self.candidates.flags.items() if flags.get("auxiliary_decoder") == "none")
+        folder = self.folder / "calibration"
+        shutil.rmtree(folder, ignore_errors=True)  # left by a kill
+        trial = CandidateTrial(name, self.candidates.flags[name], self.experiment, folder, self.config.seed)
+        clock = []
+        for steps in _CALIBRATION:
+            start = time.monotonic()
+            trial.train_autoencoder(0, steps)
+            clock.append(time.monotonic() - start)
+        autoencoder = _per_step(clock)
+        clock = []
+        for number, steps in enumerate(_CALIBRATION):
+            start = time.monotonic()
+            trial.run(number, Rung(1, _CALIBRATION[-1], steps))
+            clock.append(time.monotonic() - start)
+            row = read_json(trial.result_path(number))
+            if "failed" in row:
+                raise UserError(f"candidate `{name}` failed while its speed was measured: {row['failed']}")
+        generator = _per_step(clock, whole=True)
+        shutil.rmtree(folder)
+        return Speeds(autoencoder, generator, fixed=max(0.0, clock[-1] - _CALIBRATION[-1] * generator))
+
+    def run_rung(self, number: int, rung: Rung, names: list[str]) -> None:
+        """Trains and measures all candidates of a rung, together with other processes."""
+        trials = {name: self.trial(name) for name in names}
+
+        def work(name: str) -> None:
+            trials[name].run(number, rung)
+            row = self.result(name, number)
+            said = f"failed: {row['failed']}" if "failed" in row else _show(row)
+            done = sum(each.result_path(number).exists() for each in trials.values())
+            left = max(0.0, self.config.seconds - self.seconds_used())
+            logger.info(
+                "rung %d, %s: %s (%d of %d; %s left)", number + 1, name, said, done, len(names), show_seconds(left)
+            )
+
+        share(names, self.folder / f"rung-{number}", lambda name: trials[name].result_path(number).exists(), work)
+
+    def trial(self, name: str) -> CandidateTrial:
+        return CandidateTrial(name, self.candidates.flags[name], self.experiment, self.folder, self.config.seed)
+
+    def result(self, name: str, number: int) -> dict[str, Any]:
+        return read_json(self.trial(name).result_path(number))
+
+    def best(self, number: int, names: list[str]) -> list[str]:
+        r"""
+        The candidates of a rung that did not fail, the best first.
+
+        Raises:
+            UserError: If all failed.
+        """
+        rows = {name: self.result(name, number) for name in names}
+        whole = [name for name in names if "failed" not in rows[name]]
+        if not whole:
+            raise UserError(f"every candidate failed, such as `{names[0]}`: {rows[names[0]]['failed']}")
+        return sorted(whole, key=lambda name: distances(rows[name])["gFD"])
+
+    def seconds_used(self) -> float:
+        """Wall time so far: that of all trials, shared by the processes."""
+        paths = self.folder.glob("trials/*/rung-*/result.json")
+        return self.planned["seconds"] + sum(read_json(path)["seconds"] for path in paths) / self.workers
+
+    def train_winner(self, name: str, rungs: list[Rung]) -> None:
+        """The rest of the budget for the winner, whose result becomes `vae/`, and `pipeline/` if that is wanted."""
+        path, number, with_generator = self.folder / "winner.json", len(rungs), self.config.train_generator
+
+        def decide(_: str) -> None:
+            left = self.config.seconds - self.seconds_used()
+            rung = plan_winner(left, self.speeds, rungs[-1] if rungs else None, with_generator)
+            write_json(path, {"name": name, "rung": rung.to_dict()})
+
+        share(["decide"], self.folder, lambda _: path.exists(), decide)
+        rung, trial = Rung(**read_json(path)["rung"]), self.trial(name)
+        logger.info("the winner is %s: %d steps of its autoencoder", name, rung.autoencoder_steps)
+        finished = self.folder / "finished.json"
+
+        def train(_: str) -> None:
+            if not trial.result_path(number).exists():
+                trial.run(number, rung, with_generator=with_generator)
+            row = self.result(name, number)
+            if "failed" in row:
+                raise UserError(f"the winner `{name}` failed in its last training: {row['failed']}")
+            if Path(row["vae"]).is_dir():
+                _replace(Path(row["vae"]), self.folder / "vae")
+            if with_generator:
+                _replace(trial.folder_of(number) / "generator" / "pipeline", self.folder / "pipeline")
+            write_json(finished, {"vae": row["vae"]})
+
+        share(["winner"], self.folder, lambda _: finished.exists(), train)
+
+
+def _per_step(clock: list[float], *, whole: bool = False) -> float:
+    """Seconds of a step from the last two readings; `whole`: each counts from step 0."""
+    _, middle, last = _CALIBRATION
+    steps = last - middle if whole else last - 2 * middle + _CALIBRATION[0]
+    return max((clock[2] - clock[1]) / steps, clock[2] / last / 4)
+
+
+def _show(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in distances(row).items())
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Puts a copy of a folder in another's place."""
+    new = target.with_name(f".{target.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(source, new)
+    shutil.rmtree(target, ignore_errors=True)
+    new.rename(target)

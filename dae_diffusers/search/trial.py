@@ -1,0 +1,128 @@
+"""Trains and measures one candidate in one rung."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.comparison.experiment import shared_flags
+from dae_diffusers.comparison.scripts import ScriptError, launch_script
+from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
+from dae_diffusers.data import DataConfig
+from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.metrics.report import draw_reconstructions
+from dae_diffusers.search.planning import Rung
+from dae_diffusers.store import write_json
+
+# Shares of joint training's steps that take its time in two stages: a step of stage 2 costs about 0.7 of one.
+_STAGE1, _STAGE2 = 0.6, 0.55
+
+
+class CandidateTrial:
+    r"""
+    A candidate of a search.
+
+    Args:
+        name (`str`), flags (`dict`): The candidate; `flags` has only `vae` for a published autoencoder.
+        experiment (`dict`): What all have in common: `data`, `features`, `num_images`, `num_inference_steps`, `transformer`.
+        folder (`Path`): Of the search.
+        seed (`int`): Of the search.
+    """
+
+    def __init__(self, name: str, flags: dict[str, Any], experiment: dict[str, Any], folder: Path, seed: int):
+        self.name, self.flags, self.seed = name, flags, seed
+        self.experiment = {**experiment, "generators": {"pilot": {}}}
+        self.search_folder, self.folder = folder, folder / "trials" / name
+
+    def folder_of(self, rung: int) -> Path:
+        return self.folder / f"rung-{rung}"
+
+    def result_path(self, rung: int) -> Path:
+        return self.folder_of(rung) / "result.json"
+
+    def run(self, number: int, rung: Rung, *, with_generator: bool = True) -> None:
+        r"""
+        Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
+        A failure is written there too.
+        """
+        folder, start = self.folder_of(number), time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            row = self._measure(number, rung, with_generator)
+        except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
+            row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
+        row |= {"rung": rung.to_dict(), "seconds": time.monotonic() - start}
+        write_json(self.result_path(number), row)
+
+    def _measure(self, number: int, rung: Rung, with_generator: bool) -> dict[str, Any]:
+        folder = self.folder_of(number)
+        vae = self.train_autoencoder(number, rung.autoencoder_steps)
+        if "vae" in self.flags:
+            data = DataConfig(**self.experiment["data"])
+            check_image_size(load_autoencoder(vae), channels=data.image_channels, resolution=data.resolution)
+        ruler = Ruler(self.experiment, vae, self.seed, self.search_folder / "reference")
+        row = {"vae": vae, **ruler.autoencoder()}
+        draw_reconstructions(ruler.vae, ruler.validation, folder / "reconstructions.png", count=8)
+        if with_generator:
+            cache_latents(self.experiment, vae, folder / "latents", self.seed)
+            target = folder / "generator"
+            row |= train_generator(
+                self.experiment,
+                "pilot",
+                vae,
+                folder / "latents",
+                target,
+                self.seed,
+                max_train_steps=rung.generator_steps,
+            )
+            row["generation"] = ruler.samples(target / "pipeline", target)
+            grids = sorted((target / "train_dit" / "grids").glob("*.png"))
+            shutil.copyfile(grids[-1], folder / "samples.png")
+            shutil.rmtree(target / "samples")
+            for left in (folder / "latents", target / "train_dit" / "checkpoints"):
+                shutil.rmtree(left, ignore_errors=True)
+        bad = [name for name, value in distances(row).items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"{bad[0]} is not finite.")
+        return row
+
+    def train_autoencoder(self, number: int, steps: int) -> str:
+        r"""Trains the autoencoder until it has had so many steps of joint training, or their time, and returns its folder."""
+        if "vae" in self.flags:
+            return self.flags["vae"]
+        constant = {"lr_scheduler": "constant_with_warmup"}  # of a length that is not known yet
+        flags = {**self.experiment["data"], **constant, **self.flags}
+        if self.flags.get("auxiliary_decoder") == "none":
+            halves = {"stage1_steps": steps // 2, "stage2_steps": steps - steps // 2}
+            folder = self.folder / "autoencoder"
+            launch_script("train_dae", {**flags, **halves, **shared_flags(folder, self.seed)})
+            return str(folder / "vae")
+        first = {"stage": "1", "stage1_steps": max(1, round(_STAGE1 * steps))}
+        launch_script("train_dae", {**flags, **first, **shared_flags(self.folder / "stage1", self.seed)})
+        # The encoder has moved on, so that the decoder of the rung before does not fit: it begins again.
+        second = {
+            "stage": "2",
+            "stage1_dir": str(self.folder / "stage1"),
+            "stage2_steps": max(1, round(_STAGE2 * steps)),
+        }
+        folder = self.folder_of(number) / "autoencoder"
+        launch_script("train_dae", {**flags, **second, **shared_flags(folder, self.seed)})
+        return str(folder / "vae")
+
+
+def distances(row: dict[str, Any]) -> dict[str, float]:
+    r"""PSNR, rFD, gFD and gap of a result, as far as they were measured."""
+    found = {}
+    reconstruction, generation = row.get("reconstruction", {}), row.get("generation", {})
+    for name, values, prefixes in (
+        ("PSNR", reconstruction, ("psnr",)),
+        ("rFD", reconstruction, ("rfd", "rfid")),
+        ("gFD", generation, ("gfd", "gfid")),
+        ("gap", generation, ("gap",)),
+    ):
+        for key, value in values.items():
+            if key.startswith(prefixes):
+                found[name] = math.nan if value is None else value
+    return found

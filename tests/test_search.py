@@ -1,0 +1,339 @@
+"""The search for a latent space: its plan, its forecast, its rungs, what it survives and what it says."""
+
+import json
+import math
+import random
+import sys
+
+import pytest
+import yaml
+from models import save_autoencoder, save_backbone
+from scripts import launched_here, load_benchmark, run
+
+from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.search.candidates import read_candidates
+from dae_diffusers.search.forecast import forecast
+from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
+from dae_diffusers.search.search import Search
+from dae_diffusers.search.settings import SearchConfig, show_seconds
+from dae_diffusers.settings import compose
+from dae_diffusers.store import read_json
+from dae_diffusers.training import find_latents
+from dae_diffusers.training.settings import FindLatentsConfig
+
+DATA = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
+DATA |= {"max_train_samples": 48, "max_validation_samples": 24}
+CANDIDATES = {
+    "autoencoder": {"block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 3, "train_batch_size": 4},
+    "transformer": {
+        "model": "DiT-Ti/2", "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "train_batch_size": 4
+    },
+    "judge": {"train_steps": 1, "hidden_sizes": [8, 8], "depths": [1, 1]},
+    "candidates": {
+        "joint": {"auxiliary_decoder": "none"},
+        "same": {"auxiliary_decoder": "same"},
+        "broken": {"auxiliary_decoder": "none", "learning_rate": 1e30, "lr_warmup_steps": 0},
+        "coarse": {"auxiliary_decoder": "none", "block_out_channels": [8, 8, 8, 8, 8]},
+    },
+}  # fmt: skip
+# Two rungs; a winner that gets no more than it has had.
+PLAN = {
+    "speeds": {"autoencoder": 1e9, "generator": 1e9, "fixed": 0},
+    "rungs": [Rung(3, 2, 2).to_dict(), Rung(2, 4, 4).to_dict()],
+    "seconds": 1.0,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
+
+
+# The plan
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("4h", 14400), ("1d12h", 129600), ("45s", 45)])
+def test_budget_is_a_time(text, seconds):
+    assert SearchConfig(budget=text).seconds == seconds
+    assert SearchConfig(budget=show_seconds(seconds)).seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0h", "4", "4 h", "h", "4h and more", "-4h", "1.5h"])
+def test_other_budgets_are_refused(text):
+    with pytest.raises(ConfigError, match="`budget` is .* but must be a time such as 90m, 4h or 1d12h"):
+        SearchConfig(budget=text)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3, 5, 12, 40])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_choosing_takes_half_of_the_budget_and_each_rung_is_longer(candidates, workers):
+    speeds = Speeds(0.02, 0.01, 3.0)
+    rungs = plan_rungs(7200, candidates, 3, speeds, workers)
+    assert [rung.candidates for rung in rungs] == [
+        n for n in (candidates, candidates // 3, candidates // 9, 1) if n > 1
+    ][: len(rungs)]
+    seconds = sum(
+        math.ceil(rung.candidates / min(rung.candidates, workers))
+        * (speeds.fixed + rung.autoencoder_steps * speeds.autoencoder + rung.generator_steps * speeds.generator)
+        for rung in rungs
+    )
+    assert not rungs or 3400 < seconds <= 3600
+    for shorter, longer in zip(rungs, rungs[1:], strict=False):
+        assert longer.autoencoder_steps == 3 * shorter.autoencoder_steps
+        assert longer.generator_steps == 3 * shorter.generator_steps
+
+
+def test_a_budget_that_holds_no_rung_says_the_least_that_does():
+    speeds = Speeds(0.02, 0.01, 3.0)
+    with pytest.raises(UserError, match="`budget` 30s cannot hold 12 candidates: here they need at least ") as error:
+        plan_rungs(30, 12, 3, speeds)
+    least = SearchConfig(budget=str(error.value).partition("at least ")[2].partition(".")[0]).seconds
+    rungs = plan_rungs(least, 12, 3, speeds)
+    assert min(rungs[0].autoencoder_steps, rungs[0].generator_steps) >= MIN_STEPS
+    with pytest.raises(UserError):
+        plan_rungs(0.8 * least, 12, 3, speeds)
+    with pytest.raises(UserError, match="`budget` 30s cannot hold"):
+        plan_rungs(30, 12, 3, speeds, used=100)
+    assert plan_rungs(least + 100, 12, 3, speeds, used=100) == rungs
+
+
+def test_winner_gets_the_rest_and_never_less_than_it_had():
+    before = Rung(2, 300, 200)
+    assert plan_winner(103, Speeds(0.1, 0.05, 3), before, False) == Rung(1, 1300, 2000)
+    assert plan_winner(103, Speeds(0.1, 0.05, 3), before, True) == Rung(1, 800, 1000)
+    assert plan_winner(-5, Speeds(0.1, 0.05, 3), before, True) == Rung(1, 300, 200)
+
+
+# The forecast
+
+
+def test_forecast_of_a_power_law_is_exact():
+    points = {name: [(x, height * x**-0.4) for x in (10, 30, 90)] for name, height in (("a", 5.0), ("b", 7.0))}
+    for name, found in forecast(points, 1000).items():
+        exact = {"a": 5.0, "b": 7.0}[name] * 1000**-0.4
+        assert found.value == pytest.approx(exact) and found.low == pytest.approx(found.high)
+
+
+def test_intervals_hold_nine_of_ten():
+    draw, held, total = random.Random(0), 0, 0
+    for _ in range(400):
+        heights = {name: draw.gauss(2, 1) for name in "abcd"}
+        points = {
+            name: [(x, math.exp(height - 0.3 * math.log(x) + draw.gauss(0, 0.1))) for x in (10, 30, 90)]
+            for name, height in heights.items()
+        }
+        for name, found in forecast(points, 900).items():
+            true = math.exp(heights[name] - 0.3 * math.log(900) + draw.gauss(0, 0.1))
+            held, total = held + (found.low <= true <= found.high), total + 1
+    assert 0.87 < held / total < 0.93
+
+
+def test_too_few_points_have_no_interval():
+    found = forecast({"a": [(10, 5.0)], "b": [(10, 7.0)], "c": []}, 1000)
+    assert {name: each.value for name, each in found.items()} == pytest.approx({"a": 5.0, "b": 7.0})
+    assert math.isinf(found["a"].high) and str(found["a"]) == "5"
+
+
+# The candidates
+
+
+def written(folder, content) -> str:
+    (folder / "candidates.yaml").write_text(
+        content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    )
+    return str(folder / "candidates.yaml")
+
+
+def test_candidates_that_do_not_fit_are_left_out_or_stop_the_search(tmp_path):
+    path = written(tmp_path, CANDIDATES)
+    found = read_candidates(SearchConfig(candidates=path), DATA)
+    assert list(found.flags) == ["joint", "same", "broken"]
+    assert found.left_out == {"coarse": "latents of 1x1 cannot be cut into patches of 2."}
+    with pytest.raises(ConfigError, match="candidate `coarse` does not fit: latents of 1x1"):
+        read_candidates(SearchConfig(candidates=path, on_misfit="stop"), DATA)
+    with pytest.raises(UserError, match="no candidate fits the images: `resolution` 15 is not divisible by 2"):
+        read_candidates(SearchConfig(candidates=path), DATA | {"resolution": 15})
+
+
+def test_joint_training_is_always_a_candidate_and_a_published_one_may_be(tmp_path):
+    content = CANDIDATES | {"candidates": {"same": {"auxiliary_decoder": "same"}}}
+    found = read_candidates(SearchConfig(candidates=written(tmp_path, content), published_vae="some/vae"), DATA)
+    assert list(found.flags) == ["joint", "same", "published"] and found.flags["published"] == {"vae": "some/vae"}
+    assert found.flags["joint"]["auxiliary_decoder"] == "none" and found.flags["joint"]["latent_channels"] == 3
+
+
+@pytest.mark.parametrize(("name", "resolution", "count"), [("default", 64, 12), ("digits", 16, 5)])
+def test_packaged_candidates_fit(name, resolution, count):
+    found = read_candidates(SearchConfig(candidates=name, on_misfit="stop"), DATA | {"resolution": resolution})
+    assert len(found.flags) == count
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "must be a mapping, but is a list"),
+        ("a: b: c", "cannot be read"),
+        ({"autoencoder": {}}, "must hold `candidates`"),
+        ({"candidates": {"a": {"latent_chanels": 4}}}, "a of .* has `latent_chanels`, which is no flag"),
+        ({"candidates": {"a": {"stage1_steps": 4}}}, "has `stage1_steps`, which is no flag that a candidate can set"),
+        ({"candidates": {"a": 4}}, "must be a mapping of flags, but is 4"),
+        ({"candidates": {"a": {}}, "transformer": {"modle": 1}}, "transformer of .* has `modle`"),
+        ({"candidates": {"a/b": {}}}, "'a/b' is no name"),
+        ({"candidates": {"a": {}}, "more": {}}, "it holds .'candidates', 'more'"),
+    ],
+)
+def test_files_that_are_no_candidates_are_refused(content, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        read_candidates(SearchConfig(candidates=written(tmp_path, content)), DATA)
+
+
+def test_unknown_names_of_candidates_are_answered_with_those_that_exist():
+    with pytest.raises(ConfigError, match="`candidates` digit is neither a YAML file nor one of default, digits"):
+        read_candidates(SearchConfig(candidates="digit"), DATA)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "soon"}, "`budget`"),
+        ({"image_channels": 4}, "`image_channels` is 4, but a judge takes"),
+        ({"features": "x", "image_channels": 4}, "4"),
+        ({"streaming": True}, "`streaming`"),
+        ({"random_crop": True}, "`random_crop`"),
+        ({"keep_one_in": 1}, "`keep_one_in` is 1"),
+        ({"dataset_name": None}, "`dataset_name`"),
+    ],
+)
+def test_flags_are_checked(change, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(FindLatentsConfig, **{"dataset_name": "digits", **change})
+
+
+# The search
+
+
+def find(folder, candidates: str, **flags) -> list[tuple[str, str]]:
+    """Runs the script with a plan that is short; returns what it launched."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "plan.json").exists():
+        (folder / "plan.json").write_text(json.dumps(PLAN))
+    flags = {**DATA, "budget": "1h", "candidates": candidates, "num_images": 12, "num_inference_steps": 1, **flags}
+    words = " ".join(f"--{name} {value}" for name, value in flags.items()) + " --keep_one_in 2 --train_generator"
+    with launched_here() as calls:
+        run(find_latents, words, output_dir=folder)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A finished search without classes and its file of candidates."""
+    folder = tmp_path_factory.mktemp("search")
+    candidates = written(folder, CANDIDATES)
+    save_autoencoder(folder / "rgb")
+    find(folder / "find", candidates, label_column="none", published_vae=folder / "rgb")
+    return folder / "find", candidates
+
+
+def test_search_ends_with_a_pipeline_and_a_report(searched):
+    folder, _ = searched
+    assert (folder / "vae" / "config.json").exists() and (folder / "pipeline" / "model_index.json").exists()
+    winner = read_json(folder / "winner.json")["name"]
+    text = (folder / "report.md").read_text()
+    assert f"**{winner}** is the best of 4 latent spaces" in text and "| broken | 1 | failed: `" in text
+    assert "| published | 1 | failed: the autoencoder takes 3 image channels, but `image_channels` is 1." in text
+    assert "`coarse` was left out: latents of 1x1" in text and "by how much an image is turned" in text
+    assert "dae-diffusers train-dae --dataset_name digits" in text and "dae-diffusers train-dit" in text
+    assert not list(folder.rglob("latents"))
+    page = (folder / "report.html").read_text()
+    assert "http" not in page and page.count("data:image/png;base64,") == 2 + 2 * 2  # two plots, two candidates
+    assert page.count("<table>") == page.count("</table>") == 1 and page.count("<pre>") == page.count("</pre>") == 1
+
+
+def test_rungs_go_on_from_their_autoencoders(searched):
+    folder, _ = searched
+    assert sorted(path.name for path in (folder / "trials").iterdir()) == ["broken", "joint", "published", "same"]
+    assert not (folder / "trials" / "broken" / "rung-1").exists()
+    log = (folder / "trials" / "joint" / "autoencoder" / "train_dae" / "log.jsonl").read_text()
+    assert max(json.loads(line)["step"] for line in log.splitlines()) == 4
+    stage1 = (folder / "trials" / "same" / "stage1" / "train_dae" / "log.jsonl").read_text()
+    assert max(json.loads(line)["step"] for line in stage1.splitlines()) == 2  # 0.6 of 4
+
+
+def test_finished_search_repeats_nothing_and_an_interrupted_one_ends_alike(searched, tmp_path, monkeypatch):
+    folder, candidates = searched
+    before, same = (folder / "report.md").read_text(), {"label_column": "none", "published_vae": folder.parent / "rgb"}
+    assert find(folder, candidates, **same) == []
+    assert (folder / "report.md").read_text() == before
+    # Stopped before each of its trials in turn, in another folder.
+    measure, left = find_latents.Search.run_rung, []
+
+    def stop(self, number, rung, names):
+        measure(self, number, rung, names)
+        if number not in left:
+            left.append(number)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(find_latents.Search, "run_rung", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            find(tmp_path / "find", candidates, **same)
+    find(tmp_path / "find", candidates, **same)
+    for path in folder.glob("trials/*/rung-*/result.json"):
+        first, second = read_json(path), read_json(tmp_path / "find" / path.relative_to(folder))
+        assert first.get("failed", "")[:60] == second.get("failed", "")[:60], path  # then its folder
+        for name in ("reconstruction", "generation"):
+            assert first.get(name) == second.get(name), path
+
+
+def test_folder_of_another_search_is_refused(searched, tmp_path):
+    folder, candidates = searched
+    with pytest.raises(UserError, match="holds another search: its data were"):
+        find(folder, candidates)
+    with pytest.raises(UserError, match="holds another search: its settings were"):
+        find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", budget="2h")
+
+
+def test_a_search_in_which_all_fails_says_why(tmp_path):
+    content = CANDIDATES | {"candidates": {"broken": CANDIDATES["candidates"]["broken"]}}
+    features = save_backbone(tmp_path / "judge", "classifier")
+    (tmp_path / "find").mkdir()
+    plan = PLAN | {"rungs": [Rung(2, 2, 2).to_dict()]}
+    (tmp_path / "find" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="every candidate failed, such as `broken`: `reconstruction_loss` became"):
+        find(tmp_path / "find", written(tmp_path, content), features=features)
+
+
+def test_speed_is_measured_before_a_plan(tmp_path):
+    features = save_backbone(tmp_path / "judge", "classifier")
+    config = SearchConfig(
+        output_dir=str(tmp_path / "find"), budget="1s", candidates=written(tmp_path, CANDIDATES), features=features,
+        num_images=12, num_inference_steps=1,
+    )  # fmt: skip
+    search = Search(config, DATA, read_candidates(config, DATA))
+    with (
+        launched_here(),
+        pytest.raises(UserError, match="`budget` 1s cannot hold 3 candidates: here they need at least"),
+    ):
+        search.run()
+    assert not (tmp_path / "find" / "plan.json").exists() and not (tmp_path / "find" / "calibration").exists()
+
+
+def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, capsys):
+    benchmark = load_benchmark("search_payoff")
+    content = CANDIDATES | {"candidates": {name: CANDIDATES["candidates"][name] for name in ("joint", "same")}}
+    command = ["search_payoff", "--candidates", written(tmp_path, content), "--output_dir", f"{tmp_path}/payoff"]
+    command += ["--data", *(f"{name}={value}" for name, value in DATA.items()), "--shares", "0.5", "--seeds", "0"]
+    command += [
+        "--autoencoder_steps",
+        "4",
+        "--generator_steps",
+        "4",
+        "--num_images",
+        "12",
+        "--num_inference_steps",
+        "1",
+    ]
+    command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
+    monkeypatch.setattr(sys, "argv", command)
+    with launched_here() as calls:
+        benchmark.main(benchmark.parse_arguments())
+        text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
+        assert "| seed | chosen | gFD | best | best gFD | gFD / best | cost |" in text and "The rule is" in text
+        benchmark.main(benchmark.parse_arguments())
+        assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
