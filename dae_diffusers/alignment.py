@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from dae_diffusers.errors import ConfigError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.alignment import (
     marginal_cosine_loss,
@@ -181,13 +181,14 @@ def make_representation_alignment(
         return None
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError("`repa_model` trains a second model, which FSDP and DeepSpeed do not take; use DDP.")
-    backbone = load_backbone(config.repa_model).to(accelerator.device)
     blocks = transformer.transformer_blocks
-    layer = config.repa_layer or max(1, len(blocks) // 3)
+    layer = max(1, len(blocks) // 3) if config.repa_layer is None else config.repa_layer
+    if not 1 <= layer <= len(blocks):
+        raise UserError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {len(blocks)}.")
+    backbone = load_backbone(config.repa_model).to(accelerator.device)
     torch.manual_seed(derived_seed(seed, 9))
-    projector = make_projector(
-        transformer.patch_embed.out_features, config.repa_projector_dim, backbone.patch_feature_dim
-    )
+    dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    projector = make_projector(dim, config.repa_projector_dim, backbone.patch_feature_dim)
     return RepresentationAlignment(
         accelerator, backbone, accelerator.prepare(projector), blocks[layer - 1], config.repa_weight
     )

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,20 @@ class TrainingRun:
         r"""Optimiser steps of all stages together, once [`find_start`] knows them."""
         return sum(self._plan["steps"].values())
 
+    @cached_property
+    def resumed(self) -> tuple[Path, dict[str, Any]] | None:
+        r"""
+        The checkpoint that `resume_from_checkpoint` asks for, and its manifest; None for a new run. All processes ask for it.
+
+        Raises:
+            UserError: If no checkpoint can be used.
+        """
+        resume = self.config.run.resume_from_checkpoint
+        found = None if resume is None else self.checkpointer.newest(resume)
+        if resume is not None and found is None:
+            logger.warning("no checkpoint in %s yet: starting at step 0.", self.checkpointer.folder)
+        return found
+
     def find_start(
         self, inputs: dict[str, str], plan: dict[str, Any], counts: dict[str, int], steps: dict[str, int]
     ) -> Start:
@@ -145,14 +160,9 @@ class TrainingRun:
             UserError: If the checkpoint was made from other inputs or with another plan, or no checkpoint can be used.
         """
         self._inputs, self._plan, self._counts = inputs, {"settings": plan, "steps": steps}, counts
-        resume, found = self.config.run.resume_from_checkpoint, None
-        if resume is not None:
-            found = self.checkpointer.newest(resume)
-            if found is None:
-                logger.warning("no checkpoint in %s yet: starting at step 0.", self.checkpointer.folder)
-        if found is None:
+        if self.resumed is None:
             return Start()
-        path, manifest = found
+        path, manifest = self.resumed
         step, state = manifest["step"], manifest["state"]
         for name, before in state.pop("inputs", {}).items():
             if inputs.get(name, before) != before:

@@ -202,6 +202,12 @@ TABLE = [
     ("train_dae", "--dataset_name {labels} --validation_split all", 1, "the splits are ['train', 'validation']"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --model DiT-Q/2", 2, "is not a size"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --attention_head_dim 6", 2, "must be a multiple of 4"),
+    (
+        "train_dit",
+        "--train_data_dir {images} --vae {vae} --pretrained_model_name_or_path {vae}",
+        1,
+        "is of class AutoencoderKL, but training starts from a",
+    ),
     ("train_dit", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
     ("train_vqgan_prior", "--vae {vq}", 2, "give one of `--dataset_name`"),
     ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --random_crop", 2, "same crops"),

@@ -25,7 +25,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard
 from models import make_autoencoder, make_prior, make_prior_pipeline, make_vq_model, save_autoencoder, save_run
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
-from scripts import TINY_DAE, TINY_DIT, run
+from scripts import TINY_DAE, TINY_DIT, TRANSFORMER, run
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
@@ -429,6 +429,18 @@ def test_options_of_from_pretrained_hold_with_the_package(client, published, tra
     expected = load_file(trained / "vae" / "diffusion_pytorch_model.safetensors")
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(value, expected[name].half())
+
+
+def test_training_starts_from_a_pipeline_of_the_hub(client, published, trained, image_folder, tmp_path):
+    flags = "--resolution 16 --max_train_steps 1 --learning_rate 1e-30 --num_sample_images 2 --sample_steps 1"
+    data = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path}
+    with pytest.raises(UserError, match="writer/nothing cannot be loaded: .*") as error:
+        run(train_dit, flags, pretrained_model_name_or_path="writer/nothing", **data)
+    assert "\n" not in str(error.value)
+    run(train_dit, flags, pretrained_model_name_or_path=REPO, **data)
+    old, new = (load_file(folder / TRANSFORMER) for folder in (trained, tmp_path))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert f"started from the weights of `{REPO}`." in make_card(read_result(tmp_path), "writer/more").content
 
 
 def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published, trained, tmp_path):

@@ -32,6 +32,7 @@ _OF_THE_AUTOENCODER = {"resolution": None, "image_channels": None}
 
 # Blocks of each named size; a test compares them with the transformer's.
 DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
+DEFAULT_MODEL = "DiT-S/2"
 
 
 @settings
@@ -159,7 +160,13 @@ class TransformerConfig:
 
     vae: str = field(help="folder or Hub id of the autoencoder")
     latent_cache: str | None = field(None, "folder written by cache_latents.py, to read latents instead of images")
-    model: str = field("DiT-S/2", "size (DiT-Ti, -XS, -S, -B, -L or -XL) and patch size (/1, /2, /4)")
+    pretrained_model_name_or_path: str | None = field(
+        None, "start from the weights of this pipeline or transformer (Hub id or folder); classes and size may differ"
+    )
+    model: str | None = field(
+        None,
+        "size (DiT-Ti, -XS, -S, -B, -L or -XL) and patch size (/1, /2, /4); default: DiT-S/2, or that of given weights",
+    )
     patch_size: int | None = field(None, "patch size; default: that of `--model`", at_least=1, advanced=True)
     num_layers: int | None = field(None, "transformer blocks; default: those of `--model`", at_least=1, advanced=True)
     num_attention_heads: int | None = field(
@@ -178,7 +185,7 @@ class TransformerConfig:
     max_train_steps: int = field(10000, "optimiser steps", at_least=1)
 
     def __post_init__(self):
-        size, _, patch = self.model.partition("/")
+        size, _, patch = (DEFAULT_MODEL if self.model is None else self.model).partition("/")
         if size not in DIT_LAYERS or not patch.isdecimal() or int(patch) == 0:
             raise ConfigError(
                 f"`model` `{self.model}` is not a size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
@@ -190,9 +197,10 @@ class TransformerConfig:
             )
 
     @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return self.num_layers or DIT_LAYERS[self.model.partition("/")[0]]
+    def depth(self) -> int | None:
+        """Number of blocks; None if it is that of given weights."""
+        model = self.model or (DEFAULT_MODEL if self.pretrained_model_name_or_path is None else None)
+        return self.num_layers or (model and DIT_LAYERS[model.partition("/")[0]])
 
     def instead_of_named(self) -> dict[str, int]:
         """The arguments of the transformer's constructor that replace those of the named size."""
@@ -207,8 +215,11 @@ class FlowMatchingConfig:
     timestep_sampling: Literal["logit_normal", "uniform"] = field(
         "logit_normal", "distribution of the noise levels in training", advanced=True
     )
-    timestep_shift: float = field(
-        1.0, "above 1: more noise, in training and in sampling; for large latents", above=0, advanced=True
+    timestep_shift: float | None = field(
+        None,
+        "above 1: more noise, in training and in sampling; for large latents; default: 1, or that of given weights",
+        above=0,
+        advanced=True,
     )
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_steps: int = field(25, "denoising steps of the grid", at_least=1, advanced=True)
@@ -308,7 +319,7 @@ class TrainDiTConfig:
             raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
         check_monitor(self.monitor, data)
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
-        if layer is not None and not 1 <= layer <= num_layers:
+        if None not in (layer, num_layers) and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
         if self.alignment.repa_model is None:
             return
@@ -658,8 +669,9 @@ def check_paths(config: Any) -> None:
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
         raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
+    is_resumed = values.get("resume_from_checkpoint") is not None  # the checkpoint holds what came from given weights
     for name in _PLACES:
-        place = values.get(name)
+        place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith((".", "/")))
         if is_path and not os.path.exists(place):
             raise UserError(

@@ -5,7 +5,8 @@ Train a Diffusion Transformer in the latent space of an autoencoder, with flow m
         --output_dir runs/digits
     accelerate launch training/train_dit.py --latent_cache runs/digits/latents --vae runs/digits/vae --model DiT-S/2
 
-The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`.
+The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Training starts from nothing, or from given weights with
+`--pretrained_model_name_or_path`.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from torch.utils.data import Dataset
 
 from dae_diffusers.alignment import make_representation_alignment
@@ -28,6 +29,8 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.denoising import Diffusion, FlowMatching
+from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.cache import (
     CachedLatents,
@@ -37,35 +40,48 @@ from dae_diffusers.latents.cache import (
     open_latent_cache,
 )
 from dae_diffusers.latents.statistics import (
+    STATISTICS,
     has_latent_statistics,
     moments_of,
     normalize_latents,
     write_latent_statistics,
 )
 from dae_diffusers.loop import Loop
-from dae_diffusers.losses.flow_matching import flow_matching_loss, interpolate, sample_sigmas
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
-from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.training.settings import DEFAULT_MODEL, TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+from dae_diffusers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
 
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
-    accelerator, flow = run.accelerator, config.flow
+    accelerator = run.accelerator
     autoencoder = GrowingAutoencoder(config.transformer.vae, run.output_dir, accelerator.device)
     config.hub.check_snapshots(autoencoder.is_finished)
     config.monitor.check_decoder(autoencoder.is_finished)
     vae = autoencoder.vae
-    train_data, validation_data, training_images = load_data(run, vae)
-    transformer = make_transformer(config, vae, train_data)
-    pipeline_of = partial(make_pipeline, vae=vae, data=train_data, shift=flow.timestep_shift)
+    origin = find_origin(run)
+    architecture = architecture_of(config, origin)
+    objective, scheduler = make_objective(config, origin)
+    train_data, validation_data, training_images = load_data(run, vae, architecture["patch_size"])
+    size = config.data.resolution // spatial_factor(vae)
+    statistics = measure_statistics(run, vae, train_data, origin)
+    transformer = make_transformer(origin, architecture, vae, train_data, size)
+    pipeline_of = partial(
+        DAEDiTPipeline,
+        vae=vae,
+        scheduler=scheduler,
+        id2label=train_data.id2label,
+        value_range=train_data.value_range,
+        is_flow_matching=isinstance(objective, FlowMatching),
+    )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -74,8 +90,12 @@ def main(config: TrainDiTConfig) -> None:
     steps = steps_of(
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
     )
-    start = find_start(run, vae, transformer, train_data, steps)
-    statistics = settle_statistics(run, vae, train_data, start)
+    given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
+    plan = {"pretrained_model_name_or_path": given, **architecture}
+    start = find_start(run, vae, transformer, train_data, steps, plan)
+    # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
+    statistics = start.state.get("latent_statistics", statistics)
+    vae.register_to_config(**statistics)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
@@ -86,7 +106,11 @@ def main(config: TrainDiTConfig) -> None:
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
-        state=statistics | ({} if monitor is None else {"monitor": monitor.state}),
+        state={
+            **({"latent_statistics": statistics} if statistics else {}),
+            **({} if monitor is None else {"monitor": monitor.state}),
+            **({} if origin is None else {"warm_start": origin.state()}),
+        },
     )
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
@@ -97,17 +121,14 @@ def main(config: TrainDiTConfig) -> None:
                 mean, std = (moment.float() for moment in moments_of(batch, vae, accelerator.device))
             latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
             noise = torch.randn_like(latents)
-            sigmas = sample_sigmas(
-                len(latents), sampling=flow.timestep_sampling, shift=flow.timestep_shift, device=latents.device
-            )
+            levels = objective.draw(len(latents), latents.device)
             labels = batch.get("class_labels")
             if labels is not None:  # dropped once a sample, for classifier-free guidance
                 dropped = torch.rand(len(labels), device=labels.device) < config.transformer.class_dropout_prob
                 labels = torch.where(dropped, len(train_data.id2label), labels)
-            velocity = loop.model(
-                interpolate(latents, noise, sigmas), 1000 * sigmas, class_labels=labels, return_dict=False
-            )[0]
-            loss = flow_matching_loss(velocity, latents, noise).mean()
+            noisy, timesteps = objective.noised(latents, noise, levels)
+            prediction = loop.model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+            loss = objective.loss(prediction, latents, noise, levels).mean()
             step.add(loss=loss)
             if alignment is not None:
                 grid = tuple(side // transformer.config.patch_size for side in latents.shape[2:])
@@ -117,7 +138,7 @@ def main(config: TrainDiTConfig) -> None:
             step.backward(loss)
         if step.validates:
             with loop.averaged() as model:
-                value = validation_loss(run, model, vae, validation_data)
+                value = validation_loss(run, model, vae, validation_data, objective)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None and monitor.is_due(loop.step, step.is_last):
@@ -135,63 +156,86 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline" if is_whole else None)
 
 
-def settle_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, start: Start) -> dict[str, Any]:
+def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
     """
-    Gives the autoencoder statistics of its latents, unless it has some, and returns the part of a checkpoint's state that keeps
-    them: the run goes on with the same, whatever the autoencoder of a finished stage 2 has then.
+    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none. Returns those that its
+    config got; empty if it keeps its own.
     """
-    kept = start.state.get("latent_statistics")
-    if kept is not None:
-        vae.register_to_config(**kept)
-    elif not has_latent_statistics(vae):
+    if origin is None or not origin.settles_statistics(vae):
+        if has_latent_statistics(vae):
+            return {}
         logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
         loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, run.accelerator)
-        names = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-        kept = {name: vae.config[name] for name in names}
-    return {} if kept is None else {"latent_statistics": kept}
+    return {name: vae.config.get(name) for name in STATISTICS}
 
 
-def architecture_of(config: TrainDiTConfig) -> dict[str, int]:
+def find_origin(run: TrainingRun) -> WarmStart | None:
+    """What the transformer starts from, read from the checkpoint if the run goes on; None for a new transformer."""
+    name = run.config.transformer.pretrained_model_name_or_path
+    if run.resumed is not None:
+        state = run.resumed[1]["state"].get("warm_start")
+        return None if state is None else WarmStart.from_state(state)
+    return None if name is None else WarmStart.load(name)
+
+
+def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[str, int]:
     """The arguments of the transformer's constructor that define its size."""
-    named = DAEDiTTransformer2DModel.size_kwargs(config.transformer.model)
-    return {**named, **config.transformer.instead_of_named()}
+    name = config.transformer.model or (DEFAULT_MODEL if origin is None else None)
+    given = {} if name is None else DAEDiTTransformer2DModel.size_kwargs(name)
+    given |= config.transformer.instead_of_named()
+    return given if origin is None else origin.architecture(given)
 
 
-def make_transformer(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset) -> DAEDiTTransformer2DModel:
-    """A new transformer for the latents of these data."""
-    return DAEDiTTransformer2DModel(
-        sample_size=config.data.resolution // spatial_factor(vae),
-        in_channels=num_latent_channels(vae),
-        num_classes=None if data.id2label is None else len(data.id2label),
-        **architecture_of(config),
-    )
+def make_transformer(
+    origin: WarmStart | None, architecture: dict[str, int], vae: AutoencoderKL, data: Dataset, size: int
+) -> ModelMixin:
+    """A transformer for latents of this size: a new one, or the given one."""
+    channels = num_latent_channels(vae)
+    if origin is not None:
+        return origin.continued(size, channels, architecture["patch_size"], data.id2label)
+    num_classes = None if data.id2label is None else len(data.id2label)
+    return DAEDiTTransformer2DModel(size, in_channels=channels, num_classes=num_classes, **architecture)
+
+
+def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[FlowMatching | Diffusion, SchedulerMixin]:
+    """What the transformer learns to predict, and the scheduler that samples from it; those of given weights stay."""
+    shift, sampling = config.flow.timestep_shift, config.flow.timestep_sampling
+    if origin is None or (origin.is_flow_matching and shift is not None):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
+        return FlowMatching(sampling, shift or 1.0), scheduler
+    if origin.is_flow_matching:
+        return FlowMatching(sampling, origin.shift), origin.scheduler
+    if shift is not None:
+        raise UserError(
+            f"`timestep_shift` is for flow matching, but {origin.name} is for diffusion: its {type(origin.scheduler).__name__} says which "
+            "noise levels it knows. Leave it out."
+        )
+    return Diffusion(origin.scheduler), origin.scheduler
 
 
 def find_start(
-    run: TrainingRun, vae: AutoencoderKL, transformer: DAEDiTTransformer2DModel, data: Dataset, steps: int
+    run: TrainingRun, vae: AutoencoderKL, transformer: ModelMixin, data: Dataset, steps: int, plan: dict
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
     logger.info(
         "%s, %s classes, %.1f M parameters",
         describe_size(data),
-        transformer.config.num_classes or "no",
+        len(data.id2label or {}) or "no",
         num_parameters / 1e6,
     )
-    sizes = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
     return run.find_start(
         inputs={"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
-        plan={name: transformer.config[name] for name in sizes},
+        plan=plan,
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
     )
 
 
-def load_data(run: TrainingRun, vae: AutoencoderKL) -> tuple[Dataset, Dataset, ImageDataset | None]:
+def load_data(run: TrainingRun, vae: AutoencoderKL, patch_size: int) -> tuple[Dataset, Dataset, ImageDataset | None]:
     """Training and validation data (cached latents or images), and the training images, or None if only their latents are given."""
-    config, images = run.config, None
-    patch_size, caches = architecture_of(config)["patch_size"], None
+    config, images, caches = run.config, None, None
     if config.transformer.latent_cache is not None:
         folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
         caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
@@ -210,12 +254,13 @@ def load_data(run: TrainingRun, vae: AutoencoderKL) -> tuple[Dataset, Dataset, I
 
 
 @torch.no_grad()
-def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data: Dataset) -> float:
+def validation_loss(
+    run: TrainingRun, model: ModelMixin, vae: AutoencoderKL, data: Dataset, objective: FlowMatching | Diffusion
+) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
-    shift = run.config.flow.timestep_shift
-    all_sigmas = shift * quantiles / (1 + (shift - 1) * quantiles)
+    all_levels = objective.spread(quantiles)
     all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
@@ -224,13 +269,12 @@ def validation_loss(run: TrainingRun, model: DAEDiTTransformer2DModel, vae, data
         latents = normalize_latents(mean.float(), vae)
         mine = slice(start, start + len(latents) * step, step)
         start = mine.stop
-        noise, sigmas = all_noise[mine].to(latents), all_sigmas[mine].to(latents)
+        noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
+        noisy, timesteps = objective.noised(latents, noise, levels)
         labels = batch["class_labels"].to(latents.device) if "class_labels" in batch else None
         with run.accelerator.autocast():
-            velocity = model(
-                interpolate(latents, noise, sigmas), 1000 * sigmas, class_labels=labels, return_dict=False
-            )[0]
-        losses += flow_matching_loss(velocity, latents, noise).tolist()
+            prediction = model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+        losses += objective.loss(prediction, latents, noise, levels).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
 
@@ -251,23 +295,12 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
     run.log.write_samples(
         pipeline,
         step,
-        num_classes=pipeline.transformer.config.num_classes,
+        num_classes=pipeline.null_class,
         num_images=flow.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
         guidance_scale=flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1,
         num_inference_steps=flow.sample_steps,
-    )
-
-
-def make_pipeline(model: DAEDiTTransformer2DModel, vae: AutoencoderKL, data: Dataset, shift: float) -> DAEDiTPipeline:
-    """Makes the pipeline, which draws samples during training and is saved at the end."""
-    return DAEDiTPipeline(
-        transformer=model,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        id2label=data.id2label,
-        value_range=data.value_range,
     )
 
 

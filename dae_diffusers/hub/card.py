@@ -154,6 +154,8 @@ def make_card(
     """
     found = measurements(result)
     generator = GENERATORS.get(result.index.get("_class_name", ""), {})
+    if result.index.get("is_flow_matching") is False:
+        generator = {**generator, "what": "A Diffusion Transformer", "tags": ["dit"]}
     origin = result.autoencoder_origin
     auxiliary_decoder = origin.get("auxiliary_decoder")
     is_decoupled = auxiliary_decoder not in (None, "none", "same")
@@ -204,6 +206,7 @@ def make_card(
         auxiliary_decoder=auxiliary_decoder,
         is_decoupled=is_decoupled,
         fine_tuned_from=origin.get("fine_tuned_from"),
+        started_from=result.generator_origin,
         fit=result.decoder_fit,
         data=data,
         classes=_class_names(result),

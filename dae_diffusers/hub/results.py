@@ -96,6 +96,12 @@ class Result:
         return name not in EMBEDDED and (Path(name).exists() or not re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name))
 
     @property
+    def generator_origin(self) -> str | None:
+        r"""The weights that the transformer's training started from; None if it began as a new one."""
+        script = self.scripts.get("train_dit")
+        return None if script is None else script.config.get("pretrained_model_name_or_path")
+
+    @property
     def autoencoder_origin(self) -> dict[str, str]:
         r"""
         How the autoencoder was trained, as far as the run's folder tells: `auxiliary_decoder`, the kind that its encoder was

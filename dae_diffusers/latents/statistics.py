@@ -12,6 +12,9 @@ from tqdm.auto import tqdm
 from dae_diffusers.autoencoders.loading import encode_moments, num_latent_channels
 from dae_diffusers.errors import UserError
 
+# What an autoencoder's config says of them.
+STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+
 
 @dataclass
 class LatentStatistics:

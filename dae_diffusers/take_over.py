@@ -1,0 +1,102 @@
+"""Takes the weights of a transformer over into one for other latents or classes. What is new begins so that it changes nothing."""
+
+from typing import NamedTuple
+
+import torch
+from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers.models.embeddings import LabelEmbedding
+
+from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+
+
+class _Layout(NamedTuple):
+    """A class of transformers, and where it keeps what depends on latents and classes."""
+
+    model_class: type[ModelMixin]
+    first: str  # layer
+    last: str
+    labels: str  # end of the name of a label table
+    classes: str  # their number, in the config
+
+
+LAYOUTS = {
+    layout.model_class.__name__: layout
+    for layout in (
+        _Layout(DAEDiTTransformer2DModel, "patch_embed", "proj_out", "label_embed.weight", "num_classes"),
+        _Layout(DiTTransformer2DModel, "pos_embed.proj", "proj_out_2", "embedding_table.weight", "num_embeds_ada_norm"),
+    )
+}
+
+
+def layout_of(transformer: ModelMixin) -> _Layout:
+    r"""The layout of a [`DAEDiTTransformer2DModel`] or a [`~diffusers.DiTTransformer2DModel`]."""
+    return LAYOUTS[type(transformer).__name__]
+
+
+def take_over(
+    old: ModelMixin, *, sample_size: int, in_channels: int, patch_size: int, rows: list[int | None] | None
+) -> tuple[ModelMixin, list[str]]:
+    r"""
+    Makes a transformer for other latents or classes, with the weights of another one.
+
+    - For the same latents and classes, every weight stays.
+    - A known class keeps its row of the label table, as the null class does. A new class begins with the row of the null class. A
+      model without classes gets a table of zeros. A model that loses its classes goes on as at its null class.
+    - For another number of channels or another patch size, the first and the last layer are new. The last is zero.
+    - Positions are numbers of rows and columns, so that another size continues them.
+    - A learned variance is dropped: our losses do not train it.
+
+    Args:
+        old ([`DAEDiTTransformer2DModel`] or [`~diffusers.DiTTransformer2DModel`]): The weights; they do not change.
+        sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
+        rows (`list[int | None]`, *optional*): For each new class its old number, or None if it is new; None without classes, which the
+            stock class cannot be.
+
+    Returns:
+        `tuple[ModelMixin, list[str]]`: A transformer of the same class, and what is not as before, in words.
+    """
+    layout, before, is_stock = layout_of(old), old.config, isinstance(old, DiTTransformer2DModel)
+    null, outputs = before[layout.classes], before.out_channels or before.in_channels
+    new = layout.model_class.from_config(
+        before,
+        sample_size=sample_size,
+        in_channels=in_channels,
+        patch_size=patch_size,
+        out_channels=None if before.out_channels is None else in_channels,
+        **{layout.classes: None if rows is None else len(rows)},
+    )
+    is_new = (before.in_channels, before.patch_size) != (in_channels, patch_size)
+    is_new |= outputs != in_channels and not is_stock
+    taken, state = old.state_dict(), new.state_dict()
+    for name, value in state.items():
+        layer = name.rpartition(".")[0]
+        if name.endswith(layout.labels):
+            numbers = [null if row is None else row for row in (*rows, None)]
+            state[name] = torch.zeros_like(value) if null is None else taken[name][numbers]
+        elif is_new and layer in (layout.first, layout.last):
+            state[name] = torch.zeros_like(value) if layer == layout.last else value
+        elif is_stock and layer == layout.last:  # its rows: the pixels of a patch, each with its channels
+            state[name] = taken[name].unflatten(0, (-1, outputs))[:, :in_channels].flatten(0, 1)
+        else:
+            state[name] = taken[name]
+    if null is not None and rows is None:
+        state["time_embed.linear_2.bias"] = taken["time_embed.linear_2.bias"] + taken[layout.labels][null]
+    new.load_state_dict(state)
+
+    changes = []
+    if is_new:
+        was, now = (f"{each.in_channels} channels in patches of {each.patch_size}" for each in (before, new.config))
+        changes.append(f"first and last layer are new (latents of {now}, before: {was})")
+    elif outputs != in_channels:
+        changes.append("its learned variance is left out")
+    if before.sample_size != sample_size:
+        changes.append(f"latents are {sample_size} wide (before: {before.sample_size})")
+    return new, changes
+
+
+def without_label_dropout(transformer: ModelMixin) -> ModelMixin:
+    r"""The stock class would drop labels by itself, in each block others. Ours are dropped once a sample, before it."""
+    for module in transformer.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0
+    return transformer

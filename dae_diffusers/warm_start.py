@@ -1,0 +1,273 @@
+"""Given weights that the training of a transformer starts from, and what their samples depend on besides."""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    SchedulerMixin,
+)
+
+from dae_diffusers.autoencoders.loading import check_has_weights
+from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.latents.cache import autoencoder_fingerprint
+from dae_diffusers.latents.statistics import STATISTICS
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.take_over import LAYOUTS, layout_of, take_over, without_label_dropout
+from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+
+logger = logging.getLogger(__name__)
+
+_SIZES = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+_INDEX = "model_index.json"
+
+
+@dataclass
+class WarmStart:
+    r"""
+    Given weights of a transformer, and what its samples depend on besides.
+
+    Attributes:
+        name (`str`): Folder or Hub id.
+        transformer ([`DAEDiTTransformer2DModel`] or [`~diffusers.DiTTransformer2DModel`]): The weights.
+        scheduler ([`~diffusers.SchedulerMixin`]): Samples from it.
+        is_flow_matching (`bool`): Whether it predicts the velocity of flow matching; if not, it is for diffusion.
+        pipeline ([`DAEDiTPipeline`], *optional*): Where it comes from, with the names of its classes; None for a transformer alone.
+        encoder (`str`, *optional*): Fingerprint of the encoder of its latents.
+        statistics (`dict`, *optional*): What the config of its autoencoder says of the latents' statistics.
+        is_resumed (`bool`): Whether a checkpoint holds newer weights.
+        changes (`list[str]`): What is not as before, for the log.
+    """
+
+    name: str
+    transformer: ModelMixin
+    scheduler: SchedulerMixin
+    is_flow_matching: bool = True
+    pipeline: DAEDiTPipeline | None = None
+    encoder: str | None = None
+    statistics: dict[str, Any] | None = None
+    is_resumed: bool = False
+    changes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, name: str) -> "WarmStart":
+        r"""
+        Loads the weights of a transformer, float32.
+
+        Args:
+            name (`str`): Folder or Hub id of a pipeline with a diffusion transformer, or of a transformer alone; or the output
+                folder of a run.
+
+        Raises:
+            UserError: If there is no such transformer, or it is damaged.
+        """
+        place = Path(name)
+        places = [place / "pipeline", place.parent] if place.name == "transformer" else [place / "pipeline"]
+        place = next((str(each) for each in places if (each / _INDEX).is_file()), name)  # with the names of its classes
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # of diffusers to the Hub's client
+                index = _index_of(place)
+                start = cls._of_transformer(name) if index is None else cls._of_pipeline(name, place, index)
+            check_has_weights(start.transformer)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged folder can fail in any way
+            raise UserError(
+                f"`pretrained_model_name_or_path` {name} cannot be loaded: {one_line(error, 300)} Give the folder or Hub id of a pipeline "
+                "with a diffusion transformer, such as the folder `pipeline/` that training/train_dit.py writes."
+            ) from None
+        start.transformer.float()
+        return start
+
+    @classmethod
+    def _of_pipeline(cls, name: str, place: str, index: dict[str, Any]) -> "WarmStart":
+        class_name = (index.get("transformer") or [None, None])[1]
+        if class_name not in LAYOUTS or not {"vae", "scheduler"} <= index.keys():
+            raise UserError(
+                f"`pretrained_model_name_or_path` {name} is a {index.get('_class_name')}, which has no diffusion transformer that "
+                f"training can start from. Give a pipeline with a {' or '.join(LAYOUTS)}."
+            )
+        pipeline = DAEDiTPipeline.from_pretrained(place)
+        check_has_weights(pipeline.vae)
+        return cls.from_pipeline(name, pipeline)
+
+    @classmethod
+    def from_pipeline(cls, name: str, pipeline: DAEDiTPipeline) -> "WarmStart":
+        r"""From a loaded pipeline."""
+        return cls(
+            name,
+            pipeline.transformer,
+            _without_variance(pipeline.scheduler),
+            pipeline.is_flow_matching,
+            pipeline=pipeline,
+            encoder=autoencoder_fingerprint(pipeline.vae),
+            statistics={name: pipeline.vae.config.get(name) for name in STATISTICS},
+        )
+
+    @classmethod
+    def _of_transformer(cls, name: str) -> "WarmStart":
+        class_name = DAEDiTTransformer2DModel.load_config(name).get("_class_name")
+        if class_name not in LAYOUTS:
+            raise UserError(
+                f"`pretrained_model_name_or_path` {name} is of class {class_name}, but training starts from a {' or '.join(LAYOUTS)}, "
+                "or from a pipeline with one. An autoencoder belongs to `vae`."
+            )
+        if class_name == DiTTransformer2DModel.__name__:
+            raise UserError(
+                f"`pretrained_model_name_or_path` {name} is a {class_name} alone, which does not tell what it predicts, and for "
+                "which noise levels. Give its pipeline, whose scheduler tells."
+            )
+        return cls(name, DAEDiTTransformer2DModel.from_pretrained(name), FlowMatchEulerDiscreteScheduler())
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "WarmStart":
+        r"""What a checkpoint holds of it; the weights follow with the checkpoint."""
+        transformer = LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
+        scheduler = getattr(diffusers, state["scheduler"]["_class_name"]).from_config(state["scheduler"])
+        return cls(state["name"], transformer, scheduler, state["is_flow_matching"], is_resumed=True)
+
+    @property
+    def shift(self) -> float:
+        r"""The scheduler's shift of the noise levels, for flow matching."""
+        return self.scheduler.config.get("shift") or self.scheduler.config.get("flow_shift") or 1.0
+
+    def state(self) -> dict[str, Any]:
+        r"""What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more."""
+        return {
+            "name": self.name,
+            "transformer": json.loads(self.transformer.to_json_string()),
+            "scheduler": json.loads(self.scheduler.to_json_string()),
+            "is_flow_matching": self.is_flow_matching,
+        }
+
+    def architecture(self, given: dict[str, int]) -> dict[str, int]:
+        r"""
+        The sizes of the transformer, with another `patch_size` if one is given.
+
+        Raises:
+            UserError: If another depth or width is given than the weights have.
+        """
+        sizes = {name: self.transformer.config[name] for name in _SIZES}
+        other = [name for name, value in given.items() if name != "patch_size" and value != sizes[name]]
+        if other:
+            raise UserError(
+                f"`pretrained_model_name_or_path` {self.name} has {_listed(sizes, other)}, but {_listed(given, other)} was asked for. "
+                "Leave `model` and these settings out: only the patch size may change."
+            )
+        return {**sizes, **given}
+
+    def settles_statistics(self, vae: ModelMixin) -> bool:
+        r"""
+        Gives an autoencoder with the same encoder the statistics of its latents that the transformer knows, or none if it knows none.
+
+        Returns:
+            `bool`: Whether the encoder is the same.
+        """
+        if self.encoder is None:
+            return False
+        if autoencoder_fingerprint(vae) != self.encoder:
+            logger.info("the latents of %s came from another encoder: its samples mean nothing in these", self.name)
+            return False
+        before = dict(vae.config)
+        vae.register_to_config(**self.statistics)
+        if any(vae.config[name] != before.get(name) for name in self.statistics):
+            logger.info("latents are normalised as in %s, not as the config of `--vae` says", self.name)
+        return True
+
+    def continued(
+        self, sample_size: int, in_channels: int, patch_size: int, id2label: dict[int, str] | None
+    ) -> ModelMixin:
+        r"""
+        The transformer to train: for these latents and classes, with the given weights. Says in the log what is not as before.
+
+        Args:
+            sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
+            id2label (`dict[int, str]`, *optional*): Names of the classes; None without classes.
+
+        Raises:
+            UserError: If the transformer cannot do without classes, and there are none.
+        """
+        if self.is_resumed:  # it was made for these latents and classes
+            return without_label_dropout(self.transformer)
+        if id2label is None and isinstance(self.transformer, DiTTransformer2DModel):
+            raise UserError(
+                f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which needs classes, but the images have "
+                "none. Put them into a sub-folder, which is a class, or name their `label_column`."
+            )
+        self.transformer, changes = take_over(
+            self.transformer,
+            sample_size=sample_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            rows=self._rows(id2label),
+        )
+        logger.info(
+            "starting from the weights of %s, for %s: %s",
+            self.name,
+            "flow matching" if self.is_flow_matching else f"diffusion with its {type(self.scheduler).__name__}",
+            "; ".join([*changes, *self.changes, "all else is as before"]),
+        )
+        self.pipeline = None  # frees the old weights
+        return without_label_dropout(self.transformer)
+
+    def _rows(self, id2label: dict[int, str] | None) -> list[int | None] | None:
+        """The old number of each class, or None if it is new."""
+        num_before = self.transformer.config[layout_of(self.transformer).classes]
+        if id2label is None:
+            self.changes += [] if num_before is None else ["its classes are left out"]
+            return None
+        names = [id2label[number] for number in sorted(id2label)]
+        if num_before is None:
+            self.changes.append("it had no classes, and begins the same for each")
+            return [None] * len(names)
+        if self.pipeline is not None and self.pipeline.id2label:
+            rows = [self._number_of(name, num_before) for name in names]
+        else:  # its classes have no names
+            rows = list(range(num_before)) if len(names) == num_before else [None] * len(names)
+        begun = [name for name, row in zip(names, rows, strict=True) if row is None]
+        if begun:
+            some = ", ".join(begun[:10]) + (", ..." if len(begun) > 10 else "")
+            self.changes.append(f"{len(begun)} of {len(names)} classes are new and begin as the null class ({some})")
+        left_out = num_before - len(set(rows) - {None})
+        if left_out:
+            self.changes.append(f"{left_out} of its {num_before} classes are left out")
+        return rows
+
+    def _number_of(self, name: str, num_classes: int) -> int | None:
+        try:
+            (number,) = self.pipeline.get_label_ids(name)
+        except ValueError:  # unknown, or a name of several
+            return None
+        return number if number < num_classes else None
+
+
+def _index_of(place: str) -> dict[str, Any] | None:
+    """The index of a pipeline; None for what is none. Raises OSError if it is damaged."""
+    try:
+        return DiffusionPipeline.load_config(place)
+    except OSError:
+        if (Path(place) / _INDEX).exists():
+            raise
+        return None
+
+
+def _without_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler for a transformer that predicts no variance."""
+    if "learned" not in str(scheduler.config.get("variance_type")):
+        return scheduler
+    default = signature(type(scheduler).__init__).parameters["variance_type"].default
+    return type(scheduler).from_config(scheduler.config, variance_type=default)
+
+
+def _listed(values: dict[str, int], names: list[str]) -> str:
+    return ", ".join(f"`{name}` {values[name]}" for name in names)
