@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from importlib.resources import files
@@ -29,6 +30,9 @@ _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 _METAVARS = {int: "N", float: "X", str: "NAME"}
+_SCRIPT = re.compile(
+    r"(?:accelerate launch |python )?(?:training/)?\b(cache_latents|complexity|evaluate|preview|push|train_[a-z_]+)\.py\b"
+)
 REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -62,13 +66,29 @@ def parse_config(
     try:
         return compose(config_class, **parser.parse([*from_file, *argv]))
     except ValueError as error:
-        parser.error(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]))
+        is_command = (prog or "").startswith("dae-diffusers") or None
+        parser.error(
+            as_typed(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]), is_command)
+        )
 
 
 def with_dashes(message: str, flags: Iterable[str]) -> str:
     r"""A message of the library in a script's terms: "`resolution` is 0" becomes "`--resolution` is 0" for its flags."""
     names = set(flags)
     return re.sub(r"`(\w+)(?=[ =`])", lambda match: f"`--{match[1]}" if match[1] in names else match[0], message)
+
+
+def as_typed(text: str, is_command: bool | None = None) -> str:
+    r"""
+    Names scripts as the user calls them: where `dae-diffusers` is in use, `training/train_dit.py` becomes `dae-diffusers train-dit`.
+
+    Args:
+        text (`str`): A help text or a message.
+        is_command (`bool`, *optional*): Whether the user typed `dae-diffusers`; default: whether it started this process.
+    """
+    if not ("DAE_DIFFUSERS_COMMAND" in os.environ if is_command is None else is_command):
+        return text
+    return _SCRIPT.sub(lambda match: f"dae-diffusers {match[1].replace('_', '-')}", text)
 
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
@@ -80,6 +100,8 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         SystemExit: With the error's exit code.
     """
     _keep_interrupts()
+    warnings.simplefilter("once", append=True)  # the same words from two lines are one warning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a line of our source helps nobody
     try:
         run(config)
     except KeyboardInterrupt:
@@ -88,7 +110,9 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
         message = _message_of(error) or _lost_folder(error, flat(config).get("output_dir"))
         if message is None:
             raise
-        message = with_dashes(" ".join(message.splitlines()), flat(config))  # a file's name may hold line breaks
+        message = as_typed(
+            with_dashes(" ".join(message.splitlines()), flat(config))
+        )  # a file's name may hold line breaks
         rank = os.environ.get("RANK", "0")
         for bar in list(getattr(tqdm, "_instances", ())):  # else it is drawn again after the last line
             bar.close()
@@ -186,7 +210,11 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
         super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action):
-        says_all = action.metavar == "KIND" or any(action.default is each for each in (None, False, SUPPRESS))
+        says_all = (
+            action.metavar == "KIND"
+            or "default: " in (action.help or "")
+            or any(action.default is each for each in (None, False, SUPPRESS))
+        )
         if says_all or not action.help or f"--no_{action.dest}" in action.option_strings:
             return action.help
         if isinstance(action.default, list):  # as it is typed

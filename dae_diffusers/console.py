@@ -12,7 +12,7 @@ from importlib.resources import files
 from dae_diffusers import __version__
 from dae_diffusers.errors import one_line
 
-_ALONE = {"assemble", "push"}  # no training: runs as a plain Python process
+_ALONE = {"assemble", "preview", "push"}  # no training: runs as a plain Python process
 _USAGE = """usage: dae-diffusers [flags of accelerate launch] SCRIPT [flags of the script]
 
 {scripts}
@@ -84,14 +84,14 @@ def find_scripts() -> dict[str, str]:
 
 def _check_arguments(script: str, flags: list[str]) -> None:
     """Checks the arguments before anything slow, such as torch, is loaded."""
-    from dae_diffusers.cli import parse_config, run_script
+    from dae_diffusers.cli import as_typed, parse_config, run_script
     from dae_diffusers.training.settings import SCRIPTS, check_paths, with_flags
 
     text = (files("dae_diffusers.training") / f"{script.replace('-', '_')}.py").read_text(encoding="utf-8")
     config = parse_config(
         SCRIPTS[script],
         with_flags(script, flags),
-        description=ast.get_docstring(ast.parse(text)),
+        description=as_typed(ast.get_docstring(ast.parse(text)), True),
         prog=f"dae-diffusers {script}",
     )
     run_script(check_paths, config)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dae_diffusers.distributed import whole_model
+from dae_diffusers.duration import Forecast
 from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.heartbeat import Heartbeat
 from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer
@@ -103,7 +104,7 @@ class Loop:
         per_step = self.accelerator.num_processes * run.config.optimization.gradient_accumulation_steps
         self.microbatch = self.step * per_step + self.accelerator.process_index
         self.batches = run.batches.over(dataset, self.step * per_step)
-        self.progress = make_progress_bar(self)
+        self.progress, forecast = make_progress_bar(self), Forecast(run.last_step)
         self.model.train()
         with StopSignal(self.accelerator) as stop, Heartbeat(self.accelerator, run.folder) as heartbeat:
             while self.step < self.last_step:
@@ -111,6 +112,8 @@ class Loop:
                 yield step
                 step.check_whole()
                 heartbeat.beat(self.step)
+                if text := forecast.after(self.step):
+                    self.progress.write(text)
                 if step.validates:
                     run.log.draw_curves()
                 step.is_last = self.step == self.last_step
@@ -255,10 +258,10 @@ def trainable(*models: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def make_progress_bar(loop: Loop) -> tqdm:
-    """Over a loop's optimiser steps, on the main process."""
+    """Over the optimiser steps of the whole run, on the main process."""
     return tqdm(
-        total=loop.last_step - loop.first_step,
-        initial=loop.step - loop.first_step,
+        total=loop.run.last_step,
+        initial=loop.step,
         desc=loop.description,
         unit="step",
         disable=not loop.accelerator.is_local_main_process,

@@ -1,5 +1,6 @@
 """Makes the optimiser, the learning rate schedule and the averaged weights from the settings."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from dae_diffusers.run_settings import OptimizationConfig
+
+logger = logging.getLogger(__name__)
 
 
 def make_optimizer(
@@ -38,7 +41,12 @@ def make_optimizer(
 def make_lr_scheduler(
     config: OptimizationConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    r"""Makes the schedule that the config names, over a number of steps. The warm-up is at most as long."""
+    r"""Makes the schedule that the config names, over a number of steps. The warm-up is at most as long, which is said."""
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= num_steps:
+        logger.warning(
+            "`--lr_warmup_steps` %d does not end within %d steps: the learning rate only rises. Give fewer.",
+            config.lr_warmup_steps, num_steps,
+        )  # fmt: skip
     return get_scheduler(
         config.lr_scheduler,
         optimizer,

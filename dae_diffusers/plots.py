@@ -125,7 +125,7 @@ def figure_of_curves(history: list[dict[str, float]], *, title: str, marks: dict
             axis.plot(steps, values, label=name, marker="." if len(steps) < 12 else None, linewidth=1.2)
         for name, step in marks.items():
             axis.axvline(step, color="0.7", linestyle=":", label=name)
-        _scale(axis, [value for name in panels[panel] for _, value in lines[name]])
+        scale_axis(axis, [value for name in panels[panel] for _, value in lines[name]])
         axis.set_title(panel, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -141,8 +141,8 @@ def _panel_of(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _scale(axis, values: list[float]) -> None:
-    """Makes a large range logarithmic, and keeps a tiny range from filling the whole panel."""
+def scale_axis(axis, values: list[float]) -> None:
+    r"""Makes a large range logarithmic, and keeps a tiny range from filling the whole panel."""
     low, high = min(values), max(values)
     if low > 0 and high > 30 * low:
         axis.set_yscale("log")

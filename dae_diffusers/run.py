@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from dae_diffusers.batches import TrainingBatches
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.console import num_cores
+from dae_diffusers.data.configuration import DEFAULT_CHANNELS, DEFAULT_RESOLUTION
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.distributed import PROCESS_GROUP, describe_hardware, settle_backend
 from dae_diffusers.errors import ConfigError, UserError
@@ -28,6 +29,7 @@ from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
+from dae_diffusers.run_settings import RunConfig
 from dae_diffusers.runlog import RunLog, read_log
 from dae_diffusers.settings import config_text, flags_of, flat
 from dae_diffusers.signals import launcher_pid
@@ -121,6 +123,11 @@ class TrainingRun:
         r"""Images that one optimiser step sees, over all processes."""
         optimization = self.config.optimization
         return optimization.train_batch_size * optimization.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def last_step(self) -> int:
+        r"""Optimiser steps of all stages together, once [`find_start`] knows them."""
+        return sum(self._plan["steps"].values())
 
     @cached_property
     def resumed(self) -> tuple[Path, dict[str, Any]] | None:
@@ -249,6 +256,24 @@ class TrainingRun:
             torch._functorch.config.donated_buffer = False  # adaptive weights go through a graph twice
             for block in blocks:
                 block.compile()
+
+    def next_command(self, script: str, **results: str) -> str:
+        r"""
+        The command of the script that comes next, on the same images.
+
+        Args:
+            script (`str`): Its name, such as `"train_dit"`.
+            results: Flags that take a result of this run, by the name of its folder in the output folder.
+        """
+        data = replace(
+            self.config.data, resolution=DEFAULT_RESOLUTION, image_channels=DEFAULT_CHANNELS
+        )  # the model knows them
+        words = [word for flag, name in results.items() for word in (f"--{flag}", str(self.output_dir / name))]
+        words += [*flags_of(data, whole_paths=True), *flags_of(RunConfig(seed=self.config.run.seed))]
+        words += ["--output_dir", str(self.output_dir)]
+        is_command = "DAE_DIFFUSERS_COMMAND" in os.environ
+        start = f"dae-diffusers {script.replace('_', '-')}" if is_command else f"accelerate launch training/{script}.py"
+        return f"{start} {shlex.join(words)}"
 
     def finish(self, result: str | None) -> None:
         r"""

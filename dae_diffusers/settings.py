@@ -179,8 +179,11 @@ def config_text(config: Any) -> str:
     return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
 
 
-def flags_of(config: Any) -> list[str]:
-    r"""The flags that change the defaults into these settings, without the folder, publishing and resuming."""
+def flags_of(config: Any, *, whole_paths: bool = False) -> list[str]:
+    r"""
+    The flags that change the defaults into these settings, without the folder, publishing and resuming. Of an absolute path only
+    the last part stays, unless `whole_paths` asks for all of it.
+    """
     values, argv = flat(config), []
     for _, each, default in fields_of(type(config)):
         name, value = each.name, values[each.name]
@@ -191,5 +194,6 @@ def flags_of(config: Any) -> list[str]:
         elif isinstance(value, list):
             argv += [f"--{name}", *map(str, value)]
         else:
-            argv += [f"--{name}", Path(value).name if isinstance(value, str) and os.path.isabs(value) else str(value)]
+            is_cut = not whole_paths and isinstance(value, str) and os.path.isabs(value)
+            argv += [f"--{name}", Path(value).name if is_cut else str(value)]
     return argv

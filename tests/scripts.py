@@ -43,7 +43,7 @@ _DAE = (
     "--train_batch_size 4"
 )
 _DIT = (
-    "--resolution 16 --model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --max_train_steps 6 "
+    "--model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --max_train_steps 6 "
     "--train_batch_size 4"
 )
 TINY_DAE = _DAE + " --logging_steps 2 --validation_steps 3 --checkpointing_steps 3 --checkpoints_total_limit 9"
@@ -52,7 +52,7 @@ TINY_DIT = _DIT + (
     "--num_sample_images 4 --sample_steps 2"
 )
 TINY_PRIOR = (
-    "--resolution 16 --num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 6 "
+    "--num_layers 2 --num_attention_heads 2 --attention_head_dim 8 --max_train_steps 6 "
     "--train_batch_size 4 --logging_steps 2 --validation_steps 4 --checkpointing_steps 3 --checkpoints_total_limit 9 "
     "--num_sample_images 4 --random_flip"
 )

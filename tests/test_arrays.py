@@ -556,3 +556,15 @@ def test_bits_and_signs_that_pillow_hides_are_said(content, message, tmp_path):
         with pytest.raises(ValueError, match=message):
             decode_image(content)
     assert find_depth(jpeg_2000_of(8)) == "8-bit"
+
+
+@pytest.mark.parametrize("first", ["deep", "colour"])
+def test_16_bit_gray_and_8_bit_colour_pictures_become_rgb_together(first, tmp_path):
+    for number in range(6):
+        is_deep = (number % 2 == 0) == (first == "deep")
+        pixels = np.full((8, 8), 51400, np.uint16) if is_deep else np.full((8, 8, 3), (200, 0, 255), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, image_channels=3))
+    seen = [images[n]["pixel_values"][:, 0, 0] for images in (train, validation) for n in range(len(images))]
+    colours = sorted(tuple(((each + 1) * 127.5).round().int().tolist()) for each in seen)
+    assert colours == [(200, 0, 255)] * 3 + [(200, 200, 200)] * 3

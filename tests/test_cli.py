@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
@@ -10,9 +11,10 @@ from typing import Literal
 import pytest
 import torch
 import yaml
+from scripts import in_child
 
-from dae_diffusers.cli import parse_config, run_script, with_dashes
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.cli import as_typed, parse_config, run_script, with_dashes
+from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.settings import compose, config_text, field, fields_of, flags_of, flat, part, settings
 from dae_diffusers.training.settings import (
     DIT_LAYERS,
@@ -110,6 +112,28 @@ def test_flags_that_make_a_config_make_it_again():
 def test_messages_of_the_library_get_dashes_before_flags_only():
     text = with_dashes("`steps` is 0; see `other`, `kind b` and `steps=2`.", ["steps", "kind"])
     assert text == "`--steps` is 0; see `other`, `--kind b` and `--steps=2`."
+
+
+def test_scripts_are_named_as_they_were_called():
+    text = "Run `accelerate launch training/train_dit.py --vae x`, or `evaluate.py`; not `my_evaluate.py`."
+    assert (
+        as_typed(text, True)
+        == "Run `dae-diffusers train-dit --vae x`, or `dae-diffusers evaluate`; not `my_evaluate.py`."
+    )
+    assert as_typed(text, False) == text
+
+
+def test_paths_are_shown_in_full(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert in_full("my_images") == f" (looked for {tmp_path}/my_images)" and in_full(tmp_path) == ""
+
+
+def test_warnings_have_no_source_lines():
+    def action():
+        run_script(lambda config: None, compose(Whole))
+        print(warnings.formatwarning("few images", UserWarning, "code.py", 3, "a line of code"), end="")
+
+    assert in_child(action) == (0, "warning: few images\n")
 
 
 def test_compose_refuses_what_no_part_has():

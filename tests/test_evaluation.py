@@ -6,6 +6,7 @@ import math
 from functools import wraps
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -54,6 +55,7 @@ from dae_diffusers.metrics.sampling import (
     draw_samples,
     generation_inputs,
     prompts_of,
+    say_duration,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.store import fingerprint_of_json, finite_or_none
@@ -323,7 +325,7 @@ def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder
     """The script itself, on 1,797 real digits, to 1e-6."""
     vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
     DAEDiTPipeline(pipeline.transformer, vae, pipeline.scheduler).save_pretrained(tmp_path / "pipeline")
-    flags = "--dataset_name digits --image_channels 1 --resolution 16 --num_images 100 --num_inference_steps 2"
+    flags = "--dataset_name digits --num_images 100 --num_inference_steps 2"
     results = []
     for processes, batch_size in ((1, 64), (1, 1), (2, 7)):
         folder = tmp_path / f"{processes}-{batch_size}"
@@ -333,7 +335,7 @@ def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder
         )  # fmt: skip
         succeed(process)
         results.append(json.loads((folder / "metrics.json").read_text()))
-    parts = ("reconstruction", "latent_space", "generation")
+    parts = ("reconstruction", "latent_space", "generation", "floor", "judge")
     expected = [dict(numbers_in(results[0][part])) for part in parts]
     assert len(expected[0]) >= 3 and len(expected[1]) >= 8 and len(expected[2]) >= 8
     for result in results[1:]:
@@ -374,6 +376,21 @@ def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
         draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))
 
 
+def test_time_of_drawing_is_said_where_that_costs_little(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    sampler = Sampler(Painter(DDPMScheduler()), ("a cat", "a dog"))
+    sweep = [SampleSettings(160, scale, 25, prompts=("a cat", "a dog")) for scale in (1.0, 3.0)]
+    say_duration(sampler, sweep[:1], tmp_path, Accelerator(), 64)  # 75 steps of a batch
+    assert caplog.text == ""
+    say_duration(sampler, sweep, tmp_path, Accelerator(), 16)
+    assert "drawing 160 images for each of 2 settings takes about 1 second" in caplog.text
+    caplog.clear()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "0.safetensors").touch()
+    say_duration(sampler, sweep, tmp_path, Accelerator(), 16)
+    assert caplog.text == ""
+
+
 def test_prompts_name_the_classes_of_the_images(images):
     for prompt, expected in (("a photo of a {label}", ("a photo of a cat", "a photo of a dog")), ("{}", ("{}",))):
         assert prompts_of(prompt, images.id2label) == expected
@@ -392,13 +409,15 @@ def test_pipelines_that_cannot_be_called_are_named():
 
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular")
-def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(extractor_folder, image_folder, tmp_path):
+def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
+    extractor_folder, extractor, image_folder, images, tmp_path
+):
     unet = UNet2DModel(
         sample_size=16, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    flags = "--resolution 16 --validation_fraction 0.5 --num_images 12 --guidance_scales 1 2 --num_inference_steps 1 2"
+    flags = "--validation_fraction 0.5 --guidance_scales 1 2 --num_inference_steps 1 2"
     folders = {"pipeline": tmp_path / "ddpm", "features": extractor_folder, "train_data_dir": image_folder}
     run(evaluate, flags, output_dir=tmp_path / "evaluation", **folders)
     results = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
@@ -406,7 +425,19 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(extractor_
     assert [row["num_inference_steps"] for row in results["generation"]] == [1, 2]  # nothing is guided
     assert all("gap" not in row and "guidance_scale" not in row for row in results["generation"])
     assert results["setting"]["pipeline"] == "DDPMPipeline" and results["setting"]["features"]["fingerprint"]
-    assert "DDPMScheduler" in (tmp_path / "evaluation" / "metrics.md").read_text()
+    report = (tmp_path / "evaluation" / "metrics.md").read_text()
+    assert "DDPMScheduler" in report
+    assert {row["num_images"] for row in results["generation"]} == {len(images)}  # as many as training images
+    floor, held_out = results["floor"]["generation"], load_images(images.config)[1]
+    features = [extractor(torch.stack([each["pixel_values"] for each in split])) for split in (held_out, images)]
+    number = min(map(len, features))
+    chosen = features[0][np.sort(np.random.default_rng(0).permutation(len(features[0]))[:number])]
+    expected = frechet_distance(*map(FeatureStatistics.of, (chosen, features[1])))
+    assert floor["num_images"] == number
+    assert floor["real"][extractor.distance_name("g")] == pytest.approx(expected, rel=1e-5)
+    assert [row.keys() for row in floor["samples"]] == [floor["real"].keys()] * 2
+    assert "| **real** |" in report and f"{extractor.distance_name('g')} ↓" in report and "precision ↑" in report
+    assert 0 <= results["judge"]["judge_accuracy"] <= 1 and "Judge: " in report
     pictures = sorted(path.name for path in (tmp_path / "evaluation").glob("*.png"))
     assert pictures == [
         "nearest-steps-1.png",

@@ -214,7 +214,7 @@ def kept_files(folder: Path) -> dict[Path, int]:
         (DAEDiTPipeline, "__call__", lambda: nth_call(5), 7),
         (evaluation, "kernel_distance", lambda: nth_call(1), 10),  # features of the samples, no distance yet
         (evaluation, "kernel_distance", lambda: nth_call(2), 15),  # in the second setting
-        (store, "_flush_and_rename", lambda: lambda _, path: path.name == "metrics.json", 16),
+        (store, "_flush_and_rename", lambda: lambda _, path: path.name == "metrics.json", 19),  # and of real images
     ],
 )
 def test_killed_evaluation_goes_on_and_computes_nothing_twice(

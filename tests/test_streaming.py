@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 from scripts import TINY_DAE, TINY_DIT, assert_same_weights, launch, resume, run, succeed, weights
 
-from dae_diffusers.data import DataConfig, ImageStream, load_images, make_pass_loader, make_stream_loader
+from dae_diffusers.data import (
+    DataConfig,
+    ImageStream,
+    StreamedImages,
+    load_images,
+    make_pass_loader,
+    make_stream_loader,
+)
 from dae_diffusers.data import streaming as streaming_module
 from dae_diffusers.data.streaming import content_hash
 from dae_diffusers.errors import ConfigError, UserError
@@ -290,3 +297,21 @@ def test_share_of_time_spent_waiting_is_recorded(trained):
     for script in ("train_dae", "train_dit"):
         share = json.loads((trained / script / "run.json").read_text())["data_wait_share"]
         assert 0 <= share <= 1
+
+
+def test_other_suffix_in_a_streamed_webdataset_is_said(tmp_path):
+    """As `datasets` streams it from the Hub: only the suffixes of the first samples are columns."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(12):
+            info = tarfile.TarInfo(f"{number:02d}.{'png' if number < 10 else 'bmp'}")
+            info.size = len(png(number))
+            tar.addfile(info, io.BytesIO(png(number)))
+    rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "0.tar"), streaming=True)["train"]
+    rows = rows.cast_column("png", datasets.Image(decode=False))
+    config = config_of(tmp_path)
+    images = StreamedImages(
+        rows, config, image_column="png", label_column=None, id2label=None, depth="8-bit", fingerprint=""
+    )
+    with pytest.raises(UserError, match=r"is not a \.png file: .*Leave `streaming` out"):
+        for batch in ImageStream(images, 4, seed=0, max_samples=12):
+            images.__getitems__(batch)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dae_diffusers.autoencoders.loading import as_plain, check_image_size, load_any_autoencoder
+from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -34,12 +34,12 @@ def main(config: CacheLatentsConfig) -> None:
     folder = Path(cache.output_dir)
     lock = take_folder(folder, accelerator)
     vae = as_plain(load_any_autoencoder(cache.vae, takes_stage1=True)).to(accelerator.device)
-    check_image_size(vae, channels=data.image_channels, resolution=data.resolution)
+    settle_images(config, vae)
     with accelerator.main_process_first():
         splits = dict(
             zip(
                 ("train", "validation"),
-                load_images(data, cache.seed, value_range=read_value_range(cache.vae)),
+                load_images(data, cache.seed, value_range=read_value_range(cache.vae), model=cache.vae),
                 strict=True,
             )
         )

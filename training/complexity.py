@@ -11,7 +11,7 @@ Give the same command again to continue an interrupted measurement. Several proc
 import logging
 from pathlib import Path
 
-from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
+from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.comparison.scripts import work_alone
 from dae_diffusers.complexity.pilots import measure_pilots
@@ -27,15 +27,10 @@ def main(config: MeasureComplexityConfig) -> None:
     is_main = work_alone()
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
     space, folder = config.latent_space, Path(config.latent_space.output_dir)
-    check_image_size(
-        load_autoencoder(space.vae),
-        channels=config.data.image_channels,
-        resolution=config.data.resolution,
-        patch_size=config.complexity.patch_size,
-    )
-    rows = measure_pilots(
-        space.vae, changes_of(config.data), config.complexity, folder, features=space.features, seed=space.seed
-    )
+    settle_images(config, load_autoencoder(space.vae), patch_size=config.complexity.patch_size)
+    data = changes_of(config.data)
+    data |= {"resolution": config.data.resolution, "image_channels": config.data.image_channels}
+    rows = measure_pilots(space.vae, data, config.complexity, folder, features=space.features, seed=space.seed)
     if not is_main:
         return
     report = to_markdown(rows)

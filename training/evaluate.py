@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -37,11 +37,12 @@ from dae_diffusers.metrics.evaluation import (
     image_features,
     latent_metrics,
     reconstruction_metrics,
+    sample_features,
     sample_metrics,
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
-from dae_diffusers.metrics.kept import keep_values
+from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import describe, draw_reconstructions, plot_sweep, save_grids, to_markdown
 from dae_diffusers.metrics.sampling import (
     Sampler,
@@ -49,10 +50,13 @@ from dae_diffusers.metrics.sampling import (
     autoencoder_of,
     draw_samples,
     generation_inputs,
+    image_sides,
     load_pipeline,
     prompts_of,
+    say_duration,
 )
 from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
@@ -73,12 +77,14 @@ def main(config: EvaluateConfig) -> None:
         None if config.evaluation.pipeline is None else load_pipeline(config.evaluation.pipeline, accelerator.device)
     )
     vae = choose_autoencoder(config, pipeline, accelerator.device)
+    sides = None if pipeline is None else image_sides(pipeline)
     if vae is None:
         logger.info(
             "%s has no autoencoder that can be measured, so only its samples are measured.", config.evaluation.pipeline
         )
+        config.data.settle(*[] if sides is None else [min(sides)])
     else:
-        check_image_size(vae.eval(), channels=config.data.image_channels, resolution=config.data.resolution)
+        settle_images(config, vae.eval(), side=sides)
     extractor = (
         None
         if config.evaluation.features is None
@@ -90,17 +96,33 @@ def main(config: EvaluateConfig) -> None:
             check_judge(name, extractor)
     value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
     with accelerator.main_process_first():
-        train, validation = load_images(config.data, config.evaluation.seed, value_range=value_range)
+        train, validation = load_images(
+            config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
+        )
     sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config.sampling.prompt, train.id2label))
+    config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)
 
     some = train.choose(config.sampling.num_images)
-    results, seen = {}, None
+    results, held_out, seen = {}, None, None
     if vae is not None:
-        results, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
+        results, held_out, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
+    drawn: list[KeptRows] = []
+    of_train = ()
     if sampler is not None:
-        results["generation"] = evaluate_samples(config, sampler, vae, train, some, seen, extractor, accelerator)
+        results["generation"], drawn, of_train = evaluate_samples(
+            config, sampler, vae, train, some, seen, extractor, accelerator
+        )
+    if extractor is not None:
+        sweep = [] if sampler is None else swept_settings(config, sampler)
+        results |= keep_values(
+            lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, of_train, accelerator),
+            accelerator,
+            folder=folder / "parts",
+            of=["real images", *(evaluation_inputs(vae, images, extractor) for images in (train, validation, some))]
+            + [generation_inputs(sampler.pipeline, settings, accelerator) for settings in sweep],
+        )
 
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
@@ -161,6 +183,14 @@ def check_counts(
             config.sampling.num_images,
             sampler.num_classes,
         )
+    known = getattr(sampler.pipeline, "id2label", None) if sampler is not None else None
+    differing = sorted(set(known.values()) ^ set(train.id2label.values())) if known and train.id2label else []
+    if differing:
+        logger.warning(
+            "the classes of the pipeline and of the images differ, such as %r: samples of some classes are compared with images of "
+            "others.",
+            differing[0],
+        )
     # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
     needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
     if extractor is not None and (len(validation) < 2 or min(len(train), config.sampling.num_images) < needed):
@@ -177,8 +207,8 @@ def evaluate_autoencoder(
     validation: ImageDataset,
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
-) -> tuple[dict[str, Any], EncodedImages]:
-    """Measures reconstruction, latent space and codebook; also returns `some` training images as the autoencoder encodes them."""
+) -> tuple[dict[str, Any], EncodedImages, EncodedImages]:
+    """Measures reconstruction, latent space and codebook; also returns how it encodes the held-out and `some` training images."""
     folder = Path(config.evaluation.output_dir)
     work = {
         "batch_size": config.evaluation.batch_size,
@@ -215,7 +245,7 @@ def evaluate_autoencoder(
         plot_latent_space(held_out.diagnostics, folder / "latent_space.png")
         draw_reconstructions(vae, validation, folder / "reconstructions.png")
     accelerator.wait_for_everyone()
-    return results, seen
+    return results, held_out, seen
 
 
 def evaluate_samples(
@@ -227,8 +257,11 @@ def evaluate_samples(
     seen: EncodedImages | None,
     extractor: FeatureExtractor,
     accelerator: Accelerator,
-) -> list[dict[str, Any]]:
-    """Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images."""
+) -> tuple[list[dict[str, Any]], list[KeptRows], tuple]:
+    """
+    Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also returns the
+    samples of each setting, and the features of training images that they were compared with.
+    """
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
     if seen is None:
@@ -239,8 +272,9 @@ def evaluate_samples(
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
     shape = (config.data.image_channels, config.data.resolution, config.data.resolution)
-    rows = []
-    for settings in swept_settings(config, sampler):
+    rows, every, sweep = [], [], swept_settings(config, sampler)
+    say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
+    for settings in sweep:
         samples = draw_samples(
             sampler.pipeline, settings, folder / "samples", accelerator, image_shape=shape, batch_size=batch_size
         )
@@ -259,13 +293,39 @@ def evaluate_samples(
         )
         given = {name: value for name, value in settings.given().items() if name != "prompts"}
         rows.append(given | compared["metrics"])
+        every.append(samples)
         if accelerator.is_main_process:
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
             id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
             names = [id2label[label] for label in sorted(id2label)] if settings.label_sampling == "balanced" else None
             save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]), names)
-    return rows
+    return rows, every, (reference, features, reconstruction_features)
+
+
+def measure_real_images(
+    config: EvaluateConfig,
+    train: ImageDataset,
+    validation: ImageDataset,
+    held_out: EncodedImages | None,
+    extractor: FeatureExtractor,
+    drawn: list[KeptRows],
+    of_train: tuple,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
+    parts, batch_size = Path(config.evaluation.output_dir) / "parts", config.evaluation.batch_size
+    work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
+    yardstick = Yardstick(extractor, train, validation, accelerator, held_out=held_out, folder=parts, **work)
+    floor = {} if held_out is None else {"reconstruction": yardstick.of_reconstructions()}
+    if drawn:
+        features = [
+            sample_features(each, extractor, accelerator, batch_size=batch_size, folder=parts)["features"]
+            for each in drawn
+        ]
+        of_samples = yardstick.of_samples(features, *of_train)
+        floor |= {"generation": of_samples} if of_samples else {}
+    return {"judge": yardstick.judge(), "floor": floor}
 
 
 def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSettings]:

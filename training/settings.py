@@ -19,13 +19,16 @@ from dae_diffusers.autoencoders.settings import (
 )
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
+
+# Left open until the trained autoencoder has been read.
+_OF_THE_AUTOENCODER = {"resolution": None, "image_channels": None}
 
 # Blocks of each named size; a test compares them with the transformer's.
 DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
@@ -38,7 +41,7 @@ class TrainDAEConfig:
 
     RECIPES = "dae"
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     autoencoder: AutoencoderConfig = part()
     codebook: CodebookConfig = part()
     stages: StageConfig = part()
@@ -66,6 +69,8 @@ class TrainDAEConfig:
             )
         factor = autoencoder.spatial_factor
         is_new = start is None and stages.stage1_dir is None and stages.pipeline is None
+        if is_new:
+            data.settle()
         if is_new and data.resolution % factor:
             raise ConfigError(
                 f"`resolution` {data.resolution} is not divisible by {factor}, the factor of an autoencoder with "
@@ -86,11 +91,12 @@ class TrainDAEConfig:
             "vf_model": self.regularization.vf_model,
             "feature_model": stages.feature_model,
         }
-        if data.image_channels not in (1, 3) and any(model is not None for model in models.values()):
+        if data.image_channels not in (None, 1, 3) and any(model is not None for model in models.values()):
             raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
         self.check_mixed_precision(self.optimization.mixed_precision)
         smallest = 3 * 2**losses.discriminator_layers
-        if self.has_discriminator and losses.discriminator_model is None and data.resolution < smallest:
+        too_small = data.resolution is not None and data.resolution < smallest
+        if self.has_discriminator and losses.discriminator_model is None and too_small:
             raise ConfigError(
                 f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
                 f"`resolution` is {data.resolution}. Lower `discriminator_layers`."
@@ -261,7 +267,7 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
     """Raises `ConfigError` if the images that samples would be compared with are not at hand."""
     if monitor.metric_features is None:
         return
-    if data.dataset_name is None and data.train_data_dir is None:
+    if not data.has_source:
         raise ConfigError(
             "`metric_features` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
             "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
@@ -270,7 +276,7 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
         raise ConfigError(
             "`metric_features` does not go with `streaming`: evaluate afterwards, with `dae-diffusers evaluate`."
         )
-    if data.image_channels not in (1, 3):
+    if data.image_channels not in (None, 1, 3):
         raise ConfigError(f"`metric_features` takes images of 1 or 3 channels, not {data.image_channels}.")
 
 
@@ -296,7 +302,7 @@ class TrainDiTConfig:
 
     RECIPES = "dit"
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     transformer: TransformerConfig = part()
     flow: FlowMatchingConfig = part()
     alignment: RepresentationAlignmentConfig = part()
@@ -317,7 +323,7 @@ class TrainDiTConfig:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
         if self.alignment.repa_model is None:
             return
-        if data.dataset_name is None and data.train_data_dir is None:
+        if not data.has_source:
             raise ConfigError(
                 "`repa_model` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
@@ -327,7 +333,7 @@ class TrainDiTConfig:
                 "`random_crop` and `random_resized_crop` give other images than those in `latent_cache`. Leave these flags or "
                 "the cache out."
             )
-        if data.image_channels not in (1, 3):
+        if data.image_channels not in (None, 1, 3):
             raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
 
 
@@ -384,7 +390,7 @@ class TrainPriorConfig:
 
     RECIPES = "vqgan_prior"
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     prior: PriorConfig = part()
     samples: PriorSamplesConfig = part()
     monitor: MonitorConfig = part()
@@ -425,7 +431,7 @@ class CacheConfig:
 class CacheLatentsConfig:
     """Settings of cache_latents.py."""
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     cache: CacheConfig = part()
 
     def __post_init__(self):
@@ -442,7 +448,7 @@ class CacheLatentsConfig:
 class EvaluateConfig:
     """Settings of evaluate.py."""
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     evaluation: EvaluationConfig = part()
     sampling: SamplingConfig = part()
 
@@ -466,7 +472,7 @@ class LatentSpaceConfig:
 class MeasureComplexityConfig:
     """Settings of complexity.py."""
 
-    data: DataConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     latent_space: LatentSpaceConfig = part()
     complexity: ComplexityConfig = part()
 
@@ -502,7 +508,7 @@ def check_measured_data(data: DataConfig, features: str | None, script: str) -> 
     data.require_source()
     if data.streaming:
         raise ConfigError(f"`streaming` does not go with {script}; leave it out.")
-    if features is not None and data.image_channels not in (1, 3):
+    if features is not None and data.image_channels not in (None, 1, 3):
         raise ConfigError(
             f"`features` take gray (1) or RGB (3) images, not {data.image_channels} channels; leave them out."
         )
@@ -565,6 +571,26 @@ class TrainClassifierConfig:
 
 
 @settings
+class PreviewOutputConfig:
+    """Preview."""
+
+    output_dir: str = field("runs/my-model/preview", "folder for the picture and the table")
+    num_images: int = field(6, "pictures of each class", at_least=1, at_most=40)
+    seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
+
+
+@settings
+class PreviewConfig:
+    """Settings of preview.py."""
+
+    data: DataConfig = part()
+    preview: PreviewOutputConfig = part()
+
+    def __post_init__(self):
+        self.data.require_source()
+
+
+@settings
 class AssembleConfig:
     """Assembling."""
 
@@ -624,6 +650,7 @@ SCRIPTS = {
     "cache-latents": CacheLatentsConfig,
     "complexity": MeasureComplexityConfig,
     "evaluate": EvaluateConfig,
+    "preview": PreviewConfig,
     "find-latents": FindLatentsConfig,
     "push": PushConfig,
     "train-classifier": TrainClassifierConfig,
@@ -641,14 +668,14 @@ def check_paths(config: Any) -> None:
     values = flat(config)
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
-        raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images.")
+        raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
     is_resumed = values.get("resume_from_checkpoint") is not None  # the checkpoint holds what came from given weights
     for name in _PLACES:
         place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith((".", "/")))
         if is_path and not os.path.exists(place):
             raise UserError(
-                f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id."
+                f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id{in_full(place)}."
             )
 
 

@@ -51,10 +51,10 @@ def main(config: TrainDAEConfig) -> None:
         return
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
+    model = make_autoencoder(config)
     train_images, validation_images = load_both(
         run, config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
     )
-    model = make_autoencoder(config)
     run.compile_blocks(filter(None, (model.encoder, model.auxiliary_decoder, model.decoder)))
     stage_steps = number_of_steps(run, train_images)
     start = find_start(run, model, train_images, validation_images, stage_steps)
@@ -100,7 +100,9 @@ def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset |
     """Training and validation images, in the range of values that a trained model knows."""
     config = run.config
     with run.accelerator.main_process_first():
-        train, validation = load_images(config.data, config.run.seed, value_range=read_value_range(starts_from))
+        train, validation = load_images(
+            config.data, config.run.seed, value_range=read_value_range(starts_from), model=starts_from
+        )
     logger.info("%s, %d validation images", describe_size(train), len(validation))
     return train, validation
 
@@ -113,6 +115,15 @@ def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> 
     stage_steps = config.stages.stage_steps(total)
     if config.autoencoder.autoencoder == "vq" and config.codebook.quantizer == "ema":
         config.check_warmup(stage_steps)
+    losses = config.losses
+    for stage, steps in stage_steps.items() if config.stages.stage != "3" else ():
+        is_late = losses.adversarial_start + losses.adversarial_ramp_steps >= steps
+        if losses.adversarial_weight_of(config.stages.trains_final_decoder(stage)) > 0 and is_late:
+            logger.warning(
+                "the adversarial loss reaches its weight after %d + %d steps (`--adversarial_start`, `--adversarial_ramp_steps`), but stage "
+                "%d has only %d.",
+                losses.adversarial_start, losses.adversarial_ramp_steps, stage, steps,
+            )  # fmt: skip
     return stage_steps
 
 
@@ -239,6 +250,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
                 "package load it with `AutoModel.from_pretrained(%r, trust_remote_code=True)`, whose code lies beside the weights.",
                 *(type(vae).__name__, str(run.output_dir / "vae")),
             )
+        logger.info("next: %s", run.next_command("train_vqgan_prior" if is_vq(vae) else "train_dit", vae="vae"))
         shutil.rmtree(run.folder / "latents", ignore_errors=True)
         shutil.rmtree(run.folder / NEWEST, ignore_errors=True)
         join_waiting(run.output_dir, [run.output_dir])

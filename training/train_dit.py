@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 
 from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.autoencoders.loading import (
-    check_image_size,
     num_latent_channels,
+    settle_images,
     spatial_factor,
 )
 from dae_diffusers.cli import parse_config, run_script
@@ -32,7 +32,13 @@ from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
-from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, autoencoder_fingerprint, open_latent_cache
+from dae_diffusers.latents.cache import (
+    CachedLatents,
+    ImagesWithLatents,
+    autoencoder_fingerprint,
+    follow_cache,
+    open_latent_cache,
+)
 from dae_diffusers.latents.statistics import (
     STATISTICS,
     has_latent_statistics,
@@ -64,10 +70,8 @@ def main(config: TrainDiTConfig) -> None:
     origin = find_origin(run)
     architecture = architecture_of(config, origin)
     objective, scheduler = make_objective(config, origin)
-    value_range = read_value_range(config.transformer.vae)
-    train_data, validation_data, training_images = load_data(run, vae, value_range)
-    value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
-    size = latent_size(config, vae, train_data, architecture["patch_size"])
+    train_data, validation_data, training_images = load_data(run, vae, architecture["patch_size"])
+    size = config.data.resolution // spatial_factor(vae)
     statistics = measure_statistics(run, vae, train_data, origin)
     transformer = make_transformer(origin, architecture, vae, train_data, size)
     pipeline_of = partial(
@@ -75,7 +79,7 @@ def main(config: TrainDiTConfig) -> None:
         vae=vae,
         scheduler=scheduler,
         id2label=train_data.id2label,
-        value_range=value_range,
+        value_range=train_data.value_range,
         is_flow_matching=isinstance(objective, FlowMatching),
     )
     if config.optimization.gradient_checkpointing:
@@ -175,13 +179,6 @@ def find_origin(run: TrainingRun) -> WarmStart | None:
     return None if name is None else WarmStart.load(name)
 
 
-def latent_size(config: TrainDiTConfig, vae: AutoencoderKL, data: Dataset, patch_size: int) -> int:
-    """Checks that the latents can be cut into patches, and returns their side."""
-    images = data.identity if isinstance(data, CachedLatents) else config.data
-    check_image_size(vae, channels=images.image_channels, resolution=images.resolution, patch_size=patch_size)
-    return images.resolution // spatial_factor(vae)
-
-
 def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[str, int]:
     """The arguments of the transformer's constructor that define its size."""
     name = config.transformer.model or (DEFAULT_MODEL if origin is None else None)
@@ -236,18 +233,20 @@ def find_start(
     )
 
 
-def load_data(
-    run: TrainingRun, vae: AutoencoderKL, value_range: list[float] | None
-) -> tuple[Dataset, Dataset, ImageDataset | None]:
+def load_data(run: TrainingRun, vae: AutoencoderKL, patch_size: int) -> tuple[Dataset, Dataset, ImageDataset | None]:
     """Training and validation data (cached latents or images), and the training images, or None if only their latents are given."""
-    config, images = run.config, None
-    if config.data.dataset_name is not None or config.data.train_data_dir is not None:
+    config, images, caches = run.config, None, None
+    if config.transformer.latent_cache is not None:
+        folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
+        caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
+        follow_cache(config.data, caches[0])
+    settle_images(config, vae, patch_size=patch_size)
+    if config.data.has_source:
         with run.accelerator.main_process_first():
-            images = load_images(config.data, config.run.seed, value_range=value_range)
-    if config.transformer.latent_cache is None:
+            name = config.transformer.vae
+            images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
+    if caches is None:
         return (*images, images[0])
-    folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
-    caches = tuple(open_latent_cache(folder, run.accelerator) for folder in folders)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])

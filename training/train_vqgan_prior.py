@@ -19,7 +19,7 @@ from diffusers import VQModel
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, spatial_factor
+from dae_diffusers.autoencoders.loading import is_vq, settle_images, spatial_factor
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
@@ -45,7 +45,8 @@ def main(config: TrainPriorConfig) -> None:
     config.monitor.check_decoder(autoencoder.is_finished)
     vae = autoencoder.vae
     with accelerator.main_process_first():
-        images = load_images(config.data, config.run.seed, value_range=read_value_range(config.prior.vae))
+        name = config.prior.vae
+        images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
     prior = make_prior(config, vae, images[0])
     epochs = config.optimization.num_train_epochs
     steps = steps_of(config.prior.max_train_steps, epochs, len(images[0]), run.images_per_step)
@@ -141,7 +142,7 @@ def load_vq_model(run: TrainingRun) -> GrowingAutoencoder:
             f"`vae` {config.prior.vae} is of class {type(vae).__name__}, which has no codes. Train one with "
             "`training/train_dae.py --autoencoder vq`, or use training/train_dit.py."
         )
-    check_image_size(vae, channels=config.data.image_channels, resolution=config.data.resolution)
+    settle_images(config, vae)
     return autoencoder
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import AutoencoderKL, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.autoencoders.settings import check_decoder_widths
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
@@ -64,7 +64,8 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
             f"{config.autoencoder.autoencoder}` takes a model of class {diffusers_class.__name__}. Choose the `autoencoder` that fits "
             "it: kl or vq."
         )
-    check_image_size(vae, channels=config.data.image_channels, resolution=config.data.resolution)
+    settle_images(config, vae)
+    vae.register_to_config(sample_size=config.data.resolution)
     sizes = config.autoencoder.decoder_sizes()
     try:
         check_decoder_widths(
@@ -92,7 +93,8 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
             reason = one_line(error, 300)
     else:
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
-    check_image_size(model, channels=config.data.image_channels, resolution=config.data.resolution)
+    settle_images(config, model)
+    model.register_to_config(sample_size=config.data.resolution)
     sizes = config.autoencoder.decoder_sizes()
     if not sizes:
         return model

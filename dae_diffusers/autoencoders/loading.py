@@ -1,6 +1,8 @@
 """Loads any autoencoder that a generator can be trained on, and checks that images fit it."""
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
@@ -8,6 +10,7 @@ from diffusers import AutoencoderKL, ModelMixin, VQModel
 from dae_diffusers.autoencoder_dae_asymmetric import DAEAsymmetricAutoencoderKL, DAEAsymmetricVQModel
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
+from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
 from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -142,6 +145,37 @@ def check_finite(values: torch.Tensor, what: str = "latents of the autoencoder")
 def spatial_factor(vae: ModelMixin) -> int:
     r"""Pixels of the image per latent pixel, along a side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def settle_images(
+    config: Any, vae: ModelMixin, *, side: int | Sequence[int] | None = None, patch_size: int = 1
+) -> None:
+    r"""
+    Completes the settings of the images with what a trained autoencoder knows: side and channels, where they are left open. A
+    side that is given wins, and is logged if it is another one.
+
+    Args:
+        config: A composed settings class with the part `data`; its checks run again.
+        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): The autoencoder.
+        side (`int` or pair, *optional*): Side of the images that a generator draws, in pixels; default: the autoencoder's.
+        patch_size (`int`, *optional*, defaults to 1): Patch size of the generator, in latent pixels.
+
+    Raises:
+        UserError: If images of this size cannot be encoded.
+    """
+    data, given = config.data, config.data.resolution
+    side = _shorter(side or vae.config.get("sample_size"))
+    data.settle(side or DEFAULT_RESOLUTION, vae.config.in_channels)
+    if given is None:
+        logger.info("images have %d x %d pixels, as the trained model knows them", *[data.resolution] * 2)
+    elif side not in (None, given):
+        logger.info("`--resolution` is %d, but the trained model knows images of %d pixels", given, side)
+    check_image_size(vae, channels=data.image_channels, resolution=data.resolution, patch_size=patch_size)
+    config.__post_init__()
+
+
+def _shorter(side: int | Sequence[int] | None) -> int | None:
+    return min(side) if isinstance(side, list | tuple) else side
 
 
 def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_size: int = 1) -> None:

@@ -7,6 +7,8 @@ from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
 EMBEDDED = {"digits"}
+DEFAULT_RESOLUTION = 32
+DEFAULT_CHANNELS = 3
 MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much, as a decompression bomb
 
 
@@ -53,10 +55,18 @@ class DataConfig:
         at_least=1,
         advanced=True,
     )
-    resolution: int = field(
-        32, "height and width of the training images, in pixels", at_least=1, at_most=MAX_RESOLUTION
+    # Scripts that may take a trained autoencoder have None here, until they have read it.
+    resolution: int | None = field(
+        DEFAULT_RESOLUTION,
+        f"side of the images, in pixels; default: that of a given autoencoder, else {DEFAULT_RESOLUTION}",
+        at_least=1,
+        at_most=MAX_RESOLUTION,
     )
-    image_channels: int = field(3, "3: RGB; 1: gray; other numbers: arrays with that many channels", at_least=1)
+    image_channels: int | None = field(
+        DEFAULT_CHANNELS,
+        f"3: RGB; 1: gray; others: arrays; default: that of a given autoencoder, else {DEFAULT_CHANNELS}",
+        at_least=1,
+    )
     value_range: list[float] = field(
         [],
         "lowest and highest value of the images, mapped to [-1, 1]; default: 0 255 for 8-bit pictures, 0 65535 for 16-bit "
@@ -115,6 +125,16 @@ class DataConfig:
                 "give one of `dataset_name` (a Hub id, a dataset folder, or digits) and `train_data_dir` (a folder of images); "
                 + ("both are given." if self.dataset_name else "neither is given.")
             )
+
+    @property
+    def has_source(self) -> bool:
+        r"""Whether a folder or a data set is named."""
+        return self.dataset_name is not None or self.train_data_dir is not None
+
+    def settle(self, resolution: int = DEFAULT_RESOLUTION, channels: int = DEFAULT_CHANNELS) -> None:
+        r"""Sets resolution and channels where they are open."""
+        self.resolution = self.resolution or resolution
+        self.image_channels = self.image_channels or channels
 
     @property
     def crops_at_random(self) -> bool:

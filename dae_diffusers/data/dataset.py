@@ -176,6 +176,10 @@ class ImageDataset(BatchDataset):
             raise UserError(f"all {len(self)} images are bad; the first: {problems[0]}")
         return self._select(good, self._given_depth)  # the first may have been bad
 
+    def whole(self, index: int) -> np.ndarray:
+        r"""The whole image of a number, neither scaled nor cropped, `(H, W, C)` float32 in [-1, 1]."""
+        return self._reader.whole(self.rows[index][self.image_column], lambda: self.name_of(index))
+
     def choose(self, limit: int) -> "ImageDataset":
         r"""At most `limit` of the images, in order: a fixed random choice, because data may be sorted by class."""
         return self._select(choose_indices(len(self), limit), self.depth)

@@ -103,6 +103,12 @@ class ImageReader:
                 f"the image {name()} cannot be decoded ({reason}). Remove or replace it, or pass `on_bad_image skip`."
             ) from None
 
+    def whole(self, item: Any, name: Callable[[], str]) -> np.ndarray:
+        r"""The whole image, neither scaled nor cropped, `(H, W, C)` float32 in [-1, 1]; arguments and errors as in [`read`]."""
+        pixels = np.array(self.decode(item, name))
+        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        return self.to_pixel_values(pixels[None], [None])[0].permute(1, 2, 0).numpy()
+
     def to_pixel_values(self, pixels: np.ndarray, draws: Sequence[int | None]) -> torch.Tensor:
         r"""
         Args:
@@ -127,6 +133,8 @@ class ImageReader:
         is_picture = depth == "8-bit" and channels in (1, 3)
         if self.depth not in (None, depth) and not (has_full_range and (is_picture or depth == "16-bit")):
             raise ValueError(f"it holds {depth} pixels, unlike the first image, which holds {self.depth} ones")
+        if depth == "16-bit" and channels == 3:  # gray, as Pillow reads no others; 8-bit gray is made RGB too
+            return decode_array(content, channels=1).repeat(3, axis=-1)
         if not is_picture:
             return decode_array(content, channels=channels)
         image = np.asarray(decode_image(content, channels=channels), dtype=np.float32)

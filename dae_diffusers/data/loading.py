@@ -30,10 +30,11 @@ from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
+from dae_diffusers.data.held_out import warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, find_first_depth
-from dae_diffusers.data.streaming import StreamedImages, content_hash, fetch
+from dae_diffusers.data.streaming import StreamedImages, check_suffix, content_hash, fetch
 from dae_diffusers.data.tables import load_tables
-from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import fingerprint
 
@@ -53,7 +54,7 @@ class _Loaded(NamedTuple):
 
 
 def load_images(
-    config: DataConfig, seed: int = 0, *, value_range: list[float] | None = None
+    config: DataConfig, seed: int = 0, *, value_range: list[float] | None = None, model: str | None = None
 ) -> tuple[ImageDataset | StreamedImages, ImageDataset]:
     r"""
     Loads the training and validation images, and logs their number, source, column, classes and range of values, and the files
@@ -65,6 +66,7 @@ def load_images(
         value_range (`list[float]`, *optional*): Range of the autoencoder that will see the images
             ([`~dae_diffusers.data.arrays.read_value_range`]); the range in `config` comes first. Without either, the depth of pictures
             gives the range, or it is measured.
+        model (`str`, *optional*): Folder of a trained model. If its training has held out other images, this is said.
 
     Returns:
         Training and validation images, with the same `id2label` and `value_range`. With `config.streaming` the training images
@@ -78,6 +80,10 @@ def load_images(
     validation_name = _validation_split(config, splits)
     train = splits[config.train_split]
     validation = None if validation_name in (None, config.train_split) else splits[validation_name]
+    if config.value_range and value_range and config.value_range != value_range:
+        logger.warning(
+            "`--value_range` is %g %g, but the autoencoder was trained with %g %g.", *config.value_range, *value_range
+        )
     value_range = config.value_range or value_range
     is_given = bool(value_range)
     if config.streaming:
@@ -88,6 +94,7 @@ def load_images(
     if validation is None:
         if len(train) < 2:
             raise UserError(f"the split {config.train_split!r} has {len(train)} images; at least 2 are needed.")
+        warn_of_seen_images(config, seed, model)
         order = np.random.default_rng(derived_seed(seed, 2)).permutation(len(train))
         num_validation = max(1, round(config.validation_fraction * len(train)))
         train, validation = train.select(order[num_validation:]), train.select(np.sort(order[:num_validation]))
@@ -247,6 +254,9 @@ def _streamed(
             "sorted by class, split them into more files.",
             config.shuffle_buffer_size,
         )
+    if config.on_bad_image == "raise":
+        for number, row in enumerate(rows):
+            check_suffix(train, row[image_column], image_column, f"number {number} of the stream")
     kept = datasets.Dataset.from_list(rows, features=train.features if validation is None else validation.features)
     labels = None
     if label_column is not None:
@@ -342,7 +352,7 @@ def _read_source(config: DataConfig) -> _Loaded:
     if config.train_data_dir is not None:
         folder = Path(config.train_data_dir)
         if not folder.is_dir():
-            raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images.")
+            raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
         if _is_saved(folder):
             return _load_saved(folder, config)
         splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels)

@@ -120,9 +120,14 @@ class StreamedImages(BatchDataset):
             batch["class_labels"] = torch.tensor([self._checked_label(row) for row in rows])
         return batch
 
+    def whole(self, row: StreamedRow) -> np.ndarray:
+        r"""The whole image of a row, neither scaled nor cropped, `(H, W, C)` float32 in [-1, 1]."""
+        return self._reader.whole(row.image, lambda: row.name)
+
     def _read(self, row: StreamedRow) -> np.ndarray | None:
         self._num_read += 1
         try:
+            check_suffix(self.rows, row.image, self.image_column, row.name)
             return self._reader.read(row.image, lambda: row.name, row.draw)
         except UserError as error:
             if self.config.on_bad_image == "raise":
@@ -318,6 +323,15 @@ class _Place:
         images = self.stream.images
         row[images.image_column] = fetch(row[images.image_column], images.root)
         return not images.held_out or content_hash(row[images.image_column], images.root) not in images.held_out
+
+
+def check_suffix(rows: datasets.IterableDataset, item: Any, column: str, name: str) -> None:
+    r"""Raises `UserError` for a row of a streamed webdataset whose picture has another suffix than the first ones have."""
+    if item is None and rows.info.builder_name == "webdataset":
+        raise UserError(
+            f"the image {name} is not a .{column} file: of a webdataset on the Hub, only the suffixes of the first samples are streamed. "
+            "Leave `streaming` out, which reads them all."
+        )
 
 
 def fetch(item: Any, root: Root | None = None) -> Any:

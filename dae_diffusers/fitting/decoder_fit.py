@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.adversary import make_adversary
-from dae_diffusers.autoencoders.loading import check_image_size, is_vq, load_autoencoder
+from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
@@ -23,7 +23,7 @@ from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
-from dae_diffusers.metrics.sampling import draws_of, load_pipeline, scheduler_options
+from dae_diffusers.metrics.sampling import draws_of, image_sides, load_pipeline, scheduler_options
 from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
@@ -72,7 +72,7 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
                 "knows other latents. Give an autoencoder whose decoder alone was trained on."
             )
         pipeline.vae.load_state_dict(vae.state_dict())
-    check_image_size(pipeline.vae, channels=config.data.image_channels, resolution=config.data.resolution)
+    settle_images(config, pipeline.vae, side=image_sides(pipeline))
     return pipeline
 
 
@@ -388,11 +388,11 @@ def pool_labels(
     num_classes = pipeline.null_class
     if num_classes is None:
         return None
-    if images.labels is None:
+    if images.labels is None or images.id2label is None:
         raise UserError(
             f"the generator knows {num_classes} classes, but the images have no labels. Name their column with `label_column`."
         )
-    labels = torch.as_tensor(images.labels)
+    labels = torch.as_tensor(ids_in_pipeline(pipeline, images))
     if labels.max() >= num_classes:
         raise UserError(
             f"the generator knows {num_classes} classes, but the images have a label {int(labels.max())}. Give the images that it "
@@ -400,6 +400,14 @@ def pool_labels(
         )
     generator = torch.Generator().manual_seed(derived_seed(seed, 11))
     return labels[torch.randint(len(labels), (pool_size,), generator=generator)]
+
+
+def ids_in_pipeline(pipeline: DAEDiTPipeline | DAEVQGANPipeline, images: ImageDataset) -> list[int]:
+    r"""The images' labels as the generator numbers its classes: by their names, if it knows all of them."""
+    known = {name: number for number, name in (pipeline.id2label or {}).items()}
+    if not set(images.id2label.values()) <= known.keys():
+        return images.labels
+    return [known[images.id2label[label]] for label in images.labels]
 
 
 def save_pipeline(

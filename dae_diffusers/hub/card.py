@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
+from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.store import read_json
@@ -69,7 +70,10 @@ EARLY_STEPS = 10_000  # of a generator
 
 @dataclass
 class Measurement:
-    r"""One number, the settings it depends on, and the split of the images it is compared with (None if unknown)."""
+    r"""
+    One number, the settings it depends on, the split of the images it is compared with (None if unknown), and what real images
+    reach in the same place (None if unknown).
+    """
 
     metric: str
     value: float
@@ -77,6 +81,7 @@ class Measurement:
     meaning: str
     setting: dict[str, Any]
     split: str | None
+    floor: float | None = None
 
 
 def measurements(result: Result) -> list[Measurement]:
@@ -86,7 +91,7 @@ def measurements(result: Result) -> list[Measurement]:
     """
     found: dict[str, Measurement] = {}
 
-    def add(values: dict[str, Any], setting: dict[str, Any], split: str | None):
+    def add(values: dict[str, Any], setting: dict[str, Any], split: str | None, floor: dict[str, Any] | None = None):
         for metric, value in values.items():
             base = next((each for each in METRICS if metric == each or metric.startswith(f"{each}_")), None)
             if base is None or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -94,15 +99,18 @@ def measurements(result: Result) -> list[Measurement]:
             name, meaning = METRICS[base]
             extractor = metric.removeprefix(base).removeprefix("_")
             name = f"{name} ({extractor})" if extractor else name
-            found.setdefault(metric, Measurement(metric, value, name, meaning, setting, split))
+            floor_value = (floor or {}).get(metric)
+            found.setdefault(metric, Measurement(metric, value, name, meaning, setting, split, floor_value))
 
     evaluation = result.metrics.get("evaluation", {})
     images = evaluation.get("setting", {}).get("validation_images", {}).get("number")
     config = evaluation.get("setting", {}).get("config", {})
+    floor = evaluation.get("floor", {})
     for part in ("reconstruction", "latent_space"):
-        add(evaluation.get(part, {}), {"num_images": images} if images else {}, config.get("validation_split"))
+        setting = {"num_images": images} if images else {}
+        add(evaluation.get(part, {}), setting, config.get("validation_split"), floor.get("reconstruction"))
     row = _best_row(evaluation.get("generation", []))
-    add(row, _setting_of(row), config.get("train_split"))
+    add(row, _setting_of(row), config.get("train_split"), floor.get("generation", {}).get("real"))
     check = result.metrics.get("check", {})
     add(check, _setting_of(check), result.data_script.config.get("train_split") if result.data_script else None)
     for name, script in result.scripts.items():
@@ -210,6 +218,8 @@ def make_card(
         num_settings=len(result.metrics.get("evaluation", {}).get("generation", [])),
         measurements=found,
         how=_describe_setting,
+        arrow=with_arrow,
+        evaluation=result.metrics.get("evaluation", {}),
         pictures={name: caption for name, (_, caption) in published_pictures(result, data_pictures).items()},
         paper=PAPER,
     )

@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.data import ImageDataset, is_flipped
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError
+from dae_diffusers.settings import fields_of
 from dae_diffusers.store import (
     NotKept,
     fingerprint,
@@ -138,6 +140,11 @@ class CachedLatents(BatchDataset):
         r"""The fingerprint of the images that the latents were made from."""
         return self.identity.data
 
+    @property
+    def value_range(self) -> list[float] | None:
+        r"""The values of the original images that are mapped to -1 and 1; None for 8-bit pictures."""
+        return list(self.identity.value_range) or None
+
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         indices = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
         flips = torch.tensor(
@@ -173,6 +180,35 @@ class CachedLatents(BatchDataset):
                 f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. Make another one with "
                 "`accelerate launch training/cache_latents.py`."
             )
+
+
+def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
+    r"""
+    Takes side and channels of the images from their cache where they are open. Without a source of images everything comes from
+    the cache: flags that say something else are named in a warning.
+    """
+    made = cache.identity
+    data.settle(made.resolution, made.image_channels)
+    if data.has_source:
+        return
+    known = {
+        "resolution": made.resolution,
+        "image_channels": made.image_channels,
+        "random_flip": made.flips,
+        "value_range": list(made.value_range),
+    }
+    defaults = {each.name: default for _, each, default in fields_of(DataConfig)} | known
+    unused = [
+        name
+        for name, default in defaults.items()
+        if name != "dataloader_num_workers" and getattr(data, name) not in (default, False, [])
+    ]
+    vars(data).update(known)
+    if unused:
+        logger.warning(
+            "`--%s` %s no effect beside the latent cache %s, which was made with its own settings.",
+            "`, `--".join(unused), "has" if len(unused) == 1 else "have", cache.folder.parent,
+        )  # fmt: skip
 
 
 class ImagesWithLatents(BatchDataset):

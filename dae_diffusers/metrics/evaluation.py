@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments, is_vq, spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
+from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.latents.cache import image_identity
 from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
@@ -135,6 +136,7 @@ def image_features(
     batch_size: int = 64,
     num_workers: int = 0,
     folder: Path | None = None,
+    description: str = "Features of training images",
 ) -> torch.Tensor:
     r"""Features of the images alone, `(N, D)`; arguments as in [`encode_images`]."""
 
@@ -152,7 +154,7 @@ def image_features(
         accelerator,
         folder=folder,
         of=folder and evaluation_inputs(None, images, extractor),
-        description="Features of training images",
+        description=description,
     )["features"]
 
 
@@ -234,6 +236,62 @@ def codebook_use(
 
 
 @torch.no_grad()
+def sample_features(
+    samples: torch.Tensor | KeptRows,
+    extractor: FeatureExtractor,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 64,
+    folder: Path | None = None,
+) -> dict[str, torch.Tensor]:
+    r"""`features` of samples, `(N, D)`, and `logits` if the extractor is a classifier; arguments as in [`sample_metrics`]."""
+
+    def extract(chunk: range) -> dict[str, torch.Tensor]:
+        rows: dict[str, list[torch.Tensor]] = {}
+        for part in samples[chunk.start : chunk.stop].split(batch_size):
+            images = pad_batch(part.to(accelerator.device).float() / 127.5 - 1)
+            if extractor.num_classes is None:
+                values = {"features": extractor(images)}
+            else:
+                values = dict(zip(("features", "logits"), extractor.features_and_logits(images), strict=True))
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value[: len(part)].cpu())
+        return {name: torch.cat(values) for name, values in rows.items()}
+
+    return keep_rows(
+        extract,
+        len(samples),
+        accelerator,
+        folder=folder,
+        of=folder and [_fingerprint_of_rows(samples), extractor.fingerprint],
+        description="Features of samples",
+    )
+
+
+def feature_metrics(
+    features: torch.Tensor,
+    extractor: FeatureExtractor,
+    reference: FeatureStatistics,
+    train_features: torch.Tensor,
+    train_reconstruction_features: torch.Tensor | None,
+) -> dict[str, float]:
+    r"""
+    Compares features of images, `(N, D)`, with those of training images; see [`sample_metrics`]. Precision, recall, density and
+    coverage compare as many of both: of training images a fixed random choice, because data may be sorted by class.
+    """
+    statistics = FeatureStatistics.of(features)
+    metrics = {extractor.distance_name("g"): frechet_distance(statistics, reference)}
+    if train_reconstruction_features is not None:
+        metrics["gap"] = frechet_distance(statistics, FeatureStatistics.of(train_reconstruction_features))
+    metrics["kernel_distance"] = kernel_distance(features, train_features)
+    count = min(len(features), len(train_features))
+    real = train_features[choose_indices(len(train_features), count)]
+    metrics["precision"], metrics["recall"] = precision_recall(real, features[:count])
+    metrics["density"], metrics["coverage"] = density_coverage(real, features[:count])
+    return metrics
+
+
+@torch.no_grad()
 def sample_metrics(
     samples: torch.Tensor | KeptRows,
     extractor: FeatureExtractor,
@@ -262,38 +320,12 @@ def sample_metrics(
     Returns:
         `tuple[dict, torch.Tensor]`: The metrics, and for each sample the number of its nearest training image, `(N,)`.
         `gap` is the Fréchet distance to the *reconstructions* of training images. A decoder that blurs shrinks it too.
-        Precision, recall, density and coverage compare the first `min(N, M)` of both.
+        Precision, recall, density and coverage compare `min(N, M)` of both.
     """
 
-    def extract(chunk: range) -> dict[str, torch.Tensor]:
-        rows: dict[str, list[torch.Tensor]] = {}
-        for part in samples[chunk.start : chunk.stop].split(batch_size):
-            images = pad_batch(part.to(accelerator.device).float() / 127.5 - 1)
-            if extractor.num_classes is None:
-                values = {"features": extractor(images)}
-            else:
-                values = dict(zip(("features", "logits"), extractor.features_and_logits(images), strict=True))
-            for name, value in values.items():
-                rows.setdefault(name, []).append(value[: len(part)].cpu())
-        return {name: torch.cat(values) for name, values in rows.items()}
-
-    gathered = keep_rows(
-        extract,
-        len(samples),
-        accelerator,
-        folder=folder,
-        of=folder and [_fingerprint_of_rows(samples), extractor.fingerprint],
-        description="Features of samples",
-    )
+    gathered = sample_features(samples, extractor, accelerator, batch_size=batch_size, folder=folder)
     features = gathered["features"]
-    statistics = FeatureStatistics.of(features)
-    count = min(len(features), len(train_features))
-    metrics = {extractor.distance_name("g"): frechet_distance(statistics, reference)}
-    if train_reconstruction_features is not None:
-        metrics["gap"] = frechet_distance(statistics, FeatureStatistics.of(train_reconstruction_features))
-    metrics["kernel_distance"] = kernel_distance(features, train_features)
-    metrics["precision"], metrics["recall"] = precision_recall(train_features[:count], features[:count])
-    metrics["density"], metrics["coverage"] = density_coverage(train_features[:count], features[:count])
+    metrics = feature_metrics(features, extractor, reference, train_features, train_reconstruction_features)
     if "logits" in gathered:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))  # parts must mix the classes
         name = "inception_score" if extractor.name == "inception" else f"classifier_score_{extractor.name}"

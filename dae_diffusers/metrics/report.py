@@ -13,11 +13,12 @@ from matplotlib.ticker import MaxNLocator
 
 from dae_diffusers.autoencoders.loading import encode_moments
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.directions import with_arrow
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
 from dae_diffusers.metrics.sampling import scheduler_options
-from dae_diffusers.plots import image_grid
+from dae_diffusers.plots import image_grid, scale_axis
 from dae_diffusers.settings import flat
 
 
@@ -55,13 +56,23 @@ def describe(
 
 def to_markdown(results: dict[str, Any]) -> str:
     r"""The numbers as tables, with their main settings; `metrics.json` holds all settings."""
-    lines = []
+    lines, setting = judge_lines(results), results["setting"]
+    floor = results.get("floor", {})
     for part in [name for name in ("reconstruction", "latent_space", "codebook") if name in results]:
-        lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value |", "|---|---|"]
-        lines += [f"| {k} | {v:.5g} |" for k, v in results[part].items() if isinstance(v, (int, float))]
+        lines += [f"### {part.replace('_', ' ').capitalize()}", "| metric | value | real images |", "|---|---|---|"]
+        lines += [
+            f"| {with_arrow(k)} | {v:.5g} | {_to_cell(None if k == 'num_images' else floor.get('reconstruction', {}).get(k))} |"
+            for k, v in results[part].items()
+            if isinstance(v, (int, float))
+        ]
         lines.append("")
-    lines += table("Generation", results.get("generation", []))
-    setting = results["setting"]
+    lines += table("Generation", with_floor(results.get("generation", []), floor.get("generation", {})))
+    if floor:
+        lines += [
+            "Real images: held-out images in the place of reconstructions or samples, compared with as many training images, or with "
+            "what samples are compared with. A distance at theirs cannot be told from reality by this judge. Compare equal numbers.",
+            "",
+        ]
     lines += few_images_lines(setting, results)
     shown = {
         "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
@@ -78,6 +89,35 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def judge_lines(results: dict[str, Any]) -> list[str]:
+    r"""How well the judge knows the classes of held-out images."""
+    judge = results.get("judge")
+    if not judge:
+        return []
+    name = results["setting"]["features"]["name"]
+    return [
+        f"Judge: {name}. A linear classifier on its features finds the class of {judge['judge_accuracy']:.0%} of the held-out images "
+        f"(always the same class: {judge['chance']:.0%}). A weak judge overlooks shapeless samples.",
+        "",
+    ]
+
+
+def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[str, Any]]:
+    r"""The rows of samples, each followed by the row of as many samples as there are real images; and the row of those."""
+    if not rows or not floor:
+        return rows
+    names = [name for name in rows[0] if name not in floor["real"]]
+    shown = [{"images": "samples", **row} for row in rows]
+    for row, few in zip(rows, floor["samples"], strict=True):
+        if row["num_images"] != floor["num_images"]:
+            given = {name: row.get(name) for name in names}
+            shown.append(
+                {"images": "samples", **dict.fromkeys(rows[0]), **given, **few, "num_images": floor["num_images"]}
+            )
+    real = {**dict.fromkeys(rows[0]), **floor["real"], "num_images": floor["num_images"]}
+    return [*shown, {"images": "**real**", **real}]
+
+
 def few_images_lines(setting: dict[str, Any], results: dict[str, Any]) -> list[str]:
     r"""A warning below the tables if distances come from fewer images than the features have dimensions."""
     if not setting["features"]:
@@ -92,7 +132,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> list[str]:
     r"""Lines of Markdown; none without rows."""
     if not rows:
         return []
-    lines = [f"### {title}", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines = [f"### {title}", f"| {' | '.join(map(with_arrow, rows[0]))} |", "|---" * len(rows[0]) + "|"]
     return [*lines, *(f"| {' | '.join(map(_to_cell, row.values()))} |" for row in rows), ""]
 
 
@@ -114,8 +154,9 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
         points = sorted((row[along], row[distance]) for row in rows if row.get(across) == value)
         label = None if value is None else legends[across].format(value)
         axis.plot(*zip(*points, strict=True), marker="o", label=label)
+    scale_axis(axis, [row[distance] for row in rows])
     axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
-    axis.set_ylabel(distance)
+    axis.set_ylabel(with_arrow(distance))
     if along == "num_inference_steps":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axis.get_legend_handles_labels()[0]:

@@ -1,6 +1,8 @@
 """Draws images from any pipeline, so that each image depends only on its number."""
 
 import inspect
+import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,17 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor
+from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.randomness import derived_seed
+
+logger = logging.getLogger(__name__)
+
+_TRIED_STEPS = (2, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,57 @@ def draw_samples(
     )["images"]
 
 
+def say_duration(
+    sampler: Sampler, sweep: list[SampleSettings], folder: Path, accelerator: Accelerator, batch_size: int
+) -> None:
+    r"""
+    Logs how long the drawing of all settings takes, from short draws of one batch. Nothing is logged if these would take more than
+    a tenth of that, or if some of the images are there, from an interrupted evaluation. The main process alone draws.
+    """
+    if not accelerator.is_main_process or any(Path(folder).glob("*/*.safetensors")):
+        return
+    work = sum(
+        -(-each.num_images // (batch_size * accelerator.num_processes)) * (each.num_inference_steps or 1)
+        for each in sweep
+    )
+    guided = {settings.guidance_scale not in (None, 1) for settings in sweep}
+    if 10 * len(guided) * (1 if sweep[0].num_inference_steps is None else sum(_TRIED_STEPS)) > work:
+        return
+    total, costs = 0.0, {}
+    for settings in sweep:
+        is_guided = settings.guidance_scale not in (None, 1)
+        if is_guided not in costs:
+            costs[is_guided] = _draw_costs(sampler, settings, accelerator, batch_size)
+        once, per_step = costs[is_guided]
+        batches = -(-settings.num_images // (batch_size * accelerator.num_processes))
+        total += batches * (once + per_step * (settings.num_inference_steps or 0))
+    logger.info(
+        "drawing %d images for each of %d settings takes about %s", sweep[0].num_images, len(sweep), duration(total)
+    )
+
+
+def _draw_costs(
+    sampler: Sampler, settings: SampleSettings, accelerator: Accelerator, batch_size: int
+) -> tuple[float, float]:
+    """Seconds that a batch takes beside its denoising steps, and for each step."""
+    labels = settings.labels(sampler.num_classes)
+    _, numbers, generators = next(draws_of(sampler.pipeline, range(settings.num_images), batch_size, settings.seed))
+    chosen = None if labels is None else labels[numbers].tolist()
+    sampler.pipeline.set_progress_bar_config(disable=True)
+
+    def seconds(steps: int) -> float:
+        start = time.monotonic()
+        with accelerator.autocast():
+            sampler(chosen, len(numbers), generators, **settings.call_kwargs() | {"num_inference_steps": steps})
+        return time.monotonic() - start
+
+    if settings.num_inference_steps is None:
+        return seconds(0), 0.0
+    _, two, four = map(seconds, _TRIED_STEPS)  # the very first draw warms up
+    per_step = max(0.0, four - two) / 2
+    return max(0.0, two - 2 * per_step), per_step
+
+
 def draws_of(
     pipeline: DiffusionPipeline, chunk: range, batch_size: int, seed: int, stream: int = 5
 ) -> Iterator[tuple[int, list[int], list[torch.Generator]]]:
@@ -239,11 +297,20 @@ def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
 
 def _image_pixels(pipeline: DiffusionPipeline) -> int:
     """Pixels of an image that the pipeline draws; a small number if its components do not tell."""
-    model = next((getattr(pipeline, name) for name in ("transformer", "unet") if hasattr(pipeline, name)), pipeline)
-    size = getattr(getattr(model, "config", None), "sample_size", None) or 1
+    height, width = image_sides(pipeline) or (1, 1)
+    return height * width
+
+
+def image_sides(pipeline: DiffusionPipeline) -> tuple[int, int] | None:
+    r"""Height and width of the images that a pipeline draws; None if its components do not tell."""
+    model = next((getattr(pipeline, n) for n in ("transformer", "unet", "prior") if hasattr(pipeline, n)), pipeline)
+    config, vae = getattr(model, "config", None), autoencoder_of(pipeline)
+    size = getattr(config, "sample_size", None) or getattr(config, "grid_size", None)
+    if not size:
+        return None
     height, width = (size, size) if isinstance(size, int) else size
-    vae = autoencoder_of(pipeline)
-    return height * width * (1 if vae is None else spatial_factor(vae) ** 2)
+    factor = 1 if vae is None else spatial_factor(vae)
+    return height * factor, width * factor
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:

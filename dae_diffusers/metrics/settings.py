@@ -42,7 +42,12 @@ class EvaluationConfig:
 class SamplingConfig:
     """Images that the pipeline draws."""
 
-    num_images: int = field(10000, "images to draw for each setting, and training images to compare with", at_least=1)
+    num_images: int | None = field(
+        None,
+        "images to draw for each setting, and training images to compare with; default: as many as there are training images, at "
+        "most 10000",
+        at_least=1,
+    )
     guidance_scales: list[float] = field([1.0], "one or more scales of classifier-free guidance to measure")
     num_inference_steps: list[int] = field([25], "one or more numbers of denoising steps to measure", at_least=1)
     temperature: float | None = field(

@@ -1,0 +1,137 @@
+"""What training will see of a data set: crops, classes, counts and sizes."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dae_diffusers.data import ImageDataset, StreamedImages
+from dae_diffusers.data.arrays import without_warnings
+from dae_diffusers.data.dataset import choose_indices
+from dae_diffusers.data.streaming import ImageStream
+from dae_diffusers.plots import image_grid
+from dae_diffusers.randomness import derived_seed
+
+LOOKED_AT = 512  # images whose size is measured; of a stream these are all that is known
+_MAX_CLASSES = 12
+_TILE = 96  # pixels of a side, at least
+_DIM = 0.35
+
+
+@dataclass
+class Seen:
+    r"""
+    One image.
+
+    Attributes:
+        whole (`np.ndarray` of shape `(H, W, C)`): The file's picture in [-1, 1].
+        pixel_values (`torch.Tensor` of shape `(C, resolution, resolution)`): What training gets, in [-1, 1].
+        label (`int` or `None`): Its class.
+    """
+
+    whole: np.ndarray
+    pixel_values: torch.Tensor
+    label: int | None
+
+
+@without_warnings()
+def look(images: ImageDataset | StreamedImages, seed: int, indices: Iterable[int] = ()) -> Iterator[Seen]:
+    r"""Reads images with the augmentation of their first pass: those of the indices, or the first of a stream."""
+    if isinstance(images, StreamedImages):
+        for rows in ImageStream(images, 1, seed=seed, max_samples=LOOKED_AT):
+            batch = images.__getitems__(rows)
+            label = int(batch["class_labels"][0]) if "class_labels" in batch else None
+            yield Seen(images.whole(rows[0]), batch["pixel_values"][0], label)
+        return
+    for index in map(int, indices):
+        item = images[index, derived_seed(seed, 1, index)]
+        yield Seen(images.whole(index), item["pixel_values"], item.get("class_labels"))
+
+
+def of_each_class(images: ImageDataset | StreamedImages, seed: int, number: int) -> dict[int | None, list[Seen]]:
+    r"""Up to `number` images of each class, of at most 12 classes; without classes, of all images together."""
+    classes = [None] if images.id2label is None else list(images.id2label)[:_MAX_CLASSES]
+    if isinstance(images, StreamedImages):
+        chosen: dict[int | None, list[Seen]] = {label: [] for label in classes}
+        for seen in look(images, seed):
+            if len(chosen.get(seen.label, range(number))) < number:
+                chosen[seen.label].append(seen)
+        return chosen
+    labels = np.array(images.labels if images.labels is not None else [None] * len(images))
+    found = {label: np.flatnonzero(labels == label) for label in classes}
+    return {label: [*look(images, seed, of[choose_indices(len(of), number)])] for label, of in found.items()}
+
+
+def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, *, shows_crop: bool) -> Image.Image:
+    r"""
+    For each class a row of whole pictures, with what the crop leaves out darkened, and below it what training gets.
+
+    Args:
+        chosen (`dict`): From [`of_each_class`].
+        id2label (`dict[int, str]` or `None`): Names of the classes.
+        shows_crop (`bool`): Whether the crop is the centre one, so that it can be shown.
+    """
+    rows, names = [], []
+    columns = max(map(len, chosen.values()))
+    for label, seen in chosen.items():
+        if not seen:
+            continue
+        side = seen[0].pixel_values.shape[1]
+        factor = -(-_TILE // side)
+        blank = torch.ones(seen[0].pixel_values.shape[0], side * factor, side * factor)
+        wholes = [_tile(each.whole, side * factor, shows_crop=shows_crop) for each in seen]
+        crops = [each.pixel_values.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for each in seen]
+        for row in (wholes, crops):
+            rows += [*row, *[blank] * (columns - len(row))]
+        names += ["file" if label is None else id2label[label][:24], "training"]
+    return image_grid(torch.stack(rows), columns=columns, row_names=names)
+
+
+def _tile(whole: np.ndarray, side: int, *, shows_crop: bool) -> torch.Tensor:
+    """The whole picture inside a white square; what the centre crop leaves out is darkened."""
+    height, width, channels = whole.shape
+    short = min(height, width)
+    image = torch.from_numpy(np.ascontiguousarray(whole)).permute(2, 0, 1)
+    if shows_crop:
+        top, left = (height - short) // 2, (width - short) // 2
+        shade = torch.full((height, width), _DIM)
+        shade[top : top + short, left : left + short] = 1
+        image = (image + 1) * shade - 1
+    scale = side / max(height, width)
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    image = torch.nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    tile = torch.ones(channels, side, side)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    tile[:, top : top + size[0], left : left + size[1]] = image
+    return tile
+
+
+def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looked: list[Seen]) -> str:
+    r"""A Markdown table of the classes: training and validation images, and the share of the training images."""
+    is_stream = isinstance(train, StreamedImages)
+    if train.id2label is None:
+        known = (train.num_examples or "unknown") if is_stream else len(train)
+        return f"No classes. Training images: {known}. Validation images: {len(validation)}.\n"
+    of_train = Counter(seen.label for seen in looked) if is_stream else Counter(train.labels)
+    of_validation, total = Counter(validation.labels), of_train.total()
+    head = f"training images{f' (of the first {total})' if is_stream else ''}"
+    lines = [f"| class | {head} | share | validation images |", "|---|---|---|---|"]
+    for label, name in train.id2label.items():
+        share = of_train[label] / max(1, total)
+        lines.append(f"| {name} | {of_train[label]} | {share:.1%} | {of_validation[label]} |")
+    return "\n".join([*lines, f"| all | {total} | | {len(validation)} |"]) + "\n"
+
+
+def sizes(looked: list[Seen], resolution: int) -> str:
+    r"""Sentences about the sizes of the files: how many are enlarged, and what the largest square leaves out."""
+    sides = np.array([seen.whole.shape[:2] for seen in looked])
+    short, long = sides.min(axis=1), sides.max(axis=1)
+    smaller, kept = int((short < resolution).sum()), short / long
+    return (
+        f"Of {len(looked)} files: the shorter side has {short.min()} to {short.max()} pixels, the longer one {long.min()} to {long.max()}. "
+        f"{smaller} are smaller than {resolution} pixels and are enlarged. The largest square keeps {kept.mean():.0%} of the area on "
+        f"average, at least {kept.min():.0%}.\n"
+    )

@@ -1,0 +1,76 @@
+"""A preview shows what training gets, from every source of images."""
+
+import logging
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from dae_diffusers.cli import parse_config
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.preview import counts, draw, look, of_each_class, sizes
+from dae_diffusers.training import preview
+from dae_diffusers.training.settings import PreviewConfig
+
+
+def test_preview_writes_a_picture_and_a_table(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for name, number in (("wide", 6), ("tall", 4)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = np.full((20, 40, 3), 200, np.uint8)
+            pixels[:, 10:30] = (20, 200, 20)  # the square that a centre crop keeps
+            pixels = pixels if name == "wide" else pixels.transpose(1, 0, 2)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
+    flags = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "32", "--num_images", "3"]
+    preview.main(parse_config(PreviewConfig, [*flags, "--output_dir", str(tmp_path / "out")]))
+    table = (tmp_path / "out" / "preview.md").read_text()
+    training = {
+        line.split("|")[1].strip(): int(line.split("|")[2])
+        for line in table.splitlines()
+        if "%" in line and "|" in line
+    }
+    assert 8 <= sum(training.values()) < 10 and training["tall"] <= 4 and training["wide"] <= 6
+    assert "are smaller than 32 pixels" in table and "keeps 50% of the area" in table and table.strip() in caplog.text
+    picture = np.asarray(Image.open(tmp_path / "out" / "preview.png").convert("RGB"))
+    tiles = picture[2:94, -92:-2]  # the last column of the first row: a tall one, which fills the height
+    darkened = (tiles == np.array((70, 70, 70))).all(axis=-1).mean()
+    assert 0.2 < darkened < 0.3  # half of the picture, which fills half of its tile
+
+
+def test_training_row_is_what_training_gets():
+    config = DataConfig(dataset_name="digits", resolution=16, image_channels=1, random_flip=True)
+    train, validation = load_images(config)
+    chosen = of_each_class(train, 0, 2)
+    assert list(chosen) == list(range(10)) and all(len(each) == 2 for each in chosen.values())
+    for label, seen in chosen.items():
+        assert all(each.label == label and each.pixel_values.shape == (1, 16, 16) for each in seen)
+    assert draw(chosen, train.id2label, shows_crop=True).height == 20 * 98 - 2
+    lines = counts(train, validation, []).splitlines()
+    assert [int(line.split("|")[2]) for line in lines[2:-1]] == [train.labels.count(label) for label in range(10)]
+
+
+def test_arrays_and_streams_have_a_preview(tmp_path):
+    (tmp_path / "arrays").mkdir()
+    for number in range(4):
+        np.save(tmp_path / "arrays" / f"{number}.npy", np.full((12, 8, 5), 100.0 * number, np.float32))
+    train, validation = load_images(DataConfig(train_data_dir=str(tmp_path / "arrays"), resolution=8, image_channels=5))
+    chosen = of_each_class(train, 0, 9)
+    assert set(chosen) == {None} and len(chosen[None]) == len(train) == 3
+    draw(chosen, None, shows_crop=False)
+    assert "No classes. Training images: 3" in counts(train, validation, [])
+    assert "longer one 12 to 12" in sizes([*look(train, 0, range(3))], 8)
+
+
+def test_streams_are_counted_as_far_as_they_were_read(tmp_path):
+    rows = [{"image": Image.new("L", (8, 8), number), "label": number % 2} for number in range(30)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-0.parquet")
+    config = DataConfig(dataset_name=str(tmp_path), streaming=True, image_channels=1, resolution=8)
+    train, validation = load_images(config)
+    looked = list(look(train, 0))
+    assert len(looked) > 20 and torch.isfinite(looked[0].pixel_values).all()
+    chosen = of_each_class(train, 0, 2)
+    assert {label: len(each) for label, each in chosen.items()} == {0: 2, 1: 2}
+    assert f"(of the first {len(looked)})" in counts(train, validation, looked)

@@ -1,0 +1,46 @@
+r"""
+Draw what training will see of your images: crops, classes and counts. Trains nothing.
+
+    dae-diffusers preview --train_data_dir my_images --resolution 64 --output_dir runs/mine/preview
+
+`preview.png` shows for each class whole pictures, with what the crop leaves out darkened, and below them what training gets.
+`preview.md` counts the images of each class, and says how large the files are. Give the flags of the data that you will train with.
+"""
+
+import logging
+from pathlib import Path
+
+from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.data import StreamedImages, load_images
+from dae_diffusers.data.dataset import choose_indices
+from dae_diffusers.errors import UserError
+from dae_diffusers.preview import LOOKED_AT, counts, draw, look, of_each_class, sizes
+from dae_diffusers.store import write_atomically
+from dae_diffusers.training.settings import PreviewConfig
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: PreviewConfig) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    folder, seed = Path(config.preview.output_dir), config.preview.seed
+    train, validation = load_images(config.data, seed)
+    indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
+    looked = list(look(train, seed, indices))
+    table = counts(train, validation, looked) + "\n" + sizes(looked, config.data.resolution)
+    picture = draw(
+        of_each_class(train, seed, config.preview.num_images),
+        train.id2label,
+        shows_crop=not config.data.crops_at_random,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / "preview.png")
+    except OSError as error:
+        raise UserError(f"`output_dir` {folder} cannot be written: {error.strerror or error}.") from None
+    write_atomically(folder / "preview.md", table)
+    logger.info("\n%s\nwritten to %s", table, folder)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_config(PreviewConfig, description=__doc__))
