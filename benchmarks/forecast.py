@@ -6,7 +6,7 @@ Do short pilots forecast a generator's distance? Pilots on the autoencoders of `
 
 Every finished run of a comparison has an autoencoder and the final gFD of a generator. On each autoencoder pilots of several widths
 and lengths are trained. The forecast is that of `dae-diffusers find-latents`: a straight line through the logarithms of gFD over the
-logarithms of steps times parameters, with one slope for all autoencoders of a comparison and a height for each. The final gFD is
+logarithms of steps times parameters, with one slope for all autoencoders of a comparison (in a second row: each with its own) and a height for each. The final gFD is
 never used for it.
 
 The table has Spearman's rank correlation of each predictor with the final gFD, separately for each comparison (different images
@@ -126,6 +126,8 @@ def summarize(rows: list[dict[str, Any]]) -> str:
         made = forecast({row["name"]: row["points"] for row in chosen}, chosen[0]["effort"])
         forecasts = [made[row["name"]] for row in chosen]
         values = {"forecast": [each.value for each in forecasts]}
+        alone = [forecast({"": row["points"]}, row["effort"])[""] for row in chosen]
+        values["forecast, each with its own slope"] = [each.value for each in alone]
         for name in chosen[0]["predictors"]:
             if all(name in row["predictors"] for row in chosen):
                 values[name] = [row["predictors"][name] for row in chosen]

@@ -98,7 +98,7 @@ def launched(benchmark):
         yield calls
 
 
-@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+@pytest.mark.filterwarnings("ignore:.*covariance is singular", "ignore:.*is larger than the data set")
 def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, image_folder, tmp_path, monkeypatch):
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT | {"features": {}}, sort_keys=False))
     command = [

@@ -68,6 +68,7 @@ def main(config: TrainDiTConfig) -> None:
     train_data, validation_data, training_images = load_data(run, vae, value_range)
     value_range = config.data.value_range or getattr(train_data, "value_range", value_range) or None
     size = latent_size(config, vae, train_data, architecture["patch_size"])
+    statistics = measure_statistics(run, vae, train_data, origin)
     transformer = make_transformer(origin, architecture, vae, train_data, size)
     pipeline_of = partial(
         DAEDiTPipeline,
@@ -88,7 +89,9 @@ def main(config: TrainDiTConfig) -> None:
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, **architecture}
     start = find_start(run, vae, transformer, train_data, steps, plan)
-    statistics = settle_statistics(run, vae, train_data, start, origin)
+    # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
+    statistics = start.state.get("latent_statistics", statistics)
+    vae.register_to_config(**statistics)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
@@ -100,7 +103,7 @@ def main(config: TrainDiTConfig) -> None:
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
         state={
-            **statistics,
+            **({"latent_statistics": statistics} if statistics else {}),
             **({} if monitor is None else {"monitor": monitor.state}),
             **({} if origin is None else {"warm_start": origin.state()}),
         },
@@ -149,24 +152,18 @@ def main(config: TrainDiTConfig) -> None:
     run.finish("pipeline" if is_whole else None)
 
 
-def settle_statistics(
-    run: TrainingRun, vae: AutoencoderKL, data: Dataset, start: Start, origin: WarmStart | None
-) -> dict[str, Any]:
+def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
     """
-    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none. Returns the part of a
-    checkpoint's state that keeps them: the run goes on with the same, whatever the autoencoder of a finished stage 2 has then.
+    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none. Returns those that its
+    config got; empty if it keeps its own.
     """
-    kept = start.state.get("latent_statistics")
-    if kept is not None:
-        vae.register_to_config(**kept)
-        return {"latent_statistics": kept}
     if origin is None or not origin.settles_statistics(vae):
         if has_latent_statistics(vae):
             return {}
         logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
         loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, run.accelerator)
-    return {"latent_statistics": {name: vae.config.get(name) for name in STATISTICS}}
+    return {name: vae.config.get(name) for name in STATISTICS}
 
 
 def find_origin(run: TrainingRun) -> WarmStart | None:

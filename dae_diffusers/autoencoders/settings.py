@@ -135,7 +135,11 @@ class StageConfig:
         0, "`shallow`: residual blocks per resolution, minus one; must be below `--layers_per_block`", advanced=True
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
-    stage2_steps: int = field(2000, "optimiser steps of stage 2, which take about 0.7 times as long", at_least=1)
+    stage2_steps: int = field(
+        2000,
+        "optimiser steps of stage 2, each about 0.8 times as long",
+        at_least=1,
+    )
     stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, advanced=True)
     warm_start_decoder: bool = field(
         True,

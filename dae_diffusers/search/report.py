@@ -128,7 +128,7 @@ def points_of(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
     if rows and "failed" in rows[-1]:
-        return f"failed: {rows[-1]['failed']}"
+        return f"failed: {rows[-1]['failed'].partition('. ')[0].partition(';')[0]}"
     if winner is None:
         return "not finished"
     return "the winner" if name == winner else f"dropped after rung {len(rows)}: others had a lower gFD"
