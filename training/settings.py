@@ -185,7 +185,7 @@ class TransformerConfig:
     max_train_steps: int = field(10000, "optimiser steps", at_least=1)
 
     def __post_init__(self):
-        size, _, patch = (DEFAULT_MODEL if self.model is None else self.model).partition("/")
+        size, _, patch = self.size.partition("/")
         if size not in DIT_LAYERS or not patch.isdecimal() or int(patch) == 0:
             raise ConfigError(
                 f"`model` `{self.model}` is not a size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
@@ -197,10 +197,15 @@ class TransformerConfig:
             )
 
     @property
+    def size(self) -> str:
+        """The named size of a new transformer."""
+        return DEFAULT_MODEL if self.model is None else self.model
+
+    @property
     def depth(self) -> int | None:
         """Number of blocks; None if it is that of given weights."""
-        model = self.model or (DEFAULT_MODEL if self.pretrained_model_name_or_path is None else None)
-        return self.num_layers or (model and DIT_LAYERS[model.partition("/")[0]])
+        is_given = self.pretrained_model_name_or_path is not None and self.model is None
+        return self.num_layers or (None if is_given else DIT_LAYERS[self.size.partition("/")[0]])
 
     def instead_of_named(self) -> dict[str, int]:
         """The arguments of the transformer's constructor that replace those of the named size."""

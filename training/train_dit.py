@@ -53,7 +53,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
-from dae_diffusers.training.settings import DEFAULT_MODEL, TrainDiTConfig
+from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 from dae_diffusers.warm_start import WarmStart
 
@@ -181,7 +181,7 @@ def find_origin(run: TrainingRun) -> WarmStart | None:
 
 def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[str, int]:
     """The arguments of the transformer's constructor that define its size."""
-    name = config.transformer.model or (DEFAULT_MODEL if origin is None else None)
+    name = config.transformer.size if origin is None else config.transformer.model
     given = {} if name is None else DAEDiTTransformer2DModel.size_kwargs(name)
     given |= config.transformer.instead_of_named()
     return given if origin is None else origin.architecture(given)

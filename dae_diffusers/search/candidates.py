@@ -107,7 +107,7 @@ def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, 
     except ConfigError as error:
         return str(error)
     side = autoencoder.data.resolution // autoencoder.autoencoder.spatial_factor
-    patch = generator.transformer.patch_size or int(generator.transformer.model.partition("/")[2])
+    patch = generator.transformer.patch_size or int(generator.transformer.size.partition("/")[2])
     if side % patch:
         return f"latents of {side}x{side} cannot be cut into patches of {patch}."
     return None
