@@ -29,6 +29,7 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
+_SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
     r"(?:accelerate launch |python )?(?:training/)?\b(cache_latents|complexity|evaluate|preview|push|train_[a-z_]+)\.py\b"
@@ -61,6 +62,8 @@ def parse_config(
     try:
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
+        if _SOURCES & set(_names(argv)):  # other images than the file's
+            from_file = [word for word in from_file if not (_SOURCES | {"dataset_config_name"}) & set(_names([word]))]
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -70,6 +73,11 @@ def parse_config(
         parser.error(
             as_typed(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]), is_command)
         )
+
+
+def _names(argv: list[str]) -> list[str]:
+    """The names of the flags among the words of a command line."""
+    return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
 
 
 def with_dashes(message: str, flags: Iterable[str]) -> str:

@@ -269,6 +269,12 @@ def test_every_flag_of_every_script_has_help(config_class, capsys):
     assert len(capsys.readouterr().out.splitlines()) <= 60
 
 
+def test_images_on_the_command_line_replace_those_of_the_file(tmp_path):
+    config = parse_config(TrainDAEConfig, ["--config", "cifar10_small_dae", f"--train_data_dir={tmp_path}"])
+    assert (config.data.dataset_name, config.data.train_data_dir) == (None, str(tmp_path))
+    assert config.data.resolution == 32
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
     config_classes = {"dit": TrainDiTConfig, "prior": TrainPriorConfig}
