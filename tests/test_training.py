@@ -355,7 +355,8 @@ def test_published_autoencoder_stays_as_it_is_and_gets_statistics(trained, image
     published = {"scaling_factor": 0.18215, "shift_factor": 0.2, "sample_size": 512}
     vae.register_to_config(latents_mean=None, latents_std=None, **published)
     vae.save_pretrained(tmp_path / "vae")
-    run(train_dit, TINY_DIT, train_data_dir=image_folder, output_dir=tmp_path, vae=tmp_path / "vae")
+    flags = TINY_DIT + " --resolution 16"
+    run(train_dit, flags, train_data_dir=image_folder, output_dir=tmp_path, vae=tmp_path / "vae")
     pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")
     for name, weight in weights(tmp_path / "vae").items():
         assert torch.equal(weight, pipeline.vae.state_dict()[name])

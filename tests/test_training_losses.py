@@ -118,7 +118,7 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
         with pytest.raises(UserError, match=sentence):
             run(
                 train_dae,
-                TINY_DAE,
+                TINY_DAE + " --image_channels 3",
                 pretrained_model_name_or_path=path,
                 train_data_dir=image_folder,
                 output_dir=tmp_path / "run",

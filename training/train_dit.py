@@ -195,7 +195,8 @@ def make_transformer(
     if origin is not None:
         return origin.continued(size, channels, architecture["patch_size"], data.id2label)
     num_classes = None if data.id2label is None else len(data.id2label)
-    return DAEDiTTransformer2DModel(size, in_channels=channels, num_classes=num_classes, **architecture)
+    # By name: `from_config` takes positional arguments for defaults.
+    return DAEDiTTransformer2DModel(sample_size=size, in_channels=channels, num_classes=num_classes, **architecture)
 
 
 def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[FlowMatching | Diffusion, SchedulerMixin]:
