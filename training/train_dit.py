@@ -117,22 +117,10 @@ def main(config: TrainDiTConfig) -> None:
         data = ImagesWithLatents(training_images, train_data)
     for step in loop.over(data):
         for batch in step:
-            with accelerator.autocast():
-                mean, std = (moment.float() for moment in moments_of(batch, vae, accelerator.device))
-            latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
-            noise = torch.randn_like(latents)
-            levels = objective.draw(len(latents), latents.device)
-            labels = batch.get("class_labels")
-            if labels is not None:  # dropped once a sample, for classifier-free guidance
-                dropped = torch.rand(len(labels), device=labels.device) < config.transformer.class_dropout_prob
-                labels = torch.where(dropped, len(train_data.id2label), labels)
-            noisy, timesteps = objective.noised(latents, noise, levels)
-            prediction = loop.model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
-            loss = objective.loss(prediction, latents, noise, levels).mean()
+            loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()))
             step.add(loss=loss)
             if alignment is not None:
-                grid = tuple(side // transformer.config.patch_size for side in latents.shape[2:])
-                term, values = alignment.term(batch["pixel_values"], grid)
+                term, values = alignment.term(batch["pixel_values"], (size // architecture["patch_size"],) * 2)
                 step.add(**values)
                 loss = loss + term
             step.backward(loss)
@@ -154,6 +142,29 @@ def main(config: TrainDiTConfig) -> None:
     elif accelerator.is_main_process:
         is_whole = autoencoder.save_waiting(pipeline_of(model))
     run.finish("pipeline" if is_whole else None)
+
+
+def denoising_loss(
+    run: TrainingRun,
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    vae: AutoencoderKL,
+    objective: FlowMatching | Diffusion,
+    null_class: int,
+) -> torch.Tensor:
+    """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
+    with run.accelerator.autocast():
+        mean, std = (moment.float() for moment in moments_of(batch, vae, run.accelerator.device))
+    latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
+    noise = torch.randn_like(latents)
+    levels = objective.draw(len(latents), latents.device)
+    labels = batch.get("class_labels")
+    if labels is not None:  # dropped once a sample, for classifier-free guidance
+        dropped = torch.rand(len(labels), device=labels.device) < run.config.transformer.class_dropout_prob
+        labels = torch.where(dropped, null_class, labels)
+    noisy, timesteps = objective.noised(latents, noise, levels)
+    prediction = model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+    return objective.loss(prediction, latents, noise, levels).mean()
 
 
 def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
