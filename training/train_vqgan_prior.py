@@ -27,7 +27,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.loop import Loop
-from dae_diffusers.metrics.monitor import SampleDistance, save_result
+from dae_diffusers.metrics.monitor import SampleDistance
 from dae_diffusers.metrics.sampling import SampleSettings
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.run import Start, TrainingRun
@@ -82,19 +82,9 @@ def main(config: TrainPriorConfig) -> None:
                 value = validation_loss(run, model, validation_codes)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
-        if monitor is not None and monitor.is_due(loop.step, step.is_last):
-            with loop.averaged() as model:
-                step.write(monitor.measure(pipeline_of(model), loop.step))
-            if monitor.is_exhausted:
-                loop.stop()
-
-    model = loop.finished_model().eval()
-    is_whole = autoencoder.is_finished
-    if accelerator.is_main_process and is_whole:
-        save_result(run, pipeline_of(model), monitor)
-    elif accelerator.is_main_process:
-        is_whole = autoencoder.save_waiting(pipeline_of(model))
-    run.finish("pipeline" if is_whole else None)
+        if monitor is not None:
+            monitor.follow(loop, step, pipeline_of)
+    autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
 def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, steps: int) -> Start:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
@@ -64,13 +64,8 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
             f"{config.autoencoder.autoencoder}` takes a model of class {diffusers_class.__name__}. Choose the `autoencoder` that fits "
             "it: kl or vq."
         )
-    settle_images(config, vae)
-    vae.register_to_config(sample_size=config.data.resolution)
-    sizes = config.autoencoder.decoder_sizes()
+    sizes = settle(config, vae)
     try:
-        check_decoder_widths(
-            sizes.get("decoder_block_out_channels"), vae.config.block_out_channels, vae.config.norm_num_groups
-        )
         return model_class.from_diffusers(vae, **config.stages.auxiliary_settings(), **sizes)
     except ValueError as error:  # an auxiliary decoder that does not fit this architecture
         raise UserError(str(error)) from None
@@ -93,15 +88,19 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
             reason = one_line(error, 300)
     else:
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
+    sizes = settle(config, model)
+    return model.with_decoder(**sizes) if sizes else model
+
+
+def settle(config: Any, model: ModelMixin) -> dict[str, Any]:
+    """Makes the images and a trained model agree on the size of images, and returns the decoder's size, if it is to have its own."""
     settle_images(config, model)
     model.register_to_config(sample_size=config.data.resolution)
     sizes = config.autoencoder.decoder_sizes()
-    if not sizes:
-        return model
     try:
         check_decoder_widths(
-            sizes["decoder_block_out_channels"], model.config.block_out_channels, model.config.norm_num_groups
+            sizes.get("decoder_block_out_channels"), model.config.block_out_channels, model.config.norm_num_groups
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    return model.with_decoder(**sizes)
+    return sizes

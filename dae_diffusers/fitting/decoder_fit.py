@@ -24,7 +24,7 @@ from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.metrics.sampling import draws_of, image_sides, load_pipeline, scheduler_options
-from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch, reference_statistics
+from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 _LATENT_PARTS = ("encoder", "quant_conv", "quantize")
 # The autoencoder as it was, in the output folder.
 KEPT_VAE = "vae_before_stage3"
-MAX_REFERENCE_IMAGES = 50_000
 
 
 def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:

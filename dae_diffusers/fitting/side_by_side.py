@@ -14,7 +14,9 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS
+from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
+from dae_diffusers.run import TrainingRun
 from dae_diffusers.store import replace_folder
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,22 @@ class GrowingAutoencoder:
             logger.info("samples are decoded by %s", origin)
             self._origin = origin
         return with_statistics_of(self.vae, vae).to(self.device)
+
+    def finish(self, run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:
+        r"""
+        Saves the pipeline of a generator that is trained, whole or [`WAITING`], and finishes its run. All processes call it.
+
+        Args:
+            run ([`~dae_diffusers.run.TrainingRun`]): The generator's.
+            pipeline (`DiffusionPipeline`): With the last weights.
+            monitor ([`~dae_diffusers.metrics.monitor.SampleDistance`], *optional*): What measured its samples.
+        """
+        is_whole = self.is_finished
+        if run.accelerator.is_main_process and is_whole:
+            save_result(run, pipeline, monitor)
+        elif run.accelerator.is_main_process:
+            is_whole = self.save_waiting(pipeline)
+        run.finish("pipeline" if is_whole else None)
 
     def save_waiting(self, pipeline: DiffusionPipeline) -> bool:
         r"""

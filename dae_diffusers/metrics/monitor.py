@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.loop import Loop, Step
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows
-from dae_diffusers.metrics.sampling import Sampler, SampleSettings, draws_of
-from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.metrics.sampling import SampleSettings, image_batches
+from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
 from dae_diffusers.run import TrainingRun
+from dae_diffusers.store import replace_folder
 
 logger = logging.getLogger(__name__)
-
-MAX_REFERENCE_IMAGES = 50_000
 
 
 class SampleDistance:
@@ -59,9 +60,20 @@ class SampleDistance:
         patience = self.config.early_stopping_patience
         return patience is not None and self.state["worse"] >= patience
 
-    def is_due(self, step: int, is_last: bool) -> bool:
-        r"""Whether to measure after `step` optimiser steps."""
-        return is_last or step % self.config.metric_steps == 0
+    def follow(self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline]) -> None:
+        r"""
+        Measures if a measurement is due, and ends the loop if patience is. Call it in each step of the loop, on all processes.
+
+        Args:
+            loop ([`~dae_diffusers.loop.Loop`]), step ([`~dae_diffusers.loop.Step`]): The present ones.
+            pipeline_of (`Callable`): Makes the pipeline of a model.
+        """
+        if not step.is_last and loop.step % self.config.metric_steps:
+            return
+        with loop.averaged() as model:
+            step.write(self.measure(pipeline_of(model), loop.step))
+        if self.is_exhausted:
+            loop.stop()
 
     @torch.no_grad()
     def measure(self, pipeline: DiffusionPipeline, step: int) -> dict[str, float]:
@@ -111,19 +123,12 @@ class SampleDistance:
     def _features(self, pipeline: DiffusionPipeline) -> torch.Tensor:
         """Of all samples, `(N, D)`, on the CPU of each process."""
         accelerator, settings = self.run.accelerator, self.settings
-        sampler = Sampler(pipeline)
-        labels = settings.labels(sampler.num_classes)
-        pipeline.set_progress_bar_config(disable=True)
         size = self.run.config.optimization.train_batch_size
+        batches = image_batches(pipeline, settings, accelerator, size)
 
         def extract(chunk: range) -> dict[str, torch.Tensor]:
-            parts = []
-            for count, numbers, generators in draws_of(pipeline, chunk, size, settings.seed):
-                chosen = None if labels is None else labels[numbers].tolist()
-                with accelerator.autocast():
-                    drawn = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
-                parts.append(self.extractor(drawn.to(accelerator.device).float() * 2 - 1)[:count].cpu())
-            return {"features": torch.cat(parts)}
+            drawn = ((images.to(accelerator.device).float() * 2 - 1, count) for images, count in batches(chunk))
+            return {"features": torch.cat([self.extractor(images)[:count].cpu() for images, count in drawn])}
 
         return keep_rows(
             extract, settings.num_images, accelerator, folder=None, of=None, chunk_size=size, description="Drawing"
@@ -136,10 +141,7 @@ class SampleDistance:
         for old in folder.glob("step-*"):
             if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
-        unfinished, finished = folder / f"step-{step}.unfinished", folder / f"step-{step}"
-        pipeline.save_pretrained(unfinished)
-        shutil.rmtree(finished, ignore_errors=True)
-        unfinished.replace(finished)
+        replace_folder(folder / f"step-{step}", pipeline.save_pretrained)
 
 
 def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:

@@ -173,17 +173,11 @@ def draw_samples(
     Raises:
         UserError: If images have another shape, or NaN or infinite values.
     """
-    sampler = Sampler(pipeline, settings.prompts)
-    labels = settings.labels(sampler.num_classes)
-    pipeline.set_progress_bar_config(disable=True)
+    batches = image_batches(pipeline, settings, accelerator, batch_size)
 
     def draw(chunk: range) -> dict[str, torch.Tensor]:
         parts = []
-        for count, numbers, generators in draws_of(pipeline, chunk, batch_size, settings.seed):
-            chosen = None if labels is None else labels[numbers].tolist()
-            with accelerator.autocast():
-                output = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
-            check_finite(output, "images that the pipeline draws")
+        for output, count in batches(chunk):
             if image_shape is not None and tuple(output.shape[1:]) != tuple(image_shape):
                 raise UserError(
                     f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but the images to compare with have "
@@ -253,6 +247,28 @@ def _draw_costs(
     _, two, four = map(seconds, _TRIED_STEPS)  # the very first draw warms up
     per_step = max(0.0, four - two) / 2
     return max(0.0, two - 2 * per_step), per_step
+
+
+def image_batches(
+    pipeline: DiffusionPipeline, settings: SampleSettings, accelerator: Accelerator, batch_size: int
+) -> Callable[[range], Iterator[tuple[torch.Tensor, int]]]:
+    r"""
+    Returns a function that draws the images of a range, batch by batch: padded `(B, C, H, W)` in [0, 1], and how many of them count.
+    It raises `UserError` for NaN or infinite values.
+    """
+    sampler = Sampler(pipeline, settings.prompts)
+    labels = settings.labels(sampler.num_classes)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def batches(chunk: range) -> Iterator[tuple[torch.Tensor, int]]:
+        for count, numbers, generators in draws_of(pipeline, chunk, batch_size, settings.seed):
+            chosen = None if labels is None else labels[numbers].tolist()
+            with accelerator.autocast():
+                images = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
+            check_finite(images, "images that the pipeline draws")
+            yield images, count
+
+    return batches
 
 
 def draws_of(

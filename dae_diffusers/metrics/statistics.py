@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # A long pass over reference images is saved this often, to continue after an interruption.
 SAVE_SECONDS = 60
 
+# While a model trains, its images are compared with so many training images at most.
+MAX_REFERENCE_IMAGES = 50_000
+
 
 @dataclass
 class FeatureStatistics:
