@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
+from tqdm import std
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -36,6 +38,18 @@ _SCRIPT = re.compile(
 )
 REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def _own_progress_lock() -> None:
+    """Forked processes share tqdm's lock. One that is killed while it draws a bar would stop the bars of all others for good."""
+    lock = threading.RLock()
+    for bar in (std.tqdm, tqdm):
+        bar.set_lock(lock)
+
+
+_own_progress_lock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_own_progress_lock)
 
 
 def parse_config(

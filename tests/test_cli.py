@@ -1,8 +1,10 @@
 """A config from flags and YAML; a mistake is one line and an exit code."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import MISSING
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 import yaml
 from scripts import in_child
+from tqdm.auto import tqdm
 
 from dae_diffusers.cli import as_typed, parse_config, run_script, with_dashes
 from dae_diffusers.errors import ConfigError, UserError, in_full
@@ -316,3 +319,20 @@ def test_reader_of_the_help_that_leaves_is_no_error():
     done = subprocess.run([sys.executable, "-c", source, str(script), "--help"], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_process_killed_while_it_draws_a_bar_does_not_stop_those_of_others():
+    def die_drawing() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def draw_after_it() -> None:
+        tqdm(total=1).close()  # makes the lock
+        in_child(die_drawing)
+        drawing = threading.Thread(target=lambda: tqdm(total=1).close(), daemon=True)
+        drawing.start()
+        drawing.join(20)
+        assert not drawing.is_alive(), "the lock was lost with the process"
+
+    code, text = in_child(draw_after_it)  # not in this process: the lock would be lost to all tests after this one
+    assert code == 0, text
