@@ -52,6 +52,7 @@ class RunConfig:
     output_dir: str = field("runs/my-model", "folder for all results")
     seed: int = field(0, "the same seed on the same machine gives the same weights", at_least=0, at_most=MAX_SEED)
     resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    dry_run: bool = field(False, "measure a few steps, say what the run takes, keep nothing")
     checkpointing_steps: int = field(1000, "save a checkpoint every N steps", at_least=1, advanced=True)
     checkpoints_total_limit: int | None = field(2, "keep only the N newest checkpoints", at_least=1, advanced=True)
     skip_nonfinite: int = field(
@@ -61,7 +62,7 @@ class RunConfig:
         advanced=True,
     )
     logging_steps: int = field(50, "log the mean losses every N steps", at_least=1, advanced=True)
-    validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1)
+    validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1, advanced=True)
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
         None, "tracker to log to as well; log.jsonl and curves.png are always written", advanced=True
     )
