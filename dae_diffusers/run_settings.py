@@ -18,8 +18,15 @@ class OptimizationConfig:
         None, "train for X passes over the images instead of a number of steps", above=0
     )
     learning_rate: float = field(1e-3, "peak learning rate", above=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = field(
         "cosine", "schedule of the learning rate", advanced=True
+    )
+    lr_decay_share: float = field(
+        0.2,
+        "`warmup_stable_decay`: share of the steps, at the end, over which it falls to 0",
+        above=0,
+        at_most=1,
+        advanced=True,
     )
     lr_warmup_steps: int = field(
         100, "steps over which the learning rate rises (not with `constant`)", at_least=0, advanced=True

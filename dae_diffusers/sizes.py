@@ -9,8 +9,8 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def words_of_size(size: int | Sequence[int]) -> str:
-    r"""A size as "64 x 96", height first."""
-    return "{} x {}".format(*height_and_width(size))
+    r"""A size as "64x96", height first."""
+    return "{}x{}".format(*height_and_width(size))
 
 
 def nearest_multiples(side: int, factor: int) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_plain_vq_model, save_autoencoder
-from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, run
+from safetensors.torch import load_file
+from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 
 from dae_diffusers import duration as module
 from dae_diffusers.duration import Forecast, duration, pace
@@ -88,3 +89,34 @@ def test_warm_up_that_does_not_end_is_said(caplog):
     assert caplog.text == ""
     make_lr_scheduler(OptimizationConfig(lr_warmup_steps=10), optimizer, 10)
     assert "`--lr_warmup_steps` 10 does not end within 10 steps" in caplog.text
+
+
+def rates(num_steps: int, **settings) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    settings = OptimizationConfig(lr_scheduler="warmup_stable_decay", **settings)
+    scheduler, found = make_lr_scheduler(settings, optimizer, num_steps), []
+    for _ in range(num_steps):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return [*found, scheduler.get_last_lr()[0]]
+
+
+def test_stable_schedule_rises_stays_and_falls_to_zero():
+    expected = [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates(10, lr_warmup_steps=2, lr_decay_share=0.4) == pytest.approx(expected)
+    assert rates(4, lr_warmup_steps=0, lr_decay_share=1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert rates(2000, lr_warmup_steps=50)[:800] == rates(1000, lr_warmup_steps=50)[:800]
+
+
+def test_run_with_a_stable_schedule_is_made_longer_exactly(image_folder, tmp_path):
+    """From a checkpoint before its decay it ends as if it had been planned so."""
+    flags = TINY_DIT.replace("--max_train_steps 6", "") + " --lr_scheduler warmup_stable_decay --lr_warmup_steps 1"
+    options = {"train_data_dir": image_folder, "vae": save_autoencoder(tmp_path / "vae")}
+    run(train_dit, flags + " --max_train_steps 6 --lr_decay_share 0.5", output_dir=tmp_path / "short", **options)
+    run(train_dit, flags + " --max_train_steps 10", output_dir=tmp_path / "long", **options)
+    longer = flags + " --max_train_steps 10"
+    results = ("pipeline",)
+    resume(train_dit, longer, tmp_path / "short", tmp_path / "again", 3, results, **options)
+    for name, tensor in load_file(tmp_path / "long" / TRANSFORMER).items():
+        assert torch.equal(tensor, load_file(tmp_path / "again" / TRANSFORMER)[name])

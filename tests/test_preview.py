@@ -33,7 +33,7 @@ def test_preview_writes_a_picture_and_a_table(tmp_path, caplog):
     }
     assert 8 <= sum(training.values()) < 10 and training["tall"] <= 4 and training["wide"] <= 6
     assert (
-        "are smaller than 32 x 32 pixels" in table and "keeps 50% of the area" in table and table.strip() in caplog.text
+        "are smaller than 32x32 pixels" in table and "keeps 50% of the area" in table and table.strip() in caplog.text
     )
     picture = np.asarray(Image.open(tmp_path / "out" / "preview.png").convert("RGB"))
     tiles = picture[2:94, -92:-2]  # the last column of the first row: a tall one, which fills the height

@@ -94,7 +94,7 @@ def test_preview_shows_what_the_crop_keeps(upright, tmp_path):
         compose(preview.PreviewConfig, train_data_dir=str(upright), resolution=[48, 16], output_dir=str(tmp_path))
     )
     table = (tmp_path / "preview.md").read_text()
-    assert "are smaller than 48 x 16 pixels" in table and "The crop keeps" in table
+    assert "are smaller than 48x16 pixels" in table and "The crop keeps" in table
 
 
 @pytest.mark.parametrize("size", [(24, 16), (16, 24), (80, 8)])
