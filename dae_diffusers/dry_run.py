@@ -3,7 +3,7 @@
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 import torch
@@ -11,10 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dae_diffusers.duration import duration, pace
-
-if TYPE_CHECKING:
-    from dae_diffusers.loop import Loop
-    from dae_diffusers.run import TrainingRun
 
 _STEPS = 4  # the first warms up
 _MUCH = 0.9  # of memory or disk
@@ -43,8 +39,8 @@ class DryRun:
         r"""Starts the clock, before the first step of a loop."""
         self._times = [time.monotonic()]
 
-    def has_seen(self, loop: "Loop") -> bool:
-        r"""Notes the time after a step. Returns whether these steps of the loop suffice."""
+    def has_seen(self, loop: Any) -> bool:
+        r"""Notes the time after a step of a [`~dae_diffusers.loop.Loop`]. Returns whether these steps of the loop suffice."""
         self._times.append(time.monotonic())
         steps = loop.last_step - loop.first_step
         taken = len(self._times) - 1
@@ -54,7 +50,7 @@ class DryRun:
         self._loops[loop.description] = steps, (self._times[-1] - self._times[first]) / (taken - first)
         return True
 
-    def report(self, run: "TrainingRun") -> None:
+    def report(self, run: Any) -> None:
         r"""
         Prints what the run would take.
 
@@ -76,7 +72,7 @@ class DryRun:
         if self._kept is not None:
             self._kept.cleanup()
 
-    def _disk(self, run: "TrainingRun") -> str:
+    def _disk(self, run: Any) -> str:
         settings, steps = run.config.run, sum(steps for steps, _ in self._loops.values())
         sizes = [path.stat().st_size for path in run.checkpointer.folder.rglob("*") if path.is_file()]
         saved = -(-steps // settings.checkpointing_steps)
