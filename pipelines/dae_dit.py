@@ -2,7 +2,8 @@
 Sampling from a diffusion transformer in the latent space of an autoencoder.
 
 The whole pipeline is this one file, which needs torch and diffusers only: `save_pretrained` puts it into the model's
-folder as `pipeline.py`, so that what we publish runs without our package.
+folder as `pipeline.py`, so that what we publish runs without our package. The pipelines that are made from it (`dae_dit_*.py`)
+are put beside it.
 """
 
 import copy
@@ -26,6 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
+FAMILY = "dae_dit"  # this file's name in our package; pipelines made from it lie beside it and begin with it
 DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
@@ -135,8 +137,8 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
-        Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline and of a transformer that
-        is not diffusers' own, so that the folder or repository loads where only diffusers is installed:
+        Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline, of those made from it, and of a
+        transformer that is not diffusers' own, so that the folder or repository loads where only diffusers is installed:
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`.
 
         Args:
@@ -151,9 +153,13 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`vae` is a {type(self.vae).__name__}, whose code cannot be saved in the folder. "
                 "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
             )
+        if (
+            type(self).__module__.rpartition(".")[2].startswith(f"{FAMILY}_")
+        ):  # a model's folder is the same, whichever pipeline saves it
+            return DAEDiTPipeline(**self.components).save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, folder / PIPELINE_FILE)
+        _save_code(folder)
         transformer_class = type(unwrap_module(self.transformer))
         if transformer_class.__module__.partition(".")[0] not in ("diffusers", "__main__"):
             # diffusers looks for the code under the module's full name. Code that came with a model goes back as it came.
@@ -375,10 +381,9 @@ class DAEDiTPipeline(DiffusionPipeline):
         else:
             latents = latents.to(device, torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        latents, timesteps = self._begin(latents)
         self._num_timesteps = len(timesteps)
         noise_levels = [level / self.scheduler.config.num_train_timesteps for level in timesteps.tolist()]
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # set_timesteps may change it
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
@@ -461,6 +466,10 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return latents * std / config.get("scaling_factor", 1.0) + mean
+
+    def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents of the first step, from standard normal noise, and the timesteps that remain; `set_timesteps` came before."""
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0), self.scheduler.timesteps
 
     def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The transformer's float32 output, with the variance only if the scheduler wants it."""
@@ -651,6 +660,16 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
         "`pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`, without further options; for a "
         "transformer that was trained for diffusion, make the pipeline with `is_flow_matching=False`."
     )
+
+
+def _save_code(folder: Path) -> None:
+    """Puts this file into a model's folder, and the pipelines beside it, which import it there under its name there."""
+    shutil.copyfile(__file__, folder / PIPELINE_FILE)
+    for path in Path(__file__).parent.glob(f"{FAMILY}_*.py"):
+        code = path.read_text(encoding="utf-8").replace(
+            f"from {PACKAGE}.pipelines.{FAMILY} ", f"from .{PIPELINE_FILE[:-3]} "
+        )
+        (folder / path.name).write_text(code.replace(f"from {PACKAGE}.pipelines.", "from ."), encoding="utf-8")
 
 
 def _name_code_of(pipeline: DiffusionPipeline) -> None:
