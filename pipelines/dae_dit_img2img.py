@@ -52,7 +52,8 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
                 resized to it, whatever their aspect ratio: crop them before.
             num_images_per_label (`int`, defaults to 1): Images per label, or per image, next to each other in the result.
             kwargs: All others of [`DAEDiTPipeline`]: `guidance_scale`, `num_inference_steps`, `generator`, `output_type`,
-                `callback_on_step_end`... `latents` is the noise that the images get.
+                `callback_on_step_end`... `latents` is the noise that the images get. An image that the
+                same noise has drawn gets too strong colours: take another seed.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `images`, as in [`DAEDiTPipeline`].
