@@ -73,7 +73,7 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             )
         height, width = self._image_size(height, width, kwargs.get("latents"))
         pixels = self.prepare_images(image, height, width)
-        class_labels, num_images_per_label = self._one_each(class_labels, len(pixels), num_images_per_label)
+        num_images_per_label = self._images_per_label(len(pixels), class_labels, num_images_per_label)
         self._strength, self._image_latents = strength, self.encode_pixels(pixels)
         return super().__call__(
             class_labels, height=height, width=width, num_images_per_label=num_images_per_label, **kwargs
@@ -124,17 +124,16 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         _, *sides = self._latent_shape(height, width, latents)
         return tuple(side * self.vae_scale_factor for side in sides)
 
-    def _one_each(self, class_labels, num_images: int, num_images_per_label: int) -> tuple[list[int] | None, int]:
-        """Labels, and images per label, so that each of the given images has its label."""
-        if class_labels is None:
-            return None, num_images * num_images_per_label
-        label_ids = self._resolve_labels(class_labels)
-        label_ids *= num_images if len(label_ids) == 1 else 1
-        if num_images not in (1, len(label_ids)):
+    def _images_per_label(self, num_images: int, class_labels, num_images_per_label: int) -> int:
+        """How many images the models draw for each label, if each label or each of the given images asks for some."""
+        num_labels = len(self._resolve_labels(class_labels))
+        if num_labels == 1:
+            return num_images * num_images_per_label
+        if num_images not in (1, num_labels):
             raise ValueError(
-                f"`image` holds {num_images} images, but there are {len(label_ids)} labels. Pass one of either, or as many of both."
+                f"`image` holds {num_images} images, but there are {num_labels} labels. Pass one of either, or as many of both."
             )
-        return label_ids, num_images_per_label
+        return num_images_per_label
 
     def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents, timesteps = super()._begin(noise)
