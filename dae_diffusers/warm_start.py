@@ -20,7 +20,7 @@ from diffusers import (
 from dae_diffusers.autoencoders.loading import check_has_weights
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
-from dae_diffusers.latents.statistics import STATISTICS
+from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.take_over import LAYOUTS, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -179,7 +179,7 @@ class WarmStart:
             logger.info("the latents of %s came from another encoder: its samples mean nothing in these", self.name)
             return False
         before = dict(vae.config)
-        vae.register_to_config(**self.statistics)
+        set_statistics(vae, self.statistics)
         if any(vae.config[name] != before.get(name) for name in self.statistics):
             logger.info("latents are normalised as in %s, not as the config of `--vae` says", self.name)
         return True

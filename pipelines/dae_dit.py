@@ -16,9 +16,9 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, SchedulerMixin
@@ -53,7 +53,7 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer ([`DAEDiTTransformer2DModel`] or [`DiTTransformer2DModel`]): Predicts from normalised latents.
-        vae ([`AutoencoderKL`] or [`VQModel`]): Decodes latents.
+        vae ([`ModelMixin`]): Decodes latents: [`AutoencoderKL`], [`VQModel`], or any other of diffusers' autoencoders of images.
         scheduler ([`SchedulerMixin`]):
             For flow matching or diffusion, as the transformer was trained. For flow matching, solvers that support it
             ([`DPMSolverMultistepScheduler`], [`UniPCMultistepScheduler`]) are set up for it, with the `shift` of the
@@ -101,13 +101,13 @@ class DAEDiTPipeline(DiffusionPipeline):
             id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching
         )
         known.update(id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching)
-        latent_channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels  # a VQModel's codes may differ
-        if latent_channels != transformer.config.in_channels:
+        shape = autoencoder_shape(vae.config)
+        if shape.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
-                f"{latent_channels}. Use the autoencoder that the transformer was trained with."
+                f"{shape.latent_channels}. Use the autoencoder that the transformer was trained with."
             )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = shape.factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -437,12 +437,13 @@ class DAEDiTPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: As in `raw_latents`.
         """
-        return self.vae.decode(self.raw_latents(latents).to(self.vae.dtype)).sample
+        images = self.vae.decode(self.raw_latents(latents).to(self.vae.dtype)).sample
+        return 2 * images - 1 if is_representation_autoencoder(self.vae.config) else images
 
     def raw_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Normalised latents as `vae.decode` takes them: `latents * latents_std / scaling_factor + latents_mean` if the
-        autoencoder's config has statistics, else `latents / scaling_factor + shift_factor`.
+        autoencoder's config has statistics, else `latents / scaling_factor + shift_factor`. An `AutoencoderRAE` does that itself.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): As the transformer knows them.
@@ -456,6 +457,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         latents = latents.float()
+        if is_representation_autoencoder(config):
+            return latents
         if mean is None and std is None:
             return latents / config.get("scaling_factor", 1.0) + (config.get("shift_factor") or 0.0)
         counts = [None if values is None else len(values) for values in (mean, std)]
@@ -492,7 +495,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     def _check_output(self, output_type: str):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
-        channels = self.vae.config.out_channels
+        channels = self.vae.config.get("out_channels") or autoencoder_shape(self.vae.config).image_channels
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
                 f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "
@@ -558,6 +561,40 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"Use {min(height, width)} x {min(height, width)}."
             )
         return config.in_channels, height // factor, width // factor
+
+
+class AutoencoderShape(NamedTuple):
+    """
+    What an autoencoder takes and gives, whatever its class.
+
+    Attributes:
+        image_channels, latent_channels (`int`): For a `VQModel` the dimension of its codes.
+        factor (`int`): Pixels of the image per latent pixel, along a side.
+        side (`int` or pair, *optional*): Pixels of the images that it was trained on, where its config tells.
+    """
+
+    image_channels: int
+    latent_channels: int
+    factor: int
+    side: int | Sequence[int] | None
+
+
+def autoencoder_shape(config: Mapping) -> AutoencoderShape:
+    """The shape of one of diffusers' autoencoders, by its config."""
+    if is_representation_autoencoder(config):
+        factor = config["patch_size"]  # of the decoder
+        side = config["encoder_input_size"] // config["encoder_patch_size"] * factor
+        return AutoencoderShape(config.get("num_channels", 3), config["encoder_hidden_size"], factor, side)
+    names = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+    widths = next((config[name] for name in names if config.get(name)), ())
+    factor = config.get("spatial_compression_ratio") or 2 ** max(0, len(widths) - 1)
+    channels = config.get("vq_embed_dim") or config.get("latent_channels")
+    return AutoencoderShape(config.get("in_channels"), channels, factor, config.get("sample_size"))
+
+
+def is_representation_autoencoder(config: Mapping) -> bool:
+    """Whether this is the config of an `AutoencoderRAE`: it normalises its latents itself, and its images are in [0, 1]."""
+    return "encoder_hidden_size" in config and "encoder_input_size" in config
 
 
 def _settings_of(model: torch.nn.Module) -> dict:

@@ -12,7 +12,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils import load_image
 
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, autoencoder_shape, is_representation_autoencoder
 
 
 class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
@@ -93,7 +93,7 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         Raises:
             `ValueError`: If there is no image, or one has other channels or numbers.
         """
-        channels = self.vae.config.in_channels
+        channels = autoencoder_shape(self.vae.config).image_channels
         mode = {1: "L", 3: "RGB"}.get(channels)
         pixels = [pixels_of(each, "image", mode, self.value_range) for each in as_list(image, "image")]
         for each in pixels:
@@ -115,8 +115,9 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         Returns:
             `torch.Tensor` of shape `(B, C, h, w)`: float32.
         """
-        encoded = self.vae.encode((2 * pixels - 1).to(self.vae.dtype))
-        raw = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents).float()
+        pixels = pixels if is_representation_autoencoder(self.vae.config) else 2 * pixels - 1
+        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+        raw = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]).float()
         shift, scaled = (self.raw_latents(torch.full_like(raw[:1], value)) for value in (0.0, 1.0))
         return (raw - shift) / (scaled - shift)  # `raw_latents` undone
 

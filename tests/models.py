@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, VQModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, VQModel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -57,6 +57,10 @@ def make_vq_model(quantizer: str = "ema_l2", auxiliary_decoder_type: str = "drop
     torch.manual_seed(0)
     config = {**TINY_AUTOENCODER, "num_vq_embeddings": 16, **QUANTIZERS[quantizer], **config}
     return DAEVQModel(**config, auxiliary_decoder_type=auxiliary_decoder_type)
+
+
+def make_video_autoencoder() -> AutoencoderKLWan:
+    return AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
 
 
 def save_backbone(folder: Path, kind: str) -> str:

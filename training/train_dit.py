@@ -44,6 +44,7 @@ from dae_diffusers.latents.statistics import (
     has_latent_statistics,
     moments_of,
     normalize_latents,
+    set_statistics,
     write_latent_statistics,
 )
 from dae_diffusers.loop import Loop
@@ -95,7 +96,7 @@ def main(config: TrainDiTConfig) -> None:
     start = find_start(run, vae, transformer, train_data, steps, plan)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
-    vae.register_to_config(**statistics)
+    set_statistics(vae, statistics)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,

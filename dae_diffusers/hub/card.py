@@ -16,6 +16,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
+from dae_diffusers.pipelines.dae_dit import autoencoder_shape, is_representation_autoencoder
 from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
@@ -331,15 +332,16 @@ def _latent_description(result: Result) -> dict[str, Any]:
     config = result.vae_config
     if not config:
         return {}
-    factor = 2 ** (len(config.get("block_out_channels", [1])) - 1)
-    size = result.data_script.config.get("resolution") if result.data_script else config.get("sample_size")
+    shape = autoencoder_shape(config)
+    statistics = zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)
+    size = result.data_script.config.get("resolution") if result.data_script else shape.side
     return {
-        "channels": config.get("latent_channels"),
-        "factor": factor,
-        "image_channels": config.get("in_channels"),
+        "channels": shape.latent_channels,
+        "factor": shape.factor,
+        "image_channels": shape.image_channels,
         "size": size,
-        "side": size // factor if isinstance(size, int) else None,
-        "statistics": list(zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)),
+        "side": size // shape.factor if isinstance(size, int) else None,
+        "statistics": [] if is_representation_autoencoder(config) else list(statistics),
         "codes": config.get("num_vq_embeddings"),
     }
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
+from diffusers import DiffusionPipeline, ModelMixin
 
-from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor
+from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
@@ -138,10 +138,10 @@ class Sampler:
         return images
 
 
-def autoencoder_of(pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
-    r"""The autoencoder of a pipeline; None for a pipeline without latents, or with an autoencoder of another class."""
+def autoencoder_of(pipeline: DiffusionPipeline) -> ModelMixin | None:
+    r"""The autoencoder of a pipeline; None for a pipeline without latents, or with an autoencoder that is not for images."""
     parts = (pipeline.components.get(name) for name in ("vae", "vqvae"))
-    return next((part for part in parts if isinstance(part, AutoencoderKL | VQModel)), None)
+    return next((part for part in parts if part is not None and takes_images(part)), None)
 
 
 def draw_samples(

@@ -71,10 +71,11 @@ def picture_side():
         latents = PIPE.prior.config.grid_size
     side = VAE.config.sample_size if latents is None else latents
     side = side if isinstance(side, int) else side[0]
-    return side if latents is None else side * 2 ** (len(VAE.config.block_out_channels) - 1)
+    return side if latents is None else side * PIPE.vae_scale_factor
 
 
 SIDE = picture_side()
+IS_RAE = "encoder_input_size" in VAE.config  # an AutoencoderRAE: its images are in [0, 1]
 
 
 class StoppedError(Exception):
@@ -201,20 +202,24 @@ def reconstruct(first, second):
 
 
 def encode(pixels):
+    pixels = pixels / 2 + 0.5 if IS_RAE else pixels
     encoded = VAE.encode(pixels.to(VAE.device, VAE.dtype))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
     return latents.float().cpu()
 
 
 def decode(latents):
-    return VAE.decode(latents.to(VAE.device, VAE.dtype)).sample.float().cpu().clamp(-1, 1)
+    images = VAE.decode(latents.to(VAE.device, VAE.dtype)).sample.float().cpu()
+    return (2 * images - 1 if IS_RAE else images).clamp(-1, 1)
 
 
 def to_pixels(image):
     """Any picture to `(1, C, side, side)` in [-1, 1]: its centre square, with white behind transparency."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("L" if VAE.config.in_channels == 1 else "RGB"), (SIDE, SIDE), Image.LANCZOS)
+    image = ImageOps.fit(
+        image.convert("L" if VAE.config.get("in_channels") == 1 else "RGB"), (SIDE, SIDE), Image.LANCZOS
+    )
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE, -1)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
