@@ -124,9 +124,9 @@ class TrainDAEConfig:
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
     def _check_stage3(self) -> None:
-        if self.autoencoder.decoder_sizes():
+        if self.autoencoder.decoder_sizes([8]):
             raise ConfigError(
-                "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder_block_out_channels` and "
+                "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder`, `decoder_block_out_channels` and "
                 "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
             )
         if self.data.streaming:

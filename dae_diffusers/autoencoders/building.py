@@ -50,7 +50,7 @@ def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None
         mid_block_add_attention=sizes.mid_block_add_attention,
         sample_size=config.data.resolution,
         **config.stages.auxiliary_settings(),
-        **sizes.decoder_sizes(),
+        **sizes.decoder_sizes(sizes.block_out_channels),
     )
 
 
@@ -96,11 +96,10 @@ def settle(config: Any, model: ModelMixin) -> dict[str, Any]:
     """Makes the images and a trained model agree on the size of images, and returns the decoder's size, if it is to have its own."""
     settle_images(config, model)
     model.register_to_config(sample_size=config.data.resolution)
-    sizes = config.autoencoder.decoder_sizes()
+    sizes = config.autoencoder.decoder_sizes(model.config.block_out_channels)
+    groups = sizes.get("decoder_norm_num_groups", model.config.norm_num_groups)
     try:
-        check_decoder_widths(
-            sizes.get("decoder_block_out_channels"), model.config.block_out_channels, model.config.norm_num_groups
-        )
+        check_decoder_widths(sizes.get("decoder_block_out_channels"), model.config.block_out_channels, groups)
     except ValueError as error:
         raise UserError(str(error)) from None
     return sizes
