@@ -132,6 +132,9 @@ def main(config: TrainDiTConfig) -> None:
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
+    if run.dry_run is not None:
+        run.end_dry_run()
+        return
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
@@ -164,7 +167,7 @@ def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, orig
     config got; empty if it keeps its own.
     """
     if origin is None or not origin.settles_statistics(vae):
-        if has_latent_statistics(vae):
+        if has_latent_statistics(vae) or run.dry_run is not None:
             return {}
         logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
         loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
@@ -285,7 +288,7 @@ def validation_loss(
 def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
     """What measures samples while the transformer trains; None without `metric_features`."""
     config, flow = run.config, run.config.flow
-    if config.monitor.metric_features is None:
+    if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
     settings = SampleSettings(config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed)
