@@ -17,14 +17,16 @@ from scripts import BARE_DIT, run
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments, load_autoencoder, settle_images
 from dae_diffusers.errors import UserError
+from dae_diffusers.fitting.decoder_fit import load_generator
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.latents.statistics import LatentStatistics, normalize_latents
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, train_dit
-from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -146,6 +148,21 @@ def test_its_card_tells_its_class_and_latents(kind, trained):
     card = str(make_card(read_result(trained / "run"), "user/model"))
     assert f"from diffusers import {kind.split()[0]}" in card
     assert f"An image of 16x16x3 becomes {16 // factor}x{16 // factor}x{channels} latents" in card
+
+
+def test_a_decoder_that_cannot_be_trained_is_refused(kind, trained):
+    options = {"train_data_dir": "x", "output_dir": str(trained / "other"), "resolution": 16}
+    starts = {"pretrained_model_name_or_path": str(trained / "given"), "stage": "2"}
+    fits = {"pipeline": str(trained / "run" / "pipeline"), "stage": "3"}
+    for make, more in ((make_autoencoder, starts), (load_generator, fits)):
+        config = compose(TrainDAEConfig, **options, **more)
+        if kind.startswith("AutoencoderKL"):
+            make(config)
+            continue
+        with pytest.raises(
+            UserError, match=f"has a {kind.split()[0]}, but train_dae trains only AutoencoderKL and VQModel"
+        ):
+            make(config)
 
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular")

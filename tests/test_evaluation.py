@@ -456,7 +456,7 @@ def test_autoencoder_of_a_pipeline_is_one_that_can_be_measured(pipeline):
 @pytest.mark.parametrize("subfolder", ["", "vae"])
 def test_autoencoders_of_another_class_are_refused(tmp_path, subfolder):
     make_video_autoencoder().save_pretrained(tmp_path / subfolder)
-    with pytest.raises(UserError, match="its class AutoencoderKLWan is for no images"):
+    with pytest.raises(UserError, match="its class AutoencoderKLWan cannot encode and decode images"):
         load_autoencoder(str(tmp_path))
 
 

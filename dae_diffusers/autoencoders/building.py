@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
+from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
 from dae_diffusers.autoencoders.settings import check_decoder_widths
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
@@ -58,6 +58,7 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
     """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
     name = config.autoencoder.pretrained_model_name_or_path
     vae = load_autoencoder(name)
+    check_can_be_trained(vae, name)
     if not isinstance(vae, diffusers_class):
         raise UserError(
             f"`pretrained_model_name_or_path` {name} is of class {type(vae).__name__}, but `autoencoder "

@@ -95,6 +95,15 @@ def _class_of(name: str) -> type[ModelMixin]:
     return found
 
 
+def check_can_be_trained(vae: ModelMixin, name: str) -> None:
+    r"""Raises `UserError` for a class whose decoder train_dae.py cannot train."""
+    if not isinstance(vae, AutoencoderKL | VQModel):
+        raise UserError(
+            f"{name} has a {type(vae).__name__}, but train_dae trains only AutoencoderKL and VQModel. Use it as it is: as the `vae` of "
+            "train_dit."
+        )
+
+
 def takes_images(model: torch.nn.Module) -> bool:
     r"""Whether this is an autoencoder that images can be encoded with."""
     if isinstance(model, AutoencoderKL | VQModel):
@@ -116,7 +125,9 @@ def check_takes_images(vae: ModelMixin) -> None:
         mean, _ = encode_moments(vae, image)
         found = tuple(mean.shape), tuple(decode_latents(vae, mean).shape)
     except Exception as error:  # classes for videos, sounds or proteins fail in any way
-        raise ValueError(f"its class {type(vae).__name__} is for no images ({one_line(error, 100)}).") from None
+        raise ValueError(
+            f"its class {type(vae).__name__} cannot encode and decode images ({one_line(error, 100)})."
+        ) from None
     expected = (1, shape.latent_channels, *[side // shape.factor] * 2), tuple(image.shape)
     if found != expected:
         raise ValueError(
