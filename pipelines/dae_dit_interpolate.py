@@ -83,7 +83,7 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             None if class_labels is None else label_ids[:1] * num_images,
             num_images_per_label=num_images if class_labels is None else 1,
             generator=None if generator is None else [*_copies(generators[0], num_images - 1), generators[-1]],
-            latents=slerp(latents[0].float(), latents[-1].float(), self._shares),
+            latents=slerp(*latents.to(device, torch.float32)[[0, -1]], self._shares),
             height=height,
             width=width,
             **kwargs,
