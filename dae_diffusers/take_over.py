@@ -6,6 +6,7 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 
+from dae_diffusers.sizes import words_of_size
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 
@@ -89,8 +90,9 @@ def take_over(
         changes.append(f"first and last layer are new (latents of {now}, before: {was})")
     elif outputs != in_channels:
         changes.append("its learned variance is left out")
-    if before.sample_size != sample_size:
-        changes.append(f"latents are {sample_size} wide (before: {before.sample_size})")
+    sizes = [words_of_size(size) for size in (sample_size, before.sample_size)]
+    if sizes[0] != sizes[1]:
+        changes.append("latents are {} (before: {})".format(*sizes))
     return new, changes
 
 

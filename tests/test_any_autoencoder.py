@@ -190,5 +190,7 @@ def test_size_of_the_images_is_that_of_a_representation_autoencoder(tmp_path):
     config = compose(TrainDiTConfig, vae=str(tmp_path), dataset_name="digits")
     settle_images(config, vae)
     assert config.data.resolution == 16
-    with pytest.raises(UserError, match="`resolution` is 32, but this AutoencoderRAE makes images of 16 pixels only"):
+    with pytest.raises(
+        UserError, match="`resolution` is 32x32, but this AutoencoderRAE makes images of 16x16 pixels only"
+    ):
         settle_images(compose(TrainDiTConfig, vae=str(tmp_path), dataset_name="digits", resolution=32), vae)

@@ -27,7 +27,7 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
@@ -54,6 +54,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
+from dae_diffusers.sizes import height_and_width
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 from dae_diffusers.warm_start import WarmStart
@@ -72,7 +73,7 @@ def main(config: TrainDiTConfig) -> None:
     architecture = architecture_of(config, origin)
     objective, scheduler = make_objective(config, origin)
     train_data, validation_data, training_images = load_data(run, vae, architecture["patch_size"])
-    size = config.data.resolution // spatial_factor(vae)
+    size = size_of_latents(config.data, vae)
     statistics = measure_statistics(run, vae, train_data, origin)
     transformer = make_transformer(origin, architecture, vae, train_data, size)
     pipeline_of = partial(
@@ -121,7 +122,9 @@ def main(config: TrainDiTConfig) -> None:
             loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()))
             step.add(loss=loss)
             if alignment is not None:
-                term, values = alignment.term(batch["pixel_values"], (size // architecture["patch_size"],) * 2)
+                term, values = alignment.term(
+                    batch["pixel_values"], [side // architecture["patch_size"] for side in height_and_width(size)]
+                )
                 step.add(**values)
                 loss = loss + term
             step.backward(loss)
@@ -193,7 +196,7 @@ def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[st
 
 
 def make_transformer(
-    origin: WarmStart | None, architecture: dict[str, int], vae: AutoencoderKL, data: Dataset, size: int
+    origin: WarmStart | None, architecture: dict[str, int], vae: AutoencoderKL, data: Dataset, size: int | list[int]
 ) -> ModelMixin:
     """A transformer for latents of this size: a new one, or the given one."""
     channels = num_latent_channels(vae)
@@ -202,6 +205,12 @@ def make_transformer(
     num_classes = None if data.id2label is None else len(data.id2label)
     # By name: `from_config` takes positional arguments for defaults.
     return DAEDiTTransformer2DModel(sample_size=size, in_channels=channels, num_classes=num_classes, **architecture)
+
+
+def size_of_latents(data: DataConfig, vae: AutoencoderKL) -> int | list[int]:
+    """The side of the latents, or height and width."""
+    height, width = (side // spatial_factor(vae) for side in data.size)
+    return height if height == width else [height, width]
 
 
 def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[FlowMatching | Diffusion, SchedulerMixin]:
@@ -267,7 +276,9 @@ def validation_loss(
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
     all_levels = objective.spread(quantiles)
-    all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
+    all_noise = torch.randn(
+        len(data), model.config.in_channels, *height_and_width(model.config.sample_size), generator=generator
+    )
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
         with run.accelerator.autocast():

@@ -17,6 +17,7 @@ from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape, is_representation_autoencoder
+from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
@@ -339,8 +340,8 @@ def _latent_description(result: Result) -> dict[str, Any]:
         "channels": shape.latent_channels,
         "factor": shape.factor,
         "image_channels": shape.image_channels,
-        "size": size,
-        "side": size // shape.factor if isinstance(size, int) else None,
+        "image_size": words_of_size(size) if size else None,
+        "size": words_of_size([side // shape.factor for side in height_and_width(size)]) if size else None,
         "statistics": [] if is_representation_autoencoder(config) else list(statistics),
         "codes": config.get("num_vq_embeddings"),
     }
