@@ -229,7 +229,14 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DAEDiTBlock"]
     _repeated_blocks = ["DAEDiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "label_embed", "text_embed", "modulation", "proj_out"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "time_embed",
+        "label_embed",
+        "text_embed",
+        "modulation",
+        "proj_out",
+    ]
 
     @register_to_config
     def __init__(
@@ -268,7 +275,8 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         # Shift, scale and gate for both parts of each block, then shift and scale of the last norm.
         self.modulation = nn.Linear(dim, (6 * num_layers + 2) * dim)
         self.transformer_blocks = nn.ModuleList(
-            DAEDiTBlock(dim, num_attention_heads, hidden_dim, cross_attention_dim is not None) for _ in range(num_layers)
+            DAEDiTBlock(dim, num_attention_heads, hidden_dim, cross_attention_dim is not None)
+            for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
         self.text_embed = None if cross_attention_dim is None else PixArtAlphaTextProjection(cross_attention_dim, dim)
