@@ -8,7 +8,6 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
-
 _OF_TEXT = ("text_embed.", ".cross_attn.")  # in the names of its weights
 
 

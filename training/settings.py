@@ -175,6 +175,12 @@ class TransformerConfig:
     attention_head_dim: int | None = field(
         None, "width of a head; default: that of `--model`", at_least=1, advanced=True
     )
+    text_encoder: str | None = field(
+        None, "draw from `--caption_column` through this text encoder of transformers (Hub id or folder)"
+    )
+    text_encoder_dtype: Literal["float32", "float16", "bfloat16"] = field(
+        "float32", "data type of the text encoder and of its hidden states", advanced=True
+    )
     class_dropout_prob: float = field(
         0.1,
         "share of samples whose label and caption are dropped, for guidance",
@@ -196,6 +202,21 @@ class TransformerConfig:
                 f"`attention_head_dim` is {self.attention_head_dim}, but must be a multiple of 4 (rotary positions)."
             )
 
+    def check_captions(self, data: DataConfig) -> None:
+        """Raises `ConfigError` unless captions and what encodes them are both given, with images that have them, or neither."""
+        given = {"caption_column": data.caption_column, "text_encoder": self.text_encoder}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == 1:
+            (other,) = given.keys() - missing
+            raise ConfigError(
+                f"`{other}` needs `{missing[0]}`: a transformer draws from captions that a text encoder has encoded. Give both or neither."
+            )
+        if not missing and not data.has_source:
+            raise ConfigError(
+                "`caption_column` needs the images' data set, because a latent cache holds no captions: give it beside `latent_cache` "
+                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
+            )
+
     @property
     def size(self) -> str:
         """The named size of a new transformer."""
@@ -211,33 +232,6 @@ class TransformerConfig:
         """The arguments of the transformer's constructor that replace those of the named size."""
         names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-@settings
-class TextConfig:
-    """Text."""
-
-    text_encoder: str | None = field(
-        None, "draw from captions: a text encoder of transformers (Hub id or folder), frozen; needs `--caption_column`"
-    )
-    text_encoder_dtype: Literal["float32", "float16", "bfloat16"] = field(
-        "float32", "data type of the text encoder and of its hidden states", advanced=True
-    )
-
-    def check(self, data: DataConfig) -> None:
-        """Raises `ConfigError` unless captions and what encodes them are both given, with images that have them, or neither."""
-        given = {"caption_column": data.caption_column, "text_encoder": self.text_encoder}
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == 1:
-            (other,) = given.keys() - missing
-            raise ConfigError(
-                f"`{other}` needs `{missing[0]}`: a transformer draws from captions that a text encoder has encoded. Give both or neither."
-            )
-        if not missing and not data.has_source:
-            raise ConfigError(
-                "`caption_column` needs the images' data set, because a latent cache holds no captions: give it beside `latent_cache` "
-                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
-            )
 
 
 @settings
@@ -336,7 +330,6 @@ class TrainDiTConfig:
 
     data: DataConfig = part(**_OF_THE_AUTOENCODER)
     transformer: TransformerConfig = part()
-    text: TextConfig = part()
     flow: FlowMatchingConfig = part()
     alignment: RepresentationAlignmentConfig = part()
     monitor: MonitorConfig = part()
@@ -351,7 +344,7 @@ class TrainDiTConfig:
         elif data.streaming:
             raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
         check_monitor(self.monitor, data)
-        self.text.check(data)
+        self.transformer.check_captions(data)
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
         if None not in (layer, num_layers) and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")

@@ -281,12 +281,11 @@ def load_data(
 
 def encode_captions(run: TrainingRun, images: tuple[Dataset, ImageDataset] | None) -> Captions | None:
     """The captions of the images, encoded or read from where they were kept: beside the latents. None without `text_encoder`."""
-    text = run.config.text
-    if text.text_encoder is None:
+    config = run.config.transformer
+    if config.text_encoder is None:
         return None
-    folder = Path(run.config.transformer.latent_cache or run.output_dir) / "captions"
-    dtype = getattr(torch, text.text_encoder_dtype)
-    return Captions(text.text_encoder, dtype, images, run.accelerator, folder)
+    folder = Path(config.latent_cache or run.output_dir) / "captions"
+    return Captions(config.text_encoder, getattr(torch, config.text_encoder_dtype), images, run.accelerator, folder)
 
 
 @torch.no_grad()
