@@ -41,8 +41,9 @@ def load_text_encoder(
     Raises:
         UserError: If there is none, it lacks weights or a tokenizer, or gives no hidden states.
     """
-    reasons = []
+    reasons, verbosity = [], transformers.logging.get_verbosity()
     for folders in (("", ""), ("tokenizer", "text_encoder")):
+        transformers.logging.set_verbosity_error()  # half of a model lacks the weights of the other half
         try:
             tokenizer, model = _load(name, *folders, dtype)
             break
@@ -50,6 +51,8 @@ def load_text_encoder(
             reasons.append("its weights are a pickle with more in it than tensors, whose code is not run.")
         except (OSError, ValueError, EOFError, KeyError, AttributeError, SafetensorError, RuntimeError) as error:
             reasons.append(one_line(error, 300))
+        finally:
+            transformers.logging.set_verbosity(verbosity)
     else:
         raise UserError(
             f"`text_encoder` {name} cannot be loaded: {reasons[0]} Give the folder or Hub id of a text encoder of transformers with "
@@ -64,9 +67,13 @@ def _load(name: str, tokenizer_folder: str, model_folder: str, dtype: torch.dtyp
     model, loading = _class_of(config).from_pretrained(
         name, subfolder=model_folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
-    missing = [key for key in loading["missing_keys"] if "pooler" not in key]  # which nothing here uses
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} weights, such as {sorted(missing)[0]}.")
+    missing = sorted(loading["missing_keys"])
+    for key in missing:
+        if "pooler" not in key:
+            raise ValueError(f"it lacks {len(missing)} weights, such as {key}.")
+        torch.nn.init.zeros_(
+            model.get_parameter(key)
+        )  # unused, and random ones would give each run another fingerprint
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=tokenizer_folder, trust_remote_code=False)
     return tokenizer, model.eval().requires_grad_(False)
 
@@ -81,9 +88,12 @@ def _class_of(config: transformers.PretrainedConfig) -> type[transformers.PreTra
 
 
 def _check_hidden_states(name: str, tokenizer, model: transformers.PreTrainedModel) -> None:
-    if getattr(model, "main_input_name", None) != "input_ids" or len(tokenizer) == 0:
+    # Where a folder has no tokenizer, transformers makes one without words.
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if getattr(model, "main_input_name", None) != "input_ids" or len(words) < 2:
         raise UserError(
-            f"`text_encoder` {name} is a {type(model).__name__} without a tokenizer of texts. Give a text encoder."
+            f"`text_encoder` {name} is a {type(model).__name__} without a tokenizer of texts. Give a text encoder, and save its "
+            "tokenizer in the same folder."
         )
     try:
         states = encode_texts(tokenizer, model, ["a", ""])[0]

@@ -175,15 +175,13 @@ class TransformerConfig:
     attention_head_dim: int | None = field(
         None, "width of a head; default: that of `--model`", at_least=1, advanced=True
     )
-    text_encoder: str | None = field(
-        None, "draw from `--caption_column` through this text encoder of transformers (Hub id or folder)"
-    )
+    text_encoder: str | None = field(None, "draw from the captions: a text encoder of transformers (Hub id or folder)")
     text_encoder_dtype: Literal["float32", "float16", "bfloat16"] = field(
         "float32", "data type of the text encoder and of its hidden states", advanced=True
     )
     class_dropout_prob: float = field(
         0.1,
-        "share of samples whose label and caption are dropped, for guidance",
+        "share of samples without label and caption, for guidance",
         at_least=0,
         below=1,
         hint="for a model without classes, use `label_column none`",
