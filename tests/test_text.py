@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import tarfile
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from models import make_autoencoder, save_autoencoder, save_backbone, save_text_encoder
+from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
     TINY_DIT,
@@ -369,3 +372,73 @@ def test_run_does_not_go_on_with_other_captions(trained, data, flags, tmp_path):
 def test_captions_that_cannot_be_used_are_named(given, message):
     with pytest.raises(ConfigError, match=message):
         compose(TrainDiTConfig, **{"vae": "x", "dataset_name": "user/data", **given})
+
+
+def save_pictures(folder: Path) -> Path:
+    for number in range(4):
+        path = folder / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(path)
+    return folder / "images"
+
+
+def write_table(folder: Path, suffix: str, rows: list[dict]) -> None:
+    table = datasets.Dataset.from_list(rows)
+    getattr(table, "to_csv" if suffix == "csv" else "to_json")(folder / f"metadata.{suffix}")
+
+
+def pack(folder: Path, beside: dict[str, str]) -> None:
+    """Puts the pictures into a webdataset, each with the files beside it."""
+    with tarfile.open(folder / "data.tar", "w") as archive:
+        for path in sorted(folder.glob("*.png")):
+            for suffix, text in beside.items():
+                path.with_suffix(suffix).write_text(text.format(path.stem))
+                archive.add(path.with_suffix(suffix), f"{path.stem}{suffix}")
+                path.with_suffix(suffix).unlink()
+            archive.add(path, path.name)
+            path.unlink()
+
+
+def load(folder: Path, column: str) -> dict[str, list[str]]:
+    """The captions of each picture, by its number, which its colour tells."""
+    train, validation = load_images(
+        DataConfig(train_data_dir=str(folder), resolution=8, caption_column=column, validation_fraction=0.25)
+    )
+    items = [(images[n], images.captions[n]) for images in (train, validation) for n in range(len(images))]
+    return {str(round((item["pixel_values"][0].mean().item() + 1) * 127.5 / 60)): texts for item, texts in items}
+
+
+def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplog):
+    def make(write) -> Path:
+        folder = save_pictures(tmp_path_factory.mktemp("data"))
+        write(folder)
+        return folder
+
+    rows = [{"file_name": f"{n}.png", "text": f"number {n}", "more": [f"{n}", "", " so\n{n}"]} for n in range(4)]
+    plain = [{name: row[name] for name in ("file_name", "text")} for row in rows]
+    one = {str(n): [f"number {n}"] for n in range(4)}
+    assert load(make(lambda folder: write_table(folder, "jsonl", rows)), "text") == one
+    assert load(make(lambda folder: write_table(folder, "csv", plain)), "text") == one
+    several = {str(n): [f"{n}", "so {n}"] for n in range(4)}
+    assert load(make(lambda folder: write_table(folder, "jsonl", rows)), "more") == several
+
+    def texts(folder: Path) -> None:
+        for n in range(3):  # the fourth has none
+            (folder / f"{n}.txt").write_text(f"number {n}\n")
+
+    beside = make(texts)
+    assert load(beside, "txt") == one | {"3": [""]}
+    assert "have no caption: their text is empty" in caplog.text
+    with pytest.raises(UserError, match="'text' is not among the columns .*; columns with text are \\['txt'\\]"):
+        load(beside, "text")
+    assert load_images(DataConfig(train_data_dir=str(beside), resolution=8))[0].captions is None
+    sides = {".txt": "number {}", ".json": '{{"all": ["{0}", "so {0}"], "size": 3}}'}
+    archive = make(lambda folder: pack(folder, sides))
+    assert load(archive, "txt") == one and load(archive, "json.all") == several
+    with pytest.raises(UserError, match="`caption_column` 'json.size' holds Value.*, not texts"):
+        load(archive, "json.size")
+    empty = make(
+        lambda folder: write_table(folder, "jsonl", [{"file_name": f"{n}.png", "text": " "} for n in range(4)])
+    )
+    with pytest.raises(UserError, match="'text' holds no text in the split 'train'"):
+        load(empty, "text")

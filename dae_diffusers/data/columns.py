@@ -1,5 +1,7 @@
 """Finds the columns of a data set that hold the images and the labels, and the names of the classes."""
 
+import contextlib
+import json
 import logging
 import re
 from collections import Counter
@@ -9,7 +11,7 @@ from typing import Any
 import datasets
 
 from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +222,9 @@ def captions_of(rows: datasets.Dataset, column: str, split: str) -> list[list[st
         raise UserError(
             f"`caption_column` {column!r} holds {feature}, not texts. Name a column of texts, or of lists of texts."
         )
-    values = [[value] if isinstance(value, str) else value or [] for value in column_values(rows, column)]
-    captions = [[text for text in map(_stripped, texts) if text] or [""] for texts in values]
+    captions = [
+        [text for text in map(one_line, texts) if text] or [""] for texts in map(_texts, column_values(rows, column))
+    ]
     empty = captions.count([""])
     if empty == len(captions):
         raise UserError(f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column.")
@@ -232,8 +235,13 @@ def captions_of(rows: datasets.Dataset, column: str, split: str) -> list[list[st
     return captions
 
 
-def _stripped(text: str | None) -> str:
-    return (text or "").strip()
+def _texts(value: str | list[str | None] | None) -> list[str]:
+    """A text, or several; a list in the JSON file of a webdataset's sample arrives as JSON."""
+    if isinstance(value, str) and value.startswith('["'):
+        with contextlib.suppress(ValueError):
+            found = json.loads(value)
+            value = found if all(isinstance(text, str) for text in found) else value
+    return [value] if isinstance(value, str) else [text for text in value or [] if text]
 
 
 def _is_text(feature: Any) -> bool:
