@@ -414,12 +414,12 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
         write(folder)
         return folder
 
-    rows = [{"file_name": f"{n}.png", "text": f"number {n}", "more": [f"{n}", "", " so\n{n}"]} for n in range(4)]
+    rows = [{"file_name": f"{n}.png", "text": f"number {n}", "more": [f"{n}", "", f" so\n{n}"]} for n in range(4)]
     plain = [{name: row[name] for name in ("file_name", "text")} for row in rows]
     one = {str(n): [f"number {n}"] for n in range(4)}
     assert load(make(lambda folder: write_table(folder, "jsonl", rows)), "text") == one
     assert load(make(lambda folder: write_table(folder, "csv", plain)), "text") == one
-    several = {str(n): [f"{n}", "so {n}"] for n in range(4)}
+    several = {str(n): [f"{n}", f"so {n}"] for n in range(4)}
     assert load(make(lambda folder: write_table(folder, "jsonl", rows)), "more") == several
 
     def texts(folder: Path) -> None:
