@@ -30,6 +30,8 @@ from torch.testing import assert_close
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.hub.card import make_card
+from dae_diffusers.hub.results import read_result
 from dae_diffusers.metrics.sampling import Sampler, load_pipeline, prompts_of_images
 from dae_diffusers.pipelines.dae_dit import encode_texts
 from dae_diffusers.settings import compose
@@ -301,6 +303,18 @@ def test_result_draws_from_prompts_in_all_three_ways(trained):
     assert torch.equal(
         sample(DAEDiTPipeline.from_pretrained(trained / "again"), "a red dog", negative_prompt="blue"), images[0]
     )
+
+
+def test_card_names_the_text_encoder_and_shows_a_prompt(trained):
+    card = make_card(read_result(trained), "user/text")
+    prompt = json.loads((trained / "train_dit" / "run.json").read_text())["prompt"]
+    assert card.data.pipeline_tag == "text-to-image"
+    assert (
+        f'a text encoder (`BertModel`) reads; its weights are in `text_encoder/`, and were not trained here. A prompt: "{prompt}".'
+        in card.text
+    )
+    assert f'image = pipe("{prompt}", guidance_scale=2.0, num_inference_steps=25).images[0]' in card.text
+    assert "--text_encoder path/to/text_encoder" in card.text and str(trained.parent) not in card.text
 
 
 def test_captions_are_drawn_by_the_draw_alone(data, encoders, tmp_path):
