@@ -22,6 +22,7 @@ from scripts import (
     assert_same_weights,
     in_both_processes,
     in_child,
+    log_of,
     run,
     start,
 )
@@ -37,7 +38,7 @@ from dae_diffusers.pipelines.dae_dit import encode_texts
 from dae_diffusers.settings import compose
 from dae_diffusers.take_over import take_over
 from dae_diffusers.text import Captions, encode_once, load_text_encoder
-from dae_diffusers.training import cache_latents, train_dit
+from dae_diffusers.training import cache_latents, evaluate, train_dit
 from dae_diffusers.training.settings import TrainDiTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -83,8 +84,9 @@ def data(tmp_path_factory, image_folder):
 @pytest.fixture(scope="module")
 def flags(data, encoders):
     return (
-        f"{TINY_DIT} --resolution 16 --vae {data / 'vae'} --train_data_dir {data / 'images'} --label_column none --caption_column text "
-        f"--text_encoder {encoders()} --class_dropout_prob 0.3"
+        f"{TINY_DIT} --resolution 16 --vae {data / 'vae'} --train_data_dir {data / 'images'} --label_column none --validation_fraction 0.2 --caption_column text "
+        f"--text_encoder {encoders()} --class_dropout_prob 0.3 --metric_features {save_backbone(data / 'judge', 'classifier')} "
+        "--metric_images 10 --metric_steps 99"
     )
 
 
@@ -317,6 +319,20 @@ def test_card_names_the_text_encoder_and_shows_a_prompt(trained):
     assert "--text_encoder path/to/text_encoder" in card.text and str(trained.parent) not in card.text
 
 
+@pytest.mark.filterwarnings("ignore:2 images for")
+def test_samples_are_measured_with_captions_of_the_data(trained, data, tmp_path):
+    assert "validation/gfd_judge" in log_of(trained, "train_dit")[-1] | log_of(trained, "train_dit")[-2]
+    measured = (
+        f"--pipeline {trained / 'pipeline'} --features {data / 'judge'} --guidance_scales 2 --num_inference_steps 1"
+    )
+    images = f"--train_data_dir {data / 'images'} --label_column none --validation_fraction 0.2 --lpips_net none"
+    with pytest.raises(UserError, match="give `prompt`, such as .* or the `caption_column` of the images"):
+        run(evaluate, f"{measured} {images}", output_dir=tmp_path)
+    run(evaluate, f"{measured} {images} --caption_column text", output_dir=tmp_path)
+    (row,) = json.loads((tmp_path / "metrics.json").read_text())["generation"]
+    assert row["gfd_judge"] > 0 and row["num_images"] == 10 and "prompts" not in row
+
+
 def test_captions_are_drawn_by_the_draw_alone(data, encoders, tmp_path):
     config = DataConfig(train_data_dir=str(data / "images"), resolution=16, caption_column="text", label_column="none")
     images = load_images(config)
@@ -351,9 +367,7 @@ def test_two_processes_equal_one_that_accumulates(trained, flags, tmp_path):
 
 
 def test_captions_beside_cached_latents_train_the_same_transformer(trained, data, flags, tmp_path):
-    images = (
-        f"--train_data_dir {data / 'images'} --label_column none --dtype float32 --resolution 16 --vae {data / 'vae'}"
-    )
+    images = f"--train_data_dir {data / 'images'} --label_column none --validation_fraction 0.2 --dtype float32 --resolution 16 --vae {data / 'vae'}"
     run(cache_latents, images, output_dir=tmp_path / "cache")
     run(train_dit, flags, output_dir=tmp_path / "run", latent_cache=tmp_path / "cache")
     assert_same_weights(

@@ -133,8 +133,8 @@ def draw(
     is_random,
     prompt="",
     request: gr.Request = None,
-    progress=gr.Progress(),
-):  # noqa: B008, this is how gradio passes it
+    progress=gr.Progress(),  # noqa: B008, this is how gradio passes it
+):
     """A gallery of samples with the prompt or the names of their classes, in which a class has a row of its own; and the seed."""
     count, steps = int(count), int(steps)
     seed = random.randint(0, MAX_SEED) if is_random else int(seed or 0)
