@@ -137,7 +137,7 @@ def main(config: TrainDiTConfig) -> None:
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
-    if captions is not None:
+    if captions is not None and accelerator.is_main_process:
         run.note(prompt=captions.images[1].captions[0][0])
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
