@@ -222,7 +222,8 @@ class Captions:
         self, name: str, dtype: torch.dtype, images: Sequence[ImageDataset], accelerator: Accelerator, folder: Path
     ):
         self.images = tuple(images)
-        self.tokenizer, self.model = load_text_encoder(name, dtype)
+        with accelerator.main_process_first():
+            self.tokenizer, self.model = load_text_encoder(name, dtype)
         self.width = self.model.config.hidden_size
         texts = [text for split in images for captions in split.captions for text in captions]
         self.states, of = encode_once(self.tokenizer, self.model, texts, accelerator, folder)

@@ -432,6 +432,10 @@ class TrainPriorConfig:
             )
         if self.data.streaming:
             raise ConfigError("`streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
+        if self.data.caption_column is not None:
+            raise ConfigError(
+                "`caption_column` does not go with train_vqgan_prior.py, which draws by class: use train_dit.py."
+            )
         check_monitor(self.monitor, self.data)
 
 
