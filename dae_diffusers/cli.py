@@ -34,7 +34,7 @@ _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safete
 _SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
-    r"(?:accelerate launch |python )?(?:training/)?\b(cache_latents|complexity|evaluate|preview|push|train_[a-z_]+)\.py\b"
+    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
 )
 REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
@@ -297,12 +297,12 @@ class _Parser(HfArgumentParser):
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The value of every setting, by name."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for name in _names(argv):  # before argparse, which looks first for flags that are missing
+            if f"--{name}" not in known:
+                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(f'--{name}', known)} See --help_all.")
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
-            name = unknown[0].removeprefix("--").split("=")[0]
-            if unknown[0].startswith("--"):
-                known = [flag for action in self._actions for flag in action.option_strings]
-                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(f'--{name}', known)} See --help_all.")
             raise ConfigError(f"unexpected argument {unknown[0]!r}; a value follows its flag. See --help.")
         return {name: _expand_home(value) for name, value in vars(namespace).items() if name != "config"}
 

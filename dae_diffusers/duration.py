@@ -3,7 +3,7 @@
 import math
 import time
 
-_WORTH_SAYING = 3600.0  # seconds
+_LONG = 3600.0  # seconds
 _MEASURED_SECONDS, _MEASURED_STEPS = 20.0, 5
 
 
@@ -17,17 +17,35 @@ def duration(seconds: float) -> str:
     return f"{shown} {unit}{'' if shown == '1' else 's'}"
 
 
+def pace(steps: int, seconds: float, images: int, of: int | None) -> str:
+    r"""
+    What steps take, in words.
+
+    Args:
+        steps (`int`): Number of steps.
+        seconds (`float`): Of a step.
+        images (`int`): Of a step.
+        of (`int`, *optional*): Number of training images; None if unknown.
+    """
+    seen = "" if not of else f", {steps * images / of:,.3g} passes over the images"
+    return (
+        f"{duration(steps * seconds)}, at {seconds:.2g} seconds a step, {images / seconds:,.3g} images a second{seen}"
+    )
+
+
 class Forecast:
     r"""
-    Says after the first steps how long the whole run takes, if it takes hours. The very first step does not count: it compiles and
+    Says after the first steps how fast the run is and how long the rest takes. The very first step does not count: it compiles and
     warms up.
 
     Args:
         last_step (`int`): The run's last step.
+        images (`int`): Of a step.
+        of (`int`, *optional*): Number of training images; None if unknown.
     """
 
-    def __init__(self, last_step: int):
-        self.last_step = last_step
+    def __init__(self, last_step: int, images: int, of: int | None):
+        self.last_step, self._images, self._of = last_step, images, of
         self._first: tuple[int, float] | None = None
         self._is_over = False
 
@@ -37,13 +55,11 @@ class Forecast:
         if self._first is None:
             self._first = step, now
         steps, seconds = step - self._first[0], now - self._first[1]
-        if self._is_over or steps < _MEASURED_STEPS or seconds < _MEASURED_SECONDS:
+        left = self.last_step - step
+        if self._is_over or steps < _MEASURED_STEPS or seconds < _MEASURED_SECONDS or not left:
             return None
         self._is_over = True
-        left = self.last_step - step
-        if left * seconds / steps < _WORTH_SAYING:
-            return None
-        return (
-            f"at {seconds / steps:.2g} seconds a step, the {left:,} steps that are left take about {duration(left * seconds / steps)}. "
-            "Ctrl-C saves and stops; the same command with --resume_from_checkpoint latest goes on."
-        )
+        text = f"the {left:,} steps that are left take about {pace(left, seconds / steps, self._images, self._of)}."
+        if left * seconds / steps < _LONG:
+            return text
+        return f"{text} Ctrl-C saves and stops; the same command with --resume_from_checkpoint latest goes on."

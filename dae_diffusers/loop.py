@@ -104,8 +104,11 @@ class Loop:
         per_step = self.accelerator.num_processes * run.config.optimization.gradient_accumulation_steps
         self.microbatch = self.step * per_step + self.accelerator.process_index
         self.batches = run.batches.over(dataset, self.step * per_step)
-        self.progress, forecast = make_progress_bar(self), Forecast(run.last_step)
+        self.progress = make_progress_bar(self)
+        forecast = Forecast(run.last_step, run.images_per_step, run.num_images)
         self.model.train()
+        if run.dry_run is not None:
+            run.dry_run.begin()
         with StopSignal(self.accelerator) as stop, Heartbeat(self.accelerator, run.folder) as heartbeat:
             while self.step < self.last_step:
                 step = Step(self)
@@ -114,6 +117,9 @@ class Loop:
                 heartbeat.beat(self.step)
                 if text := forecast.after(self.step):
                     self.progress.write(text)
+                if run.dry_run is not None and run.dry_run.has_seen(self):
+                    run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                    break
                 if step.validates:
                     run.log.draw_curves()
                 step.is_last = self.step == self.last_step
@@ -244,7 +250,7 @@ class Step:
             loop.ema.step(loop.parameters)
         loop.progress.update()
         self.is_last = loop.step == loop.last_step
-        self.validates = loop.step % settings.validation_steps == 0 or self.is_last
+        self.validates = loop.run.dry_run is None and (loop.step % settings.validation_steps == 0 or self.is_last)
         if loop.step % settings.logging_steps == 0 or self.is_last:
             self.means = loop.run.log.write_means(
                 loop.step, learning_rate=loop.lr_scheduler.get_last_lr()[0], gradient_norm=self.gradient_norm

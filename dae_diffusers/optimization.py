@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from transformers import get_wsd_schedule
 
 from dae_diffusers.run_settings import OptimizationConfig
 
@@ -47,12 +48,11 @@ def make_lr_scheduler(
             "`--lr_warmup_steps` %d does not end within %d steps: the learning rate only rises. Give fewer.",
             config.lr_warmup_steps, num_steps,
         )  # fmt: skip
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, num_steps),
-        num_training_steps=num_steps,
-    )
+    steps = {"num_warmup_steps": min(config.lr_warmup_steps, num_steps), "num_training_steps": num_steps}
+    if config.lr_scheduler == "warmup_stable_decay":
+        num_decay_steps = min(round(config.lr_decay_share * num_steps), num_steps - steps["num_warmup_steps"])
+        return get_wsd_schedule(optimizer, num_decay_steps=max(1, num_decay_steps), decay_type="linear", **steps)
+    return get_scheduler(config.lr_scheduler, optimizer, **steps)
 
 
 def make_ema(

@@ -24,6 +24,7 @@ from dae_diffusers.console import num_cores
 from dae_diffusers.data.configuration import DEFAULT_CHANNELS, DEFAULT_RESOLUTION
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.distributed import PROCESS_GROUP, describe_hardware, settle_backend
+from dae_diffusers.dry_run import DryRun
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub.publisher import Publisher
@@ -87,9 +88,10 @@ class TrainingRun:
     def __init__(self, name: str, config: Any, *, one_model: bool = False, folder: str | None = None):
         self.name = name
         self.config = config
-        self.output_dir = Path(config.run.output_dir)
+        self.accelerator = make_accelerator(config, Path(config.run.output_dir) / (folder or name))
+        self.dry_run = DryRun(self.accelerator) if config.run.dry_run else None
+        self.output_dir = Path(config.run.output_dir) if self.dry_run is None else self.dry_run.folder
         self.folder = self.output_dir / (folder or name)
-        self.accelerator = make_accelerator(config, self.folder)
         settle_backend(name, config, self.accelerator, one_model)
         start_messages(self.accelerator)
         allow_tf32 = config.optimization.allow_tf32
@@ -113,7 +115,7 @@ class TrainingRun:
             num_workers=config.data.dataloader_num_workers,
         )
         self._publisher: Publisher | None = None
-        if config.hub.push_to_hub and self.accelerator.is_main_process:
+        if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
             self._publisher = Publisher(config.hub, self.output_dir, self.folder)
         self._record: dict[str, Any] | None = None
         self._started = time.monotonic()
@@ -129,6 +131,11 @@ class TrainingRun:
         r"""Optimiser steps of all stages together, once [`find_start`] knows them."""
         return sum(self._plan["steps"].values())
 
+    @property
+    def num_images(self) -> int | None:
+        r"""Training images, once [`find_start`] knows them; None for a stream of unknown length."""
+        return self.counts.get("training_images")
+
     @cached_property
     def resumed(self) -> tuple[Path, dict[str, Any]] | None:
         r"""
@@ -137,7 +144,7 @@ class TrainingRun:
         Raises:
             UserError: If no checkpoint can be used.
         """
-        resume = self.config.run.resume_from_checkpoint
+        resume = None if self.dry_run else self.config.run.resume_from_checkpoint
         found = None if resume is None else self.checkpointer.newest(resume)
         if resume is not None and found is None:
             logger.warning("no checkpoint in %s yet: starting at step 0.", self.checkpointer.folder)
@@ -159,7 +166,7 @@ class TrainingRun:
         Raises:
             UserError: If the checkpoint was made from other inputs or with another plan, or no checkpoint can be used.
         """
-        self._inputs, self._plan, self._counts = inputs, {"settings": plan, "steps": steps}, counts
+        self._inputs, self._plan, self.counts = inputs, {"settings": plan, "steps": steps}, counts
         if self.resumed is None:
             return Start()
         path, manifest = self.resumed
@@ -203,7 +210,7 @@ class TrainingRun:
                 "command": f"accelerate launch -m dae_diffusers.training.{self.name} {shlex.join(flags_of(self.config))}",
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-                "counts": self._counts,
+                "counts": self.counts,
                 "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
             }
             self._write_record()
@@ -300,6 +307,15 @@ class TrainingRun:
         elif self._publisher is not None:
             logger.warning("nothing is pushed yet: the decoder is not finished. Then use `dae-diffusers push`.")
 
+    def end_dry_run(self) -> None:
+        r"""Says what the whole run would take, and removes the temporary folder. All processes call it."""
+        if self.accelerator.is_main_process:
+            self.dry_run.report(self)
+        self.accelerator.end_training()
+        if self._lock is not None:
+            self._lock.release()
+        self.dry_run.close()
+
     def _write_record(self) -> None:
         """Writes `run.json`: how the result was made, for the model card. The time adds up over interruptions."""
         if self._record:
@@ -338,7 +354,7 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
     Raises:
         ConfigError: If a tracker is not installed, or the device lacks the precision.
     """
-    tracker = config.run.report_to
+    tracker = None if config.run.dry_run else config.run.report_to
     if tracker not in (None, "all") and find_spec(tracker) is None:
         raise ConfigError(f"`report_to {tracker}` needs a package: pip install {tracker}")
     try:

@@ -18,8 +18,15 @@ class OptimizationConfig:
         None, "train for X passes over the images instead of a number of steps", above=0
     )
     learning_rate: float = field(1e-3, "peak learning rate", above=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = field(
         "cosine", "schedule of the learning rate", advanced=True
+    )
+    lr_decay_share: float = field(
+        0.2,
+        "`warmup_stable_decay`: share of the steps, at the end, over which it falls to 0",
+        above=0,
+        at_most=1,
+        advanced=True,
     )
     lr_warmup_steps: int = field(
         100, "steps over which the learning rate rises (not with `constant`)", at_least=0, advanced=True
@@ -52,6 +59,7 @@ class RunConfig:
     output_dir: str = field("runs/my-model", "folder for all results")
     seed: int = field(0, "the same seed on the same machine gives the same weights", at_least=0, at_most=MAX_SEED)
     resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    dry_run: bool = field(False, "measure a few steps, say what the run takes, keep nothing")
     checkpointing_steps: int = field(1000, "save a checkpoint every N steps", at_least=1, advanced=True)
     checkpoints_total_limit: int | None = field(2, "keep only the N newest checkpoints", at_least=1, advanced=True)
     skip_nonfinite: int = field(
@@ -61,7 +69,7 @@ class RunConfig:
         advanced=True,
     )
     logging_steps: int = field(50, "log the mean losses every N steps", at_least=1, advanced=True)
-    validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1)
+    validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1, advanced=True)
     report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
         None, "tracker to log to as well; log.jsonl and curves.png are always written", advanced=True
     )

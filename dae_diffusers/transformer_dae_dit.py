@@ -29,6 +29,7 @@ DIT_SIZES = {
 
 ABSOLUTE_BASE = 10_000.0
 ROTARY_BASE = 100.0  # a grid has tens of rows: a base of 10000 would leave most pairs unrotated (RoPE-ViT, 2403.13298)
+_FEW_TOKENS = 512
 
 
 def _position_tables(
@@ -73,6 +74,36 @@ def _rms_norm(hidden_states: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
 
 
+def _trains_slowly_fused(query: torch.Tensor) -> bool:
+    """Whether the backward pass of PyTorch's fused attention takes several times as long as plain products: bfloat16 on a CPU."""
+    is_bfloat16_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return is_bfloat16_on_cpu and query.requires_grad and query.shape[1] <= _FEW_TOKENS
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention by plain products, `(B, N, heads, head_dim)`; the softmax is in float32, as in fused kernels."""
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
+
+
+def _attend(
+    processor: "DAEDiTAttnProcessor | DAEDiTCrossAttnProcessor",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention through diffusers' dispatcher, unless nobody has chosen how and plain products are faster."""
+    backend, parallel_config = processor._attention_backend, processor._parallel_config
+    if backend is None and parallel_config is None and _trains_slowly_fused(query):
+        return _attention(query, key, value, mask)
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config)
+
+
 class DAEDiTAttnProcessor:
     """Self-attention over `(B, N, dim)` through diffusers' dispatcher, so that `set_attention_backend` decides how."""
 
@@ -84,10 +115,7 @@ class DAEDiTAttnProcessor:
         # The rotation is in float32; kernels want one dtype for all three.
         query = _rotate(_rms_norm(query), rotary).to(value.dtype)
         key = _rotate(_rms_norm(key), rotary).to(value.dtype)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        return attn.out_proj(hidden_states.flatten(2))
+        return attn.out_proj(_attend(self, query, key, value).flatten(2))
 
 
 class DAEDiTAttention(nn.Module, AttentionModuleMixin):
@@ -121,10 +149,7 @@ class DAEDiTCrossAttnProcessor:
         query = attn.q_proj(hidden_states).unflatten(-1, (attn.heads, attn.head_dim))
         key, value = attn.kv_proj(text).unflatten(-1, (2, attn.heads, attn.head_dim)).unbind(2)
         query, key = (_rms_norm(each).to(value.dtype) for each in (query, key))
-        hidden_states = dispatch_attention_fn(
-            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        return attn.out_proj(hidden_states.flatten(2))
+        return attn.out_proj(_attend(self, query, key, value, mask).flatten(2))
 
 
 class DAEDiTCrossAttention(nn.Module, AttentionModuleMixin):

@@ -399,7 +399,7 @@ def test_file_names_are_never_commands_or_lines(places, tmp_path, monkeypatch):
 RUN_FLAGS = {
     "train_batch_size": st.integers(1, 5),
     "gradient_accumulation_steps": st.integers(1, 2),
-    "lr_scheduler": st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine"]),
+    "lr_scheduler": st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"]),
     "lr_warmup_steps": st.sampled_from([0, 1, 3, -1]),
     "mixed_precision": st.sampled_from(["no", "bf16"]),
     "resolution": st.sampled_from([16, 16, 24, 17]),

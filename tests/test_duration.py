@@ -1,12 +1,19 @@
 """What takes long is said before it is over."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from models import make_plain_vq_model, save_autoencoder
+from safetensors.torch import load_file
+from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 
 from dae_diffusers import duration as module
-from dae_diffusers.duration import Forecast, duration
+from dae_diffusers.duration import Forecast, duration, pace
 from dae_diffusers.optimization import make_lr_scheduler
 from dae_diffusers.run_settings import OptimizationConfig
+from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior
 
 
 @pytest.mark.parametrize(
@@ -24,19 +31,55 @@ def test_durations_are_round_words(seconds, words):
     assert duration(seconds) == words
 
 
-def test_forecast_is_said_once_if_hours_are_left(monkeypatch):
+@pytest.mark.parametrize(("steps", "hours"), [(10_001, True), (100, False)])
+def test_pace_is_said_once_and_how_to_stop_if_hours_are_left(monkeypatch, steps, hours):
     now = iter(range(0, 10**6, 4))  # four seconds a step
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    forecast = Forecast(10_001)
+    forecast = Forecast(steps, 8, 80)
     said = [text for text in map(forecast.after, range(1, 40)) if text]
-    assert len(said) == 1 and "4 seconds a step, the 9,995 steps that are left take about 11 hours" in said[0]
+    assert len(said) == 1 and "at 4 seconds a step, 2 images a second" in said[0]
+    assert ("Ctrl-C saves" in said[0]) == hours
+    expected = (
+        "the 9,995 steps that are left take about 11 hours" if hours else "the 94 steps that are left take about 6"
+    )
+    assert said[0].startswith(expected) and f"{'1e+03' if hours else '9.4'} passes" in said[0]
 
 
-def test_forecast_of_a_short_run_is_silent(monkeypatch):
-    now = iter(range(0, 10**6, 4))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    forecast = Forecast(100)
-    assert not any(map(forecast.after, range(1, 101)))
+def test_pace_of_a_stream_of_unknown_length():
+    assert pace(10, 0.5, 4, None) == "5 seconds, at 0.5 seconds a step, 8 images a second"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, capsys):
+    """In an output folder that another run has, with flags that would upload, track and resume."""
+    vae, vq, finished = save_autoencoder(tmp_path / "vae"), tmp_path / "vq", tmp_path / "finished"
+    make_plain_vq_model().save_pretrained(vq)
+    (finished / "train_dae").mkdir(parents=True)
+    (finished / "train_dae" / "log.jsonl").write_text('{"step": 1}\n')
+    temporary = Path(tempfile.gettempdir())
+    before, left = contents(tmp_path), set(temporary.glob("dry-run-*"))
+    options = {"train_data_dir": image_folder, "output_dir": finished}
+    dae = " --dry_run --validation_steps 1 --report_to tensorboard --push_to_hub --resume_from_checkpoint latest"
+    runs = [
+        (train_dae, TINY_DAE + dae, {}, ("Stage 1", "Stage 2")),
+        (train_dae, TINY_DAE + " --dry_run --stage 1 --stage1_steps 1", {}, ("Stage 1",)),
+        (train_dit, TINY_DIT + " --dry_run", {"vae": vae}, ("DiT",)),
+        (train_vqgan_prior, TINY_PRIOR + " --dry_run", {"vae": vq}, ("Prior",)),
+    ]
+    for script, flags, more, stages in runs:
+        run(script, flags, **options, **more)
+        lines = capsys.readouterr().out.splitlines()
+        names = [line[2:14].strip() for line in lines[1:]]
+        all_stages = ["all stages"] if len(stages) > 1 else []
+        assert names == ["parameters", *stages, *all_stages, "memory", "disk"], lines
+        total = {train_dae: 4, train_dit: 6, train_vqgan_prior: 6}[script] if len(stages) > 1 or more else 1
+        assert f"{total} steps: 1 second" in lines[2] and "passes over the images" in lines[2]
+        assert "checkpoints of 0 MiB" not in lines[-1]
+    assert contents(tmp_path) == before
+    assert set(temporary.glob("dry-run-*")) == left
 
 
 def test_warm_up_that_does_not_end_is_said(caplog):
@@ -46,3 +89,34 @@ def test_warm_up_that_does_not_end_is_said(caplog):
     assert caplog.text == ""
     make_lr_scheduler(OptimizationConfig(lr_warmup_steps=10), optimizer, 10)
     assert "`--lr_warmup_steps` 10 does not end within 10 steps" in caplog.text
+
+
+def rates(num_steps: int, **settings) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    settings = OptimizationConfig(lr_scheduler="warmup_stable_decay", **settings)
+    scheduler, found = make_lr_scheduler(settings, optimizer, num_steps), []
+    for _ in range(num_steps):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return [*found, scheduler.get_last_lr()[0]]
+
+
+def test_stable_schedule_rises_stays_and_falls_to_zero():
+    expected = [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates(10, lr_warmup_steps=2, lr_decay_share=0.4) == pytest.approx(expected)
+    assert rates(4, lr_warmup_steps=0, lr_decay_share=1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert rates(2000, lr_warmup_steps=50)[:800] == rates(1000, lr_warmup_steps=50)[:800]
+
+
+def test_run_with_a_stable_schedule_is_made_longer_exactly(image_folder, tmp_path):
+    """From a checkpoint before its decay it ends as if it had been planned so."""
+    flags = TINY_DIT.replace("--max_train_steps 6", "") + " --lr_scheduler warmup_stable_decay --lr_warmup_steps 1"
+    options = {"train_data_dir": image_folder, "vae": save_autoencoder(tmp_path / "vae")}
+    run(train_dit, flags + " --max_train_steps 6 --lr_decay_share 0.5", output_dir=tmp_path / "short", **options)
+    run(train_dit, flags + " --max_train_steps 10", output_dir=tmp_path / "long", **options)
+    longer = flags + " --max_train_steps 10"
+    results = ("pipeline",)
+    resume(train_dit, longer, tmp_path / "short", tmp_path / "again", 3, results, **options)
+    for name, tensor in load_file(tmp_path / "long" / TRANSFORMER).items():
+        assert torch.equal(tensor, load_file(tmp_path / "again" / TRANSFORMER)[name])

@@ -1,8 +1,10 @@
 """Stage 3: a decoder is fitted to the latents that a generator draws, and nothing else changes."""
 
+import json
 import os
 import shutil
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from models import make_prior_pipeline, save_backbone, save_run
 from safetensors.torch import load_file
-from scripts import assert_same_weights, in_both_processes, in_child, log_of, run, start, weights
+from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.errors import UserError
@@ -99,6 +101,23 @@ def test_features_that_trained_a_decoder_do_not_judge_it(fitted, generators, bac
             with pytest.raises(UserError, match=r"\(stage 3\), which cannot judge it"):
                 check_judge(path, load_feature_extractor(backbone))
             check_judge(path, load_feature_extractor(save_backbone(tmp_path / "other", "vit")))
+
+
+def test_blind_sheet_shows_both_decoders_and_counts_answers(fitted, tmp_path, capsys):
+    script = load_benchmark("blind_pairs")
+    options = {"pipeline": fitted[DAEDiTPipeline] / "pipeline", "folder": tmp_path, "seed": 0}
+    options |= {"number": 6, "guidance_scale": 1.5}
+    pairs = script.draw_pairs(options["pipeline"], 6, 1.5, 0)
+    assert pairs.shape == (6, 2, 3, 16, 16) and not torch.equal(pairs[:, 0], pairs[:, 1])
+    script.main(Namespace(**options, answers=None))
+    swapped = json.loads((tmp_path / "key.json").read_text())
+    right = "".join("L" if each else "R" for each in swapped[:5]) + "."
+    script.main(Namespace(**options, answers=right))
+    script.main(Namespace(**options, answers=right.translate(str.maketrans("LR", "RL"))))
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert "of 6 pairs 5 were told apart; 5 times" in told[0] and "5 were told apart; 0 times" in told[1]
+    with pytest.raises(SystemExit, match="give 6 answers"):
+        script.main(Namespace(**options, answers="LL"))
 
 
 def test_card_says_what_stage_three_did(fitted):

@@ -124,6 +124,10 @@ class TrainDAEConfig:
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
     def _check_stage3(self) -> None:
+        if self.run.dry_run:
+            raise ConfigError(
+                "`dry_run` does not go with `stage 3`, which first draws a pool. Its log says how long the steps take."
+            )
         if self.autoencoder.decoder_sizes():
             raise ConfigError(
                 "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder_block_out_channels` and "

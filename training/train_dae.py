@@ -71,8 +71,13 @@ def main(config: TrainDAEConfig) -> None:
                 model.save_pretrained(run.output_dir / "stage1")
                 save_value_range(train_images.value_range, run.output_dir / "stage1")
         first_step += num_steps
+        if run.dry_run is not None:
+            continue
         run.log.mark(f"end of stage {stage}", first_step)
 
+    if run.dry_run is not None:
+        run.end_dry_run()
+        return
     if config.stages.stage != "1":
         finish_autoencoder(run, model, train_images)
     run.finish("stage1" if config.stages.stage == "1" else "vae")
@@ -185,7 +190,12 @@ def train_stage(
         snapshot=("vae", lambda model, folder: model.to_diffusers().save_pretrained(folder)) if is_final else None,
         state={"stage": stage, **({} if fit is None else {"before": fit.before})},
     )
-    if stage > 1 and loop.step < loop.last_step and pays_to_cache_latents(run, model, images, num_steps):
+    if (
+        stage > 1
+        and run.dry_run is None
+        and loop.step < loop.last_step
+        and pays_to_cache_latents(run, model, images, num_steps)
+    ):
         images = with_cached_latents(run, model, images)
     for step in loop.over(images):
         for batch in step:

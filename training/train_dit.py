@@ -137,6 +137,9 @@ def main(config: TrainDiTConfig) -> None:
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
+    if run.dry_run is not None:
+        run.end_dry_run()
+        return
     if captions is not None and accelerator.is_main_process:
         run.note(prompt=captions.images[1].captions[0][0])
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
@@ -173,7 +176,7 @@ def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, orig
     config got; empty if it keeps its own.
     """
     if origin is None or not origin.settles_statistics(vae):
-        if has_latent_statistics(vae):
+        if has_latent_statistics(vae) or run.dry_run is not None:
             return {}
         logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
         loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
@@ -286,7 +289,8 @@ def encode_captions(run: TrainingRun, images: tuple[Dataset, ImageDataset] | Non
     config = run.config.transformer
     if config.text_encoder is None:
         return None
-    folder = Path(config.latent_cache or run.output_dir) / "captions"
+    is_kept = config.latent_cache is not None and run.dry_run is None
+    folder = Path(config.latent_cache if is_kept else run.output_dir) / "captions"
     return Captions(config.text_encoder, getattr(torch, config.text_encoder_dtype), images, run.accelerator, folder)
 
 
@@ -322,7 +326,7 @@ def make_monitor(
 ) -> SampleDistance | None:
     """What measures samples while the transformer trains; None without `metric_features`."""
     config, flow = run.config, run.config.flow
-    if config.monitor.metric_features is None:
+    if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
     prompts = {} if captions is None else prompts_of_images(images, config.monitor.metric_images)

@@ -84,6 +84,9 @@ def main(config: TrainPriorConfig) -> None:
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
+    if run.dry_run is not None:
+        run.end_dry_run()
+        return
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
@@ -109,6 +112,9 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
 def encode_once(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, ImageDataset]) -> list[CodeGrids]:
     """The codes of the training and validation images, read from `code_cache` or encoded into it."""
     folder = Path(run.config.prior.code_cache or run.output_dir / "codes")
+    if run.dry_run is not None:
+        folder = run.output_dir / "codes"
+        images = tuple(each.choose(min(len(each), 2 * run.images_per_step)) for each in images)
     return [
         cached_codes(
             folder / f"{split}.safetensors",
@@ -166,7 +172,7 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
 def make_monitor(run: TrainingRun, images: ImageDataset, start: Start) -> SampleDistance | None:
     """What measures samples while the prior trains; None without `metric_features`."""
     config, samples = run.config, run.config.samples
-    if config.monitor.metric_features is None:
+    if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     settings = SampleSettings(
         config.monitor.metric_images,

@@ -1,0 +1,102 @@
+"""The first steps of a run, to say what the whole of it would take."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dae_diffusers.duration import duration, pace
+
+if TYPE_CHECKING:
+    from dae_diffusers.loop import Loop
+    from dae_diffusers.run import TrainingRun
+
+_STEPS = 4  # the first warms up
+_MUCH = 0.9  # of memory or disk
+
+
+class DryRun:
+    r"""
+    Takes the place of training: a few real steps of each loop, in a temporary folder.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run. All processes make one together.
+
+    Attributes:
+        folder (`Path`): What takes the place of the output folder. [`close`] removes it.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._kept = tempfile.TemporaryDirectory(prefix="dry-run-") if accelerator.is_main_process else None
+        name = [self._kept and self._kept.name]
+        broadcast_object_list(name)
+        self.folder = Path(name[0])
+        self._loops: dict[str, tuple[int, float]] = {}
+        self._times: list[float] = []
+
+    def begin(self) -> None:
+        r"""Starts the clock, before the first step of a loop."""
+        self._times = [time.monotonic()]
+
+    def has_seen(self, loop: "Loop") -> bool:
+        r"""Notes the time after a step. Returns whether these steps of the loop suffice."""
+        self._times.append(time.monotonic())
+        steps = loop.last_step - loop.first_step
+        taken = len(self._times) - 1
+        if taken < min(_STEPS, steps):
+            return False
+        first = min(1, taken - 1)  # the step that warms up is left out, if there is another
+        self._loops[loop.description] = steps, (self._times[-1] - self._times[first]) / (taken - first)
+        return True
+
+    def report(self, run: "TrainingRun") -> None:
+        r"""
+        Prints what the run would take.
+
+        Args:
+            run ([`~dae_diffusers.run.TrainingRun`]): The run, which has saved a checkpoint of each loop.
+        """
+        rows = [("parameters", f"{run.counts['parameters'] / 1e6:,.2f} M")]
+        for name, (steps, seconds) in self._loops.items():
+            rows.append((name, f"{steps:,} steps: {pace(steps, seconds, run.images_per_step, run.num_images)}"))
+        if len(self._loops) > 1:
+            rows.append(("all stages", duration(sum(steps * seconds for steps, seconds in self._loops.values()))))
+        rows += [("memory", _memory(run.accelerator.device)), ("disk", self._disk(run))]
+        print("The whole run would take, without validation and caches (a dry run: nothing is kept):")
+        for name, text in rows:
+            print(f"  {name:12}{text}")
+
+    def close(self) -> None:
+        r"""Removes the folder."""
+        if self._kept is not None:
+            self._kept.cleanup()
+
+    def _disk(self, run: "TrainingRun") -> str:
+        settings, steps = run.config.run, sum(steps for steps, _ in self._loops.values())
+        sizes = [path.stat().st_size for path in run.checkpointer.folder.rglob("*") if path.is_file()]
+        saved = -(-steps // settings.checkpointing_steps)
+        kept = min(saved, settings.checkpoints_total_limit or saved)
+        room = next(folder for folder in Path(settings.output_dir).absolute().parents if folder.exists())
+        free, needed = psutil.disk_usage(str(room)).free, sum(sizes) * (kept + 1)  # one is written before another goes
+        short = (
+            ". WARNING: that is not enough; keep fewer (`--checkpoints_total_limit`)" if needed > _MUCH * free else ""
+        )
+        return f"checkpoints of {_gib(sum(sizes))}, {kept} kept: up to {_gib(needed)}; {_gib(free)} are free{short}"
+
+
+def _memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        used, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        used, whole = psutil.Process().memory_info().rss, psutil.virtual_memory().total
+    much = ". WARNING: validation may need more; use a smaller batch" if used > _MUCH * whole else ""
+    return f"{_gib(used)} of {_gib(whole)} for each process{much}"
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
