@@ -1,5 +1,6 @@
 """Turns a command line and a YAML file into validated settings, and a user's mistake into one line and an exit code."""
 
+import copy
 import dataclasses
 import difflib
 import errno
@@ -15,7 +16,7 @@ from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelp
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from tqdm import std
@@ -313,14 +314,17 @@ class _Parser(HfArgumentParser):
 
 def _with_type(owner: type, config_field: dataclasses.Field, default: Any) -> dataclasses.Field:
     """A field in the form that `HfArgumentParser` reads: with its type instead of the type's name, and with this default."""
-    is_list = isinstance(default, list)
-    copy = dataclasses.field(
+    kind = get_type_hints(owner)[config_field.name]
+    lists = [each for each in get_args(kind) if get_origin(each) is list]  # of `int | list[int]` it reads the list
+    kind = lists[0] if lists else kind
+    is_list = get_origin(kind) is list and default is not dataclasses.MISSING
+    readable = dataclasses.field(
         default=dataclasses.MISSING if is_list else default,
-        default_factory=(lambda: list(default)) if is_list else dataclasses.MISSING,
+        default_factory=(lambda: copy.copy(default)) if is_list else dataclasses.MISSING,
         metadata={"help": config_field.metadata.get("help", "")},
     )
-    copy.name, copy.type = config_field.name, get_type_hints(owner)[config_field.name]
-    return copy
+    readable.name, readable.type = config_field.name, kind
+    return readable
 
 
 def _expand_home(value: Any) -> Any:

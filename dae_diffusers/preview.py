@@ -1,5 +1,6 @@
 """What training will see of a data set: crops, classes, counts and sizes."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.data.streaming import ImageStream
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.sizes import words_of_size
 
 LOOKED_AT = 512  # images whose size is measured; of a stream these are all that is known
 _MAX_CLASSES = 12
@@ -79,10 +81,10 @@ def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, 
     for label, seen in chosen.items():
         if not seen:
             continue
-        side = seen[0].pixel_values.shape[1]
-        factor = -(-_TILE // side)
-        blank = torch.ones(seen[0].pixel_values.shape[0], side * factor, side * factor)
-        wholes = [_tile(each.whole, side * factor, shows_crop=shows_crop) for each in seen]
+        height, width = seen[0].pixel_values.shape[1:]
+        factor = -(-_TILE // max(height, width))
+        blank = torch.ones(seen[0].pixel_values.shape[0], height * factor, width * factor)
+        wholes = [_tile(each.whole, blank.shape[1:], shows_crop=shows_crop) for each in seen]
         crops = [each.pixel_values.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for each in seen]
         for row in (wholes, crops):
             rows += [*row, *[blank] * (columns - len(row))]
@@ -90,23 +92,29 @@ def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, 
     return image_grid(torch.stack(rows), columns=columns, row_names=names)
 
 
-def _tile(whole: np.ndarray, side: int, *, shows_crop: bool) -> torch.Tensor:
-    """The whole picture inside a white square; what the centre crop leaves out is darkened."""
+def _tile(whole: np.ndarray, size: tuple[int, int], *, shows_crop: bool) -> torch.Tensor:
+    """The whole picture inside a white tile; what the centre crop leaves out is darkened."""
     height, width, channels = whole.shape
-    short = min(height, width)
     image = torch.from_numpy(np.ascontiguousarray(whole)).permute(2, 0, 1)
     if shows_crop:
-        top, left = (height - short) // 2, (width - short) // 2
+        rows, columns = (round(side) for side in _kept(height, width, size))
+        top, left = (height - rows) // 2, (width - columns) // 2
         shade = torch.full((height, width), _DIM)
-        shade[top : top + short, left : left + short] = 1
+        shade[top : top + rows, left : left + columns] = 1
         image = (image + 1) * shade - 1
-    scale = side / max(height, width)
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    image = torch.nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-    tile = torch.ones(channels, side, side)
-    top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    tile[:, top : top + size[0], left : left + size[1]] = image
+    scale = min(size[0] / height, size[1] / width)
+    inner = [max(1, round(height * scale)), max(1, round(width * scale))]
+    image = torch.nn.functional.interpolate(image[None], size=inner, mode="bilinear", antialias=True)[0]
+    tile = torch.ones(channels, *size)
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    tile[:, top : top + inner[0], left : left + inner[1]] = image
     return tile
+
+
+def _kept(height: float, width: float, size: tuple[int, int]) -> tuple[float, float]:
+    """Height and width of what the centre crop to the proportions of `size` keeps."""
+    scale = min(height / size[0], width / size[1])
+    return size[0] * scale, size[1] * scale
 
 
 def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looked: list[Seen]) -> str:
@@ -125,13 +133,14 @@ def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looke
     return "\n".join([*lines, f"| all | {total} | | {len(validation)} |"]) + "\n"
 
 
-def sizes(looked: list[Seen], resolution: int) -> str:
-    r"""Sentences about the sizes of the files: how many are enlarged, and what the largest square leaves out."""
+def sizes(looked: list[Seen], size: tuple[int, int]) -> str:
+    r"""Sentences about the sizes of the files: how many are enlarged, and what the crop leaves out."""
     sides = np.array([seen.whole.shape[:2] for seen in looked])
     short, long = sides.min(axis=1), sides.max(axis=1)
-    smaller, kept = int((short < resolution).sum()), short / long
+    smaller = int((sides < size).any(axis=1).sum())
+    kept = np.array([math.prod(_kept(*each, size)) / math.prod(each) for each in sides.tolist()])
     return (
         f"Of {len(looked)} files: the shorter side has {short.min()} to {short.max()} pixels, the longer one {long.min()} to {long.max()}. "
-        f"{smaller} are smaller than {resolution} pixels and are enlarged. The largest square keeps {kept.mean():.0%} of the area on "
+        f"{smaller} are smaller than {words_of_size(size)} pixels and are enlarged. The crop keeps {kept.mean():.0%} of the area on "
         f"average, at least {kept.min():.0%}.\n"
     )

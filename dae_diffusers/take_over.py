@@ -6,6 +6,7 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 
+from dae_diffusers.sizes import words_of_size
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 _OF_TEXT = ("text_embed.", ".cross_attn.")  # in the names of its weights
@@ -108,8 +109,9 @@ def take_over(
         changes.append("its text is new" if width else "text is new")
     elif width and cross_attention_dim is None:
         changes.append("its text is left out")
-    if before.sample_size != sample_size:
-        changes.append(f"latents are {sample_size} wide (before: {before.sample_size})")
+    sizes = [words_of_size(size) for size in (sample_size, before.sample_size)]
+    if sizes[0] != sizes[1]:
+        changes.append("latents are {} (before: {})".format(*sizes))
     return new, changes
 
 

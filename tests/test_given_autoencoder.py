@@ -34,13 +34,13 @@ def test_side_and_channels_come_from_the_autoencoder(script, vae, caplog):
     config = compose(SCRIPTS[script], vae=str(vae), dataset_name="digits")
     settle_images(config, load_autoencoder(str(vae)))
     assert (config.data.resolution, config.data.image_channels) == (16, 3)
-    assert "16 x 16 pixels" in caplog.text and "--resolution" not in caplog.text
+    assert "16x16 pixels" in caplog.text and "--resolution" not in caplog.text
 
     caplog.clear()
     config = compose(SCRIPTS[script], vae=str(vae), dataset_name="digits", resolution=8)
     settle_images(config, load_autoencoder(str(vae)))
     assert config.data.resolution == 8
-    assert "`--resolution` is 8, but the trained model knows images of 16 pixels" in caplog.text
+    assert "`--resolution` is 8x8, but the trained model knows images of 16x16 pixels" in caplog.text
 
 
 def test_a_generator_decides_on_the_side_of_its_images(vae):

@@ -32,7 +32,9 @@ def test_preview_writes_a_picture_and_a_table(tmp_path, caplog):
         if "%" in line and "|" in line
     }
     assert 8 <= sum(training.values()) < 10 and training["tall"] <= 4 and training["wide"] <= 6
-    assert "are smaller than 32 pixels" in table and "keeps 50% of the area" in table and table.strip() in caplog.text
+    assert (
+        "are smaller than 32x32 pixels" in table and "keeps 50% of the area" in table and table.strip() in caplog.text
+    )
     picture = np.asarray(Image.open(tmp_path / "out" / "preview.png").convert("RGB"))
     tiles = picture[2:94, -92:-2]  # the last column of the first row: a tall one, which fills the height
     darkened = (tiles == np.array((70, 70, 70))).all(axis=-1).mean()
@@ -60,7 +62,7 @@ def test_arrays_and_streams_have_a_preview(tmp_path):
     assert set(chosen) == {None} and len(chosen[None]) == len(train) == 3
     draw(chosen, None, shows_crop=False)
     assert "No classes. Training images: 3" in counts(train, validation, [])
-    assert "longer one 12 to 12" in sizes([*look(train, 0, range(3))], 8)
+    assert "longer one 12 to 12" in sizes([*look(train, 0, range(3))], (8, 8))
 
 
 def test_streams_are_counted_as_far_as_they_were_read(tmp_path):

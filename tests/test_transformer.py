@@ -252,6 +252,33 @@ def test_autocast_keeps_the_residual_stream_in_float32(inputs):
     assert_close(sample.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
 
 
+def test_attention_in_bfloat16_trains_on_a_cpu_as_the_fused_kernel_would(inputs, monkeypatch):
+    """It takes another way there, which is several times faster."""
+    plain, calls = transformer_dae_dit._attention, []
+    monkeypatch.setattr(transformer_dae_dit, "_attention", lambda *args: calls.append(1) or plain(*args))
+
+    def gradients(few_tokens: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(transformer_dae_dit, "_FEW_TOKENS", few_tokens)
+        transformer = make_transformer()
+        with torch.autocast("cpu", torch.bfloat16):
+            transformer(**inputs).sample.float().square().mean().backward()
+        return [parameter.grad for parameter in transformer.parameters()]
+
+    fused, found = gradients(0), gradients(512)
+    assert len(calls) == 2  # the two blocks of the second transformer
+    for first, second in zip(fused, found, strict=True):
+        assert_close(first, second, atol=0.03 * first.abs().max().item(), rtol=0)
+    transformer = make_transformer()
+    transformer(**inputs)
+    transformer.set_attention_backend("native")
+    with torch.autocast("cpu", torch.bfloat16):
+        transformer(**inputs)
+    transformer.reset_attention_backend()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        transformer(**inputs)
+    assert len(calls) == 2  # neither in float32, nor where a backend was chosen, nor without gradients
+
+
 def test_training_may_follow_sampling(inputs):
     transformer = make_transformer()
     inputs["hidden_states"] = torch.randn(3, 4, 6, 10)  # a size that no other test has cached

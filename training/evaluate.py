@@ -83,7 +83,7 @@ def main(config: EvaluateConfig) -> None:
         logger.info(
             "%s has no autoencoder that can be measured, so only its samples are measured.", config.evaluation.pipeline
         )
-        config.data.settle(*[] if sides is None else [min(sides)])
+        config.data.settle(*[] if sides is None else [sides])
     else:
         settle_images(config, vae.eval(), side=sides)
     extractor = (
@@ -219,7 +219,7 @@ def evaluate_autoencoder(
         "num_workers": config.data.dataloader_num_workers,
         "folder": folder / "parts",
     }
-    shape = (config.data.image_channels, config.data.resolution, config.data.resolution)
+    shape = (config.data.image_channels, *config.data.size)
     lpips_net = None if config.evaluation.lpips_net == "none" else config.evaluation.lpips_net
     measures = image_measures(shape, lpips_net=lpips_net, device=accelerator.device)
     held_out = encode_images(vae, validation, accelerator, extractor=extractor, measures=measures, **work)
@@ -275,7 +275,7 @@ def evaluate_samples(
         features, reconstruction_features = seen.features, seen.reconstruction_features
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
-    shape = (config.data.image_channels, config.data.resolution, config.data.resolution)
+    shape = (config.data.image_channels, *config.data.size)
     rows, every, sweep = [], [], swept_settings(config, sampler)
     say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
     for settings in sweep:

@@ -27,7 +27,7 @@ def main(config: PreviewConfig) -> None:
     train, validation = load_images(config.data, seed)
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))
-    table = counts(train, validation, looked) + "\n" + sizes(looked, config.data.resolution)
+    table = counts(train, validation, looked) + "\n" + sizes(looked, config.data.size)
     picture = draw(
         of_each_class(train, seed, config.preview.num_images),
         train.id2label,

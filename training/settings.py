@@ -26,6 +26,7 @@ from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
 from dae_diffusers.run_settings import MAX_SEED, OptimizationConfig, RunConfig
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
+from dae_diffusers.sizes import nearest_multiples
 
 # Left open until the trained autoencoder has been read.
 _OF_THE_AUTOENCODER = {"resolution": None, "image_channels": None}
@@ -71,12 +72,12 @@ class TrainDAEConfig:
         is_new = start is None and stages.stage1_dir is None and stages.pipeline is None
         if is_new:
             data.settle()
-        if is_new and data.resolution % factor:
-            raise ConfigError(
-                f"`resolution` {data.resolution} is not divisible by {factor}, the factor of an autoencoder with "
-                f"{len(autoencoder.block_out_channels)} resolutions. The nearest valid ones are "
-                f"{max(1, data.resolution // factor) * factor} and {(data.resolution // factor + 1) * factor}."
-            )
+        for side in data.size if is_new else ():
+            if side % factor:
+                raise ConfigError(
+                    f"`resolution` {side} is not divisible by {factor}, the factor of an autoencoder with "
+                    f"{len(autoencoder.block_out_channels)} resolutions. {nearest_multiples(side, factor)}"
+                )
         if is_new:
             try:
                 if stages.auxiliary_decoder == "shallow":
@@ -95,7 +96,7 @@ class TrainDAEConfig:
             raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
         self.check_mixed_precision(self.optimization.mixed_precision)
         smallest = 3 * 2**losses.discriminator_layers
-        too_small = data.resolution is not None and data.resolution < smallest
+        too_small = data.resolution is not None and min(data.size) < smallest
         if self.has_discriminator and losses.discriminator_model is None and too_small:
             raise ConfigError(
                 f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
@@ -597,7 +598,7 @@ class TrainClassifierConfig:
             raise ConfigError(
                 f"`image_channels` is {self.data.image_channels}, but features take gray (1) or RGB (3) images."
             )
-        if self.training.max_shift >= self.data.resolution:
+        if self.training.max_shift >= min(self.data.size):
             raise ConfigError(
                 f"`max_shift` is {self.training.max_shift}, but must be 0 or more and below `resolution`."
             )

@@ -49,7 +49,7 @@ def main(config: TrainClassifierConfig) -> None:
             "(`--features facebook/dinov2-base` of `evaluate.py` and `decoupled_vs_joint.py`)."
         )
 
-    side = config.classifier.input_size or 2 * config.data.resolution
+    side = config.classifier.input_size or 2 * max(config.data.size)
     model = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=max(1, config.classifier.hidden_sizes[0] // 2),  # the stem works on the largest maps

@@ -217,7 +217,7 @@ def pays_to_cache_latents(run: TrainingRun, model, images: ImageDataset | Stream
     if data.crops_at_random or data.streaming:
         return False
     views = len(images) * (2 if data.random_flip else 1)
-    num_bytes = views * 2 * num_latent_channels(model) * (data.resolution // spatial_factor(model)) ** 2 * 4
+    num_bytes = views * 2 * num_latent_channels(model) * math.prod(data.size) // spatial_factor(model) ** 2 * 4
     return num_steps * run.images_per_step > views and num_bytes <= run.config.stages.stage2_cache_gib * 2**30
 
 

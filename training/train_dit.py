@@ -27,7 +27,7 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
@@ -53,6 +53,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
+from dae_diffusers.sizes import height_and_width
 from dae_diffusers.text import TEXT_ARGUMENTS, Captions
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -74,7 +75,7 @@ def main(config: TrainDiTConfig) -> None:
     (train_data, validation_data), images = load_data(run, vae, architecture["patch_size"])
     training_images = None if images is None else images[0]
     captions = encode_captions(run, images)
-    size = config.data.resolution // spatial_factor(vae)
+    size = size_of_latents(config.data, vae)
     statistics = measure_statistics(run, vae, train_data, origin)
     transformer = make_transformer(origin, architecture, vae, train_data, size, captions)
     pipeline_of = partial(
@@ -126,7 +127,9 @@ def main(config: TrainDiTConfig) -> None:
             loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()), captions)
             step.add(loss=loss)
             if alignment is not None:
-                term, values = alignment.term(batch["pixel_values"], (size // architecture["patch_size"],) * 2)
+                term, values = alignment.term(
+                    batch["pixel_values"], [side // architecture["patch_size"] for side in height_and_width(size)]
+                )
                 step.add(**values)
                 loss = loss + term
             step.backward(loss)
@@ -206,7 +209,7 @@ def make_transformer(
     architecture: dict[str, int],
     vae: AutoencoderKL,
     data: Dataset,
-    size: int,
+    size: int | list[int],
     captions: Captions | None,
 ) -> ModelMixin:
     """A transformer for latents of this size and these captions: a new one, or the given one."""
@@ -218,6 +221,12 @@ def make_transformer(
     return DAEDiTTransformer2DModel(
         sample_size=size, in_channels=channels, num_classes=num_classes, cross_attention_dim=width, **architecture
     )
+
+
+def size_of_latents(data: DataConfig, vae: AutoencoderKL) -> int | list[int]:
+    """The side of the latents, or height and width."""
+    height, width = (side // spatial_factor(vae) for side in data.size)
+    return height if height == width else [height, width]
 
 
 def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[FlowMatching | Diffusion, SchedulerMixin]:
@@ -302,7 +311,9 @@ def validation_loss(
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
     all_levels = objective.spread(quantiles)
-    all_noise = torch.randn(len(data), model.config.in_channels, *[model.config.sample_size] * 2, generator=generator)
+    all_noise = torch.randn(
+        len(data), model.config.in_channels, *height_and_width(model.config.sample_size), generator=generator
+    )
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
         with run.accelerator.autocast():

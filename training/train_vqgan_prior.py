@@ -144,7 +144,8 @@ def load_vq_model(run: TrainingRun) -> GrowingAutoencoder:
 
 def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> LlamaForCausalLM:
     """Makes a transformer whose tokens are the codes, then the classes, then "no class"."""
-    num_codes, side = vae.config.num_vq_embeddings, config.data.resolution // spatial_factor(vae)
+    num_codes = vae.config.num_vq_embeddings
+    height, width = (side // spatial_factor(vae) for side in config.data.size)
     num_classes = 0 if images.id2label is None else len(images.id2label)
     hidden_size = config.prior.num_attention_heads * config.prior.attention_head_dim
     return LlamaForCausalLM(
@@ -155,7 +156,7 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
             num_hidden_layers=config.prior.num_layers,
             num_attention_heads=config.prior.num_attention_heads,
             num_key_value_heads=config.prior.num_attention_heads,
-            max_position_embeddings=side * side,
+            max_position_embeddings=height * width,
             attention_dropout=config.prior.attention_dropout,
             bos_token_id=None,
             eos_token_id=None,
@@ -163,7 +164,7 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
             # What DAEVQGANPipeline asks for:
             num_codes=num_codes,
             num_classes=num_classes,
-            grid_size=[side, side],
+            grid_size=[height, width],
             code_fingerprint=code_fingerprint(vae),
         )
     )

@@ -12,6 +12,7 @@ from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.sizes import height_and_width, nearest_multiples, words_of_size
 
 logger = logging.getLogger(__name__)
 
@@ -164,27 +165,28 @@ def settle_images(
         UserError: If images of this size cannot be encoded.
     """
     data, given = config.data, config.data.resolution
-    side = _shorter(side or vae.config.get("sample_size"))
-    data.settle(side or DEFAULT_RESOLUTION, vae.config.in_channels)
+    known = side or vae.config.get("sample_size")
+    data.settle(known or DEFAULT_RESOLUTION, vae.config.in_channels)
     if given is None:
-        logger.info("images have %d x %d pixels, as the trained model knows them", *[data.resolution] * 2)
-    elif side not in (None, given):
-        logger.info("`--resolution` is %d, but the trained model knows images of %d pixels", given, side)
-    check_image_size(vae, channels=data.image_channels, resolution=data.resolution, patch_size=patch_size)
+        logger.info("images have %s pixels, as the trained model knows them", words_of_size(data.size))
+    elif known and height_and_width(known) != data.size:
+        logger.info(
+            "`--resolution` is %s, but the trained model knows images of %s pixels",
+            words_of_size(data.size),
+            words_of_size(known),
+        )
+    check_image_size(vae, channels=data.image_channels, size=data.size, patch_size=patch_size)
     config.__post_init__()
 
 
-def _shorter(side: int | Sequence[int] | None) -> int | None:
-    return min(side) if isinstance(side, list | tuple) else side
-
-
-def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_size: int = 1) -> None:
+def check_image_size(vae: ModelMixin, *, channels: int, size: tuple[int, int], patch_size: int = 1) -> None:
     r"""
     Raises `UserError` unless images of this size can be encoded and cut into the generator's patches.
 
     Args:
         vae ([`~diffusers.AutoencoderKL`]): The autoencoder.
-        channels, resolution (`int`): Channels and side of the images.
+        channels (`int`): Channels of the images.
+        size (`tuple[int, int]`): Height and width of the images.
         patch_size (`int`, *optional*, defaults to 1): Patch size of the generator, in latent pixels.
     """
     if vae.config.in_channels != channels:
@@ -192,9 +194,9 @@ def check_image_size(vae: ModelMixin, *, channels: int, resolution: int, patch_s
             f"the autoencoder takes {vae.config.in_channels} image channels, but `image_channels` is {channels}."
         )
     factor = spatial_factor(vae) * patch_size
-    if resolution % factor:
-        below = max(1, resolution // factor) * factor
-        raise UserError(
-            f"`resolution` {resolution} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
-            f"{patch_size}). The nearest valid ones are {below} and {(resolution // factor + 1) * factor}."
-        )
+    for side in size:
+        if side % factor:
+            raise UserError(
+                f"`resolution` {side} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
+                f"{patch_size}). {nearest_multiples(side, factor)}"
+            )

@@ -231,7 +231,7 @@ def _added(first: dict[str, float], more: dict[str, float]) -> dict[str, float]:
 def training_flops(config: TrainDAEConfig) -> float:
     r"""FLOPs of the matrix products and convolutions in an autoencoder's training, without perceptual model and discriminator."""
     model, total = make_autoencoder(config), 0
-    pixel_values = torch.zeros(1, config.data.image_channels, config.data.resolution, config.data.resolution)
+    pixel_values = torch.zeros(1, config.data.image_channels, *config.data.size)
     for stage, steps in config.stages.stage_steps().items():
         model.set_stage(stage)
         with FlopCounterMode(display=False) as counter:

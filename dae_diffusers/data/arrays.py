@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from dae_diffusers.data.formats import open_picture, precisions
 from dae_diffusers.errors import UserError
+from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import write_atomically
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -126,53 +127,60 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
 
 
 def resize_and_crop_array(
-    array: np.ndarray, resolution: int, *, random: np.random.Generator | None = None
+    array: np.ndarray, size: int | tuple[int, int], *, random: np.random.Generator | None = None
 ) -> np.ndarray:
     r"""
-    Scales the shorter side to `resolution`, bicubically with antialiasing, and crops a square. Overshoots are clipped to the
+    Scales an image until it just covers `size`, bicubically with antialiasing, and crops what is over. Overshoots are clipped to the
     image's range.
 
     Args:
         array (`np.ndarray` of shape `(H, W, C)`): float32.
-        resolution (`int`): Side of the result, in pixels.
+        size (`int` or pair): Height and width of the result, in pixels; a number for a square.
         random (`numpy.random.Generator`, *optional*): Chooses the position of the crop; default: the centre.
 
     Returns:
-        `np.ndarray` of shape `(resolution, resolution, C)`
+        `np.ndarray` of shape `(*size, C)`
     """
-    array, is_placed = cut_elongated(array, array.shape[1::-1], random)
+    size = height_and_width(size)
+    array, is_placed = cut_elongated(array, array.shape[1::-1], size, random)
     random = None if is_placed else random
     image = torch.from_numpy(array).permute(2, 0, 1)[None]
     sides = image.shape[2:]
-    size = [max(resolution, round(side * resolution / min(sides))) for side in sides]
-    if list(sides) != size:
+    over = max(wanted / side for wanted, side in zip(size, sides, strict=True))
+    scaled = [max(wanted, round(side * over)) for wanted, side in zip(size, sides, strict=True)]
+    if list(sides) != scaled:
         low, high = image.min(), image.max()
-        image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(low, high)
-    top, left = (
-        (side - resolution) // 2 if random is None else int(random.integers(side - resolution + 1)) for side in size
-    )
-    return image[0, :, top : top + resolution, left : left + resolution].permute(1, 2, 0).numpy()
+        image = F.interpolate(image, size=scaled, mode="bicubic", antialias=True, align_corners=False).clamp(low, high)
+    spare = [side - wanted for side, wanted in zip(scaled, size, strict=True)]
+    top, left = (each // 2 if random is None else int(random.integers(each + 1)) for each in spare)
+    return image[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).numpy()
 
 
-def cut_elongated(image: Any, size: tuple[int, int], random: np.random.Generator | None) -> tuple[Any, bool]:
+def cut_elongated(
+    image: Any, image_size: tuple[int, int], size: tuple[int, int], random: np.random.Generator | None
+) -> tuple[Any, bool]:
     r"""
-    Cuts a square out of an image that is more than `MAX_ELONGATION` times as long as wide.
+    Cuts the largest box with the proportions of `size` out of an image that is more than `MAX_ELONGATION` times as long.
 
     Args:
         image (`PIL.Image.Image` or `np.ndarray`): The image; one that is less elongated is returned as it is.
-        size (`tuple[int, int]`): Its width and height.
+        image_size (`tuple[int, int]`): Its width and height.
+        size (`tuple[int, int]`): Height and width that it is scaled to.
         random (`numpy.random.Generator` or `None`): Chooses the position; None: the centre.
 
     Returns:
         The image, and whether it was cut.
     """
-    side = min(size)
-    if max(size) <= MAX_ELONGATION * side:
+    wanted = size[::-1]
+    shares = [side / each for side, each in zip(image_size, wanted, strict=True)]
+    if max(shares) <= MAX_ELONGATION * min(shares):
         return image, False
-    left, top = ((x - side) // 2 if random is None else int(random.integers(x - side + 1)) for x in size)
+    box = [max(1, round(each * min(shares))) for each in wanted]
+    spare = [side - each for side, each in zip(image_size, box, strict=True)]
+    left, top = (each // 2 if random is None else int(random.integers(each + 1)) for each in spare)
     if isinstance(image, np.ndarray):
-        return np.ascontiguousarray(image[top : top + side, left : left + side]), True
-    return image.crop((left, top, left + side, top + side)), True
+        return np.ascontiguousarray(image[top : top + box[1], left : left + box[0]]), True
+    return image.crop((left, top, left + box[0], top + box[1])), True
 
 
 def save_value_range(value_range: list[float] | None, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """The flags that choose the images."""
 
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
+from dae_diffusers.sizes import height_and_width
 
 EMBEDDED = {"digits"}
 DEFAULT_RESOLUTION = 32
@@ -61,9 +63,9 @@ class DataConfig:
         advanced=True,
     )
     # Scripts that may take a trained autoencoder have None here, until they have read it.
-    resolution: int | None = field(
+    resolution: int | list[int] | None = field(
         DEFAULT_RESOLUTION,
-        f"side of the images, in pixels; default: that of a given autoencoder, else {DEFAULT_RESOLUTION}",
+        f"side of the images, or height and width, in pixels; default: as a given autoencoder, else {DEFAULT_RESOLUTION}",
         at_least=1,
         at_most=MAX_RESOLUTION,
     )
@@ -107,6 +109,8 @@ class DataConfig:
     )
 
     def __post_init__(self):
+        if isinstance(self.resolution, list | tuple):
+            self.resolution = _side(self.resolution)
         for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
             if (getattr(self, name) or "").startswith("~"):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
@@ -140,12 +144,24 @@ class DataConfig:
         r"""Whether a folder or a data set is named."""
         return self.dataset_name is not None or self.train_data_dir is not None
 
-    def settle(self, resolution: int = DEFAULT_RESOLUTION, channels: int = DEFAULT_CHANNELS) -> None:
+    @property
+    def size(self) -> tuple[int, int]:
+        r"""Height and width of the images, in pixels."""
+        return height_and_width(self.resolution)
+
+    def settle(self, resolution: int | Sequence[int] = DEFAULT_RESOLUTION, channels: int = DEFAULT_CHANNELS) -> None:
         r"""Sets resolution and channels where they are open."""
-        self.resolution = self.resolution or resolution
+        self.resolution = self.resolution or _side(height_and_width(resolution))
         self.image_channels = self.image_channels or channels
 
     @property
     def crops_at_random(self) -> bool:
         r"""Whether images are cropped at random positions."""
         return self.random_crop or self.random_resized_crop is not None
+
+
+def _side(sides: Sequence[int]) -> int | list[int]:
+    """One number for a square, so that a square has one name; else height and width."""
+    if not 1 <= len(sides) <= 2:
+        raise ConfigError(f"`resolution` is {list(sides)}, but must be one side, or height and width.")
+    return sides[0] if len(set(sides)) == 1 else list(sides)

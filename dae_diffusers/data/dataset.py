@@ -72,10 +72,10 @@ class ImageDataset(BatchDataset):
         self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
         self._reader = ImageReader(config, self.depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
-        num_bytes = len(rows) * config.resolution**2 * config.image_channels * (4 if self.is_array else 1)
+        num_bytes = len(rows) * math.prod(config.size) * config.image_channels * (4 if self.is_array else 1)
         self._memory = None
         if num_bytes <= IMAGE_MEMORY_BYTES and not config.crops_at_random:
-            shape = (len(rows), config.resolution, config.resolution, config.image_channels)
+            shape = (len(rows), *config.size, config.image_channels)
             self._memory = _shared_zeros(shape, np.float32 if self.is_array else np.uint8)
             self._is_in_memory = _shared_zeros((len(rows),), np.bool_)
 

@@ -24,6 +24,7 @@ from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, name_of_row, read_content
 from dae_diffusers.data.formats import open_picture
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.sizes import height_and_width, words_of_size
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class ImageReader:
             draw (`int`, *optional*): Seeds the crop; default: the centre.
 
         Returns:
-            `np.ndarray` of shape `(resolution, resolution, C)`: uint8, or float32 for arrays; not flipped.
+            `np.ndarray` of shape `(height, width, C)`: uint8, or float32 for arrays; not flipped.
 
         Raises:
             UserError: If it cannot be decoded or is too small.
@@ -79,14 +80,12 @@ class ImageReader:
         width, height = image.shape[1::-1] if self.is_array else image.size
         self._check_size(width, height, name)
         if random is not None and self.config.random_resized_crop is not None:
-            left, top, side = random_square(width, height, self.config.random_resized_crop, random)
-            if self.is_array:
-                image = image[top : top + side, left : left + side]
-            else:
-                image = image.crop((left, top, left + side, top + side))
+            box = random_box(width, height, self.config.size, self.config.random_resized_crop, random)
+            left, top, right, bottom = box
+            image = image[top:bottom, left:right] if self.is_array else image.crop(box)
         resize = resize_and_crop_array if self.is_array else resize_and_crop
-        pixels = np.asarray(resize(image, self.config.resolution, random=random))
-        return pixels.reshape(self.config.resolution, self.config.resolution, self.config.image_channels)
+        pixels = np.asarray(resize(image, self.config.size, random=random))
+        return pixels.reshape(*self.config.size, self.config.image_channels)
 
     def decode(self, item: Any, name: Callable[[], str]) -> np.ndarray | Image.Image:
         r"""Reads the whole image, `(H, W, C)` float32, if it is an array; otherwise like [`read`]."""
@@ -112,11 +111,11 @@ class ImageReader:
     def to_pixel_values(self, pixels: np.ndarray, draws: Sequence[int | None]) -> torch.Tensor:
         r"""
         Args:
-            pixels (`np.ndarray` of shape `(B, resolution, resolution, C)`): As [`read`] gives them; may be changed.
+            pixels (`np.ndarray` of shape `(B, height, width, C)`): As [`read`] gives them; may be changed.
             draws (`Sequence[int | None]`): An image with an odd draw is flipped, if `random_flip` is set.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, resolution, resolution)`: float32 in [-1, 1].
+            `torch.Tensor` of shape `(B, C, height, width)`: float32 in [-1, 1].
         """
         flips = [draw is not None and self.config.random_flip and is_flipped(draw) for draw in draws]
         if any(flips):
@@ -152,7 +151,8 @@ class ImageReader:
             )
 
     def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
-        if min(width, height) >= self.config.resolution or self.config.dataset_name in EMBEDDED:
+        least_height, least_width = self.config.size
+        if (height >= least_height and width >= least_width) or self.config.dataset_name in EMBEDDED:
             return
         if not self.config.strict_size and self._warned_small:
             return
@@ -163,7 +163,8 @@ class ImageReader:
                 "`strict_size` to enlarge it."
             )
         self._warned_small = True
-        logger.warning("%s: enlarged to %d, as are all smaller images.", seen, self.config.resolution)
+        size = self.config.resolution if least_height == least_width else words_of_size(self.config.size)
+        logger.warning("%s: enlarged to %s, as are all smaller images.", seen, size)
 
 
 def is_flipped(draw: int) -> bool:
@@ -202,36 +203,47 @@ def decode_image(
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def resize_and_crop(image: Image.Image, resolution: int, *, random: np.random.Generator | None = None) -> Image.Image:
+def resize_and_crop(
+    image: Image.Image, size: int | tuple[int, int], *, random: np.random.Generator | None = None
+) -> Image.Image:
     r"""
-    Scales the shorter side to `resolution` and crops a square.
+    Scales an image until it just covers `size`, and crops what is over.
 
     Large images are first halved by box filtering while they are at least twice as large, then scaled bicubically, as
     in ADM's preprocessing, to avoid aliasing. Very long images are cut first.
 
     Args:
         image (`PIL.Image.Image`): An image of any size.
-        resolution (`int`): Side of the result, in pixels.
+        size (`int` or pair): Height and width of the result, in pixels; a number for a square.
         random (`numpy.random.Generator`, *optional*): Chooses the position of the crop; default: the centre.
 
     Source: Dhariwal and Nichol, 2021, https://huggingface.co/papers/2105.05233.
     """
-    image, is_placed = cut_elongated(image, image.size, random)
+    size = height, width = height_and_width(size)
+    image, is_placed = cut_elongated(image, image.size, size, random)
     random = None if is_placed else random
-    while min(image.size) >= 2 * resolution:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    spare = (image.width - resolution, image.height - resolution)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
+    spare = (image.width - width, image.height - height)
     left, top = (x // 2 for x in spare) if random is None else (int(random.integers(x + 1)) for x in spare)
-    return image.crop((left, top, left + resolution, top + resolution))
+    return image.crop((left, top, left + width, top + height))
 
 
-def random_square(width: int, height: int, min_area: float, random: np.random.Generator) -> tuple[int, int, int]:
-    r"""Draws left, top and side of a square. Its area is a share of the largest square's, uniform in `[min_area, 1]`."""
-    side = max(1, round(min(width, height) * random.uniform(min_area, 1) ** 0.5))
-    return int(random.integers(width - side + 1)), int(random.integers(height - side + 1)), side
+def random_box(
+    width: int, height: int, size: tuple[int, int], min_area: float, random: np.random.Generator
+) -> tuple[int, int, int, int]:
+    r"""
+    Draws left, top, right and bottom of a box with the proportions of `size` (height and width). Its area is a share of the largest
+    such box's, uniform in `[min_area, 1]`.
+    """
+    largest = min(height / size[0], width / size[1]) * random.uniform(min_area, 1) ** 0.5
+    box_height, box_width = (max(1, round(side * largest)) for side in size)
+    left, top = (int(random.integers(spare + 1)) for spare in (width - box_width, height - box_height))
+    return left, top, left + box_width, top + box_height
 
 
 @without_warnings()

@@ -16,6 +16,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
+from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
@@ -341,8 +342,8 @@ def _latent_description(result: Result) -> dict[str, Any]:
         "channels": config.get("latent_channels"),
         "factor": factor,
         "image_channels": config.get("in_channels"),
-        "size": size,
-        "side": size // factor if isinstance(size, int) else None,
+        "image_size": words_of_size(size) if size else None,
+        "size": words_of_size([side // factor for side in height_and_width(size)]) if size else None,
         "statistics": list(zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)),
         "codes": config.get("num_vq_embeddings"),
     }

@@ -20,6 +20,7 @@ from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError
 from dae_diffusers.settings import fields_of
+from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import (
     NotKept,
     fingerprint,
@@ -51,7 +52,8 @@ class CacheIdentity:
     Attributes:
         autoencoder (`str`): [`autoencoder_fingerprint`] of the encoder's model.
         data (`str`): `ImageDataset.fingerprint`.
-        num_samples, resolution, image_channels (`int`): Number, side and channels of the images.
+        num_samples, image_channels (`int`): Number and channels of the images.
+        resolution (`int` or pair): Their side, or height and width.
         flips (`bool`): Whether mirrored images are encoded too.
         dtype (`str`): Data type of the stored latents.
         value_range (`list[float]`): Range of values of the images; empty for 8-bit images.
@@ -480,7 +482,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         raise
     try:
         identity, shard_size = CacheIdentity(**manifest["identity"]), manifest["shard_size"]
-        sizes = (identity.num_samples, identity.resolution, identity.image_channels, shard_size)
+        sides = height_and_width(identity.resolution)
+        sizes = (identity.num_samples, *sides, identity.image_channels, shard_size)
         is_whole = all(isinstance(size, int) and size > 0 for size in sizes)
         is_whole &= isinstance(identity.flips, bool) and isinstance(manifest["complete"], bool)
         is_whole &= all(key.isdecimal() for key in manifest["id2label"] or {})

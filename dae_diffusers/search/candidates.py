@@ -11,6 +11,7 @@ import yaml
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import compose, fields_of
+from dae_diffusers.sizes import words_of_size
 from dae_diffusers.training.settings import TrainClassifierConfig, TrainDAEConfig, TrainDiTConfig
 
 _PARTS = {"autoencoder": TrainDAEConfig, "transformer": TrainDiTConfig, "judge": TrainClassifierConfig}
@@ -106,8 +107,8 @@ def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, 
         generator = compose(TrainDiTConfig, **data, vae="vae", **transformer)
     except ConfigError as error:
         return str(error)
-    side = autoencoder.data.resolution // autoencoder.autoencoder.spatial_factor
+    sides = [side // autoencoder.autoencoder.spatial_factor for side in autoencoder.data.size]
     patch = generator.transformer.patch_size or int(generator.transformer.size.partition("/")[2])
-    if side % patch:
-        return f"latents of {side}x{side} cannot be cut into patches of {patch}."
+    if any(side % patch for side in sides):
+        return f"latents of {words_of_size(sides)} cannot be cut into patches of {patch}."
     return None

@@ -61,7 +61,7 @@ class CandidateTrial:
         vae = self.train_autoencoder(number, rung.autoencoder_steps)
         if "vae" in self.flags:
             data = DataConfig(**self.experiment["data"])
-            check_image_size(load_autoencoder(vae), channels=data.image_channels, resolution=data.resolution)
+            check_image_size(load_autoencoder(vae), channels=data.image_channels, size=data.size)
         ruler = Ruler(self.experiment, vae, self.seed, self.search_folder / "reference")
         row = {"vae": vae, **ruler.autoencoder()}
         draw_reconstructions(ruler.vae, ruler.validation, folder / "reconstructions.png", count=8)

@@ -66,12 +66,12 @@ CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None)
 
 
 def picture_side():
-    """The side of the model's pictures, in pixels. The generator knows it better than the autoencoder, which may have seen others."""
+    """The longer side of the model's pictures, in pixels. The generator knows it better than the autoencoder, which may have seen others."""
     latents = getattr(getattr(PIPE, "transformer", None), "config", {}).get("sample_size")
     if latents is None and getattr(PIPE, "prior", None) is not None:
         latents = PIPE.prior.config.grid_size
     side = VAE.config.sample_size if latents is None else latents
-    side = side if isinstance(side, int) else side[0]
+    side = side if isinstance(side, int) else max(side)
     return side if latents is None else side * 2 ** (len(VAE.config.block_out_channels) - 1)
 
 
