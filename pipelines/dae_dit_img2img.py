@@ -5,7 +5,7 @@ Needs torch and diffusers only, and the file of `DAEDiTPipeline`, which lies bes
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,22 +26,24 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Iterable[int | str] | None = None,
+        prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
         image: Any = None,
         strength: float = 0.6,
         *,
+        class_labels: int | str | Iterable[int | str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None,
         **kwargs,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images from images.
 
         Args:
-            class_labels (`int`, `str` or an iterable of both, *optional*): As in [`DAEDiTPipeline`]; one for all images, or one per image.
+            prompt, class_labels (*optional*): As in [`DAEDiTPipeline`]; one for all images, or one per image.
             image (PIL image, array, tensor, or a list of them):
-                One for all labels, or one per label. Like the pipeline's output: pictures, arrays `(H, W, C)` or `(B, H, W, C)`, tensors
+                One for all labels or prompts, or one per label or prompt. Like the pipeline's output: pictures, arrays `(H, W, C)` or `(B, H, W, C)`, tensors
                 `(C, H, W)` or `(B, C, H, W)`, with numbers in [0, 1], or 0 to 255 if they are `uint8`. If the pipeline has a
                 `value_range`, arrays are in that range. Pictures get the autoencoder's colours, and white behind transparency.
             strength (`float`, defaults to 0.6):
@@ -50,7 +52,8 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             height, width (`int`, *optional*):
                 Size of the result in pixels; by default what the transformer was trained on. Images of another size are
                 resized to it, whatever their aspect ratio: crop them before.
-            num_images_per_label (`int`, defaults to 1): Images per label, or per image, next to each other in the result.
+            num_images_per_label, num_images_per_prompt (`int`, defaults to 1):
+                Images per label or prompt, or per image, next to each other in the result.
             kwargs: All others of [`DAEDiTPipeline`]: `guidance_scale`, `num_inference_steps`, `generator`, `output_type`,
                 `callback_on_step_end`... `latents` is the noise that the images get. An image that the
                 same noise has drawn gets too strong colours: take another seed.
@@ -73,10 +76,11 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             )
         height, width = self._image_size(height, width, kwargs.get("latents"))
         pixels = self.prepare_images(image, height, width)
-        num_images_per_label = self._images_per_label(len(pixels), class_labels, num_images_per_label)
+        count, texts = num_images_per_prompt or num_images_per_label, {"prompt": prompt, **kwargs}
+        count *= self._images_of_each(len(pixels), class_labels, texts)
         self._strength, self._image_latents = strength, self.encode_pixels(pixels)
         return super().__call__(
-            class_labels, height=height, width=width, num_images_per_label=num_images_per_label, **kwargs
+            prompt, class_labels=class_labels, height=height, width=width, num_images_per_label=count, **kwargs
         )
 
     def prepare_images(self, image: Any, height: int, width: int) -> torch.Tensor:
@@ -125,16 +129,17 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         _, *sides = self._latent_shape(height, width, latents)
         return tuple(side * self.vae_scale_factor for side in sides)
 
-    def _images_per_label(self, num_images: int, class_labels, num_images_per_label: int) -> int:
-        """How many images the models draw for each label, if each label or each of the given images asks for some."""
-        num_labels = len(self._resolve_labels(class_labels))
-        if num_labels == 1:
-            return num_images * num_images_per_label
-        if num_images not in (1, num_labels):
+    def _images_of_each(self, num_images: int, class_labels: Any, texts: Mapping[str, Any]) -> int:
+        """How many of the given images belong to each label or prompt: all to the only one, or one."""
+        labels = texts["prompt"] if class_labels is None and not self.takes_text else class_labels
+        names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds") if self.takes_text else ()
+        several = [texts[name] for name in names if isinstance(texts.get(name), list | tuple | torch.Tensor)]
+        count = max(len(each) for each in (self._resolve_labels(labels), *several))
+        if count > 1 and num_images not in (1, count):
             raise ValueError(
-                f"`image` holds {num_images} images, but there are {num_labels} labels. Pass one of either, or as many of both."
+                f"`image` holds {num_images} images, but there are {count} labels or prompts. Pass one of either, or as many of both."
             )
-        return num_images_per_label
+        return num_images if count == 1 else 1
 
     def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents, timesteps = super()._begin(noise)

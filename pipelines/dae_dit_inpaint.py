@@ -30,7 +30,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Iterable[int | str] | None = None,
+        prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float = 1.0,
@@ -48,7 +48,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
         Draws parts of images anew.
 
         Args:
-            class_labels (`int`, `str` or an iterable of both, *optional*): As in [`DAEDiTImg2ImgPipeline`].
+            prompt (*optional*): As in [`DAEDiTImg2ImgPipeline`], as are `class_labels` and all other arguments.
             image (PIL image, array, tensor, or a list of them): As in [`DAEDiTImg2ImgPipeline`].
             mask_image (PIL image, array, tensor, or a list of them):
                 Gray, one for all images or one per image: what is 0.5 or brighter is drawn anew. Arrays `(H, W)` or `(B, H, W, 1)`,
@@ -93,7 +93,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
             return {**tensors, **(changed or {})}
 
         (latents,) = super().__call__(
-            class_labels,
+            prompt,
             pixels,
             strength,
             height=height,

@@ -4,7 +4,7 @@ A series of images between two, with a diffusion transformer in the latent space
 Needs torch and diffusers only, and the file of `DAEDiTPipeline`, which lies beside it in a model's folder as `pipeline.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -15,9 +15,9 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 
 class DAEDiTInterpolationPipeline(DAEDiTPipeline):
     r"""
-    Draws a series of images that goes from one seed to another, from one class to another, or both.
+    Draws a series of images that goes from one seed to another, from one class or text to another, or both.
 
-    Between seeds the noise turns along the great circle ([`slerp`]). Between classes the transformer's predictions for both are mixed.
+    Between seeds the noise turns along the great circle ([`slerp`]). Between classes or texts the transformer's predictions for both are mixed.
     The first and the last image are those that [`DAEDiTPipeline`] draws.
 
     It has the components of [`DAEDiTPipeline`]: `DAEDiTInterpolationPipeline.from_pipe(pipe)`, or `from_pretrained` of the same
@@ -28,8 +28,9 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Iterable[int | str] | None = None,
+        prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
         *,
+        class_labels: int | str | Iterable[int | str] | None = None,
         num_images: int = 8,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -41,8 +42,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         Generates a series of images.
 
         Args:
-            class_labels (`int`, `str` or an iterable of both, *optional*):
-                The class of all images, or those of the first and the last; see [`DAEDiTPipeline`].
+            prompt, class_labels (*optional*):
+                The text or class of all images, or those of the first and the last; see [`DAEDiTPipeline`].
             num_images (`int`, defaults to 8): Images of the series, both ends included; at least 2.
             generator (`torch.Generator` or `list` of two, *optional*):
                 Source of the noise of all images, or of the first and of the last. Noise that a scheduler adds in its steps is
@@ -65,9 +66,13 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         """
         if num_images < 2:
             raise ValueError(f"`num_images` is {num_images}, but a series has at least 2.")
+        if class_labels is None and not self.takes_text:
+            class_labels, prompt = prompt, None
         label_ids = self._resolve_labels(class_labels)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         generators = generator if isinstance(generator, list) else [generator]
-        given = {"class_labels": label_ids, "generator": generators, "latents": [0] if latents is None else latents}
+        given = {"prompt": prompts, "class_labels": label_ids, "generator": generators}
+        given |= {} if latents is None else {"latents": latents}
         for name, values in given.items():
             if len(values) not in (1, 2):
                 raise ValueError(
@@ -78,10 +83,14 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             shape = self._latent_shape(height, width, None)
             latents = torch.cat([randn_tensor((1, *shape), each, device, torch.float32) for each in generators])
         self._shares = torch.linspace(0, 1, num_images, device=device)
-        self._last_label = label_ids[1] if len(set(label_ids)) == 2 else None
+        self._last = {} if len(set(label_ids)) == 1 else {"class_labels": torch.tensor(label_ids[1:], device=device)}
+        if len(set(prompts)) == 2:
+            names = ("encoder_hidden_states", "encoder_attention_mask")
+            self._last |= dict(zip(names, self.encode_prompt(prompts[1], device=device), strict=False))
         return super().__call__(
-            None if class_labels is None else label_ids[:1] * num_images,
-            num_images_per_label=num_images if class_labels is None else 1,
+            prompts[0],
+            class_labels=None if class_labels is None else label_ids[:1],
+            num_images_per_label=num_images,
             generator=None if generator is None else [*_copies(generators[0], num_images - 1), generators[-1]],
             latents=slerp(*latents.to(device, torch.float32)[[0, -1]], self._shares),
             height=height,
@@ -89,12 +98,16 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             **kwargs,
         )
 
-    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        prediction = super()._predict(latents, timestep, labels)
-        if self._last_label is None:
+    def _predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        prediction = super()._predict(latents, timestep, arguments)
+        if not self._last:
             return prediction
-        count = len(self._shares)  # what follows is the prediction without a class
-        last = super()._predict(latents[:count], timestep, torch.full_like(labels[:count], self._last_label))
+        count = len(self._shares)  # what follows is the prediction without a class or text
+        ends = {name: value.expand(count, *value.shape[1:]) for name, value in self._last.items()}
+        arguments = {name: value[:count] for name, value in arguments.items()} | ends
+        last = super()._predict(latents[:count], timestep, arguments)
         return torch.cat((torch.lerp(prediction[:count], last, self._shares.view(-1, 1, 1, 1)), prediction[count:]))
 
 

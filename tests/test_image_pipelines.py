@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from models import make_autoencoder
+from models import make_autoencoder, save_text_encoder
 from PIL import Image
 from torch.testing import assert_close
+from transformers import AutoModel, AutoTokenizer
 
 from dae_diffusers import (
     DAEDiTImg2ImgPipeline,
@@ -396,3 +397,31 @@ def test_pipeline_files_need_torch_diffusers_and_each_other_alone():
         ours = {name for name in names if name.startswith("dae_diffusers")}
         assert all(name.startswith("dae_diffusers.pipelines.dae_dit") for name in ours)
         assert {name.partition(".")[0] for name in names - ours} - sys.stdlib_module_names <= {"torch", "diffusers"}
+
+
+def test_prompts_serve_in_the_place_of_classes(tmp_path):
+    encoder = save_text_encoder(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": None}
+    transformer = DAEDiTTransformer2DModel(8, in_channels=3, cross_attention_dim=16, **sizes)
+    for parameter in transformer.parameters():  # the attention to the text begins as zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    texts = {"tokenizer": AutoTokenizer.from_pretrained(encoder), "text_encoder": AutoModel.from_pretrained(encoder)}
+    vae = make_autoencoder().to_diffusers()
+    plain = DAEDiTPipeline(transformer.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(), **texts)
+    pipes = {kind: pipeline_class.from_pipe(plain) for kind, pipeline_class in KINDS.items()}
+    for pipe in (plain, *pipes.values()):
+        pipe.set_progress_bar_config(disable=True)
+    image, options = in_0_1(picture()), {"negative_prompt": "blue"}
+    drawn = draw(plain, "a red apple", **options)
+    assert not torch.equal(drawn, draw(plain, "a cat", **options))
+    assert torch.equal(draw(pipes["img2img"], "a red apple", image, 1.0, **options), drawn)
+    assert draw(pipes["img2img"], "a cat", [image] * 2, 0.5, **options).shape == (2, 3, 16, 16)
+    assert draw(pipes["img2img"], ["a cat", "a dog"], image, 0.5, num_images_per_prompt=2).shape == (4, 3, 16, 16)
+    with pytest.raises(ValueError, match="3 images, but there are 2 labels or prompts"):
+        draw(pipes["img2img"], ["a cat", "a dog"], [image] * 3)
+    part = draw(pipes["inpaint"], "a cat", image, left_half())
+    assert_close(part[..., 8:], image[..., 8:], atol=1e-6, rtol=0)
+    series = draw(pipes["interpolate"], ("a red apple", "a dog"), generator=seeds(0, 1), num_images=3, **options)
+    assert_close(series[:1], drawn, **EXACT)
+    assert_close(series[2:], draw(plain, "a dog", seed=1, **options), **EXACT)
