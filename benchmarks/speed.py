@@ -44,8 +44,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers import DAEAsymmetricAutoencoderKL, DAEAutoencoderKL, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.building import make_autoencoder
+from dae_diffusers.autoencoders.settings import AutoencoderConfig
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, MicrobatchSampler, load_images, make_training_loader
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
@@ -354,7 +355,23 @@ def autoencoder_steps(setting: Setting) -> dict[str, list[Row]]:
         f"Autoencoder training step, {title}": steps,
         "A whole run of equal steps": runs,
         f"Autoencoder throughput, {title}": throughput,
+        "Decoding, channels (64, 128, 128), 64x64 pixels, batch 4": decoders(setting, (64, 128, 128), side=16, batch=4),
     }
+
+
+def decoders(setting: Setting, widths: tuple[int, ...], *, side: int, batch: int) -> list[Row]:
+    """The decoders that `--decoder` makes for latents of one encoder."""
+    latents, calls = torch.randn(batch, 4, side, side, device=setting.device), {}
+    for kind in ("mirror", "small", "tiny"):
+        sizes = AutoencoderConfig(decoder=kind).decoder_sizes(widths)
+        vae = make_vae(DAEAsymmetricAutoencoderKL, widths, device=setting.device, **sizes).eval()
+
+        def decode(vae=vae):
+            with torch.no_grad(), setting.autocast():
+                vae.decode(latents)
+
+        calls[f"--decoder {kind}"] = decode
+    return compare(setting, calls, {name: count_flops(call) for name, call in calls.items()})
 
 
 def script_overhead(setting: Setting) -> dict[str, list[Row]]:

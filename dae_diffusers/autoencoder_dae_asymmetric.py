@@ -21,14 +21,14 @@ PREFIX = "DAEAsymmetric"
 
 def make_decoder(config: Any) -> Decoder:
     r"""The decoder of an autoencoder's config, which has `decoder_block_out_channels` and `decoder_layers_per_block`."""
-    layers = config.decoder_layers_per_block
+    layers, groups = config.decoder_layers_per_block, config.decoder_norm_num_groups
     return Decoder(
         in_channels=config.latent_channels,
         out_channels=config.out_channels,
         up_block_types=config.up_block_types,
         block_out_channels=config.decoder_block_out_channels or config.block_out_channels,
         layers_per_block=config.layers_per_block if layers is None else layers,
-        norm_num_groups=config.norm_num_groups,
+        norm_num_groups=config.norm_num_groups if groups is None else groups,
         act_fn=config.act_fn,
         norm_type=config.get("norm_type", "group"),
         mid_block_add_attention=config.mid_block_add_attention,
@@ -60,6 +60,7 @@ class DAEAsymmetricAutoencoderKL(_SavesItsCode, AutoencoderKL):
         decoder_block_out_channels (`tuple[int]`, *optional*): Its channels per resolution; as many as `block_out_channels`, which is
             the default.
         decoder_layers_per_block (`int`, *optional*): Its residual blocks per resolution, minus one; default: `layers_per_block`.
+        decoder_norm_num_groups (`int`, *optional*): Its groups of the group normalisation; default: `norm_num_groups`.
         auto_map (`dict`, *optional*): Where `AutoModel` finds the code.
 
     The other arguments are those of [`~diffusers.AutoencoderKL`].
@@ -88,6 +89,7 @@ class DAEAsymmetricAutoencoderKL(_SavesItsCode, AutoencoderKL):
         mid_block_add_attention: bool = True,
         decoder_block_out_channels: tuple[int, ...] | None = None,
         decoder_layers_per_block: int | None = None,
+        decoder_norm_num_groups: int | None = None,
         auto_map: dict[str, str] | None = None,
     ):
         super().__init__(
@@ -118,7 +120,7 @@ class DAEAsymmetricVQModel(_SavesItsCode, VQModel):
     A `VQModel` whose decoder has a size of its own.
 
     Args:
-        decoder_block_out_channels, decoder_layers_per_block, auto_map: As in [`DAEAsymmetricAutoencoderKL`].
+        decoder_block_out_channels, decoder_layers_per_block, decoder_norm_num_groups, auto_map: As in [`DAEAsymmetricAutoencoderKL`].
         latents_mean, latents_std (`tuple[float]`, *optional*): Statistics of the latents before quantisation.
 
     The other arguments are those of [`~diffusers.VQModel`].
@@ -146,6 +148,7 @@ class DAEAsymmetricVQModel(_SavesItsCode, VQModel):
         force_upcast: bool = False,
         decoder_block_out_channels: tuple[int, ...] | None = None,
         decoder_layers_per_block: int | None = None,
+        decoder_norm_num_groups: int | None = None,
         auto_map: dict[str, str] | None = None,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,

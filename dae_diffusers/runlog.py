@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,12 @@ class RunLog:
         num_images: int,
         batch_size: int,
         seed: int,
+        prompts: Sequence[str] | None = None,
+        classes: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         r"""
-        Draws a grid from the same noise every time, a column for each class, on the main process.
+        Draws a grid from the same noise every time, a column for each class or a row for each prompt, on the main process.
 
         Args:
             pipeline (`DiffusionPipeline`): Takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
@@ -116,11 +118,21 @@ class RunLog:
             num_classes (`int` or `None`): Number of classes; None without labels.
             num_images, batch_size (`int`): Images in the grid, and images drawn at once.
             seed (`int`): Seed of the run.
+            prompts (sequence of `str`, *optional*): For a pipeline that draws from text.
+            classes (sequence of `int`, *optional*): The class of each prompt, for a pipeline that also has classes.
             options: Other arguments of the pipeline's call.
         """
         if not self.accelerator.is_main_process:
             return
         labels = None if num_classes is None else [n % num_classes for n in range(num_images)]
+        columns = num_classes if num_classes is not None and num_classes <= 20 else None
+        names = getattr(pipeline, "id2label", None) if columns is not None else None
+        row_names = None
+        if prompts is not None:
+            columns, names, row_names = max(1, num_images // len(prompts)), None, [_short(text) for text in prompts]
+            num_images = columns * len(prompts)
+            labels = None if classes is None else [label for label in classes for _ in range(columns)]
+            prompts = [text for text in prompts for _ in range(columns)]
         generators = [torch.Generator().manual_seed(derived_seed(seed, 4, n)) for n in range(num_images)]
         pipeline.set_progress_bar_config(disable=True)
         images = []
@@ -129,18 +141,18 @@ class RunLog:
             images.append(
                 pipeline(
                     class_labels=None if labels is None else labels[chosen],
-                    num_images_per_label=len(generators[chosen]) if labels is None else 1,
+                    num_images_per_label=len(generators[chosen]) if labels is None and prompts is None else 1,
+                    **({} if prompts is None else {"prompt": prompts[chosen]}),
                     generator=generators[chosen],
                     output_type="pt",
                     **options,
                 ).images
             )
-        columns = num_classes if num_classes is not None and num_classes <= 20 else None
-        names = getattr(pipeline, "id2label", None) if columns is not None else None
         grid = image_grid(
             torch.cat(images) * 2 - 1,
             columns=columns,
             column_names=[names[key] for key in sorted(names)] if names else None,
+            row_names=row_names,
         )
         self.write_grid("samples", grid, step)
 
@@ -178,6 +190,10 @@ class RunLog:
 def read_log(folder: Path) -> list[dict[str, float]]:
     r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
     return read_rows(folder / "log.jsonl", step=int)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 32 else f"{text[:29]}..."
 
 
 def _log_image(tracker, name: str, image: Image.Image, step: int) -> None:

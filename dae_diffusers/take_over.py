@@ -9,6 +9,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from dae_diffusers.sizes import words_of_size
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
+_OF_TEXT = ("text_embed.", ".cross_attn.")  # in the names of its weights
+
 
 class _Layout(NamedTuple):
     """A class of transformers, and where it keeps what depends on latents and classes."""
@@ -35,7 +37,13 @@ def layout_of(transformer: ModelMixin) -> _Layout:
 
 
 def take_over(
-    old: ModelMixin, *, sample_size: int, in_channels: int, patch_size: int, rows: list[int | None] | None
+    old: ModelMixin,
+    *,
+    sample_size: int,
+    in_channels: int,
+    patch_size: int,
+    rows: list[int | None] | None,
+    cross_attention_dim: int | None = None,
 ) -> tuple[ModelMixin, list[str]]:
     r"""
     Makes a transformer for other latents or classes, with the weights of another one.
@@ -45,6 +53,7 @@ def take_over(
       model without classes gets a table of zeros. A model that loses its classes goes on as at its null class.
     - For another number of channels or another patch size, the first and the last layer are new. The last is zero.
     - Positions are numbers of rows and columns, so that another size continues them.
+    - Text is new where the model knew none, or hidden states of another width. At the beginning it changes nothing.
     - A learned variance is dropped: our losses do not train it.
 
     Args:
@@ -52,6 +61,7 @@ def take_over(
         sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
         rows (`list[int | None]`, *optional*): For each new class its old number, or None if it is new; None without classes, which the
             stock class cannot be.
+        cross_attention_dim (`int`, *optional*): As in [`DAEDiTTransformer2DModel`]; None without text. The stock class takes none.
 
     Returns:
         `tuple[ModelMixin, list[str]]`: A transformer of the same class, and what is not as before, in words.
@@ -65,7 +75,10 @@ def take_over(
         patch_size=patch_size,
         out_channels=None if before.out_channels is None else in_channels,
         **{layout.classes: None if rows is None else len(rows)},
+        **({} if is_stock else {"cross_attention_dim": cross_attention_dim}),
     )
+    width = before.get("cross_attention_dim")
+    has_new_text = cross_attention_dim not in (None, width)
     is_new = (before.in_channels, before.patch_size) != (in_channels, patch_size)
     is_new |= outputs != in_channels and not is_stock
     taken, state = old.state_dict(), new.state_dict()
@@ -74,6 +87,8 @@ def take_over(
         if name.endswith(layout.labels):
             numbers = [null if row is None else row for row in (*rows, None)]
             state[name] = torch.zeros_like(value) if null is None else taken[name][numbers]
+        elif has_new_text and any(part in name for part in _OF_TEXT):
+            state[name] = value
         elif is_new and layer in (layout.first, layout.last):
             state[name] = torch.zeros_like(value) if layer == layout.last else value
         elif is_stock and layer == layout.last:  # its rows: the pixels of a patch, each with its channels
@@ -90,6 +105,10 @@ def take_over(
         changes.append(f"first and last layer are new (latents of {now}, before: {was})")
     elif outputs != in_channels:
         changes.append("its learned variance is left out")
+    if has_new_text:
+        changes.append("its text is new" if width else "text is new")
+    elif width and cross_attention_dim is None:
+        changes.append("its text is left out")
     sizes = [words_of_size(size) for size in (sample_size, before.sample_size)]
     if sizes[0] != sizes[1]:
         changes.append("latents are {} (before: {})".format(*sizes))

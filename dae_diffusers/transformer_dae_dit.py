@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
@@ -80,11 +80,28 @@ def _trains_slowly_fused(query: torch.Tensor) -> bool:
     return is_bfloat16_on_cpu and query.requires_grad and query.shape[1] <= _FEW_TOKENS
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention by plain products, `(B, N, heads, head_dim)`; the softmax is in float32, as in fused kernels."""
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
+
+
+def _attend(
+    processor: "DAEDiTAttnProcessor | DAEDiTCrossAttnProcessor",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention through diffusers' dispatcher, unless nobody has chosen how and plain products are faster."""
+    backend, parallel_config = processor._attention_backend, processor._parallel_config
+    if backend is None and parallel_config is None and _trains_slowly_fused(query):
+        return _attention(query, key, value, mask)
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config)
 
 
 class DAEDiTAttnProcessor:
@@ -98,13 +115,7 @@ class DAEDiTAttnProcessor:
         # The rotation is in float32; kernels want one dtype for all three.
         query = _rotate(_rms_norm(query), rotary).to(value.dtype)
         key = _rotate(_rms_norm(key), rotary).to(value.dtype)
-        if self._attention_backend is None and self._parallel_config is None and _trains_slowly_fused(query):
-            hidden_states = _attention(query, key, value)
-        else:
-            hidden_states = dispatch_attention_fn(
-                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-            )
-        return attn.out_proj(hidden_states.flatten(2))
+        return attn.out_proj(_attend(self, query, key, value).flatten(2))
 
 
 class DAEDiTAttention(nn.Module, AttentionModuleMixin):
@@ -126,6 +137,41 @@ class DAEDiTAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, rotary)
 
 
+class DAEDiTCrossAttnProcessor:
+    """Attention of `(B, N, dim)` to `(B, T, dim)`, through diffusers' dispatcher; `mask` `(B, 1, 1, T)` is true where there is text."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: "DAEDiTCrossAttention", hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        query = attn.q_proj(hidden_states).unflatten(-1, (attn.heads, attn.head_dim))
+        key, value = attn.kv_proj(text).unflatten(-1, (2, attn.heads, attn.head_dim)).unbind(2)
+        query, key = (_rms_norm(each).to(value.dtype) for each in (query, key))
+        return attn.out_proj(_attend(self, query, key, value, mask).flatten(2))
+
+
+class DAEDiTCrossAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention of the image's tokens to those of a text, RMS norm of query and key per head."""
+
+    _default_processor_cls = DAEDiTCrossAttnProcessor
+    _available_processors = [DAEDiTCrossAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.kv_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.set_processor(DAEDiTCrossAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return self.processor(self, hidden_states, text, mask)
+
+
 class DAEDiTFeedForward(nn.Module):
     """SwiGLU, `down(silu(gate) * up)`, with gate and up in one product. Source: Shazeer, 2020, 2002.05202."""
 
@@ -140,12 +186,16 @@ class DAEDiTFeedForward(nn.Module):
 
 
 class DAEDiTBlock(nn.Module):
-    """Attention and feed-forward, each behind a modulated RMS norm and a gate: `x + gate * f(norm(x) * scale + shift)`."""
+    """
+    Attention and feed-forward, each behind a modulated RMS norm and a gate: `x + gate * f(norm(x) * scale + shift)`. With text, between
+    them, attention to it: `x + f(norm(x), text)`.
+    """
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int):
+    def __init__(self, dim: int, heads: int, hidden_dim: int, has_text: bool = False):
         super().__init__()
         self.attn = DAEDiTAttention(dim, heads)
         self.ff = DAEDiTFeedForward(dim, hidden_dim)
+        self.cross_attn = DAEDiTCrossAttention(dim, heads) if has_text else None
 
     def forward(
         self,
@@ -154,23 +204,28 @@ class DAEDiTBlock(nn.Module):
         scale: torch.Tensor,
         gate: torch.Tensor,
         rotary: torch.Tensor,
+        text: torch.Tensor | None = None,  # (B, T, dim)
+        text_mask: torch.Tensor | None = None,  # (B, 1, 1, T)
     ) -> torch.Tensor:
         shift_attn, shift_ff = shift.unbind(1)
         scale_attn, scale_ff = scale.unbind(1)
         gate_attn, gate_ff = gate.unbind(1)
         attn_output = self.attn(torch.addcmul(shift_attn, _rms_norm(hidden_states), scale_attn), rotary)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attn_output)
+        if text is not None:
+            hidden_states = hidden_states + self.cross_attn(_rms_norm(hidden_states), text, text_mask)
         ff_output = self.ff(torch.addcmul(shift_ff, _rms_norm(hidden_states), scale_ff))
         return torch.addcmul(hidden_states, gate_ff, ff_output)
 
 
 class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     r"""
-    A diffusion transformer on latents of any height and width, conditioned on time and, optionally, on a class.
+    A diffusion transformer on latents of any height and width, conditioned on time and, optionally, on a class, a text or both.
 
     It is called like [`DiTTransformer2DModel`]. The differences are: RMS norm, QK norm, SwiGLU, 2-D rotary positions in addition to
     absolute ones, rectangular latents, and conditioning that is computed once per step, for all blocks in one product.
     Labels are never dropped inside: to train classifier-free guidance, replace labels of samples with `null_class`.
+    The tokens of a text come from an encoder outside; each block attends to them.
     A new model predicts zero, and each of its blocks is the identity (adaLN-Zero).
 
     Args:
@@ -187,6 +242,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         mlp_ratio (`float`, defaults to 4.0):
             Size of the feed-forward part. SwiGLU's hidden width is `2/3 * mlp_ratio * width`, rounded up to a multiple of
             32, so that it has as many weights as a plain MLP of this ratio.
+        cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states. `None`: the model takes no text.
 
     Raises:
         `ValueError`: If `attention_head_dim` is not a multiple of 4, or `sample_size` is not a multiple of `patch_size`.
@@ -198,7 +254,14 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DAEDiTBlock"]
     _repeated_blocks = ["DAEDiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "label_embed", "modulation", "proj_out"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "time_embed",
+        "label_embed",
+        "text_embed",
+        "modulation",
+        "proj_out",
+    ]
 
     @register_to_config
     def __init__(
@@ -212,6 +275,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         attention_head_dim: int = 64,
         num_classes: int | None = None,
         mlp_ratio: float = 4.0,
+        cross_attention_dim: int | None = None,
     ):
         super().__init__()
         if attention_head_dim % 4:
@@ -236,9 +300,11 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         # Shift, scale and gate for both parts of each block, then shift and scale of the last norm.
         self.modulation = nn.Linear(dim, (6 * num_layers + 2) * dim)
         self.transformer_blocks = nn.ModuleList(
-            DAEDiTBlock(dim, num_attention_heads, hidden_dim) for _ in range(num_layers)
+            DAEDiTBlock(dim, num_attention_heads, hidden_dim, cross_attention_dim is not None)
+            for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
+        self.text_embed = None if cross_attention_dim is None else PixArtAlphaTextProjection(cross_attention_dim, dim)
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -254,6 +320,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.proj_out.weight)
+        for block in self.transformer_blocks:
+            if block.cross_attn is not None:
+                nn.init.zeros_(block.cross_attn.out_proj.weight)
 
     @staticmethod
     def size_kwargs(name: str) -> dict[str, int]:
@@ -294,6 +363,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        *,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
         Predicts the velocity `noise - latents` (or whatever it was trained to predict) from noisy latents.
@@ -305,14 +377,20 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
                 Classes in [0, num_classes]; `num_classes`, or leaving it out, is the null class.
             return_dict (`bool`, defaults to `True`): Return a [`Transformer2DModelOutput`] rather than a tuple.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, T, cross_attention_dim)`, *optional*):
+                The text encoder's hidden states, for a model that takes text; for no text, those of the empty text.
+            encoder_attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                True or 1 for a token, at least one in each text; 0 for padding, which changes nothing. Default: all are tokens.
 
         Returns:
             [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, h, w)`.
 
         Raises:
-            `ValueError`: If a shape does not fit, or labels are given to an unconditional model.
+            `ValueError`: If a shape does not fit, labels are given to a model without classes or a text to one without text, or
+                if the text is missing.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
+        self._check_text(len(hidden_states), encoder_hidden_states, encoder_attention_mask)
         patch_size = self.config.patch_size
         batch_size, _, height, width = hidden_states.shape
         grid = (height // patch_size, width // patch_size)
@@ -336,13 +414,18 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         shift, scale, gate = blocks.view(batch_size, -1, 3, 2, 1, dim).unbind(2)  # each (B, num_layers, 2, 1, dim)
         shift_last, scale_last = last.view(batch_size, 2, 1, dim).unbind(1)
 
+        text = ()
+        if encoder_hidden_states is not None:
+            mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None]
+            text = (self.text_embed(_rms_norm(encoder_hidden_states.to(dtype))), mask)
+
         for block, *modulated in zip(
             self.transformer_blocks, shift.unbind(1), (1 + scale).unbind(1), gate.unbind(1), strict=True
         ):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *modulated, rotary)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *modulated, rotary, *text)
             else:
-                hidden_states = block(hidden_states, *modulated, rotary)
+                hidden_states = block(hidden_states, *modulated, rotary, *text)
 
         hidden_states = self.proj_out(torch.addcmul(shift_last, _rms_norm(hidden_states), 1 + scale_last))
         sample = F.pixel_shuffle(hidden_states.transpose(1, 2).unflatten(2, grid), patch_size)
@@ -379,4 +462,24 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)} and dtype {class_labels.dtype}, but must hold "
                 f"{batch_size} integers, one per sample."
+            )
+
+    def _check_text(self, batch_size: int, states: torch.Tensor | None, mask: torch.Tensor | None):
+        channels = self.config.cross_attention_dim
+        if channels is None and states is None:
+            return
+        if channels is None:
+            raise ValueError(
+                "`encoder_hidden_states` were given, but this transformer takes no text (`cross_attention_dim=None`). "
+                "Leave them out, or build it with `cross_attention_dim`."
+            )
+        if states is None or states.ndim != 3 or (len(states), states.shape[2]) != (batch_size, channels):
+            raise ValueError(
+                f"`encoder_hidden_states` are {'missing' if states is None else f'of shape {tuple(states.shape)}'}, but must "
+                f"be ({batch_size}, T, {channels}): the text encoder's hidden states. For no text, encode the empty text."
+            )
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"`encoder_attention_mask` has shape {tuple(mask.shape)}, but must be {tuple(states.shape[:2])}, a number "
+                "per token of `encoder_hidden_states`."
             )

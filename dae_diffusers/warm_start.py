@@ -20,7 +20,7 @@ from diffusers import (
 from dae_diffusers.autoencoders.loading import check_has_weights
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
-from dae_diffusers.latents.statistics import STATISTICS
+from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.take_over import LAYOUTS, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -179,13 +179,18 @@ class WarmStart:
             logger.info("the latents of %s came from another encoder: its samples mean nothing in these", self.name)
             return False
         before = dict(vae.config)
-        vae.register_to_config(**self.statistics)
+        set_statistics(vae, self.statistics)
         if any(vae.config[name] != before.get(name) for name in self.statistics):
             logger.info("latents are normalised as in %s, not as the config of `--vae` says", self.name)
         return True
 
     def continued(
-        self, sample_size: int, in_channels: int, patch_size: int, id2label: dict[int, str] | None
+        self,
+        sample_size: int,
+        in_channels: int,
+        patch_size: int,
+        id2label: dict[int, str] | None,
+        cross_attention_dim: int | None = None,
     ) -> ModelMixin:
         r"""
         The transformer to train: for these latents and classes, with the given weights. Says in the log what is not as before.
@@ -193,9 +198,10 @@ class WarmStart:
         Args:
             sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
             id2label (`dict[int, str]`, *optional*): Names of the classes; None without classes.
+            cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states; None without captions.
 
         Raises:
-            UserError: If the transformer cannot do without classes, and there are none.
+            UserError: If the transformer cannot do without classes, and there are none; or if it takes no text, and there are captions.
         """
         if self.is_resumed:  # it was made for these latents and classes
             return without_label_dropout(self.transformer)
@@ -204,12 +210,18 @@ class WarmStart:
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which needs classes, but the images have "
                 "none. Put them into a sub-folder, which is a class, or name their `label_column`."
             )
+        if cross_attention_dim is not None and isinstance(self.transformer, DiTTransformer2DModel):
+            raise UserError(
+                f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which takes no text. Leave `caption_column` and "
+                "`text_encoder` out, or start from a DAEDiTTransformer2DModel."
+            )
         self.transformer, changes = take_over(
             self.transformer,
             sample_size=sample_size,
             in_channels=in_channels,
             patch_size=patch_size,
             rows=self._rows(id2label),
+            cross_attention_dim=cross_attention_dim,
         )
         logger.info(
             "starting from the weights of %s, for %s: %s",

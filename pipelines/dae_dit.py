@@ -2,7 +2,8 @@
 Sampling from a diffusion transformer in the latent space of an autoencoder.
 
 The whole pipeline is this one file, which needs torch and diffusers only: `save_pretrained` puts it into the model's
-folder as `pipeline.py`, so that what we publish runs without our package.
+folder as `pipeline.py`, so that what we publish runs without our package. The pipelines that are made from it (`dae_dit_*.py`)
+are put beside it.
 """
 
 import copy
@@ -15,17 +16,19 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
+FAMILY = "dae_dit"  # this file's name in our package; pipelines made from it lie beside it and begin with it
 DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
@@ -38,20 +41,21 @@ FLOW_SCHEDULERS = (
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
 )
+DEFAULT_TOKENS = 512  # of a text, for an encoder that takes any number
 
 
 class DAEDiTPipeline(DiffusionPipeline):
     r"""
-    Generates images with a diffusion transformer in the latent space of an autoencoder, by class or without classes.
+    Generates images with a diffusion transformer in the latent space of an autoencoder, by class, from text, or without either.
 
     It does everything that [`DiTPipeline`] does, and returns the same images for the same weights, DDIM, seed and steps. In
-    addition it supports any number of classes or none, class names, flow matching and the usual schedulers, rectangular images,
+    addition it supports any number of classes or none, class names, prompts, flow matching and the usual schedulers, rectangular images,
     guidance over part of the noise levels, autoencoders with latent statistics, and grayscale. To decode many or large
     images in little memory, call `pipe.vae.enable_slicing()` or `pipe.vae.enable_tiling()`.
 
     Args:
         transformer ([`DAEDiTTransformer2DModel`] or [`DiTTransformer2DModel`]): Predicts from normalised latents.
-        vae ([`AutoencoderKL`] or [`VQModel`]): Decodes latents.
+        vae ([`ModelMixin`]): Decodes latents: [`AutoencoderKL`], [`VQModel`], or any other of diffusers' autoencoders of images.
         scheduler ([`SchedulerMixin`]):
             For flow matching or diffusion, as the transformer was trained. For flow matching, solvers that support it
             ([`DPMSolverMultistepScheduler`], [`UniPCMultistepScheduler`]) are set up for it, with the `shift` of the
@@ -65,14 +69,17 @@ class DAEDiTPipeline(DiffusionPipeline):
         is_flow_matching (`bool`, *optional*):
             Whether the transformer predicts the velocity of flow matching, and not noise or the like. Default: true for
             a [`DAEDiTTransformer2DModel`]; for any other transformer the scheduler given here decides.
+        tokenizer, text_encoder (*optional*):
+            Of transformers, for a transformer that takes text. Without them, give `prompt_embeds`.
 
     Raises:
-        `ValueError`: If the transformer and the autoencoder differ in latent channels, or the scheduler cannot sample
-            what the transformer predicts.
+        `ValueError`: If the transformer and the autoencoder differ in latent channels, the transformer and the text encoder in the
+            channels of a token, or the scheduler cannot sample what the transformer predicts.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    _optional_components = ["tokenizer", "text_encoder"]
 
     def __init__(
         self,
@@ -82,6 +89,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
         value_range: list[float] | None = None,
         is_flow_matching: bool | None = None,
+        tokenizer: Callable | None = None,
+        text_encoder: torch.nn.Module | None = None,
     ):
         super().__init__()
         known = _settings_of(transformer)
@@ -91,7 +100,9 @@ class DAEDiTPipeline(DiffusionPipeline):
         if is_flow_matching is None:
             is_flow_matching = _is_named(transformer, TRANSFORMER) or _is_for_flow_matching(scheduler)
         self.is_flow_matching = is_flow_matching
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder
+        )
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
         self.value_range = value_range
@@ -99,13 +110,20 @@ class DAEDiTPipeline(DiffusionPipeline):
             id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching
         )
         known.update(id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching)
-        latent_channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels  # a VQModel's codes may differ
-        if latent_channels != transformer.config.in_channels:
+        shape = autoencoder_shape(vae.config)
+        if shape.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
-                f"{latent_channels}. Use the autoencoder that the transformer was trained with."
+                f"{shape.latent_channels}. Use the autoencoder that the transformer was trained with."
             )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if self.takes_text and text_encoder is not None:
+            width = text_encoder.config.hidden_size
+            if width != transformer.config.cross_attention_dim:
+                raise ValueError(
+                    f"The text encoder gives {width} channels a token, and the transformer takes "
+                    f"{transformer.config.cross_attention_dim}. Use the text encoder that it was trained with."
+                )
+        self.vae_scale_factor = shape.factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -135,8 +153,8 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
-        Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline and of a transformer that
-        is not diffusers' own, so that the folder or repository loads where only diffusers is installed:
+        Saves like [`DiffusionPipeline.save_pretrained`], and adds the code of this pipeline, of those made from it, and of a
+        transformer that is not diffusers' own, so that the folder or repository loads where only diffusers is installed:
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`.
 
         Args:
@@ -151,9 +169,13 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`vae` is a {type(self.vae).__name__}, whose code cannot be saved in the folder. "
                 "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
             )
+        if (
+            type(self).__module__.rpartition(".")[2].startswith(f"{FAMILY}_")
+        ):  # a model's folder is the same, whichever pipeline saves it
+            return DAEDiTPipeline(**self.components).save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, folder / PIPELINE_FILE)
+        _save_code(folder)
         transformer_class = type(unwrap_module(self.transformer))
         if transformer_class.__module__.partition(".")[0] not in ("diffusers", "__main__"):
             # diffusers looks for the code under the module's full name. Code that came with a model goes back as it came.
@@ -225,6 +247,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         return config.get("num_classes", config.get("num_embeds_ada_norm"))
 
     @property
+    def takes_text(self) -> bool:
+        """Whether the transformer attends to a text."""
+        return self.transformer.config.get("cross_attention_dim") is not None
+
+    @property
     def labels(self) -> dict[str, int]:
         """Every class name and its id, sorted by name. If classes share a name, the last one counts."""
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
@@ -283,6 +310,50 @@ class DAEDiTPipeline(DiffusionPipeline):
             f"{', '.join(names[name] for name in nearest)}. All are in `pipe.labels`."
         )
 
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        The hidden states of texts, for the transformer. What is given as embeddings is not encoded.
+
+        Args:
+            prompt, negative_prompt (`str` or sequence of `str`, *optional*): Texts; without one, the empty text.
+            num_images_per_prompt (`int`, defaults to 1): Each text is repeated so often.
+            device (`torch.device`, *optional*): Where the result goes; default: where the pipeline computes.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): Instead of the texts.
+            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 for a token, 0 for padding; default: all are tokens.
+
+        Returns:
+            `tuple` of four: `prompt_embeds` `(B, T, D)` and `prompt_embeds_mask` `(B, T)` bool, and the same of the negative prompt,
+            which are `None` without a text encoder.
+        """
+        device = self._execution_device if device is None else device
+        encoded = []
+        for text, embeds, mask in (
+            (prompt, prompt_embeds, prompt_embeds_mask),
+            (negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask),
+        ):
+            if embeds is None and self.text_encoder is not None:
+                texts = [text or ""] if text is None or isinstance(text, str) else list(text)
+                embeds, mask = encode_texts(self.tokenizer, self.text_encoder, texts)
+            if embeds is not None:
+                mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+                embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, 0)
+                mask = mask.to(device).bool().repeat_interleave(num_images_per_prompt, 0)
+            encoded += [embeds, mask]
+        return tuple(encoded)
+
     @property
     def guidance_scale(self) -> float:
         """Guidance of the call under way."""
@@ -296,14 +367,21 @@ class DAEDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Iterable[int | str] | None = None,
+        prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
         guidance_scale: float = 4.0,
         *,
+        class_labels: int | str | Iterable[int | str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 50,
         height: int | None = None,
         width: int | None = None,
         num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "numpy", "pt", "latent"] = "pil",
@@ -315,19 +393,26 @@ class DAEDiTPipeline(DiffusionPipeline):
         Generates images.
 
         Args:
-            class_labels (`int`, `str` or an iterable of both, *optional*):
-                Class ids and names, see `get_label_ids`. Without them, a conditional model generates with its null class
-                and without guidance. An unconditional model takes none.
+            prompt (`str` or sequence of `str`, *optional*):
+                Texts, for a transformer that takes text; without them, the empty text. For any other transformer the first argument
+                is `class_labels`.
             guidance_scale (`float`, defaults to 4.0):
                 Classifier-free guidance, `unconditional + guidance_scale * (conditional - unconditional)` on all latent
                 channels. At 1 and below there is no guidance, which halves the work.
+            class_labels (`int`, `str` or an iterable of both, *optional*):
+                Class ids and names, see `get_label_ids`. Without them, a model with classes generates with its null class. A model
+                without classes takes none. With neither labels nor prompts there is no guidance.
+            negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from; default: the empty text.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): As from `encode_prompt`.
+            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(B, T)`, *optional*): As in `encode_prompt`.
             guidance_interval (pair of `float`, defaults to (0.0, 1.0)):
                 Noise levels with guidance, from 0 (clean) to 1 (noise), bounds included: sigma for flow
                 matching, else timestep / number of training timesteps. Source: Kynkäänniemi et al., 2024,
                 https://huggingface.co/papers/2404.07724.
             num_inference_steps (`int`, defaults to 50): Steps of the scheduler.
             height, width (`int`, *optional*): Image size in pixels; by default what the transformer was trained on.
-            num_images_per_label (`int`, defaults to 1): Images per label, next to each other in the result.
+            num_images_per_label (`int`, defaults to 1): Images per label or prompt, next to each other in the result.
+            num_images_per_prompt (`int`, *optional*): The same, under the name that diffusers has for it.
             generator (`torch.Generator` or `list` of them, *optional*):
                 Source of all noise. With a list of one per image, an image does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to start from.
@@ -341,7 +426,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 Names of the tensors it gets, out of `_callback_tensor_inputs`.
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: `images`, in the order of the labels.
+            [`ImagePipelineOutput`] or `tuple`: `images`, in the order of the labels or prompts.
 
         Raises:
             `ValueError`: If an argument does not fit the models or the other arguments.
@@ -349,9 +434,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         Example:
             ```py
             pipe = DAEDiTPipeline.from_pretrained("user/my-model").to("cuda")
-            image = pipe("cat", generator=torch.Generator().manual_seed(0)).images[0]
+            image = pipe("cat", generator=torch.Generator().manual_seed(0)).images[0]  # a class, or from text: "a cat"
             ```
         """
+        if num_images_per_prompt is not None:
+            num_images_per_label = num_images_per_prompt
         self._check_choices(guidance_interval, num_inference_steps, num_images_per_label, output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -359,8 +446,26 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but must be out of "
                 f"{self._callback_tensor_inputs}."
             )
+        if class_labels is None and not self.takes_text and self.null_class is not None:
+            class_labels, prompt = prompt, None
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+        texts = {
+            name: list(value) if isinstance(value, list | tuple) else [value]
+            for name, value in texts.items()
+            if value is not None
+        }
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        texts |= {name: value for name, value in embeds.items() if value is not None}
+        has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
+        self._check_texts(texts, class_labels, is_guided=has_condition and guidance_scale > 1)
         label_ids = self._resolve_labels(class_labels)
-        batch_size = len(label_ids) * num_images_per_label
+        counts = {name: len(value) for name, value in {"class_labels": label_ids, **texts}.items()}
+        count = max(counts.values())
+        if set(counts.values()) - {1, count}:
+            raise ValueError(
+                f"`{'`, `'.join(counts)}` number {list(counts.values())}; give as many of each, or one for all."
+            )
+        batch_size = count * num_images_per_label
         self._check_generators(generator, batch_size)
         shape = (batch_size, *self._latent_shape(height, width, latents))
         device = self._execution_device
@@ -375,18 +480,30 @@ class DAEDiTPipeline(DiffusionPipeline):
         else:
             latents = latents.to(device, torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        latents, timesteps = self._begin(latents)
         self._num_timesteps = len(timesteps)
         noise_levels = [level / self.scheduler.config.num_train_timesteps for level in timesteps.tolist()]
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # set_timesteps may change it
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
-        conditional = unconditional = None  # labels
+        conditional, unconditional = {}, {}  # arguments of the transformer
+        if self.takes_text:
+            masks = {
+                "prompt_embeds_mask": prompt_embeds_mask,
+                "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+            }
+            encoded = self.encode_prompt(**texts, **masks, device=device)
+            conditional, unconditional = _as_wide(
+                *({} if part is None else _text_arguments(part, mask) for part, mask in (encoded[:2], encoded[2:]))
+            )
         if self.null_class is not None:
-            conditional = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)
-            unconditional = torch.full_like(conditional, self.null_class)
+            conditional["class_labels"] = torch.tensor(label_ids, device=device)
+            unconditional["class_labels"] = torch.tensor([self.null_class], device=device)
+        for arguments in (conditional, unconditional):
+            for name, value in arguments.items():
+                repeats = batch_size if len(value) == 1 else num_images_per_label
+                arguments[name] = value.repeat_interleave(repeats, 0)
         low, high = guidance_interval
         self._guidance_scale = guidance_scale  # a callback may change it
 
@@ -395,10 +512,9 @@ class DAEDiTPipeline(DiffusionPipeline):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
-                if class_labels is not None and self.guidance_scale > 1 and low <= noise_level <= high:
-                    prediction, baseline = self._predict(
-                        torch.cat((model_input, model_input)), timestep, torch.cat((conditional, unconditional))
-                    ).chunk(2)
+                if has_condition and self.guidance_scale > 1 and low <= noise_level <= high:
+                    both = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
+                    prediction, baseline = self._predict(torch.cat((model_input, model_input)), timestep, both).chunk(2)
                     channels = latents.shape[1]  # without the variance, where the transformer predicts it
                     guided = baseline + self.guidance_scale * (prediction - baseline)
                     prediction = torch.cat((guided[:, :channels], prediction[:, channels:]), dim=1)
@@ -432,12 +548,13 @@ class DAEDiTPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: As in `raw_latents`.
         """
-        return self.vae.decode(self.raw_latents(latents).to(self.vae.dtype)).sample
+        images = self.vae.decode(self.raw_latents(latents).to(self.vae.dtype)).sample
+        return 2 * images - 1 if is_representation_autoencoder(self.vae.config) else images
 
     def raw_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Normalised latents as `vae.decode` takes them: `latents * latents_std / scaling_factor + latents_mean` if the
-        autoencoder's config has statistics, else `latents / scaling_factor + shift_factor`.
+        autoencoder's config has statistics, else `latents / scaling_factor + shift_factor`. An `AutoencoderRAE` does that itself.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): As the transformer knows them.
@@ -451,6 +568,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         latents = latents.float()
+        if is_representation_autoencoder(config):
+            return latents
         if mean is None and std is None:
             return latents / config.get("scaling_factor", 1.0) + (config.get("shift_factor") or 0.0)
         counts = [None if values is None else len(values) for values in (mean, std)]
@@ -462,10 +581,18 @@ class DAEDiTPipeline(DiffusionPipeline):
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return latents * std / config.get("scaling_factor", 1.0) + mean
 
-    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents of the first step, from standard normal noise, and the timesteps that remain; `set_timesteps` came before."""
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0), self.scheduler.timesteps
+
+    def _predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The transformer's float32 output, with the variance only if the scheduler wants it."""
         prediction = self.transformer(
-            latents.to(self.transformer.dtype), timestep=timestep.expand(len(latents)), class_labels=labels
+            latents.to(self.transformer.dtype),
+            timestep=timestep.expand(len(latents)),
+            **{"class_labels": None, **arguments},
         ).sample.float()
         channels = latents.shape[1]
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
@@ -483,7 +610,9 @@ class DAEDiTPipeline(DiffusionPipeline):
     def _check_output(self, output_type: str):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
-        channels = self.vae.config.out_channels
+        channels = self.vae.config.get(
+            "out_channels", self.vae.config.get("in_channels", 3)
+        )  # not all classes have either
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
                 f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "
@@ -513,6 +642,38 @@ class DAEDiTPipeline(DiffusionPipeline):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
         self._check_output(output_type)
+
+    def _check_texts(self, texts: dict[str, Sequence], class_labels, *, is_guided: bool):
+        """Raises `ValueError` for texts that the models cannot take, or if they need texts that are missing."""
+        if not self.takes_text:
+            if texts:
+                kind = "is unconditional" if self.null_class is None else "draws by class (`class_labels`)"
+                raise ValueError(
+                    f"`{next(iter(texts))}` was given, but this pipeline {kind}: its transformer takes no text. Leave it out."
+                )
+            return
+        if class_labels is not None and self.null_class is None:
+            raise ValueError(
+                f"`class_labels` is {class_labels!r}, but this pipeline has no classes. Say it in words: `prompt`."
+            )
+        for name in ("prompt", "negative_prompt"):
+            if name in texts and f"{name}_embeds" in texts:
+                raise ValueError(f"`{name}` and `{name}_embeds` were given; leave one of them out.")
+            if name in texts and self.text_encoder is None:
+                raise ValueError(
+                    f"`{name}` was given, but this pipeline has no `text_encoder`. Load it with one, or pass `{name}_embeds`."
+                )
+            if name in texts and not (texts[name] and all(isinstance(text, str) for text in texts[name])):
+                raise ValueError(
+                    f"`{name}` is {texts[name]!r}, but must be one or more texts; classes are `class_labels`."
+                )
+        needed = ["prompt_embeds", *(["negative_prompt_embeds"] if is_guided else [])]
+        missing = [name for name in needed if name not in texts and self.text_encoder is None]
+        if missing:
+            raise ValueError(
+                f"this pipeline has no `text_encoder`, so it needs `{'` and `'.join(missing)}`: hidden states of "
+                "the text encoder that the transformer was trained with."
+            )
 
     def _resolve_labels(self, class_labels: int | str | Iterable[int | str] | None) -> list[int | None]:
         """One id per label; without labels, only the null class (`None` if the transformer is unconditional)."""
@@ -549,6 +710,82 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"Use {min(height, width)} x {min(height, width)}."
             )
         return config.in_channels, height // factor, width // factor
+
+
+class AutoencoderShape(NamedTuple):
+    """
+    What an autoencoder takes and gives, whatever its class.
+
+    Attributes:
+        image_channels, latent_channels (`int`): For a `VQModel` the dimension of its codes.
+        factor (`int`): Pixels of the image per latent pixel, along a side.
+        side (`int` or pair, *optional*): Pixels of the images that it was trained on, where its config tells.
+    """
+
+    image_channels: int
+    latent_channels: int
+    factor: int
+    side: int | Sequence[int] | None
+
+
+def autoencoder_shape(config: Mapping) -> AutoencoderShape:
+    """The shape of one of diffusers' autoencoders, by its config."""
+    if is_representation_autoencoder(config):
+        factor = config["patch_size"]  # of the decoder
+        side = config["encoder_input_size"] // config["encoder_patch_size"] * factor
+        return AutoencoderShape(config.get("num_channels", 3), config["encoder_hidden_size"], factor, side)
+    names = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+    widths = next((config[name] for name in names if config.get(name)), ())
+    factor = config.get("spatial_compression_ratio") or 2 ** max(0, len(widths) - 1)
+    channels = config.get("vq_embed_dim") or config.get("latent_channels")
+    return AutoencoderShape(config.get("in_channels"), channels, factor, config.get("sample_size"))
+
+
+def is_representation_autoencoder(config: Mapping) -> bool:
+    """Whether this is the config of an `AutoencoderRAE`: it normalises its latents itself, and its images are in [0, 1]."""
+    return "encoder_hidden_size" in config and "encoder_input_size" in config
+
+
+def encode_texts(
+    tokenizer: Callable, text_encoder: torch.nn.Module, texts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The last hidden states of texts.
+
+    Args:
+        tokenizer, text_encoder: Of transformers.
+        texts (sequence of `str`): What is longer than the encoder takes is cut off.
+
+    Returns:
+        `tuple`: hidden states `(B, T, D)` and mask `(B, T)` bool, true for tokens; padding is on the right, and each text has a token.
+    """
+    ids = tokenizer(list(texts), truncation=True, max_length=token_limit(tokenizer, text_encoder)).input_ids
+    ids = [torch.tensor(each or [0]) for each in ids]  # a tokenizer without marks makes nothing of the empty text
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    device = text_encoder.device
+    states = text_encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+    return states, mask.to(device).bool()
+
+
+def token_limit(tokenizer: Callable, text_encoder: torch.nn.Module) -> int:
+    r"""How many tokens of a text count."""
+    limits = (tokenizer.model_max_length, text_encoder.config.to_dict().get("max_position_embeddings"))
+    known = [limit for limit in limits if limit is not None and limit < 10**6]  # a huge number stands for none
+    return min(known, default=DEFAULT_TOKENS)
+
+
+def _text_arguments(embeds: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def _as_wide(*arguments: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Texts of the transformer's arguments, padded to the same number of tokens."""
+    width = max(each["encoder_attention_mask"].shape[1] for each in arguments if each)
+    return [
+        {name: F.pad(value, (0, 0) * (value.ndim - 2) + (0, width - value.shape[1])) for name, value in each.items()}
+        for each in arguments
+    ]
 
 
 def _settings_of(model: torch.nn.Module) -> dict:
@@ -651,6 +888,16 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
         "`pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`, without further options; for a "
         "transformer that was trained for diffusion, make the pipeline with `is_flow_matching=False`."
     )
+
+
+def _save_code(folder: Path) -> None:
+    """Puts this file into a model's folder, and the pipelines beside it, which import it there under its name there."""
+    shutil.copyfile(__file__, folder / PIPELINE_FILE)
+    for path in Path(__file__).parent.glob(f"{FAMILY}_*.py"):
+        code = path.read_text(encoding="utf-8").replace(
+            f"from {PACKAGE}.pipelines.{FAMILY} ", f"from .{PIPELINE_FILE[:-3]} "
+        )
+        (folder / path.name).write_text(code.replace(f"from {PACKAGE}.pipelines.", "from ."), encoding="utf-8")
 
 
 def _name_code_of(pipeline: DiffusionPipeline) -> None:

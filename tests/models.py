@@ -4,13 +4,23 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, VQModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, VQModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    DPRConfig,
+    DPRQuestionEncoder,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTModel,
 )
@@ -59,6 +69,10 @@ def make_vq_model(quantizer: str = "ema_l2", auxiliary_decoder_type: str = "drop
     return DAEVQModel(**config, auxiliary_decoder_type=auxiliary_decoder_type)
 
 
+def make_video_autoencoder() -> AutoencoderKLWan:
+    return AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+
+
 def save_backbone(folder: Path, kind: str) -> str:
     """Saves a vision model and its image processor: `resnet`, `vit`, or a ResNet `classifier` of three classes."""
     torch.manual_seed(0)
@@ -83,6 +97,44 @@ def save_backbone(folder: Path, kind: str) -> str:
         "image_std": std,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)
+
+
+def save_tokenizer(folder: Path, *, marks: bool = True) -> None:
+    """A tokenizer of ten words, with a mark at both ends of a text or without."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"a red green blue apple cat dog big small picture".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if marks:
+        ends = [("[CLS]", 2), ("[SEP]", 3)]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=8, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+def save_text_encoder(folder: Path, kind: str = "bert", *, marks: bool = True) -> str:
+    """Saves a text encoder of 16 channels with random weights, and its tokenizer: `bert`, `clip`, `t5`, or `dpr`, which gives no tokens."""
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": 14,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    if kind == "clip":
+        halves = {
+            "text_config": {**size, "eos_token_id": 3},
+            "vision_config": {**size, "image_size": 8, "patch_size": 4},
+        }
+        model = CLIPModel(CLIPConfig(**halves, projection_dim=8))
+    elif kind == "t5":
+        model = T5EncoderModel(T5Config(vocab_size=14, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    else:
+        model = BertModel(BertConfig(**size)) if kind == "bert" else DPRQuestionEncoder(DPRConfig(**size))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, marks=marks)
     return str(folder)
 
 

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import (
-    AutoencoderTiny,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
@@ -22,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
-from models import make_autoencoder, save_backbone
+from models import make_autoencoder, make_video_autoencoder, save_backbone
 from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -451,13 +450,13 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
 def test_autoencoder_of_a_pipeline_is_one_that_can_be_measured(pipeline):
     assert autoencoder_of(pipeline) is pipeline.vae
     assert autoencoder_of(Painter(DDPMScheduler())) is None
-    assert autoencoder_of(SimpleNamespace(components={"vae": AutoencoderTiny()})) is None
+    assert autoencoder_of(SimpleNamespace(components={"vae": make_video_autoencoder()})) is None
 
 
 @pytest.mark.parametrize("subfolder", ["", "vae"])
 def test_autoencoders_of_another_class_are_refused(tmp_path, subfolder):
-    AutoencoderTiny().save_pretrained(tmp_path / subfolder)
-    with pytest.raises(UserError, match="its class is AutoencoderTiny"):
+    make_video_autoencoder().save_pretrained(tmp_path / subfolder)
+    with pytest.raises(UserError, match="its class AutoencoderKLWan cannot encode and decode images"):
         load_autoencoder(str(tmp_path))
 
 

@@ -149,6 +149,7 @@ def test_repository_holds_what_is_promised(published, trained):
     assert weights <= published.keys()
     assert published.keys() - weights == {
         *("README.md", "model_index.json", "pipeline.py", "metrics.json"),
+        *("dae_dit_img2img.py", "dae_dit_inpaint.py", "dae_dit_interpolate.py"),
         *("vae/config.json", "scheduler/scheduler_config.json"),
         *("transformer/config.json", "transformer/dae_diffusers.transformer_dae_dit.py"),
         *("images/samples.png", "images/reconstructions.png"),
@@ -401,6 +402,9 @@ except ValueError as error:
     assert "trust_remote_code" in str(error), error
 else:
     raise SystemExit("loaded untrusted code")
+pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline="dae_dit_inpaint", trust_remote_code=True)
+images = torch.zeros(1, 3, pipe.transformer.config.sample_size * pipe.vae_scale_factor, 8)
+assert torch.equal(pipe.prepare_images(images, *images.shape[2:]), images)
 pipe = DiffusionPipeline.from_pretrained(
     repo, custom_pipeline=repo, trust_remote_code=True, variant="fp16", torch_dtype=torch.float16, revision="main"
 )

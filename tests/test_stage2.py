@@ -23,9 +23,11 @@ from scripts import (
     start,
     weights,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from dae_diffusers import DAEAsymmetricAutoencoderKL, DAEAsymmetricVQModel, DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.autoencoders.loading import encode_moments, load_autoencoder
+from dae_diffusers.autoencoders.settings import AutoencoderConfig
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
@@ -42,6 +44,7 @@ KINDS = {
     "kl": ("", train_dit, TINY_DIT, DAEDiTPipeline, TRANSFORMER),
     "vq": (VQ, train_vqgan_prior, TINY_PRIOR, DAEVQGANPipeline, PRIOR),
 }
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 LARGER = " --decoder_block_out_channels 8 16 --decoder_layers_per_block 2"
 CLASSES = {"kl": (DAEAsymmetricAutoencoderKL, AutoencoderKL), "vq": (DAEAsymmetricVQModel, VQModel)}
 
@@ -261,6 +264,33 @@ def test_size_of_the_decoder_leaves_the_weights_of_stage_one_as_they_are(make):
     assert resized.decoder_sizes == other.decoder_sizes == sizes and not mirror.is_asymmetric
 
 
+@pytest.mark.parametrize(("decoder", "faster"), [("small", 3), ("tiny", 14)])
+def test_small_decoders_cost_a_fraction_for_every_encoder(decoder, faster):
+    """Counted in multiplications, for the encoders of the recipes for photographs; several channels share a group."""
+    for widths in ((64, 128, 128), (64, 128, 128, 128), (128, 256, 512, 512)):
+        costs = []
+        for sizes in ({}, AutoencoderConfig(decoder=decoder).decoder_sizes(widths)):
+            config = {name: (kind,) * len(widths) for name, kind in BLOCKS.items()}
+            with torch.device("meta"):
+                vae = DAEAsymmetricAutoencoderKL(**config, block_out_channels=widths, **sizes)
+            norms = [module for module in vae.decoder.modules() if isinstance(module, torch.nn.GroupNorm)]
+            assert not sizes or all(norm.num_channels >= 4 * norm.num_groups for norm in norms)
+            with FlopCounterMode(display=False) as counter:
+                vae.decode(torch.empty(1, 4, 16, 16, device="meta"))
+            costs.append(counter.get_total_flops())
+        assert costs[0] > faster * costs[1]
+
+
+def test_tiny_decoder_serves_the_latents_of_the_same_encoder(stage1, image_folder, tmp_path, pixel_values):
+    flags = {"train_data_dir": image_folder, "output_dir": tmp_path, "stage1_dir": stage1["kl"]}
+    run(train_dae, f"{TINY_DAE} --stage 2 --decoder tiny", **flags)
+    vae = load_autoencoder(str(tmp_path))
+    assert (vae.config.decoder_layers_per_block, vae.config.decoder_norm_num_groups) == (0, 2)
+    assert vae.decoder.conv_norm_out.num_groups == 2 and len(vae.decoder.up_blocks[0].resnets) == 1
+    early = GrowingAutoencoder(str(stage1["kl"]), Path(), torch.device("cpu")).vae
+    assert torch.equal(encode_moments(vae, pixel_values)[0], encode_moments(early, pixel_values)[0])
+
+
 def test_warm_start_takes_what_fits_a_deeper_decoder_and_says_what_does_not():
     model = make_autoencoder("same", decoder_layers_per_block=2)
     said = model.start_decoder_from_auxiliary()
@@ -287,6 +317,8 @@ def test_decoder_of_another_size_starts_from_a_published_autoencoder_where_it_fi
         ("--decoder_block_out_channels 8", "as many widths as the encoder has resolutions: 3"),
         ("--decoder_block_out_channels 8 8 9", r"multiples of `--norm_num_groups` 8; \[9\] are not"),
         ("--stage 3 --pipeline x --decoder_layers_per_block 1", "dae-diffusers assemble"),
+        ("--stage 3 --pipeline x --decoder tiny", "dae-diffusers assemble"),
+        ("--decoder tiny --decoder_layers_per_block 1", "`--decoder tiny` chooses the decoder's size"),
     ],
 )
 def test_impossible_decoders_are_refused(flags, message, capsys):

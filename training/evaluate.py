@@ -53,6 +53,7 @@ from dae_diffusers.metrics.sampling import (
     image_sides,
     load_pipeline,
     prompts_of,
+    prompts_of_images,
     say_duration,
 )
 from dae_diffusers.metrics.statistics import reference_statistics
@@ -99,8 +100,11 @@ def main(config: EvaluateConfig) -> None:
         train, validation = load_images(
             config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
         )
-    sampler = None if pipeline is None else Sampler(pipeline, prompts_of(config.sampling.prompt, train.id2label))
     config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
+    prompts = {"prompts": prompts_of(config.sampling.prompt, train.id2label)}
+    if train.captions is not None and config.sampling.prompt is None:
+        prompts = prompts_of_images(train, config.sampling.num_images)
+    sampler = None if pipeline is None else Sampler(pipeline, **prompts)
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)
 
@@ -291,14 +295,15 @@ def evaluate_samples(
             folder=folder / "parts",
             of=["generation", *(evaluation_inputs(vae, images, extractor) for images in (train, some)), drawn],
         )
-        given = {name: value for name, value in settings.given().items() if name != "prompts"}
+        given = {name: value for name, value in settings.given().items() if name not in ("prompts", "classes")}
         rows.append(given | compared["metrics"])
         every.append(samples)
         if accelerator.is_main_process:
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
             id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
-            names = [id2label[label] for label in sorted(id2label)] if settings.label_sampling == "balanced" else None
+            is_by_class = settings.label_sampling == "balanced" and train.captions is None
+            names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
             save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]), names)
     return rows, every, (reference, features, reconstruction_features)
 
@@ -345,6 +350,7 @@ def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSetti
             config.sampling.label_sampling,
             config.evaluation.seed,
             prompts=sampler.prompts,
+            classes=sampler.classes,
             **of_codes,
         )
         for chosen in itertools.product(*sweep)

@@ -129,9 +129,9 @@ class TrainDAEConfig:
             raise ConfigError(
                 "`dry_run` does not go with `stage 3`, which first draws a pool. Its log says how long the steps take."
             )
-        if self.autoencoder.decoder_sizes():
+        if self.autoencoder.decoder_sizes([8]):
             raise ConfigError(
-                "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder_block_out_channels` and "
+                "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder`, `decoder_block_out_channels` and "
                 "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
             )
         if self.data.streaming:
@@ -180,9 +180,13 @@ class TransformerConfig:
     attention_head_dim: int | None = field(
         None, "width of a head; default: that of `--model`", at_least=1, advanced=True
     )
+    text_encoder: str | None = field(None, "draw from the captions: a text encoder of transformers (Hub id or folder)")
+    text_encoder_dtype: Literal["float32", "float16", "bfloat16"] = field(
+        "float32", "data type of the text encoder and of its hidden states", advanced=True
+    )
     class_dropout_prob: float = field(
         0.1,
-        "share of samples whose label is dropped, for guidance",
+        "share of samples without label and caption, for guidance",
         at_least=0,
         below=1,
         hint="for a model without classes, use `label_column none`",
@@ -199,6 +203,21 @@ class TransformerConfig:
         if self.attention_head_dim is not None and self.attention_head_dim % 4:
             raise ConfigError(
                 f"`attention_head_dim` is {self.attention_head_dim}, but must be a multiple of 4 (rotary positions)."
+            )
+
+    def check_captions(self, data: DataConfig) -> None:
+        """Raises `ConfigError` unless captions and what encodes them are both given, with images that have them, or neither."""
+        given = {"caption_column": data.caption_column, "text_encoder": self.text_encoder}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == 1:
+            (other,) = given.keys() - missing
+            raise ConfigError(
+                f"`{other}` needs `{missing[0]}`: a transformer draws from captions that a text encoder has encoded. Give both or neither."
+            )
+        if not missing and not data.has_source:
+            raise ConfigError(
+                "`caption_column` needs the images' data set, because a latent cache holds no captions: give it beside `latent_cache` "
+                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
             )
 
     @property
@@ -328,6 +347,7 @@ class TrainDiTConfig:
         elif data.streaming:
             raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
         check_monitor(self.monitor, data)
+        self.transformer.check_captions(data)
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
         if None not in (layer, num_layers) and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
@@ -417,6 +437,10 @@ class TrainPriorConfig:
             )
         if self.data.streaming:
             raise ConfigError("`streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
+        if self.data.caption_column is not None:
+            raise ConfigError(
+                "`caption_column` does not go with train_vqgan_prior.py, which draws by class: use train_dit.py."
+            )
         check_monitor(self.monitor, self.data)
 
 
@@ -670,7 +694,7 @@ SCRIPTS = {
 }
 
 # Settings that name a folder or something on the Hub, which has one slash at most.
-_PLACES = ("vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path")
+_PLACES = ("vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "text_encoder")
 
 
 def check_paths(config: Any) -> None:

@@ -44,16 +44,18 @@ from dae_diffusers.latents.statistics import (
     has_latent_statistics,
     moments_of,
     normalize_latents,
+    set_statistics,
     write_latent_statistics,
 )
 from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.monitor import SampleDistance
-from dae_diffusers.metrics.sampling import SampleSettings
+from dae_diffusers.metrics.sampling import SampleSettings, prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.sizes import height_and_width
+from dae_diffusers.text import TEXT_ARGUMENTS, Captions
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 from dae_diffusers.warm_start import WarmStart
@@ -71,10 +73,12 @@ def main(config: TrainDiTConfig) -> None:
     origin = find_origin(run)
     architecture = architecture_of(config, origin)
     objective, scheduler = make_objective(config, origin)
-    train_data, validation_data, training_images = load_data(run, vae, architecture["patch_size"])
+    (train_data, validation_data), images = load_data(run, vae, architecture["patch_size"])
+    training_images = None if images is None else images[0]
+    captions = encode_captions(run, images)
     size = size_of_latents(config.data, vae)
     statistics = measure_statistics(run, vae, train_data, origin)
-    transformer = make_transformer(origin, architecture, vae, train_data, size)
+    transformer = make_transformer(origin, architecture, vae, train_data, size, captions)
     pipeline_of = partial(
         DAEDiTPipeline,
         vae=vae,
@@ -82,6 +86,7 @@ def main(config: TrainDiTConfig) -> None:
         id2label=train_data.id2label,
         value_range=train_data.value_range,
         is_flow_matching=isinstance(objective, FlowMatching),
+        **({} if captions is None else {"tokenizer": captions.tokenizer, "text_encoder": captions.model}),
     )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -92,12 +97,12 @@ def main(config: TrainDiTConfig) -> None:
         config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
     )
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
-    plan = {"pretrained_model_name_or_path": given, **architecture}
-    start = find_start(run, vae, transformer, train_data, steps, plan)
+    plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
+    start = find_start(run, vae, transformer, train_data, steps, plan, captions)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
-    vae.register_to_config(**statistics)
-    monitor = make_monitor(run, training_images, start)
+    set_statistics(vae, statistics)
+    monitor = make_monitor(run, training_images, start, captions)
     loop = Loop(
         run,
         transformer,
@@ -116,9 +121,11 @@ def main(config: TrainDiTConfig) -> None:
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
         data = ImagesWithLatents(training_images, train_data)
+    if captions is not None:
+        data, validation_data = captions.beside(data, validation_data)
     for step in loop.over(data):
         for batch in step:
-            loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()))
+            loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()), captions)
             step.add(loss=loss)
             if alignment is not None:
                 term, values = alignment.term(
@@ -130,13 +137,15 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective)
-                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
+                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step, captions)
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
     if run.dry_run is not None:
         run.end_dry_run()
         return
+    if captions is not None and accelerator.is_main_process:
+        run.note(prompt=captions.images[1].captions[0][0])
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
@@ -147,6 +156,7 @@ def denoising_loss(
     vae: AutoencoderKL,
     objective: FlowMatching | Diffusion,
     null_class: int,
+    captions: Captions | None = None,
 ) -> torch.Tensor:
     """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
     with run.accelerator.autocast():
@@ -154,12 +164,13 @@ def denoising_loss(
     latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
     noise = torch.randn_like(latents)
     levels = objective.draw(len(latents), latents.device)
-    labels = batch.get("class_labels")
-    if labels is not None:  # dropped once a sample, for classifier-free guidance
-        dropped = torch.rand(len(labels), device=labels.device) < run.config.transformer.class_dropout_prob
-        labels = torch.where(dropped, null_class, labels)
+    labels, text = batch.get("class_labels"), {}
+    if labels is not None or captions is not None:  # dropped once a sample, for classifier-free guidance
+        dropped = torch.rand(len(latents), device=latents.device) < run.config.transformer.class_dropout_prob
+        labels = None if labels is None else torch.where(dropped, null_class, labels)
+        text = {} if captions is None else captions.dropped(batch, dropped)
     noisy, timesteps = objective.noised(latents, noise, levels)
-    prediction = model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+    prediction = model(noisy, timesteps, class_labels=labels, return_dict=False, **text)[0]
     return objective.loss(prediction, latents, noise, levels).mean()
 
 
@@ -195,15 +206,22 @@ def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[st
 
 
 def make_transformer(
-    origin: WarmStart | None, architecture: dict[str, int], vae: AutoencoderKL, data: Dataset, size: int | list[int]
+    origin: WarmStart | None,
+    architecture: dict[str, int],
+    vae: AutoencoderKL,
+    data: Dataset,
+    size: int | list[int],
+    captions: Captions | None,
 ) -> ModelMixin:
-    """A transformer for latents of this size: a new one, or the given one."""
-    channels = num_latent_channels(vae)
+    """A transformer for latents of this size and these captions: a new one, or the given one."""
+    channels, width = num_latent_channels(vae), None if captions is None else captions.width
     if origin is not None:
-        return origin.continued(size, channels, architecture["patch_size"], data.id2label)
+        return origin.continued(size, channels, architecture["patch_size"], data.id2label, width)
     num_classes = None if data.id2label is None else len(data.id2label)
     # By name: `from_config` takes positional arguments for defaults.
-    return DAEDiTTransformer2DModel(sample_size=size, in_channels=channels, num_classes=num_classes, **architecture)
+    return DAEDiTTransformer2DModel(
+        sample_size=size, in_channels=channels, num_classes=num_classes, cross_attention_dim=width, **architecture
+    )
 
 
 def size_of_latents(data: DataConfig, vae: AutoencoderKL) -> int | list[int]:
@@ -229,7 +247,13 @@ def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[Fl
 
 
 def find_start(
-    run: TrainingRun, vae: AutoencoderKL, transformer: ModelMixin, data: Dataset, steps: int, plan: dict
+    run: TrainingRun,
+    vae: AutoencoderKL,
+    transformer: ModelMixin,
+    data: Dataset,
+    steps: int,
+    plan: dict,
+    captions: Captions | None,
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -239,16 +263,19 @@ def find_start(
         len(data.id2label or {}) or "no",
         num_parameters / 1e6,
     )
+    inputs = {"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
     return run.find_start(
-        inputs={"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)},
+        inputs=inputs | ({} if captions is None else {"the captions or their encoder": captions.fingerprint}),
         plan=plan,
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
     )
 
 
-def load_data(run: TrainingRun, vae: AutoencoderKL, patch_size: int) -> tuple[Dataset, Dataset, ImageDataset | None]:
-    """Training and validation data (cached latents or images), and the training images, or None if only their latents are given."""
+def load_data(
+    run: TrainingRun, vae: AutoencoderKL, patch_size: int
+) -> tuple[tuple[Dataset, Dataset], tuple[Dataset, ImageDataset] | None]:
+    """Training and validation data (cached latents or images), and both as images, or None if only their latents are given."""
     config, images, caches = run.config, None, None
     if config.transformer.latent_cache is not None:
         folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
@@ -260,11 +287,21 @@ def load_data(run: TrainingRun, vae: AutoencoderKL, patch_size: int) -> tuple[Da
             name = config.transformer.vae
             images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
     if caches is None:
-        return (*images, images[0])
+        return images, images
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
-    return (*caches, None if images is None else images[0])
+    return caches, images
+
+
+def encode_captions(run: TrainingRun, images: tuple[Dataset, ImageDataset] | None) -> Captions | None:
+    """The captions of the images, encoded or read from where they were kept: beside the latents. None without `text_encoder`."""
+    config = run.config.transformer
+    if config.text_encoder is None:
+        return None
+    is_kept = config.latent_cache is not None and run.dry_run is None
+    folder = Path(config.latent_cache if is_kept else run.output_dir) / "captions"
+    return Captions(config.text_encoder, getattr(torch, config.text_encoder_dtype), images, run.accelerator, folder)
 
 
 @torch.no_grad()
@@ -287,27 +324,34 @@ def validation_loss(
         start = mine.stop
         noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
         noisy, timesteps = objective.noised(latents, noise, levels)
-        labels = batch["class_labels"].to(latents.device) if "class_labels" in batch else None
+        given = ("class_labels", *TEXT_ARGUMENTS)
+        given = {name: batch[name].to(latents.device) for name in given if name in batch}
         with run.accelerator.autocast():
-            prediction = model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+            prediction = model(noisy, timesteps, return_dict=False, **given)[0]
         losses += objective.loss(prediction, latents, noise, levels).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
 
 
-def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
+def make_monitor(
+    run: TrainingRun, images: ImageDataset | None, start: Start, captions: Captions | None
+) -> SampleDistance | None:
     """What measures samples while the transformer trains; None without `metric_features`."""
     config, flow = run.config, run.config.flow
     if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
-    settings = SampleSettings(config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed)
+    prompts = {} if captions is None else prompts_of_images(images, config.monitor.metric_images)
+    settings = SampleSettings(
+        config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed, **prompts
+    )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
 
 
-def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
-    """Draws the grid of samples at a validation."""
+def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int, captions: Captions | None) -> None:
+    """Draws the grid of samples at a validation, from captions of validation images where there are captions."""
     config, flow = run.config, run.config.flow
+    shown = {} if captions is None else prompts_of_images(captions.images[1], max(1, flow.num_sample_images // 5))
     run.log.write_samples(
         pipeline,
         step,
@@ -317,6 +361,7 @@ def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int) -> None:
         seed=config.run.seed,
         guidance_scale=flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1,
         num_inference_steps=flow.sample_steps,
+        **shown,
     )
 
 

@@ -39,7 +39,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_layers_per_block (`int`, *optional*, defaults to 0): `layers_per_block` of `shallow`.
         auxiliary_warm_start (`bool`, *optional*, defaults to `True`): Whether the real decoder may start from the weights of the
             auxiliary one. False for a real decoder that is already trained.
-        decoder_block_out_channels, decoder_layers_per_block (*optional*): Size of the real decoder, as in
+        decoder_block_out_channels, decoder_layers_per_block, decoder_norm_num_groups (*optional*): Size of the real decoder, as in
             [`~dae_diffusers.DAEAsymmetricAutoencoderKL`]; by default it mirrors the encoder. The auxiliary decoder always does.
         latents_mean, latents_std (`list[float]` of length `latent_channels`, *optional*):
             Statistics of the raw latents over the training set, with `scaling_factor = 1.0`.
@@ -79,6 +79,7 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         auxiliary_warm_start: bool = True,
         decoder_block_out_channels: tuple[int, ...] | None = None,
         decoder_layers_per_block: int | None = None,
+        decoder_norm_num_groups: int | None = None,
     ):
         super().__init__(
             in_channels=in_channels,

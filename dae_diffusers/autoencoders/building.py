@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
+from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
 from dae_diffusers.autoencoders.settings import check_decoder_widths
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
@@ -50,7 +50,7 @@ def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None
         mid_block_add_attention=sizes.mid_block_add_attention,
         sample_size=config.data.resolution,
         **config.stages.auxiliary_settings(),
-        **sizes.decoder_sizes(),
+        **sizes.decoder_sizes(sizes.block_out_channels),
     )
 
 
@@ -58,6 +58,7 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
     """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
     name = config.autoencoder.pretrained_model_name_or_path
     vae = load_autoencoder(name)
+    check_can_be_trained(vae, name)
     if not isinstance(vae, diffusers_class):
         raise UserError(
             f"`pretrained_model_name_or_path` {name} is of class {type(vae).__name__}, but `autoencoder "
@@ -96,11 +97,10 @@ def settle(config: Any, model: ModelMixin) -> dict[str, Any]:
     """Makes the images and a trained model agree on the size of images, and returns the decoder's size, if it is to have its own."""
     settle_images(config, model)
     model.register_to_config(sample_size=config.data.resolution)
-    sizes = config.autoencoder.decoder_sizes()
+    sizes = config.autoencoder.decoder_sizes(model.config.block_out_channels)
+    groups = sizes.get("decoder_norm_num_groups", model.config.norm_num_groups)
     try:
-        check_decoder_widths(
-            sizes.get("decoder_block_out_channels"), model.config.block_out_channels, model.config.norm_num_groups
-        )
+        check_decoder_widths(sizes.get("decoder_block_out_channels"), model.config.block_out_channels, groups)
     except ValueError as error:
         raise UserError(str(error)) from None
     return sizes

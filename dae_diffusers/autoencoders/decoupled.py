@@ -10,7 +10,7 @@ from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoder
 
 logger = logging.getLogger(__name__)
 
-_DECODER_SIZES = ("decoder_block_out_channels", "decoder_layers_per_block")
+_DECODER_SIZES = ("decoder_block_out_channels", "decoder_layers_per_block", "decoder_norm_num_groups")
 
 
 class DecoupledAutoencoderMixin:
@@ -74,7 +74,7 @@ class DecoupledAutoencoderMixin:
         A copy with a fresh real decoder of another size.
 
         Args:
-            sizes: `decoder_block_out_channels`, `decoder_layers_per_block` or both.
+            sizes: Arguments of the constructor that begin with `decoder_`.
         """
         model = type(self).from_config(self.config, **sizes)
         decoder = tuple(f"{name}." for name in self._decoder_children)
@@ -85,6 +85,8 @@ class DecoupledAutoencoderMixin:
     def decoder_sizes(self) -> dict[str, Any]:
         r"""The size of the real decoder where it is no mirror of the encoder, as arguments of the constructor; None: as the encoder."""
         sizes = {name: self.config[name] for name in _DECODER_SIZES}
+        if sizes["decoder_norm_num_groups"] is None:  # runs of before have no such setting
+            del sizes["decoder_norm_num_groups"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
 
     @property

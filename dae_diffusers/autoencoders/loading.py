@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
@@ -12,11 +13,12 @@ from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.pipelines.dae_dit import autoencoder_shape, is_representation_autoencoder
 from dae_diffusers.sizes import height_and_width, nearest_multiples, words_of_size
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = {
+_KNOWN = {
     each.__name__: each
     for each in (
         AutoencoderKL,
@@ -29,15 +31,15 @@ _CLASSES = {
 }
 
 
-def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
+def load_autoencoder(name_or_path: str) -> ModelMixin:
     r"""
     Loads a frozen autoencoder, float32, in eval mode, from a folder or the Hub.
 
     Args:
-        name_or_path (`str`): A diffusers autoencoder, or what has one in `vae/`: a pipeline, or the output folder of a run.
+        name_or_path (`str`): A diffusers autoencoder of images, or what has one in `vae/`: a pipeline, or the output folder of a run.
 
     Returns:
-        [`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]: The autoencoder, which needs no gradients.
+        [`~diffusers.ModelMixin`]: The autoencoder, which needs no gradients.
 
     Raises:
         UserError: If there is no autoencoder, or it is damaged.
@@ -52,7 +54,7 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL | VQModel:
     return as_plain(model)
 
 
-def load_any_autoencoder(name_or_path: str, *, takes_stage1: bool = False) -> AutoencoderKL | VQModel:
+def load_any_autoencoder(name_or_path: str, *, takes_stage1: bool = False) -> ModelMixin:
     r"""
     Loads an autoencoder as [`load_autoencoder`] does, but as the class that it was saved as: that of a stage 1 has its auxiliary
     decoder.
@@ -70,21 +72,68 @@ def load_any_autoencoder(name_or_path: str, *, takes_stage1: bool = False) -> Au
         try:
             config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
             class_name = config.get("_class_name", "AutoencoderKL")
-            if class_name not in _CLASSES:
-                raise ValueError(f"its class is {class_name}.")
-            vae_class = _CLASSES[class_name]
-            vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+            vae = _class_of(class_name).from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
             check_has_weights(vae)
+            vae.eval().requires_grad_(False)
+            if class_name not in _KNOWN:
+                check_takes_images(vae)
             if subfolder is not None:
                 logger.info("the autoencoder is `%s` of %s", subfolder, name_or_path)
-            return vae.eval().requires_grad_(False)
+            return vae
         except Exception as error:  # a damaged config.json can fail in any way
             if reason is None or config is not None:  # that of the place where there is something
                 reason = one_line(error, 300)
     raise UserError(
-        f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Give the folder or Hub id of a diffusers "
-        "`AutoencoderKL` or `VQModel`, such as the folder `vae/` that training/train_dae.py writes."
+        f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Give the folder or Hub id of an "
+        "autoencoder of diffusers (AutoencoderKL, VQModel, AutoencoderDC...), such as the folder `vae/` that training/train_dae.py writes."
     )
+
+
+def _class_of(name: str) -> type[ModelMixin]:
+    found = _KNOWN.get(name) or getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, ModelMixin) and hasattr(found, "encode")):
+        raise ValueError(f"its class is {name}.")
+    return found
+
+
+def check_can_be_trained(vae: ModelMixin, name: str) -> None:
+    r"""Raises `UserError` for a class whose decoder train_dae.py cannot train."""
+    if not isinstance(vae, AutoencoderKL | VQModel):
+        raise UserError(
+            f"{name} has a {type(vae).__name__}, but train_dae trains only AutoencoderKL and VQModel. Use it as it is: as the `vae` of "
+            "train_dit."
+        )
+
+
+def takes_images(model: torch.nn.Module) -> bool:
+    r"""Whether this is an autoencoder that images can be encoded with."""
+    if isinstance(model, AutoencoderKL | VQModel):
+        return True
+    try:
+        check_takes_images(model)
+    except ValueError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def check_takes_images(vae: ModelMixin) -> None:
+    r"""Raises `ValueError` if a small image does not become latents and an image again, of the shapes that the config tells."""
+    try:
+        shape = autoencoder_shape(vae.config)
+        side = shape.side if is_representation_autoencoder(vae.config) else 2 * shape.factor
+        image = torch.zeros(1, shape.image_channels, side, side, device=vae.device, dtype=vae.dtype)
+        mean, _ = encode_moments(vae, image)
+        found = tuple(mean.shape), tuple(decode_latents(vae, mean).shape)
+    except Exception as error:  # classes for videos, sounds or proteins fail in any way
+        raise ValueError(
+            f"its class {type(vae).__name__} cannot encode and decode images ({one_line(error, 100)})."
+        ) from None
+    expected = (1, shape.latent_channels, *[side // shape.factor] * 2), tuple(image.shape)
+    if found != expected:
+        raise ValueError(
+            f"an image {expected[1]} becomes latents {found[0]} instead of {expected[0]}, and an image {found[1]}."
+        )
 
 
 def is_from_stage1(model: ModelMixin) -> bool:
@@ -92,7 +141,7 @@ def is_from_stage1(model: ModelMixin) -> bool:
     return getattr(model, "auxiliary_decoder", None) is not None
 
 
-def as_plain(model: ModelMixin) -> AutoencoderKL | VQModel:
+def as_plain(model: ModelMixin) -> ModelMixin:
     r"""The model as a class that loads without a stage, frozen; itself if it is one."""
     plain = model.to_diffusers() if hasattr(model, "to_diffusers") else model
     return plain.eval().requires_grad_(False)
@@ -105,7 +154,7 @@ def is_vq(vae: ModelMixin) -> bool:
 
 def num_latent_channels(vae: ModelMixin) -> int:
     r"""Channels of the output of `encode`; for a `VQModel` this is the dimension of its codes."""
-    return vae.config.get("vq_embed_dim") or vae.config.latent_channels
+    return autoencoder_shape(vae.config).latent_channels
 
 
 def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,18 +162,38 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
     Mean and standard deviation of the raw latents of images.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): The autoencoder.
+        vae ([`~diffusers.ModelMixin`]): The autoencoder.
         pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): Images in [-1, 1].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, C, h, w)`: Mean and standard deviation of the posterior; for a `VQModel`
-        the latents before quantisation, and zeros.
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, C, h, w)`: Mean and standard deviation of the posterior. Where the encoder
+        gives latents and no posterior: those, and zeros; for a `VQModel` before quantisation, for an `AutoencoderRAE` before it
+        normalises them.
     """
-    if is_vq(vae):
-        latents = vae.encode(pixel_values).latents
+    if is_representation_autoencoder(vae.config):
+        latents = vae.encode(pixel_values / 2 + 0.5).latent
+        latents = vae._denormalize_latents(latents / vae.config.scaling_factor)
         return latents, torch.zeros_like(latents)
-    posterior = vae.encode(pixel_values).latent_dist
-    return posterior.mean, posterior.std
+    encoded = vae.encode(pixel_values)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+    return encoded[0], torch.zeros_like(encoded[0])
+
+
+def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    r"""
+    Images, about [-1, 1], of raw latents.
+
+    Args:
+        vae ([`~diffusers.ModelMixin`]): The autoencoder.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): As [`encode_moments`] gives them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, channels, H, W)`.
+    """
+    if is_representation_autoencoder(vae.config):
+        return 2 * vae.decode(vae._normalize_latents(latents) * vae.config.scaling_factor).sample - 1
+    return vae.decode(latents).sample
 
 
 def check_has_weights(model: torch.nn.Module) -> None:
@@ -145,7 +214,7 @@ def check_finite(values: torch.Tensor, what: str = "latents of the autoencoder")
 
 def spatial_factor(vae: ModelMixin) -> int:
     r"""Pixels of the image per latent pixel, along a side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return autoencoder_shape(vae.config).factor
 
 
 def settle_images(
@@ -157,7 +226,7 @@ def settle_images(
 
     Args:
         config: A composed settings class with the part `data`; its checks run again.
-        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`]): The autoencoder.
+        vae ([`~diffusers.ModelMixin`]): The autoencoder.
         side (`int` or pair, *optional*): Side of the images that a generator draws, in pixels; default: the autoencoder's.
         patch_size (`int`, *optional*, defaults to 1): Patch size of the generator, in latent pixels.
 
@@ -165,8 +234,9 @@ def settle_images(
         UserError: If images of this size cannot be encoded.
     """
     data, given = config.data, config.data.resolution
-    known = side or vae.config.get("sample_size")
-    data.settle(known or DEFAULT_RESOLUTION, vae.config.in_channels)
+    shape = autoencoder_shape(vae.config)
+    known = side or shape.side
+    data.settle(known or DEFAULT_RESOLUTION, shape.image_channels)
     if given is None:
         logger.info("images have %s pixels, as the trained model knows them", words_of_size(data.size))
     elif known and height_and_width(known) != data.size:
@@ -184,19 +254,24 @@ def check_image_size(vae: ModelMixin, *, channels: int, size: tuple[int, int], p
     Raises `UserError` unless images of this size can be encoded and cut into the generator's patches.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`]): The autoencoder.
+        vae ([`~diffusers.ModelMixin`]): The autoencoder.
         channels (`int`): Channels of the images.
         size (`tuple[int, int]`): Height and width of the images.
         patch_size (`int`, *optional*, defaults to 1): Patch size of the generator, in latent pixels.
     """
-    if vae.config.in_channels != channels:
+    shape = autoencoder_shape(vae.config)
+    if shape.image_channels != channels:
         raise UserError(
-            f"the autoencoder takes {vae.config.in_channels} image channels, but `image_channels` is {channels}."
+            f"the autoencoder takes {shape.image_channels} image channels, but `image_channels` is {channels}."
         )
-    factor = spatial_factor(vae) * patch_size
+    if is_representation_autoencoder(vae.config) and size != height_and_width(shape.side):
+        raise UserError(
+            f"`resolution` is {words_of_size(size)}, but this {type(vae).__name__} makes images of {words_of_size(shape.side)} pixels only."
+        )
+    factor = shape.factor * patch_size
     for side in size:
         if side % factor:
             raise UserError(
-                f"`resolution` {side} is not divisible by {factor} (autoencoder {spatial_factor(vae)} x patch "
+                f"`resolution` {side} is not divisible by {factor} (autoencoder {shape.factor} x patch "
                 f"{patch_size}). {nearest_multiples(side, factor)}"
             )

@@ -1,6 +1,7 @@
 """Settings of an autoencoder: its size, its codebook, its stages and the regularisation of its latents. Needs no torch."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from dae_diffusers.errors import ConfigError
@@ -42,6 +43,11 @@ class AutoencoderConfig:
         at_least=0,
         advanced=True,
     )
+    decoder: Literal["mirror", "small", "tiny"] = field(
+        "mirror",
+        "size of the real decoder: small has half the encoder's channels, tiny a quarter of them and as few layers as can be",
+        advanced=True,
+    )
     latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1)
     norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True)
     mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True)
@@ -53,9 +59,29 @@ class AutoencoderConfig:
                 f"`block_out_channels` {self.block_out_channels} must all be multiples of `norm_num_groups` "
                 f"{self.norm_num_groups}; {bad} are not."
             )
+        if self.decoder != "mirror" and (self.decoder_block_out_channels or self.decoder_layers_per_block is not None):
+            raise ConfigError(
+                f"`decoder {self.decoder}` chooses the decoder's size: leave it out, or `decoder_block_out_channels` and "
+                "`decoder_layers_per_block`."
+            )
 
-    def decoder_sizes(self) -> dict[str, Any]:
-        """The arguments of an autoencoder's constructor that give the real decoder a size of its own; empty where none is asked for."""
+    def decoder_sizes(self, block_out_channels: Sequence[int]) -> dict[str, Any]:
+        """
+        The arguments of an autoencoder's constructor that give the real decoder a size of its own, for an encoder with these channels;
+        empty where none is asked for.
+        """
+        if self.decoder != "mirror":
+            share = {"small": 2, "tiny": 4}[self.decoder]
+            widths = tuple(max(8, math.ceil(width / share / 8) * 8) for width in block_out_channels)
+            groups = (
+                math.gcd(*widths) // 4
+            )  # of several channels: alone, a channel would lose its mean, which is the image's colour
+            layers = 0 if self.decoder == "tiny" else None
+            return {
+                "decoder_block_out_channels": widths,
+                "decoder_layers_per_block": layers,
+                "decoder_norm_num_groups": groups,
+            }
         sizes = {
             "decoder_block_out_channels": tuple(self.decoder_block_out_channels) or None,
             "decoder_layers_per_block": self.decoder_layers_per_block,

@@ -49,7 +49,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             the dimension of the codes.
         auxiliary_decoder_type, auxiliary_dropout, auxiliary_channel_multiplier, auxiliary_layers_per_block, auxiliary_warm_start:
             As in [`~dae_diffusers.DAEAutoencoderKL`].
-        decoder_block_out_channels, decoder_layers_per_block (*optional*): As in [`~dae_diffusers.DAEAutoencoderKL`].
+        decoder_block_out_channels, decoder_layers_per_block, decoder_norm_num_groups (*optional*): As in [`~dae_diffusers.DAEAutoencoderKL`].
         latents_mean, latents_std (`list[float]`, *optional*):
             Statistics of the latents before quantisation over the training set, with `scaling_factor = 1.0`.
 
@@ -95,6 +95,7 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
         auxiliary_warm_start: bool = True,
         decoder_block_out_channels: tuple[int, ...] | None = None,
         decoder_layers_per_block: int | None = None,
+        decoder_norm_num_groups: int | None = None,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
     ):

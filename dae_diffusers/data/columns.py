@@ -1,5 +1,8 @@
 """Finds the columns of a data set that hold the images and the labels, and the names of the classes."""
 
+import contextlib
+import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -8,7 +11,9 @@ from typing import Any
 import datasets
 
 from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 Rows = datasets.Dataset | datasets.IterableDataset
 
@@ -192,6 +197,55 @@ def label_ids(
             f"`label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`label_column none`)."
         )
     return ids
+
+
+def captions_of(rows: datasets.Dataset, column: str, split: str) -> list[list[str]]:
+    r"""
+    The texts of each image, at least one; an image without any has the empty text.
+
+    Args:
+        rows (`datasets.Dataset`): The rows of a split.
+        column (`str`): A column, or a field of one, of texts or of lists of texts.
+        split (`str`): Name of the split, for messages.
+
+    Raises:
+        UserError: If there is no such column, or it holds no texts.
+    """
+    feature = feature_of(rows.features, column)
+    if feature is None:
+        texts = [name for name, each in rows.features.items() if _is_text(each)]
+        raise UserError(
+            f"`caption_column` {column!r} is not among the columns {list(rows.features)} of the split {split!r}; columns with text are "
+            f"{texts}. A .txt beside each image is the column `txt`."
+        )
+    if not _is_text(feature):
+        raise UserError(
+            f"`caption_column` {column!r} holds {feature}, not texts. Name a column of texts, or of lists of texts."
+        )
+    captions = [
+        [text for text in map(one_line, texts) if text] or [""] for texts in map(_texts, column_values(rows, column))
+    ]
+    empty = captions.count([""])
+    if empty == len(captions):
+        raise UserError(f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column.")
+    if empty:
+        logger.warning(
+            "%d of %d images of the split %r have no caption: their text is empty.", empty, len(captions), split
+        )
+    return captions
+
+
+def _texts(value: str | list[str | None] | None) -> list[str]:
+    """A text, or several; a list in the JSON file of a webdataset's sample arrives as JSON."""
+    if isinstance(value, str) and value.startswith('["'):
+        with contextlib.suppress(ValueError):
+            found = json.loads(value)
+            value = found if all(isinstance(text, str) for text in found) else value
+    return [value] if isinstance(value, str) else [text for text in value or [] if text]
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "feature", feature) in _TEXT
 
 
 def describe_classes(labels: list[int] | None, id2label: dict[int, str]) -> str:

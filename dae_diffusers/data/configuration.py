@@ -34,6 +34,11 @@ class DataConfig:
         None, "column of the images; default: the only image column, or `image` among several", advanced=True
     )
     label_column: str | None = field(None, "column or field (`json.label`) of the labels, or `none`; default: detected")
+    caption_column: str | None = field(
+        None,
+        "column or field of the texts of each image, one or a list; `txt`: a .txt beside each image",
+        advanced=True,
+    )
     streaming: bool = field(
         False,
         "read images from the Hub or local shards (Parquet, webdataset) while training, without a copy on the disk",
@@ -117,6 +122,10 @@ class DataConfig:
             raise ConfigError("`random_crop` and `random_resized_crop` exclude each other: give only one.")
         if self.num_classes is not None and not self.streaming:
             raise ConfigError("`num_classes` goes with `streaming` only. Leave it out: the classes are counted.")
+        if self.streaming and self.caption_column is not None:
+            raise ConfigError(
+                "`caption_column` does not go with `streaming`, because texts are encoded once, before training: leave `streaming` out."
+            )
         if self.streaming and self.max_train_samples is not None:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:

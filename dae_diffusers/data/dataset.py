@@ -41,6 +41,7 @@ class ImageDataset(BatchDataset):
 
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
+        captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
             is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
@@ -58,12 +59,14 @@ class ImageDataset(BatchDataset):
         depth: Depth | None = None,
         value_range: list[float] | None = None,
         root: Root | None = None,
+        captions: list[list[str]] | None = None,
     ):
         self.rows = rows.select_columns([image_column])
         self.config = config
         self.image_column = image_column
         self.labels = labels
         self.id2label = id2label
+        self.captions = captions
         self._given_depth = depth
         self.root = root
         self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
@@ -204,6 +207,7 @@ class ImageDataset(BatchDataset):
             depth=depth,
             value_range=self.value_range,
             root=self.root,
+            captions=None if self.captions is None else [self.captions[index] for index in indices],
         )
 
     @without_warnings()

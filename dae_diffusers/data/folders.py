@@ -60,7 +60,12 @@ class Survey:
 
 
 def load_folder(
-    folder: Path, *, streaming: bool = False, with_labels: bool = True, flag: str = "train_data_dir"
+    folder: Path,
+    *,
+    streaming: bool = False,
+    with_labels: bool = True,
+    with_texts: bool = False,
+    flag: str = "train_data_dir",
 ) -> Splits:
     r"""
     Loads the images of a folder. Top folders `train`, `validation` and `test` are splits, if they are the only folders with images
@@ -74,6 +79,7 @@ def load_folder(
         folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
+        with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
     Raises:
@@ -103,7 +109,11 @@ def load_folder(
         ]
         found.left_out.update(others)
         entries = [
-            Entry(path, {"bytes": None, "path": column_path(str(folder.absolute() / path))}, {})
+            Entry(
+                path,
+                {"bytes": None, "path": column_path(str(folder.absolute() / path))},
+                _text_beside(folder, path, found) if with_texts else {},
+            )
             for path in pictures + arrays
         ]
     elif found.archives:
@@ -186,6 +196,14 @@ def _is_image(path: PurePosixPath) -> bool:
     return not path.name.startswith(".") and (
         suffix in SUFFIXES or suffix in HEIF_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == ".npy"
     )
+
+
+def _text_beside(folder: Path, path: PurePosixPath, found: Survey) -> dict[str, str]:
+    """The column `txt` of an image; empty if no text lies beside it."""
+    text = path.with_suffix(".txt")
+    if found.left_out.pop(text, None) is None or _is_special(str(folder / text)):
+        return {}
+    return {"txt": (folder / text).read_text(encoding="utf-8", errors="replace")}
 
 
 def _listed(left_out: dict[PurePosixPath, str], before: str) -> str:

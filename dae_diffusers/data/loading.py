@@ -16,6 +16,7 @@ from dae_diffusers.cli import did_you_mean
 from dae_diffusers.data.arrays import RANGES, decode_array, find_depth
 from dae_diffusers.data.columns import (
     Rows,
+    captions_of,
     column_values,
     describe_classes,
     feature_of,
@@ -113,6 +114,9 @@ def load_images(
         labels = None
         if label_column is not None:
             labels = label_ids(column_values(rows, label_column), value2id, id2label, label_column, name)
+        captions = None
+        if config.caption_column is not None:
+            captions = captions_of(rows, config.caption_column, name)
         images = ImageDataset(
             with_image_column(rows, image_column)[0],
             config,
@@ -122,6 +126,7 @@ def load_images(
             depth=result[0].depth if result else None,  # one way for both splits
             value_range=value_range,
             root=loaded.root,
+            captions=captions,
         )
         if images.is_array and not images.value_range:
             images.value_range = RANGES.get(images.depth)
@@ -348,14 +353,14 @@ def _load_splits(config: DataConfig) -> _Loaded:
 
 
 def _read_source(config: DataConfig) -> _Loaded:
-    with_labels = config.label_column != "none"
+    with_labels, with_texts = config.label_column != "none", config.caption_column is not None
     if config.train_data_dir is not None:
         folder = Path(config.train_data_dir)
         if not folder.is_dir():
             raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
         if _is_saved(folder):
             return _load_saved(folder, config)
-        splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels)
+        splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, with_texts=with_texts)
         return _Loaded(splits, _root_of(splits, folder, None), str(folder))
     if config.dataset_name in EMBEDDED:
         assets = files("dae_diffusers") / "assets"
@@ -374,7 +379,13 @@ def _read_source(config: DataConfig) -> _Loaded:
         if found.tables and not has_card and (splits := _tables_with_images(folder, found, config)):
             return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
         if not has_card:
-            splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, flag="dataset_name")
+            splits = load_folder(
+                folder,
+                streaming=config.streaming,
+                with_labels=with_labels,
+                with_texts=with_texts,
+                flag="dataset_name",
+            )
             return _Loaded(splits, None, str(folder))
         splits = _load_dataset(str(folder.absolute()), config)
         return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))

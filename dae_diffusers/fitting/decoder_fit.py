@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.adversary import make_adversary
-from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
+from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
@@ -57,6 +57,11 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
         raise UserError(
             f"`pipeline` {name} is a {type(pipeline).__name__}, but stage 3 needs a DAEDiTPipeline or a DAEVQGANPipeline."
         )
+    if getattr(pipeline, "takes_text", False):
+        raise UserError(
+            f"`pipeline` {name} draws from text, which stage 3 cannot do. Give one that draws by class or without classes."
+        )
+    check_can_be_trained(pipeline.vae, name)
     target = Path(config.run.output_dir) / "pipeline"
     if target.exists() and not _is_same_folder(target, name):
         raise UserError(

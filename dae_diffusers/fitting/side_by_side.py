@@ -13,7 +13,7 @@ from dae_diffusers.autoencoders.loading import as_plain, is_from_stage1, load_an
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
-from dae_diffusers.latents.statistics import STATISTICS
+from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.run import TrainingRun
@@ -186,7 +186,7 @@ def assemble(pipeline_folder: Path, vae_folder: str | Path, target: Path) -> Non
 
 def with_statistics_of(known: ModelMixin, vae: ModelMixin) -> ModelMixin:
     r"""`vae` with the statistics of the latents that `known` has in its config."""
-    vae.register_to_config(**{name: known.config[name] for name in STATISTICS if name in known.config})
+    set_statistics(vae, {name: known.config[name] for name in STATISTICS if name in known.config})
     return vae
 
 

@@ -16,11 +16,13 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
+from dae_diffusers.pipelines.dae_dit import autoencoder_shape, is_representation_autoencoder
 from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.store import read_json
 
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
 TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
+TEXT_TASK = "text-to-image"
 
 # Pipelines by `_class_name`. The card of any other pipeline does not describe the generator.
 GENERATORS = {
@@ -158,13 +160,15 @@ def make_card(
     if result.index.get("is_flow_matching") is False:
         generator = {**generator, "what": "A Diffusion Transformer", "tags": ["dit"]}
     origin = result.autoencoder_origin
+    text_encoder = _text_encoder(result)
+    task = TEXT_TASK if text_encoder else TASK
     auxiliary_decoder = origin.get("auxiliary_decoder")
     is_decoupled = auxiliary_decoder not in (None, "none", "same")
     data = _data_description(result.data_script)
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag=TASK if result.pipeline is not None else None,
+        pipeline_tag=task if result.pipeline is not None else None,
         tags=[
             *(generator.get("tags", [])),
             *(["latent-diffusion", "class-conditional"] if result.index.get("id2label") else []),
@@ -176,7 +180,7 @@ def make_card(
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
-                task_type=TASK if result.pipeline is not None else "image-to-image",
+                task_type=task if result.pipeline is not None else "image-to-image",
                 dataset_type=data.get("id") or data.get("type", "images"),
                 dataset_name=data.get("name", "images"),
                 dataset_split=each.split,
@@ -211,6 +215,7 @@ def make_card(
         fit=result.decoder_fit,
         data=data,
         classes=_class_names(result),
+        text_encoder=text_encoder,
         scripts=[_script_description(name, script, result) for name, script in result.scripts.items()],
         early=_early(result, generator, step),
         space_id=space_id,
@@ -332,15 +337,16 @@ def _latent_description(result: Result) -> dict[str, Any]:
     config = result.vae_config
     if not config:
         return {}
-    factor = 2 ** (len(config.get("block_out_channels", [1])) - 1)
-    size = result.data_script.config.get("resolution") if result.data_script else config.get("sample_size")
+    shape = autoencoder_shape(config)
+    statistics = zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)
+    size = result.data_script.config.get("resolution") if result.data_script else shape.side
     return {
-        "channels": config.get("latent_channels"),
-        "factor": factor,
-        "image_channels": config.get("in_channels"),
+        "channels": shape.latent_channels,
+        "factor": shape.factor,
+        "image_channels": shape.image_channels,
         "image_size": words_of_size(size) if size else None,
-        "size": words_of_size([side // factor for side in height_and_width(size)]) if size else None,
-        "statistics": list(zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)),
+        "size": words_of_size([side // shape.factor for side in height_and_width(size)]) if size else None,
+        "statistics": [] if is_representation_autoencoder(config) else list(statistics),
         "codes": config.get("num_vq_embeddings"),
     }
 
@@ -350,11 +356,24 @@ def _class_names(result: Result) -> list[str]:
     return [id2label[key] for key in sorted(id2label, key=int)]
 
 
+def _text_encoder(result: Result) -> dict[str, str | None]:
+    """Class and place on the Hub of the text encoder, and a prompt like those of the training; empty without one."""
+    class_name = (result.index.get("text_encoder") or [None, None])[1]
+    if class_name is None:
+        return {}
+    script = result.scripts.get("train_dit")
+    name = "" if script is None else str(script.config.get("text_encoder"))
+    is_on_hub = re.fullmatch(r"\b[\w.-]+/\b[\w.-]+", name) and not Path(name).exists()
+    prompt = None if script is None else script.record.get("prompt")
+    return {"class": class_name, "id": name if is_on_hub else None, "prompt": prompt}
+
+
 def _example_call(result: Result, generator: dict[str, Any]) -> str:
-    names = _class_names(result)
-    if not names:
+    names, text_encoder = _class_names(result), _text_encoder(result)
+    if not names and not text_encoder:
         return ", ".join(["num_images_per_label=1", *generator.get("call", [])])
-    words = [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"]
+    words = [json.dumps(text_encoder["prompt"] or "...", ensure_ascii=False)] if text_encoder else []
+    words += [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"] if names else []
     if generator:
         script = result.scripts.get(generator["script"])
         # Guidance needs a model that has learnt to do without the class.
@@ -387,10 +406,12 @@ def _command(script: Script, result: Result) -> str | None:
         "--vae": f"{folder}/vae" if "train_dae" in result.scripts else "path/to/vae",
         "--train_data_dir": "path/to/images",
         "--pipeline": f"{folder}/pipeline",
+        "--text_encoder": "path/to/text_encoder",
     }
     for position, word in enumerate(words[1:], start=1):
         name, before = given.get(words[position - 1]), words[position - 1]
-        if name is not None and (before != "--vae" or "/" not in word or word.startswith((".", "/"))):
+        may_be_on_hub = before in ("--vae", "--text_encoder")
+        if name is not None and (not may_be_on_hub or "/" not in word or word.startswith((".", "/"))):
             words[position] = name
     return shlex.join([*words, "--output_dir", folder])
 

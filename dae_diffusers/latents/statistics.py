@@ -1,6 +1,7 @@
 """Per-channel statistics of the latents, and the normalisation by them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import encode_moments, num_latent_channels
 from dae_diffusers.errors import UserError
+from dae_diffusers.pipelines.dae_dit import is_representation_autoencoder
 
 # What an autoencoder's config says of them.
 STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
@@ -79,9 +81,20 @@ class LatentStatistics:
                 f"latent channels {dead} are constant over the data and cannot be normalised: the encoder has "
                 "collapsed in them. Lower the KL weight or the number of latent channels, or train longer."
             )
-        vae.register_to_config(
-            latents_mean=self.mean.tolist(), latents_std=self.std.tolist(), scaling_factor=1.0, shift_factor=None
-        )
+        mean, std = self.mean, self.std
+        if is_representation_autoencoder(vae.config):
+            mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        values = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+        set_statistics(vae, {**values, "scaling_factor": 1.0, "shift_factor": None})
+
+
+def set_statistics(vae: ModelMixin, values: dict[str, Any]) -> None:
+    r"""Gives an autoencoder's config these values of [`STATISTICS`], and an `AutoencoderRAE` also the tensors that it computes with."""
+    vae.register_to_config(**values)
+    if is_representation_autoencoder(vae.config):
+        for name in ("latents_mean", "latents_std"):
+            if values.get(name) is not None:
+                setattr(vae, f"_{name}", torch.tensor(values[name], device=vae.device))
 
 
 @torch.no_grad()
@@ -93,7 +106,7 @@ def moments_of(
 
     Args:
         batch (`dict`): A batch with cached moments, or with `pixel_values` `(B, C, H, W)` in [-1, 1].
-        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on `device`.
+        vae ([`~diffusers.ModelMixin`]): The autoencoder, in eval mode, on `device`.
         device (`torch.device`): Where to encode.
 
     Returns:
@@ -112,7 +125,7 @@ def compute_latent_statistics(
     Encodes every image once, unless its latents are cached, and returns the statistics over all processes.
 
     Args:
-        vae ([`~diffusers.AutoencoderKL`]): The autoencoder, in eval mode, on `device`.
+        vae ([`~diffusers.ModelMixin`]): The autoencoder, in eval mode, on `device`.
         loader (`DataLoader`): This process's share of the images or cached latents; see `make_pass_loader`.
         device (`torch.device`, *optional*): Where to encode.
         disable_progress (`bool`, *optional*): Whether to hide the progress bar.
@@ -149,21 +162,24 @@ def write_latent_statistics(vae: ModelMixin, loader: DataLoader, accelerator: Ac
 def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     r"""
     Normalises raw latents for the denoiser: `(latents - latents_mean) * scaling_factor / latents_std` per channel, or
-    `(latents - shift_factor) * scaling_factor` for an autoencoder without statistics. `DAEDiTPipeline` undoes it.
+    `(latents - shift_factor) * scaling_factor` for an autoencoder without statistics. `DAEDiTPipeline` undoes it. For an
+    `AutoencoderRAE` it is what that does itself.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Raw latents.
-        vae ([`~diffusers.AutoencoderKL`]): The autoencoder whose config holds the statistics.
+        vae ([`~diffusers.ModelMixin`]): The autoencoder whose config holds the statistics.
 
     Returns:
         `torch.Tensor` of the same shape: With statistics, each channel has mean 0 and standard deviation 1 over the data.
     """
     config = vae.config
+    if is_representation_autoencoder(config):
+        return vae._normalize_latents(latents) * config.scaling_factor
     if not has_latent_statistics(vae):
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return (latents - (config.get("shift_factor") or 0.0)) * config.get("scaling_factor", 1.0)
     mean = torch.tensor(config.latents_mean, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
     std = torch.tensor(config.latents_std, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-    return (latents - mean) * config.scaling_factor / std
+    return (latents - mean) * config.get("scaling_factor", 1.0) / std
 
 
 def has_latent_statistics(vae: ModelMixin) -> bool:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch.utils.data import Subset
 
-from dae_diffusers.autoencoders.loading import check_finite, encode_moments, is_vq, spatial_factor
+from dae_diffusers.autoencoders.loading import check_finite, decode_latents, encode_moments, spatial_factor
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.latents.cache import image_identity
@@ -93,11 +93,11 @@ def encode_images(
             pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
             mean, std = encode_moments(vae, pixel_values)
             check_finite(mean)
-            reconstruction = vae.decode(mean).sample.float().clamp(-1, 1)
+            reconstruction = decode_latents(vae, mean).float().clamp(-1, 1)
             check_finite(reconstruction, "reconstructions of the autoencoder")
             values = {"latents": mean}
             values |= {name: measure(reconstruction, pixel_values) for name, measure in measures.items()}
-            if not is_vq(vae):
+            if std.any():  # a posterior
                 values["std"] = std
             if extractor is not None:
                 values["features"] = extractor(pixel_values)
@@ -179,7 +179,7 @@ def decode_features(
     def extract(chunk: range) -> dict[str, torch.Tensor]:
         features = []
         for part in latents[chunk.start : chunk.stop].split(batch_size):
-            images = vae.decode(pad_batch(part.to(accelerator.device), image_pixels)).sample.float().clamp(-1, 1)
+            images = decode_latents(vae, pad_batch(part.to(accelerator.device), image_pixels)).float().clamp(-1, 1)
             features.append(extractor(images)[: len(part)].cpu())
         return {"features": torch.cat(features)}
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dae_diffusers.autoencoders.loading import encode_moments
+from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.metrics.distances import few_images_note
@@ -170,7 +170,7 @@ def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, coun
     chosen = images.spread(count)
     pixel_values = torch.stack([images[n]["pixel_values"] for n in chosen])
     mean, _ = encode_moments(vae, pixel_values.to(vae.device))
-    reconstruction = vae.decode(mean).sample.float().cpu().clamp(-1, 1)
+    reconstruction = decode_latents(vae, mean).float().cpu().clamp(-1, 1)
     rows = torch.cat([pixel_values, reconstruction, 4 * (reconstruction - pixel_values)])
     image_grid(
         rows,

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
+from diffusers import DiffusionPipeline, ModelMixin
 
-from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor
+from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
+from dae_diffusers.data import ImageDataset
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
@@ -39,7 +40,8 @@ class SampleSettings:
         seed (`int`): Seed of labels and noise.
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
-            classes.
+            classes; or the captions of images.
+        classes (`tuple[int, ...]`, *optional*): The class of each prompt, for a pipeline that also has classes.
     """
 
     num_images: int
@@ -51,6 +53,7 @@ class SampleSettings:
     top_k: int | None = None
     top_p: float | None = None
     prompts: tuple[str, ...] | None = None
+    classes: tuple[int, ...] | None = None
 
     def given(self) -> dict[str, Any]:
         r"""Every setting that is not None, by name."""
@@ -77,13 +80,13 @@ class Sampler:
 
     | pipeline | drawn for each image | classes |
     |---|---|---|
+    | text-to-image, ours or another one | a prompt, and its class for a pipeline that also has classes | the number of prompts |
     | with `num_images_per_label` (ours, and stock DiT pipelines loaded as ours) | a class, or none | its own |
-    | with `prompt` (text-to-image) | the prompt of a class | the number of prompts |
     | with `batch_size` (unconditional ones) | nothing | none |
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline, on its device.
-        prompts (`tuple[str, ...]`, *optional*): See [`SampleSettings`].
+        prompts (`tuple[str, ...]`), classes (`tuple[int, ...]`, *optional*): See [`SampleSettings`].
 
     Raises:
         UserError: For a pipeline of another kind, or a text-to-image pipeline without prompts.
@@ -93,12 +96,21 @@ class Sampler:
         num_classes (`int` or `None`): See the table.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, prompts: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: tuple[str, ...] | None = None,
+        classes: tuple[int, ...] | None = None,
+    ):
         self.pipeline = pipeline
-        self.prompts = prompts
+        self.prompts, self.classes = prompts, classes
         self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         self.num_classes: int | None = None
-        if "num_images_per_label" in self.accepted:
+        takes_text = getattr(pipeline, "takes_text", "prompt" in self.accepted)
+        if not takes_text:
+            self.accepted.discard("prompt")
+        has_classes = takes_text and getattr(pipeline, "null_class", None) is not None
+        if "num_images_per_label" in self.accepted and not takes_text:
             self.num_classes = pipeline.null_class
             if self.num_classes is None:
                 self.accepted.discard("guidance_scale")  # there is nothing to guide towards
@@ -108,10 +120,14 @@ class Sampler:
         elif "prompt" in self.accepted:
             if prompts is None:
                 raise UserError(
-                    f"a {type(pipeline).__name__} draws images from a text: give `prompt`, such as 'a photo of a {{label}}'."
+                    f"a {type(pipeline).__name__} draws images from a text: give `prompt`, such as 'a photo of a {{label}}', or the "
+                    "`caption_column` of the images."
                 )
             self.num_classes = len(prompts) if len(prompts) > 1 else None
-            self._given = lambda labels, count: {"prompt": [prompts[label] for label in labels or [0] * count]}
+            given = {"prompt": prompts, **({"class_labels": classes} if classes is not None and has_classes else {})}
+            self._given = lambda labels, count: {
+                name: [values[label] for label in labels or [0] * count] for name, values in given.items()
+            }
         elif "batch_size" in self.accepted:
             self._given = lambda labels, count: {"batch_size": count}
         else:
@@ -138,10 +154,10 @@ class Sampler:
         return images
 
 
-def autoencoder_of(pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
-    r"""The autoencoder of a pipeline; None for a pipeline without latents, or with an autoencoder of another class."""
+def autoencoder_of(pipeline: DiffusionPipeline) -> ModelMixin | None:
+    r"""The autoencoder of a pipeline; None for a pipeline without latents, or with an autoencoder that is not for images."""
     parts = (pipeline.components.get(name) for name in ("vae", "vqvae"))
-    return next((part for part in parts if isinstance(part, AutoencoderKL | VQModel)), None)
+    return next((part for part in parts if part is not None and takes_images(part)), None)
 
 
 def draw_samples(
@@ -256,7 +272,7 @@ def image_batches(
     Returns a function that draws the images of a range, batch by batch: padded `(B, C, H, W)` in [0, 1], and how many of them count.
     It raises `UserError` for NaN or infinite values.
     """
-    sampler = Sampler(pipeline, settings.prompts)
+    sampler = Sampler(pipeline, settings.prompts, settings.classes)
     labels = settings.labels(sampler.num_classes)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -331,7 +347,7 @@ def image_sides(pipeline: DiffusionPipeline) -> tuple[int, int] | None:
 
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     r"""
-    Loads a pipeline as ours, if it has a class-conditional transformer and latents; any other as diffusers does.
+    Loads a pipeline as ours, if it is, or has a class-conditional transformer and latents; any other as diffusers does.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -342,7 +358,7 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
         pipeline_class = DiffusionPipeline
         if index.get("_class_name") == "DAEVQGANPipeline":
             pipeline_class = DAEVQGANPipeline
-        elif parts == {"scheduler", "transformer", "vae"}:
+        elif index.get("_class_name") == "DAEDiTPipeline" or parts == {"scheduler", "transformer", "vae"}:
             pipeline_class = DAEDiTPipeline
         pipeline = pipeline_class.from_pretrained(name_or_path)
         for part in pipeline.components.values():
@@ -352,6 +368,13 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     except Exception as error:  # a damaged folder can fail in any way
         reason = one_line(error, 300)
         raise UserError(f"`pipeline` {name_or_path} cannot be loaded: {reason}") from None
+
+
+def prompts_of_images(images: ImageDataset, count: int) -> dict[str, tuple]:
+    r"""The fields `prompts` and `classes` of [`SampleSettings`] to draw what the first caption of so many images says."""
+    chosen = images.spread(count)
+    prompts = {"prompts": tuple(images.captions[n][0] for n in chosen)}
+    return prompts if images.labels is None else prompts | {"classes": tuple(images.labels[n] for n in chosen)}
 
 
 def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:

@@ -61,6 +61,7 @@ def load():
 FOLDER, PIPE, VAE = load()
 CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
+TAKES_TEXT = getattr(PIPE, "takes_text", False) and getattr(PIPE, "text_encoder", None) is not None
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
 
 
@@ -71,10 +72,11 @@ def picture_side():
         latents = PIPE.prior.config.grid_size
     side = VAE.config.sample_size if latents is None else latents
     side = side if isinstance(side, int) else max(side)
-    return side if latents is None else side * 2 ** (len(VAE.config.block_out_channels) - 1)
+    return side if latents is None else side * PIPE.vae_scale_factor
 
 
 SIDE = picture_side()
+IS_RAE = "encoder_input_size" in VAE.config  # an AutoencoderRAE: its images are in [0, 1]
 
 
 class StoppedError(Exception):
@@ -123,8 +125,18 @@ class Visitors:
 VISITORS = Visitors()
 
 
-def draw(class_id, count, guidance_scale, steps, seed, is_random, request: gr.Request = None, progress=gr.Progress()):  # noqa: B008, this is how gradio passes it
-    """A gallery of samples with the names of their classes, in which a class has a row of its own; and the seed."""
+def draw(
+    class_id,
+    count,
+    guidance_scale,
+    steps,
+    seed,
+    is_random,
+    prompt="",
+    request: gr.Request = None,
+    progress=gr.Progress(),  # noqa: B008, this is how gradio passes it
+):
+    """A gallery of samples with the prompt or the names of their classes, in which a class has a row of its own; and the seed."""
     count, steps = int(count), int(steps)
     seed = random.randint(0, MAX_SEED) if is_random else int(seed or 0)
     if class_id == EACH_CLASS:
@@ -143,6 +155,7 @@ def draw(class_id, count, guidance_scale, steps, seed, is_random, request: gr.Re
     arguments = {
         "class_labels": labels,
         "num_images_per_label": number if labels is None else 1,
+        "prompt": prompt if TAKES_TEXT and prompt else None,
         "guidance_scale": guidance_scale,
         "num_inference_steps": steps,
         "generator": generators,
@@ -153,7 +166,7 @@ def draw(class_id, count, guidance_scale, steps, seed, is_random, request: gr.Re
     if images is None:
         return gr.skip(), gr.skip()
     pictures = [enlarge(to_pil(image), 256) for image in images]
-    names = [None] * number if labels is None else [CLASSES[label] for label in labels]
+    names = [prompt or None] * number if labels is None else [CLASSES[label] for label in labels]
     columns = columns if columns > 1 else square_columns(number)
     return gr.Gallery(list(zip(pictures, names, strict=True)), columns=columns, selected_index=None), seed
 
@@ -201,20 +214,24 @@ def reconstruct(first, second):
 
 
 def encode(pixels):
+    pixels = pixels / 2 + 0.5 if IS_RAE else pixels
     encoded = VAE.encode(pixels.to(VAE.device, VAE.dtype))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
     return latents.float().cpu()
 
 
 def decode(latents):
-    return VAE.decode(latents.to(VAE.device, VAE.dtype)).sample.float().cpu().clamp(-1, 1)
+    images = VAE.decode(latents.to(VAE.device, VAE.dtype)).sample.float().cpu()
+    return (2 * images - 1 if IS_RAE else images).clamp(-1, 1)
 
 
 def to_pixels(image):
     """Any picture to `(1, C, side, side)` in [-1, 1]: its centre square, with white behind transparency."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("L" if VAE.config.in_channels == 1 else "RGB"), (SIDE, SIDE), Image.LANCZOS)
+    image = ImageOps.fit(
+        image.convert("L" if VAE.config.get("in_channels") == 1 else "RGB"), (SIDE, SIDE), Image.LANCZOS
+    )
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE, -1)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -360,12 +377,13 @@ def settings(arguments):
 def generate_tab():
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
+            prompt = gr.Textbox(label="Prompt", lines=2, visible=TAKES_TEXT, elem_id="prompt")
             choices = [(name, key) for key, name in CLASSES.items()]
             if len(CLASSES) > 1:
                 choices.insert(0, (EACH_CLASS, EACH_CLASS))
             label = gr.Dropdown(choices, value=choices[0][1] if choices else None, label="Class", visible=bool(CLASSES))
             count = gr.Slider(1, 16, 6, step=1, label="Pictures per class" if len(CLASSES) > 1 else "Pictures")
-            guided = "guidance_scale" in OPTIONS and bool(CLASSES)
+            guided = "guidance_scale" in OPTIONS and (bool(CLASSES) or TAKES_TEXT)
             guidance = gr.Slider(
                 1, 8, 2, step=0.1, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
             )
@@ -389,7 +407,7 @@ def generate_tab():
                 elem_id="samples",
                 elem_classes=["above", "pixels"],
             )
-    inputs = [label, count, guidance, steps, seed, is_random]
+    inputs = [label, count, guidance, steps, seed, is_random, prompt]
     button.click(draw, inputs, [output, seed], concurrency_id="model", show_progress_on=output, scroll_to_output=True)
     stop.click(VISITORS.stop, queue=False)
 
