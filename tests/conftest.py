@@ -1,7 +1,11 @@
 """Fixtures of all tests; nothing here needs a network."""
 
 import os
+import shutil
+import tempfile
 
+# diffusers copies the code of any local pipeline to one file there: of two processes, one would find the other's.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -20,6 +24,10 @@ torch.set_num_threads(1)  # the tests run on as many processes as there are core
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=16, help="interruptions in test_faults_slow.py, over all its cases")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
