@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 # diffusers copies the code of any local pipeline to one file there: of two processes, one would find the other's.
@@ -28,6 +29,12 @@ def pytest_addoption(parser):
 
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_code_of_pipelines():
+    """Local pipelines of all kinds are one module to diffusers; one process seldom loads several."""
+    sys.modules.pop("diffusers_modules.local.pipeline", None)
 
 
 @pytest.fixture(autouse=True)
