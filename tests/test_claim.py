@@ -3,16 +3,19 @@
 import json
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 import yaml
 from models import save_backbone, save_run
 from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark
 
+from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
@@ -400,3 +403,28 @@ def test_gans_on_noise_latents_and_a_prior(tmp_path, monkeypatch, image_folder, 
     with pytest.raises(SystemExit):
         benchmark.parse_arguments()
     assert "at least one NAME=FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of schedulers of diffusers
+def test_solvers_are_compared_on_the_same_noise_and_goes_on(image_folder, tmp_path, capsys):
+    script = load_benchmark("solvers")
+    save_run(tmp_path, {0: "cat", 1: "dog"})
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    for module in (pipeline.transformer.modulation, pipeline.transformer.proj_out):  # which begin as zero
+        torch.nn.init.normal_(module.weight, std=0.2)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    arguments = Namespace(
+        pipeline=tmp_path / "pipeline", dataset_name=None, train_data_dir=str(image_folder), num_images=12,
+        features=save_backbone(tmp_path / "judge", "classifier"), output_dir=tmp_path / "solvers",
+        guidance_scale=1.5, evaluations=[3, 4], seeds=[0],
+    )  # fmt: skip
+    script.main(arguments)
+    first = json.loads((tmp_path / "solvers" / "solvers.json").read_text())
+    text = capsys.readouterr().out
+    assert "| Euler, shift 2 |" in text and text.count("**") == 4 and (tmp_path / "solvers" / "solvers.png").exists()
+    assert first["Heun"].keys() == {"3", "4"} and not first["Heun"]["4"]  # two calls a step, one in the last
+    assert first["Euler"]["3"] != first["Heun"]["3"] != first["UniPC"]["3"]
+    del first["UniPC"]["3"]["0"]
+    (tmp_path / "solvers" / "solvers.json").write_text(json.dumps(first))
+    script.main(arguments)
+    assert text in capsys.readouterr().out
