@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dae_diffusers.checkpointing import find_checkpoints
 from dae_diffusers.duration import duration, pace
 
 _STEPS = 4  # the first warms up
@@ -74,15 +75,20 @@ class DryRun:
 
     def _disk(self, run: Any) -> str:
         settings, steps = run.config.run, sum(steps for steps, _ in self._loops.values())
-        sizes = [path.stat().st_size for path in run.checkpointer.folder.rglob("*") if path.is_file()]
+        size = max(map(_size_of, find_checkpoints(run.checkpointer.folder)))
         saved = -(-steps // settings.checkpointing_steps)
         kept = min(saved, settings.checkpoints_total_limit or saved)
-        room = next(folder for folder in Path(settings.output_dir).absolute().parents if folder.exists())
-        free, needed = psutil.disk_usage(str(room)).free, sum(sizes) * (kept + 1)  # one is written before another goes
+        output_dir = Path(settings.output_dir).absolute()
+        room = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+        free, needed = psutil.disk_usage(str(room)).free, size * (kept + 1)  # one is written before another goes
         short = (
             ". WARNING: that is not enough; keep fewer (`--checkpoints_total_limit`)" if needed > _MUCH * free else ""
         )
-        return f"checkpoints of {_gib(sum(sizes))}, {kept} kept: up to {_gib(needed)}; {_gib(free)} are free{short}"
+        return f"checkpoints of {_gib(size)}, {kept} kept: up to {_gib(needed)}; {_gib(free)} are free{short}"
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _memory(device: torch.device) -> str:

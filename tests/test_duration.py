@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 
 from dae_diffusers import duration as module
+from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.duration import Forecast, duration, pace
 from dae_diffusers.optimization import make_lr_scheduler
 from dae_diffusers.run_settings import OptimizationConfig
@@ -53,7 +54,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, capsys):
+def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, capsys, monkeypatch):
     """In an output folder that another run has, with flags that would upload, track and resume."""
     vae, vq, finished = save_autoencoder(tmp_path / "vae"), tmp_path / "vq", tmp_path / "finished"
     make_plain_vq_model().save_pretrained(vq)
@@ -63,6 +64,14 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
     before, left = contents(tmp_path), set(temporary.glob("dry-run-*"))
     options = {"train_data_dir": image_folder, "output_dir": finished}
     dae = " --dry_run --validation_steps 1 --report_to tensorboard --push_to_hub --resume_from_checkpoint latest"
+    weighed, save = [], Checkpointer.save  # bytes of each checkpoint of a run
+
+    def save_and_weigh(checkpointer, step, **state) -> None:
+        save(checkpointer, step, **state)
+        newest = find_checkpoints(checkpointer.folder)[-1]
+        weighed.append(sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(Checkpointer, "save", save_and_weigh)
     runs = [
         (train_dae, TINY_DAE + dae, {}, ("Stage 1", "Stage 2")),
         (train_dae, TINY_DAE + " --dry_run --stage 1 --stage1_steps 1", {}, ("Stage 1",)),
@@ -70,6 +79,7 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
         (train_vqgan_prior, TINY_PRIOR + " --dry_run", {"vae": vq}, ("Prior",)),
     ]
     for script, flags, more, stages in runs:
+        weighed.clear()
         run(script, flags, **options, **more)
         lines = capsys.readouterr().out.splitlines()
         names = [line[2:14].strip() for line in lines[1:]]
@@ -77,7 +87,7 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
         assert names == ["parameters", *stages, *all_stages, "memory", "disk"], lines
         total = {train_dae: 4, train_dit: 6, train_vqgan_prior: 6}[script] if len(stages) > 1 or more else 1
         assert f"{total} steps: 1 second" in lines[2] and "passes over the images" in lines[2]
-        assert "checkpoints of 0 MiB" not in lines[-1]
+        assert lines[-1][14:].startswith(f"checkpoints of {max(weighed) / 2**20:,.1f} MiB, ")
     assert contents(tmp_path) == before
     assert set(temporary.glob("dry-run-*")) == left
 
