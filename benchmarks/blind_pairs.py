@@ -51,7 +51,8 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"of {len(answers)} pairs {told} were told apart; {after} times stage 3 was better{test}")
         return
     pairs = draw_pairs(arguments.pipeline, arguments.number, arguments.guidance_scale, arguments.seed)
-    swapped = torch.rand(len(pairs), generator=torch.Generator().manual_seed(torch.seed() % 2**63)) < 0.5
+    torch.seed()  # another order each time
+    swapped = torch.rand(len(pairs)) < 0.5
     shown = torch.where(swapped[:, None, None, None, None], pairs.flip(1), pairs)
     gap = torch.ones_like(shown[:, :1])
     folder.mkdir(parents=True, exist_ok=True)

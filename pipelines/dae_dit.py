@@ -446,8 +446,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but must be out of "
                 f"{self._callback_tensor_inputs}."
             )
-        if class_labels is None and not self.takes_text and self.null_class is not None:
-            class_labels, prompt = prompt, None
+        prompt, class_labels = self._told_apart(prompt, class_labels)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         texts = {
             name: list(value) if isinstance(value, list | tuple) else [value]
@@ -674,6 +673,12 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"this pipeline has no `text_encoder`, so it needs `{'` and `'.join(missing)}`: hidden states of "
                 "the text encoder that the transformer was trained with."
             )
+
+    def _told_apart(self, prompt, class_labels) -> tuple:
+        """Prompt and class labels: the first argument of a call is one or the other, as the transformer takes text or classes."""
+        if class_labels is None and not self.takes_text and self.null_class is not None:
+            return None, prompt
+        return prompt, class_labels
 
     def _resolve_labels(self, class_labels: int | str | Iterable[int | str] | None) -> list[int | None]:
         """One id per label; without labels, only the null class (`None` if the transformer is unconditional)."""

@@ -131,7 +131,7 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
 
     def _images_of_each(self, num_images: int, class_labels: Any, texts: Mapping[str, Any]) -> int:
         """How many of the given images belong to each label or prompt: all to the only one, or one."""
-        labels = texts["prompt"] if class_labels is None and not self.takes_text else class_labels
+        _, labels = self._told_apart(texts["prompt"], class_labels)
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds") if self.takes_text else ()
         several = [texts[name] for name in names if isinstance(texts.get(name), list | tuple | torch.Tensor)]
         count = max(len(each) for each in (self._resolve_labels(labels), *several))

@@ -66,8 +66,7 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         """
         if num_images < 2:
             raise ValueError(f"`num_images` is {num_images}, but a series has at least 2.")
-        if class_labels is None and not self.takes_text:
-            class_labels, prompt = prompt, None
+        prompt, class_labels = self._told_apart(prompt, class_labels)
         label_ids = self._resolve_labels(class_labels)
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         generators = generator if isinstance(generator, list) else [generator]
