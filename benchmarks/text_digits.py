@@ -9,7 +9,6 @@ and `metrics.json` (`prompt_agreement`: the share whose digit the classifier con
 """
 
 import argparse
-import io
 import json
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def save_captioned_digits(folder: Path) -> None:
         rows = []
         for number, (row, label) in enumerate(zip(images.rows, images.labels, strict=True)):
             name = f"{number:04d}.png"
-            (folder / split / name).write_bytes(io.BytesIO(row["image"]["bytes"]).getvalue())
+            (folder / split / name).write_bytes(row["image"]["bytes"])
             rows.append({"file_name": name, "text": [each.format(NUMBERS[label]) for each in CAPTIONS]})
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
