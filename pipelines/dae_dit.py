@@ -609,9 +609,8 @@ class DAEDiTPipeline(DiffusionPipeline):
     def _check_output(self, output_type: str):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
-        channels = self.vae.config.get(
-            "out_channels", self.vae.config.get("in_channels", 3)
-        )  # not all classes have either
+        # Not all classes have either.
+        channels = self.vae.config.get("out_channels", self.vae.config.get("in_channels", 3))
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
                 f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "

@@ -73,9 +73,8 @@ class AutoencoderConfig:
         if self.decoder != "mirror":
             share = {"small": 2, "tiny": 4}[self.decoder]
             widths = tuple(max(8, math.ceil(width / share / 8) * 8) for width in block_out_channels)
-            groups = (
-                math.gcd(*widths) // 4
-            )  # of several channels: alone, a channel would lose its mean, which is the image's colour
+            # Several channels in a group: alone, a channel would lose its mean, which is the image's colour.
+            groups = math.gcd(*widths) // 4
             layers = 0 if self.decoder == "tiny" else None
             return {
                 "decoder_block_out_channels": widths,
