@@ -11,6 +11,7 @@ from PIL import Image
 
 from dae_diffusers.data import ImageDataset, StreamedImages
 from dae_diffusers.data.arrays import without_warnings
+from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.data.streaming import ImageStream
 from dae_diffusers.plots import image_grid
@@ -30,7 +31,7 @@ class Seen:
 
     Attributes:
         whole (`np.ndarray` of shape `(H, W, C)`): The file's picture in [-1, 1].
-        pixel_values (`torch.Tensor` of shape `(C, resolution, resolution)`): What training gets, in [-1, 1].
+        pixel_values (`torch.Tensor` of shape `(C, height, width)`): What training gets, in [-1, 1].
         label (`int` or `None`): Its class.
     """
 
@@ -78,26 +79,33 @@ def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, 
     """
     rows, names = [], []
     columns = max(map(len, chosen.values()))
+    every = [each.pixel_values.shape for seen in chosen.values() for each in seen]
+    channels, height, width = map(max, zip(*every, strict=True))
+    factor = -(-_TILE // max(height, width))
+    blank = torch.ones(channels, height * factor, width * factor)
     for label, seen in chosen.items():
         if not seen:
             continue
-        height, width = seen[0].pixel_values.shape[1:]
-        factor = -(-_TILE // max(height, width))
-        blank = torch.ones(seen[0].pixel_values.shape[0], height * factor, width * factor)
-        wholes = [_tile(each.whole, blank.shape[1:], shows_crop=shows_crop) for each in seen]
+        wholes = [_tile(each.whole, shape_of(each), blank.shape[1:], shows_crop=shows_crop) for each in seen]
         crops = [each.pixel_values.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for each in seen]
+        crops = [_centred(crop, blank.shape[1:]) for crop in crops]
         for row in (wholes, crops):
             rows += [*row, *[blank] * (columns - len(row))]
         names += ["file" if label is None else id2label[label][:24], "training"]
     return image_grid(torch.stack(rows), columns=columns, row_names=names)
 
 
-def _tile(whole: np.ndarray, size: tuple[int, int], *, shows_crop: bool) -> torch.Tensor:
-    """The whole picture inside a white tile; what the centre crop leaves out is darkened."""
+def shape_of(seen: Seen) -> tuple[int, int]:
+    r"""Height and width of what training gets."""
+    return tuple(seen.pixel_values.shape[1:])
+
+
+def _tile(whole: np.ndarray, shape: tuple[int, int], size: tuple[int, int], *, shows_crop: bool) -> torch.Tensor:
+    """The whole picture inside a white tile; what the centre crop to the proportions of `shape` leaves out is darkened."""
     height, width, channels = whole.shape
     image = torch.from_numpy(np.ascontiguousarray(whole)).permute(2, 0, 1)
     if shows_crop:
-        rows, columns = (round(side) for side in _kept(height, width, size))
+        rows, columns = (round(side) for side in _kept(height, width, shape))
         top, left = (height - rows) // 2, (width - columns) // 2
         shade = torch.full((height, width), _DIM)
         shade[top : top + rows, left : left + columns] = 1
@@ -105,9 +113,15 @@ def _tile(whole: np.ndarray, size: tuple[int, int], *, shows_crop: bool) -> torc
     scale = min(size[0] / height, size[1] / width)
     inner = [max(1, round(height * scale)), max(1, round(width * scale))]
     image = torch.nn.functional.interpolate(image[None], size=inner, mode="bilinear", antialias=True)[0]
-    tile = torch.ones(channels, *size)
-    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
-    tile[:, top : top + inner[0], left : left + inner[1]] = image
+    return _centred(image, size)
+
+
+def _centred(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The image in the middle of a white tile."""
+    tile = torch.ones(image.shape[0], *size)
+    height, width = image.shape[1:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    tile[:, top : top + height, left : left + width] = image
     return tile
 
 
@@ -133,14 +147,20 @@ def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looke
     return "\n".join([*lines, f"| all | {total} | | {len(validation)} |"]) + "\n"
 
 
-def sizes(looked: list[Seen], size: tuple[int, int]) -> str:
-    r"""Sentences about the sizes of the files: how many are enlarged, and what the crop leaves out."""
+def sizes(looked: list[Seen], buckets: Buckets) -> str:
+    r"""Sentences about the sizes of the files: how many are enlarged, what the crop leaves out, and which shapes they get."""
     sides = np.array([seen.whole.shape[:2] for seen in looked])
     short, long = sides.min(axis=1), sides.max(axis=1)
-    smaller = int((sides < size).any(axis=1).sum())
-    kept = np.array([math.prod(_kept(*each, size)) / math.prod(each) for each in sides.tolist()])
+    shapes = [shape_of(seen) for seen in looked]
+    smaller = int((sides < np.array(shapes)).any(axis=1).sum())
+    kept = [
+        math.prod(_kept(*each, shape)) / math.prod(each) for each, shape in zip(sides.tolist(), shapes, strict=True)
+    ]
+    several = len(buckets.sizes) > 1
+    than = "their shape" if several else f"{words_of_size(shapes[0])} pixels"
+    text = f"\nShapes: {buckets}. Training rounds their sides to what its autoencoder needs.\n" if several else ""
     return (
         f"Of {len(looked)} files: the shorter side has {short.min()} to {short.max()} pixels, the longer one {long.min()} to {long.max()}. "
-        f"{smaller} are smaller than {words_of_size(size)} pixels and are enlarged. The crop keeps {kept.mean():.0%} of the area on "
-        f"average, at least {kept.min():.0%}.\n"
+        f"{smaller} are smaller than {than} and are enlarged. The crop keeps {np.mean(kept):.0%} of the area on "
+        f"average, at least {min(kept):.0%}.\n{text}"
     )

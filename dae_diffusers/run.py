@@ -272,11 +272,13 @@ class TrainingRun:
             script (`str`): Its name, such as `"train_dit"`.
             results: Flags that take a result of this run, by the name of its folder in the output folder.
         """
-        data = replace(
-            self.config.data, resolution=DEFAULT_RESOLUTION, image_channels=DEFAULT_CHANNELS
-        )  # the model knows them
+        given = self.config.data
+        known = {"resolution": DEFAULT_RESOLUTION, "image_channels": DEFAULT_CHANNELS}  # to the model
+        data = replace(given, **known, aspect_buckets=[])
         words = [word for flag, name in results.items() for word in (f"--{flag}", str(self.output_dir / name))]
         words += [*flags_of(data, whole_paths=True), *flags_of(RunConfig(seed=self.config.run.seed))]
+        if given.aspect_buckets and script == "train_dit":
+            words += ["--aspect_buckets", *map(str, given.aspect_buckets)]
         words += ["--output_dir", str(self.output_dir)]
         is_command = "DAE_DIFFUSERS_COMMAND" in os.environ
         start = f"dae-diffusers {script.replace('_', '-')}" if is_command else f"accelerate launch training/{script}.py"

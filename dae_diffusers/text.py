@@ -263,6 +263,10 @@ class WithText(BatchDataset):
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def buckets(self):
+        return self.data.buckets
+
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         texts = [self._text(*item) if isinstance(item, tuple) else self._text(item) for item in items]
         return {**self.data.__getitems__(items), **dict(zip(TEXT_ARGUMENTS, self.states[texts], strict=True))}

@@ -68,14 +68,25 @@ class TrainDAEConfig:
                 "`stage 2` needs an encoder: `stage1_dir <output_dir of stage 1>`, or `pretrained_model_name_or_path` to fine-tune "
                 "the decoder of a published autoencoder."
             )
+        if autoencoder.decoder == "x2" and stages.stage != "2":
+            raise ConfigError(
+                f"`decoder x2` goes with `stage 2` only, not with `stage {stages.stage}`: it makes larger images of the latents of a "
+                "finished encoder (`stage1_dir` or `pretrained_model_name_or_path`)."
+            )
         factor = autoencoder.spatial_factor
         is_new = start is None and stages.stage1_dir is None and stages.pipeline is None
         if is_new:
             data.settle()
-        for side in data.size if is_new else ():
+            data.settle_buckets(2 * factor)
+        sides = (
+            [*(("resolution", side) for side in data.size), *(("aspect_buckets", side) for side in data.aspect_buckets)]
+            if is_new
+            else ()
+        )
+        for name, side in sides:
             if side % factor:
                 raise ConfigError(
-                    f"`resolution` {side} is not divisible by {factor}, the factor of an autoencoder with "
+                    f"`{name}` {side} is not divisible by {factor}, the factor of an autoencoder with "
                     f"{len(autoencoder.block_out_channels)} resolutions. {nearest_multiples(side, factor)}"
                 )
         if is_new:
@@ -96,7 +107,7 @@ class TrainDAEConfig:
             raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
         self.check_mixed_precision(self.optimization.mixed_precision)
         smallest = 3 * 2**losses.discriminator_layers
-        too_small = data.resolution is not None and min(data.size) < smallest
+        too_small = data.resolution is not None and min(map(min, data.shapes)) < smallest
         if self.has_discriminator and losses.discriminator_model is None and too_small:
             raise ConfigError(
                 f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
@@ -134,6 +145,7 @@ class TrainDAEConfig:
                 "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder`, `decoder_block_out_channels` and "
                 "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
             )
+        self.data.require_one_shape("`stage 3`")
         if self.data.streaming:
             raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
         if self.hub.push_to_hub and self.hub.hub_strategy == "every_save":
@@ -435,6 +447,7 @@ class TrainPriorConfig:
                 "`random_crop` and `random_resized_crop` do not go with images that are encoded once: each epoch would see "
                 "the same crops."
             )
+        self.data.require_one_shape("train_vqgan_prior.py")
         if self.data.streaming:
             raise ConfigError("`streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
         if self.data.caption_column is not None:
@@ -540,6 +553,7 @@ class FindLatentsConfig:
 def check_measured_data(data: DataConfig, features: str | None, script: str) -> None:
     """Raises `ConfigError` for images that `script` cannot measure."""
     data.require_source()
+    data.require_one_shape(script)
     if data.streaming:
         raise ConfigError(f"`streaming` does not go with {script}; leave it out.")
     if features is not None and data.image_channels not in (None, 1, 3):
@@ -592,6 +606,7 @@ class TrainClassifierConfig:
 
     def __post_init__(self):
         self.data.require_source()
+        self.data.require_one_shape("this script")
         if self.data.streaming:
             raise ConfigError("`streaming` does not go with this script; leave it out.")
         if self.data.image_channels not in (1, 3):

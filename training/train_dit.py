@@ -54,7 +54,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
-from dae_diffusers.sizes import height_and_width
+from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.text import TEXT_ARGUMENTS, Captions
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -128,9 +128,9 @@ def main(config: TrainDiTConfig) -> None:
             loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()), captions)
             step.add(loss=loss)
             if alignment is not None:
-                term, values = alignment.term(
-                    batch["pixel_values"], [side // architecture["patch_size"] for side in height_and_width(size)]
-                )
+                token = spatial_factor(vae) * architecture["patch_size"]  # its side in pixels
+                grid = [side // token for side in batch["pixel_values"].shape[2:]]
+                term, values = alignment.term(batch["pixel_values"], grid)
                 step.add(**values)
                 loss = loss + term
             step.backward(loss)
@@ -291,6 +291,13 @@ def load_data(
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
+    size, cached = height_and_width(size_of_latents(config.data, vae)), caches[1].latent_shape[1:]
+    if size != cached:
+        raise UserError(
+            f"the latents of {config.transformer.latent_cache} have the size {words_of_size(cached)}, but those of `vae` have "
+            f"{words_of_size(size)} for images of {words_of_size(config.data.size)} pixels. Give the autoencoder of the cache; "
+            "`dae-diffusers assemble` adds another decoder afterwards."
+        )
     return caches, images
 
 

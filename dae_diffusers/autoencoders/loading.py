@@ -246,10 +246,15 @@ def settle_images(
             words_of_size(known),
         )
     check_image_size(vae, channels=data.image_channels, size=data.size, patch_size=patch_size)
+    data.settle_buckets(shape.factor * max(2, patch_size))  # so that a cache fits generators of patch size 1 and 2
+    for size in data.shapes[: len(data.aspect_buckets)]:
+        check_image_size(vae, channels=data.image_channels, size=size, patch_size=patch_size, field="aspect_buckets")
     config.__post_init__()
 
 
-def check_image_size(vae: ModelMixin, *, channels: int, size: tuple[int, int], patch_size: int = 1) -> None:
+def check_image_size(
+    vae: ModelMixin, *, channels: int, size: tuple[int, int], patch_size: int = 1, field: str = "resolution"
+) -> None:
     r"""
     Raises `UserError` unless images of this size can be encoded and cut into the generator's patches.
 
@@ -258,6 +263,7 @@ def check_image_size(vae: ModelMixin, *, channels: int, size: tuple[int, int], p
         channels (`int`): Channels of the images.
         size (`tuple[int, int]`): Height and width of the images.
         patch_size (`int`, *optional*, defaults to 1): Patch size of the generator, in latent pixels.
+        field (`str`, *optional*, defaults to `"resolution"`): The setting that gives the size, for messages.
     """
     shape = autoencoder_shape(vae.config)
     if shape.image_channels != channels:
@@ -266,12 +272,12 @@ def check_image_size(vae: ModelMixin, *, channels: int, size: tuple[int, int], p
         )
     if is_representation_autoencoder(vae.config) and size != height_and_width(shape.side):
         raise UserError(
-            f"`resolution` is {words_of_size(size)}, but this {type(vae).__name__} makes images of {words_of_size(shape.side)} pixels only."
+            f"`{field}` is {words_of_size(size)}, but this {type(vae).__name__} makes images of {words_of_size(shape.side)} pixels only."
         )
     factor = shape.factor * patch_size
     for side in size:
         if side % factor:
             raise UserError(
-                f"`resolution` {side} is not divisible by {factor} (autoencoder {shape.factor} x patch "
+                f"`{field}` {side} is not divisible by {factor} (autoencoder {shape.factor} x patch "
                 f"{patch_size}). {nearest_multiples(side, factor)}"
             )

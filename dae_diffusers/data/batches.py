@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from dae_diffusers.data.buckets import Buckets
+
 
 class BatchDataset(Dataset):
     r"""A data set whose `__getitems__` makes a whole batch at once, which is faster than one item after the other."""
@@ -14,6 +16,11 @@ class BatchDataset(Dataset):
 
     def __getitems__(self, items: list[Any]) -> dict[str, torch.Tensor]:
         raise NotImplementedError
+
+    @property
+    def buckets(self) -> Buckets | None:
+        r"""The shapes of the images or latents, each batch of which has one; None if all have the same."""
+        return None
 
     @staticmethod
     def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,13 +4,15 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
+from dae_diffusers.data.buckets import spread_shapes
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
-from dae_diffusers.sizes import height_and_width
+from dae_diffusers.sizes import height_and_width, words_of_size
 
 EMBEDDED = {"digits"}
 DEFAULT_RESOLUTION = 32
 DEFAULT_CHANNELS = 3
+DEFAULT_MULTIPLE = 8  # of the sides of buckets, where no autoencoder says more
 MAX_RESOLUTION = 8192  # Pillow refuses to cut out much more than twice as much, as a decompression bomb
 
 
@@ -80,6 +82,14 @@ class DataConfig:
         "ones, measured over the training images for others",
         advanced=True,
     )
+    aspect_buckets: list[int] = field(
+        [],
+        "train on N shapes of about the area of `--resolution`, up to twice as long, each image in the nearest; N is odd; or "
+        "heights and widths",
+        at_least=1,
+        at_most=MAX_RESOLUTION,
+        advanced=True,
+    )
     random_crop: bool = field(False, "crop at a random position instead of the centre", advanced=True)
     random_resized_crop: float | None = field(
         None,
@@ -111,6 +121,7 @@ class DataConfig:
     def __post_init__(self):
         if isinstance(self.resolution, list | tuple):
             self.resolution = _side(self.resolution)
+        self._check_buckets()
         for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
             if (getattr(self, name) or "").startswith("~"):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
@@ -130,6 +141,45 @@ class DataConfig:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
             raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already: leave `streaming` out.")
+
+    def _check_buckets(self) -> None:
+        given = self.aspect_buckets
+        if given and self.streaming:
+            raise ConfigError("`aspect_buckets` does not go with `streaming`, because it sorts the images first.")
+        if len(given) == 1 and given[0] % 2 == 0:
+            raise ConfigError(f"`aspect_buckets` is {given[0]}, but must be odd: `resolution` is the middle shape.")
+        if len(given) > 1 and len(given) % 2:
+            raise ConfigError(
+                f"`aspect_buckets` is {given}, but must be one number, or a height and a width for each shape."
+            )
+        if len(given) > 1 and self.resolution is not None and self.size not in self.shapes:
+            raise ConfigError(
+                f"`aspect_buckets` is {given} without `resolution` {words_of_size(self.size)}, the shape of validation and of the "
+                "pipeline. Add it, or give another `resolution`."
+            )
+
+    def require_one_shape(self, script: str) -> None:
+        """Raises `ConfigError` if there are buckets, for a script that takes images of one shape."""
+        if self.aspect_buckets:
+            raise ConfigError(f"`aspect_buckets` does not go with {script}, which takes one shape; leave it out.")
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        r"""Height and width of each bucket; only that of the images without buckets."""
+        sides = self.aspect_buckets if len(self.aspect_buckets) > 1 else []
+        return list(dict.fromkeys(zip(sides[::2], sides[1::2], strict=True))) or [self.size]
+
+    def settle_buckets(self, multiple: int) -> None:
+        r"""
+        Turns a number of shapes into the shapes, whose sides are multiples of `multiple`. Given shapes stay. The resolution is settled.
+
+        Raises:
+            ConfigError: If the resolution is not among the given shapes.
+        """
+        if len(self.aspect_buckets) == 1:
+            shapes = spread_shapes(self.size, self.aspect_buckets[0], multiple)
+            self.aspect_buckets = [side for shape in shapes for side in shape]
+        self._check_buckets()
 
     def require_source(self) -> None:
         """Raises `ConfigError` unless exactly one source of images is given."""

@@ -3,20 +3,22 @@
 import logging
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from diffusers.training_utils import find_nearest_bucket
 from tqdm.auto import tqdm
 
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth
@@ -24,6 +26,8 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.store import fingerprint
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Images whose transformed pixels fit into this many bytes are decoded once and kept.
 IMAGE_MEMORY_BYTES = 2**30
@@ -36,10 +40,11 @@ class ImageDataset(BatchDataset):
     It is indexed by an image's number, or by `(number, draw)`, where `draw` seeds the augmentation. Without a draw there is
     no augmentation (centre crop, no flip).
 
-    An item is `{"pixel_values": float32 (C, resolution, resolution) in [-1, 1], "class_labels": int}`, with labels
-    only if `id2label` is not None.
+    An item is `{"pixel_values": float32 (C, height, width) in [-1, 1], "class_labels": int}`, with labels
+    only if `id2label` is not None. All images of a batch must be of one bucket.
 
     Attributes:
+        buckets ([`~dae_diffusers.data.buckets.Buckets`]): Their shapes. A single one, before [`in_buckets`].
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
@@ -60,6 +65,7 @@ class ImageDataset(BatchDataset):
         value_range: list[float] | None = None,
         root: Root | None = None,
         captions: list[list[str]] | None = None,
+        buckets: Buckets | None = None,
     ):
         self.rows = rows.select_columns([image_column])
         self.config = config
@@ -72,12 +78,19 @@ class ImageDataset(BatchDataset):
         self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
         self._reader = ImageReader(config, self.depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
-        num_bytes = len(rows) * math.prod(config.size) * config.image_channels * (4 if self.is_array else 1)
+        self._buckets = buckets or Buckets.single(len(rows), config.size)
+        dtype = np.float32 if self.is_array else np.uint8
+        shapes = [(*size, config.image_channels) for size in self._buckets.sizes]
+        num_values = sum(count * math.prod(shape) for count, shape in zip(self._buckets.counts, shapes, strict=True))
         self._memory = None
-        if num_bytes <= IMAGE_MEMORY_BYTES and not config.crops_at_random:
-            shape = (len(rows), *config.size, config.image_channels)
-            self._memory = _shared_zeros(shape, np.float32 if self.is_array else np.uint8)
+        if num_values * np.dtype(dtype).itemsize <= IMAGE_MEMORY_BYTES and not config.crops_at_random:
+            counts = zip(self._buckets.counts, shapes, strict=True)
+            self._memory = [_shared_zeros((count, *shape), dtype) for count, shape in counts]
             self._is_in_memory = _shared_zeros((len(rows),), np.bool_)
+
+    @property
+    def buckets(self) -> Buckets:
+        return self._buckets
 
     @property
     def value_range(self) -> list[float] | None:
@@ -107,6 +120,8 @@ class ImageDataset(BatchDataset):
         yield str(len(self))
         yield np.asarray(self.labels if self.labels is not None else [], dtype=np.int64)
         yield encoded_sizes(self.rows, self.image_column, self.root)
+        if record := self._buckets.record():
+            yield np.asarray(record)
         for index in np.unique(np.linspace(0, len(self) - 1, num=min(64, len(self))).astype(int)):
             try:
                 content = read_content(self.rows[int(index)][self.image_column], self.root)
@@ -132,20 +147,49 @@ class ImageDataset(BatchDataset):
 
     @without_warnings()
     def _batch(self, indices: Sequence[int], draws: Sequence[int | None]) -> np.ndarray:
-        """Cropped but not flipped pixels `(B, resolution, resolution, C)`, a copy."""
+        """Cropped but not flipped pixels `(B, height, width, C)` of images of one bucket, a copy."""
         if self._memory is None:
             return np.stack([self._pixels(index, draw) for index, draw in zip(indices, draws, strict=True)])
+        bucket = self._buckets.of(indices[0])
+        memory, start = self._memory[bucket], self._buckets.ranges[bucket].start
         for index in indices:
             if not self._is_in_memory[index]:
-                self._memory[index] = self._pixels(index)
+                memory[index - start] = self._pixels(index)
                 self._is_in_memory[index] = True
-        return self._memory[list(indices)]
+        return memory[np.asarray(indices) - start]
 
     def name_of(self, index: int) -> str:
         r"""The image's file name, where it has one, else its row."""
         return name_of_row(self.rows[index][self.image_column], index)
 
+    def in_buckets(self, sizes: Sequence[tuple[int, int]]) -> "ImageDataset":
+        r"""The images bucket after bucket: each in the one of `sizes` (heights and widths) whose proportions are nearest."""
+
+        def nearest(index: int) -> int:
+            item = self.rows[index][self.image_column]
+            return find_nearest_bucket(*self._reader.size_of(item, lambda: self.name_of(index)), sizes)
+
+        found = np.array(self._of_each(nearest, "Reading the sizes of images"))
+        buckets = Buckets.without_empty(sizes, np.bincount(found, minlength=len(sizes)).tolist())
+        return self._with_rows(np.argsort(found, kind="stable"), self.depth, buckets)
+
+    def in_one_shape(self) -> "ImageDataset":
+        r"""The same images in the same order, all of the resolution's shape; itself without buckets."""
+        if len(self._buckets.sizes) == 1:
+            return self
+        return self._with_rows(range(len(self)), self.depth, Buckets.single(len(self), self.config.size))
+
     @without_warnings()  # around the pool
+    def _of_each(self, function: Callable[[int], T], description: str) -> list[T]:
+        """What a function says about each image, by its number."""
+        with ThreadPoolExecutor() as pool, tqdm(total=len(self), desc=description, leave=False) as progress:
+            found = []
+            for start in range(0, len(self), 4096):  # what waits for a thread takes 2 KB an image
+                part = range(start, min(start + 4096, len(self)))
+                found += pool.map(function, part)
+                progress.update(len(part))
+        return found
+
     def without_bad_images(self) -> "ImageDataset":
         r"""
         Reads every image once and leaves out those that cannot be decoded. Each is named in the log.
@@ -160,13 +204,7 @@ class ImageDataset(BatchDataset):
             except UserError as error:
                 return str(error)
 
-        with ThreadPoolExecutor() as pool:
-            problems = []
-            with tqdm(total=len(self), desc="Checking images", leave=False) as progress:
-                for start in range(0, len(self), 4096):  # what waits for a thread takes 2 KB an image
-                    part = range(start, min(start + 4096, len(self)))
-                    problems += pool.map(problem, part)
-                    progress.update(len(part))
+        problems = self._of_each(problem, "Checking images")
         good = [index for index, text in enumerate(problems) if text is None]
         for text in filter(None, problems):
             logger.warning("left out: %s", text)
@@ -198,6 +236,9 @@ class ImageDataset(BatchDataset):
     def _select(self, indices: Sequence[int], depth: Depth | None) -> "ImageDataset":
         if len(indices) == len(self):
             return self
+        return self._with_rows(indices, depth, self._buckets.chosen(indices))
+
+    def _with_rows(self, indices: Sequence[int], depth: Depth | None, buckets: Buckets) -> "ImageDataset":
         return ImageDataset(
             self.rows.select(indices),
             self.config,
@@ -208,6 +249,7 @@ class ImageDataset(BatchDataset):
             value_range=self.value_range,
             root=self.root,
             captions=None if self.captions is None else [self.captions[index] for index in indices],
+            buckets=buckets,
         )
 
     @without_warnings()
@@ -231,8 +273,9 @@ class ImageDataset(BatchDataset):
         return [low, high]
 
     def _pixels(self, index: int, draw: int | None = None) -> np.ndarray:
-        """The image as uint8 or float32 (resolution, resolution, C), cropped but not flipped."""
-        return self._reader.read(self.rows[index][self.image_column], lambda: self.name_of(index), draw)
+        """The image as uint8 or float32 (height, width, C), cropped but not flipped."""
+        size = self._buckets.sizes[self._buckets.of(index)]
+        return self._reader.read(self.rows[index][self.image_column], lambda: self.name_of(index), draw, size)
 
 
 def choose_indices(count: int, limit: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dae_diffusers.data.arrays import (
     RANGES,
@@ -62,12 +62,15 @@ class ImageReader:
         )
         self._warned_small = self._warned_dark = False
 
-    def read(self, item: Any, name: Callable[[], str], draw: int | None = None) -> np.ndarray:
+    def read(
+        self, item: Any, name: Callable[[], str], draw: int | None = None, size: tuple[int, int] | None = None
+    ) -> np.ndarray:
         r"""
         Args:
             item: A row's image: `{"bytes", "path"}`, or nested lists.
             name (`Callable`): Returns the image's name, for an error.
             draw (`int`, *optional*): Seeds the crop; default: the centre.
+            size (`tuple[int, int]`, *optional*): Height and width; default: those of the settings.
 
         Returns:
             `np.ndarray` of shape `(height, width, C)`: uint8, or float32 for arrays; not flipped.
@@ -75,17 +78,29 @@ class ImageReader:
         Raises:
             UserError: If it cannot be decoded or is too small.
         """
-        image = self.decode(item, name)
+        image, size = self.decode(item, name), size or self.config.size
         random = np.random.default_rng(draw) if draw is not None and self.config.crops_at_random else None
         width, height = image.shape[1::-1] if self.is_array else image.size
-        self._check_size(width, height, name)
+        self._check_size(width, height, name, size)
         if random is not None and self.config.random_resized_crop is not None:
-            box = random_box(width, height, self.config.size, self.config.random_resized_crop, random)
+            box = random_box(width, height, size, self.config.random_resized_crop, random)
             left, top, right, bottom = box
             image = image[top:bottom, left:right] if self.is_array else image.crop(box)
         resize = resize_and_crop_array if self.is_array else resize_and_crop
-        pixels = np.asarray(resize(image, self.config.size, random=random))
-        return pixels.reshape(*self.config.size, self.config.image_channels)
+        pixels = np.asarray(resize(image, size, random=random))
+        return pixels.reshape(*size, self.config.image_channels)
+
+    def size_of(self, item: Any, name: Callable[[], str]) -> tuple[int, int]:
+        r"""Height and width of a whole image; of a picture only the file's header is read. Arguments and errors as in [`read`]."""
+        if not self.is_array:
+            try:
+                image = open_picture(read_content(item, self.root))
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                return image.size if is_turned else image.size[::-1]
+            except Exception:  # decoding says what is wrong
+                pass
+        image = self.decode(item, name)
+        return image.shape[:2] if self.is_array else image.size[::-1]
 
     def decode(self, item: Any, name: Callable[[], str]) -> np.ndarray | Image.Image:
         r"""Reads the whole image, `(H, W, C)` float32, if it is an array; otherwise like [`read`]."""
@@ -150,21 +165,21 @@ class ImageReader:
                 highest,
             )
 
-    def _check_size(self, width: int, height: int, name: Callable[[], str]) -> None:
-        least_height, least_width = self.config.size
+    def _check_size(self, width: int, height: int, name: Callable[[], str], size: tuple[int, int]) -> None:
+        least_height, least_width = size
         if (height >= least_height and width >= least_width) or self.config.dataset_name in EMBEDDED:
             return
         if not self.config.strict_size and self._warned_small:
             return
         seen = f"the image {name()} has {width}x{height} pixels"
+        shown = least_height if least_height == least_width else words_of_size(size)
         if self.config.strict_size:
             raise UserError(
-                f"{seen}, fewer than `resolution` {self.config.resolution}. Remove it, lower the resolution, or drop "
+                f"{seen}, fewer than `resolution` {shown}. Remove it, lower the resolution, or drop "
                 "`strict_size` to enlarge it."
             )
         self._warned_small = True
-        size = self.config.resolution if least_height == least_width else words_of_size(self.config.size)
-        logger.warning("%s: enlarged to %s, as are all smaller images.", seen, size)
+        logger.warning("%s: enlarged to %s, as are all smaller images.", seen, shown)
 
 
 def is_flipped(draw: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dae_diffusers.data.buckets import Buckets, buckets_of
 from dae_diffusers.data.streaming import ImageStream, StreamedImages
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.signals import protect_worker
@@ -25,6 +26,10 @@ class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
     Yields endless micro-batches of `(image number, draw)`. Micro-batch `m` is a pure function of `(seed, m)`. Each pass over
     the data has another order, and contains every image exactly once.
 
+    With several buckets, each micro-batch is from one. Each bucket is passed over by itself: what does not fill a micro-batch begins the
+    next one of that bucket. So after any number of rounds (a round has about as many micro-batches as a pass over all images), each image
+    has come as often as any other, or once more or less.
+
     It does not depend on processes: `accelerate` gives each process the micro-batches `m = i * num_processes + process_index`.
 
     Args:
@@ -32,41 +37,81 @@ class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size (`int`): Images in a micro-batch.
         seed (`int`): Seed of the run.
         start (`int`, *optional*, defaults to 0): The first micro-batch, to continue a run.
+        buckets ([`~dae_diffusers.data.buckets.Buckets`], *optional*): In which bucket each image is; default: all in one.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, start: int = 0):
-        self.num_samples = num_samples
+    def __init__(self, num_samples: int, batch_size: int, seed: int, start: int = 0, buckets: Buckets | None = None):
+        self.buckets = buckets or Buckets.single(num_samples)
         self.batch_size = batch_size
         self.drop_last = False
         self.seed = seed
         self.start = start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        position, epoch, order = self.start * self.batch_size, -1, []
+        images, microbatch = [_BucketOrder(self, bucket) for bucket in range(len(self.buckets.counts))], self.start
+        number, place = self._place(microbatch)
         while True:
-            batch = []
-            for _ in range(self.batch_size):
-                if position // self.num_samples != epoch:
-                    epoch = position // self.num_samples
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-                batch.append((int(order[position % self.num_samples]), derived_seed(self.seed, 1, position)))
-                position += 1
-            yield batch
+            for bucket, batch in self._round(number)[place:]:
+                draws = range(microbatch * self.batch_size, (microbatch + 1) * self.batch_size)
+                members = (images[bucket].at(batch * self.batch_size + n) for n in range(self.batch_size))
+                yield [(index, derived_seed(self.seed, 1, draw)) for index, draw in zip(members, draws, strict=True)]
+                microbatch += 1
+            number, place = number + 1, 0
+
+    def _done(self, number: int) -> list[int]:
+        """Micro-batches of each bucket before a round."""
+        return [number * count // self.batch_size for count in self.buckets.counts]
+
+    def _round(self, number: int) -> list[tuple[int, int]]:
+        """The micro-batches of a round: which bucket, and which of that bucket's."""
+        done, then = self._done(number), self._done(number + 1)
+        waiting = [iter(range(*each)) for each in zip(done, then, strict=True)]
+        order = np.repeat(np.arange(len(done)), np.subtract(then, done))
+        order = np.random.default_rng((self.seed, number, 1)).permutation(order).tolist()
+        return [(bucket, next(waiting[bucket])) for bucket in order]
+
+    def _place(self, microbatch: int) -> tuple[int, int]:
+        """The round of a micro-batch, and its place there."""
+        number = (
+            microbatch * self.batch_size // sum(self.buckets.counts)
+        )  # or later: rounding down leaves micro-batches for later
+        while sum(self._done(number + 1)) <= microbatch:
+            number += 1
+        return number, microbatch - sum(self._done(number))
+
+
+class _BucketOrder:
+    """The endless order of a bucket's images: each pass is shuffled by itself."""
+
+    def __init__(self, sampler: MicrobatchSampler, bucket: int):
+        self.seed, self.total = sampler.seed, sum(sampler.buckets.counts)
+        self.members, self.number, self.order = sampler.buckets.ranges[bucket], -1, []
+
+    def at(self, position: int) -> int:
+        number, place = divmod(position, len(self.members))
+        if number != self.number:
+            order = np.random.default_rng((self.seed, number)).permutation(self.total)
+            self.number, self.order = number, order[(order >= self.members.start) & (order < self.members.stop)]
+        return int(self.order[place])
 
 
 def make_training_loader(
     dataset: Dataset, *, batch_size: int, seed: int, start: int = 0, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     r"""Makes an endless loader of shuffled micro-batches, to be prepared by `accelerate`; see [`MicrobatchSampler`]."""
-    if batch_size > len(dataset):
+    buckets = buckets_of(dataset)
+    if batch_size > min(buckets.counts):
+        what, hint = f"the data set ({len(dataset)} images)", "Use a smaller batch"
+        if len(buckets.counts) > 1:
+            small = [bucket for bucket, count in enumerate(buckets.counts) if count < batch_size]
+            what, hint = f"a bucket: {buckets.part(small)}", f"{hint} or fewer buckets"
         warnings.warn(
-            f"`--train_batch_size` {batch_size} is larger than the data set ({len(dataset)} images): images repeat "
-            "within a batch. Use a smaller batch.",
+            f"`--train_batch_size` {batch_size} is larger than {what}: images repeat within a batch. {hint}.",
             stacklevel=2,
         )
     return DataLoader(
         dataset,
-        batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start),
+        batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start, buckets),
         collate_fn=collate_fn_of(dataset),
         num_workers=num_workers,
         worker_init_fn=prepare_worker,
@@ -104,10 +149,10 @@ def make_pass_loader(
             max_samples=-(-STREAM_PASS_SAMPLES // num_processes),
         )
         return make_stream_loader(stream, num_workers=num_workers)
-    share = torch.utils.data.Subset(dataset, range(process_index, len(dataset), num_processes))
+    share = range(process_index, len(dataset), num_processes)
     return DataLoader(
-        share,
-        batch_size=batch_size,
+        dataset,
+        batch_sampler=list(buckets_of(dataset).batches(share, batch_size)),
         num_workers=num_workers,
         worker_init_fn=prepare_worker,
         collate_fn=collate_fn_of(dataset),

@@ -27,7 +27,7 @@ from dae_diffusers.data.columns import (
     value_of,
     with_image_column,
 )
-from dae_diffusers.data.configuration import EMBEDDED, DataConfig
+from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
@@ -130,7 +130,8 @@ def load_images(
         )
         if images.is_array and not images.value_range:
             images.value_range = RANGES.get(images.depth)
-        result.append(images.without_bad_images() if config.on_bad_image == "skip" else images)
+        images = images.without_bad_images() if config.on_bad_image == "skip" else images
+        result.append(images if result else _in_buckets(images))  # validation has one shape
     train_images, validation_images = result
     held_out = "" if validation_name not in (None, config.train_split) else " (held out)"
     logger.info(
@@ -144,6 +145,16 @@ def load_images(
         logger.info("image values [%g, %g] are mapped to [-1, 1]", *train_images.value_range)
     _compare_ranges(train_images, is_given=is_given)
     return train_images, validation_images
+
+
+def _in_buckets(images: ImageDataset) -> ImageDataset:
+    images.config.settle_buckets(DEFAULT_MULTIPLE)
+    if len(images.config.shapes) > 1:
+        images = images.in_buckets(images.config.shapes)
+        logger.info(
+            "%d of %d shapes have images: %s", len(images.buckets.counts), len(images.config.shapes), images.buckets
+        )
+    return images
 
 
 def _require_labels(validation: Rows, column: str | None, split: str) -> None:

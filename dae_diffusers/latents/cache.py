@@ -1,5 +1,6 @@
 """A cache of latents: shards of posterior means and standard deviations, each with a record of its inputs, and a manifest."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.data import ImageDataset, is_flipped
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError
 from dae_diffusers.settings import fields_of
@@ -57,6 +59,7 @@ class CacheIdentity:
         flips (`bool`): Whether mirrored images are encoded too.
         dtype (`str`): Data type of the stored latents.
         value_range (`list[float]`): Range of values of the images; empty for 8-bit images.
+        buckets (`list[list[int]]`): Height, width and number of the images of each bucket; empty without buckets.
     """
 
     autoencoder: str
@@ -67,6 +70,19 @@ class CacheIdentity:
     flips: bool
     dtype: str
     value_range: list[float] = field(default_factory=list)
+    buckets: list[list[int]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        r"""What files say of it. Without buckets they say what they said before there were any."""
+        return {name: value for name, value in vars(self).items() if name != "buckets" or value}
+
+    def images(self) -> Buckets:
+        r"""The buckets of the images."""
+        if not self.buckets:
+            return Buckets.single(self.num_samples, height_and_width(self.resolution))
+        return Buckets.without_empty(
+            [(height, width) for height, width, _ in self.buckets], [n for *_, n in self.buckets]
+        )
 
     def differences(self, other: "CacheIdentity") -> list[str]:
         r"""The attributes that differ, each as a phrase."""
@@ -92,7 +108,8 @@ class CachedLatents(BatchDataset):
     Attributes:
         identity ([`CacheIdentity`]): What it was made from.
         id2label (`dict[int, str]` or `None`): Names of the classes.
-        latent_shape (`tuple[int, int, int]`): `(C, h, w)`.
+        buckets ([`~dae_diffusers.data.buckets.Buckets`]): The shapes of the images. Each shard is of one bucket.
+        latent_shape (`tuple[int, int, int]`): `(C, h, w)` in the first bucket.
 
     Raises:
         UserError: If the cache is missing, unfinished or damaged.
@@ -112,30 +129,36 @@ class CachedLatents(BatchDataset):
             raise UserError(f"{self.folder} is {state}. Make it with `accelerate launch training/cache_latents.py`.")
         self.identity = CacheIdentity(**manifest["identity"])
         self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
+        self._buckets = self.identity.images()
         self.latent_shape = tuple(manifest["latent_shape"])
-        self._shard_size = manifest["shard_size"]
-        self._shards = []
-        numbers = range(_num_shards(self.identity.num_samples, self._shard_size))
-        for number in tqdm(numbers, desc="Checking shards", leave=False, disable=not verify):
-            path = self.folder / _shard_name(number)
-            rows = min(self._shard_size, self.identity.num_samples - number * self._shard_size)
-            shapes = dict.fromkeys(("latents_mean", "latents_std"), (rows, 1 + self.identity.flips, *self.latent_shape))
+        self._shapes = _latent_shapes(self.latent_shape, self._buckets)
+        shard_size, self._shards = manifest["shard_size"], []
+        shards = _shards_of(self._buckets, shard_size)
+        self._starts = torch.tensor([indices.start for indices in shards])
+        for number, indices in enumerate(tqdm(shards, desc="Checking shards", leave=False, disable=not verify)):
+            path, rows = self.folder / _shard_name(number), len(indices)
+            latent_shape = self._shapes[self._buckets.of(indices.start)]
+            shapes = dict.fromkeys(("latents_mean", "latents_std"), (rows, 1 + self.identity.flips, *latent_shape))
             if self.id2label is not None:
                 shapes["class_labels"] = (rows,)
             try:
-                shard = kept_tensors(path, _of_shard(self.identity, self._shard_size, number), verify=verify)
+                shard = kept_tensors(path, _of_shard(self.identity, shard_size, number), verify=verify)
                 found = {name: tuple(value.shape) for name, value in shard.items()}
                 if any(found.get(name) != shape for name, shape in shapes.items()):
                     raise NotKept(f"does not fit its manifest: it has the shapes {found} instead of {shapes}")
             except NotKept as problem:
                 raise UserError(
-                    f"{path} {_explained(problem, self.identity, self._shard_size, number)}. Run the command that made the "
+                    f"{path} {_explained(problem, self.identity, shard_size, number)}. Run the command that made the "
                     "cache again: it makes only what is missing or damaged."
                 ) from None
             self._shards.append(shard)
 
     def __len__(self) -> int:
         return self.identity.num_samples
+
+    @property
+    def buckets(self) -> Buckets:
+        return self._buckets
 
     @property
     def fingerprint(self) -> str:
@@ -152,8 +175,9 @@ class CachedLatents(BatchDataset):
         flips = torch.tensor(
             [self.identity.flips and isinstance(item, tuple) and is_flipped(item[1]) for item in items]
         ).long()
-        shards, rows = indices // self._shard_size, indices % self._shard_size
-        batch = {name: torch.empty(len(items), *self.latent_shape) for name in ("latents_mean", "latents_std")}
+        shards = torch.searchsorted(self._starts, indices, right=True) - 1
+        rows, shape = indices - self._starts[shards], self._shapes[self._buckets.of(int(indices[0]))]
+        batch = {name: torch.empty(len(items), *shape) for name in ("latents_mean", "latents_std")}
         if self.id2label is not None:
             batch["class_labels"] = torch.empty(len(items), dtype=torch.int64)
         for shard in shards.unique().tolist():
@@ -198,6 +222,7 @@ def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
         "image_channels": made.image_channels,
         "random_flip": made.flips,
         "value_range": list(made.value_range),
+        "aspect_buckets": [side for *shape, _ in made.buckets for side in shape],
     }
     defaults = {each.name: default for _, each, default in fields_of(DataConfig)} | known
     unused = [
@@ -225,6 +250,10 @@ class ImagesWithLatents(BatchDataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def buckets(self) -> Buckets:
+        return self.images.buckets
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         return {**self.latents.__getitems__(items), **self.images.__getitems__(items)}
@@ -272,7 +301,7 @@ def write_latent_cache(
         autoencoder=autoencoder_fingerprint(vae), num_samples=len(images), dtype=dtype, **image_identity(images)
     )
     manifest = {
-        "identity": vars(identity),
+        "identity": identity.record(),
         "id2label": images.id2label,
         "shard_size": shard_size,
         "complete": False,
@@ -287,7 +316,8 @@ def write_latent_cache(
     if problem[0] is not None:
         raise problem[0]
 
-    numbers = range(_num_shards(len(images), shard_size))
+    shards = _shards_of(images.buckets, shard_size)
+    numbers = range(len(shards))
     paths = {number: folder / _shard_name(number) for number in numbers}
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
     is_shown = accelerator.is_local_main_process
@@ -303,9 +333,8 @@ def write_latent_cache(
     if unusable and accelerator.is_main_process:
         logger.warning("%s. Shards to be made again: %d of %d.", unusable[0], len(unusable), len(numbers))
     for number in tqdm(missing, desc="Caching latents", unit="shard", disable=not is_shown):
-        indices = range(number * shard_size, min((number + 1) * shard_size, len(images)))
         loader = DataLoader(
-            Subset(images, indices), batch_size=batch_size, num_workers=num_workers, collate_fn=images.collate_fn
+            Subset(images, shards[number]), batch_size=batch_size, num_workers=num_workers, collate_fn=images.collate_fn
         )
         tensors = _encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype])
         keep_tensors(paths[number], tensors, _of_shard(identity, shard_size, number))
@@ -385,6 +414,7 @@ def image_identity(images: ImageDataset) -> dict[str, Any]:
         "image_channels": config.image_channels,
         "flips": config.random_flip,
         "value_range": list(images.value_range or []),
+        "buckets": images.buckets.record(),
     }
 
 
@@ -392,13 +422,28 @@ def _shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
-def _num_shards(num_samples: int, shard_size: int) -> int:
-    return -(-num_samples // shard_size)
+def _shards_of(buckets: Buckets, shard_size: int) -> list[range]:
+    """The numbers of the images of each shard."""
+    return [
+        range(start, min(start + shard_size, images.stop))
+        for images in buckets.ranges
+        for start in images[::shard_size]
+    ]
+
+
+def _latent_shapes(first: tuple[int, int, int], buckets: Buckets) -> list[tuple[int, int, int]]:
+    """Channels, height and width of the latents of each bucket, from those of the first."""
+    channels, *latent = first
+    sides = list(zip(latent, buckets.sizes[0], strict=True))
+    return [
+        (channels, *(side * here // there for side, (here, there) in zip(size, sides, strict=True)))
+        for size in buckets.sizes
+    ]
 
 
 def _of_shard(identity: CacheIdentity, shard_size: int, number: int) -> dict[str, Any]:
     """What a shard records in its header."""
-    return {**_OF_MANIFEST, **vars(identity), "shard_size": shard_size, "shard": number}
+    return {**_OF_MANIFEST, **identity.record(), "shard_size": shard_size, "shard": number}
 
 
 def _explained(problem: NotKept, identity: CacheIdentity, shard_size: int, number: int) -> str:
@@ -446,8 +491,10 @@ def _begin(folder: Path, manifest: dict[str, Any], identity: CacheIdentity, repl
 def _other_cache(folder: Path, manifest: dict[str, Any] | None, identity: CacheIdentity, shard_size: int) -> list[str]:
     """How the content of a folder differs from a cache, as phrases: by its manifest, and by the record in each whole shard."""
     if manifest is not None:
-        wanted = {**vars(identity), "shard_size": shard_size}
-        differences = _differences({**manifest["identity"], "shard_size": manifest["shard_size"]}, wanted)
+        wanted = {"buckets": [], **identity.record(), "shard_size": shard_size}
+        differences = _differences(
+            {"buckets": [], **manifest["identity"], "shard_size": manifest["shard_size"]}, wanted
+        )
         if differences:
             return differences
     for path in sorted(folder.glob("shard-*.safetensors")):
@@ -483,8 +530,10 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         identity, shard_size = CacheIdentity(**manifest["identity"]), manifest["shard_size"]
         sides = height_and_width(identity.resolution)
-        sizes = (identity.num_samples, *sides, identity.image_channels, shard_size)
+        sizes = (identity.num_samples, *sides, identity.image_channels, shard_size, *itertools.chain(*identity.buckets))
         is_whole = all(isinstance(size, int) and size > 0 for size in sizes)
+        is_whole &= all(len(each) == 3 for each in identity.buckets)
+        is_whole &= sum(identity.images().counts) == identity.num_samples
         is_whole &= isinstance(identity.flips, bool) and isinstance(manifest["complete"], bool)
         is_whole &= all(key.isdecimal() for key in manifest["id2label"] or {})
         if manifest["complete"] and is_whole:

@@ -47,7 +47,7 @@ class SampleDistance:
         self, run: TrainingRun, images: ImageDataset, settings: SampleSettings, state: dict[str, Any] | None = None
     ):
         self.run, self.config, self.settings = run, run.config.monitor, settings
-        self.images = images.choose(MAX_REFERENCE_IMAGES)
+        self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
         self.extractor = load_feature_extractor(self.config.metric_features, run.accelerator.device)
         self.name = f"validation/{self.extractor.distance_name('g')}"
         self.state = state or {"step": None, "distance": None, "worse": 0}
