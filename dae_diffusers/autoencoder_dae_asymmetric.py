@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder
@@ -22,11 +24,12 @@ PREFIX = "DAEAsymmetric"
 def make_decoder(config: Any) -> Decoder:
     r"""The decoder of an autoencoder's config, which has `decoder_block_out_channels` and `decoder_layers_per_block`."""
     layers, groups = config.decoder_layers_per_block, config.decoder_norm_num_groups
+    widths, types = config.decoder_block_out_channels or config.block_out_channels, tuple(config.up_block_types)
     return Decoder(
         in_channels=config.latent_channels,
         out_channels=config.out_channels,
-        up_block_types=config.up_block_types,
-        block_out_channels=config.decoder_block_out_channels or config.block_out_channels,
+        up_block_types=types + types[-1:] * (len(widths) - len(types)),
+        block_out_channels=widths,
         layers_per_block=config.layers_per_block if layers is None else layers,
         norm_num_groups=config.norm_num_groups if groups is None else groups,
         act_fn=config.act_fn,
@@ -35,7 +38,23 @@ def make_decoder(config: Any) -> Decoder:
     )
 
 
+def shrunk(images: torch.Tensor, config: Any) -> torch.Tensor:
+    r"""
+    Images as the encoder of an autoencoder's config takes them: of half the sides, if its decoder has one resolution more and so makes
+    them twice as large.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Of the decoder's size.
+    """
+    more = len(config.decoder_block_out_channels or config.block_out_channels) - len(config.block_out_channels)
+    return F.avg_pool2d(images, 2**more) if more > 0 else images
+
+
 class _SavesItsCode(ModelMixin):  # pipelines look for `ModelMixin` in this module
+    def encode(self, x: torch.Tensor, *args, **kwargs):
+        """Encodes images of the size that `decode` makes, see [`shrunk`]."""
+        return super().encode(shrunk(x, self.config), *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Saves like [`ModelMixin.save_pretrained`], and adds this file, in which `AutoModel` finds the class."""
         folder = Path(save_directory)
@@ -57,8 +76,8 @@ class DAEAsymmetricAutoencoderKL(_SavesItsCode, AutoencoderKL):
     An `AutoencoderKL` whose decoder has a size of its own.
 
     Args:
-        decoder_block_out_channels (`tuple[int]`, *optional*): Its channels per resolution; as many as `block_out_channels`, which is
-            the default.
+        decoder_block_out_channels (`tuple[int]`, *optional*): Its channels per resolution, the highest first; as many as
+            `block_out_channels`, which is the default. With one more, images have twice the sides for the same latents.
         decoder_layers_per_block (`int`, *optional*): Its residual blocks per resolution, minus one; default: `layers_per_block`.
         decoder_norm_num_groups (`int`, *optional*): Its groups of the group normalisation; default: `norm_num_groups`.
         auto_map (`dict`, *optional*): Where `AutoModel` finds the code.

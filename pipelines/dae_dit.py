@@ -738,7 +738,13 @@ def autoencoder_shape(config: Mapping) -> AutoencoderShape:
         factor = config["patch_size"]  # of the decoder
         side = config["encoder_input_size"] // config["encoder_patch_size"] * factor
         return AutoencoderShape(config.get("num_channels", 3), config["encoder_hidden_size"], factor, side)
-    names = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+    # The decoder first: of twice the sides, it has one width more.
+    names = (
+        "decoder_block_out_channels",
+        "encoder_block_out_channels",
+        "down_block_out_channels",
+        "block_out_channels",
+    )
     widths = next((config[name] for name in names if config.get(name)), ())
     factor = config.get("spatial_compression_ratio") or 2 ** max(0, len(widths) - 1)
     channels = config.get("vq_embed_dim") or config.get("latent_channels")

@@ -25,7 +25,7 @@ from scripts import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from dae_diffusers import DAEAsymmetricAutoencoderKL, DAEAsymmetricVQModel, DAEDiTPipeline, DAEVQGANPipeline
-from dae_diffusers.autoencoders.loading import encode_moments, load_autoencoder
+from dae_diffusers.autoencoders.loading import encode_moments, load_autoencoder, spatial_factor
 from dae_diffusers.autoencoders.settings import AutoencoderConfig
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError
@@ -289,6 +289,34 @@ def test_tiny_decoder_serves_the_latents_of_the_same_encoder(stage1, image_folde
     assert torch.equal(encode_moments(vae, pixel_values)[0], encode_moments(early, pixel_values)[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_of_twice_the_size_serves_the_latents_of_the_same_encoder(
+    kind, stage1, generated, image_folder, tmp_path, caplog
+):
+    flags = {"train_data_dir": image_folder, "output_dir": tmp_path, "stage1_dir": stage1[kind]}
+    shutil.copytree(generated[kind] / WAITING, tmp_path / WAITING)
+    with caplog.at_level(logging.INFO):
+        run(train_dae, TINY_DAE.replace("--resolution 16 ", "--stage 2 --decoder x2 ") + KINDS[kind][0], **flags)
+    assert "images have 32x32 pixels" in caplog.text and "the decoder takes" in caplog.text
+    vae = load_autoencoder(str(tmp_path))
+    early = GrowingAutoencoder(str(stage1[kind]), Path(), torch.device("cpu")).vae
+    assert vae.config.sample_size == 32 and spatial_factor(vae) == 2 * spatial_factor(early) == 4
+    assert_same_weights(vae.encoder.state_dict(), early.encoder.state_dict())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    small = torch.nn.functional.avg_pool2d(images, 2)
+    latents = encode_moments(vae, images)[0]
+    assert torch.equal(latents, encode_moments(early, small)[0]) and latents.shape == (2, 3, 8, 8)
+    foreign = AutoModel.from_pretrained(str(tmp_path / "vae"), trust_remote_code=True)
+    assert vae.decode(latents).sample.shape == images.shape
+    assert torch.equal(foreign(images).sample, vae(images).sample)
+    pipeline = KINDS[kind][3].from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("cat").images[0].size == (32, 32)
+    assert_same_weights(load_file(tmp_path / KINDS[kind][4]), waiting(generated[kind], kind))
+    if kind == "kl":
+        assert pipeline("cat", height=16, width=48, num_inference_steps=1).images[0].size == (48, 16)
+
+
 def test_warm_start_takes_what_fits_a_deeper_decoder_and_says_what_does_not():
     model = make_autoencoder("same", decoder_layers_per_block=2)
     said = model.start_decoder_from_auxiliary()
@@ -316,6 +344,7 @@ def test_decoder_of_another_size_starts_from_a_published_autoencoder_where_it_fi
         ("--decoder_block_out_channels 8 8 9", r"multiples of `--norm_num_groups` 8; \[9\] are not"),
         ("--stage 3 --pipeline x --decoder_layers_per_block 1", "dae-diffusers assemble"),
         ("--stage 3 --pipeline x --decoder tiny", "dae-diffusers assemble"),
+        ("--decoder x2", "`--decoder x2` goes with `--stage 2` only, not with `--stage all`"),
         ("--decoder tiny --decoder_layers_per_block 1", "`--decoder tiny` chooses the decoder's size"),
     ],
 )

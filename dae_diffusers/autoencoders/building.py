@@ -5,10 +5,18 @@ from typing import Any
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
+from dae_diffusers.autoencoders.loading import (
+    check_can_be_trained,
+    is_vq,
+    load_autoencoder,
+    settle_images,
+    spatial_factor,
+)
 from dae_diffusers.autoencoders.settings import check_decoder_widths
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.pipelines.dae_dit import autoencoder_shape
+from dae_diffusers.sizes import height_and_width
 
 
 def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None) -> DAEAutoencoderKL | DAEVQModel:
@@ -65,11 +73,12 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
             f"{config.autoencoder.autoencoder}` takes a model of class {diffusers_class.__name__}. Choose the `autoencoder` that fits "
             "it: kl or vq."
         )
-    sizes = settle(config, vae)
+    sizes = decoder_sizes_of(config, vae)
     try:
-        return model_class.from_diffusers(vae, **config.stages.auxiliary_settings(), **sizes)
+        model = model_class.from_diffusers(vae, **config.stages.auxiliary_settings(), **sizes)
     except ValueError as error:  # an auxiliary decoder that does not fit this architecture
         raise UserError(str(error)) from None
+    return settled(config, model, vae)
 
 
 def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel:
@@ -89,18 +98,26 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
             reason = one_line(error, 300)
     else:
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
-    sizes = settle(config, model)
-    return model.with_decoder(**sizes) if sizes else model
+    sizes = decoder_sizes_of(config, model)
+    return settled(config, model.with_decoder(**sizes) if sizes else model, model)
 
 
-def settle(config: Any, model: ModelMixin) -> dict[str, Any]:
-    """Makes the images and a trained model agree on the size of images, and returns the decoder's size, if it is to have its own."""
-    settle_images(config, model)
+def settled(config: Any, model: ModelMixin, given: ModelMixin) -> ModelMixin:
+    """The model, once it and the images agree on their size. The decoder may make other sizes than the one of the given model."""
+    side, factor, before = autoencoder_shape(given.config).side, spatial_factor(model), spatial_factor(given)
+    sides = [each * factor // before for each in height_and_width(side)] if side else None
+    settle_images(config, model, side=sides)
     model.register_to_config(sample_size=config.data.resolution)
-    sizes = config.autoencoder.decoder_sizes(model.config.block_out_channels)
+    return model
+
+
+def decoder_sizes_of(config: Any, model: ModelMixin) -> dict[str, Any]:
+    """The decoder's size for the encoder of a trained model, if it is to have its own."""
+    sizes = config.autoencoder.decoder_sizes(model.config.block_out_channels, model.config.norm_num_groups)
     groups = sizes.get("decoder_norm_num_groups", model.config.norm_num_groups)
     try:
-        check_decoder_widths(sizes.get("decoder_block_out_channels"), model.config.block_out_channels, groups)
+        more = int(config.autoencoder.decoder == "x2")
+        check_decoder_widths(sizes.get("decoder_block_out_channels"), model.config.block_out_channels, groups, more)
     except ValueError as error:
         raise UserError(str(error)) from None
     return sizes

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from diffusers import ModelMixin
 
+from dae_diffusers.autoencoder_dae_asymmetric import shrunk
 from dae_diffusers.autoencoders.weak_decoders import AuxiliaryDecoder
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,10 @@ class DecoupledAutoencoderMixin:
         decoder = tuple(f"{name}." for name in self._decoder_children)
         _take_fitting(model, {name: value for name, value in self.state_dict().items() if not name.startswith(decoder)})
         return model
+
+    def encode(self, x: torch.Tensor, *args, **kwargs):
+        r"""Encodes images of the real decoder's size; see [`~dae_diffusers.autoencoder_dae_asymmetric.shrunk`]."""
+        return super().encode(shrunk(x, self.config), *args, **kwargs)
 
     @property
     def decoder_sizes(self) -> dict[str, Any]:

@@ -43,9 +43,10 @@ class AutoencoderConfig:
         at_least=0,
         advanced=True,
     )
-    decoder: Literal["mirror", "small", "tiny"] = field(
+    decoder: Literal["mirror", "small", "tiny", "x2"] = field(
         "mirror",
-        "size of the real decoder: small has half the encoder's channels, tiny a quarter of them and as few layers as can be",
+        "the real decoder: small has half the encoder's channels, tiny a quarter of them and as few layers as can be; x2 (with "
+        "`--stage 2`) makes images of twice the sides",
         advanced=True,
     )
     latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1)
@@ -65,11 +66,15 @@ class AutoencoderConfig:
                 "`decoder_layers_per_block`."
             )
 
-    def decoder_sizes(self, block_out_channels: Sequence[int]) -> dict[str, Any]:
+    def decoder_sizes(self, block_out_channels: Sequence[int], norm_num_groups: int = 1) -> dict[str, Any]:
         """
-        The arguments of an autoencoder's constructor that give the real decoder a size of its own, for an encoder with these channels;
-        empty where none is asked for.
+        The arguments of an autoencoder's constructor that give the real decoder a size of its own, for an encoder with these channels
+        and groups; empty where none is asked for.
         """
+        if self.decoder == "x2":
+            first = block_out_channels[0]
+            half = first // 2 if first // 2 % norm_num_groups == 0 else first
+            return {"decoder_block_out_channels": (half, *block_out_channels)}
         if self.decoder != "mirror":
             share = {"small": 2, "tiny": 4}[self.decoder]
             widths = tuple(max(8, math.ceil(width / share / 8) * 8) for width in block_out_channels)
@@ -382,12 +387,12 @@ def check_quantizer(
 
 
 def check_decoder_widths(
-    widths: tuple[int, ...] | None, block_out_channels: tuple[int, ...], norm_num_groups: int
+    widths: tuple[int, ...] | None, block_out_channels: tuple[int, ...], norm_num_groups: int, more: int = 0
 ) -> None:
     r"""Raises `ValueError` for widths of a decoder that do not fit the encoder."""
     if not widths:
         return
-    if len(widths) != len(block_out_channels):
+    if len(widths) != len(block_out_channels) + more:
         raise ValueError(
             f"`decoder_block_out_channels` {list(widths)} must have as many widths as the encoder has resolutions: "
             f"{len(block_out_channels)}, {list(block_out_channels)}."
