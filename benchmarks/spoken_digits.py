@@ -106,7 +106,7 @@ def main():
     parser.add_argument("folder", type=Path, help="where everything goes")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--max_train_steps", type=int, default=1000, help="of the generator")
+    parser.add_argument("--max_train_steps", type=int, default=500, help="of the generator")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -132,10 +132,13 @@ def main():
                 **common,
             },
         )
+    latents = folder / "latents"
+    launch_script("cache_latents", {**data, "vae": folder / "vae", "seed": arguments.seed, "output_dir": latents})
     launch_script(
         "train_dit",
         {
             "vae": folder / "vae",
+            "latent_cache": latents,
             "num_layers": 4,
             "num_attention_heads": 4,
             "attention_head_dim": 32,
@@ -143,8 +146,10 @@ def main():
             "train_batch_size": 32,
             "learning_rate": 1e-3,
             "ema_decay": 0.995,
-            "validation_steps": 500,
-            **common,
+            "validation_steps": 250,
+            "output_dir": folder,
+            "seed": arguments.seed,
+            "resume_from_checkpoint": "latest",
         },
     )
     listener = folder / "listener"

@@ -46,7 +46,8 @@ def shrunk(images: torch.Tensor, config: Any) -> torch.Tensor:
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Of the decoder's size.
     """
-    more = len(config.decoder_block_out_channels or config.block_out_channels) - len(config.block_out_channels)
+    widths = config.get("block_out_channels") or ()
+    more = len(config.get("decoder_block_out_channels") or widths) - len(widths) if widths else 0
     return F.avg_pool2d(images, 2**more) if more > 0 else images
 
 

@@ -13,19 +13,20 @@ from diffusers import (
 )
 from models import TINY_AUTOENCODER, save_backbone
 from safetensors.torch import load_file
-from scripts import BARE_DIT, run
+from scripts import BARE_DAE, BARE_DIT, run
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments, load_autoencoder, settle_images
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import load_generator
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.latents.statistics import LatentStatistics, normalize_latents
 from dae_diffusers.settings import compose
-from dae_diffusers.training import cache_latents, evaluate, train_dit
+from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -87,6 +88,8 @@ KINDS = {
     "AutoencoderRAE": (lambda: AutoencoderRAE(**RAE), 64, 4),
     "AutoencoderRAE with statistics": (make_rae_with_statistics, 64, 4),
 }
+
+TUNED_KINDS = ["AutoencoderDC", "AutoencoderTiny", "AsymmetricAutoencoderKL"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -156,13 +159,52 @@ def test_a_decoder_that_cannot_be_trained_is_refused(kind, trained):
     fits = {"pipeline": str(trained / "run" / "pipeline"), "stage": "3"}
     for make, more in ((make_autoencoder, starts), (load_generator, fits)):
         config = compose(TrainDAEConfig, **options, **more)
-        if kind.startswith("AutoencoderKL"):
+        is_tuned = make is make_autoencoder and kind in TUNED_KINDS
+        if kind.startswith("AutoencoderKL") or is_tuned:
             make(config)
             continue
         with pytest.raises(
             UserError, match=f"has a {kind.split()[0]}, but train_dae trains only AutoencoderKL and VQModel"
         ):
             make(config)
+
+
+@pytest.mark.parametrize("kind", TUNED_KINDS)
+def test_its_decoder_is_trained_on_and_its_class_stays(kind, image_folder, tmp_path):
+    KINDS[kind][0]().save_pretrained(tmp_path / "given")
+    more = {"pretrained_model_name_or_path": tmp_path / "given", "train_data_dir": image_folder}
+    flags = f"{BARE_DAE} --stage 2 --stage2_steps 40 --learning_rate 3e-3 --lr_warmup_steps 0"
+    run(train_dae, flags.replace("--checkpointing_steps 2", ""), output_dir=tmp_path / "run", **more)
+    before, after = (load_autoencoder(str(tmp_path / folder)) for folder in ("given", "run"))
+    assert type(after) is type(before) and type(after).__name__ == kind
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert {name.partition(".")[0] for name in changed} <= {"decoder", "post_quant_conv"} and len(changed) > 10
+    assert not any("condition_encoder" in name for name in changed)
+    pixels = torch.stack(
+        [
+            load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[0][n]["pixel_values"]
+            for n in range(8)
+        ]
+    )
+    with torch.no_grad():
+        errors = [
+            (decode_latents(vae, encode_moments(vae, pixels)[0]) - pixels).abs().mean() for vae in (before, after)
+        ]
+    assert errors[1] < 0.9 * errors[0]
+    assert after.config.latents_mean is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({}, "only the decoder can be trained: give `stage 2`"), ({"stage": "2", "decoder": "tiny"}, "keeps its size")],
+)
+def test_what_such_a_class_does_not_do_is_one_line(more, message, tmp_path):
+    make_tiny().save_pretrained(tmp_path)
+    config = compose(
+        TrainDAEConfig, train_data_dir="x", pretrained_model_name_or_path=str(tmp_path), resolution=16, **more
+    )
+    with pytest.raises(UserError, match=message):
+        make_autoencoder(config)
 
 
 @pytest.mark.filterwarnings("ignore:.*covariance is singular")

@@ -112,6 +112,10 @@ def test_images_lie_bucket_after_bucket_in_the_nearest_shape(mixed):
         expected = np.asarray(resize_and_crop(Image.fromarray(shown(picture)), size), np.float32) / 127.5 - 1
         torch.testing.assert_close(train[index]["pixel_values"].permute(1, 2, 0), torch.from_numpy(expected))
     assert validation.buckets.sizes == ((16, 16),)
+    plain, one = (
+        load_images(DataConfig(train_data_dir=str(mixed), resolution=16, aspect_buckets=n))[0] for n in ([], [1])
+    )
+    assert one.fingerprint == plain.fingerprint and one.buckets == plain.buckets == Buckets.single(24, (16, 16))
     alike = train.in_one_shape()
     assert alike[23]["pixel_values"].shape == (3, 16, 16) and alike.labels == train.labels
     part = train.choose(12)

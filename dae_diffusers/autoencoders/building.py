@@ -13,6 +13,7 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.autoencoders.settings import check_decoder_widths
+from dae_diffusers.autoencoders.tuned import TUNED
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape
@@ -66,6 +67,8 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
     """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
     name = config.autoencoder.pretrained_model_name_or_path
     vae = load_autoencoder(name)
+    if type(vae) in TUNED:
+        return settled(config, tuned_decoder(config, vae, name), vae)
     check_can_be_trained(vae, name)
     if not isinstance(vae, diffusers_class):
         raise UserError(
@@ -79,6 +82,19 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
     except ValueError as error:  # an auxiliary decoder that does not fit this architecture
         raise UserError(str(error)) from None
     return settled(config, model, vae)
+
+
+def tuned_decoder(config: Any, vae: ModelMixin, name: str) -> ModelMixin:
+    """An autoencoder of another class, whose decoder alone can be trained on."""
+    kind = type(vae).__name__
+    if config.stages.stage != "2":
+        raise UserError(f"{name} has a {kind}, of which only the decoder can be trained: give `stage 2`.")
+    if config.autoencoder.decoder_sizes([8]):
+        raise UserError(
+            f"{name} has a {kind}, whose decoder keeps its size: leave out `decoder`, `decoder_block_out_channels` and "
+            "`decoder_layers_per_block`."
+        )
+    return TUNED[type(vae)].from_diffusers(vae)
 
 
 def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel:
