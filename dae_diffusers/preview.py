@@ -147,7 +147,7 @@ def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looke
     return "\n".join([*lines, f"| all | {total} | | {len(validation)} |"]) + "\n"
 
 
-def sizes(looked: list[Seen], buckets: Buckets) -> str:
+def sizes(looked: list[Seen], buckets: Buckets | None = None) -> str:
     r"""Sentences about the sizes of the files: how many are enlarged, what the crop leaves out, and which shapes they get."""
     sides = np.array([seen.whole.shape[:2] for seen in looked])
     short, long = sides.min(axis=1), sides.max(axis=1)
@@ -156,7 +156,7 @@ def sizes(looked: list[Seen], buckets: Buckets) -> str:
     kept = [
         math.prod(_kept(*each, shape)) / math.prod(each) for each, shape in zip(sides.tolist(), shapes, strict=True)
     ]
-    several = len(buckets.sizes) > 1
+    several = buckets is not None and len(buckets.sizes) > 1
     than = "their shape" if several else f"{words_of_size(shapes[0])} pixels"
     text = f"\nShapes: {buckets}. Training rounds their sides to what its autoencoder needs.\n" if several else ""
     return (

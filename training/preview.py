@@ -12,7 +12,6 @@ from pathlib import Path
 
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import StreamedImages, load_images
-from dae_diffusers.data.buckets import buckets_of
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
 from dae_diffusers.preview import LOOKED_AT, counts, draw, look, of_each_class, sizes
@@ -28,7 +27,7 @@ def main(config: PreviewConfig) -> None:
     train, validation = load_images(config.data, seed)
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))
-    table = counts(train, validation, looked) + "\n" + sizes(looked, buckets_of(train))
+    table = counts(train, validation, looked) + "\n" + sizes(looked, train.buckets)
     picture = draw(
         of_each_class(train, seed, config.preview.num_images),
         train.id2label,

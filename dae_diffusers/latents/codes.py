@@ -138,7 +138,7 @@ def cached_codes(
         if accelerator.is_main_process:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                keep_tensors(path, {"codes": codes}, {"kind": "codes", **vars(identity)})
+                keep_tensors(path, {"codes": codes}, {"kind": "codes", **identity.record()})
             except OSError as error:
                 raise UserError(f"the codes cannot be written to {path}: {error.strerror or error}") from None
     accelerator.wait_for_everyone()
@@ -151,7 +151,7 @@ def cached_codes(
 
 def _read(path: Path, identity: CacheIdentity, num_codes: int, verify: bool) -> torch.Tensor:
     try:
-        codes = kept_tensors(path, {"kind": "codes", **vars(identity)}, verify=verify)["codes"]
+        codes = kept_tensors(path, {"kind": "codes", **identity.record()}, verify=verify)["codes"]
         if not (0 <= codes.min().item() and codes.max().item() < num_codes):
             raise NotKept(f"holds codes outside 0..{num_codes - 1}")
         return codes
