@@ -31,6 +31,9 @@ def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: 
     Raises:
         ConfigError: If the script does not run with it.
     """
+    is_spread = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if is_spread and config.optimization.optimizer != "adamw":
+        raise ConfigError("`optimizer muon` needs whole matrices, which FSDP and DeepSpeed divide; use DDP or `adamw`.")
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(name, config, accelerator, one_model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -120,8 +120,9 @@ def test_stable_schedule_rises_stays_and_falls_to_zero():
 
 
 def test_run_with_a_stable_schedule_is_made_longer_exactly(image_folder, tmp_path):
-    """From a checkpoint before its decay it ends as if it had been planned so."""
+    """From a checkpoint before its decay it ends as if it had been planned so; here with Muon, whose state is kept too."""
     flags = TINY_DIT.replace("--max_train_steps 6", "") + " --lr_scheduler warmup_stable_decay --lr_warmup_steps 1"
+    flags += " --optimizer muon"
     options = {"train_data_dir": image_folder, "vae": save_autoencoder(tmp_path / "vae")}
     run(train_dit, flags + " --max_train_steps 6 --lr_decay_share 0.5", output_dir=tmp_path / "short", **options)
     run(train_dit, flags + " --max_train_steps 10", output_dir=tmp_path / "long", **options)
