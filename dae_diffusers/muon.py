@@ -40,7 +40,7 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     Replaces the singular values of matrices with values near 1, by Newton-Schulz iterations in bfloat16.
 
     Args:
-        matrices (`torch.Tensor` of shape `(..., rows, columns)`): Any scale.
+        matrices (`torch.Tensor` of shape `(B, rows, columns)`): Any scale.
 
     Returns:
         `torch.Tensor`: bfloat16, of the same shape. A matrix of zeros stays one.
@@ -54,7 +54,8 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     result = result / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NUM_ITERATIONS):
         gram = result @ result.mT
-        result = a * result + (b * gram + c * gram @ gram) @ result
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        result = torch.baddbmm(result, polynomial, result, beta=a)
     return result.mT if is_tall else result
 
 
