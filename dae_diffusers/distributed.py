@@ -94,6 +94,15 @@ def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
     return whole.to(accelerator.device)
 
 
+def faster_precision(accelerator: Accelerator) -> str | None:
+    r"""Says that bfloat16 is faster, if the run's hardware multiplies matrices in it and the run does not; else None."""
+    device = accelerator.device.type
+    has_bf16 = {"cpu": torch.cpu._is_amx_tile_supported, "cuda": torch.cuda.is_bf16_supported}.get(device, bool)()
+    if accelerator.mixed_precision != "no" or not has_bf16:
+        return None
+    return f"`--mixed_precision bf16` is usually much faster on this {'processor' if device == 'cpu' else 'GPU'}."
+
+
 def describe_hardware(accelerator: Accelerator) -> str:
     r"""Describes the hardware of the run, such as `2 x NVIDIA A100-SXM4-80GB` or `1 process on a CPU with 8 cores`."""
     count = accelerator.num_processes

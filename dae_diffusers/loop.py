@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dae_diffusers.distributed import whole_model
+from dae_diffusers.distributed import faster_precision, whole_model
 from dae_diffusers.duration import Forecast
 from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.heartbeat import Heartbeat
@@ -105,7 +105,7 @@ class Loop:
         self.microbatch = self.step * per_step + self.accelerator.process_index
         self.batches = run.batches.over(dataset, self.step * per_step)
         self.progress = make_progress_bar(self)
-        forecast = Forecast(run.last_step, run.images_per_step, run.num_images)
+        forecast = Forecast(run.last_step, run.images_per_step, run.num_images, faster_precision(self.accelerator))
         self.model.train()
         if run.dry_run is not None:
             run.dry_run.begin()
