@@ -78,12 +78,8 @@ class TrainDAEConfig:
         if is_new:
             data.settle()
             data.settle_buckets(2 * factor)
-        sides = (
-            [*(("resolution", side) for side in data.size), *(("aspect_buckets", side) for side in data.aspect_buckets)]
-            if is_new
-            else ()
-        )
-        for name, side in sides:
+        given = {"resolution": data.size, "aspect_buckets": data.aspect_buckets} if is_new else {}
+        for name, side in ((name, side) for name, sides in given.items() for side in sides):
             if side % factor:
                 raise ConfigError(
                     f"`{name}` {side} is not divisible by {factor}, the factor of an autoencoder with "

@@ -27,8 +27,8 @@ class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
     the data has another order, and contains every image exactly once.
 
     With several buckets, each micro-batch is from one. Each bucket is passed over by itself: what does not fill a micro-batch begins the
-    next one of that bucket. So after any number of rounds (a round has about as many micro-batches as a pass over all images), each image
-    has come as often as any other, or once more or less.
+    next one of that bucket. A round has about as many micro-batches as a pass over all images. After it, each image has come as often as
+    any other, up to what does not fill a micro-batch.
 
     It does not depend on processes: `accelerate` gives each process the micro-batches `m = i * num_processes + process_index`.
 
@@ -72,9 +72,8 @@ class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _place(self, microbatch: int) -> tuple[int, int]:
         """The round of a micro-batch, and its place there."""
-        number = (
-            microbatch * self.batch_size // sum(self.buckets.counts)
-        )  # or later: rounding down leaves micro-batches for later
+        number = microbatch * self.batch_size // sum(self.buckets.counts)
+        # Or later: rounding down leaves micro-batches for later rounds.
         while sum(self._done(number + 1)) <= microbatch:
             number += 1
         return number, microbatch - sum(self._done(number))
