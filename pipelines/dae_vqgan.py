@@ -71,7 +71,8 @@ class DAEVQGANPipeline(DiffusionPipeline):
         self.register_to_config(id2label=self.id2label or None, value_range=value_range)
         known.update(id2label=self.id2label or None, value_range=value_range)
         _check_codes(prior, vae)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        widths = vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels
+        self.vae_scale_factor = 2 ** (len(widths) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod

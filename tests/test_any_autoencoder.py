@@ -192,6 +192,7 @@ def test_its_decoder_is_trained_on_and_its_class_stays(kind, image_folder, tmp_p
         ]
     assert errors[1] < 0.9 * errors[0]
     assert after.config.latents_mean is not None
+    assert f"from diffusers import {kind}" in str(make_card(read_result(tmp_path / "run"), "user/model"))
 
 
 @pytest.mark.parametrize(

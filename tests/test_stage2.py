@@ -311,7 +311,7 @@ def test_decoder_of_twice_the_size_serves_the_latents_of_the_same_encoder(
     assert torch.equal(foreign(images).sample, vae(images).sample)
     pipeline = KINDS[kind][3].from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("cat").images[0].size == (32, 32)
+    assert pipeline("cat").images[0].size == (32, 32) and pipeline.vae_scale_factor == 4
     assert_same_weights(load_file(tmp_path / KINDS[kind][4]), waiting(generated[kind], kind))
     if kind == "kl":
         assert pipeline("cat", height=16, width=48, num_inference_steps=1).images[0].size == (48, 16)
