@@ -61,7 +61,7 @@ def log_mel(sound: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(mels[::-1])
 
 
-def to_sound(mels: np.ndarray, *, num_iterations: int = 50, momentum: float = 0.99) -> np.ndarray:
+def to_sound(mels: np.ndarray, *, num_iterations: int = 32, momentum: float = 0.99) -> np.ndarray:
     """
     Finds a sound with this [`log_mel`], by Griffin and Lim's method: it changes the unknown phases until a sound has them.
 
@@ -106,7 +106,7 @@ def main():
     parser.add_argument("folder", type=Path, help="where everything goes")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--max_train_steps", type=int, default=500, help="of the generator")
+    parser.add_argument("--max_train_steps", type=int, default=1300, help="of the generator")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -167,16 +167,15 @@ def main():
     low, high = read_json(folder / "pipeline" / "model_index.json")["value_range"]
     names, heard_of = load_listener(listener, low, high)
     real = sorted((folder / "arrays" / "test").glob("*/*.npy"))
+    spoken, some = [path.parent.name for path in real], slice(None, None, 4)
     asked = [DIGITS[label] for label in labels]
     metrics = {
         "class_agreement": agreement(heard_of([log_mel(sound) for sound in sounds]), asked, names),
         "num_sounds": len(sounds),
         "class_agreement_of_the_arrays_before_they_are_sounds": agreement(heard_of(drawn), asked, names),
-        "classifier_accuracy_on_unseen_sounds": agreement(
-            heard_of([np.load(path) for path in real]), [path.parent.name for path in real], names
-        ),
+        "classifier_accuracy_on_unseen_sounds": agreement(heard_of([np.load(path) for path in real]), spoken, names),
         "classifier_accuracy_on_unseen_sounds_after_griffin_lim": agreement(
-            heard_of([log_mel(to_sound(np.load(path))) for path in real]), [path.parent.name for path in real], names
+            heard_of([log_mel(to_sound(np.load(path))) for path in real[some]]), spoken[some], names
         ),
         **{name: getattr(arguments, name) for name in ("guidance_scale", "num_inference_steps", "seed")},
     }
