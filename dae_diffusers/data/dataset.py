@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth
@@ -42,6 +43,7 @@ class ImageDataset(BatchDataset):
     Attributes:
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
+        conditions ([`~dae_diffusers.data.conditions.ConditionColumns`] or `None`): What else they are drawn from.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
             is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
@@ -60,13 +62,16 @@ class ImageDataset(BatchDataset):
         value_range: list[float] | None = None,
         root: Root | None = None,
         captions: list[list[str]] | None = None,
+        conditions: ConditionColumns | None = None,
     ):
-        self.rows = rows.select_columns([image_column])
+        beside = None if conditions is None else conditions.image_column
+        self.rows = rows.select_columns([image_column] if beside is None else [image_column, beside])
         self.config = config
         self.image_column = image_column
         self.labels = labels
         self.id2label = id2label
         self.captions = captions
+        self.conditions = conditions
         self._given_depth = depth
         self.root = root
         self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
@@ -208,6 +213,7 @@ class ImageDataset(BatchDataset):
             value_range=self.value_range,
             root=self.root,
             captions=None if self.captions is None else [self.captions[index] for index in indices],
+            conditions=None if self.conditions is None else self.conditions.select(indices),
         )
 
     @without_warnings()

@@ -27,6 +27,7 @@ from dae_diffusers.data.columns import (
     value_of,
     with_image_column,
 )
+from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
@@ -91,7 +92,7 @@ def load_images(
         return _streamed(config, train, validation, validation_name, loaded, value_range)
 
     train, image_column = with_image_column(train, config.image_column)
-    label_column = find_label_column(train, config.label_column, image_column)
+    label_column = find_label_column(train, config.first_label_column, image_column)
     if validation is None:
         if len(train) < 2:
             raise UserError(f"the split {config.train_split!r} has {len(train)} images; at least 2 are needed.")
@@ -110,7 +111,8 @@ def load_images(
 
     id2label, value2id = label_names(train, validation, label_column, is_chosen=config.label_column is not None)
     result: list[ImageDataset] = []
-    for name, rows in ((config.train_split, train), (validation_name or config.train_split, validation)):
+    both = ((config.train_split, train), (validation_name or config.train_split, validation))
+    for (name, rows), conditions in zip(both, conditions_of(config, both, image_column, label_column), strict=True):
         labels = None
         if label_column is not None:
             labels = label_ids(column_values(rows, label_column), value2id, id2label, label_column, name)
@@ -127,6 +129,7 @@ def load_images(
             value_range=value_range,
             root=loaded.root,
             captions=captions,
+            conditions=conditions,
         )
         if images.is_array and not images.value_range:
             images.value_range = RANGES.get(images.depth)
@@ -213,7 +216,7 @@ def _streamed(
         )
     root, is_given = loaded.root, bool(value_range)
     train, image_column = with_image_column(train, config.image_column)
-    label_column = find_label_column(train, config.label_column, image_column)
+    label_column = find_label_column(train, config.first_label_column, image_column)
     if label_column == "cls" and config.label_column is None and config.num_classes is None:
         logger.warning(
             "the labels in the column `cls` are not used: a stream cannot count its classes. To use them give `--label_column cls` and "

@@ -1,0 +1,325 @@
+"""Conditions: further classes, numbers and images. What is unknown or new adds nothing, and what is given is followed."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from models import make_autoencoder, save_autoencoder, save_backbone
+from PIL import Image
+from safetensors.torch import load_file
+from scripts import (
+    TINY_DIT,
+    TRANSFORMER,
+    assert_goes_on_exactly,
+    assert_same_weights,
+    in_both_processes,
+    in_child,
+    run,
+    start,
+)
+from torch.testing import assert_close
+
+from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.conditions import Conditions
+from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.errors import UserError
+from dae_diffusers.hub.card import make_card
+from dae_diffusers.hub.results import read_result
+from dae_diffusers.training import cache_latents, evaluate, train_dit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
+
+COLUMNS = {
+    "angle": {"mean": 30.0, "std": 20.0, "low": 0.0, "high": 60.0},
+    "color": {"labels": ["blue", "Red"]},
+    "size": {"labels": ["big", "medium", "small"]},
+    "temperature": {"mean": 0.0, "std": 1.0, "low": -1.0, "high": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty pictures with two class columns and two columns of numbers, and an autoencoder."""
+    folder = tmp_path_factory.mktemp("conditions")
+    (folder / "images").mkdir()
+    random, rows = np.random.default_rng(0), []
+    for number in range(20):
+        name = f"{number:02d}.png"
+        Image.fromarray(random.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(folder / "images" / name)
+        row = {"file_name": name, "shape": "ab"[number % 2], "color": ["blue", "red", "green"][number % 3]}
+        rows.append({**row, "angle": 3 * number, "temperature": None if number == 3 else number / 8})
+    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_autoencoder(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(data):
+    return (
+        f"{TINY_DIT} --resolution 16 --vae {data / 'vae'} --train_data_dir {data / 'images'} --validation_fraction 0.2 --random_flip "
+        "--label_column shape color --continuous_columns temperature angle --class_dropout_prob 0.3 "
+        f"--metric_features {save_backbone(data / 'judge', 'classifier')} --metric_images 10 --metric_steps 99"
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("run") / "run"
+    run(train_dit, flags, output_dir=folder)
+    return folder
+
+
+def random_transformer(**config) -> DAEDiTTransformer2DModel:
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    transformer = DAEDiTTransformer2DModel(**{**sizes, **config})
+    for name, value in transformer.named_parameters():
+        torch.nn.init.normal_(value, std=0.2)
+        if "attribute_embeds" in name:
+            value.data[-1] = 0
+    return transformer.eval()
+
+
+def make_pipeline(columns=COLUMNS, **config) -> DAEDiTPipeline:
+    kinds = {
+        "num_attribute_classes": [len(each["labels"]) for _, each in sorted(columns.items()) if "labels" in each]
+        or None,
+        "num_continuous": sum("mean" in each for each in columns.values()),
+        "condition_channels": sum(4 * each["channels"] + 1 for each in columns.values() if "channels" in each),
+    }
+    vae = make_autoencoder(sample_size=16).to_diffusers()
+    parts = {"id2label": {0: "cat", 1: "dog"}, "conditions": columns, "label_column": "shape"}
+    pipeline = DAEDiTPipeline(
+        random_transformer(num_classes=2, **kinds, **config), vae, FlowMatchEulerDiscreteScheduler(), **parts
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, *args, **kwargs) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    given = {"num_inference_steps": 2, "output_type": "latent", "generator": generator} | kwargs
+    return pipeline(*args, **given).images
+
+
+def test_unknown_conditions_add_nothing_and_neither_do_those_of_a_new_model():
+    model = random_transformer(num_attribute_classes=[2, 3], num_continuous=2, condition_channels=5)
+    plain = random_transformer()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]))
+    unknown = {
+        "attribute_labels": torch.tensor([[2, 3], [2, 3]]),
+        "continuous": torch.full((2, 2), torch.nan),
+        "condition_image": torch.zeros(2, 5, 8, 8),
+    }
+    known = {
+        "attribute_labels": torch.tensor([[0, 3], [2, 1]]),
+        "continuous": torch.tensor([[1.5, torch.nan], [torch.nan, -1]]),
+    }
+    known["condition_image"] = torch.randn(2, 5, 8, 8)
+    expected = plain(*inputs).sample
+    assert torch.equal(model(*inputs, **unknown).sample, expected) and torch.equal(model(*inputs).sample, expected)
+    for name, value in known.items():
+        difference = (model(*inputs, **{name: value}).sample - expected).flatten(1).abs().amax(1)
+        assert (difference > 1e-3).all(), name
+    new = DAEDiTTransformer2DModel.from_config(model.config)
+    new.load_state_dict({n: v for n, v in plain.state_dict().items()}, strict=False)
+    assert torch.equal(new(*inputs, **known).sample, expected)
+    # They learn nevertheless: of each the last layer has a gradient, and an unknown class none.
+    new(*inputs, **known).sample.square().sum().backward()
+    parts = [*new.attribute_embeds, *(each.linear_2 for each in new.continuous_embeds), new.condition_embed]
+    assert all(part.weight.grad.abs().max() > 0 for part in parts)
+    assert not new.attribute_embeds[0].weight.grad[-1].any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"attribute_labels": torch.zeros(2, 2, dtype=int)},
+            r"`attribute_labels` has shape \(2, 2\), but must be \(2, 1\)",
+        ),
+        ({"continuous": torch.zeros(2, 1)}, "`continuous` was given, but this transformer takes none"),
+        ({"condition_image": torch.zeros(2, 5, 4, 4)}, r"`condition_image` has shape .*, but must be \(2, 5, 8, 8\)"),
+    ],
+)
+def test_conditions_that_do_not_fit_the_transformer_are_named(given, message):
+    model = random_transformer(num_attribute_classes=[2], condition_channels=5)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 3, 8, 8), torch.zeros(2), **given)
+
+
+def test_conditions_mean_the_same_in_every_form():
+    pipeline = make_pipeline()
+    expected = sample(pipeline, "dog", conditions={"color": "red", "angle": 45}, guidance_scale=3)
+    for given in (
+        {"class_labels": {"shape": ["dog"], "color": ["Red"]}, "conditions": {"angle": np.float32(45)}},
+        {
+            "class_labels": 1,
+            "conditions": {"color": 1, "angle": torch.tensor([45.0]), "temperature": None, "size": [None]},
+        },
+    ):
+        assert torch.equal(sample(pipeline, guidance_scale=3, **given), expected)
+    for change in ({"color": "blue"}, {"angle": 44}, {"angle": None}, {"size": "big"}, {"temperature": 0.0}):
+        other = sample(pipeline, "dog", conditions={"color": "red", "angle": 45, **change}, guidance_scale=3)
+        assert not torch.equal(other, expected)
+    for change in ({"class_labels": 0}, {"guidance_scale": 1}):
+        given = {"class_labels": 1, "guidance_scale": 3, **change}
+        assert not torch.equal(sample(pipeline, conditions={"color": "red", "angle": 45}, **given), expected)
+    generators = [torch.Generator().manual_seed(n) for n in range(4)]
+    several = {"class_labels": "dog", "conditions": {"angle": [0, 45], "color": "red"}, "guidance_scale": 3}
+    images = sample(pipeline, **several, num_images_per_label=2, generator=generators)
+    alone = sample(
+        pipeline,
+        "dog",
+        conditions={"angle": 45, "color": "red"},
+        guidance_scale=3,
+        generator=generators[3].manual_seed(3),
+    )
+    assert_close(images[3:], alone, atol=1e-4, rtol=1e-4)
+    assert torch.equal(
+        sample(pipeline, guidance_scale=3), sample(pipeline, conditions={"angle": None}, guidance_scale=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"conditions": {"weight": 1}}, "`conditions` has `weight`, but this pipeline draws from `angle`, `color`, `size`, `temperature`"),
+        ({"class_labels": {"colour": "red"}}, "`conditions` has `colour`, but"),
+        ({"conditions": {"color": "gren"}}, "`gren` is none of the 2 classes of `color`. Nearest: "),
+        ({"conditions": {"color": 3}}, "`3` is none of the 2 classes of `color`"),
+        ({"conditions": {"angle": "30"}}, "`angle` is '30', but must be a number"),
+        ({"conditions": {"angle": float("nan")}}, "`angle` is nan, but must be finite; None stands for unknown"),
+        ({"conditions": {"angle": [1, 2], "color": ["red"] * 3}}, "`conditions` has 2 of `angle` and 3 of others"),
+        ({"class_labels": [0, 1], "conditions": {"angle": [1, 2, 3]}}, r"`class_labels`, `conditions` number \[2, 3\]"),
+        ({"class_labels": {"color": "red"}, "conditions": {"color": "red"}}, "`color` is in `class_labels` and in `conditions`"),
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cannot_draw_from_is_named(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sample(make_pipeline(), **given)
+    assert "\n" not in str(error.value)
+
+
+def test_pipeline_and_transformer_of_other_conditions_are_refused():
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match=r"`conditions` are \[2, 3\] classes, 1 numbers and 0 channels"):
+        columns = {name: each for name, each in COLUMNS.items() if name != "angle"}
+        DAEDiTPipeline(**pipeline.components | {"conditions": columns})
+    with pytest.raises(ValueError, match="but this pipeline has no conditions"):
+        sample(make_pipeline({}), conditions={"angle": 1})
+
+
+def test_pipelines_made_from_it_take_conditions():
+    pipeline = make_pipeline()
+    image = torch.rand(2, 3, 16, 16)
+    changing = DAEDiTImg2ImgPipeline.from_pipe(pipeline)
+    changing.set_progress_bar_config(disable=True)
+    given = {"class_labels": {"shape": "cat", "color": "red"}, "conditions": {"angle": [0.0, 60.0]}}
+    whole = sample(changing, image=image, strength=1, **given)
+    assert torch.equal(whole, sample(pipeline, **given))
+    series = DAEDiTInterpolationPipeline.from_pipe(pipeline)
+    series.set_progress_bar_config(disable=True)
+    drawn = sample(series, num_images=3, **given)
+    for index, angle in ((0, 0.0), (2, 60.0)):
+        alone = sample(pipeline, class_labels=given["class_labels"], conditions={"angle": angle})
+        assert_close(drawn[index], alone[0], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(drawn[1], drawn[0])
+
+
+def test_result_draws_from_conditions_in_all_three_ways(trained):
+    folder = str(trained / "pipeline")
+    pipeline = DAEDiTPipeline.from_pretrained(folder)
+    assert pipeline.label_column == "shape" and pipeline.conditions.keys() == {"color", "angle", "temperature"}
+    assert pipeline.conditions["color"] == {"labels": ["blue", "green", "red"]}
+    assert pipeline.transformer.config.num_attribute_classes == [3] and pipeline.transformer.config.num_continuous == 2
+    alone = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    given = {"class_labels": {"shape": "a", "color": "green"}, "conditions": {"angle": 21.5}}
+    images = []
+    for each in (pipeline, alone, DAEDiTPipeline(**pipeline.components)):
+        each.set_progress_bar_config(disable=True)
+        images.append(sample(each, **given))
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert (trained / "train_dit" / "grids" / "samples-00000006.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:4 images for")
+def test_samples_are_measured_with_the_conditions_of_the_data(trained, data, tmp_path):
+    measured = (
+        f"--pipeline {trained / 'pipeline'} --features {data / 'judge'} --guidance_scales 2 --num_inference_steps 1"
+    )
+    images = f"--train_data_dir {data / 'images'} --validation_fraction 0.2 --lpips_net none"
+    with pytest.raises(
+        UserError, match="the pipeline draws from angle, color, temperature, but the images come with angle"
+    ):
+        run(evaluate, f"{measured} {images} --label_column shape --continuous_columns angle", output_dir=tmp_path)
+    run(evaluate, f"{measured} {images}", output_dir=tmp_path)  # the pipeline knows the columns
+    (row,) = json.loads((tmp_path / "metrics.json").read_text())["generation"]
+    assert row["gfd_judge"] > 0 and row["num_images"] == 16 and "conditions" not in row
+
+
+def test_numbers_are_normalised_and_dropped_alone_and_together(data):
+    config = DataConfig(
+        train_data_dir=str(data / "images"), resolution=16, label_column=["shape", "color"],
+        continuous_columns=["temperature", "angle"],
+    )  # fmt: skip
+    images = load_images(config)
+    conditions = Conditions(images, 2)
+    (rows, _), train = conditions.beside(*images), images[0].conditions
+    assert images[0].labels is not None and images[0].id2label == {0: "a", 1: "b"}
+    batch = rows.__getitems__([*range(len(rows))])
+    angles, temperatures = batch["continuous"].unbind(1)
+    assert_close(
+        angles,
+        (torch.tensor(train.numbers["angle"]) - conditions.config["angle"]["mean"]) / conditions.config["angle"]["std"],
+    )
+    assert abs(angles.mean()) < 1e-5 and abs(angles.std(correction=0) - 1) < 1e-5
+    assert temperatures.isnan().tolist() == [value is None for value in train.numbers["temperature"]]
+    assert batch["attribute_labels"][:, 0].tolist() == train.labels["color"]
+    many = {
+        name: value[:1].expand(4000, -1) for name, value in batch.items() if name in ("continuous", "attribute_labels")
+    }
+    torch.manual_seed(0)
+    together = torch.arange(4000) < 1000
+    given = conditions.dropped(many, together, 0.25)
+    unknown = torch.cat((given["attribute_labels"] == 3, given["continuous"].isnan()), dim=1)
+    assert unknown[:1000].all()
+    assert_close(unknown[1000:].float().mean(0), torch.full((3,), 0.25), atol=0.03, rtol=0)
+    assert 0.30 < (~unknown[1000:]).all(1).float().mean() < 0.55  # each alone: 0.75 ** 3
+
+
+def test_resumed_run_equals_an_uninterrupted_one(trained, flags):
+    assert_goes_on_exactly(in_child, train_dit, flags, trained, 3, TRANSFORMER)
+
+
+def test_two_processes_equal_one_that_accumulates(trained, flags, tmp_path):
+    run(train_dit, f"{flags} --gradient_accumulation_steps 2", output_dir=tmp_path / "1")
+    code, text = in_both_processes(partial(start, flags, train_dit, output_dir=tmp_path / "2"))
+    assert code == 0, text
+    first, second = (load_file(tmp_path / name / TRANSFORMER) for name in "12")
+    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_conditions_beside_cached_latents_train_the_same_transformer(trained, data, flags, tmp_path):
+    images = f"--train_data_dir {data / 'images'} --label_column shape --validation_fraction 0.2 --random_flip --dtype float32 --resolution 16"
+    run(cache_latents, f"{images} --vae {data / 'vae'}", output_dir=tmp_path / "cache")
+    run(train_dit, flags, output_dir=tmp_path / "run", latent_cache=tmp_path / "cache")
+    assert_same_weights(
+        load_file(trained / TRANSFORMER), load_file(tmp_path / "run" / TRANSFORMER), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_run_does_not_go_on_with_other_columns(trained, flags):
+    with pytest.raises(UserError, match="the conditions of the images changed since"):
+        run(train_dit, flags.replace("temperature angle", "angle"), output_dir=trained, resume_from_checkpoint="latest")
+
+
+def test_card_says_what_it_draws_from(trained):
+    card = make_card(read_result(trained), "user/conditions")
+    assert "color" in card.text
