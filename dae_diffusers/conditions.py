@@ -8,8 +8,9 @@ import torch
 
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.errors import UserError
-from dae_diffusers.pipelines.dae_dit import CONDITION_KINDS, columns_of, conditions_as_arguments
+from dae_diffusers.pipelines.dae_dit import CONDITION_KINDS, columns_of, conditions_as_arguments, on_latents
 from dae_diffusers.store import fingerprint_of_json
 
 CONDITION_ARGUMENTS = tuple(CONDITION_KINDS.values())
@@ -17,7 +18,7 @@ CONDITION_ARGUMENTS = tuple(CONDITION_KINDS.values())
 
 class Conditions:
     r"""
-    Further classes and numbers of a run's images.
+    Further classes, numbers and condition images of a run's images.
 
     Args:
         images (pair of [`~dae_diffusers.data.ImageDataset`]): Training and validation images, with `conditions`.
@@ -41,22 +42,29 @@ class Conditions:
         for name, values in train.numbers.items():
             old = (known or {}).get(name, {})
             self.config[name] = dict(old) if "mean" in old else statistics_of(name, values)
+        self.pictures = [each.beside for each in images if each.beside is not None]
+        for each in self.pictures[:1]:
+            self.config[train.image_column] = {"channels": each.channels, "value_range": each.value_range}
         columns = [vars(each.conditions) for each in images]
-        self.fingerprint = fingerprint_of_json(columns)
+        self.fingerprint = fingerprint_of_json([columns, [each.fingerprint for each in self.pictures]])
 
     def transformer_kwargs(self) -> dict[str, Any]:
         r"""Arguments of the constructor of [`DAEDiTTransformer2DModel`]."""
         classes = [len(self.config[name]["labels"]) for name in columns_of(self.config, "labels")]
         kwargs = {"num_attribute_classes": classes or None, "num_continuous": len(columns_of(self.config, "mean"))}
-        return {**kwargs, "condition_channels": 0}
+        return {**kwargs, "condition_channels": sum(each.channels * self.factor**2 + 1 for each in self.pictures[:1])}
 
     def beside(self, *data: BatchDataset) -> list["WithConditions"]:
         r"""Training and validation data, images or latents, with the conditions of each."""
-        return [WithConditions(each, self._rows(images)) for each, images in zip(data, self.images, strict=True)]
+        return [
+            WithConditions(each, self._rows(images), pictures, self.factor)
+            for each, images, pictures in zip(data, self.images, self.pictures or [None] * len(data), strict=True)
+        ]
 
     def example(self) -> dict[str, Any]:
-        r"""The conditions of a validation image, as JSON can hold them, for the model card."""
-        return {name: value for name, value in ConditionValues(self.images[1], [0])[0].items() if name in self.config}
+        r"""The conditions of a validation image for the model card, None in the place of an image."""
+        row = ConditionValues(self.images[1], [0])[0]
+        return {name: None if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 
     def _rows(self, images: ImageDataset) -> dict[str, torch.Tensor]:
         columns = images.conditions
@@ -64,7 +72,7 @@ class Conditions:
         for name, values in columns.numbers.items():
             numbers = torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
             rows[name] = ((numbers - self.config[name]["mean"]) / self.config[name]["std"]).float()
-        return conditions_as_arguments(self.config, rows)
+        return conditions_as_arguments({name: each for name, each in self.config.items() if name in rows}, rows)
 
     def dropped(
         self, batch: Mapping[str, torch.Tensor], is_dropped: torch.Tensor, share: float
@@ -98,18 +106,28 @@ class WithConditions(BatchDataset):
     Args:
         data ([`BatchDataset`]): The images or latents.
         rows (`dict[str, torch.Tensor]`): Arguments of the transformer, a row for each image.
+        pictures ([`~dae_diffusers.data.condition_images.ConditionImages`], *optional*): The condition images.
+        factor (`int`): Pixels per latent pixel, along a side.
     """
 
-    def __init__(self, data: BatchDataset, rows: dict[str, torch.Tensor]):
+    def __init__(
+        self, data: BatchDataset, rows: dict[str, torch.Tensor], pictures: ConditionImages | None, factor: int
+    ):
         self.data = data
         self.rows = rows
+        self.pictures = pictures
+        self.factor = factor
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         indices = [item[0] if isinstance(item, tuple) else item for item in items]
-        return {**self.data.__getitems__(items), **{name: value[indices] for name, value in self.rows.items()}}
+        batch = {**self.data.__getitems__(items), **{name: value[indices] for name, value in self.rows.items()}}
+        if self.pictures is not None:
+            pixels = self.pictures.__getitems__(items)["pixel_values"]
+            batch[CONDITION_KINDS["channels"]] = on_latents(pixels, self.factor)
+        return batch
 
 
 class ConditionValues(Sequence):
@@ -126,8 +144,10 @@ class ConditionValues(Sequence):
 
     def __init__(self, images: ImageDataset, indices: Sequence[int]):
         self.columns = images.conditions.select(indices)
-        self.count = len(indices)
-        self.fingerprint = fingerprint_of_json(vars(self.columns))
+        self.indices = list(indices)
+        self.pictures = images.beside
+        of_pictures = [] if self.pictures is None else [self.pictures.fingerprint, self.indices]
+        self.fingerprint = fingerprint_of_json([vars(self.columns), *of_pictures])
 
     @property
     def labels(self) -> dict[str, list[str]]:
@@ -137,15 +157,18 @@ class ConditionValues(Sequence):
     @property
     def names(self) -> list[str]:
         r"""What a row has."""
-        return [*self.columns.labels, *self.columns.numbers]
+        return [*self.columns.labels, *self.columns.numbers, *filter(None, [self.columns.image_column])]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns = self.columns
         labels = {name: columns.names[name][values[index]] for name, values in columns.labels.items()}
-        return labels | {name: values[index] for name, values in columns.numbers.items()}
+        row = labels | {name: values[index] for name, values in columns.numbers.items()}
+        if self.pictures is not None:
+            row[columns.image_column] = self.pictures[self.indices[index]]["pixel_values"] / 2 + 0.5
+        return row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

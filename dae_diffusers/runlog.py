@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -158,8 +159,12 @@ class RunLog:
                     **options,
                 ).images
             )
+        images = torch.cat(images) * 2 - 1
+        pictures = [value for row in conditions or () for value in row.values() if isinstance(value, torch.Tensor)]
+        if pictures:  # each before the images that were drawn from it
+            images, columns = _after(pictures, images), columns + 1
         grid = image_grid(
-            torch.cat(images) * 2 - 1,
+            images,
             columns=columns,
             column_names=[names[key] for key in sorted(names)] if names else None,
             row_names=row_names,
@@ -200,6 +205,17 @@ class RunLog:
 def read_log(folder: Path) -> list[dict[str, float]]:
     r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
     return read_rows(folder / "log.jsonl", step=int)
+
+
+def _after(pictures: list[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Images `(N, C, H, W)` in [-1, 1], each row of them behind a picture `(c, h, w)` in [0, 1]."""
+    channels = images.shape[1]
+    pictures = 2 * torch.stack(pictures).to(images) - 1
+    pictures = F.interpolate(pictures, images.shape[2:], mode="nearest-exact")
+    if pictures.shape[1] != channels:
+        pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    rows = images.unflatten(0, (len(pictures), -1))
+    return torch.cat((pictures[:, None], rows), dim=1).flatten(0, 1)
 
 
 def _row_name(pipeline: DiffusionPipeline, row: dict[str, Any]) -> str:

@@ -31,11 +31,13 @@ class OldConditions(NamedTuple):
         attributes: For each attribute the old one's place, or None if it is new, and for each of its classes the old number or None.
         numbers: For each number its old place, or None if it is new.
         image_channels: Of the condition image on the latents' grid; 0 without one.
+        has_same_image: Whether it was there.
     """
 
     attributes: list[tuple[int | None, list[int | None]]] = []
     numbers: list[int | None] = []
     image_channels: int = 0
+    has_same_image: bool = True
 
 
 LAYOUTS = {
@@ -152,7 +154,7 @@ def _condition_weight(
     part, *rest = name.split(".")
     if part == "condition_embed":
         old = taken.get(name, value)
-        return old if old.shape == value.shape else value
+        return old if conditions.has_same_image and old.shape == value.shape else value
     number, end = int(rest[0]), ".".join(rest[1:])
     place, rows = conditions.attributes[number] if part == "attribute_embeds" else (conditions.numbers[number], [])
     if place is None:

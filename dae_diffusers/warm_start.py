@@ -287,8 +287,9 @@ class WarmStart:
             f"condition {name} is new" for name in conditions if conditions[name].keys() != before.get(name, {}).keys()
         ]
         self.changes += [f"its condition {name} is left out" for name in before if name not in conditions]
+        has_same_image = columns_of(conditions, "channels") == columns_of(before, "channels")
         numbers = [place(name, "mean") for name in columns_of(conditions, "mean")]
-        return OldConditions(attributes, numbers, channels)
+        return OldConditions(attributes, numbers, channels, has_same_image)
 
     def _number_of(self, name: str, num_classes: int) -> int | None:
         try:

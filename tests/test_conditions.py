@@ -323,3 +323,110 @@ def test_run_does_not_go_on_with_other_columns(trained, flags):
 def test_card_says_what_it_draws_from(trained):
     card = make_card(read_result(trained), "user/conditions")
     assert "color" in card.text
+
+
+# Condition images
+
+
+def save_gradients(folder, conditions, *, size=(41, 35), count=4, suffix="png", column="mask"):
+    """Pictures that are red by column and green by row, with a condition each, which `conditions(number, red, green)` makes."""
+    (folder / "masks").mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        red, green = np.meshgrid(np.linspace(0, 250, size[0]), np.linspace(0, 250, size[1]))
+        image = np.stack((red, green, np.full_like(red, 60 * number)), axis=-1).round().astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{number}.png")
+        condition, path = conditions(number, red, green), folder / "masks" / f"{number}.{suffix}"
+        np.save(path, condition) if suffix == "npy" else condition.save(path)
+        rows.append({"file_name": f"{number}.png", column: f"masks/{number}.{suffix}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def loaded(folder, column="mask", **config):
+    config = {"resolution": 16, "condition_column": column, "validation_fraction": 0.25} | config
+    images, validation = load_images(DataConfig(train_data_dir=str(folder), **config))
+    (rows, _) = Conditions((images, validation), 2).beside(images, validation)
+    return images, rows
+
+
+def pixels_of_condition(batch: dict, factor: int = 2) -> torch.Tensor:
+    grid = batch["condition_image"]
+    assert (grid[:, -1] == 1).all()
+    return torch.nn.functional.pixel_shuffle(grid[:, :-1], factor)
+
+
+GEOMETRIES = [{}, {"random_flip": True, "random_crop": True}, {"random_flip": True, "random_resized_crop": 0.3}]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_condition_and_image_stay_aligned(tmp_path, geometry):
+    def colour(number, red, green):
+        return Image.fromarray(np.stack((red, green, np.full_like(red, 60 * number)), axis=-1).round().astype(np.uint8))
+
+    def positions(number, red, green):
+        return np.stack((red, green), axis=-1)[::2, ::2].astype(np.float32)  # half as large
+
+    def sides(number, red, green):  # two values, twice as large
+        return Image.fromarray(((red > 125) * 255).astype(np.uint8).repeat(2, 0).repeat(2, 1))
+
+    items = [*range(3), *((n, draw) for n in range(3) for draw in range(6))]
+    images, rows = loaded(save_gradients(tmp_path / "colour", colour), **geometry)
+    batch = rows.__getitems__(items)
+    assert (
+        len(images) == 3 and images.id2label is None and torch.equal(pixels_of_condition(batch), batch["pixel_values"])
+    )
+    _, rows = loaded(save_gradients(tmp_path / "positions", positions, suffix="npy"), **geometry)
+    batch = rows.__getitems__(items)
+    assert_close(pixels_of_condition(batch), batch["pixel_values"][:, :2], atol=0.12, rtol=0)  # two of 35 pixels
+    _, rows = loaded(save_gradients(tmp_path / "sides", sides), **geometry)
+    batch = rows.__getitems__(items)
+    mask, red = pixels_of_condition(batch), batch["pixel_values"][:, :1]
+    assert set(mask.unique().tolist()) == {-1, 1} and mask.shape[1] == 1
+    assert ((mask > 0) == (red > 0.0))[(red.abs() > 0.06)].all()
+
+
+def test_condition_of_many_values_is_smooth_and_one_of_few_keeps_them(tmp_path):
+    def noise(number, red, green):
+        return Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 64), dtype=np.uint8))
+
+    def ids(number, red, green):
+        return Image.fromarray((np.random.default_rng(number).integers(0, 16, (64, 64)) * 16).astype(np.uint8))
+
+    _, rows = loaded(save_gradients(tmp_path / "noise", noise, size=(64, 64)))
+    assert pixels_of_condition(rows.__getitems__([0, 1])).std() < 0.3  # the mean of sixteen
+    _, rows = loaded(save_gradients(tmp_path / "ids", ids, size=(64, 64)))
+    values = (pixels_of_condition(rows.__getitems__([0, 1])) + 1) * 127.5
+    assert_close(values, (values / 16).round() * 16, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: Image.new("RGB", (41, 35), (9, 0, 0)).save(folder / "masks" / "3.png"), "masks/3.png in the column 'mask' is in colour, but the first one there is gray"),
+        (lambda folder: (folder / "masks" / "3.png").write_bytes(b"x"), "masks/3.png in the column 'mask' cannot be decoded"),
+        (lambda folder: (folder / "masks" / "3.png").unlink(), "`condition_column` names masks/3.png, which is no image in"),
+        (lambda folder: (folder / "metadata.jsonl").unlink(), "`condition_column` 'mask' is not among the columns .*'image'"),
+    ],
+)  # fmt: skip
+def test_condition_images_that_cannot_be_used_are_named(tmp_path, break_it, message):
+    folder = save_gradients(tmp_path / "x", lambda *_: Image.new("L", (41, 35), 200))
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as error:
+        images, rows = loaded(folder, label_column="none", validation_split="train", max_train_samples=None)
+        for each in (rows, *Conditions((images, images), 2).beside(images, images)):
+            each.__getitems__([*range(len(each))])
+        load_images(
+            DataConfig(train_data_dir=str(folder), resolution=16, condition_column="mask", validation_fraction=0.5)
+        )[1].beside.__getitems__([0, 1])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_condition_images_are_skipped_with_their_images(tmp_path):
+    folder = save_gradients(tmp_path / "x", lambda *_: Image.new("L", (41, 35), 200), count=8)
+    (folder / "masks" / "0.png").write_bytes(b"x")
+    config = {"resolution": 16, "condition_column": "mask", "on_bad_image": "skip", "max_bad_image_share": 0.9}
+    images = load_images(DataConfig(train_data_dir=str(folder), validation_fraction=0.25, **config))
+    assert sum(map(len, images)) == 7
+    for each in images:
+        each.beside.__getitems__([*range(len(each))])

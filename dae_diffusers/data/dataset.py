@@ -44,6 +44,7 @@ class ImageDataset(BatchDataset):
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
         conditions ([`~dae_diffusers.data.conditions.ConditionColumns`] or `None`): What else they are drawn from.
+        beside ([`~dae_diffusers.data.condition_images.ConditionImages`] or `None`): Their condition images.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
             is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
@@ -72,6 +73,7 @@ class ImageDataset(BatchDataset):
         self.id2label = id2label
         self.captions = captions
         self.conditions = conditions
+        self.beside: ImageDataset | None = None
         self._given_depth = depth
         self.root = root
         self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
@@ -153,7 +155,7 @@ class ImageDataset(BatchDataset):
     @without_warnings()  # around the pool
     def without_bad_images(self) -> "ImageDataset":
         r"""
-        Reads every image once and leaves out those that cannot be decoded. Each is named in the log.
+        Reads every image once and leaves out those that cannot be decoded, or whose condition image cannot be. Each is named in the log.
 
         Raises:
             UserError: If more than `max_bad_image_share` of the images are bad, or all of them.
@@ -161,7 +163,8 @@ class ImageDataset(BatchDataset):
 
         def problem(index: int) -> str | None:
             try:
-                self._pixels(index)
+                for images in filter(None, (self, self.beside)):
+                    images._pixels(index)
             except UserError as error:
                 return str(error)
 
@@ -203,7 +206,7 @@ class ImageDataset(BatchDataset):
     def _select(self, indices: Sequence[int], depth: Depth | None) -> "ImageDataset":
         if len(indices) == len(self):
             return self
-        return ImageDataset(
+        chosen = ImageDataset(
             self.rows.select(indices),
             self.config,
             image_column=self.image_column,
@@ -215,6 +218,8 @@ class ImageDataset(BatchDataset):
             captions=None if self.captions is None else [self.captions[index] for index in indices],
             conditions=None if self.conditions is None else self.conditions.select(indices),
         )
+        chosen.beside = None if self.beside is None else self.beside.of(chosen)
+        return chosen
 
     @without_warnings()
     def measure_range(self) -> list[float]:

@@ -27,6 +27,7 @@ from dae_diffusers.data.columns import (
     value_of,
     with_image_column,
 )
+from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
@@ -119,8 +120,11 @@ def load_images(
         captions = None
         if config.caption_column is not None:
             captions = captions_of(rows, config.caption_column, name)
+        rows = with_image_column(rows, image_column)[0]
+        if config.condition_column is not None:
+            rows = with_image_column(rows, config.condition_column, "condition_column")[0]
         images = ImageDataset(
-            with_image_column(rows, image_column)[0],
+            rows,
             config,
             image_column=image_column,
             labels=labels,
@@ -133,7 +137,13 @@ def load_images(
         )
         if images.is_array and not images.value_range:
             images.value_range = RANGES.get(images.depth)
-        result.append(images.without_bad_images() if config.on_bad_image == "skip" else images)
+        if config.condition_column is not None:
+            images.beside = ConditionImages(images, result[0].beside if result else None)
+        if config.on_bad_image == "skip":
+            images = images.without_bad_images()
+        if images.beside is not None:
+            images.beside.settle_range()
+        result.append(images)
     train_images, validation_images = result
     held_out = "" if validation_name not in (None, config.train_split) else " (held out)"
     logger.info(
@@ -363,7 +373,13 @@ def _read_source(config: DataConfig) -> _Loaded:
             raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
         if _is_saved(folder):
             return _load_saved(folder, config)
-        splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, with_texts=with_texts)
+        splits = load_folder(
+            folder,
+            streaming=config.streaming,
+            with_labels=with_labels,
+            with_texts=with_texts,
+            condition_column=config.condition_column,
+        )
         return _Loaded(splits, _root_of(splits, folder, None), str(folder))
     if config.dataset_name in EMBEDDED:
         assets = files("dae_diffusers") / "assets"
@@ -387,6 +403,7 @@ def _read_source(config: DataConfig) -> _Loaded:
                 streaming=config.streaming,
                 with_labels=with_labels,
                 with_texts=with_texts,
+                condition_column=config.condition_column,
                 flag="dataset_name",
             )
             return _Loaded(splits, None, str(folder))

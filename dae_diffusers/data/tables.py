@@ -48,14 +48,20 @@ class Metadata:
 
 @dataclass
 class Described:
-    """The rows of all metadata tables, and the row of each image, by its path."""
+    """The rows of all metadata tables, the row of each image, by its path, and the image that each row names as its condition."""
 
     table: pa.Table | None = None
+    conditions: list[PurePosixPath | None] | None = None
     rows: dict[PurePosixPath, list[int]] = field(default_factory=dict)
 
 
 def read_metadata(
-    tables: list[Metadata], folder: Path, images: Collection[PurePosixPath], *, required: bool
+    tables: list[Metadata],
+    folder: Path,
+    images: Collection[PurePosixPath],
+    *,
+    required: bool,
+    condition_column: str | None = None,
 ) -> Described | None:
     r"""
     Reads tables whose column `file_name` names images, relative to the table's folder.
@@ -65,6 +71,7 @@ def read_metadata(
         folder (`Path`): The folder, for messages.
         images (`Collection[PurePosixPath]`): The images that exist.
         required (`bool`): Refuse tables without that column; otherwise they are left out with a warning.
+        condition_column (`str`, *optional*): Another column that names images in the same way.
 
     Returns:
         [`Described`], or None if rows name several images (`left_file_name`, `file_names`); then `datasets` reads them.
@@ -72,7 +79,7 @@ def read_metadata(
     Raises:
         UserError: If a table cannot be read, or is not a metadata table.
     """
-    parts, described, missing, count = [], Described(), [], 0
+    parts, described, missing, found, count = [], Described(), [], [], 0
     for metadata in tables:
         try:
             table = _read_table(metadata)
@@ -95,7 +102,10 @@ def read_metadata(
             else:
                 missing.append(place)
         count += len(table)
-        parts.append(table.drop_columns("file_name"))
+        places = _places(table, condition_column, metadata)
+        found += places or [None] * len(table)
+        described.conditions = found if any(found) else None
+        parts.append(table.drop_columns(["file_name", *([condition_column] if places else [])]))
     if not parts or parts[0].num_columns == 0:
         return described
     try:
@@ -119,6 +129,25 @@ def read_metadata(
             example,
         )
     return described
+
+
+def named_files(tables: list[Metadata], column: str | None) -> set[PurePosixPath]:
+    r"""The files that a column of metadata tables names, relative to the table's folder each; empty without such a column."""
+    found = set()
+    for metadata in tables if column is not None else ():
+        try:
+            found |= set(_places(_read_table(metadata), column, metadata))
+        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError):  # whoever reads the images names it
+            continue
+    return found - {None}
+
+
+def _places(table: pa.Table, column: str | None, metadata: Metadata) -> list[PurePosixPath | None]:
+    """The files that a column of a table names, None where it names none; empty if there is no column of text with this name."""
+    if column not in table.column_names or not pa.types.is_string(table.schema.field(column).type):
+        return []
+    names = table.column(column).to_pylist()
+    return [PurePosixPath(os.path.normpath(metadata.path.parent / name)) if name else None for name in names]
 
 
 def load_tables(
