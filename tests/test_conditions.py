@@ -3,11 +3,12 @@
 import json
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from models import make_autoencoder, save_autoencoder, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,12 +25,16 @@ from scripts import (
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
-from dae_diffusers.conditions import Conditions
+from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions, statistics_of
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.errors import UserError
+from dae_diffusers.data.conditions import numbers_of
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
+from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, train_dit
+from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -43,14 +48,20 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twenty pictures with two class columns and two columns of numbers, and an autoencoder."""
+    """Twenty pictures with two class columns, two columns of numbers and a mask each, and an autoencoder."""
     folder = tmp_path_factory.mktemp("conditions")
-    (folder / "images").mkdir()
+    (folder / "images" / "masks").mkdir(parents=True)
     random, rows = np.random.default_rng(0), []
     for number in range(20):
         name = f"{number:02d}.png"
         Image.fromarray(random.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(folder / "images" / name)
-        row = {"file_name": name, "shape": "ab"[number % 2], "color": ["blue", "red", "green"][number % 3]}
+        Image.fromarray(random.integers(0, 2, (10, 9), dtype=np.uint8) * 255).save(folder / "images" / "masks" / name)
+        row = {
+            "file_name": name,
+            "mask": f"masks/{name}",
+            "shape": "ab"[number % 2],
+            "color": ["blue", "red", "green"][number % 3],
+        }
         rows.append({**row, "angle": 3 * number, "temperature": None if number == 3 else number / 8})
     (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_autoencoder(folder / "vae")
@@ -61,7 +72,7 @@ def data(tmp_path_factory):
 def flags(data):
     return (
         f"{TINY_DIT} --resolution 16 --vae {data / 'vae'} --train_data_dir {data / 'images'} --validation_fraction 0.2 --random_flip "
-        "--label_column shape color --continuous_columns temperature angle --class_dropout_prob 0.3 "
+        "--label_column shape color --continuous_columns temperature angle --condition_column mask --class_dropout_prob 0.3 "
         f"--metric_features {save_backbone(data / 'judge', 'classifier')} --metric_images 10 --metric_steps 99"
     )
 
@@ -236,11 +247,15 @@ def test_pipelines_made_from_it_take_conditions():
 def test_result_draws_from_conditions_in_all_three_ways(trained):
     folder = str(trained / "pipeline")
     pipeline = DAEDiTPipeline.from_pretrained(folder)
-    assert pipeline.label_column == "shape" and pipeline.conditions.keys() == {"color", "angle", "temperature"}
+    assert pipeline.label_column == "shape" and pipeline.conditions.keys() == {"color", "angle", "temperature", "mask"}
+    assert pipeline.conditions["mask"] == {"channels": 1, "value_range": None}
     assert pipeline.conditions["color"] == {"labels": ["blue", "green", "red"]}
     assert pipeline.transformer.config.num_attribute_classes == [3] and pipeline.transformer.config.num_continuous == 2
     alone = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-    given = {"class_labels": {"shape": "a", "color": "green"}, "conditions": {"angle": 21.5}}
+    given = {
+        "class_labels": {"shape": "a", "color": "green"},
+        "conditions": {"angle": 21.5, "mask": Image.new("1", (7, 7), 1)},
+    }
     images = []
     for each in (pipeline, alone, DAEDiTPipeline(**pipeline.components)):
         each.set_progress_bar_config(disable=True)
@@ -256,7 +271,8 @@ def test_samples_are_measured_with_the_conditions_of_the_data(trained, data, tmp
     )
     images = f"--train_data_dir {data / 'images'} --validation_fraction 0.2 --lpips_net none"
     with pytest.raises(
-        UserError, match="the pipeline draws from angle, color, temperature, but the images come with angle"
+        UserError,
+        match="the pipeline draws from angle, color, mask, temperature, but the images come with angle besides",
     ):
         run(evaluate, f"{measured} {images} --label_column shape --continuous_columns angle", output_dir=tmp_path)
     run(evaluate, f"{measured} {images}", output_dir=tmp_path)  # the pipeline knows the columns
@@ -267,7 +283,7 @@ def test_samples_are_measured_with_the_conditions_of_the_data(trained, data, tmp
 def test_numbers_are_normalised_and_dropped_alone_and_together(data):
     config = DataConfig(
         train_data_dir=str(data / "images"), resolution=16, label_column=["shape", "color"],
-        continuous_columns=["temperature", "angle"],
+        continuous_columns=["temperature", "angle"], condition_column="mask",
     )  # fmt: skip
     images = load_images(config)
     conditions = Conditions(images, 2)
@@ -283,15 +299,16 @@ def test_numbers_are_normalised_and_dropped_alone_and_together(data):
     assert temperatures.isnan().tolist() == [value is None for value in train.numbers["temperature"]]
     assert batch["attribute_labels"][:, 0].tolist() == train.labels["color"]
     many = {
-        name: value[:1].expand(4000, -1) for name, value in batch.items() if name in ("continuous", "attribute_labels")
+        name: value[:1].expand(4000, *value.shape[1:]) for name, value in batch.items() if name in CONDITION_ARGUMENTS
     }
     torch.manual_seed(0)
     together = torch.arange(4000) < 1000
     given = conditions.dropped(many, together, 0.25)
-    unknown = torch.cat((given["attribute_labels"] == 3, given["continuous"].isnan()), dim=1)
+    is_without_image = given["condition_image"].flatten(1).abs().amax(1, keepdim=True) == 0
+    unknown = torch.cat((given["attribute_labels"] == 3, given["continuous"].isnan(), is_without_image), dim=1)
     assert unknown[:1000].all()
-    assert_close(unknown[1000:].float().mean(0), torch.full((3,), 0.25), atol=0.03, rtol=0)
-    assert 0.30 < (~unknown[1000:]).all(1).float().mean() < 0.55  # each alone: 0.75 ** 3
+    assert_close(unknown[1000:].float().mean(0), torch.full((4,), 0.25), atol=0.03, rtol=0)
+    assert 0.28 < (~unknown[1000:]).all(1).float().mean() < 0.36  # each alone: 0.75 ** 4
 
 
 def test_resumed_run_equals_an_uninterrupted_one(trained, flags):
@@ -430,3 +447,212 @@ def test_bad_condition_images_are_skipped_with_their_images(tmp_path):
     assert sum(map(len, images)) == 7
     for each in images:
         each.beside.__getitems__([*range(len(each))])
+
+
+def test_condition_images_mean_the_same_in_every_form():
+    pipeline = make_pipeline({"mask": {"channels": 1, "value_range": None}})
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, :8] = 255
+    picture = Image.fromarray(mask)
+    expected = sample(pipeline, 1, conditions={"mask": picture}, guidance_scale=3)
+    assert_close(expected, expected)
+    as_tensor = torch.tensor(mask / 255, dtype=torch.float32)
+    same = (
+        mask,
+        mask[..., None] / 255,
+        picture.convert("1"),
+        picture.convert("RGB"),
+        as_tensor,
+        as_tensor[None, None],
+        [picture],
+    )
+    for each in (
+        *same,
+        picture.resize((32, 32), Image.Resampling.NEAREST),
+        picture.resize((8, 8), Image.Resampling.NEAREST),
+    ):
+        assert torch.equal(sample(pipeline, 1, conditions={"mask": each}, guidance_scale=3), expected)
+    assert not torch.equal(sample(pipeline, 1, conditions={"mask": 255 - mask}, guidance_scale=3), expected)
+    without = sample(pipeline, 1, conditions={"mask": None}, guidance_scale=3)
+    assert not torch.equal(without, expected)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    both = sample(pipeline, 1, conditions={"mask": [picture, None]}, guidance_scale=3, generator=generators)
+    assert_close(both, torch.cat((expected, without)), atol=1e-4, rtol=1e-4)
+    wide = sample(pipeline, 1, conditions={"mask": picture}, height=16, width=24)
+    assert wide.shape == (1, 3, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"this pipeline draws from an image, `mask`: pass `conditions=\{'mask': image\}`, or None for no image"),
+        ({"conditions": {"mask": Image.new("RGB", (16, 16), (9, 0, 0))}}, "`mask` has 3 channels, but must be gray, as in training. Convert it with"),
+        ({"conditions": {"mask": "mask.png"}}, "`mask` is a str, but must be a picture, an array, a tensor"),
+        ({"conditions": {"mask": np.full((16, 16), 3.0)}}, r"`mask` has numbers from 3 to 3, but must lie in \[0, 1\]"),
+        ({"conditions": {"mask": []}}, "`mask` is empty"),
+    ],
+)  # fmt: skip
+def test_condition_images_that_a_pipeline_cannot_take_are_named(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sample(make_pipeline({"mask": {"channels": 1, "value_range": None}}), **given)
+    assert "\n" not in str(error.value)
+
+
+def predict(model, **conditions):
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        return model.eval()(torch.randn(1, 3, 8, 8, generator=generator), torch.tensor([300]), **conditions).sample
+
+
+def test_known_conditions_keep_their_weights_and_new_ones_begin_at_nothing(caplog):
+    caplog.set_level("INFO")
+    columns = {**COLUMNS, "mask": {"channels": 1, "value_range": None}}
+    old = make_pipeline(columns)
+    known = {
+        "attribute_labels": torch.tensor([[1, 2]]),
+        "continuous": torch.tensor([[0.5, -1.0]]),
+        "condition_image": torch.randn(1, 5, 8, 8),
+    }
+    expected = predict(old.transformer, **known)
+    start = WarmStart.from_pipeline("old", old)
+    wanted = {
+        **columns, "age": COLUMNS["angle"], "color": {"labels": ["green", "Red", "blue"]}, "size": COLUMNS["size"],
+        "angle": {**COLUMNS["angle"], "mean": 5.0}, "kind": {"labels": ["x", "y"]},
+    }  # fmt: skip
+    new = start.continued(8, 3, 2, {0: "cat", 1: "dog"}, conditions=wanted, condition_channels=5)
+    assert new.config.num_attribute_classes == [3, 2, 3] and new.config.num_continuous == 3
+    same = {**known, "attribute_labels": torch.tensor([[1, 1, 2]]), "continuous": torch.tensor([[3.0, 0.5, -1.0]])}
+    assert torch.equal(predict(new, **same), expected)
+    green = {**same, "attribute_labels": torch.tensor([[0, 0, 2]])}
+    unknown = {**known, "attribute_labels": torch.tensor([[2, 2]])}
+    assert torch.equal(predict(new, **green), predict(make_pipeline(columns).transformer, **unknown))
+    assert "condition age is new; condition kind is new; all else is as before" in caplog.text
+    # All are left out: it goes on as if they were unknown. All are new: they add nothing.
+    plain = WarmStart.from_pipeline("old", make_pipeline(columns)).continued(8, 3, 2, {0: "cat", 1: "dog"})
+    assert torch.equal(predict(plain), predict(make_pipeline(columns).transformer))
+    assert "its condition mask is left out" in caplog.text
+    again = WarmStart.from_pipeline("old", make_pipeline({})).continued(
+        8, 3, 2, {0: "cat", 1: "dog"}, conditions=columns, condition_channels=5
+    )
+    assert torch.equal(predict(again, **known), predict(make_pipeline({}).transformer))
+
+
+def test_numbers_of_given_weights_keep_their_statistics(data):
+    config = DataConfig(train_data_dir=str(data / "images"), resolution=16, continuous_columns=["angle"])
+    conditions = Conditions(load_images(config), 2, COLUMNS)
+    assert conditions.config == {"angle": COLUMNS["angle"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["1", "2"], "'x' holds Value.'string'., not numbers"),
+        ([True, False], "'x' holds Value.'bool'., not numbers"),
+        ([[1.0], [2.0]], "'x' holds List.*, not numbers"),
+        ([1.0, float("nan")], "'x' holds nan in 1 of 2 rows of the split 'train'. Leave such values empty"),
+        ([1.0, float("-inf")], "'x' holds -inf in 1 of 2 rows"),
+    ],
+)
+def test_columns_that_hold_no_numbers_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        numbers_of(datasets.Dataset.from_dict({"x": values}), "x", "train")
+
+
+def test_number_that_never_changes_is_refused():
+    with pytest.raises(UserError, match="'x' holds the same number, 2, for all training images"):
+        statistics_of("x", [2.0, None, 2.0])
+    with pytest.raises(UserError, match="'x' holds no number for all"):
+        statistics_of("x", [None])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"continuous_columns": ["x"], "streaming": True}, "`continuous_columns` cannot be used with `streaming`"),
+        ({"label_column": ["x", "y"], "streaming": True}, "several columns in `label_column` cannot be used with `streaming`"),
+        ({"condition_column": "x", "dataset_name": None, "latent_cache": "c"}, "`condition_column` needs the images' data set"),
+        ({"label_column": ["x", "y"], "continuous_columns": ["x"]}, "the columns x y x hold 'x' twice"),
+        ({"label_column": ["none", "y"]}, "the columns none y hold 'none' beside others"),
+    ],
+)  # fmt: skip
+def test_columns_that_cannot_be_used_are_named(given, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(TrainDiTConfig, **{"vae": "x", "dataset_name": "user/data", **given})
+
+
+def test_missing_columns_are_named(data):
+    images = {"train_data_dir": str(data / "images"), "resolution": 16}
+    for given in (
+        {"continuous_columns": ["weight"]},
+        {"label_column": ["shape", "weight"]},
+        {"condition_column": "weight"},
+    ):
+        with pytest.raises(
+            UserError, match=f"`{next(iter(given))}` 'weight' is not among the columns .* of the split 'train'"
+        ):
+            load_images(DataConfig(**images, **given))
+    with pytest.raises(UserError, match="`condition_column` 'image' is the column of the images"):
+        load_images(DataConfig(**images, condition_column="image"))
+    with pytest.raises(UserError, match="`condition_column` 'angle' holds .*, not images"):
+        load_images(DataConfig(**images, condition_column="angle"))
+
+
+def test_stock_transformer_and_stage_3_take_no_conditions(trained):
+    stock = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=1, sample_size=8, num_embeds_ada_norm=2
+    )
+    with pytest.raises(UserError, match="DiTTransformer2DModel, which draws by one class only. Leave `angle` out"):
+        WarmStart("old", stock, None).continued(8, 3, 2, {0: "a", 1: "b"}, conditions={"angle": COLUMNS["angle"]})
+
+
+def save_lit_halves(folder):
+    """Pictures of 8 pixels whose halves are bright and dark: which, the mask says, and how much, the number `light`."""
+    (folder / "images" / "masks").mkdir(parents=True)
+    rows = []
+    for number, (mask, light) in enumerate((mask, light) for mask in halves() for light in np.linspace(0, 120, 16)):
+        name = f"{number:02d}.png"
+        lit_half(mask, light).convert("RGB").save(folder / "images" / name)
+        mask.save(folder / "images" / "masks" / name)
+        rows.append({"file_name": name, "mask": f"masks/{name}", "light": light})
+    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vae = make_autoencoder(sample_size=8).to_diffusers()
+    torch.nn.init.zeros_(vae.quant_conv.weight[3:])  # latents without noise
+    torch.nn.init.constant_(vae.quant_conv.bias[3:], -30)
+    vae.save_pretrained(folder / "vae")
+    return f"--vae {folder / 'vae'} --train_data_dir {folder / 'images'} --resolution 8"
+
+
+def halves() -> list[Image.Image]:
+    left = np.zeros((8, 8), np.uint8)
+    left[:, :4] = 255
+    return [Image.fromarray(np.ascontiguousarray(each)) for each in (left, left[:, ::-1], left.T, left.T[::-1])]
+
+
+def lit_half(mask: Image.Image, light: float) -> Image.Image:
+    return Image.fromarray((127.5 + light * (np.asarray(mask) / 127.5 - 1)).round().astype(np.uint8))
+
+
+def test_tiny_model_follows_a_number_and_a_mask(tmp_path):
+    flags = (
+        "--model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --train_batch_size 32 --max_train_steps 150 "
+        "--learning_rate 1e-2 --lr_warmup_steps 5 --ema_decay 0.9 --validation_steps 999 --checkpointing_steps 999 --num_sample_images 1 "
+        "--sample_steps 1 --continuous_columns light --condition_column mask"
+    )
+    run(train_dit, f"{flags} {save_lit_halves(tmp_path)}", output_dir=tmp_path / "run")
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    lights = [0, 30, 60, 90, 120]
+    cases = [(mask, light) for mask in halves() for light in lights]
+    given = {"mask": [mask for mask, _ in cases], "light": [light for _, light in cases]}
+    drawn = sample(pipeline, conditions=given, num_images_per_label=3, guidance_scale=1, num_inference_steps=8)
+    drawn = drawn.unflatten(0, (4, 5, 3)).mean(2)
+    to_latents = DAEDiTImg2ImgPipeline.from_pipe(pipeline)
+    right = to_latents.encode_pixels(
+        to_latents.prepare_images([lit_half(*case).convert("RGB") for case in cases], 8, 8)
+    )
+    right = right.unflatten(0, (4, 5))
+    axis = right[:, -1:] - right[:, :1]  # of each mask, from no light to the most
+    followed = ((drawn - right[:, :1]) * axis).flatten(2).sum(2) / axis.square().flatten(2).sum(2)
+    assert (followed.mean(0).diff() > 0).all() and followed.mean(0)[0] < 0.4 and followed.mean(0)[-1] > 0.6
+    nearest = torch.cdist(drawn[:, 2:].flatten(2).flatten(0, 1), right[:, -1].flatten(1)).argmin(1)
+    assert torch.equal(nearest, torch.arange(4).repeat_interleave(3))

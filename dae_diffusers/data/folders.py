@@ -82,15 +82,15 @@ def load_folder(
     and `train` is among them. Folders below are classes, whatever their names. A folder that contains all images is ignored.
     Folders in archives count like others, and so does the name of an archive if archives differ by more than a number.
 
-    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. Files
-    that are left out are logged by suffix and reason.
+    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. An image that
+    is named in another column than `file_name`, and has no row of its own, is not an image by itself: a mask, for example. Files that are left out are logged by suffix and reason.
 
     Args:
         folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
         with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`.
-        condition_column (`str`, *optional*): A column of metadata with names of image files, which are no images of their own then.
+        condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
     Raises:
@@ -136,7 +136,11 @@ def load_folder(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
     files = {entry.place: entry.image for entry in entries}
-    named = named_files(metadata, condition_column)
+    named = named_files(metadata, files)
+    if named:
+        logger.info(
+            "%d images in %s are no images of their own: metadata names them in other columns", len(named), folder
+        )
     entries = [entry for entry in entries if entry.place not in named]
     _check_kinds(folder, [] if found.archives and not pictures + arrays else [entry.place for entry in entries])
     return _rows_of(folder, entries, metadata, found, with_labels, condition_column, files)
@@ -393,8 +397,13 @@ def _rows_of(
     """The rows of each split, with classes and the columns of metadata tables, one of which may name some of the `files`."""
     shared, places = _inside(PurePosixPath(), [entry.place for entry in entries])
     split_folders = _split_folders(places, folder)
-    places = {entry.place for entry in entries}
-    described = read_metadata(metadata, folder, places, required=with_labels, condition_column=condition_column)
+    described = read_metadata(
+        metadata,
+        folder,
+        {entry.place for entry in entries},
+        required=with_labels,
+        condition_column=condition_column,
+    )
     if described is None:  # of several images a row
         return _load_described(folder, found.pictures + found.metadata)
     splits: dict[str, list[tuple[PurePosixPath, Entry, int | None]]] = {}

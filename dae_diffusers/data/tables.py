@@ -131,23 +131,31 @@ def read_metadata(
     return described
 
 
-def named_files(tables: list[Metadata], column: str | None) -> set[PurePosixPath]:
-    r"""The files that a column of metadata tables names, relative to the table's folder each; empty without such a column."""
-    found = set()
-    for metadata in tables if column is not None else ():
+def named_files(tables: list[Metadata], images: Collection[PurePosixPath]) -> set[PurePosixPath]:
+    r"""
+    The images that metadata tables name in other columns than `file_name`, such as masks, and that have no row of their own. A name is
+    relative to the table's folder.
+    """
+    named, own = set(), set()
+    for metadata in tables:
         try:
-            found |= set(_places(_read_table(metadata), column, metadata))
-        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError):  # whoever reads the images names it
+            table = _read_table(metadata)
+        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError):  # whoever reads the rows names it
             continue
-    return found - {None}
+        for column in table.column_names if "file_name" in table.column_names else ():
+            (own if column == "file_name" else named).update(_places(table, column, metadata))
+    return (named & set(images)) - own
 
 
 def _places(table: pa.Table, column: str | None, metadata: Metadata) -> list[PurePosixPath | None]:
     """The files that a column of a table names, None where it names none; empty if there is no column of text with this name."""
     if column not in table.column_names or not pa.types.is_string(table.schema.field(column).type):
         return []
-    names = table.column(column).to_pylist()
-    return [PurePosixPath(os.path.normpath(metadata.path.parent / name)) if name else None for name in names]
+    places: list[PurePosixPath | None] = []
+    for name in table.column(column).to_pylist():
+        is_file = name and len(name) < 1024 and PurePosixPath(name).suffix
+        places.append(PurePosixPath(os.path.normpath(metadata.path.parent / name)) if is_file else None)
+    return places
 
 
 def load_tables(
