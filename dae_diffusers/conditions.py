@@ -1,18 +1,23 @@
 """What a run's images are drawn from besides a class and a text, as the transformer, the pipeline and the samples need it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.pipelines.dae_dit import CONDITION_KINDS, columns_of, conditions_as_arguments, on_latents
 from dae_diffusers.store import fingerprint_of_json
 
+CHUNK_SIZE = 1024  # condition images in a shard
 CONDITION_ARGUMENTS = tuple(CONDITION_KINDS.values())
 
 
@@ -47,6 +52,27 @@ class Conditions:
             self.config[train.image_column] = {"channels": each.channels, "value_range": each.value_range}
         columns = [vars(each.conditions) for each in images]
         self.fingerprint = fingerprint_of_json([columns, [each.fingerprint for each in self.pictures]])
+
+    def keep_images(self, accelerator: Accelerator, folder: Path) -> None:
+        r"""Keeps the scaled condition images in shards in a folder, and reads them from there. All processes call it."""
+        for pictures in self.pictures:
+            rows = keep_rows(
+                lambda chunk, pictures=pictures: {"pixels": pictures.pixels(chunk)},
+                len(pictures),
+                accelerator,
+                folder=folder,
+                of=[
+                    "condition images",
+                    pictures.fingerprint,
+                    pictures.images.fingerprint,
+                    pictures.config.size,
+                    pictures.channels,
+                ],
+                chunk_size=CHUNK_SIZE,
+                description="Keeping condition images",
+                load=False,
+            )
+            pictures.use_kept([load_file(path)["pixels"] for path in rows["pixels"].files.values()])
 
     def transformer_kwargs(self) -> dict[str, Any]:
         r"""Arguments of the constructor of [`DAEDiTTransformer2DModel`]."""

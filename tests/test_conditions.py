@@ -327,6 +327,7 @@ def test_conditions_beside_cached_latents_train_the_same_transformer(trained, da
     images = f"--train_data_dir {data / 'images'} --label_column shape --validation_fraction 0.2 --random_flip --dtype float32 --resolution 16"
     run(cache_latents, f"{images} --vae {data / 'vae'}", output_dir=tmp_path / "cache")
     run(train_dit, flags, output_dir=tmp_path / "run", latent_cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "conditions").rglob("*.safetensors"))) == 2
     assert_same_weights(
         load_file(trained / TRANSFORMER), load_file(tmp_path / "run" / TRANSFORMER), rtol=1e-3, atol=1e-4
     )
@@ -580,6 +581,7 @@ def test_number_that_never_changes_is_refused():
         ({"continuous_columns": ["x"], "streaming": True}, "`continuous_columns` cannot be used with `streaming`"),
         ({"label_column": ["x", "y"], "streaming": True}, "several columns in `label_column` cannot be used with `streaming`"),
         ({"condition_column": "x", "dataset_name": None, "latent_cache": "c"}, "`condition_column` needs the images' data set"),
+        ({"condition_column": "x", "latent_cache": "c", "random_crop": True}, "would cut other parts out of the condition images"),
         ({"label_column": ["x", "y"], "continuous_columns": ["x"]}, "the columns x y x hold 'x' twice"),
         ({"label_column": ["none", "y"]}, "the columns none y hold 'none' beside others"),
     ],

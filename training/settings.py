@@ -359,6 +359,11 @@ class TrainDiTConfig:
         check_monitor(self.monitor, data)
         self.transformer.check_captions(data)
         check_conditions(data)
+        if has_cache and data.condition_column is not None and data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` would cut other parts out of the condition images than those in `latent_cache`. "
+                "Leave these flags or the cache out."
+            )
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
         if None not in (layer, num_layers) and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")

@@ -342,7 +342,10 @@ def find_conditions(
     known = None if origin is None else origin.conditions
     if run.resumed is not None:
         known = run.resumed[1]["state"].get("conditions")
-    return Conditions(images, spatial_factor(vae), known)
+    conditions, cache = Conditions(images, spatial_factor(vae), known), run.config.transformer.latent_cache
+    if cache is not None and run.dry_run is None:
+        conditions.keep_images(run.accelerator, Path(cache) / "conditions")
+    return conditions
 
 
 @torch.no_grad()

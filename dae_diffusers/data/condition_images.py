@@ -1,5 +1,6 @@
 """Condition images: each goes through the same geometry as the image that it belongs to."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ class ConditionImages(ImageDataset):
         options = {} if like is None else {"depth": like.depth, "value_range": like.value_range}
         config = replace(images.config, image_channels=self.channels, value_range=[])
         super().__init__(images.rows, config, image_column=column, root=images.root, **options)
+        self._kept: Sequence[torch.Tensor] = ()
         self._reader._warned_small = True  # of the images, and that is enough
 
     def of(self, images: ImageDataset) -> "ConditionImages":
@@ -49,6 +51,25 @@ class ConditionImages(ImageDataset):
         r"""Sets the range of values of arrays, which is that of their depth, or measured."""
         if self.is_array and not self.value_range:
             self.value_range = RANGES.get(self.depth) or self.measure_range()
+
+    def use_kept(self, chunks: Sequence[torch.Tensor]) -> None:
+        r"""
+        Takes the pixels from tensors instead of files.
+
+        Args:
+            chunks (sequence of `torch.Tensor` of shape `(N, H, W, C)`): What [`pixels`] gives, in order; all but the last of one length.
+        """
+        self._kept = chunks
+
+    def pixels(self, indices: Sequence[int]) -> torch.Tensor:
+        r"""Scaled and cropped, but not flipped, `(N, H, W, C)`: uint8, or float32 for arrays."""
+        return torch.from_numpy(self._batch(indices, [None] * len(indices)))
+
+    def _batch(self, indices: Sequence[int], draws: Sequence[int | None]) -> np.ndarray:
+        if not self._kept:
+            return super()._batch(indices, draws)
+        size = len(self._kept[0])
+        return np.stack([self._kept[index // size][index % size].numpy() for index in indices])
 
     def name_of(self, index: int) -> str:
         r"""The file's name, or else the row, and the column."""
