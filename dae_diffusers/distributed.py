@@ -31,6 +31,9 @@ def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: 
     Raises:
         ConfigError: If the script does not run with it.
     """
+    is_spread = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if is_spread and config.optimization.optimizer != "adamw":
+        raise ConfigError("`optimizer muon` needs whole matrices, which FSDP and DeepSpeed divide; use DDP or `adamw`.")
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(name, config, accelerator, one_model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -89,6 +92,15 @@ def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
     whole = make(model.config)
     whole.load_state_dict({name: whole_tensor(value.detach()) for name, value in model.state_dict().items()})
     return whole.to(accelerator.device)
+
+
+def faster_precision(accelerator: Accelerator) -> str | None:
+    r"""Says that bfloat16 is faster, if the run's hardware multiplies matrices in it and the run does not; else None."""
+    device = accelerator.device.type
+    has_bf16 = {"cpu": torch.cpu._is_amx_tile_supported, "cuda": torch.cuda.is_bf16_supported}.get(device, bool)()
+    if accelerator.mixed_precision != "no" or not has_bf16:
+        return None
+    return f"`--mixed_precision bf16` is usually much faster on this {'processor' if device == 'cpu' else 'GPU'}."
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

@@ -42,10 +42,11 @@ class Forecast:
         last_step (`int`): The run's last step.
         images (`int`): Of a step.
         of (`int`, *optional*): Number of training images; None if unknown.
+        advice (`str`, *optional*): How the run would be faster.
     """
 
-    def __init__(self, last_step: int, images: int, of: int | None):
-        self.last_step, self._images, self._of = last_step, images, of
+    def __init__(self, last_step: int, images: int, of: int | None, advice: str | None = None):
+        self.last_step, self._images, self._of, self._advice = last_step, images, of, advice
         self._first: tuple[int, float] | None = None
         self._is_over = False
 
@@ -60,6 +61,7 @@ class Forecast:
             return None
         self._is_over = True
         text = f"the {left:,} steps that are left take about {pace(left, seconds / steps, self._images, self._of)}."
+        text += f" {self._advice}" if self._advice else ""
         if left * seconds / steps < _LONG:
             return text
         return f"{text} Ctrl-C saves and stops; the same command with --resume_from_checkpoint latest goes on."

@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dae_diffusers.distributed import whole_model
+from dae_diffusers.distributed import faster_precision, whole_model
 from dae_diffusers.duration import Forecast
 from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.heartbeat import Heartbeat
-from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer
+from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer, trainable
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.run import TrainingRun
 from dae_diffusers.signals import StopSignal, resuming_command
@@ -87,7 +87,7 @@ class Loop:
         self.snapshot, self.state = snapshot, state or {}
         also = list(also)
         instead = {} if learning_rate is None else {"lr": learning_rate}
-        optimizer = make_optimizer(config, trainable(model, *also), self.accelerator.device, **instead)
+        optimizer = make_optimizer(config, [model, *also], self.accelerator.device, **instead)
         scheduler = make_lr_scheduler(config, optimizer, steps)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.accumulated = [self.model, *also, *beside]
@@ -105,7 +105,7 @@ class Loop:
         self.microbatch = self.step * per_step + self.accelerator.process_index
         self.batches = run.batches.over(dataset, self.step * per_step)
         self.progress = make_progress_bar(self)
-        forecast = Forecast(run.last_step, run.images_per_step, run.num_images)
+        forecast = Forecast(run.last_step, run.images_per_step, run.num_images, faster_precision(self.accelerator))
         self.model.train()
         if run.dry_run is not None:
             run.dry_run.begin()
@@ -256,11 +256,6 @@ class Step:
                 loop.step, learning_rate=loop.lr_scheduler.get_last_lr()[0], gradient_norm=self.gradient_norm
             )
             loop.progress.set_postfix(loss=f"{self.means[f'train/{loop.headline}']:.4f}")
-
-
-def trainable(*models: torch.nn.Module) -> list[torch.nn.Parameter]:
-    r"""The trainable parameters of the models, in order."""
-    return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
 
 
 def make_progress_bar(loop: Loop) -> tqdm:

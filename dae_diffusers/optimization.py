@@ -12,22 +12,32 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from transformers import get_wsd_schedule
 
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.muon import MuonWithAdamW, hidden_matrices
 from dae_diffusers.run_settings import OptimizationConfig
 
 logger = logging.getLogger(__name__)
 
 
+def trainable(*models: torch.nn.Module) -> list[torch.nn.Parameter]:
+    r"""The trainable parameters of the models, in order."""
+    return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(
-    config: OptimizationConfig, parameters: list[torch.nn.Parameter], device: torch.device, **instead: Any
+    config: OptimizationConfig, models: list[torch.nn.Module], device: torch.device, **instead: Any
 ) -> torch.optim.AdamW:
     r"""
-    Makes AdamW in its fused form, which is several times faster on a CPU than PyTorch's default.
+    Makes AdamW in its fused form, which is several times faster on a CPU than PyTorch's default, or Muon with AdamW.
 
     Args:
-        config ([`~dae_diffusers.run_settings.OptimizationConfig`]): Learning rate, decays and epsilon.
-        parameters (`list[torch.nn.Parameter]`): The parameters to train.
+        config ([`~dae_diffusers.run_settings.OptimizationConfig`]): The optimiser, its learning rate, decays and epsilon.
+        models (`list[torch.nn.Module]`): The models to train; frozen parameters are left out.
         device (`torch.device`): Their device.
         instead: `lr`, `betas` or `weight_decay` to use instead of the config's.
+
+    Raises:
+        ConfigError: If Muon is asked for and the first model has no blocks of a transformer.
     """
     options = {
         "lr": config.learning_rate,
@@ -36,7 +46,15 @@ def make_optimizer(
         "weight_decay": config.adam_weight_decay,
         **instead,
     }
-    return torch.optim.AdamW(parameters, **options, fused=device.type in ("cpu", "cuda", "mps", "xpu"))
+    options["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trainable(*models), **options)
+    matrices = hidden_matrices(models[0])
+    if not matrices:
+        raise ConfigError(
+            f"`optimizer muon` trains the matrices of a transformer's blocks, and {type(models[0]).__name__} has none: leave it out."
+        )
+    return MuonWithAdamW(matrices, [each for each in trainable(*models) if each not in matrices], **options)
 
 
 def make_lr_scheduler(

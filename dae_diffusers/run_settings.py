@@ -18,6 +18,9 @@ class OptimizationConfig:
         None, "train for X passes over the images instead of a number of steps", above=0
     )
     learning_rate: float = field(1e-3, "peak learning rate", above=0)
+    optimizer: Literal["adamw", "muon"] = field(
+        "adamw", "muon: for the matrices of a transformer's blocks, and AdamW for all other weights", advanced=True
+    )
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = field(
         "cosine", "schedule of the learning rate", advanced=True
     )

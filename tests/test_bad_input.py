@@ -401,6 +401,7 @@ RUN_FLAGS = {
     "gradient_accumulation_steps": st.integers(1, 2),
     "lr_scheduler": st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"]),
     "lr_warmup_steps": st.sampled_from([0, 1, 3, -1]),
+    "optimizer": st.sampled_from(["adamw", "adamw", "muon"]),
     "mixed_precision": st.sampled_from(["no", "bf16"]),
     "resolution": st.sampled_from([16, 16, 24, 17]),
     "dataloader_num_workers": st.sampled_from([0, 0, 1]),

@@ -428,3 +428,70 @@ def test_solvers_are_compared_on_the_same_noise_and_goes_on(image_folder, tmp_pa
     (tmp_path / "solvers" / "solvers.json").write_text(json.dumps(first))
     script.main(arguments)
     assert text in capsys.readouterr().out
+
+
+def test_recipes_are_compared_by_the_time_to_the_same_quality():
+    script = load_benchmark("time_to_quality")
+    curve = {"steps": [10, 20, 30], "distances": [8.0, 4.0, 3.0]}
+    assert [script.at(curve, step) for step in (10, 15, 30)] == [8.0, 6.0, 3.0]
+    assert script.at(curve, 31) is None and script.at(curve, 9) is None
+    assert [script.first_at(curve, value) for value in (9, 6.0, 3.0, 2.0)] == [10, 15, 30, None]
+    slow = {"steps": [10, 20, 30], "distances": [20.0, 8.0, 6.0]}
+    runs = {
+        "seconds": {"classic": [0.1, 0.5, 0.1], "ours": [0.2]},
+        "curves": {"classic": {"0": slow, "1": slow}, "ours": {"0": curve, "1": curve}},
+    }
+    assert script.table(runs, "classic").splitlines()[2:] == [
+        "| classic | 100 | 6.00 ± 0.00 | 6.00 ± 0.00 | 100 % |",
+        "| ours | 200 | 3.00 ± 0.00 | 6.00 ± 0.00 | 100 % |",  # 15 steps of 0.2 s, as 30 of 0.1 s
+    ]
+    curve["distances"][-1] = 1.0
+    assert script.table(runs | {"curves": {"classic": {"0": curve}, "ours": {"0": slow}}}, "classic").endswith(
+        "not reached |\n"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*larger than the data set")
+def test_recipes_are_trained_on_the_same_latents(image_folder, tmp_path, monkeypatch, capsys):
+    """One with diffusers' transformer, one with ours; a second call trains nothing."""
+    script = load_benchmark("time_to_quality")
+    monkeypatch.setattr(script, "SHORT", 1)
+    monkeypatch.setattr(script, "LONG", 2)
+    save_run(tmp_path, {0: "cat", 1: "dog"})
+    shared = {
+        "model": "DiT-Ti/2",
+        "num_layers": 1,
+        "num_attention_heads": 1,
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+    }
+    experiment = {
+        "vae": str(tmp_path / "pipeline" / "vae"),
+        "data": {"train_data_dir": str(image_folder), "resolution": 16},
+        "judge": save_backbone(tmp_path / "judge", "classifier"),
+        "metric": {"metric_images": 12, "metric_steps": 2, "sample_steps": 1},
+        "shared": shared | {"attention_head_dim": 8, "sample_steps": 1},
+        "recipes": {"classic": {"start": "noise"}, "ours": {"optimizer": "muon"}},
+        "seeds": [0],
+        "repeats": 1,
+    }
+    with launched_here() as started:
+        assert script.seconds_of(experiment, "classic", tmp_path / "out", 0) == 0  # each takes a second in this process
+    assert len(started) == 2
+    (tmp_path / "out" / "runs.json").write_text(
+        json.dumps({"seconds": {"classic": [0.1], "ours": [0.1]}, "curves": {}})
+    )
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    arguments = Namespace(experiment=tmp_path / "experiment.yaml", output_dir=tmp_path / "out", recipes=None)
+    with launched_here() as started:
+        script.main(arguments)
+    text = capsys.readouterr().out
+    assert len(started) == 2 and "| classic |" in text and "| ours |" in text
+    assert (tmp_path / "out/time_to_quality.png").exists()
+    transformers = tmp_path.glob("out/*/seed-0/run/pipeline/transformer/config.json")
+    assert {json.loads(path.read_text())["_class_name"] for path in transformers} == {
+        "DiTTransformer2DModel", "DAEDiTTransformer2DModel",
+    }  # fmt: skip
+    with launched_here() as started:
+        script.main(arguments)
+    assert not started and text.endswith(capsys.readouterr().out)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from models import make_plain_vq_model, save_autoencoder
 from safetensors.torch import load_file
 from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 
 from dae_diffusers import duration as module
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.distributed import faster_precision
 from dae_diffusers.duration import Forecast, duration, pace
 from dae_diffusers.optimization import make_lr_scheduler
 from dae_diffusers.run_settings import OptimizationConfig
@@ -44,6 +46,20 @@ def test_pace_is_said_once_and_how_to_stop_if_hours_are_left(monkeypatch, steps,
         "the 9,995 steps that are left take about 11 hours" if hours else "the 94 steps that are left take about 6"
     )
     assert said[0].startswith(expected) and f"{'1e+03' if hours else '9.4'} passes" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_units", "words"),
+    [("no", True, "`--mixed_precision bf16`"), ("bf16", True, ""), ("no", False, "")],
+)
+def test_faster_precision_is_named_where_the_processor_has_it(monkeypatch, precision, has_units, words):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    advice = faster_precision(Accelerator(cpu=True, mixed_precision=precision))
+    assert (advice or "").startswith(words) and bool(advice) == bool(words)
+    now = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    said = list(filter(None, map(Forecast(100, 8, 80, advice).after, range(1, 40))))
+    assert len(said) == 1 and said[0].endswith(f"passes over the images.{advice and ' ' + advice or ''}")
 
 
 def test_pace_of_a_stream_of_unknown_length():
@@ -120,8 +136,9 @@ def test_stable_schedule_rises_stays_and_falls_to_zero():
 
 
 def test_run_with_a_stable_schedule_is_made_longer_exactly(image_folder, tmp_path):
-    """From a checkpoint before its decay it ends as if it had been planned so."""
+    """From a checkpoint before its decay it ends as if it had been planned so; here with Muon, whose state is kept too."""
     flags = TINY_DIT.replace("--max_train_steps 6", "") + " --lr_scheduler warmup_stable_decay --lr_warmup_steps 1"
+    flags += " --optimizer muon"
     options = {"train_data_dir": image_folder, "vae": save_autoencoder(tmp_path / "vae")}
     run(train_dit, flags + " --max_train_steps 6 --lr_decay_share 0.5", output_dir=tmp_path / "short", **options)
     run(train_dit, flags + " --max_train_steps 10", output_dir=tmp_path / "long", **options)

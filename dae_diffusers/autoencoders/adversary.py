@@ -213,7 +213,7 @@ def make_adversary(
         discriminator = BackboneDiscriminator(load_backbone(losses.discriminator_model), losses.discriminator_channels)
     optimizer = make_optimizer(
         config.optimization,
-        [parameter for parameter in discriminator.parameters() if parameter.requires_grad],
+        [discriminator],
         run.accelerator.device,
         lr=losses.discriminator_learning_rate,
         betas=(0.5, 0.9),
