@@ -440,12 +440,8 @@ def test_condition_images_that_cannot_be_used_are_named(tmp_path, break_it, mess
     folder = save_gradients(tmp_path / "x", lambda *_: Image.new("L", (41, 35), 200))
     break_it(folder)
     with pytest.raises(UserError, match=message) as error:
-        images, rows = loaded(folder, label_column="none", validation_split="train", max_train_samples=None)
-        for each in (rows, *Conditions((images, images), 2).beside(images, images)):
-            each.__getitems__([*range(len(each))])
-        load_images(
-            DataConfig(train_data_dir=str(folder), resolution=16, condition_column="mask", validation_fraction=0.5)
-        )[1].beside.__getitems__([0, 1])
+        for images in load_images(DataConfig(train_data_dir=str(folder), resolution=16, condition_column="mask")):
+            images.beside.__getitems__([*range(len(images))])
     assert "\n" not in str(error.value)
 
 

@@ -82,8 +82,9 @@ def load_folder(
     and `train` is among them. Folders below are classes, whatever their names. A folder that contains all images is ignored.
     Folders in archives count like others, and so does the name of an archive if archives differ by more than a number.
 
-    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. An image that
-    is named in another column than `file_name`, and has no row of its own, is not an image by itself: a mask, for example. Files that are left out are logged by suffix and reason.
+    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. A file that these
+    name in another column than `file_name`, and that has no row of its own, is not an image by itself: a mask, for example. Files that
+    are left out are logged by suffix and reason.
 
     Args:
         folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
@@ -142,11 +143,13 @@ def load_folder(
             "%d images in %s are no images of their own: metadata names them in other columns", len(named), folder
         )
     entries = [entry for entry in entries if entry.place not in named]
-    _check_kinds(folder, [] if found.archives and not pictures + arrays else [entry.place for entry in entries])
+    if pictures or arrays:
+        _check_kinds(folder, [entry.place for entry in entries])
     return _rows_of(folder, entries, metadata, found, with_labels, condition_column, files)
 
 
 def _check_kinds(folder: Path, places: list[PurePosixPath]) -> None:
+    """Raises `UserError` for pictures beside arrays."""
     arrays = [place for place in places if place.suffix.lower() == ".npy"]
     pictures = [place for place in places if place.suffix.lower() != ".npy"]
     if pictures and arrays:
@@ -427,11 +430,8 @@ def _rows_of(
         loaded[split] = _with_table(datasets.Dataset.from_dict(data, features=features), described.table, rows)
         if described.conditions is not None:
             values = [_file_of(described, number, files, folder) for _, _, number in rows]
-            values = {condition_column: values}
-            feature = datasets.Features({condition_column: datasets.Image(decode=False)})
-            loaded[split] = datasets.concatenate_datasets(
-                [loaded[split], datasets.Dataset.from_dict(values, features=feature)], axis=1
-            )
+            feature = datasets.Image(decode=False)
+            loaded[split] = loaded[split].add_column(condition_column, values, feature=feature)
         if labels:
             classes, ids = labels[split]
             name = "label" if "label" not in loaded[split].features else "class_folder"

@@ -102,16 +102,18 @@ def read_metadata(
             else:
                 missing.append(place)
         count += len(table)
-        places = _places(table, condition_column, metadata)
-        found += places or [None] * len(table)
-        described.conditions = found if any(found) else None
-        parts.append(table.drop_columns(["file_name", *([condition_column] if places else [])]))
+        found += _places(table, condition_column, metadata) or [None] * len(table)
+        parts.append(table.drop_columns("file_name"))
     if not parts or parts[0].num_columns == 0:
         return described
     try:
         described.table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
     except pa.ArrowException as error:
         raise UserError(f"the tables of metadata in {folder} differ: {one_line(error, 300)}.") from None
+    if any(found):
+        described.conditions = found
+        described.table = described.table.drop_columns(condition_column)
+        described.table = described.table if described.table.num_columns else None
     if missing:
         logger.warning(
             "%d rows of metadata in %s name files that are not among the images, such as %s",
