@@ -29,11 +29,12 @@ from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions, statistics
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.conditions import numbers_of
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.fitting.decoder_fit import load_generator
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, train_dit
-from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -605,11 +606,13 @@ def test_missing_columns_are_named(data):
 
 
 def test_stock_transformer_and_stage_3_take_no_conditions(trained):
-    stock = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=1, sample_size=8, num_embeds_ada_norm=2
-    )
+    sizes = {"sample_size": 8, "in_channels": 3, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    stock = DiTTransformer2DModel(**sizes, num_embeds_ada_norm=2)
     with pytest.raises(UserError, match="DiTTransformer2DModel, which draws by one class only. Leave `angle` out"):
         WarmStart("old", stock, None).continued(8, 3, 2, {0: "a", 1: "b"}, conditions={"angle": COLUMNS["angle"]})
+    config = compose(TrainDAEConfig, stage="3", pipeline=str(trained / "pipeline"), dataset_name="digits")
+    with pytest.raises(UserError, match="draws from `angle`, `color`, `mask`, `temperature`, which stage 3 cannot do"):
+        load_generator(config)
 
 
 def save_lit_halves(folder):
