@@ -399,7 +399,7 @@ def condition_input(name, column):
 def generate_tab():
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            prompt = gr.Textbox(label="Prompt", lines=2, visible=TAKES_TEXT, elem_id="prompt")
+            prompt = gr.Textbox("", label="Prompt", lines=2, visible=TAKES_TEXT, elem_id="prompt")
             choices = [(name, key) for key, name in CLASSES.items()]
             if len(CLASSES) > 1:
                 choices.insert(0, (EACH_CLASS, EACH_CLASS))
