@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from dae_diffusers.conditions import as_call, in_words
 from dae_diffusers.plots import image_grid, plot_curves
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import read_rows, write_atomically
@@ -107,10 +109,11 @@ class RunLog:
         seed: int,
         prompts: Sequence[str] | None = None,
         classes: Sequence[int] | None = None,
+        conditions: Sequence[dict[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         r"""
-        Draws a grid from the same noise every time, a column for each class or a row for each prompt, on the main process.
+        Draws a grid from the same noise every time, a column for each class or a row for each prompt or condition, on the main process.
 
         Args:
             pipeline (`DiffusionPipeline`): Takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
@@ -119,7 +122,8 @@ class RunLog:
             num_images, batch_size (`int`): Images in the grid, and images drawn at once.
             seed (`int`): Seed of the run.
             prompts (sequence of `str`, *optional*): For a pipeline that draws from text.
-            classes (sequence of `int`, *optional*): The class of each prompt, for a pipeline that also has classes.
+            classes (sequence of `int`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
+            conditions (sequence of `dict`, *optional*): What else to draw from, in each row.
             options: Other arguments of the pipeline's call.
         """
         if not self.accelerator.is_main_process:
@@ -128,28 +132,39 @@ class RunLog:
         columns = num_classes if num_classes is not None and num_classes <= 20 else None
         names = getattr(pipeline, "id2label", None) if columns is not None else None
         row_names = None
-        if prompts is not None:
-            columns, names, row_names = max(1, num_images // len(prompts)), None, [_short(text) for text in prompts]
-            num_images = columns * len(prompts)
-            labels = None if classes is None else [label for label in classes for _ in range(columns)]
-            prompts = [text for text in prompts for _ in range(columns)]
+        given = {"prompt": prompts, "class_labels": classes, "conditions": conditions}
+        given = {name: values for name, values in given.items() if values is not None}
+        if prompts is not None or conditions is not None:
+            count = len(conditions if prompts is None else prompts)
+            columns, names = max(1, num_images // count), None
+            num_images = columns * count
+            row_names = [_row_name(pipeline, {name: values[n] for name, values in given.items()}) for n in range(count)]
+            given = {name: [value for value in values for _ in range(columns)] for name, values in given.items()}
+        elif labels is not None:
+            given = {"class_labels": labels}
         generators = [torch.Generator().manual_seed(derived_seed(seed, 4, n)) for n in range(num_images)]
         pipeline.set_progress_bar_config(disable=True)
         images = []
         for start in range(0, num_images, batch_size):
             chosen = slice(start, start + batch_size)
+            arguments = {name: values[chosen] for name, values in given.items()}
+            if "conditions" in arguments:
+                arguments["conditions"] = as_call(arguments["conditions"])
             images.append(
                 pipeline(
-                    class_labels=None if labels is None else labels[chosen],
-                    num_images_per_label=len(generators[chosen]) if labels is None and prompts is None else 1,
-                    **({} if prompts is None else {"prompt": prompts[chosen]}),
+                    **{"class_labels": None, **arguments},
+                    num_images_per_label=1 if arguments else len(generators[chosen]),
                     generator=generators[chosen],
                     output_type="pt",
                     **options,
                 ).images
             )
+        images = torch.cat(images) * 2 - 1
+        pictures = [value for row in conditions or () for value in row.values() if isinstance(value, torch.Tensor)]
+        if pictures:  # each before the images that were drawn from it
+            images, columns = _after(pictures, images), columns + 1
         grid = image_grid(
-            torch.cat(images) * 2 - 1,
+            images,
             columns=columns,
             column_names=[names[key] for key in sorted(names)] if names else None,
             row_names=row_names,
@@ -190,6 +205,24 @@ class RunLog:
 def read_log(folder: Path) -> list[dict[str, float]]:
     r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
     return read_rows(folder / "log.jsonl", step=int)
+
+
+def _after(pictures: list[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Images `(N, C, H, W)` in [-1, 1], each row of them behind a picture `(c, h, w)` in [0, 1]."""
+    channels = images.shape[1]
+    pictures = 2 * torch.stack(pictures).to(images) - 1
+    pictures = F.interpolate(pictures, images.shape[2:], mode="nearest-exact")
+    if pictures.shape[1] != channels:
+        pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    rows = images.unflatten(0, (len(pictures), -1))
+    return torch.cat((pictures[:, None], rows), dim=1).flatten(0, 1)
+
+
+def _row_name(pipeline: DiffusionPipeline, row: dict[str, Any]) -> str:
+    """What a row of a grid is drawn from, in words: a prompt, or a class, and conditions."""
+    names = getattr(pipeline, "id2label", None) or {}
+    first = row["prompt"] if "prompt" in row else names.get(row.get("class_labels"))
+    return _short(", ".join(filter(None, (first, in_words(row.get("conditions", {}))))))
 
 
 def _short(text: str) -> str:

@@ -1,6 +1,6 @@
 """Takes the weights of a transformer over into one for other latents or classes. What is new begins so that it changes nothing."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
@@ -9,6 +9,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from dae_diffusers.sizes import words_of_size
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
+_OF_CONDITIONS = ("attribute_embeds.", "continuous_embeds.", "condition_embed.")  # beginnings of those of its weights
 _OF_TEXT = ("text_embed.", ".cross_attn.")  # in the names of its weights
 
 
@@ -20,6 +21,23 @@ class _Layout(NamedTuple):
     last: str
     labels: str  # end of the name of a label table
     classes: str  # their number, in the config
+
+
+class OldConditions(NamedTuple):
+    """
+    Where a transformer's conditions are in an old one.
+
+    Attributes:
+        attributes: For each attribute the old one's place, or None if it is new, and for each of its classes the old number or None.
+        numbers: For each number its old place, or None if it is new.
+        image_channels: Of the condition image on the latents' grid; 0 without one.
+        has_same_image: Whether it was there.
+    """
+
+    attributes: list[tuple[int | None, list[int | None]]] = []
+    numbers: list[int | None] = []
+    image_channels: int = 0
+    has_same_image: bool = True
 
 
 LAYOUTS = {
@@ -44,6 +62,7 @@ def take_over(
     patch_size: int,
     rows: list[int | None] | None,
     cross_attention_dim: int | None = None,
+    conditions: OldConditions = OldConditions(),  # noqa: B008, it cannot change
 ) -> tuple[ModelMixin, list[str]]:
     r"""
     Makes a transformer for other latents or classes, with the weights of another one.
@@ -54,6 +73,7 @@ def take_over(
     - For another number of channels or another patch size, the first and the last layer are new. The last is zero.
     - Positions are numbers of rows and columns, so that another size continues them.
     - Text is new where the model knew none, or hidden states of another width. At the beginning it changes nothing.
+    - Attributes, numbers and a condition image that are new change nothing at the beginning. What is left out goes on as unknown.
     - A learned variance is dropped: our losses do not train it.
 
     Args:
@@ -62,6 +82,7 @@ def take_over(
         rows (`list[int | None]`, *optional*): For each new class its old number, or None if it is new; None without classes, which the
             stock class cannot be.
         cross_attention_dim (`int`, *optional*): As in [`DAEDiTTransformer2DModel`]; None without text. The stock class takes none.
+        conditions ([`OldConditions`], *optional*): Attributes, numbers and image; the stock class takes none.
 
     Returns:
         `tuple[ModelMixin, list[str]]`: A transformer of the same class, and what is not as before, in words.
@@ -75,7 +96,7 @@ def take_over(
         patch_size=patch_size,
         out_channels=None if before.out_channels is None else in_channels,
         **{layout.classes: None if rows is None else len(rows)},
-        **({} if is_stock else {"cross_attention_dim": cross_attention_dim}),
+        **({} if is_stock else {"cross_attention_dim": cross_attention_dim, **_counts(conditions)}),
     )
     width = before.get("cross_attention_dim")
     has_new_text = cross_attention_dim not in (None, width)
@@ -89,6 +110,8 @@ def take_over(
             state[name] = torch.zeros_like(value) if null is None else taken[name][numbers]
         elif has_new_text and any(part in name for part in _OF_TEXT):
             state[name] = value
+        elif name.startswith(_OF_CONDITIONS):
+            state[name] = _condition_weight(name, value, taken, conditions)
         elif is_new and layer in (layout.first, layout.last):
             state[name] = torch.zeros_like(value) if layer == layout.last else value
         elif is_stock and layer == layout.last:  # its rows: the pixels of a patch, each with its channels
@@ -113,6 +136,31 @@ def take_over(
     if sizes[0] != sizes[1]:
         changes.append("latents are {} (before: {})".format(*sizes))
     return new, changes
+
+
+def _counts(conditions: OldConditions) -> dict[str, Any]:
+    """Arguments of the constructor."""
+    return {
+        "num_attribute_classes": [len(rows) for _, rows in conditions.attributes] or None,
+        "num_continuous": len(conditions.numbers),
+        "condition_channels": conditions.image_channels,
+    }
+
+
+def _condition_weight(
+    name: str, value: torch.Tensor, taken: dict[str, torch.Tensor], conditions: OldConditions
+) -> torch.Tensor:
+    """A weight of the conditions: the old one, or that of a new model."""
+    part, *rest = name.split(".")
+    if part == "condition_embed":
+        old = taken.get(name, value)
+        return old if conditions.has_same_image and old.shape == value.shape else value
+    number, end = int(rest[0]), ".".join(rest[1:])
+    place, rows = conditions.attributes[number] if part == "attribute_embeds" else (conditions.numbers[number], [])
+    if place is None:
+        return value
+    old = taken[f"{part}.{place}.{end}"]  # the last row of a table is that of an unknown class, and zero
+    return old[[-1 if row is None else row for row in (*rows, None)]] if rows else old
 
 
 def without_label_dropout(transformer: ModelMixin) -> ModelMixin:

@@ -29,6 +29,7 @@ DIT_SIZES = {
 
 ABSOLUTE_BASE = 10_000.0
 ROTARY_BASE = 100.0  # a grid has tens of rows: a base of 10000 would leave most pairs unrotated (RoPE-ViT, 2403.13298)
+NUMBER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of normalised numbers, which lie mostly in [-2, 2]
 _FEW_TOKENS = 512  # up to which plain products train faster than the fused kernel, in bfloat16 on a CPU
 
 
@@ -172,6 +173,26 @@ class DAEDiTCrossAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, text, mask)
 
 
+class DAEDiTNumberEmbedding(nn.Module):
+    """
+    Embeds normalised numbers `(B,)` into `(B, dim)`: the number, and sine and cosine of its multiples, through two layers. NaN stands for
+    an unknown number and gives zeros, as each number does in a new model.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(2 + 2 * len(NUMBER_FREQUENCIES), dim, bias=False)
+        self.linear_2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        known = ~numbers.isnan()
+        numbers = torch.where(known, numbers, 0.0).float()
+        angles = numbers[:, None] * torch.tensor(NUMBER_FREQUENCIES, device=numbers.device)
+        features = (torch.ones_like(angles[:, :1]), numbers[:, None], angles.sin(), angles.cos())
+        features = torch.cat(features, dim=1) * known[:, None]
+        return self.linear_2(F.silu(self.linear_1(features.to(dtype))))
+
+
 class DAEDiTFeedForward(nn.Module):
     """SwiGLU, `down(silu(gate) * up)`, with gate and up in one product. Source: Shazeer, 2020, 2002.05202."""
 
@@ -220,12 +241,15 @@ class DAEDiTBlock(nn.Module):
 
 class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     r"""
-    A diffusion transformer on latents of any height and width, conditioned on time and, optionally, on a class, a text or both.
+    A diffusion transformer on latents of any height and width, conditioned on time and, optionally, on a class, a text, further
+    classes ("attributes"), numbers and an image.
 
     It is called like [`DiTTransformer2DModel`]. The differences are: RMS norm, QK norm, SwiGLU, 2-D rotary positions in addition to
     absolute ones, rectangular latents, and conditioning that is computed once per step, for all blocks in one product.
     Labels are never dropped inside: to train classifier-free guidance, replace labels of samples with `null_class`.
     The tokens of a text come from an encoder outside; each block attends to them.
+    Attributes and numbers are added to the class, each with an embedding of its own; the image is added to the latents, token by token.
+    What is unknown of these three adds nothing, and neither does anything of them in a new model.
     A new model predicts zero, and each of its blocks is the identity (adaLN-Zero).
 
     Args:
@@ -243,6 +267,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             Size of the feed-forward part. SwiGLU's hidden width is `2/3 * mlp_ratio * width`, rounded up to a multiple of
             32, so that it has as many weights as a plain MLP of this ratio.
         cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states. `None`: the model takes no text.
+        num_attribute_classes (`list` of `int`, *optional*): Number of classes of each attribute.
+        num_continuous (`int`, defaults to 0): How many numbers the model takes.
+        condition_channels (`int`, defaults to 0): Channels of the condition image on the latents' grid; 0: the model takes none.
 
     Raises:
         `ValueError`: If `attention_head_dim` is not a multiple of 4, or `sample_size` is not a multiple of `patch_size`.
@@ -259,6 +286,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         "time_embed",
         "label_embed",
         "text_embed",
+        "attribute_embeds",
+        "continuous_embeds",
+        "condition_embed",
         "modulation",
         "proj_out",
     ]
@@ -276,6 +306,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         num_classes: int | None = None,
         mlp_ratio: float = 4.0,
         cross_attention_dim: int | None = None,
+        num_attribute_classes: list[int] | None = None,
+        num_continuous: int = 0,
+        condition_channels: int = 0,
     ):
         super().__init__()
         if attention_head_dim % 4:
@@ -305,6 +338,12 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         )
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
         self.text_embed = None if cross_attention_dim is None else PixArtAlphaTextProjection(cross_attention_dim, dim)
+        self.attribute_embeds = nn.ModuleList(
+            nn.Embedding(count + 1, dim, padding_idx=count) for count in num_attribute_classes or ()
+        )
+        self.continuous_embeds = nn.ModuleList(DAEDiTNumberEmbedding(dim) for _ in range(num_continuous))
+        condition_size = patch_size**2 * condition_channels
+        self.condition_embed = nn.Linear(condition_size, dim, bias=False) if condition_channels else None
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -323,6 +362,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         for block in self.transformer_blocks:
             if block.cross_attn is not None:
                 nn.init.zeros_(block.cross_attn.out_proj.weight)
+        last = [*self.attribute_embeds, *(each.linear_2 for each in self.continuous_embeds), self.condition_embed]
+        for module in filter(None, last):
+            nn.init.zeros_(module.weight)
 
     @staticmethod
     def size_kwargs(name: str) -> dict[str, int]:
@@ -366,6 +408,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         *,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        attribute_labels: torch.Tensor | None = None,
+        continuous: torch.Tensor | None = None,
+        condition_image: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
         Predicts the velocity `noise - latents` (or whatever it was trained to predict) from noisy latents.
@@ -381,16 +426,23 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 The text encoder's hidden states, for a model that takes text; for no text, those of the empty text.
             encoder_attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 True or 1 for a token, at least one in each text; 0 for padding, which changes nothing. Default: all are tokens.
+            attribute_labels (`torch.LongTensor` of shape `(B, len(num_attribute_classes))`, *optional*):
+                The class of each attribute; the number of its classes, or leaving all out, stands for unknown.
+            continuous (`torch.Tensor` of shape `(B, num_continuous)`, *optional*):
+                Normalised numbers; NaN, or leaving all out, stands for unknown.
+            condition_image (`torch.Tensor` of shape `(B, condition_channels, h, w)`, *optional*):
+                An image on the latents' grid; zeros, or leaving it out, stand for none.
 
         Returns:
             [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, h, w)`.
 
         Raises:
-            `ValueError`: If a shape does not fit, labels are given to a model without classes or a text to one without text, or
-                if the text is missing.
+            `ValueError`: If a shape does not fit, labels are given to a model without classes, a text or conditions to one without
+                them, or if the text is missing.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
         self._check_text(len(hidden_states), encoder_hidden_states, encoder_attention_mask)
+        self._check_conditions(hidden_states, attribute_labels, continuous, condition_image)
         patch_size = self.config.patch_size
         batch_size, _, height, width = hidden_states.shape
         grid = (height // patch_size, width // patch_size)
@@ -402,12 +454,21 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         positions, rotary = tables(*grid, dim, self.config.attention_head_dim, hidden_states.device)
         hidden_states = F.pixel_unshuffle(hidden_states, patch_size).flatten(2).transpose(1, 2)
         hidden_states = self.patch_embed(hidden_states) + positions.to(dtype)  # (B, N, dim)
+        if condition_image is not None:
+            condition_image = F.pixel_unshuffle(condition_image.to(dtype), patch_size).flatten(2).transpose(1, 2)
+            hidden_states = hidden_states + self.condition_embed(condition_image)
 
         conditioning = self.time_embed(self.time_proj(timestep.expand(batch_size)).to(dtype))
         if self.label_embed is not None:
             if class_labels is None:
                 class_labels = torch.full((batch_size,), self.null_class, device=hidden_states.device)
             conditioning = conditioning + self.label_embed(class_labels)
+        if attribute_labels is not None:
+            for embed, labels in zip(self.attribute_embeds, attribute_labels.unbind(1), strict=True):
+                conditioning = conditioning + embed(labels)
+        if continuous is not None:
+            for embed, numbers in zip(self.continuous_embeds, continuous.unbind(1), strict=True):
+                conditioning = conditioning + embed(numbers, dtype)
         # `1 + scale` in the residual stream's dtype: in bfloat16 small scales would vanish.
         modulation = self.modulation(F.silu(conditioning)).to(hidden_states.dtype)
         blocks, last = modulation.split((modulation.shape[1] - 2 * dim, 2 * dim), dim=1)
@@ -483,3 +544,21 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"`encoder_attention_mask` has shape {tuple(mask.shape)}, but must be {tuple(states.shape[:2])}, a number "
                 "per token of `encoder_hidden_states`."
             )
+
+    def _check_conditions(self, hidden_states: torch.Tensor, *given: torch.Tensor | None):
+        batch_size, _, *sides = hidden_states.shape
+        config = self.config
+        counts = (len(config.num_attribute_classes or ()), config.num_continuous, config.condition_channels)
+        names = {"attribute_labels": "num_attribute_classes", "continuous": "num_continuous"}
+        names["condition_image"] = "condition_channels"
+        for (name, option), value, count in zip(names.items(), given, counts, strict=True):
+            if value is None:
+                continue
+            if not count:
+                raise ValueError(
+                    f"`{name}` was given, but this transformer takes none (`{option}={config[option]}`). Leave it out, or build "
+                    f"it with `{option}`."
+                )
+            wanted = (batch_size, count, *(sides if name == "condition_image" else ()))
+            if value.shape != wanted:
+                raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but must be {wanted}.")

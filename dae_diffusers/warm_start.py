@@ -21,8 +21,8 @@ from dae_diffusers.autoencoders.loading import check_has_weights
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
-from dae_diffusers.take_over import LAYOUTS, layout_of, take_over, without_label_dropout
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.take_over import LAYOUTS, OldConditions, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,11 @@ class WarmStart:
         r"""The scheduler's shift of the noise levels, for flow matching."""
         return self.scheduler.config.get("shift") or self.scheduler.config.get("flow_shift") or 1.0
 
+    @property
+    def conditions(self) -> dict[str, dict[str, Any]] | None:
+        r"""What its pipeline draws from besides a class and a text; None if that is not known."""
+        return None if self.pipeline is None else self.pipeline.conditions
+
     def state(self) -> dict[str, Any]:
         r"""What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more."""
         return {
@@ -191,6 +196,8 @@ class WarmStart:
         patch_size: int,
         id2label: dict[int, str] | None,
         cross_attention_dim: int | None = None,
+        conditions: dict[str, dict[str, Any]] | None = None,
+        condition_channels: int = 0,
     ) -> ModelMixin:
         r"""
         The transformer to train: for these latents and classes, with the given weights. Says in the log what is not as before.
@@ -199,9 +206,11 @@ class WarmStart:
             sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
             id2label (`dict[int, str]`, *optional*): Names of the classes; None without classes.
             cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states; None without captions.
+            conditions (`dict`, *optional*): As [`DAEDiTPipeline`] has them; None without conditions.
+            condition_channels (`int`, *optional*): As in [`DAEDiTTransformer2DModel`].
 
         Raises:
-            UserError: If the transformer cannot do without classes, and there are none; or if it takes no text, and there are captions.
+            UserError: If the transformer cannot do without classes, and there are none; or if it takes no text or conditions, and there are.
         """
         if self.is_resumed:  # it was made for these latents and classes
             return without_label_dropout(self.transformer)
@@ -215,6 +224,11 @@ class WarmStart:
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which takes no text. Leave `caption_column` and "
                 "`text_encoder` out, or start from a DAEDiTTransformer2DModel."
             )
+        if conditions and isinstance(self.transformer, DiTTransformer2DModel):
+            raise UserError(
+                f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which draws by one class only. Leave "
+                f"`{'`, `'.join(conditions)}` out, or start from a DAEDiTTransformer2DModel."
+            )
         self.transformer, changes = take_over(
             self.transformer,
             sample_size=sample_size,
@@ -222,6 +236,7 @@ class WarmStart:
             patch_size=patch_size,
             rows=self._rows(id2label),
             cross_attention_dim=cross_attention_dim,
+            conditions=self._old_conditions(conditions or {}, condition_channels),
         )
         logger.info(
             "starting from the weights of %s, for %s: %s",
@@ -254,6 +269,27 @@ class WarmStart:
         if left_out:
             self.changes.append(f"{left_out} of its {num_before} classes are left out")
         return rows
+
+    def _old_conditions(self, conditions: dict[str, dict[str, Any]], channels: int) -> OldConditions:
+        """Where each condition was, by its name; of a transformer alone none is known."""
+        before = {} if self.pipeline is None else self.pipeline.conditions
+
+        def place(name: str, kind: str) -> int | None:
+            known = columns_of(before, kind)
+            return known.index(name) if name in known else None
+
+        attributes = []
+        for name in columns_of(conditions, "labels"):
+            old = before.get(name, {}).get("labels", [])
+            rows = [old.index(each) if each in old else None for each in conditions[name]["labels"]]
+            attributes.append((place(name, "labels"), rows))
+        self.changes += [
+            f"condition {name} is new" for name in conditions if conditions[name].keys() != before.get(name, {}).keys()
+        ]
+        self.changes += [f"its condition {name} is left out" for name in before if name not in conditions]
+        has_same_image = columns_of(conditions, "channels") == columns_of(before, "channels")
+        numbers = [place(name, "mean") for name in columns_of(conditions, "mean")]
+        return OldConditions(attributes, numbers, channels, has_same_image)
 
     def _number_of(self, name: str, num_classes: int) -> int | None:
         try:

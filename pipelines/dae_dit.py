@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import operator
 import os
 import shutil
@@ -18,12 +19,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 PACKAGE = "dae_diffusers"
@@ -41,6 +43,9 @@ FLOW_SCHEDULERS = (
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
 )
+# What a column's entry in `conditions` has by its kind, and the transformer's argument: classes, numbers, an image.
+CONDITION_KINDS = {"labels": "attribute_labels", "mean": "continuous", "channels": "condition_image"}
+FEW_VALUES = 16  # up to which an image counts as a mask, whose values must not be mixed
 DEFAULT_TOKENS = 512  # of a text, for an encoder that takes any number
 
 
@@ -71,10 +76,14 @@ class DAEDiTPipeline(DiffusionPipeline):
             a [`DAEDiTTransformer2DModel`]; for any other transformer the scheduler given here decides.
         tokenizer, text_encoder (*optional*):
             Of transformers, for a transformer that takes text. Without them, give `prompt_embeds`.
+        conditions (`dict`, *optional*):
+            What else images are drawn from, by name: `{"labels": [...]}` for further classes, with their names; `{"mean": ..., "std":
+            ..., "low": ..., "high": ...}` for a number, with the statistics of the training images; `{"channels": ...}` for an image.
+        label_column (`str`, *optional*): What the classes of `id2label` are called, beside the classes in `conditions`.
 
     Raises:
         `ValueError`: If the transformer and the autoencoder differ in latent channels, the transformer and the text encoder in the
-            channels of a token, or the scheduler cannot sample what the transformer predicts.
+            channels of a token, the transformer takes other conditions, or the scheduler cannot sample what the transformer predicts.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -91,9 +100,13 @@ class DAEDiTPipeline(DiffusionPipeline):
         is_flow_matching: bool | None = None,
         tokenizer: Callable | None = None,
         text_encoder: torch.nn.Module | None = None,
+        conditions: dict[str, dict[str, Any]] | None = None,
+        label_column: str | None = None,
     ):
         super().__init__()
         known = _settings_of(transformer)
+        conditions = known.get("conditions") if conditions is None else conditions
+        label_column = known.get("label_column") if label_column is None else label_column
         id2label = known.get("id2label") if id2label is None else id2label
         value_range = known.get("value_range") if value_range is None else value_range
         is_flow_matching = known.get("is_flow_matching") if is_flow_matching is None else is_flow_matching
@@ -106,10 +119,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
         self.value_range = value_range
-        self.register_to_config(
-            id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching
-        )
-        known.update(id2label=self.id2label or None, value_range=value_range, is_flow_matching=is_flow_matching)
+        self.conditions, self.label_column = dict(conditions or {}), label_column
+        kept = {"id2label": self.id2label or None, "value_range": value_range, "is_flow_matching": is_flow_matching}
+        kept |= {"conditions": self.conditions or None, "label_column": label_column}
+        self.register_to_config(**kept)
+        known.update(kept)
         shape = autoencoder_shape(vae.config)
         if shape.latent_channels != transformer.config.in_channels:
             raise ValueError(
@@ -124,6 +138,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                     f"{transformer.config.cross_attention_dim}. Use the text encoder that it was trained with."
                 )
         self.vae_scale_factor = shape.factor
+        self._check_columns()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -354,6 +369,95 @@ class DAEDiTPipeline(DiffusionPipeline):
             encoded += [embeds, mask]
         return tuple(encoded)
 
+    def encode_conditions(
+        self, conditions: Mapping[str, Any] | None = None, *, height: int | None = None, width: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Values of `conditions` as arguments of the transformer, on the device where the pipeline computes.
+
+        Args:
+            conditions (mapping, *optional*): As in a call; what is missing or `None` is unknown.
+            height, width (`int`, *optional*): As in a call; condition images of another size are resized.
+
+        Returns:
+            `dict`: `attribute_labels` `(B, A)`, `continuous` `(B, N)` and `condition_image` `(B, C, h, w)`, as far as the transformer
+            takes them; B is the number of values, or 1.
+
+        Raises:
+            `ValueError`: If a name is unknown, or a value is not one of its column.
+        """
+        given = conditions or {}
+        unknown = [name for name in given if name not in self.conditions]
+        if unknown:
+            known = f"draws from {', '.join(f'`{name}`' for name in sorted(self.conditions))}"
+            raise ValueError(
+                f"`conditions` has `{unknown[0]}`, but this pipeline {known if self.conditions else 'has no conditions'}. Leave it out."
+            )
+        sides = [side * self.vae_scale_factor for side in self._latent_shape(height, width, None)[1:]]
+        rows = {}
+        for name, column in self.conditions.items():
+            value = given.get(name)
+            if "channels" in column:
+                rows[name] = self._condition_images(name, column, value, *sides)
+            else:
+                several = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+                values = list(value) if several else [value]
+                rows[name] = (_numbers if "mean" in column else _classes)(name, column, values)
+        count = max(map(len, rows.values()), default=1)
+        for name, row in rows.items():
+            if len(row) not in (1, count):
+                raise ValueError(
+                    f"`conditions` has {len(row)} of `{name}` and {count} of others; give as many of each, or one."
+                )
+            rows[name] = row.expand(count, *row.shape[1:]).to(self._execution_device)
+        return conditions_as_arguments(self.conditions, rows)
+
+    def _condition_images(
+        self, name: str, column: Mapping[str, Any], value: Any, height: int, width: int
+    ) -> torch.Tensor:
+        """Condition images on the latents' grid, see [`on_latents`]; zeros for `None`."""
+        channels, factor = column["channels"], self.vae_scale_factor
+        found = []
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if each is None:
+                found.append(torch.zeros(1, channels * factor**2 + 1, height // factor, width // factor))
+                continue
+            (each,) = as_list(each, name)
+            pixels = pixels_of(each, name, {3: "RGB"}.get(channels), column.get("value_range"))
+            if channels == 1 and pixels.shape[1] == 3 and torch.equal(pixels, pixels[:, :1].expand_as(pixels)):
+                pixels = pixels[:, :1]
+            if channels == 3 and pixels.shape[1] == 1:
+                pixels = pixels.expand(-1, 3, -1, -1)
+            if pixels.shape[1] != channels:
+                kind = {1: "gray", 3: "in colour"}.get(channels, f"an array of {channels} channels")
+                raise ValueError(
+                    f"`{name}` has {pixels.shape[1]} channels, but must be {kind}, as in training."
+                    + " Convert it with `image.convert('L')`." * (channels == 1)
+                )
+            found += on_latents(2 * fitted(pixels, height, width) - 1, factor).split(1)
+        if not found:
+            raise ValueError(f"`{name}` is empty. Give an image, a list of them, or None for none.")
+        return torch.cat(found)
+
+    def _check_columns(self):
+        """Raises `ValueError` if the transformer takes other conditions than the pipeline knows by name."""
+        config, factor = self.transformer.config, self.vae_scale_factor
+        takes = [
+            config.get("num_attribute_classes") or [],
+            config.get("num_continuous") or 0,
+            config.get("condition_channels") or 0,
+        ]
+        known = [
+            [len(self.conditions[name]["labels"]) for name in columns_of(self.conditions, "labels")],
+            len(columns_of(self.conditions, "mean")),
+            sum(self.conditions[name]["channels"] * factor**2 + 1 for name in columns_of(self.conditions, "channels")),
+        ]
+        if list(takes[0]) != known[0] or takes[1:] != known[1:]:
+            raise ValueError(
+                f"`conditions` are {known[0]} classes, {known[1]} numbers and {known[2]} channels of an image, but the transformer takes "
+                f"{takes[0]}, {takes[1]} and {takes[2]}. Give those that it was trained with."
+            )
+
     @property
     def guidance_scale(self) -> float:
         """Guidance of the call under way."""
@@ -370,7 +474,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
         guidance_scale: float = 4.0,
         *,
-        class_labels: int | str | Iterable[int | str] | None = None,
+        class_labels: int | str | Iterable[int | str] | Mapping[str, Any] | None = None,
+        conditions: Mapping[str, Any] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
@@ -401,7 +506,13 @@ class DAEDiTPipeline(DiffusionPipeline):
                 channels. At 1 and below there is no guidance, which halves the work.
             class_labels (`int`, `str` or an iterable of both, *optional*):
                 Class ids and names, see `get_label_ids`. Without them, a model with classes generates with its null class. A model
-                without classes takes none. With neither labels nor prompts there is no guidance.
+                without classes takes none. With several kinds of classes also a mapping, `{"shape": "cat", "color": ["red", "blue"]}`.
+                With neither labels nor prompts nor conditions there is no guidance.
+            conditions (mapping, *optional*):
+                What else to draw from, by name, one value for all images or a list of one per image: names or numbers of classes,
+                numbers in their own units, and a picture, array or tensor for an image, as in
+                [`DAEDiTImg2ImgPipeline`]. Condition images of another size are resized to that of the result, by nearest neighbour if they
+                hold at most 16 different values. What is left out or `None` is unknown; an image must be named.
             negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from; default: the empty text.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): As from `encode_prompt`.
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(B, T)`, *optional*): As in `encode_prompt`.
@@ -447,6 +558,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"{self._callback_tensor_inputs}."
             )
         prompt, class_labels = self._told_apart(prompt, class_labels)
+        class_labels, conditions = self._by_column(class_labels, conditions)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         texts = {
             name: list(value) if isinstance(value, list | tuple) else [value]
@@ -456,9 +568,15 @@ class DAEDiTPipeline(DiffusionPipeline):
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         texts |= {name: value for name, value in embeds.items() if value is not None}
         has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
+        has_condition |= any(value is not None for value in conditions.values())
         self._check_texts(texts, class_labels, is_guided=has_condition and guidance_scale > 1)
         label_ids = self._resolve_labels(class_labels)
+        shape = self._latent_shape(height, width, latents)
+        sides = {"height": shape[1] * self.vae_scale_factor, "width": shape[2] * self.vae_scale_factor}
+        conditional = self.encode_conditions(conditions, **sides)  # arguments of the transformer
+        unconditional = self.encode_conditions(**sides) if self.conditions else {}
         counts = {name: len(value) for name, value in {"class_labels": label_ids, **texts}.items()}
+        counts["conditions"] = max(map(len, conditional.values()), default=1)
         count = max(counts.values())
         if set(counts.values()) - {1, count}:
             raise ValueError(
@@ -466,7 +584,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
         batch_size = count * num_images_per_label
         self._check_generators(generator, batch_size)
-        shape = (batch_size, *self._latent_shape(height, width, latents))
+        shape = (batch_size, *shape)
         device = self._execution_device
 
         # Latents and the scheduler's arithmetic stay in float32, whatever the dtype of the models.
@@ -486,16 +604,16 @@ class DAEDiTPipeline(DiffusionPipeline):
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
-        conditional, unconditional = {}, {}  # arguments of the transformer
         if self.takes_text:
             masks = {
                 "prompt_embeds_mask": prompt_embeds_mask,
                 "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
             }
             encoded = self.encode_prompt(**texts, **masks, device=device)
-            conditional, unconditional = _as_wide(
+            wide = _as_wide(
                 *({} if part is None else _text_arguments(part, mask) for part, mask in (encoded[:2], encoded[2:]))
             )
+            conditional, unconditional = conditional | wide[0], unconditional | wide[1]
         if self.null_class is not None:
             conditional["class_labels"] = torch.tensor(label_ids, device=device)
             unconditional["class_labels"] = torch.tensor([self.null_class], device=device)
@@ -679,6 +797,22 @@ class DAEDiTPipeline(DiffusionPipeline):
             return None, prompt
         return prompt, class_labels
 
+    def _by_column(self, class_labels: Any, conditions: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        """Labels of the first kind of classes, and all conditions, among them the labels of other kinds."""
+        conditions = dict(conditions or {})
+        if isinstance(class_labels, Mapping):
+            both = sorted(class_labels.keys() & conditions.keys())
+            if both:
+                raise ValueError(f"`{both[0]}` is in `class_labels` and in `conditions`; leave one of them out.")
+            conditions |= class_labels
+            class_labels = conditions.pop(self.label_column, None)
+        missing = [name for name in columns_of(self.conditions, "channels") if name not in conditions]
+        if missing:
+            raise ValueError(
+                f"this pipeline draws from an image, `{missing[0]}`: pass `conditions={{'{missing[0]}': image}}`, or None for no image."
+            )
+        return class_labels, conditions
+
     def _resolve_labels(self, class_labels: int | str | Iterable[int | str] | None) -> list[int | None]:
         """One id per label; without labels, only the null class (`None` if the transformer is unconditional)."""
         if class_labels is None:
@@ -783,6 +917,138 @@ def token_limit(tokenizer: Callable, text_encoder: torch.nn.Module) -> int:
     limits = (tokenizer.model_max_length, text_encoder.config.to_dict().get("max_position_embeddings"))
     known = [limit for limit in limits if limit is not None and limit < 10**6]  # a huge number stands for none
     return min(known, default=DEFAULT_TOKENS)
+
+
+def as_list(images: Any, name: str) -> list:
+    """The images of an argument: of a list, of a tuple, or the only one."""
+    found = list(images) if isinstance(images, list | tuple) else [images]
+    if not found or not all(hasattr(each, "getbands") or hasattr(each, "__array__") for each in found):
+        kind = "empty" if found == [] else f"a {type(found[0]).__name__}"
+        raise ValueError(f"`{name}` is {kind}, but must be a picture, an array, a tensor, or a list of them.")
+    return found
+
+
+def pixels_of(image: Any, name: str, mode: str | None = None, value_range: list[float] | None = None) -> torch.Tensor:
+    """An image, or a batch of them, as a float32 tensor `(B, C, H, W)` in [0, 1]; pictures in a mode if it is given."""
+    if hasattr(image, "getbands"):
+        return _of_picture(image, name, mode)
+    is_array = not isinstance(image, torch.Tensor)
+    pixels = torch.tensor(image) if is_array else image
+    if pixels.ndim not in (2, 3, 4):
+        raise ValueError(f"`{name}` has the shape {tuple(pixels.shape)}, which is no image and no batch of images.")
+    if is_array and pixels.ndim > 2:
+        pixels = pixels.movedim(-1, -3)
+    scale = 255 if pixels.dtype == torch.uint8 else 1
+    pixels = pixels.float().reshape(-1, *((1,) * (3 - pixels.ndim)), *pixels.shape[-3:]) / scale
+    low, high = value_range if is_array and value_range is not None and scale == 1 else (0.0, 1.0)
+    least, most = pixels.aminmax()
+    if not (low - 0.01 * (high - low) <= least and most <= high + 0.01 * (high - low)):
+        raise ValueError(
+            f"`{name}` has numbers from {least:.4g} to {most:.4g}, but must lie in [{low:.4g}, {high:.4g}]."
+        )
+    return ((pixels - low) / (high - low)).clamp(0, 1)
+
+
+def _of_picture(image: Any, name: str, mode: str | None) -> torch.Tensor:
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"`{name}` is a picture of mode {image.mode}, not of 8 bits. Pass an array with numbers in [0, 1]."
+        )
+    image = load_image(image, convert_method=lambda turned: turned)
+    if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = image.copy()
+        white.paste((255, 255, 255, 255), (0, 0, *image.size))
+        white.alpha_composite(image)
+        image = white.convert("RGB")
+    image = image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, -1).movedim(-1, 1).float() / 255
+
+
+def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Images of another size, in [0, 1]."""
+    if pixels.shape[2:] == (height, width):
+        return pixels
+    options = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    return F.interpolate(pixels, (height, width), **options).clamp(0, 1)
+
+
+def _numbers(name: str, column: Mapping[str, float], values: list) -> torch.Tensor:
+    """Normalised numbers, NaN for `None`."""
+    numbers = []
+    for value in values:
+        if isinstance(value, str | bool) or not (value is None or hasattr(value, "__float__")):
+            raise ValueError(f"`{name}` is {value!r}, but must be a number, or None for unknown.")
+        number = math.nan if value is None else (float(value) - column["mean"]) / column["std"]
+        if value is not None and not math.isfinite(number):
+            raise ValueError(f"`{name}` is {value}, but must be finite; None stands for unknown.")
+        numbers.append(number)
+    return torch.tensor(numbers)
+
+
+def _classes(name: str, column: Mapping[str, list[str]], values: list) -> torch.Tensor:
+    """Numbers of classes; the number of all classes for `None`."""
+    labels, numbers = column["labels"], []
+    for value in values:
+        if isinstance(value, str):
+            found = [n for n, label in enumerate(labels) if label == value]
+            found = found or [n for n, label in enumerate(labels) if label.casefold() == value.strip().casefold()]
+        else:
+            number = len(labels) if value is None else operator.index(value)
+            found = [number] if 0 <= number <= len(labels) else []
+        if len(found) != 1:
+            nearest = difflib.get_close_matches(str(value), labels, n=5, cutoff=0)
+            raise ValueError(
+                f"`{value}` is none of the {len(labels)} classes of `{name}`. Nearest: {', '.join(nearest)}."
+            )
+        numbers += found
+    return torch.tensor(numbers)
+
+
+def conditions_as_arguments(
+    conditions: Mapping[str, Mapping], rows: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    r"""
+    Values of columns as arguments of the transformer, which has the columns of a kind in the order of their names.
+
+    Args:
+        conditions (mapping): What `DAEDiTPipeline` has of this name.
+        rows (mapping of `torch.Tensor`): For each column `(B,)` classes, `(B,)` normalised numbers, or images of [`on_latents`].
+    """
+    of_kind = {kind: [rows[name] for name in columns_of(conditions, kind)] for kind in CONDITION_KINDS}
+    return {
+        argument: torch.stack(of_kind[kind], dim=1) if kind != "channels" else of_kind[kind][0]
+        for kind, argument in CONDITION_KINDS.items()
+        if of_kind[kind]
+    }
+
+
+def columns_of(conditions: Mapping[str, Mapping], kind: str) -> list[str]:
+    r"""The columns of a kind, one of `CONDITION_KINDS`, in the transformer's order."""
+    return [name for name in sorted(conditions) if kind in conditions[name]]
+
+
+def on_latents(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    r"""
+    An image on the latents' grid: each square of `factor * factor` pixels becomes channels, and one more channel says that there is an image.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
+        factor (`int`): Pixels per latent pixel, along a side.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C * factor**2 + 1, H / factor, W / factor)`; all zeros would stand for no image.
+    """
+    unshuffled = F.pixel_unshuffle(pixels, factor)
+    return torch.cat((unshuffled, torch.ones_like(unshuffled[:, :1])), dim=1)
+
+
+def fitted(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    r"""Condition images of another size: by nearest neighbour if they hold few values, as masks do, else as in [`resized`]."""
+    if pixels.shape[2:] == (height, width) or len(pixels.unique()) > FEW_VALUES:
+        return resized(pixels, height, width)
+    return F.interpolate(pixels, (height, width), mode="nearest-exact")
 
 
 def _text_arguments(embeds: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
-from diffusers.utils import load_image
 
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, autoencoder_shape, is_representation_autoencoder
+from dae_diffusers.pipelines.dae_dit import (
+    DAEDiTPipeline,
+    as_list,
+    autoencoder_shape,
+    is_representation_autoencoder,
+    pixels_of,
+    resized,
+)
 
 
 class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
@@ -132,12 +138,14 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
     def _images_of_each(self, num_images: int, class_labels: Any, texts: Mapping[str, Any]) -> int:
         """How many of the given images belong to each label or prompt: all to the only one, or one."""
         _, labels = self._told_apart(texts["prompt"], class_labels)
+        labels, conditions = self._by_column(labels, texts.get("conditions"))
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds") if self.takes_text else ()
         several = [texts[name] for name in names if isinstance(texts.get(name), list | tuple | torch.Tensor)]
+        several += self.encode_conditions(conditions).values()
         count = max(len(each) for each in (self._resolve_labels(labels), *several))
         if count > 1 and num_images not in (1, count):
             raise ValueError(
-                f"`image` holds {num_images} images, but there are {count} labels or prompts. Pass one of either, or as many of both."
+                f"`image` holds {num_images} images, but there are {count} labels or prompts or conditions. Pass one of either, or as many of both."
             )
         return num_images if count == 1 else 1
 
@@ -165,61 +173,6 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         return self.scheduler.add_noise(
             self._image_latents, self._noise, timesteps[index : index + 1].expand(len(self._noise))
         )
-
-
-def as_list(images: Any, name: str) -> list:
-    """The images of an argument: of a list, of a tuple, or the only one."""
-    found = list(images) if isinstance(images, list | tuple) else [images]
-    if not found or not all(hasattr(each, "getbands") or hasattr(each, "__array__") for each in found):
-        kind = "empty" if found == [] else f"a {type(found[0]).__name__}"
-        raise ValueError(f"`{name}` is {kind}, but must be a picture, an array, a tensor, or a list of them.")
-    return found
-
-
-def pixels_of(image: Any, name: str, mode: str | None = None, value_range: list[float] | None = None) -> torch.Tensor:
-    """An image, or a batch of them, as a float32 tensor `(B, C, H, W)` in [0, 1]; pictures in a mode if it is given."""
-    if hasattr(image, "getbands"):
-        return _of_picture(image, name, mode)
-    is_array = not isinstance(image, torch.Tensor)
-    pixels = torch.tensor(image) if is_array else image
-    if pixels.ndim not in (2, 3, 4):
-        raise ValueError(f"`{name}` has the shape {tuple(pixels.shape)}, which is no image and no batch of images.")
-    if is_array and pixels.ndim > 2:
-        pixels = pixels.movedim(-1, -3)
-    scale = 255 if pixels.dtype == torch.uint8 else 1
-    pixels = pixels.float().reshape(-1, *((1,) * (3 - pixels.ndim)), *pixels.shape[-3:]) / scale
-    low, high = value_range if is_array and value_range is not None and scale == 1 else (0.0, 1.0)
-    least, most = pixels.aminmax()
-    if not (low - 0.01 * (high - low) <= least and most <= high + 0.01 * (high - low)):
-        raise ValueError(
-            f"`{name}` has numbers from {least:.4g} to {most:.4g}, but must lie in [{low:.4g}, {high:.4g}]."
-        )
-    return ((pixels - low) / (high - low)).clamp(0, 1)
-
-
-def _of_picture(image: Any, name: str, mode: str | None) -> torch.Tensor:
-    if image.mode[0] in "IF":
-        raise ValueError(
-            f"`{name}` is a picture of mode {image.mode}, not of 8 bits. Pass an array with numbers in [0, 1]."
-        )
-    image = load_image(image, convert_method=lambda turned: turned)
-    if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = image.copy()
-        white.paste((255, 255, 255, 255), (0, 0, *image.size))
-        white.alpha_composite(image)
-        image = white.convert("RGB")
-    image = image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, image.height, image.width, -1).movedim(-1, 1).float() / 255
-
-
-def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Images of another size, in [0, 1]."""
-    if pixels.shape[2:] == (height, width):
-        return pixels
-    options = {"mode": "bicubic", "antialias": True, "align_corners": False}
-    return torch.nn.functional.interpolate(pixels, (height, width), **options).clamp(0, 1)
 
 
 del DAEDiTPipeline  # diffusers takes for the pipeline of a file the only one that it finds there

@@ -4,7 +4,8 @@ A series of images between two, with a diffusion transformer in the latent space
 Needs torch and diffusers only, and the file of `DAEDiTPipeline`, which lies beside it in a model's folder as `pipeline.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -17,7 +18,7 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
     r"""
     Draws a series of images that goes from one seed to another, from one class or text to another, or both.
 
-    Between seeds the noise turns along the great circle ([`slerp`]). Between classes or texts the transformer's predictions for both are mixed.
+    Between seeds the noise turns along the great circle ([`slerp`]). Between classes, texts or conditions the transformer's predictions for both are mixed.
     The first and the last image are those that [`DAEDiTPipeline`] draws.
 
     It has the components of [`DAEDiTPipeline`]: `DAEDiTInterpolationPipeline.from_pipe(pipe)`, or `from_pretrained` of the same
@@ -30,7 +31,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         self,
         prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
         *,
-        class_labels: int | str | Iterable[int | str] | None = None,
+        class_labels: int | str | Iterable[int | str] | Mapping[str, Any] | None = None,
+        conditions: Mapping[str, Any] | None = None,
         num_images: int = 8,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -42,8 +44,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         Generates a series of images.
 
         Args:
-            prompt, class_labels (*optional*):
-                The text or class of all images, or those of the first and the last; see [`DAEDiTPipeline`].
+            prompt, class_labels, conditions (*optional*):
+                The text, class or condition of all images, or (as a list) those of the first and the last; see [`DAEDiTPipeline`].
             num_images (`int`, defaults to 8): Images of the series, both ends included; at least 2.
             generator (`torch.Generator` or `list` of two, *optional*):
                 Source of the noise of all images, or of the first and of the last. Noise that a scheduler adds in its steps is
@@ -67,11 +69,13 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         if num_images < 2:
             raise ValueError(f"`num_images` is {num_images}, but a series has at least 2.")
         prompt, class_labels = self._told_apart(prompt, class_labels)
+        class_labels, conditions = self._by_column(class_labels, conditions)
         label_ids = self._resolve_labels(class_labels)
+        ends = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in conditions.items()}
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         generators = generator if isinstance(generator, list) else [generator]
         given = {"prompt": prompts, "class_labels": label_ids, "generator": generators}
-        given |= {} if latents is None else {"latents": latents}
+        given |= ends | ({} if latents is None else {"latents": latents})
         for name, values in given.items():
             if len(values) not in (1, 2):
                 raise ValueError(
@@ -86,9 +90,13 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         if len(set(prompts)) == 2:
             names = ("encoder_hidden_states", "encoder_attention_mask")
             self._last |= dict(zip(names, self.encode_prompt(prompts[1], device=device), strict=False))
+        if any(len(values) == 2 for values in ends.values()):
+            last = {name: values[-1] for name, values in ends.items()}
+            self._last |= self.encode_conditions(last, height=height, width=width)
         return super().__call__(
             prompts[0],
             class_labels=None if class_labels is None else label_ids[:1],
+            conditions={name: values[0] for name, values in ends.items()},
             num_images_per_label=num_images,
             generator=None if generator is None else [*_copies(generators[0], num_images - 1), generators[-1]],
             latents=slerp(*latents.to(device, torch.float32)[[0, -1]], self._shares),

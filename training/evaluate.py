@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.data import ImageDataset, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
@@ -58,6 +58,7 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.yardstick import Yardstick
+from dae_diffusers.pipelines.dae_dit import columns_of
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
@@ -95,15 +96,21 @@ def main(config: EvaluateConfig) -> None:
     if extractor is not None:
         for name in filter(None, (config.evaluation.pipeline, vae_path)):
             check_judge(name, extractor)
+    take_columns(config.data, pipeline)
     value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
     with accelerator.main_process_first():
         train, validation = load_images(
             config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
         )
     config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
-    prompts = {"prompts": prompts_of(config.sampling.prompt, train.id2label)}
-    if train.captions is not None and config.sampling.prompt is None:
-        prompts = prompts_of_images(train, config.sampling.num_images)
+    prompts = {} if pipeline is None else prompts_of_images(train, config.sampling.num_images)
+    if config.sampling.prompt is not None or not prompts:
+        texts, classes = prompts_of(config.sampling.prompt, train.id2label), prompts.get("classes")
+        kept = {
+            name: prompts[name] for name in ("classes", "conditions") if "conditions" in prompts and name in prompts
+        }
+        of_each = len(texts or ()) > 1 and kept
+        prompts = kept | {"prompts": tuple(texts[label] for label in classes) if of_each else texts}
     sampler = None if pipeline is None else Sampler(pipeline, **prompts)
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)
@@ -138,6 +145,17 @@ def main(config: EvaluateConfig) -> None:
     accelerator.end_training()
     if lock is not None:
         lock.release()
+
+
+def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
+    """Names the columns that a pipeline draws from, unless flags name some."""
+    conditions = getattr(pipeline, "conditions", None)
+    if not conditions or data.has_conditions:
+        return
+    labels, (image, *_) = columns_of(conditions, "labels"), [*columns_of(conditions, "channels"), None]
+    if pipeline.label_column is not None and data.label_column is None:
+        data.label_column = [pipeline.label_column, *labels] if labels else pipeline.label_column
+    data.continuous_columns, data.condition_column = columns_of(conditions, "mean"), image
 
 
 def choose_autoencoder(
@@ -295,14 +313,18 @@ def evaluate_samples(
             folder=folder / "parts",
             of=["generation", *(evaluation_inputs(vae, images, extractor) for images in (train, some)), drawn],
         )
-        given = {name: value for name, value in settings.given().items() if name not in ("prompts", "classes")}
+        given = {
+            name: value for name, value in settings.given().items() if name not in ("prompts", "classes", "conditions")
+        }
         rows.append(given | compared["metrics"])
         every.append(samples)
         if accelerator.is_main_process:
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
             id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
-            is_by_class = settings.label_sampling == "balanced" and train.captions is None
+            is_by_class = (
+                settings.label_sampling == "balanced" and train.captions is None and sampler.conditions is None
+            )
             names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
             save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]), names)
     return rows, every, (reference, features, reconstruction_features)
@@ -351,6 +373,7 @@ def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSetti
             config.evaluation.seed,
             prompts=sampler.prompts,
             classes=sampler.classes,
+            conditions=sampler.conditions,
             **of_codes,
         )
         for chosen in itertools.product(*sweep)

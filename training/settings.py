@@ -194,7 +194,7 @@ class TransformerConfig:
     )
     class_dropout_prob: float = field(
         0.1,
-        "share of samples without label and caption, for guidance",
+        "share of samples without label, caption and conditions, for guidance",
         at_least=0,
         below=1,
         hint="for a model without classes, use `label_column none`",
@@ -317,6 +317,16 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
         raise ConfigError(f"`metric_features` takes images of 1 or 3 channels, not {data.image_channels}.")
 
 
+def check_conditions(data: DataConfig) -> None:
+    """Raises `ConfigError` if the columns that images are drawn from are not at hand."""
+    for name, value in data.condition_columns().items():
+        if value and not data.has_source:
+            raise ConfigError(
+                f"`{name}` needs the images' data set, because a latent cache holds no {'further labels' if 'label' in name else 'conditions'}: "
+                "give it beside `latent_cache` (`train_data_dir` or `dataset_name`, with the flags they were cached with)."
+            )
+
+
 @settings
 class RepresentationAlignmentConfig:
     """Representation alignment (REPA)."""
@@ -356,6 +366,12 @@ class TrainDiTConfig:
             raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
         check_monitor(self.monitor, data)
         self.transformer.check_captions(data)
+        check_conditions(data)
+        if has_cache and data.condition_column is not None and data.crops_at_random:
+            raise ConfigError(
+                "`random_crop` and `random_resized_crop` would cut other parts out of the condition images than those in `latent_cache`. "
+                "Leave these flags or the cache out."
+            )
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
         if None not in (layer, num_layers) and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
@@ -449,6 +465,11 @@ class TrainPriorConfig:
         if self.data.caption_column is not None:
             raise ConfigError(
                 "`caption_column` does not go with train_vqgan_prior.py, which draws by class: use train_dit.py."
+            )
+        for name in [name for name, value in self.data.condition_columns().items() if value]:
+            raise ConfigError(
+                f"{'several columns in ' * (name == 'label_column')}`{name}` cannot be used with train_vqgan_prior.py, which draws by one "
+                "class: use train_dit.py."
             )
         check_monitor(self.monitor, self.data)
 

@@ -27,6 +27,7 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching
@@ -76,9 +77,10 @@ def main(config: TrainDiTConfig) -> None:
     (train_data, validation_data), images = load_data(run, vae, architecture["patch_size"])
     training_images = None if images is None else images[0]
     captions = encode_captions(run, images)
+    conditions = find_conditions(run, images, vae, origin)
     size = size_of_latents(config.data, vae)
     statistics = measure_statistics(run, vae, train_data, origin)
-    transformer = make_transformer(origin, architecture, vae, train_data, size, captions)
+    transformer = make_transformer(origin, architecture, vae, train_data, size, captions, conditions)
     pipeline_of = partial(
         DAEDiTPipeline,
         vae=vae,
@@ -87,6 +89,7 @@ def main(config: TrainDiTConfig) -> None:
         value_range=train_data.value_range,
         is_flow_matching=isinstance(objective, FlowMatching),
         **({} if captions is None else {"tokenizer": captions.tokenizer, "text_encoder": captions.model}),
+        **({} if conditions is None else {"conditions": conditions.config, "label_column": conditions.label_column}),
     )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -98,11 +101,12 @@ def main(config: TrainDiTConfig) -> None:
     )
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
-    start = find_start(run, vae, transformer, train_data, steps, plan, captions)
+    plan |= config.data.condition_columns()
+    start = find_start(run, vae, transformer, train_data, steps, plan, captions, conditions)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
     set_statistics(vae, statistics)
-    monitor = make_monitor(run, training_images, start, captions)
+    monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
         transformer,
@@ -116,6 +120,7 @@ def main(config: TrainDiTConfig) -> None:
             **({"latent_statistics": statistics} if statistics else {}),
             **({} if monitor is None else {"monitor": monitor.state}),
             **({} if origin is None else {"warm_start": origin.state()}),
+            **({} if conditions is None else {"conditions": conditions.config}),
         },
     )
     data = train_data
@@ -123,9 +128,13 @@ def main(config: TrainDiTConfig) -> None:
         data = ImagesWithLatents(training_images, train_data)
     if captions is not None:
         data, validation_data = captions.beside(data, validation_data)
+    if conditions is not None:
+        data, validation_data = conditions.beside(data, validation_data)
     for step in loop.over(data):
         for batch in step:
-            loss = denoising_loss(run, loop.model, batch, vae, objective, len(train_data.id2label or ()), captions)
+            loss = denoising_loss(
+                run, loop.model, batch, vae, objective, len(train_data.id2label or ()), captions, conditions
+            )
             step.add(loss=loss)
             if alignment is not None:
                 token = spatial_factor(vae) * architecture["patch_size"]  # its side in pixels
@@ -137,7 +146,7 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective)
-                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step, captions)
+                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step, images)
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
@@ -146,6 +155,8 @@ def main(config: TrainDiTConfig) -> None:
         return
     if captions is not None and accelerator.is_main_process:
         run.note(prompt=captions.images[1].captions[0][0])
+    if conditions is not None and accelerator.is_main_process:
+        run.note(conditions=conditions.example())
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
@@ -157,6 +168,7 @@ def denoising_loss(
     objective: FlowMatching | Diffusion,
     null_class: int,
     captions: Captions | None = None,
+    conditions: Conditions | None = None,
 ) -> torch.Tensor:
     """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
     with run.accelerator.autocast():
@@ -164,13 +176,15 @@ def denoising_loss(
     latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
     noise = torch.randn_like(latents)
     levels = objective.draw(len(latents), latents.device)
-    labels, text = batch.get("class_labels"), {}
-    if labels is not None or captions is not None:  # dropped once a sample, for classifier-free guidance
-        dropped = torch.rand(len(latents), device=latents.device) < run.config.transformer.class_dropout_prob
+    labels, given = batch.get("class_labels"), {}
+    if labels is not None or captions is not None or conditions is not None:  # dropped for classifier-free guidance
+        share = run.config.transformer.class_dropout_prob
+        dropped = torch.rand(len(latents), device=latents.device) < share  # once a sample
         labels = None if labels is None else torch.where(dropped, null_class, labels)
-        text = {} if captions is None else captions.dropped(batch, dropped)
+        given = {} if captions is None else captions.dropped(batch, dropped)
+        given |= {} if conditions is None else conditions.dropped(batch, dropped, share)
     noisy, timesteps = objective.noised(latents, noise, levels)
-    prediction = model(noisy, timesteps, class_labels=labels, return_dict=False, **text)[0]
+    prediction = model(noisy, timesteps, class_labels=labels, return_dict=False, **given)[0]
     return objective.loss(prediction, latents, noise, levels).mean()
 
 
@@ -212,15 +226,27 @@ def make_transformer(
     data: Dataset,
     size: int | list[int],
     captions: Captions | None,
+    conditions: Conditions | None,
 ) -> ModelMixin:
-    """A transformer for latents of this size and these captions: a new one, or the given one."""
+    """A transformer for latents of this size, these captions and conditions: a new one, or the given one."""
     channels, width = num_latent_channels(vae), None if captions is None else captions.width
+    more = {} if conditions is None else conditions.transformer_kwargs()
     if origin is not None:
-        return origin.continued(size, channels, architecture["patch_size"], data.id2label, width)
+        named = (
+            {}
+            if conditions is None
+            else {"conditions": conditions.config, "condition_channels": more["condition_channels"]}
+        )
+        return origin.continued(size, channels, architecture["patch_size"], data.id2label, width, **named)
     num_classes = None if data.id2label is None else len(data.id2label)
     # By name: `from_config` takes positional arguments for defaults.
     return DAEDiTTransformer2DModel(
-        sample_size=size, in_channels=channels, num_classes=num_classes, cross_attention_dim=width, **architecture
+        sample_size=size,
+        in_channels=channels,
+        num_classes=num_classes,
+        cross_attention_dim=width,
+        **more,
+        **architecture,
     )
 
 
@@ -254,6 +280,7 @@ def find_start(
     steps: int,
     plan: dict,
     captions: Captions | None,
+    conditions: Conditions | None,
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -264,8 +291,10 @@ def find_start(
         num_parameters / 1e6,
     )
     inputs = {"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
+    inputs |= {} if captions is None else {"the captions or their encoder": captions.fingerprint}
+    inputs |= {} if conditions is None else {"the conditions of the images": conditions.fingerprint}
     return run.find_start(
-        inputs=inputs | ({} if captions is None else {"the captions or their encoder": captions.fingerprint}),
+        inputs=inputs,
         plan=plan,
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
@@ -311,6 +340,21 @@ def encode_captions(run: TrainingRun, images: tuple[Dataset, ImageDataset] | Non
     return Captions(config.text_encoder, getattr(torch, config.text_encoder_dtype), images, run.accelerator, folder)
 
 
+def find_conditions(
+    run: TrainingRun, images: tuple[Dataset, ImageDataset] | None, vae: AutoencoderKL, origin: WarmStart | None
+) -> Conditions | None:
+    """What the images are drawn from besides a class and a text; None if no columns are named."""
+    if not run.config.data.has_conditions:
+        return None
+    known = None if origin is None else origin.conditions
+    if run.resumed is not None:
+        known = run.resumed[1]["state"].get("conditions")
+    conditions, cache = Conditions(images, spatial_factor(vae), known), run.config.transformer.latent_cache
+    if cache is not None and run.dry_run is None:
+        conditions.keep_images(run.accelerator, Path(cache) / "conditions")
+    return conditions
+
+
 @torch.no_grad()
 def validation_loss(
     run: TrainingRun, model: ModelMixin, vae: AutoencoderKL, data: Dataset, objective: FlowMatching | Diffusion
@@ -331,7 +375,7 @@ def validation_loss(
         start = mine.stop
         noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
         noisy, timesteps = objective.noised(latents, noise, levels)
-        given = ("class_labels", *TEXT_ARGUMENTS)
+        given = ("class_labels", *TEXT_ARGUMENTS, *CONDITION_ARGUMENTS)
         given = {name: batch[name].to(latents.device) for name in given if name in batch}
         with run.accelerator.autocast():
             prediction = model(noisy, timesteps, return_dict=False, **given)[0]
@@ -340,25 +384,25 @@ def validation_loss(
     return math.fsum(losses) / len(losses)
 
 
-def make_monitor(
-    run: TrainingRun, images: ImageDataset | None, start: Start, captions: Captions | None
-) -> SampleDistance | None:
+def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
     """What measures samples while the transformer trains; None without `metric_features`."""
     config, flow = run.config, run.config.flow
     if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
-    prompts = {} if captions is None else prompts_of_images(images, config.monitor.metric_images)
+    prompts = prompts_of_images(images, config.monitor.metric_images)
     settings = SampleSettings(
         config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed, **prompts
     )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
 
 
-def draw_samples(run: TrainingRun, pipeline: DAEDiTPipeline, step: int, captions: Captions | None) -> None:
-    """Draws the grid of samples at a validation, from captions of validation images where there are captions."""
+def draw_samples(
+    run: TrainingRun, pipeline: DAEDiTPipeline, step: int, images: tuple[Dataset, ImageDataset] | None
+) -> None:
+    """Draws the grid of samples at a validation, from captions and conditions of validation images where there are any."""
     config, flow = run.config, run.config.flow
-    shown = {} if captions is None else prompts_of_images(captions.images[1], max(1, flow.num_sample_images // 5))
+    shown = {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5))
     run.log.write_samples(
         pipeline,
         step,

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import write_atomically
 
-_NPY_MAGIC = b"\x93NUMPY"
+NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
 MAX_VALUES = 2**28  # of one array: 1 GiB as float32, 16384 x 16384 pixels with one channel
 # An image longer than this many times its width is cut before it is scaled: enlarging all of it could take gigabytes.
@@ -57,7 +57,7 @@ def find_depth(content: Any) -> Depth:
         LossyDepthError: For several channels of more than 8 bits each, of which Pillow keeps 8.
         Exception: Whatever Pillow raises for data that it cannot read.
     """
-    if not isinstance(content, bytes) or content.startswith(_NPY_MAGIC):
+    if not isinstance(content, bytes) or content.startswith(NPY_MAGIC):
         return "numbers"
     image = open_picture(content)
     refuse_signed(image, content)
@@ -102,8 +102,8 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
     Raises:
         ValueError: For other shapes, dtypes that are not numeric, and values that are not finite.
     """
-    if isinstance(item, bytes) and item.startswith(_NPY_MAGIC):
-        array = _load_npy(item)
+    if isinstance(item, bytes) and item.startswith(NPY_MAGIC):
+        array = load_npy(item)
     elif isinstance(item, bytes):
         image = open_picture(item)
         is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
@@ -127,7 +127,12 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
 
 
 def resize_and_crop_array(
-    array: np.ndarray, size: int | tuple[int, int], *, random: np.random.Generator | None = None
+    array: np.ndarray,
+    size: int | tuple[int, int],
+    *,
+    random: np.random.Generator | None = None,
+    nearest: bool = False,
+    halve: bool = False,
 ) -> np.ndarray:
     r"""
     Scales an image until it just covers `size`, bicubically with antialiasing, and crops what is over. Overshoots are clipped to the
@@ -137,6 +142,8 @@ def resize_and_crop_array(
         array (`np.ndarray` of shape `(H, W, C)`): float32.
         size (`int` or pair): Height and width of the result, in pixels; a number for a square.
         random (`numpy.random.Generator`, *optional*): Chooses the position of the crop; default: the centre.
+        nearest (`bool`, *optional*): Scale by nearest neighbour instead, which mixes no values.
+        halve (`bool`, *optional*): Choose the size before the crop as for images that are halved first.
 
     Returns:
         `np.ndarray` of shape `(*size, C)`
@@ -146,14 +153,29 @@ def resize_and_crop_array(
     random = None if is_placed else random
     image = torch.from_numpy(array).permute(2, 0, 1)[None]
     sides = image.shape[2:]
-    over = max(wanted / side for wanted, side in zip(size, sides, strict=True))
-    scaled = [max(wanted, round(side * over)) for wanted, side in zip(size, sides, strict=True)]
-    if list(sides) != scaled:
-        low, high = image.min(), image.max()
-        image = F.interpolate(image, size=scaled, mode="bicubic", antialias=True, align_corners=False).clamp(low, high)
+    scaled = covering(array.shape[1::-1], size, halve=halve)[::-1]
+    if tuple(sides) != scaled:
+        image = scaled_array(image, scaled, nearest=nearest)
     spare = [side - wanted for side, wanted in zip(scaled, size, strict=True)]
     top, left = (each // 2 if random is None else int(random.integers(each + 1)) for each in spare)
     return image[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).numpy()
+
+
+def covering(image_size: Sequence[int], size: tuple[int, int], *, halve: bool) -> tuple[int, int]:
+    r"""Width and height of an image of `image_size` (width, height) that just covers `size` (height, width), perhaps after halving it."""
+    width, height = image_size
+    while halve and width >= 2 * size[1] and height >= 2 * size[0]:
+        width, height = width // 2, height // 2
+    scale = max(size[1] / width, size[0] / height)
+    return max(size[1], round(width * scale)), max(size[0], round(height * scale))
+
+
+def scaled_array(image: torch.Tensor, size: Sequence[int], *, nearest: bool = False) -> torch.Tensor:
+    r"""`(B, C, H, W)` in another size, bicubically with antialiasing and clipped to the image's range, or by nearest neighbour."""
+    if nearest:
+        return F.interpolate(image, size=size, mode="nearest-exact")
+    low, high = image.min(), image.max()
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(low, high)
 
 
 def cut_elongated(
@@ -214,8 +236,8 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     return None
 
 
-def _load_npy(content: bytes) -> np.ndarray:
-    """Like `numpy.load`, but does not allocate memory for a size that the file only claims to have."""
+def load_npy(content: bytes) -> np.ndarray:
+    r"""Like `numpy.load`, but does not allocate memory for a size that the file only claims to have."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

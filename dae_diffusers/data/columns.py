@@ -46,13 +46,14 @@ def value_of(row: dict[str, Any], column: str) -> Any:
     return value_of(row[name], rest) if rest and isinstance(row.get(name), dict) else None
 
 
-def with_image_column(rows: Rows, name: str | None) -> tuple[Rows, str]:
+def with_image_column(rows: Rows, name: str | None, flag: str = "image_column") -> tuple[Rows, str]:
     r"""
     Finds the column of the images, and casts it to files that are not decoded (`{"bytes", "path"}`), or arrays.
 
     Args:
         rows (`datasets.Dataset` or `IterableDataset`): The rows of a split.
         name (`str` or `None`): The column that the user named.
+        flag (`str`, *optional*): The setting that named it.
 
     Returns:
         The rows and the column's name.
@@ -60,7 +61,7 @@ def with_image_column(rows: Rows, name: str | None) -> tuple[Rows, str]:
     Raises:
         UserError: If there is no such column, or several and none of them is called `image`.
     """
-    column = find_image_column(rows, name)
+    column = find_image_column(rows, name, flag)
     if column not in rows.features and isinstance(rows, datasets.Dataset):
         rows = rows.flatten()
     feature = rows.features[column]
@@ -71,7 +72,8 @@ def with_image_column(rows: Rows, name: str | None) -> tuple[Rows, str]:
     return rows, column
 
 
-def find_image_column(rows: Rows, name: str | None) -> str:
+def find_image_column(rows: Rows, name: str | None, flag: str = "image_column") -> str:
+    r"""The column of the images; arguments and errors as in [`with_image_column`]."""
     features = rows.features
     kinds = (datasets.Image, datasets.Array2D, datasets.Array3D)
     found = [column for column, feature in features.items() if isinstance(feature, kinds)]
@@ -85,16 +87,14 @@ def find_image_column(rows: Rows, name: str | None) -> str:
         return "image"  # the picture of a webdataset's sample, whatever its suffix
     feature = None if name is None else feature_of(features, name)
     if feature is None or (name not in features and isinstance(rows, datasets.IterableDataset)):
-        raise UserError(
-            f"`image_column` is {name!r}, but the columns are {list(features)}; columns with images are {found}."
-        )
+        raise UserError(f"`{flag}` is {name!r}, but the columns are {list(features)}; columns with images are {found}.")
     if (
         isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
         or _holds_files(feature)
         or (name in features and name in _columns_of_paths(rows))
     ):
         return name
-    raise UserError(f"`image_column` {name!r} holds {feature}, not images; columns with images are {found}.")
+    raise UserError(f"`{flag}` {name!r} holds {feature}, not images; columns with images are {found}.")
 
 
 def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | None:

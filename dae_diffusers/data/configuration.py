@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from dae_diffusers.data.buckets import spread_shapes
 from dae_diffusers.errors import ConfigError
@@ -35,11 +35,19 @@ class DataConfig:
     image_column: str | None = field(
         None, "column of the images; default: the only image column, or `image` among several", advanced=True
     )
-    label_column: str | None = field(None, "column or field (`json.label`) of the labels, or `none`; default: detected")
+    label_column: str | list[str] | None = field(
+        None, "column or field (`json.label`) of the labels, or several columns, or `none`; default: detected"
+    )
     caption_column: str | None = field(
         None,
         "column or field of the texts of each image, one or a list; `txt`: a .txt beside each image",
         advanced=True,
+    )
+    continuous_columns: list[str] = field(
+        [], "columns of numbers to draw from, such as `angle temperature`", advanced=True
+    )
+    condition_column: str | None = field(
+        None, "column of an image to draw from, beside each image: a mask, edges, a low resolution", advanced=True
     )
     streaming: bool = field(
         False,
@@ -121,6 +129,8 @@ class DataConfig:
     def __post_init__(self):
         if isinstance(self.resolution, list | tuple):
             self.resolution = _side(self.resolution)
+        if isinstance(self.label_column, list | tuple):
+            self.label_column = list(self.label_column) if len(self.label_column) > 1 else (*self.label_column, None)[0]
         self._check_buckets()
         for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
             if (getattr(self, name) or "").startswith("~"):
@@ -137,6 +147,18 @@ class DataConfig:
             raise ConfigError(
                 "`caption_column` does not go with `streaming`, because texts are encoded once, before training: leave `streaming` out."
             )
+        columns = [*self.label_columns, *self.continuous_columns, self.condition_column]
+        twice = [column for column in filter(None, columns) if columns.count(column) > 1]
+        if twice or ("none" in columns and len(self.label_columns) > 1):
+            raise ConfigError(
+                f"the columns {' '.join(filter(None, columns))} hold {twice[0] if twice else 'none'!r} "
+                + ("twice: name each once." if twice else "beside others: leave it out.")
+            )
+        for name in [name for name, value in self.condition_columns().items() if value and self.streaming]:
+            raise ConfigError(
+                f"{'several columns in ' * (name == 'label_column')}`{name}` cannot be used with `streaming`, because all values are read "
+                "before training: leave `streaming` out."
+            )
         if self.streaming and self.max_train_samples is not None:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
@@ -146,6 +168,8 @@ class DataConfig:
         given = self.aspect_buckets
         if given and self.streaming:
             raise ConfigError("`aspect_buckets` does not go with `streaming`, because it sorts the images first.")
+        if given and self.condition_column is not None:
+            raise ConfigError("`aspect_buckets` does not go with `condition_column`: condition images have one shape.")
         if len(given) == 1 and given[0] % 2 == 0:
             raise ConfigError(f"`aspect_buckets` is {given[0]}, but must be odd: `resolution` is the middle shape.")
         if len(given) > 1 and len(given) % 2:
@@ -188,6 +212,27 @@ class DataConfig:
                 "give one of `dataset_name` (a Hub id, a dataset folder, or digits) and `train_data_dir` (a folder of images); "
                 + ("both are given." if self.dataset_name else "neither is given.")
             )
+
+    @property
+    def label_columns(self) -> list[str]:
+        r"""The columns of classes that are named; `none` counts as one."""
+        return [self.label_column] if isinstance(self.label_column, str) else self.label_column or []
+
+    @property
+    def first_label_column(self) -> str | None:
+        r"""The column of classes that grids and metrics show; None to find it."""
+        return self.label_columns[0] if self.label_columns else None
+
+    def condition_columns(self) -> dict[str, Any]:
+        r"""The settings that name columns which images are drawn from besides a class and a text; None for those that name none."""
+        several = self.label_columns if len(self.label_columns) > 1 else None
+        numbers = self.continuous_columns or None
+        return {"label_column": several, "continuous_columns": numbers, "condition_column": self.condition_column}
+
+    @property
+    def has_conditions(self) -> bool:
+        r"""Whether any of [`condition_columns`] is named."""
+        return any(self.condition_columns().values())
 
     @property
     def has_source(self) -> bool:

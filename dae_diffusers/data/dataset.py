@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.buckets import Buckets
+from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth
@@ -47,6 +48,8 @@ class ImageDataset(BatchDataset):
         buckets ([`~dae_diffusers.data.buckets.Buckets`]): Their shapes. A single one, before [`in_buckets`].
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
+        conditions ([`~dae_diffusers.data.conditions.ConditionColumns`] or `None`): What else they are drawn from.
+        beside ([`~dae_diffusers.data.condition_images.ConditionImages`] or `None`): Their condition images.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
             is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
@@ -66,13 +69,17 @@ class ImageDataset(BatchDataset):
         root: Root | None = None,
         captions: list[list[str]] | None = None,
         buckets: Buckets | None = None,
+        conditions: ConditionColumns | None = None,
     ):
-        self.rows = rows.select_columns([image_column])
+        beside = None if conditions is None else conditions.image_column
+        self.rows = rows.select_columns([image_column] if beside is None else [image_column, beside])
         self.config = config
         self.image_column = image_column
         self.labels = labels
         self.id2label = id2label
         self.captions = captions
+        self.conditions = conditions
+        self.beside: ImageDataset | None = None
         self._given_depth = depth
         self.root = root
         self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
@@ -192,7 +199,7 @@ class ImageDataset(BatchDataset):
 
     def without_bad_images(self) -> "ImageDataset":
         r"""
-        Reads every image once and leaves out those that cannot be decoded. Each is named in the log.
+        Reads every image once and leaves out those that cannot be decoded, or whose condition image cannot be. Each is named in the log.
 
         Raises:
             UserError: If more than `max_bad_image_share` of the images are bad, or all of them.
@@ -200,7 +207,8 @@ class ImageDataset(BatchDataset):
 
         def problem(index: int) -> str | None:
             try:
-                self._pixels(index)
+                for images in filter(None, (self, self.beside)):
+                    images._pixels(index)
             except UserError as error:
                 return str(error)
 
@@ -239,7 +247,7 @@ class ImageDataset(BatchDataset):
         return self._with_rows(indices, depth, self._buckets.chosen(indices))
 
     def _with_rows(self, indices: Sequence[int], depth: Depth | None, buckets: Buckets) -> "ImageDataset":
-        return ImageDataset(
+        chosen = ImageDataset(
             self.rows.select(indices),
             self.config,
             image_column=self.image_column,
@@ -250,7 +258,10 @@ class ImageDataset(BatchDataset):
             root=self.root,
             captions=None if self.captions is None else [self.captions[index] for index in indices],
             buckets=buckets,
+            conditions=None if self.conditions is None else self.conditions.select(indices),
         )
+        chosen.beside = None if self.beside is None else self.beside.of(chosen)
+        return chosen
 
     @without_warnings()
     def measure_range(self) -> list[float]:

@@ -25,7 +25,16 @@ from dae_diffusers.data.archives import (
 from dae_diffusers.data.columns import class_order
 from dae_diffusers.data.contents import column_path, packed_path
 from dae_diffusers.data.formats import HEIF_SUFFIXES, INSTALL_HEIF, OTHER_SUFFIXES, SUFFIXES, reads_heif
-from dae_diffusers.data.tables import METADATA, SPLITS, TABLES, Metadata, load_tables, read_metadata
+from dae_diffusers.data.tables import (
+    METADATA,
+    SPLITS,
+    TABLES,
+    Described,
+    Metadata,
+    load_tables,
+    named_files,
+    read_metadata,
+)
 from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -65,6 +74,7 @@ def load_folder(
     streaming: bool = False,
     with_labels: bool = True,
     with_texts: bool = False,
+    condition_column: str | None = None,
     flag: str = "train_data_dir",
 ) -> Splits:
     r"""
@@ -72,14 +82,16 @@ def load_folder(
     and `train` is among them. Folders below are classes, whatever their names. A folder that contains all images is ignored.
     Folders in archives count like others, and so does the name of an archive if archives differ by more than a number.
 
-    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. Files
-    that are left out are logged by suffix and reason.
+    Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. A file that these
+    name in another column than `file_name`, and that has no row of its own, is not an image by itself: a mask, for example. Files that
+    are left out are logged by suffix and reason.
 
     Args:
         folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
         with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`.
+        condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
     Raises:
@@ -95,11 +107,6 @@ def load_folder(
         raise UserError(
             f"`{flag}` {folder} holds no webdataset (.tar) files. Leave `streaming` out to read a "
             "folder file by file. For Parquet files give `dataset_name FOLDER`."
-        )
-    if pictures and arrays:
-        raise UserError(
-            f"{folder} holds pictures ({len(pictures)}, such as {pictures[0]}) and arrays ({len(arrays)}, such as {arrays[0]}). "
-            "Move one kind to another folder."
         )
     metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
     if pictures or arrays:
@@ -129,7 +136,27 @@ def load_folder(
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
-    return _rows_of(folder, entries, metadata, found, with_labels)
+    files = {entry.place: entry.image for entry in entries}
+    named = named_files(metadata, files)
+    if named:
+        logger.info(
+            "%d images in %s are no images of their own: metadata names them in other columns", len(named), folder
+        )
+    entries = [entry for entry in entries if entry.place not in named]
+    if pictures or arrays:
+        _check_kinds(folder, [entry.place for entry in entries])
+    return _rows_of(folder, entries, metadata, found, with_labels, condition_column, files)
+
+
+def _check_kinds(folder: Path, places: list[PurePosixPath]) -> None:
+    """Raises `UserError` for pictures beside arrays."""
+    arrays = [place for place in places if place.suffix.lower() == ".npy"]
+    pictures = [place for place in places if place.suffix.lower() != ".npy"]
+    if pictures and arrays:
+        raise UserError(
+            f"{folder} holds pictures ({len(pictures)}, such as {pictures[0]}) and arrays ({len(arrays)}, such as {arrays[0]}). "
+            "Move one kind to another folder."
+        )
 
 
 def survey(folder: Path) -> Survey:
@@ -361,11 +388,25 @@ def _refuse_classes_of_stream(folder: Path, shards: list[PurePosixPath]) -> None
         )
 
 
-def _rows_of(folder: Path, entries: list[Entry], metadata: list[Metadata], found: Survey, with_labels: bool) -> Splits:
-    """The rows of each split, with classes and the columns of metadata tables."""
+def _rows_of(
+    folder: Path,
+    entries: list[Entry],
+    metadata: list[Metadata],
+    found: Survey,
+    with_labels: bool,
+    condition_column: str | None,
+    files: dict[PurePosixPath, dict[str, Any] | None],
+) -> Splits:
+    """The rows of each split, with classes and the columns of metadata tables, one of which may name some of the `files`."""
     shared, places = _inside(PurePosixPath(), [entry.place for entry in entries])
     split_folders = _split_folders(places, folder)
-    described = read_metadata(metadata, folder, {entry.place for entry in entries}, required=with_labels)
+    described = read_metadata(
+        metadata,
+        folder,
+        {entry.place for entry in entries},
+        required=with_labels,
+        condition_column=condition_column,
+    )
     if described is None:  # of several images a row
         return _load_described(folder, found.pictures + found.metadata)
     splits: dict[str, list[tuple[PurePosixPath, Entry, int | None]]] = {}
@@ -387,11 +428,27 @@ def _rows_of(folder: Path, entries: list[Entry], metadata: list[Metadata], found
         for name, feature in names.items():
             data[name] = [fitted(entry.columns.get(name), feature) for _, entry, _ in rows]
         loaded[split] = _with_table(datasets.Dataset.from_dict(data, features=features), described.table, rows)
+        if described.conditions is not None:
+            values = [_file_of(described, number, files, folder) for _, _, number in rows]
+            feature = datasets.Image(decode=False)
+            loaded[split] = loaded[split].add_column(condition_column, values, feature=feature)
         if labels:
             classes, ids = labels[split]
             name = "label" if "label" not in loaded[split].features else "class_folder"
             loaded[split] = loaded[split].add_column(name, ids, feature=datasets.ClassLabel(names=classes))
     return loaded
+
+
+def _file_of(
+    described: Described, number: int | None, files: dict[PurePosixPath, dict[str, Any] | None], folder: Path
+) -> dict[str, Any] | None:
+    """The file that a row of metadata names as its condition; None if it names none."""
+    place = None if number is None else described.conditions[number]
+    if place is not None and place not in files:
+        raise UserError(
+            f"`condition_column` names {place}, which is no image in {folder}. Paths are relative to the table's folder."
+        )
+    return None if place is None else files[place]
 
 
 def _with_table(rows: datasets.Dataset, table: pa.Table | None, numbers: list[tuple[Any, Any, int | None]]):

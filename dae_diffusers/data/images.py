@@ -12,6 +12,7 @@ from dae_diffusers.data.arrays import (
     RANGES,
     Depth,
     LossyDepthError,
+    covering,
     cut_elongated,
     decode_array,
     find_depth,
@@ -78,7 +79,18 @@ class ImageReader:
         Raises:
             UserError: If it cannot be decoded or is too small.
         """
-        image, size = self.decode(item, name), size or self.config.size
+        return self.fit(self.decode(item, name), name, draw, size)
+
+    def fit(
+        self,
+        image: np.ndarray | Image.Image,
+        name: Callable[[], str],
+        draw: int | None = None,
+        size: tuple[int, int] | None = None,
+        **scaling: bool,
+    ) -> np.ndarray:
+        r"""Scales and crops what [`decode`] gives; arguments, result and errors as in [`read`], `scaling` as in [`resize_and_crop`]."""
+        size = size or self.config.size
         random = np.random.default_rng(draw) if draw is not None and self.config.crops_at_random else None
         width, height = image.shape[1::-1] if self.is_array else image.size
         self._check_size(width, height, name, size)
@@ -87,7 +99,7 @@ class ImageReader:
             left, top, right, bottom = box
             image = image[top:bottom, left:right] if self.is_array else image.crop(box)
         resize = resize_and_crop_array if self.is_array else resize_and_crop
-        pixels = np.asarray(resize(image, size, random=random))
+        pixels = np.asarray(resize(image, size, random=random, **scaling))
         return pixels.reshape(*size, self.config.image_channels)
 
     def size_of(self, item: Any, name: Callable[[], str]) -> tuple[int, int]:
@@ -219,7 +231,12 @@ def decode_image(
 
 
 def resize_and_crop(
-    image: Image.Image, size: int | tuple[int, int], *, random: np.random.Generator | None = None
+    image: Image.Image,
+    size: int | tuple[int, int],
+    *,
+    random: np.random.Generator | None = None,
+    nearest: bool = False,
+    halve: bool = True,
 ) -> Image.Image:
     r"""
     Scales an image until it just covers `size`, and crops what is over.
@@ -231,18 +248,18 @@ def resize_and_crop(
         image (`PIL.Image.Image`): An image of any size.
         size (`int` or pair): Height and width of the result, in pixels; a number for a square.
         random (`numpy.random.Generator`, *optional*): Chooses the position of the crop; default: the centre.
+        nearest (`bool`, *optional*): Scale by nearest neighbour instead, which mixes no values.
+        halve (`bool`, *optional*): Whether large images are halved first.
 
     Source: Dhariwal and Nichol, 2021, https://huggingface.co/papers/2105.05233.
     """
     size = height, width = height_and_width(size)
     image, is_placed = cut_elongated(image, image.size, size, random)
     random = None if is_placed else random
-    while image.width >= 2 * width and image.height >= 2 * height:
+    scaled = covering(image.size, size, halve=halve)
+    while halve and not nearest and image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
-    )
+    image = image.resize(scaled, Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
     spare = (image.width - width, image.height - height)
     left, top = (x // 2 for x in spare) if random is None else (int(random.integers(x + 1)) for x in spare)
     return image.crop((left, top, left + width, top + height))

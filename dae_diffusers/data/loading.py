@@ -27,6 +27,8 @@ from dae_diffusers.data.columns import (
     value_of,
     with_image_column,
 )
+from dae_diffusers.data.condition_images import ConditionImages
+from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices
@@ -91,7 +93,7 @@ def load_images(
         return _streamed(config, train, validation, validation_name, loaded, value_range)
 
     train, image_column = with_image_column(train, config.image_column)
-    label_column = find_label_column(train, config.label_column, image_column)
+    label_column = find_label_column(train, config.first_label_column, image_column)
     if validation is None:
         if len(train) < 2:
             raise UserError(f"the split {config.train_split!r} has {len(train)} images; at least 2 are needed.")
@@ -110,15 +112,19 @@ def load_images(
 
     id2label, value2id = label_names(train, validation, label_column, is_chosen=config.label_column is not None)
     result: list[ImageDataset] = []
-    for name, rows in ((config.train_split, train), (validation_name or config.train_split, validation)):
+    both = ((config.train_split, train), (validation_name or config.train_split, validation))
+    for (name, rows), conditions in zip(both, conditions_of(config, both, image_column, label_column), strict=True):
         labels = None
         if label_column is not None:
             labels = label_ids(column_values(rows, label_column), value2id, id2label, label_column, name)
         captions = None
         if config.caption_column is not None:
             captions = captions_of(rows, config.caption_column, name)
+        rows = with_image_column(rows, image_column)[0]
+        if config.condition_column is not None:
+            rows = with_image_column(rows, config.condition_column, "condition_column")[0]
         images = ImageDataset(
-            with_image_column(rows, image_column)[0],
+            rows,
             config,
             image_column=image_column,
             labels=labels,
@@ -127,10 +133,16 @@ def load_images(
             value_range=value_range,
             root=loaded.root,
             captions=captions,
+            conditions=conditions,
         )
         if images.is_array and not images.value_range:
             images.value_range = RANGES.get(images.depth)
-        images = images.without_bad_images() if config.on_bad_image == "skip" else images
+        if config.condition_column is not None:
+            images.beside = ConditionImages(images, result[0].beside if result else None)
+        if config.on_bad_image == "skip":
+            images = images.without_bad_images()
+        if images.beside is not None:
+            images.beside.settle_range()
         result.append(images if result else _in_buckets(images))  # validation has one shape
     train_images, validation_images = result
     held_out = "" if validation_name not in (None, config.train_split) else " (held out)"
@@ -224,7 +236,7 @@ def _streamed(
         )
     root, is_given = loaded.root, bool(value_range)
     train, image_column = with_image_column(train, config.image_column)
-    label_column = find_label_column(train, config.label_column, image_column)
+    label_column = find_label_column(train, config.first_label_column, image_column)
     if label_column == "cls" and config.label_column is None and config.num_classes is None:
         logger.warning(
             "the labels in the column `cls` are not used: a stream cannot count its classes. To use them give `--label_column cls` and "
@@ -371,7 +383,13 @@ def _read_source(config: DataConfig) -> _Loaded:
             raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
         if _is_saved(folder):
             return _load_saved(folder, config)
-        splits = load_folder(folder, streaming=config.streaming, with_labels=with_labels, with_texts=with_texts)
+        splits = load_folder(
+            folder,
+            streaming=config.streaming,
+            with_labels=with_labels,
+            with_texts=with_texts,
+            condition_column=config.condition_column,
+        )
         return _Loaded(splits, _root_of(splits, folder, None), str(folder))
     if config.dataset_name in EMBEDDED:
         assets = files("dae_diffusers") / "assets"
@@ -395,6 +413,7 @@ def _read_source(config: DataConfig) -> _Loaded:
                 streaming=config.streaming,
                 with_labels=with_labels,
                 with_texts=with_texts,
+                condition_column=config.condition_column,
                 flag="dataset_name",
             )
             return _Loaded(splits, None, str(folder))

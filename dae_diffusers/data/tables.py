@@ -48,14 +48,20 @@ class Metadata:
 
 @dataclass
 class Described:
-    """The rows of all metadata tables, and the row of each image, by its path."""
+    """The rows of all metadata tables, the row of each image, by its path, and the image that each row names as its condition."""
 
     table: pa.Table | None = None
+    conditions: list[PurePosixPath | None] | None = None
     rows: dict[PurePosixPath, list[int]] = field(default_factory=dict)
 
 
 def read_metadata(
-    tables: list[Metadata], folder: Path, images: Collection[PurePosixPath], *, required: bool
+    tables: list[Metadata],
+    folder: Path,
+    images: Collection[PurePosixPath],
+    *,
+    required: bool,
+    condition_column: str | None = None,
 ) -> Described | None:
     r"""
     Reads tables whose column `file_name` names images, relative to the table's folder.
@@ -65,6 +71,7 @@ def read_metadata(
         folder (`Path`): The folder, for messages.
         images (`Collection[PurePosixPath]`): The images that exist.
         required (`bool`): Refuse tables without that column; otherwise they are left out with a warning.
+        condition_column (`str`, *optional*): Another column that names images in the same way.
 
     Returns:
         [`Described`], or None if rows name several images (`left_file_name`, `file_names`); then `datasets` reads them.
@@ -72,7 +79,7 @@ def read_metadata(
     Raises:
         UserError: If a table cannot be read, or is not a metadata table.
     """
-    parts, described, missing, count = [], Described(), [], 0
+    parts, described, missing, found, count = [], Described(), [], [], 0
     for metadata in tables:
         try:
             table = _read_table(metadata)
@@ -95,6 +102,7 @@ def read_metadata(
             else:
                 missing.append(place)
         count += len(table)
+        found += _places(table, condition_column, metadata) or [None] * len(table)
         parts.append(table.drop_columns("file_name"))
     if not parts or parts[0].num_columns == 0:
         return described
@@ -102,6 +110,10 @@ def read_metadata(
         described.table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
     except pa.ArrowException as error:
         raise UserError(f"the tables of metadata in {folder} differ: {one_line(error, 300)}.") from None
+    if any(found):
+        described.conditions = found
+        described.table = described.table.drop_columns(condition_column)
+        described.table = described.table if described.table.num_columns else None
     if missing:
         logger.warning(
             "%d rows of metadata in %s name files that are not among the images, such as %s",
@@ -119,6 +131,33 @@ def read_metadata(
             example,
         )
     return described
+
+
+def named_files(tables: list[Metadata], images: Collection[PurePosixPath]) -> set[PurePosixPath]:
+    r"""
+    The images that metadata tables name in other columns than `file_name`, such as masks, and that have no row of their own. A name is
+    relative to the table's folder.
+    """
+    named, own = set(), set()
+    for metadata in tables:
+        try:
+            table = _read_table(metadata)
+        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError):  # whoever reads the rows names it
+            continue
+        for column in table.column_names if "file_name" in table.column_names else ():
+            (own if column == "file_name" else named).update(_places(table, column, metadata))
+    return (named & set(images)) - own
+
+
+def _places(table: pa.Table, column: str | None, metadata: Metadata) -> list[PurePosixPath | None]:
+    """The files that a column of a table names, None where it names none; empty if there is no column of text with this name."""
+    if column not in table.column_names or not pa.types.is_string(table.schema.field(column).type):
+        return []
+    places: list[PurePosixPath | None] = []
+    for name in table.column(column).to_pylist():
+        is_file = name and len(name) < 1024 and PurePosixPath(name).suffix
+        places.append(PurePosixPath(os.path.normpath(metadata.path.parent / name)) if is_file else None)
+    return places
 
 
 def load_tables(

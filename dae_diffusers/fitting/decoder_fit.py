@@ -61,6 +61,11 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
         raise UserError(
             f"`pipeline` {name} draws from text, which stage 3 cannot do. Give one that draws by class or without classes."
         )
+    if getattr(pipeline, "conditions", None):
+        raise UserError(
+            f"`pipeline` {name} draws from `{'`, `'.join(pipeline.conditions)}`, which stage 3 cannot do. Give one that draws by class or "
+            "without classes."
+        )
     check_can_be_trained(pipeline.vae, name)
     target = Path(config.run.output_dir) / "pipeline"
     if target.exists() and not _is_same_folder(target, name):

@@ -216,6 +216,8 @@ def make_card(
         data=data,
         classes=_class_names(result),
         text_encoder=text_encoder,
+        conditions=_condition_words(result),
+        has_condition_image=has_condition_image(result),
         scripts=[_script_description(name, script, result) for name, script in result.scripts.items()],
         early=_early(result, generator, step),
         space_id=space_id,
@@ -246,7 +248,13 @@ def published_pictures(result: Result, data_pictures: bool | None = None) -> dic
     """
     if data_pictures is None:
         data_pictures = not result.has_private_data
-    return {name: each for name, each in result.pictures.items() if data_pictures or name not in DATA_PICTURES}
+    hidden = set() if data_pictures else {*DATA_PICTURES, *(["samples.png"] if has_condition_image(result) else [])}
+    return {name: each for name, each in result.pictures.items() if name not in hidden}
+
+
+def has_condition_image(result: Result) -> bool:
+    r"""Whether samples are drawn from images, which then stand beside them."""
+    return any("channels" in column for column in (result.index.get("conditions") or {}).values())
 
 
 def escape(text: Any) -> str:
@@ -368,12 +376,42 @@ def _text_encoder(result: Result) -> dict[str, str | None]:
     return {"class": class_name, "id": name if is_on_hub else None, "prompt": prompt}
 
 
+def _condition_words(result: Result) -> list[tuple[str, str]]:
+    """The name and the meaning of each condition."""
+    words = []
+    for name, column in sorted((result.index.get("conditions") or {}).items()):
+        if "labels" in column:
+            labels = ", ".join(column["labels"][:20]) + (", ..." if len(column["labels"]) > 20 else "")
+            words.append((name, f"one of {len(column['labels'])} classes: {labels}"))
+        elif "mean" in column:
+            words.append((name, f"a number, {column['low']:.4g} to {column['high']:.4g} in training"))
+        else:
+            kind = {1: "a gray image", 3: "an image in colour"}.get(column["channels"])
+            words.append((name, kind or f"an array of {column['channels']} channels"))
+    return words
+
+
+def _condition_arguments(result: Result) -> list[str]:
+    """The conditions of an example call: those of a validation image, else the first class and the mean."""
+    script, columns = result.scripts.get("train_dit"), result.index.get("conditions") or {}
+    known = ({} if script is None else script.record.get("conditions")) or {}
+    values = []
+    for name, column in sorted(columns.items()):
+        default = column["labels"][0] if "labels" in column else column.get("mean")
+        value = known.get(name, default)
+        text = f'load_image("{name}.png")' if "channels" in column else json.dumps(value, ensure_ascii=False)
+        values.append(f"{json.dumps(name, ensure_ascii=False)}: {text}")
+    return [f"conditions={{{', '.join(values)}}}"] if values else []
+
+
 def _example_call(result: Result, generator: dict[str, Any]) -> str:
     names, text_encoder = _class_names(result), _text_encoder(result)
-    if not names and not text_encoder:
+    conditions = _condition_arguments(result)
+    if not names and not text_encoder and not conditions:
         return ", ".join(["num_images_per_label=1", *generator.get("call", [])])
     words = [json.dumps(text_encoder["prompt"] or "...", ensure_ascii=False)] if text_encoder else []
     words += [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"] if names else []
+    words += conditions
     if generator:
         script = result.scripts.get(generator["script"])
         # Guidance needs a model that has learnt to do without the class.

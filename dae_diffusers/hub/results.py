@@ -287,7 +287,8 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         names = [
             " ".join(str(name).split()) for _, name in sorted((result.index.get("id2label") or {}).items(), key=by_id)
         ]
-        add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if 1 < len(names) <= 10 else "Samples")
+        is_by_class = 1 < len(names) <= 10 and not result.index.get("conditions")
+        add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if is_by_class else "Samples")
     if "train_dae" in result.scripts:
         folder = result.scripts["train_dae"].folder
         newest = latest_grid(folder, "reconstruction-stage2-*.png") or latest_grid(folder, "reconstruction-*.png")

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
+from dae_diffusers.conditions import ConditionValues, as_call
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
@@ -41,7 +42,8 @@ class SampleSettings:
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
-        classes (`tuple[int, ...]`, *optional*): The class of each prompt, for a pipeline that also has classes.
+        classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
+        conditions ([`~dae_diffusers.conditions.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
     """
 
     num_images: int
@@ -54,10 +56,12 @@ class SampleSettings:
     top_p: float | None = None
     prompts: tuple[str, ...] | None = None
     classes: tuple[int, ...] | None = None
+    conditions: ConditionValues | None = None
 
     def given(self) -> dict[str, Any]:
-        r"""Every setting that is not None, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        r"""Every setting that is not None, by name, as JSON can hold it."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return given if self.conditions is None else {**given, "conditions": self.conditions.fingerprint}
 
     def call_kwargs(self) -> dict[str, Any]:
         r"""The arguments of the pipeline's call that are the same for every image."""
@@ -81,15 +85,16 @@ class Sampler:
     | pipeline | drawn for each image | classes |
     |---|---|---|
     | text-to-image, ours or another one | a prompt, and its class for a pipeline that also has classes | the number of prompts |
+    | ours, with conditions | a condition, and its class or prompt if the pipeline has such | the number of conditions |
     | with `num_images_per_label` (ours, and stock DiT pipelines loaded as ours) | a class, or none | its own |
     | with `batch_size` (unconditional ones) | nothing | none |
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline, on its device.
-        prompts (`tuple[str, ...]`), classes (`tuple[int, ...]`, *optional*): See [`SampleSettings`].
+        prompts (`tuple[str, ...]`), classes (`tuple[int, ...]`), conditions (*optional*): See [`SampleSettings`].
 
     Raises:
-        UserError: For a pipeline of another kind, or a text-to-image pipeline without prompts.
+        UserError: For a pipeline of another kind, a text-to-image pipeline without prompts, or other conditions than the pipeline has.
 
     Attributes:
         accepted (`set[str]`): Names of the call's options that change what this pipeline draws.
@@ -101,32 +106,37 @@ class Sampler:
         pipeline: DiffusionPipeline,
         prompts: tuple[str, ...] | None = None,
         classes: tuple[int, ...] | None = None,
+        conditions: ConditionValues | None = None,
     ):
         self.pipeline = pipeline
-        self.prompts, self.classes = prompts, classes
+        self.prompts, self.classes, self.conditions = prompts, classes, conditions
+        check_conditions(getattr(pipeline, "conditions", {}), conditions)
         self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         self.num_classes: int | None = None
         takes_text = getattr(pipeline, "takes_text", "prompt" in self.accepted)
         if not takes_text:
             self.accepted.discard("prompt")
-        has_classes = takes_text and getattr(pipeline, "null_class", None) is not None
-        if "num_images_per_label" in self.accepted and not takes_text:
+        has_rows = takes_text or conditions is not None
+        has_classes = has_rows and getattr(pipeline, "null_class", None) is not None
+        if "num_images_per_label" in self.accepted and not has_rows:
             self.num_classes = pipeline.null_class
             if self.num_classes is None:
                 self.accepted.discard("guidance_scale")  # there is nothing to guide towards
             self._given: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
                 {"num_images_per_label": count} if labels is None else {"class_labels": labels}
             )
-        elif "prompt" in self.accepted:
-            if prompts is None:
+        elif "prompt" in self.accepted or has_rows:
+            if prompts is None and takes_text:
                 raise UserError(
                     f"a {type(pipeline).__name__} draws images from a text: give `prompt`, such as 'a photo of a {{label}}', or the "
                     "`caption_column` of the images."
                 )
-            self.num_classes = len(prompts) if len(prompts) > 1 else None
-            given = {"prompt": prompts, **({"class_labels": classes} if classes is not None and has_classes else {})}
+            given = {"prompt": prompts if takes_text else None, "class_labels": classes if has_classes else None}
+            given = {name: values for name, values in {**given, "conditions": conditions}.items() if values is not None}
+            number = max(map(len, given.values()))
+            self.num_classes = number if number > 1 else None
             self._given = lambda labels, count: {
-                name: [values[label] for label in labels or [0] * count] for name, values in given.items()
+                name: chosen_of(values, labels or [0] * count) for name, values in given.items()
             }
         elif "batch_size" in self.accepted:
             self._given = lambda labels, count: {"batch_size": count}
@@ -152,6 +162,30 @@ class Sampler:
             low, high = value_range
             images = (images - low) / (high - low)
         return images
+
+
+def chosen_of(values: Sequence, numbers: Sequence[int]) -> list | dict[str, list]:
+    r"""Some prompts, classes or conditions as an argument of a call; a single one stands for all."""
+    chosen = [values[number if len(values) > 1 else 0] for number in numbers]
+    return as_call(chosen) if isinstance(values, ConditionValues) else chosen
+
+
+def check_conditions(known: dict[str, dict[str, Any]], values: ConditionValues | None) -> None:
+    r"""Raises `UserError` if the images' conditions are not those that a pipeline draws from."""
+    names = set() if values is None else set(values.names)
+    if names != known.keys():
+        pairs = ("the pipeline draws from", sorted(known)), ("but the images come with", sorted(names))
+        words = ", ".join(f"{text} {', '.join(each) or 'nothing'}" for text, each in pairs)
+        raise UserError(
+            f"{words} besides their class: name the columns with `label_column`, `continuous_columns`, `condition_column`."
+        )
+    unknown = [] if values is None else [
+        (name, each) for name, of_column in values.labels.items() for each in of_column if each not in known[name].get("labels", ())
+    ]  # fmt: skip
+    if unknown:
+        raise UserError(
+            f"the pipeline has no class {unknown[0][1]!r} of {unknown[0][0]}. Give images of the classes that it knows."
+        )
 
 
 def autoencoder_of(pipeline: DiffusionPipeline) -> ModelMixin | None:
@@ -272,7 +306,7 @@ def image_batches(
     Returns a function that draws the images of a range, batch by batch: padded `(B, C, H, W)` in [0, 1], and how many of them count.
     It raises `UserError` for NaN or infinite values.
     """
-    sampler = Sampler(pipeline, settings.prompts, settings.classes)
+    sampler = Sampler(pipeline, settings.prompts, settings.classes, settings.conditions)
     labels = settings.labels(sampler.num_classes)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -370,11 +404,17 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
         raise UserError(f"`pipeline` {name_or_path} cannot be loaded: {reason}") from None
 
 
-def prompts_of_images(images: ImageDataset, count: int) -> dict[str, tuple]:
-    r"""The fields `prompts` and `classes` of [`SampleSettings`] to draw what the first caption of so many images says."""
+def prompts_of_images(images: ImageDataset, count: int) -> dict[str, Sequence]:
+    r"""
+    The fields `prompts`, `classes` and `conditions` of [`SampleSettings`] to draw what the first caption and the conditions of so many
+    images say; empty for images with neither.
+    """
+    if images.captions is None and images.conditions is None:
+        return {}
     chosen = images.spread(count)
-    prompts = {"prompts": tuple(images.captions[n][0] for n in chosen)}
-    return prompts if images.labels is None else prompts | {"classes": tuple(images.labels[n] for n in chosen)}
+    found = {} if images.captions is None else {"prompts": tuple(images.captions[n][0] for n in chosen)}
+    found |= {} if images.conditions is None else {"conditions": ConditionValues(images, chosen)}
+    return found if images.labels is None else found | {"classes": tuple(images.labels[n] for n in chosen)}
 
 
 def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:

@@ -62,6 +62,7 @@ FOLDER, PIPE, VAE = load()
 CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
 TAKES_TEXT = getattr(PIPE, "takes_text", False) and getattr(PIPE, "text_encoder", None) is not None
+CONDITIONS = dict(sorted((getattr(PIPE, "conditions", None) or {}).items()))
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
 
 
@@ -135,8 +136,9 @@ def draw(
     prompt="",
     request: gr.Request = None,
     progress=gr.Progress(),  # noqa: B008, this is how gradio passes it
+    *values,
 ):
-    """A gallery of samples with the prompt or the names of their classes, in which a class has a row of its own; and the seed."""
+    """A gallery of samples, from the values of `CONDITIONS` too, with the prompt or the names of their classes, in which a class has a row of its own; and the seed."""
     count, steps = int(count), int(steps)
     seed = random.randint(0, MAX_SEED) if is_random else int(seed or 0)
     if class_id == EACH_CLASS:
@@ -156,6 +158,7 @@ def draw(
         "class_labels": labels,
         "num_images_per_label": number if labels is None else 1,
         "prompt": prompt if TAKES_TEXT and prompt else None,
+        "conditions": conditions_of(values),
         "guidance_scale": guidance_scale,
         "num_inference_steps": steps,
         "generator": generators,
@@ -171,6 +174,16 @@ def draw(
     return gr.Gallery(list(zip(pictures, names, strict=True)), columns=columns, selected_index=None), seed
 
 
+def conditions_of(values=()):
+    """The argument `conditions` of a call, from the values of the page's components; nothing stands for unknown."""
+    given = dict.fromkeys(CONDITIONS)
+    for name, value in zip(CONDITIONS, values, strict=False):
+        if isinstance(value, Image.Image):
+            value = value.convert("L" if CONDITIONS[name]["channels"] == 1 else "RGB")
+        given[name] = None if value == "" else value
+    return given
+
+
 def images_of(arguments, request):
     """What the pipeline draws, `(N, C, H, W)` in [0, 1]; None if the visitor stops it. Arguments that it does not know are left out."""
     try:
@@ -182,7 +195,7 @@ def images_of(arguments, request):
 
 def draw_one(request: gr.Request = None):
     """A picture to try the autoencoder with."""
-    arguments = {"num_inference_steps": 20, "output_type": "pt"}
+    arguments = {"num_inference_steps": 20, "output_type": "pt", "conditions": conditions_of()}
     if CLASSES:
         arguments["class_labels"] = [int(torch.randint(len(CLASSES), ()))]
     images = images_of(arguments, request)
@@ -374,6 +387,15 @@ def settings(arguments):
     return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in words)
 
 
+def condition_input(name, column):
+    """What a visitor chooses a condition with."""
+    if "labels" in column:
+        return gr.Dropdown([("any", ""), *column["labels"]], value=column["labels"][0], label=name)
+    if "mean" in column:
+        return gr.Slider(column["low"], column["high"], column["mean"], label=name)
+    return picture_input(name, f"condition-{name}")
+
+
 def generate_tab():
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -382,8 +404,9 @@ def generate_tab():
             if len(CLASSES) > 1:
                 choices.insert(0, (EACH_CLASS, EACH_CLASS))
             label = gr.Dropdown(choices, value=choices[0][1] if choices else None, label="Class", visible=bool(CLASSES))
+            conditions = [condition_input(name, column) for name, column in CONDITIONS.items()]
             count = gr.Slider(1, 16, 6, step=1, label="Pictures per class" if len(CLASSES) > 1 else "Pictures")
-            guided = "guidance_scale" in OPTIONS and (bool(CLASSES) or TAKES_TEXT)
+            guided = "guidance_scale" in OPTIONS and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS))
             guidance = gr.Slider(
                 1, 8, 2, step=0.1, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
             )
@@ -407,7 +430,7 @@ def generate_tab():
                 elem_id="samples",
                 elem_classes=["above", "pixels"],
             )
-    inputs = [label, count, guidance, steps, seed, is_random, prompt]
+    inputs = [label, count, guidance, steps, seed, is_random, prompt, *conditions]
     button.click(draw, inputs, [output, seed], concurrency_id="model", show_progress_on=output, scroll_to_output=True)
     stop.click(VISITORS.stop, queue=False)
 
