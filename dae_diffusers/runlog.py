@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dae_diffusers.conditions import as_call, in_words
+from dae_diffusers.condition_values import as_call, in_words
 from dae_diffusers.plots import image_grid, plot_curves
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import read_rows, write_atomically

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
-from dae_diffusers.conditions import ConditionValues, as_call
+from dae_diffusers.condition_values import ConditionValues, as_call
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
@@ -43,7 +43,7 @@ class SampleSettings:
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
-        conditions ([`~dae_diffusers.conditions.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
+        conditions ([`~dae_diffusers.condition_values.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
     """
 
     num_images: int
