@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from check_digits import ROWS_SHOW, train_classifier
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -47,9 +47,10 @@ def save_captioned_digits(folder: Path) -> None:
 
 def save_text_encoder(folder: Path, texts: list[str]) -> None:
     """Saves a tiny BERT with random weights, and a tokenizer that knows the words of the texts."""
-    words = sorted({word for text in texts for word in text.lower().split()})
+    words = sorted({word for text in texts for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text.lower())})
     vocabulary = {word: number for number, word in enumerate([*MARKS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(mark, vocabulary[mark]) for mark in ("[CLS]", "[SEP]")]

@@ -188,8 +188,12 @@ def test_decoder_of_another_encoder_is_refused(generated, finished, tmp_path, ca
         assemble.main(parse_config(AssembleConfig, [*arguments, str(tmp_path / "vae")]))
     assert not join_waiting(tmp_path, [tmp_path]) and "stays as it is: the generator of" in caplog.text
     assert (tmp_path / WAITING).exists() and not (tmp_path / "pipeline").exists()
+    elsewhere = ["--output_dir", str(tmp_path / "elsewhere")]
+    assemble.main(parse_config(AssembleConfig, [*arguments, str(finished["kl"]), *elsewhere]))
+    assert (tmp_path / "elsewhere" / "pipeline").exists() and (tmp_path / WAITING).exists()
     assemble.main(parse_config(AssembleConfig, [*arguments, str(finished["kl"])]))
     assert_same_weights(weights(tmp_path / "pipeline" / "vae"), weights(finished["kl"] / "vae"))
+    assert not (tmp_path / WAITING).exists()
     with pytest.raises(UserError, match="holds no pipeline"):
         assemble.main(parse_config(AssembleConfig, ["--pipeline", str(tmp_path / "vae"), "--vae", "x"]))
 

@@ -37,7 +37,7 @@ def main(config: AssembleConfig) -> None:
     if config.output_dir is None and found.name != WAITING:
         target = found
     assemble(found, config.vae, target)
-    if found.name == WAITING:
+    if found.name == WAITING and target.resolve().parent == found.resolve().parent:  # it waits no longer
         shutil.rmtree(found)
 
 
