@@ -97,10 +97,19 @@ class TrainingBatches:
             "epoch": epoch,
         }
 
+    def _next(self, batches: Iterator) -> dict[str, torch.Tensor]:
+        try:
+            return next(batches)
+        except (ConnectionError, EOFError) as error:
+            if not self.num_workers:
+                raise
+            time.sleep(1)  # torch hears of a process that died by a signal, and then raises here and says how
+            raise RuntimeError("DataLoader worker ended while it handed a batch over") from error
+
     def _timed(self, batches: Iterator) -> Iterator:
         while True:
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches)
             got = time.perf_counter()
             self._num_batches += 1
             if self._num_batches > 1:  # the first one starts the worker processes

@@ -20,7 +20,8 @@ from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes,
 
 from dae_diffusers import checkpointing, data, locks, loop, runlog
 from dae_diffusers.autoencoders import objective
-from dae_diffusers.cli import run_script
+from dae_diffusers.batches import TrainingBatches
+from dae_diffusers.cli import _message_of, run_script
 from dae_diffusers.errors import UserError
 from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dae, train_dit
@@ -360,6 +361,19 @@ def test_data_loading_process_that_dies_is_one_line(reference, image_folder, tmp
     assert code == 1
     assert_one_line(text, "a data-loading process died", "--dataloader_num_workers")
     assert_resumes(reference, tmp_path, image_folder)
+
+
+@pytest.mark.parametrize(("num_workers", "error"), [(1, RuntimeError), (0, ConnectionResetError)])
+def test_data_loading_process_may_die_while_it_hands_a_batch_over(monkeypatch, num_workers, error):
+    def lost():
+        raise ConnectionResetError("by peer")
+        yield
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    batches = TrainingBatches(Accelerator(cpu=True), batch_size=1, seed=0, num_workers=num_workers)
+    with pytest.raises(error) as caught:
+        next(batches._timed(lost()))
+    assert error is not RuntimeError or "a data-loading process died" in _message_of(caught.value)
 
 
 def test_bad_image_in_a_data_loading_process_is_one_line(image_folder, tmp_path):
