@@ -1,9 +1,10 @@
 """Buckets: groups of images of about equal proportions, each of which is scaled and cropped to one shape."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from dae_diffusers.sizes import words_of_size
@@ -24,12 +25,12 @@ class Buckets:
     sizes: tuple[tuple[int, int], ...]
     counts: tuple[int, ...]
 
-    @property
+    @cached_property
     def stops(self) -> list[int]:
         r"""The number after the last image of each bucket."""
         return list(accumulate(self.counts))
 
-    @property
+    @cached_property
     def ranges(self) -> list[range]:
         r"""The numbers of each bucket's images."""
         return [range(stop - count, stop) for stop, count in zip(self.stops, self.counts, strict=True)]
@@ -38,11 +39,12 @@ class Buckets:
         r"""The bucket of an image, by its number."""
         return bisect_right(self.stops, index)
 
-    def batches(self, indices: Iterable[int], batch_size: int) -> Iterator[list[int]]:
+    def batches(self, indices: range, batch_size: int) -> Iterator[range]:
         r"""Cuts ascending numbers of images into batches of at most `batch_size`, each from one bucket."""
-        for _, group in groupby(indices, key=self.of):
-            while batch := list(islice(group, batch_size)):
-                yield batch
+        for images in self.ranges:
+            share = indices[bisect_left(indices, images.start) : bisect_left(indices, images.stop)]
+            for start in range(0, len(share), batch_size):
+                yield share[start : start + batch_size]
 
     def chosen(self, indices: Sequence[int]) -> "Buckets":
         r"""The buckets of a part of the images, given by their ascending numbers; empty ones are left out."""

@@ -13,8 +13,8 @@ from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset
 from dae_diffusers.data.formats import open_picture
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.pipelines.dae_dit import FEW_VALUES
 
-FEW_VALUES = 16  # up to which an image counts as a mask, whose values must not be mixed
 _GRAY_MODES = ("1", "L", "LA", "La", "F")
 
 
@@ -76,7 +76,8 @@ class ConditionImages(ImageDataset):
         return f"{super().name_of(index)} in the column {self.image_column!r}"
 
     def _pixels(self, index: int, draw: int | None = None) -> np.ndarray:
-        image, (width, height) = self._decoded(index), self._size_of_image(index)
+        image, images = self._decoded(index), self.images
+        height, width = images._reader.size_of(images.rows[index][images.image_column], lambda: images.name_of(index))
         scaling = {"nearest": _has_few_values(image), "halve": not self.images.is_array}
         if not self.is_array:
             resample = Image.Resampling.NEAREST if scaling["nearest"] else Image.Resampling.BICUBIC
@@ -93,12 +94,6 @@ class ConditionImages(ImageDataset):
                 f"the image {self.name_of(index)} is in colour, but the first one there is gray. Save all gray, or all in colour."
             )
         return self._reader.decode(item, lambda: self.name_of(index))
-
-    def _size_of_image(self, index: int) -> tuple[int, int]:
-        """Width and height."""
-        images = self.images
-        image = images._reader.decode(images.rows[index][images.image_column], lambda: images.name_of(index))
-        return image.shape[1::-1] if images.is_array else image.size
 
 
 def channels_of(content: Any) -> int:

@@ -8,10 +8,12 @@ import re
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -38,6 +40,17 @@ class Metadata:
 
     path: PurePosixPath
     content: bytes
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The rows. It may raise errors of Arrow, `UnicodeDecodeError`, `ValueError` and `OSError`."""
+        file = io.BytesIO(self.content)
+        suffix = self.path.suffix.lower()
+        if not self.content.strip():
+            raise ValueError("it is empty")
+        if suffix == ".csv":
+            return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+        return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)
 
     @classmethod
     def of_member(cls, place: PurePosixPath, archive: Path, member) -> "Metadata":
@@ -82,7 +95,7 @@ def read_metadata(
     parts, described, missing, found, count = [], Described(), [], [], 0
     for metadata in tables:
         try:
-            table = _read_table(metadata)
+            table = metadata.table
         except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
             raise UserError(f"{folder / metadata.path} cannot be read ({one_line(error, 300)}).") from None
         if "file_name" not in table.column_names:
@@ -138,15 +151,23 @@ def named_files(tables: list[Metadata], images: Collection[PurePosixPath]) -> se
     The images that metadata tables name in other columns than `file_name`, such as masks, and that have no row of their own. A name is
     relative to the table's folder.
     """
-    named, own = set(), set()
+    # No table names what is not UTF-8.
+    known = pa.array({place.name.encode(errors="ignore").decode() for place in images}, pa.string())
+    named, with_rows = set(), []
     for metadata in tables:
         try:
-            table = _read_table(metadata)
+            table = metadata.table
         except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError):  # whoever reads the rows names it
             continue
-        for column in table.column_names if "file_name" in table.column_names else ():
-            (own if column == "file_name" else named).update(_places(table, column, metadata))
-    return (named & set(images)) - own
+        if "file_name" not in table.column_names:
+            continue
+        with_rows.append(metadata)
+        for column in set(table.column_names) - {"file_name"}:
+            if pa.types.is_string(table.schema.field(column).type):  # of millions of captions few end like a file
+                is_like_image = pc.is_in(pc.replace_substring_regex(table[column], "^.*/", ""), known)
+                named.update(_places(table.filter(is_like_image), column, metadata))
+    named &= set(images)
+    return named.difference(*(_places(each.table, "file_name", each) for each in with_rows)) if named else named
 
 
 def _places(table: pa.Table, column: str | None, metadata: Metadata) -> list[PurePosixPath | None]:
@@ -195,13 +216,3 @@ def load_tables(
         split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
         for split, paths in data_files.items()
     }
-
-
-def _read_table(metadata: Metadata) -> pa.Table:
-    file = io.BytesIO(metadata.content)
-    suffix = metadata.path.suffix.lower()
-    if not metadata.content.strip():
-        raise ValueError("it is empty")
-    if suffix == ".csv":
-        return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-    return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)
