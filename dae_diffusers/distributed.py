@@ -97,7 +97,8 @@ def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
 def faster_precision(accelerator: Accelerator) -> str | None:
     r"""Says that bfloat16 is faster, if the run's hardware multiplies matrices in it and the run does not; else None."""
     device = accelerator.device.type
-    has_bf16 = {"cpu": torch.cpu._is_amx_tile_supported, "cuda": torch.cuda.is_bf16_supported}.get(device, bool)()
+    has_bf16 = device == "cpu" and torch.cpu._is_amx_tile_supported()
+    has_bf16 |= device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator.mixed_precision != "no" or not has_bf16:
         return None
     return f"`--mixed_precision bf16` is usually much faster on this {'processor' if device == 'cpu' else 'GPU'}."
