@@ -14,24 +14,24 @@ machine changes it little. Writes `time_to_quality.md`, a picture, and `runs.jso
 
 import argparse
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from claim_tables import T_QUANTILES
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from matplotlib.figure import Figure
-from scipy.stats import t
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.runlog import read_log
 from dae_diffusers.store import read_json, write_atomically, write_json
 
-QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 10**9}
 SHORT, LONG = 20, 120  # steps of the runs that are timed
 SCHEDULERS = {
     "noise": lambda: DDIMScheduler(clip_sample=False),  # 1000 steps, betas from 1e-4 to 2e-2, as the DiT paper has it
@@ -77,8 +77,7 @@ def flags_of(experiment: dict[str, Any], name: str, seed: int, output_dir: Path)
             save_start(start, experiment, given, seed)
         shared = {key: value for key, value in shared.items() if key != "model" and key not in SIZES}
         recipe["pretrained_model_name_or_path"] = given
-    flags = {**QUIET, **experiment["data"], "vae": experiment["vae"], **shared, **recipe, "seed": seed}
-    return flags | {"output_dir": folder / "run", "resume_from_checkpoint": "latest"}
+    return {**shared_flags(folder / "run", seed), **experiment["data"], "vae": experiment["vae"], **shared, **recipe}
 
 
 def train(experiment: dict[str, Any], name: str, seed: int, output_dir: Path) -> dict[str, Any]:
@@ -86,8 +85,7 @@ def train(experiment: dict[str, Any], name: str, seed: int, output_dir: Path) ->
     flags = flags_of(experiment, name, seed, output_dir)
     monitored = {"metric_features": experiment["judge"], **experiment["metric"]}
     launch_script("train_dit", {**flags, **monitored, "checkpointing_steps": experiment["metric"]["metric_steps"]})
-    log = flags["output_dir"] / "train_dit" / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_log(Path(flags["output_dir"]) / "train_dit")
     found = {row["step"]: value for row in rows for key, value in row.items() if key.startswith("validation/g")}
     return {"steps": list(found), "distances": list(found.values())}
 
@@ -124,7 +122,7 @@ def interval(values: list[float]) -> str:
     """Mean and half the width of its 95 % interval."""
     if len(values) < 2:
         return f"{values[0]:.2f}"
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    half = T_QUANTILES[min(len(values), max(T_QUANTILES))] * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.2f} ± {half:.2f}"
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dae_diffusers.condition_values import ConditionValues
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.kept import keep_rows
@@ -126,7 +126,7 @@ class Conditions:
         return value.new_tensor(float("nan") if argument == CONDITION_KINDS["mean"] else 0.0)
 
 
-class WithConditions(BatchDataset):
+class WithConditions(ExtendedDataset):
     r"""
     Images or latents together with the conditions of each, drawn by the same index and draw.
 
@@ -140,17 +140,10 @@ class WithConditions(BatchDataset):
     def __init__(
         self, data: BatchDataset, rows: dict[str, torch.Tensor], pictures: ConditionImages | None, factor: int
     ):
-        self.data = data
+        super().__init__(data)
         self.rows = rows
         self.pictures = pictures
         self.factor = factor
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    @property
-    def buckets(self):
-        return self.data.buckets
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         indices = [item[0] if isinstance(item, tuple) else item for item in items]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.pipelines.dae_dit import encode_texts, token_limit
@@ -244,7 +244,7 @@ class Captions:
         return dict(zip(TEXT_ARGUMENTS, (states, torch.where(is_dropped[:, None], empty_mask, mask)), strict=True))
 
 
-class WithText(BatchDataset):
+class WithText(ExtendedDataset):
     r"""
     Images or latents together with the hidden states of a caption of each, drawn by the same index and draw: `encoder_hidden_states`
     `(B, T, D)` and `encoder_attention_mask` `(B, T)`. Without a draw it is the first caption.
@@ -256,16 +256,9 @@ class WithText(BatchDataset):
     """
 
     def __init__(self, data: BatchDataset, captions: list[list[str]], states: TextStates):
-        self.data = data
+        super().__init__(data)
         self.captions = captions
         self.states = states
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    @property
-    def buckets(self):
-        return self.data.buckets
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         texts = [self._text(*item) if isinstance(item, tuple) else self._text(item) for item in items]

@@ -197,6 +197,15 @@ def assert_goes_on_exactly(in_processes, script, flags: str, folder: Path, step:
     assert (folder / name / "log.jsonl").read_text() == (again / name / "log.jsonl").read_text()
 
 
+def assert_two_processes_equal_one(script, flags: str, folder: Path, result: str) -> None:
+    """Compares `result` of two processes with that of one that accumulates as many micro-batches, up to rounding."""
+    run(script, f"{flags} --gradient_accumulation_steps 2", output_dir=folder / "1")
+    code, text = in_both_processes(lambda: start(flags, script, output_dir=folder / "2"))
+    assert code == 0, text
+    first, second = (load_file(folder / name / result) for name in "12")
+    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+
+
 def _end_of(process: int, output: IO[str]) -> tuple[int, str]:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     with output:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,11 +19,10 @@ from scripts import (
     TRANSFORMER,
     assert_goes_on_exactly,
     assert_same_weights,
-    in_both_processes,
+    assert_two_processes_equal_one,
     in_child,
     log_of,
     run,
-    start,
 )
 from torch.testing import assert_close
 
@@ -359,11 +357,7 @@ def test_resumed_run_draws_the_captions_of_an_uninterrupted_one(trained, flags):
 
 
 def test_two_processes_equal_one_that_accumulates(trained, flags, tmp_path):
-    run(train_dit, f"{flags} --gradient_accumulation_steps 2", output_dir=tmp_path / "1")
-    code, text = in_both_processes(partial(start, flags, train_dit, output_dir=tmp_path / "2"))
-    assert code == 0, text
-    first, second = (load_file(tmp_path / name / TRANSFORMER) for name in "12")
-    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+    assert_two_processes_equal_one(train_dit, flags, tmp_path, TRANSFORMER)
 
 
 def test_captions_beside_cached_latents_train_the_same_transformer(trained, data, flags, tmp_path):

@@ -103,15 +103,7 @@ def main(config: EvaluateConfig) -> None:
             config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
         )
     config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
-    prompts = {} if pipeline is None else prompts_of_images(train, config.sampling.num_images)
-    if config.sampling.prompt is not None or not prompts:
-        texts, classes = prompts_of(config.sampling.prompt, train.id2label), prompts.get("classes")
-        kept = {
-            name: prompts[name] for name in ("classes", "conditions") if "conditions" in prompts and name in prompts
-        }
-        of_each = len(texts or ()) > 1 and kept
-        prompts = kept | {"prompts": tuple(texts[label] for label in classes) if of_each else texts}
-    sampler = None if pipeline is None else Sampler(pipeline, **prompts)
+    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(config, train))
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)
 
@@ -156,6 +148,19 @@ def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
     if pipeline.label_column is not None and data.label_column is None:
         data.label_column = [pipeline.label_column, *labels] if labels else pipeline.label_column
     data.continuous_columns, data.condition_column = columns_of(conditions, "mean"), image
+
+
+def what_to_draw(config: EvaluateConfig, train: ImageDataset) -> dict[str, Any]:
+    """What samples are drawn from: captions and conditions of the images. A `prompt` takes the place of the captions."""
+    of_images = prompts_of_images(train, config.sampling.num_images)
+    if config.sampling.prompt is None and of_images:
+        return of_images
+    texts = prompts_of(config.sampling.prompt, train.id2label)
+    if "conditions" not in of_images:
+        return {"prompts": texts}
+    if texts is not None and len(texts) > 1:  # a text for each class; now one for each image
+        texts = tuple(texts[label] for label in of_images["classes"])
+    return of_images | {"prompts": texts}
 
 
 def choose_autoencoder(

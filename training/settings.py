@@ -466,11 +466,7 @@ class TrainPriorConfig:
             raise ConfigError(
                 "`caption_column` does not go with train_vqgan_prior.py, which draws by class: use train_dit.py."
             )
-        for name in [name for name, value in self.data.condition_columns().items() if value]:
-            raise ConfigError(
-                f"{'several columns in ' * (name == 'label_column')}`{name}` cannot be used with train_vqgan_prior.py, which draws by one "
-                "class: use train_dit.py."
-            )
+        self.data.refuse_conditions("train_vqgan_prior.py, which draws by one class: use train_dit.py")
         check_monitor(self.monitor, self.data)
 
 

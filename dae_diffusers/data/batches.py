@@ -26,3 +26,22 @@ class BatchDataset(Dataset):
     def collate_fn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         r"""For `DataLoader`: returns the batch, which is already made."""
         return batch
+
+
+class ExtendedDataset(BatchDataset):
+    r"""
+    Another data set whose batches get more tensors, drawn by the same index and draw.
+
+    Args:
+        data ([`BatchDataset`]): Images or latents.
+    """
+
+    def __init__(self, data: BatchDataset):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def buckets(self) -> Buckets | None:
+        return self.data.buckets

@@ -154,11 +154,8 @@ class DataConfig:
                 f"the columns {' '.join(filter(None, columns))} hold {twice[0] if twice else 'none'!r} "
                 + ("twice: name each once." if twice else "beside others: leave it out.")
             )
-        for name in [name for name, value in self.condition_columns().items() if value and self.streaming]:
-            raise ConfigError(
-                f"{'several columns in ' * (name == 'label_column')}`{name}` cannot be used with `streaming`, because all values are read "
-                "before training: leave `streaming` out."
-            )
+        if self.streaming:
+            self.refuse_conditions("`streaming`, because all values are read before training: leave `streaming` out")
         if self.streaming and self.max_train_samples is not None:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
@@ -186,6 +183,13 @@ class DataConfig:
         """Raises `ConfigError` if there are buckets, for a script that takes images of one shape."""
         if self.aspect_buckets:
             raise ConfigError(f"`aspect_buckets` does not go with {script}, which takes one shape; leave it out.")
+
+    def refuse_conditions(self, reason: str) -> None:
+        """Raises `ConfigError` if any of [`condition_columns`] is named. The reason begins with what does not go with it."""
+        for name, value in self.condition_columns().items():
+            if value:
+                several = "several columns in " if name == "label_column" else ""
+                raise ConfigError(f"{several}`{name}` cannot be used with {reason}.")
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

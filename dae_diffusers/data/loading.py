@@ -376,20 +376,19 @@ def _load_splits(config: DataConfig) -> _Loaded:
 
 
 def _read_source(config: DataConfig) -> _Loaded:
-    with_labels, with_texts = config.label_column != "none", config.caption_column is not None
+    options = {
+        "streaming": config.streaming,
+        "with_labels": config.label_column != "none",
+        "with_texts": config.caption_column is not None,
+        "condition_column": config.condition_column,
+    }
     if config.train_data_dir is not None:
         folder = Path(config.train_data_dir)
         if not folder.is_dir():
             raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
         if _is_saved(folder):
             return _load_saved(folder, config)
-        splits = load_folder(
-            folder,
-            streaming=config.streaming,
-            with_labels=with_labels,
-            with_texts=with_texts,
-            condition_column=config.condition_column,
-        )
+        splits = load_folder(folder, **options)
         return _Loaded(splits, _root_of(splits, folder, None), str(folder))
     if config.dataset_name in EMBEDDED:
         assets = files("dae_diffusers") / "assets"
@@ -408,14 +407,7 @@ def _read_source(config: DataConfig) -> _Loaded:
         if found.tables and not has_card and (splits := _tables_with_images(folder, found, config)):
             return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))
         if not has_card:
-            splits = load_folder(
-                folder,
-                streaming=config.streaming,
-                with_labels=with_labels,
-                with_texts=with_texts,
-                condition_column=config.condition_column,
-                flag="dataset_name",
-            )
+            splits = load_folder(folder, **options, flag="dataset_name")
             return _Loaded(splits, None, str(folder))
         splits = _load_dataset(str(folder.absolute()), config)
         return _Loaded(splits, _root_of(splits, folder, found.tables), str(folder))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
 from dae_diffusers.data import ImageDataset, is_flipped
-from dae_diffusers.data.batches import BatchDataset
+from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError
@@ -238,25 +238,18 @@ def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
         )  # fmt: skip
 
 
-class ImagesWithLatents(BatchDataset):
+class ImagesWithLatents(ExtendedDataset):
     r"""
     Images together with their cached latents, with the same index and draw: `pixel_values` and labels from
     [`~dae_diffusers.data.ImageDataset`], `latents_mean` and `latents_std` from [`CachedLatents`].
     """
 
     def __init__(self, images: ImageDataset, latents: CachedLatents):
-        self.images = images
+        super().__init__(images)
         self.latents = latents
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def buckets(self) -> Buckets:
-        return self.images.buckets
-
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        return {**self.latents.__getitems__(items), **self.images.__getitems__(items)}
+        return {**self.latents.__getitems__(items), **self.data.__getitems__(items)}
 
 
 @torch.no_grad()
