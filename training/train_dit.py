@@ -350,6 +350,7 @@ def find_conditions(
     if run.resumed is not None:
         known = run.resumed[1]["state"].get("conditions")
     conditions, cache = Conditions(images, spatial_factor(vae), known), run.config.transformer.latent_cache
+    logger.info("images are also drawn from %s", ", ".join(conditions.config))
     if cache is not None and run.dry_run is None:
         conditions.keep_images(run.accelerator, Path(cache) / "conditions")
     return conditions

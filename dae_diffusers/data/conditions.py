@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import datasets
 
+from dae_diffusers.cli import did_you_mean
 from dae_diffusers.data.columns import column_values, feature_of, label_ids, label_names
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError
@@ -66,6 +67,7 @@ def conditions_of(
             if feature_of(rows.features, column) is None:
                 raise UserError(
                     f"{_flag(column, config)} {column!r} is not among the columns {list(rows.features)} of the split {split!r}."
+                    f"{did_you_mean(column, list(rows.features))}"
                 )
     if condition == image_column:
         raise UserError(f"`condition_column` {condition!r} is the column of the images: name another one.")
