@@ -1,11 +1,14 @@
 """What a transformer learns to predict: the velocity of flow matching, or what a scheduler for diffusion asks for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas
+from dae_diffusers.losses.flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_sigmas, shifted
+
+Model = Callable[..., tuple[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class FlowMatching:
 
     def spread(self, quantiles: torch.Tensor) -> torch.Tensor:
         r"""Noise levels for validation, from numbers in [0, 1) that are evenly spread."""
-        return self.shift * quantiles / (1 + (self.shift - 1) * quantiles)
+        return shifted(quantiles, self.shift)
 
     def noised(
         self, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
@@ -36,10 +39,19 @@ class FlowMatching:
         return interpolate(latents, noise, levels), 1000 * levels
 
     def loss(
-        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
+        self, model: Model, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor, **given: torch.Tensor
     ) -> torch.Tensor:
-        r"""The loss of each sample, `(B,)`, float32."""
-        return flow_matching_loss(prediction, latents, noise)
+        r"""
+        The loss of each sample, `(B,)`, float32.
+
+        Args:
+            model (callable): The transformer.
+            latents, noise (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents, and standard normal noise.
+            levels (`torch.Tensor` of shape `(B,)`): What `draw` or `spread` gave.
+            given: The transformer's other arguments: classes, text, conditions.
+        """
+        noisy, timesteps = self.noised(latents, noise, levels)
+        return flow_matching_loss(model(noisy, timesteps, return_dict=False, **given)[0], latents, noise)
 
 
 class Diffusion:
@@ -69,9 +81,11 @@ class Diffusion:
         return self.schedule.add_noise(latents, noise, levels), levels
 
     def loss(
-        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
+        self, model: Model, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor, **given: torch.Tensor
     ) -> torch.Tensor:
         r"""As in [`FlowMatching`]."""
+        noisy, timesteps = self.noised(latents, noise, levels)
+        prediction = model(noisy, timesteps, return_dict=False, **given)[0]
         kind = self.schedule.config.prediction_type
         if kind == "v_prediction":
             noise = self.schedule.get_velocity(latents, noise, levels)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import PreTrainedModel
 
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.settings import flat
 from dae_diffusers.sharding import whole_tensor
 
 # The others wait while the main process prepares a data set or measures something: NCCL would give up after ten minutes.
@@ -34,6 +35,8 @@ def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: 
     is_spread = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if is_spread and config.optimization.optimizer != "adamw":
         raise ConfigError("`optimizer muon` needs whole matrices, which FSDP and DeepSpeed divide; use DDP or `adamw`.")
+    if is_spread and flat(config).get("distill_guidance_scale") is not None:
+        raise ConfigError("`distill_guidance_scale` needs whole weights, which FSDP and DeepSpeed divide; use DDP.")
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(name, config, accelerator, one_model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -10,6 +10,8 @@ from dae_diffusers.sizes import words_of_size
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 _OF_CONDITIONS = ("attribute_embeds.", "continuous_embeds.", "condition_embed.")  # beginnings of those of its weights
+_ALWAYS_ADDED = "time_embed.linear_2.bias"  # what a part adds that does not vary any more
+_OF_INTERVAL = "interval_embed."
 _OF_TEXT = ("text_embed.", ".cross_attn.")  # in the names of its weights
 
 
@@ -63,6 +65,7 @@ def take_over(
     rows: list[int | None] | None,
     cross_attention_dim: int | None = None,
     conditions: OldConditions = OldConditions(),  # noqa: B008, it cannot change
+    flow_map: bool = False,
 ) -> tuple[ModelMixin, list[str]]:
     r"""
     Makes a transformer for other latents or classes, with the weights of another one.
@@ -74,6 +77,7 @@ def take_over(
     - Positions are numbers of rows and columns, so that another size continues them.
     - Text is new where the model knew none, or hidden states of another width. At the beginning it changes nothing.
     - Attributes, numbers and a condition image that are new change nothing at the beginning. What is left out goes on as unknown.
+    - A flow map's second noise level changes nothing at the beginning where it is new. Left out, the model goes on as at a step of length 0.
     - A learned variance is dropped: our losses do not train it.
 
     Args:
@@ -83,6 +87,7 @@ def take_over(
             stock class cannot be.
         cross_attention_dim (`int`, *optional*): As in [`DAEDiTTransformer2DModel`]; None without text. The stock class takes none.
         conditions ([`OldConditions`], *optional*): Attributes, numbers and image; the stock class takes none.
+        flow_map (`bool`, *optional*): As in [`DAEDiTTransformer2DModel`]; the stock class can be none.
 
     Returns:
         `tuple[ModelMixin, list[str]]`: A transformer of the same class, and what is not as before, in words.
@@ -96,7 +101,11 @@ def take_over(
         patch_size=patch_size,
         out_channels=None if before.out_channels is None else in_channels,
         **{layout.classes: None if rows is None else len(rows)},
-        **({} if is_stock else {"cross_attention_dim": cross_attention_dim, **_counts(conditions)}),
+        **(
+            {}
+            if is_stock
+            else {"cross_attention_dim": cross_attention_dim, "flow_map": flow_map, **_counts(conditions)}
+        ),
     )
     width = before.get("cross_attention_dim")
     has_new_text = cross_attention_dim not in (None, width)
@@ -110,6 +119,8 @@ def take_over(
             state[name] = torch.zeros_like(value) if null is None else taken[name][numbers]
         elif has_new_text and any(part in name for part in _OF_TEXT):
             state[name] = value
+        elif name.startswith(_OF_INTERVAL):
+            state[name] = taken.get(name, value)
         elif name.startswith(_OF_CONDITIONS):
             state[name] = _condition_weight(name, value, taken, conditions)
         elif is_new and layer in (layout.first, layout.last):
@@ -119,7 +130,11 @@ def take_over(
         else:
             state[name] = taken[name]
     if null is not None and rows is None:
-        state["time_embed.linear_2.bias"] = taken["time_embed.linear_2.bias"] + taken[layout.labels][null]
+        state[_ALWAYS_ADDED] = state[_ALWAYS_ADDED] + taken[layout.labels][null]
+    was_flow_map = before.get("flow_map", False)
+    if was_flow_map and not flow_map:
+        with torch.no_grad():
+            state[_ALWAYS_ADDED] = state[_ALWAYS_ADDED] + old.interval_embed(old.time_proj(torch.zeros(1)))[0]
     new.load_state_dict(state)
 
     changes = []
@@ -132,6 +147,10 @@ def take_over(
         changes.append("its text is new" if width else "text is new")
     elif width and cross_attention_dim is None:
         changes.append("its text is left out")
+    if was_flow_map != flow_map:
+        changes.append(
+            "its steps' second noise level is left out" if was_flow_map else "steps have a second noise level"
+        )
     sizes = [words_of_size(size) for size in (sample_size, before.sample_size)]
     if sizes[0] != sizes[1]:
         changes.append("latents are {} (before: {})".format(*sizes))

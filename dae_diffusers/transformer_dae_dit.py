@@ -270,12 +270,16 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         num_attribute_classes (`list` of `int`, *optional*): Number of classes of each attribute.
         num_continuous (`int`, defaults to 0): How many numbers the model takes.
         condition_channels (`int`, defaults to 0): Channels of the condition image on the latents' grid; 0: the model takes none.
+        flow_map (`bool`, defaults to `False`):
+            Whether the model predicts the mean velocity from `timestep` down to a second noise level, `r_timestep`, so that a few long
+            steps draw an image. Without `r_timestep` both are equal, and it predicts the velocity.
 
     Raises:
         `ValueError`: If `attention_head_dim` is not a multiple of 4, or `sample_size` is not a multiple of `patch_size`.
 
     Sources: Peebles and Xie, 2022, https://huggingface.co/papers/2212.09748; rotary positions: Su et al., 2021,
-    https://huggingface.co/papers/2104.09864; in 2-D: Heo et al., 2024, https://huggingface.co/papers/2403.13298.
+    https://huggingface.co/papers/2104.09864; in 2-D: Heo et al., 2024, https://huggingface.co/papers/2403.13298; mean velocities: Geng et
+    al., 2025, https://huggingface.co/papers/2505.13447.
     """
 
     _supports_gradient_checkpointing = True
@@ -284,6 +288,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "time_embed",
+        "interval_embed",
         "label_embed",
         "text_embed",
         "attribute_embeds",
@@ -309,6 +314,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         num_attribute_classes: list[int] | None = None,
         num_continuous: int = 0,
         condition_channels: int = 0,
+        flow_map: bool = False,
     ):
         super().__init__()
         if attention_head_dim % 4:
@@ -344,6 +350,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         self.continuous_embeds = nn.ModuleList(DAEDiTNumberEmbedding(dim) for _ in range(num_continuous))
         condition_size = patch_size**2 * condition_channels
         self.condition_embed = nn.Linear(condition_size, dim, bias=False) if condition_channels else None
+        self.interval_embed = TimestepEmbedding(256, dim) if flow_map else None
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -363,6 +370,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             if block.cross_attn is not None:
                 nn.init.zeros_(block.cross_attn.out_proj.weight)
         last = [*self.attribute_embeds, *(each.linear_2 for each in self.continuous_embeds), self.condition_embed]
+        last.append(None if self.interval_embed is None else self.interval_embed.linear_2)
         for module in filter(None, last):
             nn.init.zeros_(module.weight)
 
@@ -411,6 +419,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         attribute_labels: torch.Tensor | None = None,
         continuous: torch.Tensor | None = None,
         condition_image: torch.Tensor | None = None,
+        r_timestep: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
         Predicts the velocity `noise - latents` (or whatever it was trained to predict) from noisy latents.
@@ -432,15 +441,17 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 Normalised numbers; NaN, or leaving all out, stands for unknown.
             condition_image (`torch.Tensor` of shape `(B, condition_channels, h, w)`, *optional*):
                 An image on the latents' grid; zeros, or leaving it out, stand for none.
+            r_timestep (`torch.Tensor` of shape `(B,)`, `(1,)` or `()`, *optional*):
+                For a flow map: the noise level that a step leads to, `1000 * sigma`, at most `timestep`, which is the default.
 
         Returns:
             [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, h, w)`.
 
         Raises:
-            `ValueError`: If a shape does not fit, labels are given to a model without classes, a text or conditions to one without
-                them, or if the text is missing.
+            `ValueError`: If a shape does not fit, labels are given to a model without classes, a text, conditions or a second noise level
+                to one without them, or if the text is missing.
         """
-        self._check_inputs(hidden_states, timestep, class_labels)
+        self._check_inputs(hidden_states, timestep, class_labels, r_timestep)
         self._check_text(len(hidden_states), encoder_hidden_states, encoder_attention_mask)
         self._check_conditions(hidden_states, attribute_labels, continuous, condition_image)
         patch_size = self.config.patch_size
@@ -459,6 +470,9 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             hidden_states = hidden_states + self.condition_embed(condition_image)
 
         conditioning = self.time_embed(self.time_proj(timestep.expand(batch_size)).to(dtype))
+        if self.interval_embed is not None:
+            interval = timestep - (timestep if r_timestep is None else r_timestep)
+            conditioning = conditioning + self.interval_embed(self.time_proj(interval.expand(batch_size)).to(dtype))
         if self.label_embed is not None:
             if class_labels is None:
                 class_labels = torch.full((batch_size,), self.null_class, device=hidden_states.device)
@@ -494,7 +508,13 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
 
-    def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None):
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        r_timestep: torch.Tensor | None,
+    ):
         in_channels, patch_size = self.config.in_channels, self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != in_channels:
             raise ValueError(
@@ -508,10 +528,16 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"`hidden_states` is {height} x {width}, but both sides must be multiples of `patch_size` "
                 f"({patch_size}). The nearest size is {nearest[0]} x {nearest[1]}."
             )
-        if timestep.shape not in ((), (1,), (batch_size,)):
+        if r_timestep is not None and self.interval_embed is None:
             raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)}, but must be ({batch_size},), one per sample, or a scalar."
+                "`r_timestep` was given, but this transformer is no flow map (`flow_map=False`). Leave it out, or train one with "
+                "`--flow_map`."
             )
+        for name, value in {"timestep": timestep, "r_timestep": r_timestep}.items():
+            if value is not None and value.shape not in ((), (1,), (batch_size,)):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}, but must be ({batch_size},), one per sample, or a scalar."
+                )
         if class_labels is None:
             return
         if self.null_class is None:

@@ -146,6 +146,29 @@ class WarmStart:
         r"""What its pipeline draws from besides a class and a text; None if that is not known."""
         return None if self.pipeline is None else self.pipeline.conditions
 
+    @property
+    def is_flow_map(self) -> bool:
+        r"""Whether it draws in a few steps, with its guidance in it."""
+        return bool(self.transformer.config.get("flow_map"))
+
+    def teacher(self) -> ModelMixin:
+        r"""
+        The given transformer, frozen: a flow map learns from it. A resumed run loads it again.
+
+        Raises:
+            UserError: If it cannot be distilled.
+        """
+        given = self.load(self.name) if self.is_resumed else self
+        if isinstance(given.transformer, DiTTransformer2DModel) or given.is_flow_map:
+            what = (
+                "draws in a few steps already" if given.is_flow_map else "is of diffusers' class DiTTransformer2DModel"
+            )
+            raise UserError(
+                f"`distill_guidance_scale`: the transformer of {self.name} {what}. Give a pipeline that training/train_dit.py wrote without "
+                "this flag."
+            )
+        return given.transformer.requires_grad_(False).eval()
+
     def state(self) -> dict[str, Any]:
         r"""What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more."""
         return {
@@ -198,6 +221,7 @@ class WarmStart:
         cross_attention_dim: int | None = None,
         conditions: dict[str, dict[str, Any]] | None = None,
         condition_channels: int = 0,
+        flow_map: bool = False,
     ) -> ModelMixin:
         r"""
         The transformer to train: for these latents and classes, with the given weights. Says in the log what is not as before.
@@ -208,9 +232,11 @@ class WarmStart:
             cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states; None without captions.
             conditions (`dict`, *optional*): As [`DAEDiTPipeline`] has them; None without conditions.
             condition_channels (`int`, *optional*): As in [`DAEDiTTransformer2DModel`].
+            flow_map (`bool`, *optional*): As in [`DAEDiTTransformer2DModel`]: it learns from the given one, for the same latents.
 
         Raises:
-            UserError: If the transformer cannot do without classes, and there are none; or if it takes no text or conditions, and there are.
+            UserError: If the transformer cannot do without classes, and there are none; if it takes no text or conditions, and there are; or
+                if a flow map would be for other latents, classes or conditions.
         """
         if self.is_resumed:  # it was made for these latents and classes
             return without_label_dropout(self.transformer)
@@ -237,7 +263,13 @@ class WarmStart:
             rows=self._rows(id2label),
             cross_attention_dim=cross_attention_dim,
             conditions=self._old_conditions(conditions or {}, condition_channels),
+            flow_map=flow_map,
         )
+        if flow_map and len(changes) + len(self.changes) > 1:
+            raise UserError(
+                f"`distill_guidance_scale` makes a transformer that draws what {self.name} draws, but {'; '.join(changes[:-1] + self.changes)}. "
+                "Give the autoencoder, the images and the columns that it was trained with."
+            )
         logger.info(
             "starting from the weights of %s, for %s: %s",
             self.name,

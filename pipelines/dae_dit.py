@@ -43,6 +43,7 @@ FLOW_SCHEDULERS = (
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
 )
+FLOW_MAP_SCHEDULER = "FlowMapEulerDiscreteScheduler"
 # What a column's entry in `conditions` has by its kind, and the transformer's argument: classes, numbers, an image.
 CONDITION_KINDS = {"labels": "attribute_labels", "mean": "continuous", "channels": "condition_image"}
 FEW_VALUES = 16  # up to which an image counts as a mask, whose values must not be mixed
@@ -464,6 +465,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call under way runs the transformer twice a step. A flow map has its guidance in it."""
+        return self._guidance_scale > 1 and not self.transformer.config.get("flow_map")
+
+    @property
     def num_timesteps(self) -> int:
         """Number of times the call under way runs the scheduler."""
         return self._num_timesteps
@@ -503,7 +509,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 is `class_labels`.
             guidance_scale (`float`, defaults to 4.0):
                 Classifier-free guidance, `unconditional + guidance_scale * (conditional - unconditional)` on all latent
-                channels. At 1 and below there is no guidance, which halves the work.
+                channels. At 1 and below there is no guidance, which halves the work. A flow map has its guidance in it, and takes none.
             class_labels (`int`, `str` or an iterable of both, *optional*):
                 Class ids and names, see `get_label_ids`. Without them, a model with classes generates with its null class. A model
                 without classes takes none. With several kinds of classes also a mapping, `{"shape": "cat", "color": ["red", "blue"]}`.
@@ -569,7 +575,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         texts |= {name: value for name, value in embeds.items() if value is not None}
         has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
         has_condition |= any(value is not None for value in conditions.values())
-        self._check_texts(texts, class_labels, is_guided=has_condition and guidance_scale > 1)
+        self._guidance_scale = guidance_scale  # a callback may change it
+        self._check_texts(texts, class_labels, is_guided=has_condition and self.do_classifier_free_guidance)
         label_ids = self._resolve_labels(class_labels)
         shape = self._latent_shape(height, width, latents)
         sides = {"height": shape[1] * self.vae_scale_factor, "width": shape[2] * self.vae_scale_factor}
@@ -600,6 +607,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         latents, timesteps = self._begin(latents)
         self._num_timesteps = len(timesteps)
         noise_levels = [level / self.scheduler.config.num_train_timesteps for level in timesteps.tolist()]
+        ends = self._ends_of_steps(timesteps, batch_size)
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
@@ -622,21 +630,21 @@ class DAEDiTPipeline(DiffusionPipeline):
                 repeats = batch_size if len(value) == 1 else num_images_per_label
                 arguments[name] = value.repeat_interleave(repeats, 0)
         low, high = guidance_interval
-        self._guidance_scale = guidance_scale  # a callback may change it
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for step, (timestep, noise_level) in enumerate(zip(timesteps, noise_levels, strict=True)):
+            for step, (timestep, end, noise_level) in enumerate(zip(timesteps, ends, noise_levels, strict=True)):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
-                if has_condition and self.guidance_scale > 1 and low <= noise_level <= high:
+                if has_condition and self.do_classifier_free_guidance and low <= noise_level <= high:
                     both = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
-                    prediction, baseline = self._predict(torch.cat((model_input, model_input)), timestep, both).chunk(2)
+                    doubled = torch.cat((model_input, model_input))
+                    prediction, baseline = self._predict(doubled, timestep, both | end).chunk(2)
                     channels = latents.shape[1]  # without the variance, where the transformer predicts it
                     guided = baseline + self.guidance_scale * (prediction - baseline)
                     prediction = torch.cat((guided[:, :channels], prediction[:, channels:]), dim=1)
                 else:
-                    prediction = self._predict(model_input, timestep, conditional)
+                    prediction = self._predict(model_input, timestep, conditional | end)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_kwargs)[0]
 
                 if callback_on_step_end is not None:
@@ -701,6 +709,12 @@ class DAEDiTPipeline(DiffusionPipeline):
     def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents of the first step, from standard normal noise, and the timesteps that remain; `set_timesteps` came before."""
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0), self.scheduler.timesteps
+
+    def _ends_of_steps(self, timesteps: torch.Tensor, batch_size: int) -> list[dict[str, torch.Tensor]]:
+        """For each step the transformer's argument that says where it ends, if it is a flow map and the scheduler takes its long steps."""
+        if not (self.transformer.config.get("flow_map") and _is_named(self.scheduler, FLOW_MAP_SCHEDULER)):
+            return [{}] * len(timesteps)
+        return [{"r_timestep": end.expand(batch_size)} for end in (*timesteps[1:], torch.zeros_like(timesteps[-1]))]
 
     def _predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,9 +162,10 @@ def test_diffusion_asks_for_what_its_scheduler_needs():
         scale = scheduler.alphas_cumprod[levels].sqrt().view(-1, 1, 1, 1)
         torch.testing.assert_close(noisy, scale * latents + (1 - scale**2).sqrt() * noise)
         right = {"epsilon": noise, "sample": latents, "v_prediction": scheduler.get_velocity(latents, noise, levels)}
-        assert torch.equal(timesteps, levels) and not objective.loss(right[kind], latents, noise, levels).any()
-        error = objective.loss(right[kind] + 2, latents, noise, levels)
-        torch.testing.assert_close(error, torch.full((5,), 4.0))
+        assert torch.equal(timesteps, levels)
+        for miss in (0.0, 2.0):
+            error = objective.loss(lambda *_, answer=right[kind] + miss, **__: (answer,), latents, noise, levels)
+            torch.testing.assert_close(error, torch.full((5,), miss**2))
     drawn = objective.draw(4000, torch.device("cpu"))
     assert 0 <= drawn.min() < 5 and 994 < drawn.max() < 1000 and abs(drawn.float().mean() - 499.5) < 30
 
@@ -287,7 +289,7 @@ def test_what_does_not_fit_the_weights_is_named(places):
         make_start("stock").continued(8, 3, 2, None)
     config = compose(TrainDiTConfig, dataset_name="digits", vae="x", timestep_shift=2.0)
     with pytest.raises(UserError, match="`timestep_shift` is for flow matching, but .* its DDIMScheduler"):
-        train_dit.make_objective(config, make_start("stock"))
+        train_dit.make_objective(SimpleNamespace(config=config), make_start("stock"))
     data = {"dataset_name": "digits", "image_channels": 1, "vae": "x", "pretrained_model_name_or_path": "y"}
     config = compose(TrainDiTConfig, **data, repa_model="z", repa_layer=3)
     with pytest.raises(UserError, match="`repa_layer` is 3, but the transformer has blocks 1 to 2"):

@@ -51,6 +51,7 @@ from dae_diffusers.metrics.sampling import (
     draw_samples,
     generation_inputs,
     image_sides,
+    is_flow_map,
     load_pipeline,
     prompts_of,
     prompts_of_images,
@@ -78,6 +79,11 @@ def main(config: EvaluateConfig) -> None:
     pipeline = (
         None if config.evaluation.pipeline is None else load_pipeline(config.evaluation.pipeline, accelerator.device)
     )
+    if pipeline is not None and is_flow_map(pipeline) and config.sampling.guidance_scales != [1.0]:
+        raise UserError(
+            f"{config.evaluation.pipeline} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
+            "`num_inference_steps 1 2 4 8` shows what steps change."
+        )
     vae = choose_autoencoder(config, pipeline, accelerator.device)
     sides = None if pipeline is None else image_sides(pipeline)
     if vae is None:

@@ -259,10 +259,23 @@ class FlowMatchingConfig:
         advanced=True,
     )
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
-    sample_steps: int = field(25, "denoising steps of the grid", at_least=1, advanced=True)
+    sample_steps: int | None = field(
+        None, "denoising steps of the grid; default: 25, or 4 after distillation", at_least=1, advanced=True
+    )
     sample_guidance_scale: float = field(
         2.0, "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`", advanced=True
     )
+    distill_guidance_scale: float | None = field(
+        None,
+        "distill the given transformer into one that draws in 2 to 8 steps, with this guidance scale in it; 1: none",
+        at_least=1,
+        advanced=True,
+    )
+
+    @property
+    def num_sample_steps(self) -> int:
+        """Denoising steps of a drawn image."""
+        return self.sample_steps or (25 if self.distill_guidance_scale is None else 4)
 
 
 @settings
@@ -372,6 +385,7 @@ class TrainDiTConfig:
                 "`random_crop` and `random_resized_crop` would cut other parts out of the condition images than those in `latent_cache`. "
                 "Leave these flags or the cache out."
             )
+        self._check_distillation()
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
         if None not in (layer, num_layers) and not 1 <= layer <= num_layers:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
@@ -389,6 +403,22 @@ class TrainDiTConfig:
             )
         if data.image_channels not in (None, 1, 3):
             raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
+
+    def _check_distillation(self) -> None:
+        if self.flow.distill_guidance_scale is None:
+            return
+        if self.transformer.pretrained_model_name_or_path is None:
+            raise ConfigError(
+                "`distill_guidance_scale` needs a finished transformer to distill: give its pipeline as `pretrained_model_name_or_path`."
+            )
+        if self.alignment.repa_model is not None:
+            raise ConfigError(
+                "`repa_model` does not go with `distill_guidance_scale`, which learns from the given transformer. Leave one out."
+            )
+        if self.optimization.train_batch_size < 2:
+            raise ConfigError(
+                "`distill_guidance_scale` needs `train_batch_size` of at least 2: half of a batch learns velocities, the other half steps."
+            )
 
 
 @settings

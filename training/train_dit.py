@@ -9,8 +9,10 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 `--pretrained_model_name_or_path`.
 """
 
+import copy
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
+from dae_diffusers.flow_map import FlowMap, flow_map_scheduler
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
@@ -49,6 +52,7 @@ from dae_diffusers.latents.statistics import (
     write_latent_statistics,
 )
 from dae_diffusers.loop import Loop
+from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.monitor import SampleDistance
 from dae_diffusers.metrics.sampling import SampleSettings, prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -63,6 +67,13 @@ from dae_diffusers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
+DRAWN_FROM = (
+    "class_labels",
+    *TEXT_ARGUMENTS,
+    *CONDITION_ARGUMENTS,
+)  # names in batches, and arguments of the transformer
+Objective = FlowMatching | FlowMap | Diffusion
+
 
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
@@ -73,26 +84,31 @@ def main(config: TrainDiTConfig) -> None:
     vae = autoencoder.vae
     origin = find_origin(run)
     architecture = architecture_of(config, origin)
-    objective, scheduler = make_objective(config, origin)
+    objective, scheduler = make_objective(run, origin)
     (train_data, validation_data), images = load_data(run, vae, architecture["patch_size"])
     training_images = None if images is None else images[0]
     captions = encode_captions(run, images)
     conditions = find_conditions(run, images, vae, origin)
     size = size_of_latents(config.data, vae)
     statistics = measure_statistics(run, vae, train_data, origin)
-    transformer = make_transformer(origin, architecture, vae, train_data, size, captions, conditions)
+    transformer = make_transformer(
+        origin, architecture, vae, train_data, size, captions, conditions, flow_map=isinstance(objective, FlowMap)
+    )
     pipeline_of = partial(
         DAEDiTPipeline,
         vae=vae,
         scheduler=scheduler,
         id2label=train_data.id2label,
         value_range=train_data.value_range,
-        is_flow_matching=isinstance(objective, FlowMatching),
+        is_flow_matching=not isinstance(objective, Diffusion),
         **({} if captions is None else {"tokenizer": captions.tokenizer, "text_encoder": captions.model}),
         **({} if conditions is None else {"conditions": conditions.config, "label_column": conditions.label_column}),
     )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if isinstance(objective, FlowMap):
+        objective.average = copy.deepcopy(transformer).requires_grad_(False).eval().to(accelerator.device)
+        run.compile_blocks([*objective.teacher.transformer_blocks, *objective.average.transformer_blocks])
     run.compile_blocks(transformer.transformer_blocks)
     alignment = make_representation_alignment(config.alignment, transformer, accelerator, config.run.seed)
     num_images = None if config.data.streaming else len(train_data)
@@ -102,7 +118,7 @@ def main(config: TrainDiTConfig) -> None:
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
     plan |= config.data.condition_columns()
-    start = find_start(run, vae, transformer, train_data, steps, plan, captions, conditions)
+    start = find_start(run, vae, transformer, train_data, steps, plan, captions, conditions, objective)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
     set_statistics(vae, statistics)
@@ -123,6 +139,8 @@ def main(config: TrainDiTConfig) -> None:
             **({} if conditions is None else {"conditions": conditions.config}),
         },
     )
+    if isinstance(objective, FlowMap):
+        loop.hold_average(objective.average)
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
         data = ImagesWithLatents(training_images, train_data)
@@ -130,11 +148,11 @@ def main(config: TrainDiTConfig) -> None:
         data, validation_data = captions.beside(data, validation_data)
     if conditions is not None:
         data, validation_data = conditions.beside(data, validation_data)
+    share = config.transformer.class_dropout_prob
+    without = partial(without_conditions, len(train_data.id2label or ()), captions, conditions, share)
     for step in loop.over(data):
         for batch in step:
-            loss = denoising_loss(
-                run, loop.model, batch, vae, objective, len(train_data.id2label or ()), captions, conditions
-            )
+            loss = denoising_loss(run, loop.model, batch, vae, objective, without)
             step.add(loss=loss)
             if alignment is not None:
                 token = spatial_factor(vae) * architecture["patch_size"]  # its side in pixels
@@ -145,7 +163,7 @@ def main(config: TrainDiTConfig) -> None:
             step.backward(loss)
         if step.validates:
             with loop.averaged() as model:
-                value = validation_loss(run, model, vae, validation_data, objective)
+                value = validation_loss(run, model, vae, validation_data, objective, without)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step, images)
             step.write({"validation/loss": value})
         if monitor is not None:
@@ -165,10 +183,8 @@ def denoising_loss(
     model: torch.nn.Module,
     batch: dict[str, torch.Tensor],
     vae: AutoencoderKL,
-    objective: FlowMatching | Diffusion,
-    null_class: int,
-    captions: Captions | None = None,
-    conditions: Conditions | None = None,
+    objective: Objective,
+    without: Callable[[dict[str, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]],
 ) -> torch.Tensor:
     """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
     with run.accelerator.autocast():
@@ -176,16 +192,30 @@ def denoising_loss(
     latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
     noise = torch.randn_like(latents)
     levels = objective.draw(len(latents), latents.device)
-    labels, given = batch.get("class_labels"), {}
-    if labels is not None or captions is not None or conditions is not None:  # dropped for classifier-free guidance
-        share = run.config.transformer.class_dropout_prob
-        dropped = torch.rand(len(latents), device=latents.device) < share  # once a sample
-        labels = None if labels is None else torch.where(dropped, null_class, labels)
-        given = {} if captions is None else captions.dropped(batch, dropped)
-        given |= {} if conditions is None else conditions.dropped(batch, dropped, share)
-    noisy, timesteps = objective.noised(latents, noise, levels)
-    prediction = model(noisy, timesteps, class_labels=labels, return_dict=False, **given)[0]
-    return objective.loss(prediction, latents, noise, levels).mean()
+    given = {}
+    if any(name in batch for name in DRAWN_FROM):  # dropped for classifier-free guidance
+        given = without(
+            batch, torch.rand(len(latents), device=latents.device) < run.config.transformer.class_dropout_prob
+        )
+    if isinstance(objective, FlowMap):
+        given["unconditional"] = without(batch, torch.ones(len(latents), dtype=torch.bool, device=latents.device))
+    return objective.loss(model, latents, noise, levels, **given).mean()
+
+
+def without_conditions(
+    null_class: int,
+    captions: Captions | None,
+    conditions: Conditions | None,
+    share: float,
+    batch: dict[str, torch.Tensor],
+    dropped: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """What a batch is drawn from, as arguments of the transformer: nothing of a sample where `dropped` `(B,)` says so."""
+    given = {}
+    if "class_labels" in batch:
+        given["class_labels"] = torch.where(dropped, null_class, batch["class_labels"])
+    given |= {} if captions is None else captions.dropped(batch, dropped)
+    return given | ({} if conditions is None else conditions.dropped(batch, dropped, share))
 
 
 def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
@@ -227,6 +257,7 @@ def make_transformer(
     size: int | list[int],
     captions: Captions | None,
     conditions: Conditions | None,
+    flow_map: bool = False,
 ) -> ModelMixin:
     """A transformer for latents of this size, these captions and conditions: a new one, or the given one."""
     channels, width = num_latent_channels(vae), None if captions is None else captions.width
@@ -237,7 +268,9 @@ def make_transformer(
             if conditions is None
             else {"conditions": conditions.config, "condition_channels": more["condition_channels"]}
         )
-        return origin.continued(size, channels, architecture["patch_size"], data.id2label, width, **named)
+        return origin.continued(
+            size, channels, architecture["patch_size"], data.id2label, width, flow_map=flow_map, **named
+        )
     num_classes = None if data.id2label is None else len(data.id2label)
     # By name: `from_config` takes positional arguments for defaults.
     return DAEDiTTransformer2DModel(
@@ -256,20 +289,25 @@ def size_of_latents(data: DataConfig, vae: AutoencoderKL) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-def make_objective(config: TrainDiTConfig, origin: WarmStart | None) -> tuple[FlowMatching | Diffusion, SchedulerMixin]:
+def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objective, SchedulerMixin]:
     """What the transformer learns to predict, and the scheduler that samples from it; those of given weights stay."""
-    shift, sampling = config.flow.timestep_shift, config.flow.timestep_sampling
-    if origin is None or (origin.is_flow_matching and shift is not None):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
-        return FlowMatching(sampling, shift or 1.0), scheduler
-    if origin.is_flow_matching:
-        return FlowMatching(sampling, origin.shift), origin.scheduler
-    if shift is not None:
-        raise UserError(
-            f"`timestep_shift` is for flow matching, but {origin.name} is for diffusion: its {type(origin.scheduler).__name__} says which "
-            "noise levels it knows. Leave it out."
-        )
-    return Diffusion(origin.scheduler), origin.scheduler
+    flow, shift = run.config.flow, run.config.flow.timestep_shift
+    if origin is not None and not origin.is_flow_matching:
+        asked = [name for name in ("timestep_shift", "distill_guidance_scale") if getattr(flow, name) is not None]
+        if asked:
+            raise UserError(
+                f"`{asked[0]}` is for flow matching, but {origin.name} is for diffusion: its {type(origin.scheduler).__name__} says which "
+                "noise levels it knows. Leave it out."
+            )
+        return Diffusion(origin.scheduler), origin.scheduler
+    keeps = origin is not None and shift is None and not origin.is_flow_map
+    shift = shift or (1.0 if origin is None else origin.shift)
+    if flow.distill_guidance_scale is not None:
+        teacher = origin.teacher().to(run.accelerator.device)
+        objective = FlowMap(teacher, flow.distill_guidance_scale, shift, run.accelerator.autocast)
+        return objective, flow_map_scheduler(shift)
+    scheduler = origin.scheduler if keeps else FlowMatchEulerDiscreteScheduler(shift=shift)
+    return FlowMatching(flow.timestep_sampling, shift), scheduler
 
 
 def find_start(
@@ -281,6 +319,7 @@ def find_start(
     plan: dict,
     captions: Captions | None,
     conditions: Conditions | None,
+    objective: Objective,
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -293,6 +332,11 @@ def find_start(
     inputs = {"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
     inputs |= {} if captions is None else {"the captions or their encoder": captions.fingerprint}
     inputs |= {} if conditions is None else {"the conditions of the images": conditions.fingerprint}
+    inputs |= (
+        {}
+        if not isinstance(objective, FlowMap)
+        else {"the distilled transformer": model_fingerprint(objective.teacher)}
+    )
     return run.find_start(
         inputs=inputs,
         plan=plan,
@@ -358,7 +402,12 @@ def find_conditions(
 
 @torch.no_grad()
 def validation_loss(
-    run: TrainingRun, model: ModelMixin, vae: AutoencoderKL, data: Dataset, objective: FlowMatching | Diffusion
+    run: TrainingRun,
+    model: ModelMixin,
+    vae: AutoencoderKL,
+    data: Dataset,
+    objective: Objective,
+    without: Callable[[dict[str, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]],
 ) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
@@ -375,12 +424,11 @@ def validation_loss(
         mine = slice(start, start + len(latents) * step, step)
         start = mine.stop
         noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
-        noisy, timesteps = objective.noised(latents, noise, levels)
-        given = ("class_labels", *TEXT_ARGUMENTS, *CONDITION_ARGUMENTS)
-        given = {name: batch[name].to(latents.device) for name in given if name in batch}
+        given = {name: batch[name].to(latents.device) for name in DRAWN_FROM if name in batch}
+        if isinstance(objective, FlowMap):
+            given["unconditional"] = without(given, torch.ones(len(latents), dtype=torch.bool, device=latents.device))
         with run.accelerator.autocast():
-            prediction = model(noisy, timesteps, return_dict=False, **given)[0]
-        losses += objective.loss(prediction, latents, noise, levels).tolist()
+            losses += objective.loss(model, latents, noise, levels, **given).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
 
@@ -393,7 +441,7 @@ def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) ->
     guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
     prompts = prompts_of_images(images, config.monitor.metric_images)
     settings = SampleSettings(
-        config.monitor.metric_images, guidance_scale, flow.sample_steps, seed=config.run.seed, **prompts
+        config.monitor.metric_images, guidance_scale, flow.num_sample_steps, seed=config.run.seed, **prompts
     )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
 
@@ -412,7 +460,7 @@ def draw_samples(
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
         guidance_scale=flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1,
-        num_inference_steps=flow.sample_steps,
+        num_inference_steps=flow.num_sample_steps,
         **shown,
     )
 

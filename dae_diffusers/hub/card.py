@@ -16,7 +16,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
-from dae_diffusers.pipelines.dae_dit import autoencoder_shape, is_representation_autoencoder
+from dae_diffusers.pipelines.dae_dit import FLOW_MAP_SCHEDULER, autoencoder_shape, is_representation_autoencoder
 from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.store import read_json
 
@@ -159,6 +159,12 @@ def make_card(
     generator = GENERATORS.get(result.index.get("_class_name", ""), {})
     if result.index.get("is_flow_matching") is False:
         generator = {**generator, "what": "A Diffusion Transformer", "tags": ["dit"]}
+    if _is_flow_map(result):
+        generator = {
+            **generator,
+            "what": "A Diffusion Transformer, distilled to draw in few steps,",
+            "call": ["num_inference_steps=4"],
+        }
     origin = result.autoencoder_origin
     text_encoder = _text_encoder(result)
     task = TEXT_TASK if text_encoder else TASK
@@ -416,8 +422,13 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
         script = result.scripts.get(generator["script"])
         # Guidance needs a model that has learnt to do without the class.
         is_guided = script is None or script.config.get("class_dropout_prob") != 0
-        words.append(f"guidance_scale={2.0 if is_guided else 1.0}")
+        words += [] if _is_flow_map(result) else [f"guidance_scale={2.0 if is_guided else 1.0}"]
     return ", ".join([*words, *generator.get("call", [])])
+
+
+def _is_flow_map(result: Result) -> bool:
+    """Whether the generator draws in few steps, with its guidance in it."""
+    return (result.index.get("scheduler") or [None, None])[1] == FLOW_MAP_SCHEDULER
 
 
 def _script_description(name: str, script: Script, result: Result) -> dict[str, Any]:

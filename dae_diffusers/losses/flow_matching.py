@@ -38,6 +38,11 @@ def sample_sigmas(
         device=device,
         generator=generator,
     )
+    return shifted(sigmas, shift)
+
+
+def shifted(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    r"""Noise levels moved towards noise by a shift above 1: `shift * s / (1 + (shift - 1) * s)`."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -61,6 +61,9 @@ def load():
 FOLDER, PIPE, VAE = load()
 CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
+IS_FLOW_MAP = bool(
+    PIPE is not None and getattr(PIPE.components.get("transformer"), "config", {}).get("flow_map")
+)  # draws in few steps
 TAKES_TEXT = getattr(PIPE, "takes_text", False) and getattr(PIPE, "text_encoder", None) is not None
 CONDITIONS = dict(sorted((getattr(PIPE, "conditions", None) or {}).items()))
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
@@ -195,7 +198,7 @@ def images_of(arguments, request):
 
 def draw_one(request: gr.Request = None):
     """A picture to try the autoencoder with."""
-    arguments = {"num_inference_steps": 20, "output_type": "pt", "conditions": conditions_of()}
+    arguments = {"num_inference_steps": 4 if IS_FLOW_MAP else 20, "output_type": "pt", "conditions": conditions_of()}
     if CLASSES:
         arguments["class_labels"] = [int(torch.randint(len(CLASSES), ()))]
     images = images_of(arguments, request)
@@ -406,12 +409,15 @@ def generate_tab():
             label = gr.Dropdown(choices, value=choices[0][1] if choices else None, label="Class", visible=bool(CLASSES))
             conditions = [condition_input(name, column) for name, column in CONDITIONS.items()]
             count = gr.Slider(1, 16, 6, step=1, label="Pictures per class" if len(CLASSES) > 1 else "Pictures")
-            guided = "guidance_scale" in OPTIONS and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS))
+            guided = (
+                "guidance_scale" in OPTIONS and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS)) and not IS_FLOW_MAP
+            )
             guidance = gr.Slider(
                 1, 8, 2, step=0.1, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
             )
             stepped = "num_inference_steps" in OPTIONS
-            steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: slower, finer", visible=stepped)
+            usual = 4 if IS_FLOW_MAP else 25
+            steps = gr.Slider(1, MAX_STEPS, usual, step=1, label="Steps", info="more: slower, finer", visible=stepped)
             is_random = gr.Checkbox(True, label="A new seed each time")
             seed = gr.Number(0, precision=0, label="Seed", info="the same seed draws the same pictures")
             with gr.Row():
