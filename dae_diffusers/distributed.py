@@ -36,7 +36,7 @@ def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: 
     if is_spread and config.optimization.optimizer != "adamw":
         raise ConfigError("`optimizer muon` needs whole matrices, which FSDP and DeepSpeed divide; use DDP or `adamw`.")
     if is_spread and flat(config).get("distill_guidance_scale") is not None:
-        raise ConfigError("`distill_guidance_scale` needs whole weights, which FSDP and DeepSpeed divide; use DDP.")
+        raise ConfigError("`distill_guidance_scale` does not run under FSDP and DeepSpeed; use DDP.")
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(name, config, accelerator, one_model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

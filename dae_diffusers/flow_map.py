@@ -24,14 +24,13 @@ class FlowMap:
     level down to another. A step of any length is then one call, and guidance is part of it.
 
     In the first half of a batch both levels are equal: the mean velocity is the teacher's velocity there. In the other half, a step must
-    lead where two steps of half its length lead, as the flow map takes them whose weights are the moving averages.
+    lead where two steps of half its length lead, as the flow map itself takes them.
 
     Attributes:
         teacher (callable): The finished transformer.
         guidance_scale (`float`): Of the teacher; 1 is none.
         shift (`float`): As in [`~dae_diffusers.denoising.FlowMatching`].
-        autocast (callable): Makes the context in which the teacher and `average` run.
-        average (callable, *optional*): The flow map with averaged weights; without it, `loss` takes the flow map that it is given.
+        autocast (callable): Makes the context in which the teacher runs.
 
     Sources: Frans et al., 2024, https://huggingface.co/papers/2410.12557; Boffi et al., 2025, https://huggingface.co/papers/2505.18825.
     """
@@ -40,7 +39,6 @@ class FlowMap:
     guidance_scale: float = 1.0
     shift: float = 1.0
     autocast: Callable[[], AbstractContextManager] = nullcontext
-    average: Model | None = None
 
     def draw(self, count: int, device: torch.device) -> torch.Tensor:
         r"""Pairs of noise levels for training, `(count, 2)`: where a step begins, and where it ends."""
@@ -75,12 +73,10 @@ class FlowMap:
         start, end = levels.unbind(1)
         end = torch.cat((start[:half], end[half:]))
         noisy = interpolate(latents, noise, start)
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad():
             parts = [self._velocity(noisy[:half], start[:half], _part(given, 0, half), _part(unconditional, 0, half))]
             if half < len(latents):
-                parts.append(
-                    _two_steps(self.average or model, noisy[half:], start[half:], end[half:], _part(given, half))
-                )
+                parts.append(_two_steps(model, noisy[half:], start[half:], end[half:], _part(given, half)))
         target = torch.cat(parts)
         return (_mean_velocity(model, noisy, start, end, given) - target).square().mean(dim=(1, 2, 3))
 
@@ -90,7 +86,8 @@ class FlowMap:
         if self.guidance_scale != 1:
             noisy, level = torch.cat((noisy, noisy)), torch.cat((level, level))
             arguments = {name: torch.cat((value, unconditional[name])) for name, value in given.items()}
-        velocity = self.teacher(noisy, 1000 * level, return_dict=False, **arguments)[0].float()
+        with self.autocast():
+            velocity = self.teacher(noisy, 1000 * level, return_dict=False, **arguments)[0].float()
         if self.guidance_scale == 1:
             return velocity
         guided, baseline = velocity.chunk(2)

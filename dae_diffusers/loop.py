@@ -145,12 +145,6 @@ class Loop:
             yield model.eval()
             model.train(was_training)
 
-    def hold_average(self, model: torch.nn.Module) -> None:
-        r"""Makes the weights of another model of the same kind the averages themselves, from now on; without averages, the trained weights."""
-        held = self.parameters if self.ema is None else self.ema.shadow_params
-        for parameter, value in zip(model.parameters(), held, strict=True):
-            parameter.data = value.data
-
     def finished_model(self) -> torch.nn.Module:
         r"""Returns the unwrapped model, with averaged weights from now on. All processes call it."""
         if self.ema is not None:

@@ -89,11 +89,6 @@ def test_the_true_flow_has_no_loss_and_one_that_ignores_where_steps_end_has():
             lambda noisy, timestep, **_: flow_of_normal_data(noisy, timestep), latents, noise, levels, unconditional={}
         )
         assert not shortsighted[:32].any() and shortsighted[32:].mean() > 1e-3
-        # Where a step leads is what two steps of the average do.
-        objective.average = lambda noisy, timestep, **_: flow_of_normal_data(noisy, timestep)
-        follows = objective.loss(flow_of_normal_data, latents, noise, levels, unconditional={})
-        assert follows[:32].max() < 1e-8 and follows[32:].mean() > 1e-3
-        objective.average = None
 
 
 def test_levels_of_validation_are_evenly_spread_pairs():
@@ -183,24 +178,16 @@ def teacher(tmp_path_factory):
 def distilled(teacher, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distilled")
     data = {"train_data_dir": image_folder, "vae": teacher / "vae", "pretrained_model_name_or_path": teacher}
-    objectives = []
-    make_objective = train_dit.make_objective
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train_dit, "make_objective", lambda *args: objectives.append(make_objective(*args)) or objectives[0]
-        )
-        run(train_dit, FLAGS, output_dir=folder, **data)
-    return folder, data, objectives[0][0]
+    run(train_dit, FLAGS, output_dir=folder, **data)
+    return folder, data
 
 
 def test_distilled_pipeline_draws_in_few_steps_and_resumes_bit_by_bit(distilled, teacher, tmp_path):
-    folder, data, objective = distilled
+    folder, data = distilled
     pipeline = DAEDiTPipeline.from_pretrained(folder / "pipeline")
     assert type(pipeline.scheduler) is FlowMapEulerDiscreteScheduler and pipeline.scheduler.config.shift == 2.0
     assert pipeline.transformer.config.flow_map and pipeline.is_flow_matching and pipeline.id2label == NAMES
     assert draw(pipeline, num_inference_steps=2).isfinite().all()
-    for average, exported in zip(objective.average.parameters(), pipeline.transformer.parameters(), strict=True):
-        assert torch.equal(average, exported)
     last = json.loads((folder / "train_dit" / "log.jsonl").read_text().splitlines()[-1])
     assert last["validation/loss"] > 0
     resume(train_dit, FLAGS, folder, tmp_path / "again", 4, ("pipeline",), **data)
@@ -216,7 +203,7 @@ def test_distilled_pipeline_draws_in_few_steps_and_resumes_bit_by_bit(distilled,
 
 
 def test_card_and_evaluation_know_that_guidance_is_in_it(distilled, tmp_path):
-    folder, data, _ = distilled
+    folder, data = distilled
     text = make_card(read_result(folder), "writer/model").content
     assert 'class_labels="dog", num_inference_steps=4' in text and "distilled to draw in few steps" in text
     flags = {"pipeline": folder / "pipeline", "train_data_dir": data["train_data_dir"], "output_dir": tmp_path}
@@ -274,7 +261,7 @@ def test_distillation_is_for_the_same_latents_and_classes(flags, message, distil
 
 @pytest.mark.parametrize("kind", ["flow map", "stock", "diffusion"])
 def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tmp_path):
-    folder, data, _ = distilled
+    folder, data = distilled
     given = folder / "pipeline"
     if kind != "flow map":
         given, stock = tmp_path / "given", {**SIZE, "out_channels": 3, "num_embeds_ada_norm": 2}
@@ -295,7 +282,7 @@ def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tm
 
 
 def test_plain_training_goes_on_from_a_flow_map(distilled, tmp_path):
-    folder, data, _ = distilled
+    folder, data = distilled
     flags = FLAGS.replace(" --distill_guidance_scale 1.5", "").replace("max_train_steps 6", "max_train_steps 1")
     run(train_dit, flags, output_dir=tmp_path, **{**data, "pretrained_model_name_or_path": folder / "pipeline"})
     pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")

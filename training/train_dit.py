@@ -9,7 +9,6 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 `--pretrained_model_name_or_path`.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable
@@ -106,9 +105,6 @@ def main(config: TrainDiTConfig) -> None:
     )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if isinstance(objective, FlowMap):
-        objective.average = copy.deepcopy(transformer).requires_grad_(False).eval().to(accelerator.device)
-        run.compile_blocks([*objective.teacher.transformer_blocks, *objective.average.transformer_blocks])
     run.compile_blocks(transformer.transformer_blocks)
     alignment = make_representation_alignment(config.alignment, transformer, accelerator, config.run.seed)
     num_images = None if config.data.streaming else len(train_data)
@@ -139,8 +135,6 @@ def main(config: TrainDiTConfig) -> None:
             **({} if conditions is None else {"conditions": conditions.config}),
         },
     )
-    if isinstance(objective, FlowMap):
-        loop.hold_average(objective.average)
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
         data = ImagesWithLatents(training_images, train_data)
@@ -304,6 +298,7 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     shift = shift or (1.0 if origin is None else origin.shift)
     if flow.distill_guidance_scale is not None:
         teacher = origin.teacher().to(run.accelerator.device)
+        run.compile_blocks(teacher.transformer_blocks)
         objective = FlowMap(teacher, flow.distill_guidance_scale, shift, run.accelerator.autocast)
         return objective, flow_map_scheduler(shift)
     scheduler = origin.scheduler if keeps else FlowMatchEulerDiscreteScheduler(shift=shift)
