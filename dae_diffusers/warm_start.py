@@ -12,12 +12,12 @@ import diffusers
 from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     SchedulerMixin,
 )
 
 from dae_diffusers.autoencoders.loading import check_has_weights
+from dae_diffusers.denoising import flow_scheduler
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
@@ -127,7 +127,7 @@ class WarmStart:
                 f"`pretrained_model_name_or_path` {name} is a {class_name} alone, which does not tell what it predicts, and for "
                 "which noise levels. Give its pipeline, whose scheduler tells."
             )
-        return cls(name, DAEDiTTransformer2DModel.from_pretrained(name), FlowMatchEulerDiscreteScheduler())
+        return cls(name, DAEDiTTransformer2DModel.from_pretrained(name), flow_scheduler())
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "WarmStart":

@@ -1157,6 +1157,11 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
             settings["final_sigmas_type"] = "zero"  # the other choice leaves noise in the image
         if any(config.get(key) != value for key, value in settings.items()):
             scheduler = type(scheduler).from_config(config, **settings)
+    inherited = (
+        None if "flow_shift" in known else config.get("flow_shift")
+    )  # of the solver whose config this was made from
+    if inherited is not None and "shift" in known and "shift" in config.get("_use_default_values", ()):
+        scheduler = type(scheduler).from_config(config, shift=inherited)
     try:
         (bias, narrowness), reason = _flow_matching_error(scheduler), ""
     except Exception as error:

@@ -11,6 +11,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from models import make_autoencoder
 from scripts import TRANSFORMER, resume, run
@@ -286,4 +287,4 @@ def test_plain_training_goes_on_from_a_flow_map(distilled, tmp_path):
     flags = FLAGS.replace(" --distill_guidance_scale 1.5", "").replace("max_train_steps 6", "max_train_steps 1")
     run(train_dit, flags, output_dir=tmp_path, **{**data, "pretrained_model_name_or_path": folder / "pipeline"})
     pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")
-    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler and not pipeline.transformer.config.flow_map
+    assert type(pipeline.scheduler) is UniPCMultistepScheduler and not pipeline.transformer.config.flow_map

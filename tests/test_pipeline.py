@@ -317,8 +317,9 @@ def test_solver_keeps_the_shift_of_the_scheduler_it_comes_from_and_what_it_was_t
         assert pipeline.scheduler.config.flow_shift == shift and pipeline.scheduler.config.use_flow_sigmas
     assert solver.config.solver_order == 3
     assert pipeline.scheduler is scheduler  # right as it was
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    for given, shift in (({}, 5.0), ({"shift": 1.0}, 1.0)):
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **given)
+        assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler and pipeline.scheduler.config.shift == shift
 
 
 def test_averaging_scheduler_is_warned_of():

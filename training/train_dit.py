@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
 from torch.utils.data import Dataset
 
 from dae_diffusers.alignment import make_representation_alignment
@@ -31,7 +31,7 @@ from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.denoising import Diffusion, FlowMatching
+from dae_diffusers.denoising import Diffusion, FlowMatching, flow_scheduler
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.flow_map import FlowMap, flow_map_scheduler
@@ -301,7 +301,7 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
         run.compile_blocks(teacher.transformer_blocks)
         objective = FlowMap(teacher, flow.distill_guidance_scale, shift, run.accelerator.autocast)
         return objective, flow_map_scheduler(shift)
-    scheduler = origin.scheduler if keeps else FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler = origin.scheduler if keeps else flow_scheduler(shift)
     return FlowMatching(flow.timestep_sampling, shift), scheduler
 
 
