@@ -33,11 +33,13 @@ class Seen:
         whole (`np.ndarray` of shape `(H, W, C)`): The file's picture in [-1, 1].
         pixel_values (`torch.Tensor` of shape `(C, height, width)`): What training gets, in [-1, 1].
         label (`int` or `None`): Its class.
+        condition (`torch.Tensor` of shape `(C, height, width)`, *optional*): Its condition image as training gets it, in [-1, 1].
     """
 
     whole: np.ndarray
     pixel_values: torch.Tensor
     label: int | None
+    condition: torch.Tensor | None = None
 
 
 @without_warnings()
@@ -50,8 +52,9 @@ def look(images: ImageDataset | StreamedImages, seed: int, indices: Iterable[int
             yield Seen(images.whole(rows[0]), batch["pixel_values"][0], label)
         return
     for index in map(int, indices):
-        item = images[index, derived_seed(seed, 1, index)]
-        yield Seen(images.whole(index), item["pixel_values"], item.get("class_labels"))
+        item = index, derived_seed(seed, 1, index)
+        batch, beside = images[item], images.beside and images.beside[item]["pixel_values"]
+        yield Seen(images.whole(index), batch["pixel_values"], batch.get("class_labels"), beside)
 
 
 def of_each_class(images: ImageDataset | StreamedImages, seed: int, number: int) -> dict[int | None, list[Seen]]:
@@ -70,7 +73,8 @@ def of_each_class(images: ImageDataset | StreamedImages, seed: int, number: int)
 
 def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, *, shows_crop: bool) -> Image.Image:
     r"""
-    For each class a row of whole pictures, with what the crop leaves out darkened, and below it what training gets.
+    For each class a row of whole pictures, with what the crop leaves out darkened, and below it what training gets: the images, and
+    their condition images if they have some.
 
     Args:
         chosen (`dict`): From [`of_each_class`].
@@ -87,12 +91,24 @@ def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, 
         if not seen:
             continue
         wholes = [_tile(each.whole, shape_of(each), blank.shape[1:], shows_crop=shows_crop) for each in seen]
-        crops = [each.pixel_values.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for each in seen]
-        crops = [_centred(crop, blank.shape[1:]) for crop in crops]
-        for row in (wholes, crops):
+        below = [[each.pixel_values for each in seen]]
+        if seen[0].condition is not None:
+            below.append([_with_channels(each.condition, channels) for each in seen])
+        enlarged = [
+            [_centred(each.repeat_interleave(factor, 1).repeat_interleave(factor, 2), blank.shape[1:]) for each in row]
+            for row in below
+        ]
+        for row in (wholes, *enlarged):
             rows += [*row, *[blank] * (columns - len(row))]
-        names += ["file" if label is None else id2label[label][:24], "training"]
+        names += ["file" if label is None else id2label[label][:24], "training", "condition"][: 1 + len(below)]
     return image_grid(torch.stack(rows), columns=columns, row_names=names)
+
+
+def _with_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
+    """The image with as many channels: a gray one repeated, or else its first ones, with black for what lacks."""
+    if len(image) == 1:
+        return image.expand(channels, -1, -1)
+    return torch.cat((image[:channels], -torch.ones(max(0, channels - len(image)), *image.shape[1:])))
 
 
 def shape_of(seen: Seen) -> tuple[int, int]:
@@ -145,6 +161,27 @@ def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looke
         share = of_train[label] / max(1, total)
         lines.append(f"| {name} | {of_train[label]} | {share:.1%} | {of_validation[label]} |")
     return "\n".join([*lines, f"| all | {total} | | {len(validation)} |"]) + "\n"
+
+
+def conditions(train: ImageDataset | StreamedImages) -> str:
+    r"""Markdown about what else images are drawn from: the classes of further columns, and the range of numbers; empty if there is nothing."""
+    columns = getattr(train, "conditions", None)
+    if columns is None:
+        return ""
+    parts = []
+    for name, labels in columns.labels.items():
+        counted = Counter(labels)
+        lines = [f"| {name} | training images |", "|---|---|"]
+        parts.append(lines + [f"| {each} | {counted[number]} |" for number, each in enumerate(columns.names[name])])
+    if columns.numbers:
+        lines = ["| number | lowest | mean | highest | unknown |", "|---|---|---|---|---|"]
+        for name, values in columns.numbers.items():
+            known = [value for value in values if value is not None]
+            found = (min(known), sum(known) / len(known), max(known)) if known else ()
+            cells = [f"{value:.4g}" for value in found] or [""] * 3
+            lines.append(f"| {name} | {' | '.join(cells)} | {values.count(None)} |")
+        parts.append(lines)
+    return "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
 
 
 def sizes(looked: list[Seen], buckets: Buckets | None = None) -> str:

@@ -1,6 +1,7 @@
 """A preview shows what training gets, from every source of images."""
 
 import logging
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.preview import counts, draw, look, of_each_class, sizes
+from dae_diffusers.data.conditions import ConditionColumns
+from dae_diffusers.preview import conditions, counts, draw, look, of_each_class, sizes
 from dae_diffusers.training import preview
 from dae_diffusers.training.settings import PreviewConfig
 
@@ -76,3 +78,35 @@ def test_streams_are_counted_as_far_as_they_were_read(tmp_path):
     chosen = of_each_class(train, 0, 2)
     assert {label: len(each) for label, each in chosen.items()} == {0: 2, 1: 2}
     assert f"(of the first {len(looked)})" in counts(train, validation, looked)
+
+
+def test_preview_shows_conditions_as_training_gets_them(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for number in range(8):
+        ramp = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (20, 1))  # what a flip turns round
+        Image.fromarray(np.stack([ramp] * 3, axis=2)).save(folder / f"{number}.png")
+        Image.fromarray(ramp).save(folder / f"mask-{number}.png")
+        rows.append(f"{number}.png,mask-{number}.png,{'red' if number < 3 else 'blue'},{number}\n")
+    (folder / "metadata.csv").write_text("file_name,mask,colour,angle\n" + "".join(rows))
+    flags = f"--train_data_dir {folder} --resolution 16 --random_flip --label_column colour --continuous_columns angle"
+    flags = f"{flags} --condition_column mask --num_images 4 --output_dir {tmp_path / 'out'}"
+    config = parse_config(PreviewConfig, flags.split())
+    preview.main(config)
+    assert "| angle | " in (tmp_path / "out" / "preview.md").read_text()
+    train, _ = load_images(config.data)
+    seen = [each for of_class in of_each_class(train, 0, 4).values() for each in of_class]
+    directions = {float((each.pixel_values[0, 0, -1] - each.pixel_values[0, 0, 0]).sign()) for each in seen}
+    assert directions == {-1.0, 1.0}  # some are flipped
+    for each in seen:
+        torch.testing.assert_close(each.condition, each.pixel_values[:1])
+    picture = draw(of_each_class(train, 0, 4), train.id2label, shows_crop=True)
+    assert picture.height == 6 * 98 - 2  # for each of two classes: files, images, conditions
+
+
+def test_further_labels_and_numbers_are_counted():
+    columns = ConditionColumns({"colour": [0, 1, 1]}, {"colour": ["red", "blue"]}, {"angle": [1.0, None, 4.0]})
+    text = conditions(SimpleNamespace(conditions=columns))
+    assert "| red | 1 |\n| blue | 2 |" in text and "| angle | 1 | 2.5 | 4 | 1 |" in text
+    assert conditions(SimpleNamespace(conditions=None)) == ""

@@ -3,8 +3,9 @@ Draw what training will see of your images: crops, classes and counts. Trains no
 
     dae-diffusers preview --train_data_dir my_images --resolution 64 --output_dir runs/mine/preview
 
-`preview.png` shows for each class whole pictures, with what the crop leaves out darkened, and below them what training gets.
-`preview.md` counts the images of each class, and says how large the files are. Give the flags of the data that you will train with.
+`preview.png` shows for each class whole pictures, with what the crop leaves out darkened, and below them what training gets, with the
+images of `--condition_column`. `preview.md` counts the images of each class of each label column, and says how large the files are and
+which numbers there are. Give the flags of the data that you will train with.
 """
 
 import logging
@@ -14,7 +15,7 @@ from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
-from dae_diffusers.preview import LOOKED_AT, counts, draw, look, of_each_class, sizes
+from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, look, of_each_class, sizes
 from dae_diffusers.store import write_atomically
 from dae_diffusers.training.settings import PreviewConfig
 
@@ -27,7 +28,7 @@ def main(config: PreviewConfig) -> None:
     train, validation = load_images(config.data, seed)
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))
-    table = counts(train, validation, looked) + "\n" + sizes(looked, train.buckets)
+    table = counts(train, validation, looked) + conditions(train) + "\n" + sizes(looked, train.buckets)
     picture = draw(
         of_each_class(train, seed, config.preview.num_images),
         train.id2label,
