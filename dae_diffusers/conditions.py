@@ -1,5 +1,6 @@
 """What a run's images are drawn from besides a class and a text, as the transformer, the pipeline and the samples need it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Conditions:
         for each in self.pictures[:1]:
             self.config[train.image_column] = {"channels": each.channels, "value_range": each.value_range}
         columns = [vars(each.conditions) for each in images]
+        self._null_labels: torch.Tensor | None = None
         self.fingerprint = fingerprint_of_json([columns, [each.fingerprint for each in self.pictures]])
 
     def keep_images(self, accelerator: Accelerator, folder: Path) -> None:
@@ -122,8 +124,10 @@ class Conditions:
     def _unknown(self, argument: str, value: torch.Tensor) -> torch.Tensor:
         """What stands for unknown: the number of a column's classes, NaN, or zeros."""
         if argument == CONDITION_KINDS["labels"]:
-            return value.new_tensor(self.transformer_kwargs()["num_attribute_classes"])
-        return value.new_tensor(float("nan") if argument == CONDITION_KINDS["mean"] else 0.0)
+            if self._null_labels is None or self._null_labels.device != value.device:  # once: a copy holds a GPU up
+                self._null_labels = value.new_tensor(self.transformer_kwargs()["num_attribute_classes"])
+            return self._null_labels
+        return value.new_full((), math.nan if argument == CONDITION_KINDS["mean"] else 0.0)
 
 
 class WithConditions(ExtendedDataset):

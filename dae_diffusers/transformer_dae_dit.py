@@ -29,7 +29,7 @@ DIT_SIZES = {
 
 ABSOLUTE_BASE = 10_000.0
 ROTARY_BASE = 100.0  # a grid has tens of rows: a base of 10000 would leave most pairs unrotated (RoPE-ViT, 2403.13298)
-NUMBER_FREQUENCIES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of normalised numbers, which lie mostly in [-2, 2]
+NUMBER_OCTAVES = range(-1, 5)  # frequencies 1/2 to 16, of normalised numbers, which lie mostly in [-2, 2]
 _FEW_TOKENS = 512  # up to which plain products train faster than the fused kernel, in bfloat16 on a CPU
 
 
@@ -181,13 +181,14 @@ class DAEDiTNumberEmbedding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.linear_1 = nn.Linear(2 + 2 * len(NUMBER_FREQUENCIES), dim, bias=False)
+        self.linear_1 = nn.Linear(2 + 2 * len(NUMBER_OCTAVES), dim, bias=False)
         self.linear_2 = nn.Linear(dim, dim, bias=False)
 
     def forward(self, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         known = ~numbers.isnan()
         numbers = torch.where(known, numbers, 0.0).float()
-        angles = numbers[:, None] * torch.tensor(NUMBER_FREQUENCIES, device=numbers.device)
+        octaves = torch.arange(NUMBER_OCTAVES.start, NUMBER_OCTAVES.stop, device=numbers.device, dtype=torch.float32)
+        angles = numbers[:, None] * octaves.exp2()  # made where it is needed: a copy from the CPU would hold a GPU up
         features = (torch.ones_like(angles[:, :1]), numbers[:, None], angles.sin(), angles.cos())
         features = torch.cat(features, dim=1) * known[:, None]
         return self.linear_2(F.silu(self.linear_1(features.to(dtype))))

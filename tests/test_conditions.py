@@ -656,7 +656,10 @@ def test_tiny_model_follows_a_number_and_a_mask(tmp_path):
     )
     right = right.unflatten(0, (4, 5))
     axis = right[:, -1:] - right[:, :1]  # of each mask, from no light to the most
-    followed = ((drawn - right[:, :1]) * axis).flatten(2).sum(2) / axis.square().flatten(2).sum(2)
-    assert (followed.mean(0).diff() > 0).all() and followed.mean(0)[0] < 0.4 and followed.mean(0)[-1] > 0.6
+    followed, wanted = (
+        (((each - right[:, :1]) * axis).flatten(2).sum(2) / axis.square().flatten(2).sum(2)).mean(0)
+        for each in (drawn, right)  # wanted: 0, 0.81, 0.94, 0.99, 1: the encoder hardly tells bright lights apart
+    )
+    assert (followed[:3].diff() > 0.05).all() and (followed - wanted).abs().max() < 0.3
     nearest = torch.cdist(drawn[:, 2:].flatten(2).flatten(0, 1), right[:, -1].flatten(1)).argmin(1)
     assert torch.equal(nearest, torch.arange(4).repeat_interleave(3))
