@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from hub_server import HubServer
 from huggingface_hub import RepoCard
 from models import make_prior_pipeline, save_run
 from PIL import Image
+from test_conditions import COLUMNS
+from test_conditions import make_pipeline as make_conditional_pipeline
 
 from dae_diffusers.hub.upload import space_files
 from dae_diffusers.plots import image_grid
@@ -42,21 +45,21 @@ def exported(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def page_url(exported):
-    """The app, served on 127.0.0.1 by a process of its own."""
+@contextmanager
+def serving(model: Path):
+    """The app of a model, served on 127.0.0.1 by a process of its own: its address."""
     pytest.importorskip("gradio", reason='the Space needs gradio: pip install -e ".[browser]"')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        "MODEL": str(exported),
+        "MODEL": str(model),
         "GRADIO_SERVER_NAME": "127.0.0.1",
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
     }
-    log = exported.parent / "app.log"
+    log = model.parent / "app.log"
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, APP], env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -73,6 +76,12 @@ def page_url(exported):
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def page_url(exported):
+    with serving(exported) as url:
+        yield url
 
 
 @pytest.fixture(params=SIZES)
@@ -264,6 +273,42 @@ def test_bad_uploads_are_answered_with_a_sentence(page, tmp_path):
     page.wait_for_timeout(1000)  # the upload itself shows nothing that could be waited for
     page.click("#reconstruct")
     page.get_by_text("This file cannot be read as a picture.").wait_for()
+
+
+@pytest.mark.slow
+def test_conditions_have_inputs_that_change_what_is_drawn(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[browser]"')
+    columns = {**COLUMNS, "mask": {"channels": 1, "value_range": None}}
+    make_conditional_pipeline(columns).save_pretrained(tmp_path / "model")
+    Image.linear_gradient("L").save(tmp_path / "mask.png")
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with serving(tmp_path / "model") as url, playwright.sync_playwright() as driver:
+        page = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+        page.goto(url)
+        page.get_by_label("A new seed each time").uncheck()
+        page.get_by_label("color", exact=True).wait_for()
+        drawn = []
+
+        def draw_again():
+            before = page.get_attribute("#samples img", "src") if drawn else None
+            page.click("#draw")
+            drawn.append(picture(page, "#samples", before).tobytes())
+
+        draw_again()  # with the first classes, the mean of each number, and no image
+        page.get_by_label("color", exact=True).click()
+        page.get_by_role("option", name="red").click()
+        draw_again()
+        page.locator("input[type=number][aria-label*=angle]").fill("50")
+        draw_again()
+        page.locator("#condition-mask input[type=file]").set_input_files(tmp_path / "mask.png")
+        page.wait_for_selector("#condition-mask img")
+        draw_again()
+        assert len(set(drawn)) == 4
+        page.reload()
+        page.locator("#condition-mask input[type=file]").set_input_files(tmp_path / "bad.png")
+        page.wait_for_timeout(1000)
+        page.click("#draw")
+        page.get_by_text("This file cannot be read as a picture.").wait_for()
 
 
 @pytest.mark.slow
