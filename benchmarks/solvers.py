@@ -23,6 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
@@ -135,6 +136,10 @@ def plot(found: dict[str, dict[str, list[float]]], path: Path) -> None:
     axes.set(
         xscale="log", yscale="log", xlabel="evaluations of the transformer", ylabel="Fréchet distance (lower is better)"
     )
+    evaluations = sorted({int(n) for row in found.values() for n in row})
+    axes.xaxis.set_major_locator(FixedLocator(evaluations))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
