@@ -93,9 +93,9 @@ def nearest(drawn: torch.Tensor, train: ImageDataset) -> list[int]:
 
 def show(arguments: argparse.Namespace) -> Image.Image:
     """Rows of samples, each with its nearest training image at the end."""
-    train, validation = load_images(
-        DataConfig(dataset_name=arguments.dataset_name, label_column="none", caption_column="text"), 0
-    )
+    name = arguments.dataset_name
+    data = DataConfig(dataset_name=name, label_column="none", caption_column="text", resolution=64)
+    train, validation = load_images(data, 0)
     held_out = [validation.captions[number][0] for number in validation.spread(arguments.num_held_out)]
     prompts = [*held_out, *PROMPTS]
     images = draw(
