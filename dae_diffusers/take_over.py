@@ -12,6 +12,7 @@ from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 _OF_CONDITIONS = ("attribute_embeds.", "continuous_embeds.", "condition_embed.")  # beginnings of those of its weights
 _ALWAYS_ADDED = "time_embed.linear_2.bias"  # what a part adds that does not vary any more
 _OF_INTERVAL = "interval_embed."
+NEW_INTERVAL = "steps have a second noise level"  # what becomes of a transformer that is distilled, in words
 _OF_TEXT = ("text_embed.", ".cross_attn.")  # in the names of its weights
 
 
@@ -94,6 +95,7 @@ def take_over(
     """
     layout, before, is_stock = layout_of(old), old.config, isinstance(old, DiTTransformer2DModel)
     null, outputs = before[layout.classes], before.out_channels or before.in_channels
+    ours = {"cross_attention_dim": cross_attention_dim, "flow_map": flow_map, **_counts(conditions)}
     new = layout.model_class.from_config(
         before,
         sample_size=sample_size,
@@ -101,11 +103,7 @@ def take_over(
         patch_size=patch_size,
         out_channels=None if before.out_channels is None else in_channels,
         **{layout.classes: None if rows is None else len(rows)},
-        **(
-            {}
-            if is_stock
-            else {"cross_attention_dim": cross_attention_dim, "flow_map": flow_map, **_counts(conditions)}
-        ),
+        **({} if is_stock else ours),
     )
     width = before.get("cross_attention_dim")
     has_new_text = cross_attention_dim not in (None, width)
@@ -148,9 +146,7 @@ def take_over(
     elif width and cross_attention_dim is None:
         changes.append("its text is left out")
     if was_flow_map != flow_map:
-        changes.append(
-            "its steps' second noise level is left out" if was_flow_map else "steps have a second noise level"
-        )
+        changes.append("its steps' second noise level is left out" if was_flow_map else NEW_INTERVAL)
     sizes = [words_of_size(size) for size in (sample_size, before.sample_size)]
     if sizes[0] != sizes[1]:
         changes.append("latents are {} (before: {})".format(*sizes))

@@ -22,7 +22,7 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
-from dae_diffusers.take_over import LAYOUTS, OldConditions, layout_of, take_over, without_label_dropout
+from dae_diffusers.take_over import LAYOUTS, NEW_INTERVAL, OldConditions, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
@@ -159,10 +159,12 @@ class WarmStart:
             UserError: If it cannot be distilled.
         """
         given = self.load(self.name) if self.is_resumed else self
-        if isinstance(given.transformer, DiTTransformer2DModel) or given.is_flow_map:
-            what = (
-                "draws in a few steps already" if given.is_flow_map else "is of diffusers' class DiTTransformer2DModel"
-            )
+        what = None
+        if given.is_flow_map:
+            what = "draws in a few steps already"
+        elif isinstance(given.transformer, DiTTransformer2DModel):
+            what = "is of diffusers' class DiTTransformer2DModel"
+        if what is not None:
             raise UserError(
                 f"`distill_guidance_scale`: the transformer of {self.name} {what}. Give a pipeline that training/train_dit.py wrote without "
                 "this flag."
@@ -265,9 +267,10 @@ class WarmStart:
             conditions=self._old_conditions(conditions or {}, condition_channels),
             flow_map=flow_map,
         )
-        if flow_map and len(changes) + len(self.changes) > 1:
+        unwanted = [change for change in (*changes, *self.changes) if change != NEW_INTERVAL]
+        if flow_map and unwanted:
             raise UserError(
-                f"`distill_guidance_scale` makes a transformer that draws what {self.name} draws, but {'; '.join(changes[:-1] + self.changes)}. "
+                f"`distill_guidance_scale` makes a transformer that draws what {self.name} draws, but {'; '.join(unwanted)}. "
                 "Give the autoencoder, the images and the columns that it was trained with."
             )
         logger.info(

@@ -38,6 +38,13 @@ TINY_AUTOENCODER = {
     "sample_size": 16,
     "mid_block_add_attention": False,
 }
+TINY_TRANSFORMER = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+}
 QUANTIZERS = {
     "vq": {"quantizer_type": "vq"},
     "vq_l2": {"quantizer_type": "vq", "quantizer_l2_normalize": True},
@@ -53,6 +60,18 @@ NUM_CODES = 16
 def make_autoencoder(auxiliary_decoder_type: str = "dropout", **config) -> DAEAutoencoderKL:
     torch.manual_seed(0)
     return DAEAutoencoderKL(**{**TINY_AUTOENCODER, **config}, auxiliary_decoder_type=auxiliary_decoder_type)
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives a model random weights: a new transformer predicts zero, whatever it is given."""
+    torch.manual_seed(1)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    return model.eval()
+
+
+def make_random_transformer(**config) -> DAEDiTTransformer2DModel:
+    return randomize(DAEDiTTransformer2DModel(**{**TINY_TRANSFORMER, **config}))
 
 
 def save_autoencoder(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from models import make_autoencoder, save_autoencoder, save_backbone
+from models import make_autoencoder, make_random_transformer, save_autoencoder, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
@@ -85,14 +85,11 @@ def trained(tmp_path_factory, flags):
 
 
 def random_transformer(**config) -> DAEDiTTransformer2DModel:
-    torch.manual_seed(0)
-    sizes = {"sample_size": 8, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-    transformer = DAEDiTTransformer2DModel(**{**sizes, **config})
+    transformer = make_random_transformer(attention_head_dim=8, **config)
     for name, value in transformer.named_parameters():
-        torch.nn.init.normal_(value, std=0.2)
         if "attribute_embeds" in name:
             value.data[-1] = 0
-    return transformer.eval()
+    return transformer
 
 
 def make_pipeline(columns=COLUMNS, **config) -> DAEDiTPipeline:
@@ -638,7 +635,7 @@ def lit_half(mask: Image.Image, light: float) -> Image.Image:
 
 def test_tiny_model_follows_a_number_and_a_mask(tmp_path):
     flags = (
-        "--model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --train_batch_size 32 --max_train_steps 150 "
+        "--model DiT-Ti/2 --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --train_batch_size 32 --max_train_steps 400 "
         "--learning_rate 1e-2 --lr_warmup_steps 5 --ema_decay 0.9 --validation_steps 999 --checkpointing_steps 999 --num_sample_images 1 "
         "--sample_steps 1 --continuous_columns light --condition_column mask"
     )
@@ -660,6 +657,7 @@ def test_tiny_model_follows_a_number_and_a_mask(tmp_path):
         (((each - right[:, :1]) * axis).flatten(2).sum(2) / axis.square().flatten(2).sum(2)).mean(0)
         for each in (drawn, right)  # wanted: 0, 0.81, 0.94, 0.99, 1: the encoder hardly tells bright lights apart
     )
-    assert (followed[:3].diff() > 0.05).all() and (followed - wanted).abs().max() < 0.3
+    assert (followed.diff() > 0).all() and followed[0] < 0.4 and followed[-1] > 0.6
+    assert (followed - wanted).abs().max() < 0.3
     nearest = torch.cdist(drawn[:, 2:].flatten(2).flatten(0, 1), right[:, -1].flatten(1)).argmin(1)
     assert torch.equal(nearest, torch.arange(4).repeat_interleave(3))

@@ -13,7 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from models import make_autoencoder
+from models import TINY_TRANSFORMER, make_autoencoder, make_random_transformer
 from scripts import TRANSFORMER, resume, run
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -26,19 +26,13 @@ from dae_diffusers.training import evaluate, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
-SIZE = {"in_channels": 3, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8}
 NAMES = {0: "cat", 1: "dog"}  # the classes of the images
 FLAGS = "--resolution 16 --max_train_steps 6 --train_batch_size 4 --logging_steps 1 --validation_steps 9 --checkpointing_steps 2"
 FLAGS += " --num_sample_images 2 --sample_steps 1 --distill_guidance_scale 1.5"
 
 
 def make_transformer(**config) -> DAEDiTTransformer2DModel:
-    """With random weights: a new model predicts zero, whatever it is given."""
-    torch.manual_seed(1)
-    model = DAEDiTTransformer2DModel(**{**SIZE, "num_classes": 2, **config}).eval()
-    for value in model.parameters():
-        torch.nn.init.normal_(value, std=0.2)
-    return model
+    return make_random_transformer(**{"num_classes": 2, **config})
 
 
 def make_pipeline(scheduler=None, transformer=None, **config) -> DAEDiTPipeline:
@@ -253,6 +247,7 @@ def test_settings_that_distillation_cannot_have(flags, message, distilled, tmp_p
     [
         ("--patch_size 1", "draws, but first and last layer are new"),
         ("--label_column none", "draws, but its classes are left out"),
+        ("--resolution 32", r"draws, but latents are 16x16 \(before: 8x8\)\. Give the autoencoder"),
     ],
 )
 def test_distillation_is_for_the_same_latents_and_classes(flags, message, distilled, tmp_path):
@@ -265,7 +260,7 @@ def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tm
     folder, data = distilled
     given = folder / "pipeline"
     if kind != "flow map":
-        given, stock = tmp_path / "given", {**SIZE, "out_channels": 3, "num_embeds_ada_norm": 2}
+        given, stock = tmp_path / "given", {**TINY_TRANSFORMER, "out_channels": 3, "num_embeds_ada_norm": 2}
         transformer = DiTTransformer2DModel(**stock) if kind == "stock" else make_transformer()
         pipeline = make_pipeline(transformer=transformer)
         if kind == "diffusion":

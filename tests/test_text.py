@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from models import make_autoencoder, save_autoencoder, save_backbone, save_text_encoder
+from models import make_autoencoder, make_random_transformer, save_autoencoder, save_backbone, save_text_encoder
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
@@ -97,12 +97,7 @@ def trained(tmp_path_factory, flags):
 
 
 def random_transformer(**config) -> DAEDiTTransformer2DModel:
-    torch.manual_seed(0)
-    sizes = {"sample_size": 8, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-    transformer = DAEDiTTransformer2DModel(**{**sizes, "cross_attention_dim": 16, **config})
-    for value in transformer.parameters():
-        torch.nn.init.normal_(value, std=0.2)
-    return transformer.eval()
+    return make_random_transformer(**{"attention_head_dim": 8, "cross_attention_dim": 16, **config})
 
 
 def make_pipeline(encoder: str | None, **config) -> DAEDiTPipeline:

@@ -15,10 +15,10 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
-from models import make_autoencoder, make_prior_pipeline
+from models import TINY_TRANSFORMER, make_autoencoder, make_prior_pipeline, make_random_transformer, randomize
 from scripts import BARE_DIT, TRANSFORMER, resume, run
 
-from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
@@ -30,26 +30,17 @@ from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
-OURS = {"sample_size": 8, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-STOCK = {**OURS, "out_channels": 6, "attention_head_dim": 8}
+STOCK = {**TINY_TRANSFORMER, "out_channels": 6, "attention_head_dim": 8}
 NAMES = {0: "cat", 1: "crane, hoist", 2: "dog"}
 # Too small to change a weight.
 STILL = "--resolution 16 --max_train_steps 1 --train_batch_size 4 --learning_rate 1e-30 --num_sample_images 2 --sample_steps 1"
 
 
-def random_weights(model):
-    """A new model predicts zero, whatever it is given."""
-    torch.manual_seed(1)
-    for value in model.parameters():
-        torch.nn.init.normal_(value, std=0.2)
-    return model.eval()
-
-
 def make_transformer(kind, names=NAMES, **config):
     num_classes = None if names is None else len(names)
     if kind == "ours":
-        return random_weights(DAEDiTTransformer2DModel(**{**OURS, "num_classes": num_classes, **config}))
-    return random_weights(DiTTransformer2DModel(**{**STOCK, "num_embeds_ada_norm": num_classes, **config}))
+        return make_random_transformer(**{"num_classes": num_classes, **config})
+    return randomize(DiTTransformer2DModel(**{**STOCK, "num_embeds_ada_norm": num_classes, **config}))
 
 
 def make_pipeline(kind, names=NAMES, **config):
@@ -86,7 +77,7 @@ def test_classes_of_the_same_name_keep_their_rows_and_new_ones_begin_as_no_class
     for label, was in enumerate(before):
         assert torch.equal(predict(new, label), predict(old, was))
     tables = [name for name, value in new.state_dict().items() if len(value) == len(before)]
-    assert len(tables) == (1 if kind == "ours" else OURS["num_layers"])
+    assert len(tables) == (1 if kind == "ours" else TINY_TRANSFORMER["num_layers"])
     assert (
         "2 of 4 classes are new and begin as the null class (owl, tit); 1 of its 3 classes are left out" in caplog.text
     )
