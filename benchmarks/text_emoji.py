@@ -14,15 +14,16 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from text_digits import draw, save_text_encoder
-from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.judges import Pixels
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.metrics.distances import nearest_neighbors
+from dae_diffusers.metrics.evaluation import image_features
 from dae_diffusers.plots import image_grid
 
 PROMPTS = (
@@ -84,11 +85,8 @@ def train(arguments: argparse.Namespace) -> None:
 @torch.no_grad()
 def nearest(drawn: torch.Tensor, train: ImageDataset) -> list[int]:
     """The training image that is nearest to each drawn one, by pixels of images shrunk to 8 x 8."""
-    judge, features = Pixels(), []
-    for start in tqdm(range(0, len(train), 256), desc="Training images", unit="batch"):
-        batch = train.__getitems__(range(start, min(start + 256, len(train))))["pixel_values"]
-        features.append(judge(batch))
-    return nearest_neighbors(judge(drawn), torch.cat(features))[1].flatten().tolist()
+    judge = Pixels()
+    return nearest_neighbors(judge(drawn), image_features(train, judge, Accelerator()))[1].flatten().tolist()
 
 
 def show(arguments: argparse.Namespace) -> Image.Image:

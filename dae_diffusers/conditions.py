@@ -53,7 +53,6 @@ class Conditions:
         for each in self.pictures[:1]:
             self.config[train.image_column] = {"channels": each.channels, "value_range": each.value_range}
         columns = [vars(each.conditions) for each in images]
-        self._null_labels: torch.Tensor | None = None
         self.fingerprint = fingerprint_of_json([columns, [each.fingerprint for each in self.pictures]])
 
     def keep_images(self, accelerator: Accelerator, folder: Path) -> None:
@@ -124,9 +123,8 @@ class Conditions:
     def _unknown(self, argument: str, value: torch.Tensor) -> torch.Tensor:
         """What stands for unknown: the number of a column's classes, NaN, or zeros."""
         if argument == CONDITION_KINDS["labels"]:
-            if self._null_labels is None or self._null_labels.device != value.device:  # once: a copy holds a GPU up
-                self._null_labels = value.new_tensor(self.transformer_kwargs()["num_attribute_classes"])
-            return self._null_labels
+            counts = self.transformer_kwargs()["num_attribute_classes"]
+            return torch.cat([value.new_full((1,), count) for count in counts])  # no copy, which holds a GPU up
         return value.new_full((), math.nan if argument == CONDITION_KINDS["mean"] else 0.0)
 
 

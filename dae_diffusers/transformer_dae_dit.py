@@ -531,8 +531,8 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             )
         if r_timestep is not None and self.interval_embed is None:
             raise ValueError(
-                "`r_timestep` was given, but this transformer is no flow map (`flow_map=False`). Leave it out, or train one with "
-                "`--flow_map`."
+                "`r_timestep` was given, but this transformer is no flow map (`flow_map=False`). Leave it out, or distill one: "
+                "training/train_dit.py with `--distill_guidance_scale`."
             )
         for name, value in {"timestep": timestep, "r_timestep": r_timestep}.items():
             if value is not None and value.shape not in ((), (1,), (batch_size,)):

@@ -268,6 +268,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         return self.transformer.config.get("cross_attention_dim") is not None
 
     @property
+    def is_flow_map(self) -> bool:
+        """Whether the transformer draws in few steps, with its guidance in it."""
+        return bool(self.transformer.config.get("flow_map"))
+
+    @property
     def labels(self) -> dict[str, int]:
         """Every class name and its id, sorted by name. If classes share a name, the last one counts."""
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
@@ -467,7 +472,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call under way runs the transformer twice a step. A flow map has its guidance in it."""
-        return self._guidance_scale > 1 and not self.transformer.config.get("flow_map")
+        return self._guidance_scale > 1 and not self.is_flow_map
 
     @property
     def num_timesteps(self) -> int:
@@ -712,7 +717,7 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def _ends_of_steps(self, timesteps: torch.Tensor, batch_size: int) -> list[dict[str, torch.Tensor]]:
         """For each step the transformer's argument that says where it ends, if it is a flow map and the scheduler takes its long steps."""
-        if not (self.transformer.config.get("flow_map") and _is_named(self.scheduler, FLOW_MAP_SCHEDULER)):
+        if not (self.is_flow_map and _is_named(self.scheduler, FLOW_MAP_SCHEDULER)):
             return [{}] * len(timesteps)
         return [{"r_timestep": end.expand(batch_size)} for end in (*timesteps[1:], torch.zeros_like(timesteps[-1]))]
 
@@ -1157,9 +1162,8 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
             settings["final_sigmas_type"] = "zero"  # the other choice leaves noise in the image
         if any(config.get(key) != value for key, value in settings.items()):
             scheduler = type(scheduler).from_config(config, **settings)
-    inherited = (
-        None if "flow_shift" in known else config.get("flow_shift")
-    )  # of the solver whose config this was made from
+    # The shift of the solver whose config this was made from.
+    inherited = None if "flow_shift" in known else config.get("flow_shift")
     if inherited is not None and "shift" in known and "shift" in config.get("_use_default_values", ()):
         scheduler = type(scheduler).from_config(config, shift=inherited)
     try:

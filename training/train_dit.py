@@ -66,11 +66,8 @@ from dae_diffusers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
-DRAWN_FROM = (
-    "class_labels",
-    *TEXT_ARGUMENTS,
-    *CONDITION_ARGUMENTS,
-)  # names in batches, and arguments of the transformer
+# Names in batches, and arguments of the transformer.
+DRAWN_FROM = ("class_labels", *TEXT_ARGUMENTS, *CONDITION_ARGUMENTS)
 Objective = FlowMatching | FlowMap | Diffusion
 
 
@@ -257,11 +254,9 @@ def make_transformer(
     channels, width = num_latent_channels(vae), None if captions is None else captions.width
     more = {} if conditions is None else conditions.transformer_kwargs()
     if origin is not None:
-        named = (
-            {}
-            if conditions is None
-            else {"conditions": conditions.config, "condition_channels": more["condition_channels"]}
-        )
+        named = {}
+        if conditions is not None:
+            named = {"conditions": conditions.config, "condition_channels": more["condition_channels"]}
         return origin.continued(
             size, channels, architecture["patch_size"], data.id2label, width, flow_map=flow_map, **named
         )
@@ -327,11 +322,8 @@ def find_start(
     inputs = {"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
     inputs |= {} if captions is None else {"the captions or their encoder": captions.fingerprint}
     inputs |= {} if conditions is None else {"the conditions of the images": conditions.fingerprint}
-    inputs |= (
-        {}
-        if not isinstance(objective, FlowMap)
-        else {"the distilled transformer": model_fingerprint(objective.teacher)}
-    )
+    if isinstance(objective, FlowMap):
+        inputs["the distilled transformer"] = model_fingerprint(objective.teacher)
     return run.find_start(
         inputs=inputs,
         plan=plan,

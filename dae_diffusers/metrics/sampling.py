@@ -379,11 +379,6 @@ def image_sides(pipeline: DiffusionPipeline) -> tuple[int, int] | None:
     return height * factor, width * factor
 
 
-def is_flow_map(pipeline: DiffusionPipeline) -> bool:
-    r"""Whether a pipeline draws in few steps, with its guidance in it."""
-    return bool(getattr(getattr(pipeline, "transformer", None), "config", {}).get("flow_map"))
-
-
 def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     r"""
     Loads a pipeline as ours, if it is, or has a class-conditional transformer and latents; any other as diffusers does.

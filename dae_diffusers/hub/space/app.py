@@ -61,9 +61,7 @@ def load():
 FOLDER, PIPE, VAE = load()
 CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
-IS_FLOW_MAP = bool(
-    PIPE is not None and getattr(PIPE.components.get("transformer"), "config", {}).get("flow_map")
-)  # draws in few steps
+IS_FLOW_MAP = getattr(PIPE, "is_flow_map", False)  # draws in few steps
 TAKES_TEXT = getattr(PIPE, "takes_text", False) and getattr(PIPE, "text_encoder", None) is not None
 CONDITIONS = dict(sorted((getattr(PIPE, "conditions", None) or {}).items()))
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
