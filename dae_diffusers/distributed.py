@@ -98,13 +98,21 @@ def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
 
 
 def faster_precision(accelerator: Accelerator) -> str | None:
-    r"""Says that bfloat16 is faster, if the run's hardware multiplies matrices in it and the run does not; else None."""
-    device = accelerator.device.type
-    has_bf16 = device == "cpu" and torch.cpu._is_amx_tile_supported()
-    has_bf16 |= device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if accelerator.mixed_precision != "no" or not has_bf16:
-        return None
-    return f"`--mixed_precision bf16` is usually much faster on this {'processor' if device == 'cpu' else 'GPU'}."
+    r"""Says which precision is faster, if the run's hardware multiplies matrices in another one than the run does; else None."""
+    device, precision = accelerator.device.type, accelerator.mixed_precision
+    if device == "cpu":
+        if precision == "no" and torch.cpu._is_amx_tile_supported():
+            return "`--mixed_precision bf16` is usually much faster on this processor."
+        is_known = torch.backends.mkldnn.is_available()
+        if precision == "bf16" and is_known and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "`--mixed_precision no` is much faster on this processor, which cannot multiply in bfloat16."
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "no" and has_bf16:
+            return "`--mixed_precision bf16` is usually much faster on this GPU."
+        if precision == "bf16" and not has_bf16:
+            return "`--mixed_precision fp16` is usually much faster on this GPU, which cannot multiply in bfloat16."
+    return None
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dae_diffusers.checkpointing import find_checkpoints
+from dae_diffusers.distributed import faster_precision
 from dae_diffusers.duration import duration, pace
 
 _STEPS = 4  # the first warms up
@@ -63,6 +64,8 @@ class DryRun:
             rows.append((name, f"{steps:,} steps: {pace(steps, seconds, run.images_per_step, run.num_images)}"))
         if len(self._loops) > 1:
             rows.append(("all stages", duration(sum(steps * seconds for steps, seconds in self._loops.values()))))
+        if advice := faster_precision(run.accelerator):
+            rows.append(("faster", advice))
         rows += [("memory", _memory(run.accelerator.device)), ("disk", self._disk(run))]
         print("The whole run would take, without validation and caches (a dry run: nothing is kept):")
         for name, text in rows:

@@ -50,10 +50,15 @@ def test_pace_is_said_once_and_how_to_stop_if_hours_are_left(monkeypatch, steps,
 
 @pytest.mark.parametrize(
     ("precision", "has_units", "words"),
-    [("no", True, "`--mixed_precision bf16`"), ("bf16", True, ""), ("no", False, "")],
+    [
+        ("no", True, "`--mixed_precision bf16`"),
+        ("bf16", True, ""),
+        ("no", False, ""),
+        ("bf16", False, "`--mixed_precision no` is much faster"),
+    ],
 )
 def test_faster_precision_is_named_where_the_processor_has_it(monkeypatch, precision, has_units, words):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    set_matrix_units(monkeypatch, has_units)
     advice = faster_precision(Accelerator(cpu=True, mixed_precision=precision))
     assert (advice or "").startswith(words) and bool(advice) == bool(words)
     now = iter(range(0, 10**6, 30))
@@ -64,6 +69,12 @@ def test_faster_precision_is_named_where_the_processor_has_it(monkeypatch, preci
 
 def test_pace_of_a_stream_of_unknown_length():
     assert pace(10, 0.5, 4, None) == "5 seconds, at 0.5 seconds a step, 8 images a second"
+
+
+def set_matrix_units(monkeypatch, has_units: bool) -> None:
+    """Lets the processor multiply in bfloat16, or not."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
 
 
 def contents(folder):
@@ -81,6 +92,7 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
     options = {"train_data_dir": image_folder, "output_dir": finished}
     dae = " --dry_run --validation_steps 1 --report_to tensorboard --push_to_hub --resume_from_checkpoint latest"
     weighed, save = [], Checkpointer.save  # bytes of each checkpoint of a run
+    set_matrix_units(monkeypatch, False)
 
     def save_and_weigh(checkpointer, step, **state) -> None:
         save(checkpointer, step, **state)
@@ -90,7 +102,7 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
     monkeypatch.setattr(Checkpointer, "save", save_and_weigh)
     runs = [
         (train_dae, TINY_DAE + dae, {}, ("Stage 1", "Stage 2")),
-        (train_dae, TINY_DAE + " --dry_run --stage 1 --stage1_steps 1", {}, ("Stage 1",)),
+        (train_dae, TINY_DAE + " --dry_run --stage 1 --stage1_steps 1 --mixed_precision bf16", {}, ("Stage 1",)),
         (train_dit, TINY_DIT + " --dry_run", {"vae": vae}, ("DiT",)),
         (train_vqgan_prior, TINY_PRIOR + " --dry_run", {"vae": vq}, ("Prior",)),
     ]
@@ -100,7 +112,8 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
         lines = capsys.readouterr().out.splitlines()
         names = [line[2:14].strip() for line in lines[1:]]
         all_stages = ["all stages"] if len(stages) > 1 else []
-        assert names == ["parameters", *stages, *all_stages, "memory", "disk"], lines
+        faster = ["faster"] if "bf16" in flags else []
+        assert names == ["parameters", *stages, *all_stages, *faster, "memory", "disk"], lines
         total = {train_dae: 4, train_dit: 6, train_vqgan_prior: 6}[script] if len(stages) > 1 or more else 1
         assert f"{total} steps: 1 second" in lines[2] and "passes over the images" in lines[2]
         assert lines[-1][14:].startswith(f"checkpoints of {max(weighed) / 2**20:,.1f} MiB, ")
