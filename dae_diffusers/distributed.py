@@ -97,24 +97,6 @@ def whole_model(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
     return whole.to(accelerator.device)
 
 
-def faster_precision(accelerator: Accelerator) -> str | None:
-    r"""Says which precision is faster, if the run's hardware multiplies matrices in another one than the run does; else None."""
-    device, precision = accelerator.device.type, accelerator.mixed_precision
-    if device == "cpu":
-        if precision == "no" and torch.cpu._is_amx_tile_supported():
-            return "`--mixed_precision bf16` is usually much faster on this processor."
-        is_known = torch.backends.mkldnn.is_available()
-        if precision == "bf16" and is_known and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "`--mixed_precision no` is much faster on this processor, which cannot multiply in bfloat16."
-    if device == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if precision == "no" and has_bf16:
-            return "`--mixed_precision bf16` is usually much faster on this GPU."
-        if precision == "bf16" and not has_bf16:
-            return "`--mixed_precision fp16` is usually much faster on this GPU, which cannot multiply in bfloat16."
-    return None
-
-
 def describe_hardware(accelerator: Accelerator) -> str:
     r"""Describes the hardware of the run, such as `2 x NVIDIA A100-SXM4-80GB` or `1 process on a CPU with 8 cores`."""
     count = accelerator.num_processes

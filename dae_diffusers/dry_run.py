@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dae_diffusers.checkpointing import find_checkpoints
-from dae_diffusers.distributed import faster_precision
 from dae_diffusers.duration import duration, pace
+from dae_diffusers.precision import faster_precision
 
 _STEPS = 4  # the first warms up
 _MUCH = 0.9  # of memory or disk

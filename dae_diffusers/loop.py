@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dae_diffusers.distributed import faster_precision, whole_model
+from dae_diffusers.distributed import whole_model
 from dae_diffusers.duration import Forecast
 from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.heartbeat import Heartbeat
 from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer, trainable
+from dae_diffusers.precision import faster_precision
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.run import TrainingRun
 from dae_diffusers.signals import StopSignal, resuming_command

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dae_diffusers.precision import multiplies_in_bfloat16
+
 BLOCKS = ("transformer_blocks", "layers")  # what diffusers and transformers call them
 # Products that the transformer computes as one: how many matrices lie one above the other. Each is orthogonalised by itself.
 FUSED = {"qkv_proj": 3, "kv_proj": 2, "gate_up_proj": 2}
@@ -37,19 +39,20 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     r"""
-    Replaces the singular values of matrices with values near 1, by Newton-Schulz iterations in bfloat16.
+    Replaces the singular values of matrices with values near 1, by Newton-Schulz iterations: in bfloat16 where the hardware multiplies in
+    it, else in float32.
 
     Args:
         matrices (`torch.Tensor` of shape `(B, rows, columns)`): Any scale.
 
     Returns:
-        `torch.Tensor`: bfloat16, of the same shape. A matrix of zeros stays one.
+        `torch.Tensor`: bfloat16 or float32, of the same shape. A matrix of zeros stays one.
 
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon, as in `torch.optim.Muon`.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    result = matrices.bfloat16()
+    result = matrices.to(torch.bfloat16 if multiplies_in_bfloat16(matrices.device) else torch.float32)
     result = result.mT if is_tall else result
     result = result / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NUM_ITERATIONS):

@@ -12,9 +12,9 @@ from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 
 from dae_diffusers import duration as module
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
-from dae_diffusers.distributed import faster_precision
 from dae_diffusers.duration import Forecast, duration, pace
 from dae_diffusers.optimization import make_lr_scheduler
+from dae_diffusers.precision import faster_precision
 from dae_diffusers.run_settings import OptimizationConfig
 from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior
 

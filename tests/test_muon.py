@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers import DAEDiTTransformer2DModel
+from dae_diffusers import muon as muon_module
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.muon import MuonWithAdamW, hidden_matrices, orthogonalized
 from dae_diffusers.optimization import make_optimizer
@@ -40,8 +41,10 @@ def weights() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (8, 16), (24, 8), (8,))]
 
 
-def test_updates_equal_those_of_torch(weights):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_updates_equal_those_of_torch(weights, has_bf16, monkeypatch):
     """Of single matrices, of a product that holds three of them, and of the weights that are left to AdamW."""
+    monkeypatch.setattr(muon_module, "multiplies_in_bfloat16", lambda device: has_bf16)
     gradients = draws(weights, 4)
     plain, fused, other = copies(weights), copies(weights), copies(weights)
     ours = MuonWithAdamW({fused[0]: 3, fused[1]: 1, fused[2]: 1}, [fused[3]], **OPTIONS)
@@ -61,7 +64,10 @@ def test_updates_equal_those_of_torch(weights):
     assert not torch.allclose(found[0], stepped([torch.optim.Muon(other[:1], **muon)], other, gradients)[0], atol=1e-3)
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one():
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_orthogonalised_matrices_have_singular_values_near_one(has_bf16, monkeypatch):
+    monkeypatch.setattr(muon_module, "multiplies_in_bfloat16", lambda device: has_bf16)
+    assert orthogonalized(torch.randn(1, 3, 4)).dtype == (torch.bfloat16 if has_bf16 else torch.float32)
     values = torch.linalg.svdvals(orthogonalized(torch.randn(2, 12, 30)).float())
     assert 0.6 < values.min() and values.max() < 1.3
     assert not orthogonalized(torch.zeros(1, 3, 4)).any()
