@@ -61,7 +61,7 @@ def parse_config(
 
     Args:
         config_class (`type`): A class made by [`~dae_diffusers.settings.settings`], composed or not. `--help` shows each
-            part under the first line of its docstring.
+            part under the first line of its docstring. Flags of the classes in its `PASSES_OVER`, if it has one, are read and left out.
         argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
         description (`str`, *optional*): Shown by `--help`.
         prog (`str`, *optional*): The command, in `--help` and errors. Defaults to the name of the running script.
@@ -273,6 +273,9 @@ class _Parser(HfArgumentParser):
             self._parse_dataclass_field(groups[owner], _with_type(owner, config_field, default))
             if config_field.metadata.get("advanced"):
                 advanced.add(config_field.name)
+        self.passed_over = _passed_over(config_class)
+        for owner, config_field, default in self.passed_over.values():
+            self._parse_dataclass_field(self, _with_type(owner, config_field, default))
         for action in self._actions:
             if action.dest != "help":
                 action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
@@ -286,7 +289,7 @@ class _Parser(HfArgumentParser):
                 action.metavar, action.help = "KIND", f"{', '.join(shown)}: {action.help}"
             if action.required:
                 action.help, action.default = f"{action.help} (required)", SUPPRESS
-            if action.dest in advanced and not help_all:
+            if action.dest in self.passed_over or (action.dest in advanced and not help_all):
                 action.help = SUPPRESS
 
     def print_help(self, file=None) -> None:
@@ -305,11 +308,23 @@ class _Parser(HfArgumentParser):
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             raise ConfigError(f"unexpected argument {unknown[0]!r}; a value follows its flag. See --help.")
-        return {name: _expand_home(value) for name, value in vars(namespace).items() if name != "config"}
+        left_out = {"config", *self.passed_over}
+        return {name: _expand_home(value) for name, value in vars(namespace).items() if name not in left_out}
 
     def error(self, message: str):
         print(f"{self.prog}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(ConfigError.exit_code)
+
+
+def _passed_over(config_class: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
+    """The settings of other scripts, whose flags this one reads and leaves out, by name; those that are required have the default None."""
+    own = {each.name for _, each, _ in fields_of(config_class)}
+    return {
+        each.name: (owner, each, None if default is dataclasses.MISSING else default)
+        for other in getattr(config_class, "PASSES_OVER", ())
+        for owner, each, default in fields_of(other)
+        if each.name not in own
+    }
 
 
 def _with_type(owner: type, config_field: dataclasses.Field, default: Any) -> dataclasses.Field:
@@ -352,12 +367,12 @@ def _find_config(name: str, config_class: type) -> Path:
     path = Path(name).expanduser()
     if path.exists() or path.suffix or path.name != name:
         return path
-    kind = getattr(config_class, "RECIPES", "")
+    kinds = [getattr(each, "RECIPES", "") for each in (config_class, *getattr(config_class, "PASSES_OVER", ()))]
     recipes = Path(str(files("dae_diffusers.training") / "configs"))
-    for candidate in (f"{name}_{kind}", name):
+    for candidate in (*(f"{name}_{kind}" for kind in kinds), name):
         if (recipes / f"{candidate}.yaml").exists():
             return recipes / f"{candidate}.yaml"
-    known = sorted(each.stem.removesuffix(f"_{kind}") for each in recipes.glob(f"*_{kind}.yaml"))
+    known = sorted({each.stem.removesuffix(f"_{kind}") for kind in kinds for each in recipes.glob(f"*_{kind}.yaml")})
     there = f"The recipes are {', '.join(known)}." if known else "This script has none: give a YAML file."
     raise ConfigError(f"`--config` {name} is neither a file nor a packaged recipe. {there}")
 
@@ -376,6 +391,7 @@ def _yaml_to_argv(name: str, config_class: type) -> list[str]:
     if not isinstance(values, dict):
         raise ConfigError(f"`--config` {path} must hold `flag: value` lines, but holds a {type(values).__name__}.")
     defaults = {each.name: default for _, each, default in fields_of(config_class)}
+    defaults |= {key: default for key, (_, _, default) in _passed_over(config_class).items()}
     argv = []
     for key, value in values.items():
         if key not in defaults:

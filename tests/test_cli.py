@@ -23,6 +23,7 @@ from dae_diffusers.training.settings import (
     DIT_LAYERS,
     SCRIPTS,
     CacheLatentsConfig,
+    PreviewConfig,
     TrainDAEConfig,
     TrainDiTConfig,
     TrainPriorConfig,
@@ -287,6 +288,10 @@ def test_shipped_configs_are_valid(path):
     source += _required(config_class)
     config = parse_config(config_class, ["--config", str(path), *source])
     assert {name: flat(config)[name] for name in values} == values
+    shown = flat(parse_config(PreviewConfig, ["--config", path.stem, *source]))  # "preview with the same flags"
+    assert {name: shown[name] for name in values.keys() & shown.keys()} == {
+        name: value for name, value in values.items() if name in shown
+    }
 
 
 def test_output_folder_that_is_removed_meanwhile_is_one_line(tmp_path, capsys):

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pytest
 import torch
+from models import save_autoencoder
 from PIL import Image
 
 from dae_diffusers.cli import parse_config
@@ -41,6 +43,21 @@ def test_preview_writes_a_picture_and_a_table(tmp_path, caplog):
     tiles = picture[2:94, -92:-2]  # the last column of the first row: a tall one, which fills the height
     darkened = (tiles == np.array((70, 70, 70))).all(axis=-1).mean()
     assert 0.2 < darkened < 0.3  # half of the picture, which fills half of its tile
+
+
+def test_preview_takes_the_flags_of_training(image_folder, tmp_path, capsys, caplog):
+    """Also the side of the autoencoder, which has 16 pixels, and the names of recipes; wrong flags are still refused."""
+    caplog.set_level(logging.INFO)
+    source = f"--train_data_dir {image_folder} --output_dir {tmp_path / 'out'}"
+    flags = f"--config photos_cpu {source} --stage1_steps 9 --no_warm_start_decoder --block_out_channels 8 8"
+    config = parse_config(PreviewConfig, flags.split())
+    assert config.data.resolution == 64 and config.data.random_flip and not hasattr(config, "stage1_steps")
+    flags = f"{source} --vae {save_autoencoder(tmp_path / 'vae')} --model DiT-Ti/2 --max_train_steps 5 --latent_cache x"
+    preview.main(parse_config(PreviewConfig, flags.split()))
+    assert "images have 16x16 pixels, as the trained model knows them" in caplog.text
+    with pytest.raises(SystemExit):
+        parse_config(PreviewConfig, f"{source} --stage1_step 9".split())
+    assert "unknown flag `--stage1_step`. Did you mean `--stage1_steps`?" in capsys.readouterr().err
 
 
 def test_training_row_is_what_training_gets():

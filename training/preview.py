@@ -1,16 +1,17 @@
 r"""
 Draw what training will see of your images: crops, classes and counts. Trains nothing.
 
-    dae-diffusers preview --train_data_dir my_images --resolution 64 --output_dir runs/mine/preview
+    dae-diffusers preview --config photos_64_dae --train_data_dir my_images --output_dir runs/mine/preview
 
 `preview.png` shows for each class whole pictures, with what the crop leaves out darkened, and below them what training gets, with the
 images of `--condition_column`. `preview.md` counts the images of each class of each label column, and says how large the files are and
-which numbers there are. Give the flags of the data that you will train with.
+which numbers there are. Give the flags that you will train with: those of the images count, the others are passed over.
 """
 
 import logging
 from pathlib import Path
 
+from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.dataset import choose_indices
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 def main(config: PreviewConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folder, seed = Path(config.preview.output_dir), config.preview.seed
+    if config.preview.vae is None:
+        config.data.settle()
+    else:
+        settle_images(config, load_autoencoder(config.preview.vae))
     train, validation = load_images(config.data, seed)
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))

@@ -669,13 +669,16 @@ class PreviewOutputConfig:
     output_dir: str = field("runs/my-model/preview", "folder for the picture and the table")
     num_images: int = field(6, "pictures of each class", at_least=1, at_most=40)
     seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
+    vae: str | None = field(None, "autoencoder that the resolution is taken from if none is given, as in training")
 
 
 @settings
 class PreviewConfig:
-    """Settings of preview.py."""
+    """Settings of preview.py. It takes the flags and recipes of the training scripts, and needs those of the images only."""
 
-    data: DataConfig = part()
+    PASSES_OVER = (TrainDAEConfig, TrainDiTConfig, TrainPriorConfig)
+
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
     preview: PreviewOutputConfig = part()
 
     def __post_init__(self):
