@@ -24,18 +24,26 @@ from dae_diffusers.store import read_json, write_json
 
 
 class Pixels(torch.nn.Module):
-    """A judge without a network: images shrunk to 8x8 pixels."""
+    """A judge without a network: images of so many channels, shrunk to 8x8 pixels."""
 
-    name, fingerprint, feature_dim = "pixels", "pixels-8", 192
+    name, fingerprint = "pixels", "pixels-8"
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.feature_dim = 64 * channels
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
 class Spectrum(torch.nn.Module):
-    """A judge without a network: the logarithm of an image's power in 8 rings of spatial frequency, for each colour."""
+    """A judge without a network: the logarithm of an image's power in 8 rings of spatial frequency, for each of so many channels."""
 
-    name, fingerprint, feature_dim = "spectrum", "spectrum-8-ortho", 24
+    name, fingerprint = "spectrum", "spectrum-8-ortho"
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.feature_dim = 8 * channels
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return log_spectrum(images, 8, floor=1e-3 / images[0, 0].numel()).flatten(1)
@@ -71,8 +79,9 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
             continue
         accelerator = Accelerator()
         train = load_images(DataConfig(**experiment["data"]), trial.seed)[0]
+        channels = train.config.image_channels
         judges = {
-            name: _WITHOUT_NETWORK[name]() if name in _WITHOUT_NETWORK else load_feature_extractor(name)
+            name: _WITHOUT_NETWORK[name](channels) if name in _WITHOUT_NETWORK else load_feature_extractor(name)
             for name in names
         }
         references = {
