@@ -53,6 +53,7 @@ from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training import train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
+from dae_diffusers.transformer_dae_dit import DIT_SIZES
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Row:
 class Setting:
     device: torch.device
     repetitions: int
+    models: tuple[str, ...] = ()
     mixed_precision: str = "no"
     matmul_rate: float = 0.0  # FLOP/s, in that precision
     bandwidth: float = 0.0  # byte/s
@@ -94,9 +96,14 @@ def main():
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(DIT_SIZES), help="sizes of the transformers whose steps are timed"
+    )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="of the steps and of sampling")
     arguments = parser.parse_args()
-    setting = Setting(torch.device(arguments.device), arguments.repetitions, arguments.mixed_precision)
+    device = torch.device(arguments.device)
+    models = arguments.models or (["DiT-B", "DiT-XL"] if device.type == "cuda" else ["DiT-S"])
+    setting = Setting(device, arguments.repetitions, tuple(models), arguments.mixed_precision)
     setting.matmul_rate = measure_matmul_rate(setting)
     setting.bandwidth = measure_bandwidth(setting)
     lines = [
@@ -188,25 +195,27 @@ def make_transformer(name: str, side: int, dim: int, depth: int, heads: int) -> 
 TRANSFORMERS = ("diffusers DiTTransformer2DModel", "plain PyTorch DiT", "DAEDiTTransformer2DModel")
 
 
-def transformer_shape(setting: Setting) -> tuple[int, int, int, int]:
-    """Width, depth, heads and batch: of DiT-XL on a GPU, of a small one on a CPU."""
-    return (1152, 28, 16, 32) if setting.is_gpu else (384, 12, 6, 8)
+def transformer_shape(setting: Setting, model: str | None = None) -> tuple[int, int, int, int]:
+    """Width, depth, heads and batch of a model, by default of the largest."""
+    size = DAEDiTTransformer2DModel.size_kwargs(f"{model or setting.models[-1]}/2")
+    heads = size["num_attention_heads"]
+    return heads * size["attention_head_dim"], size["num_layers"], heads, 32 if setting.is_gpu else 8
 
 
 def transformer_steps(setting: Setting) -> dict[str, list[Row]]:
     """A training step (forward, backward, AdamW) of equal depth, width and tokens."""
     tables = {}
-    dim, depth, heads, batch = transformer_shape(setting)
-    for tokens in (64, 256):
+    for model, tokens in itertools.product(setting.models, (64, 256)):
+        dim, depth, heads, batch = transformer_shape(setting, model)
         calls, flops, moved, notes = {}, {}, {}, {}
         for name in (*TRANSFORMERS, "DAEDiTTransformer2DModel, compiled blocks"):
             side = 2 * int(tokens**0.5)
-            model = make_transformer(name, side, dim, depth, heads).to(setting.device).train()
-            calls[name] = make_transformer_step(setting, model, batch, side)
+            transformer = make_transformer(name, side, dim, depth, heads).to(setting.device).train()
+            calls[name] = make_transformer_step(setting, transformer, batch, side)
             # The counter does not see into compiled code.
             flops[name] = flops[TRANSFORMERS[-1]] if "compiled" in name else count_flops(calls[name])
-            moved[name] = bytes_of_adamw(model.parameters())
-            notes[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+            moved[name] = bytes_of_adamw(transformer.parameters())
+            notes[name] = f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f} M parameters"
         title = f"Training step, width {dim}, depth {depth}, {tokens} tokens, batch {batch}"
         rows = compare(setting, calls, flops, moved, notes)
         for row in rows:
@@ -235,7 +244,7 @@ def make_transformer_step(setting: Setting, model: nn.Module, batch: int, side: 
 
 def sampling(setting: Setting) -> dict[str, list[Row]]:
     """Guidance 4, 25 steps, 8 images; the first two rows use the same weights and must give the same images."""
-    dim, depth, heads = (1152, 28, 16) if setting.is_gpu else (384, 12, 6)
+    dim, depth, heads, _ = transformer_shape(setting)
     torch.manual_seed(0)
     vae = make_vae(AutoencoderKL, (32, 64, 64), device=setting.device).eval()
     stock = diffusers_transformer(16, dim, depth, heads, num_classes=1000).to(setting.device).eval()
