@@ -196,8 +196,15 @@ def sizes(looked: list[Seen], buckets: Buckets | None = None) -> str:
     several = buckets is not None and len(buckets.sizes) > 1
     than = "their shape" if several else f"{words_of_size(shapes[0])} pixels"
     text = f"\nShapes: {buckets}. Training rounds their sides to what its autoencoder needs.\n" if several else ""
-    return (
-        f"Of {len(looked)} files: the shorter side has {short.min()} to {short.max()} pixels, the longer one {long.min()} to {long.max()}. "
-        f"{smaller} are smaller than {than} and are enlarged. The crop keeps {np.mean(kept):.0%} of the area on "
-        f"average, at least {min(kept):.0%}.\n{text}"
-    )
+    if (sides == sides[0]).all():
+        found = f"All {len(looked)} files have {words_of_size(sides[0].tolist())} pixels."
+    else:
+        found = (
+            f"Of {len(looked)} files: the shorter side has {short.min()} to {short.max()} pixels, the longer one {long.min()} to "
+            f"{long.max()}."
+        )
+    enlarged = f" {smaller} are smaller than {than} and are enlarged." if smaller else ""
+    cut = " The crop keeps all of each."
+    if min(kept) < 1:
+        cut = f" The crop keeps {np.mean(kept):.0%} of the area on average, at least {min(kept):.0%}."
+    return f"{found}{enlarged}{cut}\n{text}"
