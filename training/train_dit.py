@@ -11,7 +11,6 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 
 import logging
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from dae_diffusers.autoencoders.loading import (
     spatial_factor,
 )
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions
+from dae_diffusers.conditioning import DRAWN_FROM, Conditioning
+from dae_diffusers.conditions import Conditions
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching, flow_scheduler
@@ -59,15 +59,13 @@ from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
 from dae_diffusers.sizes import height_and_width, words_of_size
-from dae_diffusers.text import TEXT_ARGUMENTS, Captions
+from dae_diffusers.text import Captions
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 from dae_diffusers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
-# Names in batches, and arguments of the transformer.
-DRAWN_FROM = ("class_labels", *TEXT_ARGUMENTS, *CONDITION_ARGUMENTS)
 Objective = FlowMatching | FlowMap | Diffusion
 
 
@@ -83,12 +81,11 @@ def main(config: TrainDiTConfig) -> None:
     objective, scheduler = make_objective(run, origin)
     (train_data, validation_data), images = load_data(run, vae, architecture["patch_size"])
     training_images = None if images is None else images[0]
-    captions = encode_captions(run, images)
-    conditions = find_conditions(run, images, vae, origin)
+    conditioning = find_conditioning(run, images, vae, train_data, origin)
     size = size_of_latents(config.data, vae)
     statistics = measure_statistics(run, vae, train_data, origin)
     transformer = make_transformer(
-        origin, architecture, vae, train_data, size, captions, conditions, flow_map=isinstance(objective, FlowMap)
+        origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
     )
     pipeline_of = partial(
         DAEDiTPipeline,
@@ -97,8 +94,7 @@ def main(config: TrainDiTConfig) -> None:
         id2label=train_data.id2label,
         value_range=train_data.value_range,
         is_flow_matching=not isinstance(objective, Diffusion),
-        **({} if captions is None else {"tokenizer": captions.tokenizer, "text_encoder": captions.model}),
-        **({} if conditions is None else {"conditions": conditions.config, "label_column": conditions.label_column}),
+        **conditioning.pipeline_kwargs(),
     )
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -111,7 +107,7 @@ def main(config: TrainDiTConfig) -> None:
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
     plan |= config.data.condition_columns()
-    start = find_start(run, vae, transformer, train_data, steps, plan, captions, conditions, objective)
+    start = find_start(run, vae, transformer, train_data, steps, plan, conditioning, objective)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
     set_statistics(vae, statistics)
@@ -129,21 +125,16 @@ def main(config: TrainDiTConfig) -> None:
             **({"latent_statistics": statistics} if statistics else {}),
             **({} if monitor is None else {"monitor": monitor.state}),
             **({} if origin is None else {"warm_start": origin.state()}),
-            **({} if conditions is None else {"conditions": conditions.config}),
+            **({} if conditioning.conditions is None else {"conditions": conditioning.conditions.config}),
         },
     )
     data = train_data
     if alignment is not None and isinstance(train_data, CachedLatents):
         data = ImagesWithLatents(training_images, train_data)
-    if captions is not None:
-        data, validation_data = captions.beside(data, validation_data)
-    if conditions is not None:
-        data, validation_data = conditions.beside(data, validation_data)
-    share = config.transformer.class_dropout_prob
-    without = partial(without_conditions, len(train_data.id2label or ()), captions, conditions, share)
+    data, validation_data = conditioning.beside(data, validation_data)
     for step in loop.over(data):
         for batch in step:
-            loss = denoising_loss(run, loop.model, batch, vae, objective, without)
+            loss = denoising_loss(run, loop.model, batch, vae, objective, conditioning)
             step.add(loss=loss)
             if alignment is not None:
                 token = spatial_factor(vae) * architecture["patch_size"]  # its side in pixels
@@ -154,7 +145,7 @@ def main(config: TrainDiTConfig) -> None:
             step.backward(loss)
         if step.validates:
             with loop.averaged() as model:
-                value = validation_loss(run, model, vae, validation_data, objective, without)
+                value = validation_loss(run, model, vae, validation_data, objective, conditioning)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step, images)
             step.write({"validation/loss": value})
         if monitor is not None:
@@ -162,10 +153,8 @@ def main(config: TrainDiTConfig) -> None:
     if run.dry_run is not None:
         run.end_dry_run()
         return
-    if captions is not None and accelerator.is_main_process:
-        run.note(prompt=captions.images[1].captions[0][0])
-    if conditions is not None and accelerator.is_main_process:
-        run.note(conditions=conditions.example())
+    if accelerator.is_main_process:
+        run.note(**conditioning.example())
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
@@ -175,7 +164,7 @@ def denoising_loss(
     batch: dict[str, torch.Tensor],
     vae: AutoencoderKL,
     objective: Objective,
-    without: Callable[[dict[str, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]],
+    conditioning: Conditioning,
 ) -> torch.Tensor:
     """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
     with run.accelerator.autocast():
@@ -183,30 +172,10 @@ def denoising_loss(
     latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
     noise = torch.randn_like(latents)
     levels = objective.draw(len(latents), latents.device)
-    given = {}
-    if any(name in batch for name in DRAWN_FROM):  # dropped for classifier-free guidance
-        given = without(
-            batch, torch.rand(len(latents), device=latents.device) < run.config.transformer.class_dropout_prob
-        )
+    given = conditioning.with_dropout(batch, latents)
     if isinstance(objective, FlowMap):
-        given["unconditional"] = without(batch, torch.ones(len(latents), dtype=torch.bool, device=latents.device))
+        given["unconditional"] = conditioning.nothing(batch, latents)
     return objective.loss(model, latents, noise, levels, **given).mean()
-
-
-def without_conditions(
-    null_class: int,
-    captions: Captions | None,
-    conditions: Conditions | None,
-    share: float,
-    batch: dict[str, torch.Tensor],
-    dropped: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """What a batch is drawn from, as arguments of the transformer: nothing of a sample where `dropped` `(B,)` says so."""
-    given = {}
-    if "class_labels" in batch:
-        given["class_labels"] = torch.where(dropped, null_class, batch["class_labels"])
-    given |= {} if captions is None else captions.dropped(batch, dropped)
-    return given | ({} if conditions is None else conditions.dropped(batch, dropped, share))
 
 
 def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
@@ -246,19 +215,22 @@ def make_transformer(
     vae: AutoencoderKL,
     data: Dataset,
     size: int | list[int],
-    captions: Captions | None,
-    conditions: Conditions | None,
+    conditioning: Conditioning,
     flow_map: bool = False,
 ) -> ModelMixin:
-    """A transformer for latents of this size, these captions and conditions: a new one, or the given one."""
-    channels, width = num_latent_channels(vae), None if captions is None else captions.width
-    more = {} if conditions is None else conditions.transformer_kwargs()
+    """A transformer for latents of this size, drawn from these captions and conditions: a new one, or the given one."""
+    channels, more = num_latent_channels(vae), conditioning.transformer_kwargs()
     if origin is not None:
-        named = {}
-        if conditions is not None:
-            named = {"conditions": conditions.config, "condition_channels": more["condition_channels"]}
+        conditions = conditioning.conditions
         return origin.continued(
-            size, channels, architecture["patch_size"], data.id2label, width, flow_map=flow_map, **named
+            size,
+            channels,
+            architecture["patch_size"],
+            data.id2label,
+            conditioning.text_width,
+            conditions=None if conditions is None else conditions.config,
+            condition_channels=more.get("condition_channels", 0),
+            flow_map=flow_map,
         )
     num_classes = None if data.id2label is None else len(data.id2label)
     # By name: `from_config` takes positional arguments for defaults.
@@ -266,7 +238,6 @@ def make_transformer(
         sample_size=size,
         in_channels=channels,
         num_classes=num_classes,
-        cross_attention_dim=width,
         **more,
         **architecture,
     )
@@ -307,8 +278,7 @@ def find_start(
     data: Dataset,
     steps: int,
     plan: dict,
-    captions: Captions | None,
-    conditions: Conditions | None,
+    conditioning: Conditioning,
     objective: Objective,
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
@@ -320,8 +290,7 @@ def find_start(
         num_parameters / 1e6,
     )
     inputs = {"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
-    inputs |= {} if captions is None else {"the captions or their encoder": captions.fingerprint}
-    inputs |= {} if conditions is None else {"the conditions of the images": conditions.fingerprint}
+    inputs |= conditioning.fingerprints
     if isinstance(objective, FlowMap):
         inputs["the distilled transformer"] = model_fingerprint(objective.teacher)
     return run.find_start(
@@ -361,6 +330,19 @@ def load_data(
     return caches, images
 
 
+def find_conditioning(
+    run: TrainingRun,
+    images: tuple[Dataset, ImageDataset] | None,
+    vae: AutoencoderKL,
+    data: Dataset,
+    origin: WarmStart | None,
+) -> Conditioning:
+    """What the images are drawn from: classes, captions and further columns."""
+    captions, conditions = encode_captions(run, images), find_conditions(run, images, vae, origin)
+    dropout = run.config.transformer.class_dropout_prob
+    return Conditioning(len(data.id2label or ()), dropout, captions, conditions)
+
+
 def encode_captions(run: TrainingRun, images: tuple[Dataset, ImageDataset] | None) -> Captions | None:
     """The captions of the images, encoded or read from where they were kept: beside the latents. None without `text_encoder`."""
     config = run.config.transformer
@@ -394,7 +376,7 @@ def validation_loss(
     vae: AutoencoderKL,
     data: Dataset,
     objective: Objective,
-    without: Callable[[dict[str, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]],
+    conditioning: Conditioning,
 ) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
@@ -413,7 +395,7 @@ def validation_loss(
         noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
         given = {name: batch[name].to(latents.device) for name in DRAWN_FROM if name in batch}
         if isinstance(objective, FlowMap):
-            given["unconditional"] = without(given, torch.ones(len(latents), dtype=torch.bool, device=latents.device))
+            given["unconditional"] = conditioning.nothing(given, latents)
         with run.accelerator.autocast():
             losses += objective.loss(model, latents, noise, levels, **given).tolist()
     losses = gather_object(losses)
