@@ -23,6 +23,8 @@ RECIPES = (
     ("`kl_f8_256`", ((128, 256, 512, 512), 2), (3, 256, 256), 12, 150_000),
     ("256 pixels, `DiT-S/2`", "DiT-S/2", (4, 32, 32), 32, 100_000),
     ("256 pixels, `DiT-B/2`", "DiT-B/2", (4, 32, 32), 32, 200_000),
+    ("256 pixels, `DiT-L/2`", "DiT-L/2", (4, 32, 32), 64, 200_000),
+    ("256 pixels, `DiT-XL/2`", "DiT-XL/2", (4, 32, 32), 64, 200_000),
 )
 CHECKS = (  # against the measured memory in results/speed_cpu.md
     ("check: 32 pixels, autoencoder", ((32, 64, 64), 1), (3, 32, 32), 16, 1),
