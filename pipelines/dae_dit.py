@@ -818,8 +818,20 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def _by_column(self, class_labels: Any, conditions: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         """Labels of the first kind of classes, and all conditions, among them the labels of other kinds."""
+        if not (conditions is None or isinstance(conditions, Mapping)):
+            raise ValueError(
+                f"`conditions` is a {type(conditions).__name__}, but must map names to values. This pipeline draws from "
+                f"{', '.join(f'`{name}`' for name in self.conditions) or 'none'}."
+            )
         conditions = dict(conditions or {})
         if isinstance(class_labels, Mapping):
+            known = [*filter(None, [self.label_column]), *self.conditions]
+            unknown = [name for name in class_labels if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"`class_labels` has `{unknown[0]}`, but this pipeline draws from {', '.join(f'`{name}`' for name in known)}. "
+                    "Leave it out."
+                )
             both = sorted(class_labels.keys() & conditions.keys())
             if both:
                 raise ValueError(f"`{both[0]}` is in `class_labels` and in `conditions`; leave one of them out.")
@@ -1002,6 +1014,12 @@ def _numbers(name: str, column: Mapping[str, float], values: list) -> torch.Tens
         number = math.nan if value is None else (float(value) - column["mean"]) / column["std"]
         if value is not None and not math.isfinite(number):
             raise ValueError(f"`{name}` is {value}, but must be finite; None stands for unknown.")
+        low, high = column.get("low", -math.inf), column.get("high", math.inf)
+        if value is not None and not low <= float(value) <= high:
+            warnings.warn(
+                f"`{name}` is {float(value):g}, but the training images have {low:g} to {high:g}: the model has not learnt what is beyond.",
+                stacklevel=4,
+            )
         numbers.append(number)
     return torch.tensor(numbers)
 

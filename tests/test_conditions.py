@@ -198,7 +198,8 @@ def test_conditions_mean_the_same_in_every_form():
     ("given", "message"),
     [
         ({"conditions": {"weight": 1}}, "`conditions` has `weight`, but this pipeline draws from `angle`, `color`, `size`, `temperature`"),
-        ({"class_labels": {"colour": "red"}}, "`conditions` has `colour`, but"),
+        ({"class_labels": {"colour": "red"}}, "`class_labels` has `colour`, but this pipeline draws from `shape`, `angle`"),
+        ({"conditions": [1, 2]}, "`conditions` is a list, but must map names to values. This pipeline draws from `angle`, `color`"),
         ({"conditions": {"color": "gren"}}, "`gren` is none of the 2 classes of `color`. Nearest: "),
         ({"conditions": {"color": 3}}, "`3` is none of the 2 classes of `color`"),
         ({"conditions": {"angle": "30"}}, "`angle` is '30', but must be a number"),
@@ -212,6 +213,16 @@ def test_what_a_pipeline_cannot_draw_from_is_named(given, message):
     with pytest.raises(ValueError, match=message) as error:
         sample(make_pipeline(), **given)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_beyond_those_of_training_are_warned_of():
+    column = COLUMNS["angle"]
+    pipeline = make_pipeline()
+    with pytest.warns(
+        UserWarning, match=f"`angle` is .*, but the training images have {column['low']:g} to {column['high']:g}"
+    ):
+        sample(pipeline, conditions={"angle": column["high"] + 1})
+    sample(pipeline, conditions={"angle": [column["low"], column["high"]]})
 
 
 def test_pipeline_and_transformer_of_other_conditions_are_refused():
