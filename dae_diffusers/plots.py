@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 _SMALLEST = 64  # pixels of a side; smaller images are enlarged by a whole factor
 _GAP = 2
 _FONT_SIZE = 14
+_SMALLEST_FONT = 9
 
 # Curves that share a panel, in order. Any other curve has its own panel.
 _PANELS = {
@@ -68,7 +69,7 @@ def image_grid(
 
 
 def _with_names(grid: Image.Image, rows: list[str], columns: list[str], height: int, width: int) -> Image.Image:
-    """A grid with names left of its rows and above its columns; long ones are cut."""
+    """A grid with names left of its rows and above its columns; long ones of columns get a smaller font, or are cut."""
     if not rows and not columns:
         return grid
     font = ImageFont.load_default(_FONT_SIZE)
@@ -80,10 +81,20 @@ def _with_names(grid: Image.Image, rows: list[str], columns: list[str], height: 
     for number, name in enumerate(rows):
         draw.text((0, top + number * height + height // 2), name, "black", font, anchor="lm")
     for number, name in enumerate(columns):
-        while name and font.getlength(name) > width:
-            name = name[:-1]
+        name, font = _fitting(name, width)
         draw.text((left + number * width + width // 2, 2), name, "black", font, anchor="ma")
     return sheet
+
+
+def _fitting(name: str, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A name and a font in which it is at most so wide."""
+    for size in range(_FONT_SIZE, _SMALLEST_FONT - 1, -1):
+        font = ImageFont.load_default(size)
+        if font.getlength(name) <= width:
+            return name, font
+    while name and font.getlength(f"{name}...") > width:
+        name = name[:-1]
+    return f"{name}...", font
 
 
 def plot_curves(

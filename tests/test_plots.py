@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dae_diffusers.plots import figure_of_curves, image_grid, plot_curves
+from dae_diffusers.plots import _fitting, figure_of_curves, image_grid, plot_curves
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +39,10 @@ def test_names_are_written_beside_the_images_and_leave_them_as_they_are():
     height, width, _ = plain.shape
     assert np.array_equal(named[-height:, -width:], plain)
     assert (named[:-height] < 128).any() and (named[:, :-width] < 128).any()
+
+
+def test_names_that_are_too_long_get_a_smaller_font_and_then_are_cut():
+    whole, small, cut = (_fitting(name, 64) for name in ("cat", "automobile!", "c" * 99))
+    assert whole[0] == "cat" and small[0] == "automobile!" and cut[0].endswith("ccc...")
+    assert whole[1].size > small[1].size > cut[1].size
+    assert all(font.getlength(name) <= 64 for name, font in (whole, small, cut))
