@@ -13,6 +13,7 @@ import threading
 import time
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -32,7 +33,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
-from dae_diffusers.hub.card import make_card, measurements, repository_files
+from dae_diffusers.hub.card import _data_description, make_card, measurements, repository_files
 from dae_diffusers.hub.results import read_result, remove_leftovers
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
@@ -886,3 +887,11 @@ def test_webdataset_of_the_hub_is_read_whatever_the_suffixes_of_its_pictures(cli
     train, validation = load_images(DataConfig(dataset_name="writer/shards", resolution=8, image_channels=1))
     values = [images[n]["pixel_values"][0, 0, 0] for images in (train, validation) for n in range(len(images))]
     assert sorted(round(float(value * 127.5 + 127.5)) for value in values) == [0, 0, 40, 40, 80, 80]
+
+
+@pytest.mark.parametrize(
+    ("folder", "shown"), [("../private/cats", "cats"), ("cats", "cats"), ("cats/", "cats"), (".", ".")]
+)
+def test_card_names_a_folder_without_its_path(folder, shown):
+    script = SimpleNamespace(config={"train_data_dir": folder, "resolution": 32}, has_local_data=False)
+    assert _data_description(script)["name"] == f"images of the author ({shown})"

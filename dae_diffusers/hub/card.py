@@ -338,7 +338,8 @@ def _data_description(script: Script | None) -> dict[str, Any]:
         return {**described, "type": "digits", "name": "handwritten digits (UCI, doi:10.24432/C50P49, CC BY 4.0)"}
     if name and re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name) and not Path(name).exists():
         return {**described, "id": name, "name": name}
-    return {**described, "type": "imagefolder", "name": f"images of the author ({name or config['train_data_dir']})"}
+    folder = Path(name or config["train_data_dir"])
+    return {**described, "type": "imagefolder", "name": f"images of the author ({folder.name or folder})"}
 
 
 def _vae_code(result: Result) -> str | None:
