@@ -12,7 +12,7 @@ Needs nothing but Python and torch to start: `--wheels` is a folder with wheels 
 """
 
 import argparse
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"tests": 0.35, "speed": 0.5}  # of the time that is left when each begins; training gets the rest
+PIP = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
 GRACE = 30.0  # seconds for a script that is asked to stop
 FLAGS = {"flags": "both trainings, such as the images'", "dae_flags": "train_dae.py", "dit_flags": "train_dit.py"}
 
@@ -120,21 +121,13 @@ class Check:
             wheels = sorted(self.arguments.wheels.glob("*.whl"))
             if not wheels:
                 raise SystemExit(f"`--wheels` {self.arguments.wheels} has no wheels.")
-            pip = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", site, *wheels]
+            pip = [*PIP, "--upgrade", "--target", site, *wheels]
             self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
             self.run("wheels", pip, log="install.txt", seconds=self.left())
-        if importlib.util.find_spec("dae_diffusers.training") is None:
-            pip = [
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-index",
-                "--no-deps",
-                "--no-build-isolation",
-                "--editable",
-                ".",
-            ]
+        try:
+            importlib.metadata.distribution("dae-diffusers")
+        except importlib.metadata.PackageNotFoundError:
+            pip = [*PIP, "--no-build-isolation", "--editable", "."]
             self.run("this package", pip, log="install.txt", seconds=self.left())
 
     def tests(self) -> None:

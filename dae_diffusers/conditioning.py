@@ -10,11 +10,8 @@ from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.text import TEXT_ARGUMENTS, Captions
 
-DRAWN_FROM = (
-    "class_labels",
-    *TEXT_ARGUMENTS,
-    *CONDITION_ARGUMENTS,
-)  # names in batches, and arguments of the transformer
+# Names in batches, and arguments of the transformer.
+DRAWN_FROM = ("class_labels", *TEXT_ARGUMENTS, *CONDITION_ARGUMENTS)
 Batch = Mapping[str, torch.Tensor]
 
 

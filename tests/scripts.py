@@ -174,9 +174,8 @@ def in_two_processes(action: Callable[[], None]) -> list[tuple[int, str]]:
     def of_rank(rank: int):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
         os.environ.update(MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-        os.environ["OMP_NUM_THREADS"] = (
-            "1"  # as in this process; accelerate would choose another number, which rounds otherwise
-        )
+        # As many as this process has: accelerate would choose another number, which rounds otherwise.
+        os.environ["OMP_NUM_THREADS"] = "1"
         action()
 
     return [_end_of(*fork) for fork in [_fork(lambda rank=rank: of_rank(rank)) for rank in range(2)]]

@@ -58,3 +58,16 @@ def test_training_goes_on_and_leaves_its_pictures(check, image_folder, monkeypat
     names = {path.name for path in Path(made.folder).glob("*.png")}
     assert {"train_dae_curves.png", "train_dit_curves.png", "train_dit_samples-00000001.png"} <= names
     assert not made.failed
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_package_is_installed_where_it_is_missing(is_there, check, gpu_check, monkeypatch):
+    def distribution(name):
+        if not is_there:
+            raise gpu_check.importlib.metadata.PackageNotFoundError(name)
+
+    calls = []
+    monkeypatch.setattr(gpu_check.importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(gpu_check.Check, "run", lambda self, name, words, **options: calls.append((name, words[-1])))
+    check().install()
+    assert calls == ([] if is_there else [("this package", ".")])
