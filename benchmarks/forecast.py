@@ -76,7 +76,14 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
     data = experiment["data"]
     if arguments.max_train_samples is not None:
         data = {**data, "max_train_samples": arguments.max_train_samples}
-    config = ComplexityConfig(widths=arguments.widths, pilot_steps=arguments.steps, num_images=arguments.num_images)
+    options = {**experiment["transformer"], **(experiment[f"generator {row['generator']}"] or {})}
+    config = ComplexityConfig(
+        widths=arguments.widths,
+        pilot_steps=arguments.steps,
+        num_images=arguments.num_images,
+        optimizer=options.get("optimizer", "adamw"),
+        learning_rate=options["learning_rate"],
+    )
     found = measure_pilots(
         str(vae_of(runs, row)), data, config,
         arguments.output_dir / runs.name / row["condition"] / row["steps"] / f"seed-{row['seed']}",
@@ -87,7 +94,6 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
         size, distance = f"width {pilot['width']}, {pilot['steps']} steps", pilot[distance_name(found)]
         pilots |= {f"pilot gFD, {size}": distance, f"pilot loss, {size}": pilot["validation_loss"]}
         points.append((pilot["steps"] * pilot["parameters"], distance))
-    options = {**experiment["transformer"], **(experiment[f"generator {row['generator']}"] or {})}
     return {
         "comparison": runs.name,
         "name": f"{row['condition']} {row['steps']} seed {row['seed']}",

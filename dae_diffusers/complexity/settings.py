@@ -1,6 +1,7 @@
 """How the complexity distance is measured. Needs no torch."""
 
 import itertools
+from typing import Literal
 
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
@@ -16,7 +17,8 @@ class ComplexityConfig:
     pilot_layers: int = field(4, "transformer blocks of a pilot", at_least=1, advanced=True)
     patch_size: int = field(2, "patch size of a pilot", at_least=1, advanced=True)
     train_batch_size: int = field(64, "images in a batch of the training", at_least=1, advanced=True)
-    learning_rate: float = field(1e-3, "peak learning rate of a pilot", above=0, advanced=True)
+    optimizer: Literal["adamw", "muon"] = field("adamw", "of a pilot: best that of the generator", advanced=True)
+    learning_rate: float = field(1e-3, "peak learning rate of a pilot; `muon` takes about 8e-3", above=0, advanced=True)
     num_images: int = field(2000, "images that a pilot draws, and training images to compare with", at_least=2)
     num_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
     refit_steps: int = field(
@@ -38,7 +40,7 @@ class ComplexityConfig:
         every = itertools.product(self.widths, self.pilot_steps, self.pilot_seeds)
         return {"width-{}-steps-{}-seed-{}".format(*pilot): pilot for pilot in every}
 
-    def transformer(self, width: int, steps: int) -> dict[str, int | float]:
+    def transformer(self, width: int, steps: int) -> dict[str, int | float | str]:
         """The flags of `train_dit.py` for a pilot."""
         heads = width // 64 if width % 64 == 0 else 1
         return {
@@ -47,6 +49,7 @@ class ComplexityConfig:
             "num_attention_heads": heads,
             "attention_head_dim": width // heads,
             "train_batch_size": self.train_batch_size,
+            "optimizer": self.optimizer,
             "learning_rate": self.learning_rate,
             "ema_decay": 0.99,
             "max_train_steps": steps,
