@@ -30,7 +30,7 @@ from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.sampling import SampleSettings, image_batches
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.pipelines.dae_dit import FLOW_SETTINGS
 from dae_diffusers.store import read_json, write_atomically, write_json
@@ -72,6 +72,7 @@ class Bench:
         )
         self.judge = load_feature_extractor(arguments.features, self.accelerator.device)
         images = load_images(data, 0)[0]
+        self.class_counts = class_counts(self.pipeline, images, self.pipeline.null_class)
         self.reference = reference_statistics(self.judge, images, cache_dir=Path(arguments.output_dir) / "reference")
 
     def _count(self, *_) -> None:
@@ -81,7 +82,9 @@ class Bench:
     def distance(self, scheduler: SchedulerMixin, steps: int, seed: int) -> tuple[float, float]:
         r"""The Fréchet distance, and the calls of the transformer for each batch."""
         self.pipeline.scheduler, self.calls = scheduler, 0
-        settings = SampleSettings(self.arguments.num_images, self.arguments.guidance_scale, steps, seed=seed)
+        settings = SampleSettings(
+            self.arguments.num_images, self.arguments.guidance_scale, steps, seed=seed, class_counts=self.class_counts
+        )
         found, batches = FeatureStatistics.empty(self.judge.feature_dim), 0
         for images, count in image_batches(self.pipeline, settings, self.accelerator, 100)(range(settings.num_images)):
             found.add(self.judge(images[:count].to(self.accelerator.device).float() * 2 - 1))

@@ -51,9 +51,12 @@ from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
     autoencoder_of,
+    class_counts,
     draw_samples,
     generation_inputs,
+    ids_in_pipeline,
     prompts_of,
+    prompts_of_images,
     say_duration,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
@@ -296,8 +299,13 @@ def test_sweep_is_drawn_over_what_was_swept(tmp_path, monkeypatch):
     assert labels == ["steps", "guidance scale", "guidance scale", "steps"]
 
 
-def test_labels_are_balanced_or_random():
+def test_labels_are_as_in_the_data_balanced_or_random():
     assert SampleSettings(7, 1.0, 1).labels(3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert SampleSettings(7, 1.0, 1, class_counts=(5, 5, 5)).labels(3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    labels = SampleSettings(1000, 1.0, 1, class_counts=(900, 0, 100)).labels(3)
+    assert labels.bincount().tolist() == [900, 0, 100]
+    assert labels[:50].bincount().tolist() == [45, 0, 5]  # so is every beginning
+    assert SampleSettings(3, 1.0, 1, "balanced", class_counts=(9, 1)).labels(2).tolist() == [0, 1, 0]
     random = SampleSettings(4000, 1.0, 1, "random").labels(4)
     torch.testing.assert_close(random.bincount() / 4000, torch.full((4,), 0.25), atol=0.03, rtol=0)
     assert SampleSettings(7, 1.0, 1).labels(None) is None
@@ -388,6 +396,28 @@ def test_time_of_drawing_is_said_where_that_costs_little(tmp_path, caplog):
     (tmp_path / "begun" / "0.safetensors").touch()
     say_duration(sampler, sweep, tmp_path, Accelerator(), 16)
     assert caplog.text == ""
+
+
+def test_drawn_classes_are_as_frequent_as_those_of_the_images_and_matched_by_name():
+    pipeline = SimpleNamespace(id2label={0: "dog", 1: "ant", 2: "cat"}, null_class=3)
+    images = SimpleNamespace(labels=[0, 0, 0, 1], id2label={0: "cat", 1: "dog"})
+    assert class_counts(pipeline, images, 3) == (1, 0, 3)
+    images.id2label |= {0: "wolf"}  # unknown to it: by number, and `evaluate` warns
+    assert class_counts(pipeline, images, 3) == (3, 1, 0)
+    assert class_counts(pipeline, images, None) is None
+    with pytest.raises(UserError, match="knows 3 classes, but the images have a label 3"):
+        ids_in_pipeline(pipeline, SimpleNamespace(labels=[3], id2label={3: "elk"}))
+
+
+def test_captions_are_drawn_in_a_mixed_order_with_the_class_of_their_name():
+    labels = [0] * 30 + [1] * 30
+    captions = [[f"a {'cat' if label == 0 else 'dog'}"] for label in labels]
+    given = {"labels": labels, "id2label": {0: "cat", 1: "dog"}, "captions": captions, "conditions": None}
+    images = type("Images", (), {"__len__": lambda self: 60, **given})()
+    pipeline = SimpleNamespace(id2label={0: "dog", 1: "cat", 2: "owl"}, null_class=3)
+    found = prompts_of_images(images, 20, pipeline)
+    assert {*zip(found["prompts"], found["classes"], strict=True)} == {("a cat", 1), ("a dog", 0)}
+    assert 5 < sum(prompt == "a cat" for prompt in found["prompts"]) < 15  # not the first class alone
 
 
 def test_prompts_name_the_classes_of_the_images(images):

@@ -70,6 +70,16 @@ def test_resumed_run_finds_the_same_best(watched, inputs, tmp_path):
     assert (tmp_path / "run" / TRANSFORMER).exists()
 
 
+def test_best_of_another_measure_no_longer_counts(watched, inputs, tmp_path, caplog):
+    flags = FLAGS + " --export best --learning_rate 0.3 --metric_images 20"
+    folder = tmp_path / "run"
+    resume(train_dit, flags, watched, folder, 3, ("pipeline", "train_dit/best"), **inputs)
+    assert "the search for the best begins again" in caplog.text
+    found = {step: value for step, value in distances(folder).items() if step > 3}
+    best = min(found, key=found.get)
+    assert (folder / "train_dit" / "best" / f"step-{best}").exists()
+
+
 def test_patience_ends_a_run_for_good(inputs, tmp_path):
     flags = FLAGS.replace("--max_train_steps 6", "--max_train_steps 40") + " --learning_rate 0.3"
     run(train_dit, flags + " --early_stopping_patience 2", output_dir=tmp_path, **inputs)

@@ -48,6 +48,7 @@ from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
     autoencoder_of,
+    class_counts,
     draw_samples,
     generation_inputs,
     image_sides,
@@ -108,7 +109,7 @@ def main(config: EvaluateConfig) -> None:
             config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
         )
     config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
-    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(config, train))
+    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(config, train, pipeline))
     check_options(config, sampler)
     check_counts(config, sampler, extractor, train, validation)
 
@@ -123,7 +124,7 @@ def main(config: EvaluateConfig) -> None:
             config, sampler, vae, train, some, seen, extractor, accelerator
         )
     if extractor is not None:
-        sweep = [] if sampler is None else swept_settings(config, sampler)
+        sweep = [] if sampler is None else swept_settings(config, sampler, train)
         results |= keep_values(
             lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, of_train, accelerator),
             accelerator,
@@ -155,16 +156,16 @@ def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
     data.continuous_columns, data.condition_column = columns_of(conditions, "mean"), image
 
 
-def what_to_draw(config: EvaluateConfig, train: ImageDataset) -> dict[str, Any]:
+def what_to_draw(config: EvaluateConfig, train: ImageDataset, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """What samples are drawn from: captions and conditions of the images. A `prompt` takes the place of the captions."""
-    of_images = prompts_of_images(train, config.sampling.num_images)
+    of_images = prompts_of_images(train, config.sampling.num_images, pipeline)
     if config.sampling.prompt is None and of_images:
         return of_images
     texts = prompts_of(config.sampling.prompt, train.id2label)
     if "conditions" not in of_images:
         return {"prompts": texts}
     if texts is not None and len(texts) > 1:  # a text for each class; now one for each image
-        texts = tuple(texts[label] for label in of_images["classes"])
+        texts = tuple(texts[label] for label in prompts_of_images(train, config.sampling.num_images)["classes"])
     return of_images | {"prompts": texts}
 
 
@@ -207,11 +208,11 @@ def check_counts(
     """Raises `UserError` where there are fewer images than the metrics need."""
     if (
         sampler is not None
-        and config.sampling.label_sampling == "balanced"
+        and config.sampling.label_sampling != "random"
         and config.sampling.num_images < (sampler.num_classes or 0)
     ):
         logger.warning(
-            "`--num_images` %d of %d classes: only the first ones are drawn. Draw more, or use `--label_sampling random`.",
+            "`--num_images` %d of %d classes: some classes are not drawn. Draw more, or use `--label_sampling random`.",
             config.sampling.num_images,
             sampler.num_classes,
         )
@@ -304,7 +305,7 @@ def evaluate_samples(
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
     shape = (config.data.image_channels, *config.data.size)
-    rows, every, sweep = [], [], swept_settings(config, sampler)
+    rows, every, sweep = [], [], swept_settings(config, sampler, train)
     say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
     for settings in sweep:
         samples = draw_samples(
@@ -324,7 +325,9 @@ def evaluate_samples(
             of=["generation", *(evaluation_inputs(vae, images, extractor) for images in (train, some)), drawn],
         )
         given = {
-            name: value for name, value in settings.given().items() if name not in ("prompts", "classes", "conditions")
+            name: value
+            for name, value in settings.given().items()
+            if name not in ("prompts", "classes", "conditions", "class_counts")
         }
         rows.append(given | compared["metrics"])
         every.append(samples)
@@ -332,11 +335,10 @@ def evaluate_samples(
             chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
             name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
             id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
-            is_by_class = (
-                settings.label_sampling == "balanced" and train.captions is None and sampler.conditions is None
-            )
+            is_by_class = sampler.conditions is None and train.captions is None
             names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
-            save_grids(folder, name, samples, sampler.num_classes, some, torch.tensor(compared["neighbors"]), names)
+            labels = settings.labels(sampler.num_classes) if is_by_class else None
+            save_grids(folder, name, samples, labels, some, torch.tensor(compared["neighbors"]), names)
     return rows, every, (reference, features, reconstruction_features)
 
 
@@ -365,8 +367,9 @@ def measure_real_images(
     return {"judge": yardstick.judge(), "floor": floor}
 
 
-def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSettings]:
+def swept_settings(config: EvaluateConfig, sampler: Sampler, train: ImageDataset) -> list[SampleSettings]:
     """The settings to measure: one for each combination of the swept options that the pipeline has."""
+    is_by_class = sampler.conditions is None and (train.captions is None or config.sampling.prompt is not None)
     sweep = [getattr(config.sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
     of_codes = {}
     if "temperature" in sampler.accepted:
@@ -384,6 +387,7 @@ def swept_settings(config: EvaluateConfig, sampler: Sampler) -> list[SampleSetti
             prompts=sampler.prompts,
             classes=sampler.classes,
             conditions=sampler.conditions,
+            class_counts=class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None,
             **of_codes,
         )
         for chosen in itertools.product(*sweep)

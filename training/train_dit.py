@@ -53,7 +53,7 @@ from dae_diffusers.latents.statistics import (
 from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.monitor import SampleDistance
-from dae_diffusers.metrics.sampling import SampleSettings, prompts_of_images
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts, prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
@@ -408,9 +408,10 @@ def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) ->
     if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
-    prompts = prompts_of_images(images, config.monitor.metric_images)
+    drawn_from = prompts_of_images(images, config.monitor.metric_images)
+    drawn_from = drawn_from or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
     settings = SampleSettings(
-        config.monitor.metric_images, guidance_scale, flow.num_sample_steps, seed=config.run.seed, **prompts
+        config.monitor.metric_images, guidance_scale, flow.num_sample_steps, seed=config.run.seed, **drawn_from
     )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
 
@@ -420,7 +421,7 @@ def draw_samples(
 ) -> None:
     """Draws the grid of samples at a validation, from captions and conditions of validation images where there are any."""
     config, flow = run.config, run.config.flow
-    shown = {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5))
+    shown = {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5), to_show=True)
     run.log.write_samples(
         pipeline,
         step,

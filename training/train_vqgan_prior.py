@@ -28,7 +28,7 @@ from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.monitor import SampleDistance
-from dae_diffusers.metrics.sampling import SampleSettings
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
@@ -183,6 +183,7 @@ def make_monitor(run: TrainingRun, images: ImageDataset, start: Start) -> Sample
         temperature=samples.sample_temperature,
         top_k=samples.sample_top_k,
         top_p=samples.sample_top_p,
+        class_counts=class_counts(None, images, len(images.id2label or ()) or None),
     )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
 

@@ -17,7 +17,7 @@ from dae_diffusers.fitting.decoder_fit import draw_latents
 from dae_diffusers.fitting.image_statistics import log_spectrum
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.sampling import SampleSettings
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.store import read_json, write_json
@@ -91,7 +91,8 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
         fitted = folder / generator / "pipeline" / "vae"
         vae = AutoencoderKL.from_pretrained(fitted if fitted.exists() else folder / "vae").eval()
         pipeline = DAEDiTPipeline.from_pretrained(origin / generator / "pipeline").to(accelerator.device)
-        labels = SampleSettings(experiment["num_images"], None, None).labels(pipeline.null_class)
+        counts = class_counts(pipeline, train, pipeline.null_class)
+        labels = SampleSettings(experiment["num_images"], None, None, class_counts=counts).labels(pipeline.null_class)
         for scale in scales:
             latents = draw_latents(
                 pipeline, labels, experiment["num_images"], origin / generator / "drawn", accelerator,

@@ -23,7 +23,7 @@ from dae_diffusers.metrics.evaluation import (
     sample_metrics,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.sampling import SampleSettings, draw_samples
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.settings import compose
@@ -66,7 +66,11 @@ class Ruler:
         instead = {} if vae is None else {"vae": vae}
         loaded = DAEDiTPipeline.from_pretrained(pipeline, **instead).to(self.accelerator.device)
         settings = SampleSettings(
-            self.experiment["num_images"], 1.0, self.experiment["num_inference_steps"], seed=1000 + self.seed
+            self.experiment["num_images"],
+            1.0,
+            self.experiment["num_inference_steps"],
+            seed=1000 + self.seed,
+            class_counts=class_counts(loaded, self.train, loaded.null_class),
         )
         drawn = draw_samples(loaded, settings, folder / "samples", self.accelerator)
         reference = reference_statistics(self.extractor, self.train, cache_dir=self.reference)

@@ -23,7 +23,7 @@ from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
-from dae_diffusers.metrics.sampling import draws_of, image_sides, load_pipeline, scheduler_options
+from dae_diffusers.metrics.sampling import draws_of, ids_in_pipeline, image_sides, load_pipeline, scheduler_options
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
@@ -402,21 +402,8 @@ def pool_labels(
             f"the generator knows {num_classes} classes, but the images have no labels. Name their column with `label_column`."
         )
     labels = torch.as_tensor(ids_in_pipeline(pipeline, images))
-    if labels.max() >= num_classes:
-        raise UserError(
-            f"the generator knows {num_classes} classes, but the images have a label {int(labels.max())}. Give the images that it "
-            "was trained on."
-        )
     generator = torch.Generator().manual_seed(derived_seed(seed, 11))
     return labels[torch.randint(len(labels), (pool_size,), generator=generator)]
-
-
-def ids_in_pipeline(pipeline: DAEDiTPipeline | DAEVQGANPipeline, images: ImageDataset) -> list[int]:
-    r"""The images' labels as the generator numbers its classes: by their names, if it knows all of them."""
-    known = {name: number for number, name in (pipeline.id2label or {}).items()}
-    if not set(images.id2label.values()) <= known.keys():
-        return images.labels
-    return [known[images.id2label[label]] for label in images.labels]
 
 
 def save_pipeline(

@@ -18,7 +18,7 @@ from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.metrics.sampling import SampleSettings, image_batches
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
 from dae_diffusers.run import TrainingRun
-from dae_diffusers.store import replace_folder
+from dae_diffusers.store import fingerprint_of_json, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class SampleDistance:
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
 
     Attributes:
-        state (`dict`): `step` and `distance` of the best measurement, and `worse`, how many were made since. It changes in
-            place: save it with each checkpoint.
+        state (`dict`): `step` and `distance` of the best measurement, `worse`, how many were made since, and `measure`, a fingerprint of
+            what is measured. It changes in place: save it with each checkpoint.
 
     Raises:
         UserError: If the features cannot be loaded or do not take such images.
@@ -50,7 +50,16 @@ class SampleDistance:
         self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
         self.extractor = load_feature_extractor(self.config.metric_features, run.accelerator.device)
         self.name = f"validation/{self.extractor.distance_name('g')}"
+        described = [self.extractor.fingerprint, self.images.fingerprint, settings.given()]
+        measure = fingerprint_of_json(described)
+        if state is not None and state.get("measure", measure) != measure:
+            logger.warning(
+                "what is measured has changed since the checkpoint (`metric_features`, `metric_images` or how samples are drawn): the "
+                "best weights so far no longer count, and the search for the best begins again."
+            )
+            state = None
         self.state = state or {"step": None, "distance": None, "worse": 0}
+        self.state["measure"] = measure
         self.reference: FeatureStatistics | None = None
         self._started, self._spent = time.monotonic(), 0.0
 

@@ -184,18 +184,31 @@ def save_grids(
     folder: Path,
     name: str,
     samples: KeptRows,
-    num_classes: int | None,
+    labels: torch.Tensor | None,
     train: ImageDataset,
     neighbors: torch.Tensor,
     class_names: list[str] | None = None,
 ) -> None:
-    r"""Saves a grid of samples, a column for each of few classes, and a grid of twelve samples above their nearest training images."""
-    columns = num_classes if num_classes is not None and num_classes <= 20 else 10
-    few = samples[: 8 * columns].float() / 127.5 - 1
-    image_grid(few, columns=columns, column_names=class_names if columns == num_classes else None).save(
-        folder / f"samples-{name}.png"
-    )
-    few = few[:12]
+    r"""
+    Saves a grid of samples, a column for each of few classes, and a grid of twelve samples above their nearest training images.
+
+    Args:
+        folder (`Path`), name (`str`): Where to: `samples-<name>.png` and `nearest-<name>.png`.
+        samples ([`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): The class of each sample.
+        train ([`~dae_diffusers.data.ImageDataset`]): The images that `neighbors` count.
+        neighbors (`torch.Tensor` of shape `(N,)`): The nearest training image of each sample.
+        class_names (`list[str]`, *optional*): By class.
+    """
+    found = [] if labels is None else [(labels == label).nonzero().flatten()[:8].tolist() for label in labels.unique()]
+    columns, column_names, chosen = 10, None, range(min(80, len(samples)))
+    if 0 < len(found) <= 20:
+        number = min(map(len, found))
+        columns, chosen = len(found), [of_class[n] for n in range(number) for of_class in found]
+        column_names = class_names and [class_names[label] for label in labels.unique()]
+    few = torch.cat([samples[n : n + 1] for n in chosen]).float() / 127.5 - 1
+    image_grid(few, columns=columns, column_names=column_names).save(folder / f"samples-{name}.png")
+    few = samples[:12].float() / 127.5 - 1
     nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
     rows = torch.cat([few, nearest])
     image_grid(rows, columns=len(few), row_names=["sample", "nearest"]).save(folder / f"nearest-{name}.png")

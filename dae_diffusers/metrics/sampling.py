@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
@@ -37,19 +38,22 @@ class SampleSettings:
         num_images (`int`): Number of images.
         guidance_scale (`float` or `None`): Classifier-free guidance; 1 is none. None for a pipeline that has none.
         num_inference_steps (`int` or `None`): Denoising steps; None for a pipeline that has none.
-        label_sampling (`str`): `balanced` (each class equally often, up to one image) or `random` (uniformly).
+        label_sampling (`str`): `data` (each class as often as `class_counts` say), `balanced` (each class equally often) or `random`
+            (uniformly). The first two are exact up to one image, and so is every beginning of them.
         seed (`int`): Seed of labels and noise.
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
         conditions ([`~dae_diffusers.condition_values.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
+        class_counts (`tuple[int, ...]`, *optional*): For `data`: how many training images each class has, see [`class_counts`]. Without
+            them `data` is `balanced`.
     """
 
     num_images: int
     guidance_scale: float | None
     num_inference_steps: int | None
-    label_sampling: Literal["balanced", "random"] = "balanced"
+    label_sampling: Literal["data", "balanced", "random"] = "data"
     seed: int = 0
     temperature: float | None = None
     top_k: int | None = None
@@ -57,6 +61,7 @@ class SampleSettings:
     prompts: tuple[str, ...] | None = None
     classes: tuple[int, ...] | None = None
     conditions: ConditionValues | None = None
+    class_counts: tuple[int, ...] | None = None
 
     def given(self) -> dict[str, Any]:
         r"""Every setting that is not None, by name, as JSON can hold it."""
@@ -72,10 +77,63 @@ class SampleSettings:
         r"""The label of each image, `(num_images,)` int64; None without classes."""
         if num_classes is None:
             return None
-        if self.label_sampling == "balanced":
-            return torch.arange(self.num_images) % num_classes
+        if self.label_sampling != "random":
+            counts = self.class_counts if self.label_sampling == "data" else None
+            return in_proportion(counts or (1,) * num_classes, self.num_images)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 6))
         return torch.randint(num_classes, (self.num_images,), generator=generator)
+
+
+def in_proportion(counts: Sequence[int], number: int) -> torch.Tensor:
+    r"""
+    `number` labels, int64: each class in proportion to its count, up to one, and evenly mixed, so that the same holds for every beginning.
+    Equal counts give 0, 1, ..., C-1, 0, 1, ...
+    """
+    shares = [count * number / sum(counts) for count in counts]
+    numbers = [int(share) for share in shares]
+    by_remainder = sorted(range(len(counts)), key=lambda label: numbers[label] - shares[label])
+    for label in by_remainder[: number - sum(numbers)]:
+        numbers[label] += 1
+    places = sorted(((n + 0.5) / of_label, label) for label, of_label in enumerate(numbers) for n in range(of_label))
+    return torch.tensor([label for _, label in places], dtype=torch.int64)
+
+
+def ids_in_pipeline(pipeline: DiffusionPipeline, images: ImageDataset) -> list[int]:
+    r"""
+    The images' labels as the generator numbers its classes: by their names, if it knows all of them.
+
+    Raises:
+        UserError: If the generator has fewer classes.
+    """
+    known = {name: number for number, name in (getattr(pipeline, "id2label", None) or {}).items()}
+    labels = images.labels
+    if set(images.id2label.values()) <= known.keys():
+        labels = [known[images.id2label[label]] for label in labels]
+    num_classes = getattr(pipeline, "null_class", None)
+    if num_classes is not None and max(labels, default=0) >= num_classes:
+        raise UserError(
+            f"the generator knows {num_classes} classes, but the images have a label {max(labels)}. Give the images that it "
+            "was trained on."
+        )
+    return labels
+
+
+def class_counts(
+    pipeline: DiffusionPipeline | None, images: ImageDataset, num_classes: int | None
+) -> tuple[int, ...] | None:
+    r"""
+    How many of the images are of each class, as the pipeline numbers its classes; None if either has no classes, or the pipeline does
+    not know those of the images.
+    """
+    if num_classes is None or not images.labels:
+        return None
+    try:
+        labels = images.labels if pipeline is None else ids_in_pipeline(pipeline, images)
+    except UserError:
+        return None
+    if max(labels) >= num_classes:
+        return None
+    return tuple(torch.bincount(torch.tensor(labels), minlength=num_classes).tolist())
 
 
 class Sampler:
@@ -404,17 +462,33 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
         raise UserError(f"`pipeline` {name_or_path} cannot be loaded: {reason}") from None
 
 
-def prompts_of_images(images: ImageDataset, count: int) -> dict[str, Sequence]:
+def prompts_of_images(
+    images: ImageDataset, count: int, pipeline: DiffusionPipeline | None = None, *, to_show: bool = False
+) -> dict[str, Sequence]:
     r"""
     The fields `prompts`, `classes` and `conditions` of [`SampleSettings`] to draw what the first caption and the conditions of so many
     images say; empty for images with neither.
+
+    Args:
+        images ([`~dae_diffusers.data.ImageDataset`]): The images.
+        count (`int`): How many of them.
+        pipeline (`DiffusionPipeline`, *optional*): The classes are as it numbers them; default: as the images do.
+        to_show (`bool`, *optional*): Take them evenly over the classes and in their order, not at random. The random choice is always
+            the same, and each beginning of it is one.
+
+    Raises:
+        UserError: If the pipeline has fewer classes than the images.
     """
     if images.captions is None and images.conditions is None:
         return {}
-    chosen = images.spread(count)
+    chosen = images.spread(count) if to_show else np.random.default_rng(0).permutation(len(images))[:count].tolist()
     found = {} if images.captions is None else {"prompts": tuple(images.captions[n][0] for n in chosen)}
     found |= {} if images.conditions is None else {"conditions": ConditionValues(images, chosen)}
-    return found if images.labels is None else found | {"classes": tuple(images.labels[n] for n in chosen)}
+    if images.labels is None:
+        return found
+    has_classes = getattr(pipeline, "null_class", None) is not None
+    labels = ids_in_pipeline(pipeline, images) if has_classes else images.labels
+    return found | {"classes": tuple(labels[n] for n in chosen)}
 
 
 def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:

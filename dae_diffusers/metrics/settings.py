@@ -61,8 +61,10 @@ class SamplingConfig:
         at_most=1,
         advanced=True,
     )
-    label_sampling: Literal["balanced", "random"] = field(
-        "balanced", "labels of the drawn images: each class equally often, or at random", advanced=True
+    label_sampling: Literal["data", "balanced", "random"] = field(
+        "data",
+        "labels of the drawn images: each class as often as among the training images, equally often, or at random",
+        advanced=True,
     )
     prompt: str | None = field(
         None, "text for a text-to-image pipeline; {label} in it is replaced by the name of a class", advanced=True
