@@ -261,6 +261,8 @@ class Checkpointer:
         ]
         base_lrs = [list(scheduler.base_lrs) for scheduler in schedulers]
         self.accelerator.load_state(str(path))
+        # It counts micro-batches. A checkpoint lies between steps, whose number of micro-batches may be another now.
+        self.accelerator.step = 0
         for optimizer, of_groups in zip(optimizers, settings, strict=True):
             for group, of_group in zip(optimizer.param_groups, of_groups, strict=True):
                 group.update(of_group)

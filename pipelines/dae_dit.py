@@ -88,6 +88,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _is_conditional = False  # whether there is more to draw from than what the call is given
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["tokenizer", "text_encoder"]
 
@@ -579,7 +580,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         texts |= {name: value for name, value in embeds.items() if value is not None}
         has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
-        has_condition |= any(value is not None for value in conditions.values())
+        has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
         self._guidance_scale = guidance_scale  # a callback may change it
         self._check_texts(texts, class_labels, is_guided=has_condition and self.do_classifier_free_guidance)
         label_ids = self._resolve_labels(class_labels)
@@ -678,7 +679,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: As in `raw_latents`.
         """
-        images = self.vae.decode(self.raw_latents(latents).to(self.vae.dtype)).sample
+        raw = self.raw_latents(latents)
+        images = self._in_enough_range(lambda dtype: self.vae.decode(raw.to(dtype)).sample)
         return 2 * images - 1 if is_representation_autoencoder(self.vae.config) else images
 
     def raw_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -710,6 +712,21 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return latents * std / config.get("scaling_factor", 1.0) + mean
+
+    def _in_enough_range(self, function: Callable[[torch.dtype], torch.Tensor]) -> torch.Tensor:
+        """What the autoencoder makes in its data type; in float32 if numbers exceed float16, as those of Stable Diffusion XL's do."""
+        found = function(self.vae.dtype)
+        if self.vae.dtype != torch.float16 or found.isfinite().all():
+            return found
+        warnings.warn(
+            "numbers inside `vae` exceed the range of float16, so it works in float32. Load it in float32 or bfloat16.",
+            stacklevel=4,
+        )
+        self.vae.to(torch.float32)
+        try:
+            return function(torch.float32)
+        finally:
+            self.vae.to(torch.float16)
 
     def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents of the first step, from standard normal noise, and the timesteps that remain; `set_timesteps` came before."""

@@ -5,7 +5,7 @@ Needs torch and diffusers only, and the file of `DAEDiTPipeline`, which lies bes
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             raise ValueError(
                 f"`strength` is {strength}, but must lie between 0 (reconstruction) and 1 (the image is ignored)."
             )
+        prompt, class_labels = (list(each) if isinstance(each, Iterator) else each for each in (prompt, class_labels))
         height, width = self._image_size(height, width, kwargs.get("latents"))
         pixels = self.prepare_images(image, height, width)
         count, texts = num_images_per_prompt or num_images_per_label, {"prompt": prompt, **kwargs}
@@ -126,8 +127,12 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             `torch.Tensor` of shape `(B, C, h, w)`: float32.
         """
         pixels = pixels if is_representation_autoencoder(self.vae.config) else 2 * pixels - 1
-        encoded = self.vae.encode(pixels.to(self.vae.dtype))
-        raw = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]).float()
+
+        def encode(dtype: torch.dtype) -> torch.Tensor:
+            encoded = self.vae.encode(pixels.to(dtype))
+            return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+
+        raw = self._in_enough_range(encode).float()
         shift, scaled = (self.raw_latents(torch.full_like(raw[:1], value)) for value in (0.0, 1.0))
         return (raw - shift) / (scaled - shift)  # `raw_latents` undone
 

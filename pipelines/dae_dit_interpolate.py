@@ -93,6 +93,7 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         if any(len(values) == 2 for values in ends.values()):
             last = {name: values[-1] for name, values in ends.items()}
             self._last |= self.encode_conditions(last, height=height, width=width)
+        self._is_conditional = any(values[-1] is not None for values in (prompts, *ends.values()))
         return super().__call__(
             prompts[0],
             class_labels=None if class_labels is None else label_ids[:1],

@@ -249,6 +249,12 @@ def test_pipelines_made_from_it_take_conditions():
         alone = sample(pipeline, class_labels=given["class_labels"], conditions={"angle": angle})
         assert_close(drawn[index], alone[0], atol=1e-4, rtol=1e-4)
     assert not torch.equal(drawn[1], drawn[0])
+    for values in ([None, 60.0], [0.0, None]):  # an unknown end is guided, too, if the other is known
+        drawn = sample(series, num_images=2, conditions={"angle": values}, guidance_scale=3)
+        for end, value in enumerate(values):
+            assert_close(
+                drawn[end], sample(pipeline, conditions={"angle": value}, guidance_scale=3)[0], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_result_draws_from_conditions_in_all_three_ways(trained):

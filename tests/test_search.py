@@ -299,6 +299,20 @@ def test_a_search_in_which_all_fails_says_why(tmp_path):
         find(tmp_path / "find", written(tmp_path, content), features=features)
 
 
+def test_speed_is_measured_on_what_fits(tmp_path, monkeypatch):
+    content = CANDIDATES | {"candidates": {"same": CANDIDATES["candidates"]["same"]}}
+    config = SearchConfig(
+        output_dir=str(tmp_path / "find"), candidates=written(tmp_path, content), features=save_backbone(tmp_path / "judge", "classifier"),
+    )  # fmt: skip
+    candidates = read_candidates(config, DATA)
+    del candidates.flags["joint"]  # as if it did not fit the images
+    search, timed = Search(config, DATA, candidates), []
+    monkeypatch.setattr("dae_diffusers.search.search.CandidateTrial", lambda name, *rest: timed.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        search.measure_speeds()
+    assert timed == ["same"]
+
+
 def test_speed_is_measured_before_a_plan(tmp_path):
     features = save_backbone(tmp_path / "judge", "classifier")
     config = SearchConfig(

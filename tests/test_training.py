@@ -16,6 +16,7 @@ from models import make_autoencoder, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
+    BARE_DAE,
     CONFIG_CLASSES,
     DIVERGING,
     TINY_DAE,
@@ -30,7 +31,7 @@ from scripts import (
     weights,
 )
 
-from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, loop
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, StageConfig
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
@@ -247,6 +248,20 @@ def test_accumulated_batches_equal_one_large_batch(image_folder, tmp_path):
     for whole, halves in zip(rows["whole"], rows["halves"], strict=True):
         assert whole["step"] == halves["step"]
         assert abs(whole.get("train/learning_rate", 0) - halves.get("train/learning_rate", 0)) < 1e-12
+
+
+def test_resumed_run_may_accumulate_otherwise(trained, image_folder, tmp_path, monkeypatch):
+    seen, seed_microbatch = [], loop.seed_microbatch
+    monkeypatch.setattr(
+        loop, "seed_microbatch", lambda seed, number: (seen.append(number), seed_microbatch(seed, number))
+    )
+    flags = BARE_DAE + " --stage 1 --checkpointing_steps 1"
+    for more in (
+        " --stage1_steps 3",
+        " --stage1_steps 5 --gradient_accumulation_steps 2 --resume_from_checkpoint latest",
+    ):
+        run(train_dae, flags + more, train_data_dir=image_folder, output_dir=tmp_path)
+    assert len(seen) == 3 + 2 * 2  # whole steps, also the first after the checkpoint
 
 
 def test_two_processes_equal_one_that_accumulates(image_folder, tmp_path):

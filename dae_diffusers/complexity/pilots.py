@@ -19,6 +19,7 @@ from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.store import fingerprint_of_json, read_json, write_json
 
@@ -71,7 +72,7 @@ def measure_pilots(
         "generators": {name: config.transformer(*pilot[:2]) for name, pilot in config.pilots().items()},
     }
     used = str(home / "refitted" / "vae") if config.refit_steps else vae
-    judged = home / ("loss" if features is None else fingerprint_of_json(features))
+    judged = home / ("loss" if features is None else load_feature_extractor(features).fingerprint)
 
     def row_of(name: str) -> Path:
         return judged / f"{name}.json"

@@ -67,10 +67,10 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
         if reason is not None:
             found.left_out[candidate] = reason
             del found.flags[candidate]
-    if config.published_vae is not None:
-        found.flags["published"] = {"vae": config.published_vae}
     if not found.flags:
         raise UserError(f"no candidate fits the images: {next(iter(found.left_out.values()))}")
+    if config.published_vae is not None:
+        found.flags["published"] = {"vae": config.published_vae}
     return found
 
 

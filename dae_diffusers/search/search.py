@@ -10,6 +10,7 @@ from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.sharing import share
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.search.candidates import Candidates
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.settings import SearchConfig, show_seconds
@@ -46,7 +47,7 @@ class Search:
             "data": data,
             "candidates": candidates.flags,
             "transformer": candidates.transformer,
-            "judge": config.features or candidates.judge,
+            "judge": candidates.judge if config.features is None else _described(config.features),
             "settings": {name: getattr(config, name) for name in _FIXED},
         }
         path = self.folder / "search.json"
@@ -122,8 +123,9 @@ class Search:
         return [Rung(**rung) for rung in self.planned["rungs"]]
 
     def measure_speeds(self) -> Speeds:
-        """Times a few steps of joint training and of a generator on its latents."""
-        name = next(name for name, flags in self.candidates.flags.items() if flags.get("auxiliary_decoder") == "none")
+        """Times a few steps of joint training, or of the first candidate where that does not fit, and of a generator on its latents."""
+        flags = self.candidates.flags
+        name = next((name for name in flags if flags[name].get("auxiliary_decoder") == "none"), next(iter(flags)))
         folder = self.folder / "calibration"
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill
         trial = CandidateTrial(name, self.candidates.flags[name], self.experiment, folder, self.config.seed)
@@ -219,6 +221,11 @@ def _per_step(clock: list[float], *, whole: bool = False) -> float:
     _, middle, last = _CALIBRATION
     steps = last - middle if whole else last - 2 * middle + _CALIBRATION[0]
     return max((clock[2] - clock[1]) / steps, clock[2] / last / 4)
+
+
+def _described(features: str) -> dict[str, str]:
+    """The name of a judge and a fingerprint of its weights."""
+    return {"features": features, "fingerprint": load_feature_extractor(features).fingerprint}
 
 
 def _show(row: dict[str, Any]) -> str:
