@@ -60,6 +60,7 @@ from dae_diffusers.comparison.trials import finished_rows, run_trial
 from dae_diffusers.data import DataConfig
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.search.trial import distances
 from dae_diffusers.store import write_atomically, write_json
 
 
@@ -185,19 +186,15 @@ def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None
 
 def run_of(row: dict[str, Any]) -> Run:
     """The values of a run that the tables show."""
-    reconstruction, generation = row["reconstruction"], row["generation"]
+    generation = row["generation"]
     latents = {name: math.nan if value is None else value for name, value in row["latent_space"].items()}
     return {name: row[name] for name in KEYS} | {
-        "PSNR": reconstruction["psnr"],
-        "rFD": next(value for name, value in reconstruction.items() if name.startswith(("rfd", "rfid"))),
-        "gFD": next(value for name, value in generation.items() if name.startswith(("gfd", "gfid"))),
-        "gap": generation["gap"],
+        **distances(row),
         "KID": generation["kernel_distance"],
         **columns_of(row["judged"]),
         "precision": generation["precision"],
         "recall": generation["recall"],
         "iFD": next(value for name, value in latents.items() if name.startswith(("ifd", "ifid"))),
-        **complexity_of(row),
         "DiT val": row["validation_loss"],
         "HF share": latents["high_frequency_share"],
         "eff. rank": latents["effective_rank"],
@@ -208,24 +205,11 @@ def run_of(row: dict[str, Any]) -> Run:
     }
 
 
-def complexity_of(row: dict[str, Any]) -> dict[str, float]:
-    """The complexity distance as older versions measured it with small decoders; nothing in newer rows."""
-    entries = {(entry["form"], entry["capacity"]): entry for entry in row.get("complexity", [])}
-    if not entries:
-        return {}
-    widest = max(capacity for form, capacity in entries if form == "paired" and capacity is not None)
-    return {
-        "CD paired": entries["paired", widest]["variance_left"],
-        "CD excess": entries["paired", widest]["variance_left_difference"],
-        "CD unpaired": entries["unpaired", widest]["std_left"],
-    }
-
-
 def columns_of(judged: dict[str, dict[str, float]]) -> dict[str, float]:
     """Of each judge and guidance, such as `gFD pixels, guidance 1.5`; what judges the table's gFD without guidance has its column."""
     columns = {}
-    for scale, distances in judged.items():
-        for number, (name, distance) in enumerate(distances.items()):
+    for scale, by_judge in judged.items():
+        for number, (name, distance) in enumerate(by_judge.items()):
             parts = [] if number == 0 else [Path(name).name]
             parts += [] if float(scale) == 1 else [f"guidance {float(scale):g}"]
             if parts:
