@@ -28,6 +28,7 @@ from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
 from dae_diffusers.search.forecast import forecast
+from dae_diffusers.search.trial import distances
 from dae_diffusers.store import read_json, write_atomically, write_json
 
 OTHERS = {
@@ -81,8 +82,7 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
         widths=arguments.widths,
         pilot_steps=arguments.steps,
         num_images=arguments.num_images,
-        optimizer=options.get("optimizer", "adamw"),
-        learning_rate=options["learning_rate"],
+        **{name: options[name] for name in ("optimizer", "learning_rate") if name in options},
     )
     found = measure_pilots(
         str(vae_of(runs, row)), data, config,
@@ -97,7 +97,7 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
     return {
         "comparison": runs.name,
         "name": f"{row['condition']} {row['steps']} seed {row['seed']}",
-        "gFD": next(value for name, value in row["generation"].items() if name.startswith(("gfd", "gfid"))),
+        "gFD": distances(row)["gFD"],
         "effort": options["max_train_steps"] * row["parameters"],
         "cost": math.fsum(pilot["cpu_seconds"] for pilot in found) / row["generator_cost"]["cpu_seconds"],
         "points": points,
@@ -111,17 +111,12 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
 
 
 def others_of(row: dict[str, Any]) -> dict[str, float]:
-    found = {
+    return {
         name: value
         for part, names in OTHERS.items()
         for name, value in row[part].items()
         if name.startswith(names) and value is not None
     }
-    for entry in row.get("complexity", []):  # of older versions
-        if entry["capacity"] == 16:
-            value = {"paired": "variance_left", "unpaired": "std_left"}[entry["form"]]
-            found[f"complexity distance, {entry['form']}"] = entry[value]
-    return found
 
 
 def summarize(rows: list[dict[str, Any]]) -> str:
