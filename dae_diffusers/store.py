@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 
 if TYPE_CHECKING:  # torch takes seconds to import; code that only reads and writes text should not wait for it
     import torch
@@ -140,7 +140,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     except _UNREADABLE as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({_one_line(error)}).") from None
+        raise UserError(f"{path} is damaged: it is not JSON ({one_line(error, 200)}).") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} is damaged: it holds {_brief(value)} where a {kind.__name__} belongs.")
     return value
@@ -224,7 +224,7 @@ def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> Non
         except SafetensorError as error:  # it has the system's error as text only
             number = re.search(r"\(os error (\d+)\)", str(error)) or re.search(r"code: (\d+)", str(error))
             if number is None:
-                raise OSError(_one_line(error)) from None
+                raise OSError(one_line(error, 200)) from None
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
     _replace(path, write)
@@ -330,11 +330,6 @@ def kept_rows(path: Path) -> list[tuple[Any, Any]]:
     return rows
 
 
-def is_temporary(path: Path) -> bool:
-    r"""Whether a file is temporary: being written, or left by a kill. It is never a result."""
-    return _TEMPORARY.search(path.name) is not None
-
-
 def remove_leftovers(folder: Path, name: str = "") -> None:
     r"""
     Removes unfinished files that killed processes have left.
@@ -391,7 +386,7 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
             header = (file.metadata() or {}).get(_HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, *_UNREADABLE) as error:
-        raise NotKept(f"is damaged ({_one_line(error)})") from None
+        raise NotKept(f"is damaged ({one_line(error, 200)})") from None
     if header is None:
         raise NotKept("was made by an older version, or by something else: it does not say of what it was made")
     try:
@@ -410,7 +405,7 @@ def _kept_value(content: bytes) -> tuple[Any, Any]:
         of, value = kept["of"], kept["values"]
         is_whole = kept["checksum"] == fingerprint_of_json([of, value])
     except _UNREADABLE as error:
-        raise NotKept(f"is damaged ({_one_line(error)})") from None
+        raise NotKept(f"is damaged ({one_line(error, 200)})") from None
     if not is_whole:
         raise NotKept("is damaged: its content has another checksum than when it was written")
     return of, value
@@ -445,10 +440,6 @@ def _escaped(name: str) -> str:
 def _as_json(value: Any) -> Any:
     """The value after a round trip through JSON, so that tuples equal lists."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _brief(value: Any) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
-from dae_diffusers.store import fingerprint, weights_of
+from dae_diffusers.store import fingerprint, replace_folder, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -426,14 +427,8 @@ def save_pipeline(
     target, kept = folder / "pipeline", folder / KEPT_VAE
     source = target / "vae"
     if _latents_fingerprint_in(kept) != latents_fingerprint(pipeline.vae):
-        temporary = kept.with_name(f"{kept.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        if source.is_dir():
-            shutil.copytree(source, temporary)
-        else:
-            pipeline.vae.save_pretrained(temporary)
-        shutil.rmtree(kept, ignore_errors=True)
-        temporary.rename(kept)
+        copy = partial(shutil.copytree, source) if source.is_dir() else pipeline.vae.save_pretrained
+        replace_folder(kept, copy)
     pipeline.vae.load_state_dict(model.to_diffusers().state_dict())
     if not target.exists():
         temporary = target.with_name("pipeline.tmp")

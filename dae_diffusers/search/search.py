@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import CandidateTrial, distances
 from dae_diffusers.search.turned import write_turned
-from dae_diffusers.store import read_json, write_json
+from dae_diffusers.store import read_json, replace_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -208,9 +209,10 @@ class Search:
             if "failed" in row:
                 raise UserError(f"the winner `{name}` failed in its last training: {row['failed']}")
             if Path(row["vae"]).is_dir():
-                _replace(Path(row["vae"]), self.folder / "vae")
+                replace_folder(self.folder / "vae", partial(shutil.copytree, row["vae"]))
             if with_generator:
-                _replace(trial.folder_of(number) / "generator" / "pipeline", self.folder / "pipeline")
+                pipeline = trial.folder_of(number) / "generator" / "pipeline"
+                replace_folder(self.folder / "pipeline", partial(shutil.copytree, pipeline))
             write_json(finished, {"vae": row["vae"]})
 
         share(["winner"], self.folder, lambda _: finished.exists(), train)
@@ -230,12 +232,3 @@ def _described(features: str) -> dict[str, str]:
 
 def _show(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in distances(row).items())
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Puts a copy of a folder in another's place."""
-    new = target.with_name(f".{target.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
