@@ -66,7 +66,6 @@ class StreamedImages(BatchDataset):
         held_out (`frozenset[bytes]`, *optional*): [`content_hash`] of the validation images.
         num_examples (`int`, *optional*): Number of images, if the data set tells it.
         value_range (`list[float]`, *optional*): Lowest and highest value; default: that of the settings, if given.
-        value2id (`dict`, *optional*): Class ids by the values of the column, if it does not hold ids.
         root ([`~dae_diffusers.data.contents.Root`], *optional*): Folder in which the files that rows name must lie.
     """
 
@@ -83,7 +82,6 @@ class StreamedImages(BatchDataset):
         held_out: frozenset[bytes] = frozenset(),
         num_examples: int | None = None,
         value_range: list[float] | None = None,
-        value2id: dict[Any, int] | None = None,
         root: Root | None = None,
     ):
         self.rows = rows
@@ -94,7 +92,6 @@ class StreamedImages(BatchDataset):
         self.fingerprint = fingerprint
         self.held_out = held_out
         self.num_examples = num_examples
-        self.value2id = value2id
         self.root = root
         self._reader = ImageReader(config, depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
@@ -237,8 +234,6 @@ class ImageStream(Sampler[list[StreamedRow]]):
         if self.max_samples is None:
             draw = derived_seed(self.seed, 1, position * self.num_processes + self.process_index)
         label = None if self.images.label_column is None else value_of(row, self.images.label_column)
-        if self.images.value2id is not None:
-            label = self.images.value2id.get(label, label)
         return StreamedRow(row[self.images.image_column], label, position, draw)
 
     def _read_block(self, place: "_Place", states: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
