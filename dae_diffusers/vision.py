@@ -25,7 +25,15 @@ from dae_diffusers.losses.resizing import resize
 LPIPSNet = Literal["alex", "vgg", "squeeze"]
 
 
-class FrozenBackbone(nn.Module):
+class AlwaysEval(nn.Module):
+    r"""A module that stays in eval mode, also inside one that is trained."""
+
+    def train(self, mode: bool = True) -> "AlwaysEval":
+        r"""Does nothing but stay in eval mode, whatever `mode` is."""
+        return super().train(False)
+
+
+class FrozenBackbone(AlwaysEval):
     r"""
     The hidden states of a frozen vision model, as a differentiable function of images.
 
@@ -44,10 +52,6 @@ class FrozenBackbone(nn.Module):
         self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def train(self, mode: bool = True) -> "FrozenBackbone":
-        r"""Does nothing: the model stays in eval mode."""
-        return super().train(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         r"""

@@ -5,7 +5,7 @@ from torch import nn
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.losses.perceptual import perceptual_distance
-from dae_diffusers.vision import FrozenBackbone, load_backbone, load_lpips_network
+from dae_diffusers.vision import AlwaysEval, FrozenBackbone, load_backbone, load_lpips_network
 
 
 class PerceptualLoss(nn.Module):
@@ -37,7 +37,7 @@ class PerceptualLoss(nn.Module):
         return perceptual_distance(self.backbone(reconstruction), targets)
 
 
-class LPIPSLoss(nn.Module):
+class LPIPSLoss(AlwaysEval):
     r"""LPIPS (VGG) of the package `lpips`, mean over the batch. It downloads its backbone the first time."""
 
     def __init__(self):
@@ -49,10 +49,6 @@ class LPIPSLoss(nn.Module):
                 "`perceptual_model lpips` needs a package: pip install lpips. Or name a vision model, such as "
                 "facebook/convnext-tiny-224."
             ) from None
-
-    def train(self, mode: bool = True) -> "LPIPSLoss":
-        r"""Does nothing: the model stays in eval mode."""
-        return super().train(False)
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""As in [`PerceptualLoss`]."""

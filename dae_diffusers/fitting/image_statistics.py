@@ -11,7 +11,7 @@ from dae_diffusers.losses.processes import mean_over_processes
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import fingerprint, weights_of
-from dae_diffusers.vision import FrozenBackbone, load_backbone, short_name
+from dae_diffusers.vision import AlwaysEval, FrozenBackbone, load_backbone, short_name
 
 # Longer feature vectors are projected: their covariance would be too large, and need more images than there are.
 MAX_FEATURES = 1024
@@ -22,7 +22,7 @@ RIDGE = 0.3
 PIXELS, RINGS = 8, 8
 
 
-class ImageStatistics(nn.Module):
+class ImageStatistics(AlwaysEval):
     r"""
     One vector of statistics per image: the image shrunk to 8x8 pixels, the logarithm of its power in 8 rings of spatial frequency, both
     for each channel, and, with a vision model, mean and standard deviation over the positions of each of its layers.
@@ -65,10 +65,6 @@ class ImageStatistics(nn.Module):
         if name_or_path is None:
             return cls(channels)
         return cls(channels, load_backbone(name_or_path).to(device), short_name(name_or_path))
-
-    def train(self, mode: bool = True) -> "ImageStatistics":
-        r"""Does nothing: the model stays in eval mode."""
-        return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         r"""

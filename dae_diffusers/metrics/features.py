@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dae_diffusers.store import fingerprint
-from dae_diffusers.vision import has_class_token, load_inception, load_vision_model, short_name
+from dae_diffusers.vision import AlwaysEval, has_class_token, load_inception, load_vision_model, short_name
 
 
-class FeatureExtractor(torch.nn.Module):
+class FeatureExtractor(AlwaysEval):
     r"""
     A fixed network that turns images into feature vectors.
 
@@ -56,10 +56,6 @@ class FeatureExtractor(torch.nn.Module):
                 f"{self.name!r} is not a classifier and has no logits. Use a network with an image-classification head."
             )
         return self._run(images)
-
-    def train(self, mode: bool = True) -> "FeatureExtractor":
-        r"""Does nothing: the network stays in eval mode."""
-        return super().train(False)
 
     def distance_name(self, prefix: Literal["r", "g"]) -> str:
         r"""
