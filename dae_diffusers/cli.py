@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -143,6 +144,13 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
             f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr, flush=True
         )
         raise SystemExit(getattr(error, "exit_code", UserError.exit_code)) from None
+
+
+def show_messages(is_main: bool = True) -> None:
+    r"""Shows the log messages of the scripts, of other than the main process only errors, without the small talk of libraries."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
+    for chatty in ("httpx", "httpx2", "accelerate"):  # the Hub's client has two names, by its version
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _keep_interrupts() -> None:

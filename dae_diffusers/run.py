@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dae_diffusers.batches import TrainingBatches
 from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.cli import show_messages
 from dae_diffusers.console import num_cores
 from dae_diffusers.data.configuration import DEFAULT_CHANNELS, DEFAULT_RESOLUTION
 from dae_diffusers.data.loaders import make_pass_loader
@@ -380,9 +381,7 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
 
 def start_messages(accelerator: Accelerator) -> None:
     r"""Shows the log messages of the main process, and warns about settings that cost speed."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    for chatty in ("httpx", "httpx2", "accelerate"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    show_messages(accelerator.is_main_process)
     is_launchers_choice = launcher_pid() is not None and "DAE_DIFFUSERS_COMMAND" not in os.environ
     threads = num_cores() // max(1, accelerator.num_processes)
     if accelerator.device.type == "cpu" and is_launchers_choice and torch.get_num_threads() == 1 < threads:

@@ -7,11 +7,10 @@ Put a decoder into a pipeline whose generator was trained on the same encoder.
 The encoders are compared by their weights. The generator, the scheduler and the statistics of the latents stay as they are.
 """
 
-import logging
 import shutil
 from pathlib import Path
 
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import WAITING, assemble
 from dae_diffusers.hub.results import PIPELINE_INDEX
@@ -19,7 +18,7 @@ from dae_diffusers.training.settings import AssembleConfig
 
 
 def main(config: AssembleConfig) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    show_messages()
     given = Path(config.pipeline)
     found = next(
         (each for each in (given, given / WAITING, given / "pipeline") if (each / PIPELINE_INDEX).exists()), None

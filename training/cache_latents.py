@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.data import load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def main(config: CacheLatentsConfig) -> None:
     accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    show_messages(accelerator.is_main_process)
     cache, data = config.cache, config.data
     folder = Path(cache.output_dir)
     lock = take_folder(folder, accelerator)

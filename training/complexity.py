@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.comparison.scripts import work_alone
 from dae_diffusers.complexity.pilots import measure_pilots
 from dae_diffusers.complexity.report import complexity_distance, plot_complexity, summarize, to_markdown
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def main(config: MeasureComplexityConfig) -> None:
     is_main = work_alone()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
+    show_messages(is_main)
     space, folder = config.latent_space, Path(config.latent_space.output_dir)
     settle_images(config, load_autoencoder(space.vae), patch_size=config.complexity.patch_size)
     data = changes_of(config.data)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
@@ -73,7 +73,7 @@ def main(config: EvaluateConfig) -> None:
     accelerator = Accelerator(
         mixed_precision=config.evaluation.mixed_precision or "no", kwargs_handlers=[PROCESS_GROUP]
     )
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    show_messages(accelerator.is_main_process)
     folder = Path(config.evaluation.output_dir)
     lock = take_folder(folder, accelerator)
     pipeline = (

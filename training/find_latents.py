@@ -16,7 +16,7 @@ import os
 import diffusers.utils.logging
 import transformers.utils.logging
 
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.comparison.scripts import work_alone
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.report import write_report
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def main(config: FindLatentsConfig) -> None:
     workers = int(os.environ.get("WORLD_SIZE", 1))
     is_first = work_alone()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if is_first else logging.ERROR)
+    show_messages(is_first)
     for library in (diffusers, transformers):  # a bar for each model that is loaded
         library.utils.logging.disable_progress_bar()
     data = changes_of(config.data)

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: PreviewConfig) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    show_messages()
     folder, seed = Path(config.preview.output_dir), config.preview.seed
     if config.preview.vae is None:
         config.data.settle()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub import card, results, upload
 from dae_diffusers.training.settings import PushConfig, with_flags
@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: PushConfig) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    for name in ("httpx", "httpx2"):  # the Hub's client, by version
-        logging.getLogger(name).setLevel(logging.WARNING)
+    show_messages()
     result = results.read_result(config.folder)  # what is wrong with the folder is said before the Hub is asked
     if config.export_dir is not None:
         export(config, result)
