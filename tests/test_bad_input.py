@@ -222,7 +222,7 @@ TABLE = [
     ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --code_cache {file}", 1, "codes cannot be written"),
     ("cache_latents", "--train_data_dir {images} --vae {vae} --batch_size 0", 2, "must be at least 1"),
     ("cache_latents", "--train_data_dir {images} --vae {vae} --dtype int8", 2, "invalid choice: 'int8'"),
-    ("cache_latents", "--train_data_dir {images} --vae {vae} --random_crop", 2, "cannot be cached"),
+    ("cache_latents", "--train_data_dir {images} --vae {vae} --random_crop", 2, "do not go with a cache"),
     ("cache_latents", "--train_data_dir {images} --vae {nowhere}", 1, "is not an autoencoder that can be loaded"),
     ("cache_latents", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
     ("cache_latents", "--train_data_dir {truncated} --vae {vae}", 1, ".png cannot be decoded"),

@@ -264,7 +264,7 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
     flags = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
     for more, message in {
         "": "`--stage 3` and `--pipeline`",
-        f"--pipeline {source} --feature_model {backbone} --streaming": "does not go with `--streaming`",
+        f"--pipeline {source} --feature_model {backbone} --streaming": "`--streaming` does not go with `--stage 3`",
         f"--pipeline {source} --feature_model {backbone} --stage1_dir x": "`--stage1_dir` is for `--stage 2`",
         f"--pipeline {source} --push_to_hub --hub_strategy every_save": "`--hub_strategy every_save` does not go with",
     }.items():

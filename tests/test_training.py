@@ -496,7 +496,7 @@ def test_what_the_user_can_mend_is_answered_with_a_sentence(
         (train_dit, "--vae x --dataset_name digits --class_dropout_prob 1", "label_column none"),
         (train_dit, "--vae x", "one of"),
         (train_dit, "--dataset_name digits", "--vae"),
-        (cache_latents, "--vae x --dataset_name digits --random_crop", "cannot be cached"),
+        (cache_latents, "--vae x --dataset_name digits --random_crop", "do not go with a cache"),
     ],
 )
 def test_impossible_flags_exit_with_two(script, flags, message, capsys):

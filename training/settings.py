@@ -142,8 +142,7 @@ class TrainDAEConfig:
                 "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
             )
         self.data.require_one_shape("`stage 3`")
-        if self.data.streaming:
-            raise ConfigError("`stage 3` does not go with `streaming`: it measures the training images first.")
+        self.data.refuse_streaming("`stage 3`, which measures the training images first")
         if self.hub.push_to_hub and self.hub.hub_strategy == "every_save":
             raise ConfigError(
                 "`hub_strategy every_save` does not go with `stage 3`, which has a pipeline only at its end; use `end`."
@@ -322,10 +321,7 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
             "`metric_features` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
             "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
         )
-    if data.streaming:
-        raise ConfigError(
-            "`metric_features` does not go with `streaming`: evaluate afterwards, with `dae-diffusers evaluate`."
-        )
+    data.refuse_streaming("`metric_features`: evaluate afterwards, with `dae-diffusers evaluate`")
     if data.image_channels not in (None, 1, 3):
         raise ConfigError(f"`metric_features` takes images of 1 or 3 channels, not {data.image_channels}.")
 
@@ -375,15 +371,15 @@ class TrainDiTConfig:
         data, has_cache = self.data, self.transformer.latent_cache is not None
         if not has_cache:
             data.require_source()
-        elif data.streaming:
-            raise ConfigError("`latent_cache` does not go with `streaming`; leave one of them out.")
+        else:
+            data.refuse_streaming("`latent_cache`; leave one of them out")
         check_monitor(self.monitor, data)
         self.transformer.check_captions(data)
         check_conditions(data)
-        if has_cache and data.condition_column is not None and data.crops_at_random:
-            raise ConfigError(
-                "`random_crop` and `random_resized_crop` would cut other parts out of the condition images than those in `latent_cache`. "
-                "Leave these flags or the cache out."
+        if has_cache and data.condition_column is not None:
+            data.refuse_random_crops(
+                "`condition_column` beside `latent_cache`: they would cut other parts out of the condition images. Leave these flags or "
+                "the cache out"
             )
         self._check_distillation()
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
@@ -396,10 +392,9 @@ class TrainDiTConfig:
                 "`repa_model` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
             )
-        if has_cache and data.crops_at_random:
-            raise ConfigError(
-                "`random_crop` and `random_resized_crop` give other images than those in `latent_cache`. Leave these flags or "
-                "the cache out."
+        if has_cache:
+            data.refuse_random_crops(
+                "`repa_model` beside `latent_cache`: they give other images than those in the cache. Leave these flags or the cache out"
             )
         if data.image_channels not in (None, 1, 3):
             raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
@@ -484,14 +479,9 @@ class TrainPriorConfig:
 
     def __post_init__(self):
         self.data.require_source()
-        if self.data.crops_at_random:
-            raise ConfigError(
-                "`random_crop` and `random_resized_crop` do not go with images that are encoded once: each epoch would see "
-                "the same crops."
-            )
+        self.data.refuse_random_crops("images that are encoded once: each epoch would see the same crops")
         self.data.require_one_shape("train_vqgan_prior.py")
-        if self.data.streaming:
-            raise ConfigError("`streaming` does not go with train_vqgan_prior.py, which encodes every image once.")
+        self.data.refuse_streaming("train_vqgan_prior.py, which encodes every image once")
         if self.data.caption_column is not None:
             raise ConfigError(
                 "`caption_column` does not go with train_vqgan_prior.py, which draws by class: use train_dit.py."
@@ -526,12 +516,8 @@ class CacheLatentsConfig:
 
     def __post_init__(self):
         self.data.require_source()
-        if self.data.crops_at_random:
-            raise ConfigError(
-                "`random_crop` and `random_resized_crop` cannot be cached: each epoch would see the same crops."
-            )
-        if self.data.streaming:
-            raise ConfigError("`streaming` data cannot be cached; train_dit.py encodes them as they come.")
+        self.data.refuse_random_crops("a cache: each epoch would see the same crops")
+        self.data.refuse_streaming("a cache: train_dit.py encodes the images as they come")
 
 
 @settings
@@ -568,10 +554,7 @@ class MeasureComplexityConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.latent_space.features, "complexity.py, which chooses images")
-        if self.data.crops_at_random:
-            raise ConfigError(
-                "`random_crop` and `random_resized_crop` do not go with pilots, whose latents are cached."
-            )
+        self.data.refuse_random_crops("pilots, whose latents are cached")
 
 
 @settings
@@ -587,18 +570,14 @@ class FindLatentsConfig:
             raise ConfigError(
                 f"`image_channels` is {self.data.image_channels}, but a judge takes gray (1) or RGB (3) images: convert them first."
             )
-        if self.data.crops_at_random:
-            raise ConfigError(
-                "`random_crop` and `random_resized_crop` do not go with pilots, whose latents are cached."
-            )
+        self.data.refuse_random_crops("pilots, whose latents are cached")
 
 
 def check_measured_data(data: DataConfig, features: str | None, script: str) -> None:
     """Raises `ConfigError` for images that `script` cannot measure."""
     data.require_source()
     data.require_one_shape(script)
-    if data.streaming:
-        raise ConfigError(f"`streaming` does not go with {script}; leave it out.")
+    data.refuse_streaming(f"{script}; leave it out")
     if features is not None and data.image_channels not in (None, 1, 3):
         raise ConfigError(
             f"`features` take gray (1) or RGB (3) images, not {data.image_channels} channels; leave them out."
@@ -650,8 +629,7 @@ class TrainClassifierConfig:
     def __post_init__(self):
         self.data.require_source()
         self.data.require_one_shape("this script")
-        if self.data.streaming:
-            raise ConfigError("`streaming` does not go with this script; leave it out.")
+        self.data.refuse_streaming("this script; leave it out")
         if self.data.image_channels not in (1, 3):
             raise ConfigError(
                 f"`image_channels` is {self.data.image_channels}, but features take gray (1) or RGB (3) images."

@@ -184,6 +184,16 @@ class DataConfig:
         if self.aspect_buckets:
             raise ConfigError(f"`aspect_buckets` does not go with {script}, which takes one shape; leave it out.")
 
+    def refuse_streaming(self, reason: str) -> None:
+        """Raises `ConfigError` if the images are streamed. The reason begins with what does not go with it."""
+        if self.streaming:
+            raise ConfigError(f"`streaming` does not go with {reason}.")
+
+    def refuse_random_crops(self, reason: str) -> None:
+        """Raises `ConfigError` if images are cropped at random positions. The reason begins with what does not go with it."""
+        if self.crops_at_random:
+            raise ConfigError(f"`random_crop` and `random_resized_crop` do not go with {reason}.")
+
     def refuse_conditions(self, reason: str) -> None:
         """Raises `ConfigError` if any of [`condition_columns`] is named. The reason begins with what does not go with it."""
         for name, value in self.condition_columns().items():
