@@ -143,7 +143,7 @@ def find_start(
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": model.num_parameters(),
         },
         steps={f"stage{stage}_steps": steps for stage, steps in stage_steps.items()},
     )

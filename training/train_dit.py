@@ -282,7 +282,7 @@ def find_start(
     objective: Objective,
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
-    num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    num_parameters = transformer.num_parameters()
     logger.info(
         "%s, %s classes, %.1f M parameters",
         describe_size(data),
@@ -404,14 +404,13 @@ def validation_loss(
 
 def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
     """What measures samples while the transformer trains; None without `metric_features`."""
-    config, flow = run.config, run.config.flow
+    config = run.config
     if config.monitor.metric_features is None or run.dry_run is not None:
         return None
-    guidance_scale = flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0
     drawn_from = prompts_of_images(images, config.monitor.metric_images)
     drawn_from = drawn_from or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
     settings = SampleSettings(
-        config.monitor.metric_images, guidance_scale, flow.num_sample_steps, seed=config.run.seed, **drawn_from
+        config.monitor.metric_images, seed=config.run.seed, **sampling_options(config), **drawn_from
     )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
 
@@ -429,10 +428,17 @@ def draw_samples(
         num_images=flow.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
-        guidance_scale=flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1,
-        num_inference_steps=flow.num_sample_steps,
+        **sampling_options(config),
         **shown,
     )
+
+
+def sampling_options(config: TrainDiTConfig) -> dict[str, Any]:
+    """How the pipeline draws while the transformer trains; without guidance if no labels are dropped."""
+    return {
+        "guidance_scale": config.flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0,
+        "num_inference_steps": config.flow.num_sample_steps,
+    }
 
 
 if __name__ == "__main__":

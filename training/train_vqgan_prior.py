@@ -12,6 +12,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -53,7 +54,7 @@ def main(config: TrainPriorConfig) -> None:
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = encode_once(run, vae, images)
     monitor = make_monitor(run, images[0], start)
-    pipeline_of = partial(make_pipeline, vae=vae, codes=train_codes, value_range=images[0].value_range)
+    pipeline_of = partial(DAEVQGANPipeline, vae=vae, id2label=train_codes.id2label, value_range=images[0].value_range)
     if config.optimization.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.
         getattr(prior, "activation_checkpointing_enable", prior.gradient_checkpointing_enable)()
@@ -92,7 +93,7 @@ def main(config: TrainPriorConfig) -> None:
 
 def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, steps: int) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
-    num_parameters = sum(parameter.numel() for parameter in prior.parameters())
+    num_parameters = prior.num_parameters()
     logger.info(
         "%s of %d x %d codes, %s classes, %.1f M parameters",
         describe_size(images),
@@ -172,17 +173,14 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
 
 def make_monitor(run: TrainingRun, images: ImageDataset, start: Start) -> SampleDistance | None:
     """What measures samples while the prior trains; None without `metric_features`."""
-    config, samples = run.config, run.config.samples
+    config = run.config
     if config.monitor.metric_features is None or run.dry_run is not None:
         return None
     settings = SampleSettings(
         config.monitor.metric_images,
-        samples.sample_guidance_scale if config.prior.class_dropout_prob else 1.0,
-        None,
+        num_inference_steps=None,
         seed=config.run.seed,
-        temperature=samples.sample_temperature,
-        top_k=samples.sample_top_k,
-        top_p=samples.sample_top_p,
+        **sampling_options(config),
         class_counts=class_counts(None, images, len(images.id2label or ()) or None),
     )
     return SampleDistance(run, images, settings, start.state.get("monitor"))
@@ -190,26 +188,27 @@ def make_monitor(run: TrainingRun, images: ImageDataset, start: Start) -> Sample
 
 def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> None:
     """Draws the grid of samples at a validation."""
-    config, samples = run.config, run.config.samples
+    config = run.config
     run.log.write_samples(
         pipeline,
         step,
         num_classes=pipeline.prior.config.num_classes or None,
-        num_images=samples.num_sample_images,
+        num_images=config.samples.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
-        guidance_scale=samples.sample_guidance_scale if config.prior.class_dropout_prob else 1,
-        temperature=samples.sample_temperature,
-        top_k=samples.sample_top_k,
-        top_p=samples.sample_top_p,
+        **sampling_options(config),
     )
 
 
-def make_pipeline(
-    model: LlamaForCausalLM, vae: VQModel, codes: CodeGrids, value_range: list[float] | None
-) -> DAEVQGANPipeline:
-    """Makes the pipeline, which draws samples during training and is saved at the end."""
-    return DAEVQGANPipeline(model, vae, codes.id2label, value_range)
+def sampling_options(config: TrainPriorConfig) -> dict[str, Any]:
+    """How the pipeline draws while the prior trains; without guidance if no labels are dropped."""
+    samples = config.samples
+    return {
+        "guidance_scale": samples.sample_guidance_scale if config.prior.class_dropout_prob else 1.0,
+        "temperature": samples.sample_temperature,
+        "top_k": samples.sample_top_k,
+        "top_p": samples.sample_top_p,
+    }
 
 
 def class_tokens(batch: dict, codes: CodeGrids) -> torch.Tensor:

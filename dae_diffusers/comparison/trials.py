@@ -113,7 +113,7 @@ def train_generator(
     transformer = DAEDiTPipeline.from_pretrained(folder / "pipeline").transformer
     return {
         "generator": name,
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "parameters": transformer.num_parameters(),
         "generator_cost": cost,
         "validation_loss": next(row["validation/loss"] for row in reversed(rows) if "validation/loss" in row),
     }
