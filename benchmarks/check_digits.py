@@ -9,8 +9,10 @@ Draws 50 images of each class with `runs/demo/pipeline` (a `DAEDiTPipeline` or a
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -40,18 +42,8 @@ def main():
     own = "top_p" if is_vqgan else "num_inference_steps"
     settings = {name: getattr(arguments, name) for name in ("guidance_scale", own)}
     pipeline = pipeline_class.from_pretrained(arguments.folder / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
     labels = torch.arange(10).repeat(PER_CLASS)
-    images = []
-    for start in tqdm(range(0, len(labels), 100), desc="Drawing", unit="batch"):
-        output = pipeline(
-            class_labels=labels[start : start + 100].tolist(),
-            **settings,
-            generator=[torch.Generator().manual_seed(arguments.seed + start + n) for n in range(100)],
-            output_type="pt",
-        )
-        images.append(output.images * 2 - 1)
-    images = torch.cat(images)
+    images = torch.cat(draw(pipeline, labels.tolist(), arguments.seed, output_type="pt", **settings)) * 2 - 1
     with torch.no_grad():
         agreement = (classifier(images).argmax(dim=1) == labels).float()
 
@@ -76,6 +68,17 @@ def main():
         f"  {arguments.folder}/metrics.json          the numbers\n"
         f"and use it: {pipeline_class.__name__}.from_pretrained('{arguments.folder}/pipeline')(class_labels='7').images[0]"
     )
+
+
+def draw(pipeline: DiffusionPipeline, wanted: list[int] | list[str], seed: int, **options: Any) -> list[Any]:
+    """An image of each class or prompt, in batches. The noise of image `n` depends on `seed + n` alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    parts = []
+    for start in tqdm(range(0, len(wanted), 100), desc="Drawing", unit="batch"):
+        part = wanted[start : start + 100]
+        generators = [torch.Generator().manual_seed(seed + start + n) for n in range(len(part))]
+        parts.append(pipeline(part, **options, generator=generators).images)
+    return parts
 
 
 def train_classifier(train: ImageDataset, test: ImageDataset) -> tuple[nn.Module, float]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from check_digits import draw
 from tqdm.auto import tqdm
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
@@ -158,8 +159,8 @@ def main():
         sizes = {"train_steps": 300, "input_size": 64, "hidden_sizes": [16, 32, 64, 96]}
         launch_script("train_classifier", {**data, "output_dir": listener, **sizes})
 
-    labels = [digit for digit in range(len(DIGITS)) for _ in range(PER_DIGIT)]
-    drawn = draw(folder / "pipeline", labels, arguments)
+    asked = [word for word in DIGITS for _ in range(PER_DIGIT)]
+    drawn = draw_arrays(folder / "pipeline", asked, arguments)
     sounds = [to_sound(mels) for mels in tqdm(drawn, desc="Griffin-Lim", unit="sound")]
     (folder / "sounds").mkdir(exist_ok=True)
     for digit, word in enumerate(DIGITS):
@@ -169,7 +170,6 @@ def main():
     names, heard_of = load_listener(listener, low, high)
     real = sorted((folder / "arrays" / "test").glob("*/*.npy"))
     spoken, some = [path.parent.name for path in real], slice(None, None, 4)
-    asked = [DIGITS[label] for label in labels]
     metrics = {
         "class_agreement": agreement(heard_of([log_mel(sound) for sound in sounds]), asked, names),
         "num_sounds": len(sounds),
@@ -192,17 +192,11 @@ def main():
     ).save(folder / "spectrograms.png")
 
 
-def draw(folder: Path, labels: list[int], arguments: argparse.Namespace) -> np.ndarray:
-    """A spectrogram of each label, `(N, MELS, TIMES)`, in the values of the arrays."""
-    pipeline = DAEDiTPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
+def draw_arrays(folder: Path, words: list[str], arguments: argparse.Namespace) -> np.ndarray:
+    """A spectrogram of each word, `(N, MELS, TIMES)`, in the values of the arrays."""
     options = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
-    parts = []
-    for start in tqdm(range(0, len(labels), 50), desc="Drawing", unit="batch"):
-        words = [DIGITS[label] for label in labels[start : start + 50]]
-        generators = [torch.Generator().manual_seed(arguments.seed + start + n) for n in range(len(words))]
-        parts.append(pipeline(words, **options, generator=generators, output_type="np").images)
-    return np.concatenate(parts)[..., 0]
+    pipeline = DAEDiTPipeline.from_pretrained(folder)
+    return np.concatenate(draw(pipeline, words, arguments.seed, output_type="np", **options))[..., 0]
 
 
 def load_listener(folder: Path, low: float, high: float):

@@ -13,9 +13,8 @@ import json
 from pathlib import Path
 
 import torch
-from check_digits import ROWS_SHOW, train_classifier
+from check_digits import ROWS_SHOW, draw, train_classifier
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from dae_diffusers import DAEDiTPipeline
@@ -65,16 +64,11 @@ def save_text_encoder(folder: Path, texts: list[str]) -> None:
     BertModel(config).save_pretrained(folder)
 
 
-def draw(pipeline: DAEDiTPipeline, prompts: list[str], arguments: argparse.Namespace) -> torch.Tensor:
+def draw_prompts(folder: Path, prompts: list[str], arguments: argparse.Namespace) -> torch.Tensor:
     """An image of each prompt, in [-1, 1]."""
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in tqdm(range(0, len(prompts), 100), desc="Drawing", unit="batch"):
-        part = prompts[start : start + 100]
-        generators = [torch.Generator().manual_seed(arguments.seed + start + n) for n in range(len(part))]
-        options = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
-        images.append(pipeline(part, **options, generator=generators, output_type="pt").images * 2 - 1)
-    return torch.cat(images)
+    options = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
+    pipeline = DAEDiTPipeline.from_pretrained(folder)
+    return torch.cat(draw(pipeline, prompts, arguments.seed, output_type="pt", **options)) * 2 - 1
 
 
 def main():
@@ -108,7 +102,7 @@ def main():
     classifier, accuracy = train_classifier(*load_images(DataConfig(dataset_name="digits", image_channels=1)))
     labels = torch.arange(10).repeat_interleave(PER_PROMPT).repeat(len(PROMPTS))
     prompts = [each.format(NUMBERS[n]) for each in PROMPTS for n in range(10) for _ in range(PER_PROMPT)]
-    images = draw(DAEDiTPipeline.from_pretrained(folder / "pipeline"), prompts, arguments)
+    images = draw_prompts(folder / "pipeline", prompts, arguments)
     with torch.no_grad():
         agreement = (classifier(images).argmax(dim=1) == labels).float()
     show = torch.cat([images[labels == label][:ROWS_SHOW] for label in range(10)])
