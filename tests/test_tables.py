@@ -168,6 +168,50 @@ def test_unlabelled_test_split_is_named_and_a_part_can_be_held_out(test_labels, 
     assert sum(len(batch["class_labels"]) for batch in make_pass_loader(train, batch_size=4)) == 4
 
 
+def write_classes(folder, split, classes, names=None):
+    """Pictures whose classes `y` and `z` are names, or the ids of a `ClassLabel` with `names`."""
+    feature = datasets.Value("string") if names is None else datasets.ClassLabel(names=names)
+    features = datasets.Features({"image": datasets.Image(), "y": feature, "z": feature})
+    images = [{"bytes": data, "path": None} for data, _ in zip(PICTURES, classes, strict=False)]
+    rows = datasets.Dataset.from_dict({"image": images, "y": classes, "z": classes}, features=features)
+    rows.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", [["c", "a"], None])
+def test_splits_with_other_class_ids_have_the_same_classes(names, streaming, tmp_path):
+    """The ids of a `ClassLabel` are those of its split: only its names are the same in both."""
+    write_classes(tmp_path, "train", ["a", "b", "c"] * 2, ["b", "a", "c"])
+    folder = write_classes(tmp_path, "test", ["c", "a", "c"], names)
+    columns = {"label_column": "y"} if streaming else {"label_column": ["y", "z"]}
+    _, validation = load_images(DataConfig(dataset_name=folder, resolution=8, streaming=streaming, **columns))
+    assert [validation.id2label[label] for label in validation.labels] == ["c", "a", "c"]
+    if not streaming:
+        names = validation.conditions.names["z"]
+        assert [names[label] for label in validation.conditions.labels["z"]] == ["c", "a", "c"]
+
+
+@pytest.mark.parametrize("names", [["b", "d"], None])
+def test_class_of_validation_images_alone_is_a_class(names, tmp_path, caplog):
+    """As it is if the classes are strings in both splits. A stream is not read in advance, and its classes are fixed."""
+    caplog.set_level("INFO")
+    write_classes(tmp_path, "train", ["c", "b"] * 3, ["c", "b"])
+    config = {"dataset_name": write_classes(tmp_path, "test", ["b", "d"], names), "label_column": "y", "resolution": 8}
+    train, validation = load_images(DataConfig(**config))
+    assert train.id2label == validation.id2label == {0: "c", 1: "b", 2: "d"} and validation.labels == [1, 2]
+    assert "without training images: d" in caplog.text
+    with pytest.raises(UserError, match="'y' holds 'd', which is no class of the training images: 1 of 2 rows of the"):
+        load_images(DataConfig(**config, streaming=True))
+
+
+@pytest.mark.parametrize(("names", "expected"), [(["2", "0"], [2, 0]), (["two", "none"], [0, 1])])
+def test_names_that_are_numbers_are_the_numbers_of_training(names, expected, tmp_path):
+    write(tmp_path, image=PICTURES, y=[0, 1, 2] * 2)
+    folder = write_classes(tmp_path, "test", names, names)
+    assert load_images(DataConfig(dataset_name=folder, label_column="y", resolution=8))[1].labels == expected
+
+
 def test_causes_are_said(tmp_path, monkeypatch):
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "train.csv").write_text('image,label\na.png,1\n"b.png\n')

@@ -130,22 +130,47 @@ def column_values(rows: datasets.Dataset, column: str) -> list:
     return list(flat[column]) if column in flat.features else []
 
 
+def class_values(rows: datasets.Dataset, column: str, train: datasets.Features) -> list:
+    r"""
+    The values of a column of classes. The ids of a `ClassLabel` become names, because each split has its own ids. Training images
+    whose classes are numbers have no names: then names that are numbers become these, and other ids stay.
+
+    Args:
+        rows (`datasets.Dataset`): The rows of a split.
+        column (`str`): The column, or a field of one.
+        train (`datasets.Features`): Features of the training split.
+    """
+    feature, of_train = feature_of(rows.features, column), feature_of(train, column)
+    values = column_values(rows, column)
+    if not isinstance(feature, datasets.ClassLabel):
+        return values
+    names: list = feature.names
+    if not isinstance(of_train, datasets.ClassLabel) and of_train not in _TEXT:
+        if not all(re.fullmatch(r"\d+", name, re.ASCII) for name in names):
+            return values
+        names = list(map(int, names))
+    return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
+
+
 def label_names(
     train: datasets.Dataset, validation: datasets.Dataset, column: str | None, *, is_chosen: bool = True
 ) -> tuple[dict[int, str] | None, dict | None]:
     """
-    Names of the classes by id, and the id of each value of the column if it does not hold ids already. A column that
-    the user did not choose must look like classes.
+    Names of the classes by id, and the id of each of [`class_values`] if it is no id already. Classes that only the validation images
+    have count too. A column that the user did not choose must look like classes.
     """
     if column is None:
         return None, None
     feature = feature_of(train.features, column)
+    of_validation = class_values(validation, column, train.features)
     if isinstance(feature, datasets.ClassLabel):
-        return dict(enumerate(feature.names)), None
+        more = {value for value in of_validation if isinstance(value, str)}.difference(feature.names)
+        names = [*feature.names, *class_order(more)]
+        return dict(enumerate(names)), {name: number for number, name in enumerate(names)}
     if isinstance(feature, (datasets.List, datasets.LargeList, dict, datasets.Image)):
         raise UserError(f"`label_column` {column!r} holds {feature}, not one class for each image; `none`: no labels.")
     of_train = column_values(train, column)
-    values = {*of_train, *column_values(validation, column)} - {None}
+    values = {*of_train, *of_validation} - {None}
     if not values:
         raise UserError(f"`label_column` {column!r} holds no values; `none`: no labels.")
     if not is_chosen and len(set(of_train)) > max(100, len(of_train) // 2):
@@ -189,6 +214,8 @@ def label_ids(
     if bad:
         place = f"{len(bad)} of {len(ids)} rows" + ("" if split is None else f" of the split {split!r}")
         problem = f"holds {bad[0]}, but labels must lie in 0..{len(id2label) - 1}: {place}."
+        if isinstance(bad[0], str):
+            problem = f"holds {bad[0]!r}, which is no class of the training images: {place}."
         if bad[0] is None:
             problem = f"must hold integers or strings without gaps, but holds none in {place}."
         if len(bad) == len(ids):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import datasets
 
 from dae_diffusers.cli import did_you_mean
-from dae_diffusers.data.columns import column_values, feature_of, label_ids, label_names
+from dae_diffusers.data.columns import class_values, column_values, feature_of, label_ids, label_names
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError
 
@@ -73,10 +73,11 @@ def conditions_of(
         raise UserError(f"`condition_column` {condition!r} is the column of the images: name another one.")
     labels, names = [{} for _ in splits], {}
     for column in others:
-        id2label, value2id = label_names(*(rows for _, rows in splits), column)
+        train, validation = (rows for _, rows in splits)
+        id2label, value2id = label_names(train, validation, column)
         names[column] = list(id2label.values())
         for found, (split, rows) in zip(labels, splits, strict=True):
-            found[column] = label_ids(column_values(rows, column), value2id, id2label, column, split)
+            found[column] = label_ids(class_values(rows, column, train.features), value2id, id2label, column, split)
     return [
         ConditionColumns(
             found,

@@ -17,7 +17,7 @@ from dae_diffusers.data.arrays import RANGES, decode_array, find_depth
 from dae_diffusers.data.columns import (
     Rows,
     captions_of,
-    column_values,
+    class_values,
     describe_classes,
     feature_of,
     find_image_column,
@@ -116,7 +116,8 @@ def load_images(
     for (name, rows), conditions in zip(both, conditions_of(config, both, image_column, label_column), strict=True):
         labels = None
         if label_column is not None:
-            labels = label_ids(column_values(rows, label_column), value2id, id2label, label_column, name)
+            values = class_values(rows, label_column, train.features)
+            labels = label_ids(values, value2id, id2label, label_column, name)
         captions = None
         if config.caption_column is not None:
             captions = captions_of(rows, config.caption_column, name)
@@ -289,7 +290,8 @@ def _streamed(
     labels = None
     if label_column is not None:
         name = validation_name or config.train_split
-        labels = label_ids(column_values(kept, label_column), None, id2label, label_column, name)
+        values = class_values(kept, label_column, train.features)
+        labels = label_ids(values, _ids_of_names(train.features, label_column), id2label, label_column, name)
     validation_images = ImageDataset(
         kept,
         config,
@@ -334,6 +336,11 @@ def _streamed_label_names(config: DataConfig, features: datasets.Features, colum
             "for integers from 0, or `label_column none`."
         )
     return {index: str(index) for index in range(config.num_classes)}
+
+
+def _ids_of_names(features: datasets.Features, column: str) -> dict[str, int] | None:
+    names = getattr(feature_of(features, column), "names", None)
+    return names and {name: number for number, name in enumerate(names)}
 
 
 def _take(rows: datasets.IterableDataset, number: int, image_column: str, root: Root | None) -> list[dict]:
