@@ -150,6 +150,18 @@ def test_tables_of_metadata_say_the_labels(make_folder):
     assert images.id2label == {0: "a", 1: "b"} and len(images) + len(validation) == 2
 
 
+def test_table_without_further_columns_hides_no_other(make_folder, caplog):
+    """A table that names files only comes first here: the test split has no labels."""
+    folder = make_folder(*[f"{split}/{number}.png" for split in ("test", "train") for number in range(4)])
+    (folder / "test" / "metadata.csv").write_text("file_name\n0.png\n1.png\ngone.png\n")
+    assert set(load_folder(folder)["train"].features) == {"image"} and "such as test/gone.png" in caplog.text
+    (folder / "train" / "metadata.csv").write_text("file_name,kind\n0.png,a\n1.png,b\n2.png,a\n")
+    caplog.clear()
+    splits = load_folder(folder)
+    assert splits["train"]["kind"] == ["a", "b", "a", None] and splits["test"]["kind"] == [None] * 4
+    assert "1 rows of metadata" in caplog.text and "3 of 8 images" in caplog.text and "test/2.png" in caplog.text
+
+
 def test_column_of_lists_is_no_class():
     rows = datasets.Dataset.from_dict({"tags": [["a"], ["b", "c"]]})
     with pytest.raises(UserError, match="not one class for each image"):

@@ -117,7 +117,14 @@ def read_metadata(
         count += len(table)
         found += _places(table, condition_column, metadata) or [None] * len(table)
         parts.append(table.drop_columns("file_name"))
-    if not parts or parts[0].num_columns == 0:
+    if missing:
+        logger.warning(
+            "%d rows of metadata in %s name files that are not among the images, such as %s",
+            len(missing),
+            folder,
+            missing[0],
+        )
+    if not any(part.num_columns for part in parts):
         return described
     try:
         described.table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
@@ -127,13 +134,6 @@ def read_metadata(
         described.conditions = found
         described.table = described.table.drop_columns(condition_column)
         described.table = described.table if described.table.num_columns else None
-    if missing:
-        logger.warning(
-            "%d rows of metadata in %s name files that are not among the images, such as %s",
-            len(missing),
-            folder,
-            missing[0],
-        )
     if len(described.rows) < len(images):
         example = next(place for place in images if place not in described.rows)
         logger.warning(
