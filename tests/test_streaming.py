@@ -21,7 +21,7 @@ from dae_diffusers.data import (
     make_stream_loader,
 )
 from dae_diffusers.data import streaming as streaming_module
-from dae_diffusers.data.streaming import content_hash
+from dae_diffusers.data.contents import content_hash
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.training import train_dae, train_dit
 

@@ -12,6 +12,7 @@ from test_data import encoded
 
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.errors import UserError
+from dae_diffusers.randomness import derived_seed
 
 PICTURES = [encoded(Image.new("RGB", (8, 8), (40 * number, 0, 0))) for number in range(6)]
 
@@ -166,6 +167,43 @@ def test_unlabelled_test_split_is_named_and_a_part_can_be_held_out(test_labels, 
     )
     assert len(validation) == 2
     assert sum(len(batch["class_labels"]) for batch in make_pass_loader(train, batch_size=4)) == 4
+
+
+@pytest.mark.parametrize("kind", ["metadata", "paths", "bytes"])
+def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog):
+    """Tables of captions often have one caption a row. No held-out image is a training image."""
+    caplog.set_level("INFO")
+    folder, names, texts = tmp_path / "data", save_files(tmp_path / "data"), [f"caption {n}" for n in range(18)]
+    if kind == "bytes":
+        write(folder, image=[{"bytes": data, "path": f"{n}.png"} for n, data in enumerate(PICTURES)] * 3, text=texts)
+    elif kind == "paths":
+        write(folder, image=names * 3, text=texts)
+    else:
+        lines = [f"{name},{text}" for name, text in zip(names * 3, texts, strict=True)]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    flags = {"train_data_dir" if kind == "metadata" else "dataset_name": str(folder)}
+    for seed in range(3):
+        config = DataConfig(**flags, caption_column="text", resolution=8, validation_fraction=0.34)
+        train, validation = load_images(config, seed)
+        seen = [{text for (text,) in images.captions} for images in (train, validation)]
+        assert len(train) == 12 and len(validation) == 6 and seen[0] | seen[1] == set(texts)
+        files = [{images.name_of(n) for n in range(len(images))} for images in (train, validation)]
+        assert len(files[0]) == 4 and len(files[1]) == 2 and not files[0] & files[1]
+    assert "18 rows name 6 files" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["image.bmp", None])
+def test_pictures_of_one_name_are_files_of_their_own(name, tmp_path, caplog):
+    """They are held out as they always were, whatever the rows are called."""
+    caplog.set_level("INFO")
+    pictures = [encoded(Image.new("RGB", (8, 8), (n, 0, 0)), "bmp") for n in range(40)]
+    folder = write(tmp_path, image=[{"bytes": data, "path": name} for data in pictures])
+    split = load_images(DataConfig(dataset_name=folder, resolution=8, validation_fraction=0.25), 3)
+    order = np.random.default_rng(derived_seed(3, 2)).permutation(40)
+    for images, expected in zip(split, (order[10:], np.sort(order[:10])), strict=True):
+        values = [float(images[n]["pixel_values"][0, 0, 0]) * 127.5 + 127.5 for n in range(len(images))]
+        assert [round(value) for value in values] == expected.tolist()
+    assert "rows name" not in caplog.text
 
 
 def write_classes(folder, split, classes, names=None):

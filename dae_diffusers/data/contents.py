@@ -1,6 +1,7 @@
 """Reads the bytes of an image from where its row says: from the row itself, a file, an archive or the Hub."""
 
 import functools
+import hashlib
 import os
 import stat
 import zipfile
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
+import numpy as np
 
 # Of one file or member of an archive. The largest picture that Pillow decodes has half as many bytes.
 MAX_FILE_BYTES = 2**31
@@ -78,6 +80,16 @@ def read_content(item: Any, root: Root | None = None) -> Any:
     if not data:
         raise ValueError("the file has 0 bytes")
     return data
+
+
+def content_hash(item: Any, root: Root | None = None) -> bytes:
+    r"""The hash of an image's file or values; the hash of nothing if it cannot be read."""
+    try:
+        content = read_content(item, root)
+    except (ValueError, OSError):
+        content = b""
+    data = content if isinstance(content, bytes) else np.asarray(content).tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def name_of_row(item: Any, index: int) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -21,7 +22,7 @@ from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.contents import Root, name_of_row, read_content, size_of
+from dae_diffusers.data.contents import Root, content_hash, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.errors import UserError
 from dae_diffusers.store import fingerprint
@@ -328,6 +329,34 @@ def encoded_sizes(rows: datasets.Dataset, column: str, root: Root | None = None)
     for index in np.flatnonzero(np.isnan(sizes)):
         sizes[index] = size_of(paths[chosen[index]].as_py(), root)
     return sizes.astype(np.int64)
+
+
+def files_of(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:
+    r"""
+    The number of the file of each row's image, `(N,)` int64, counted from 0 in their order. A table may have several rows of one file, as
+    with one caption a row. Rows that hold the bytes themselves have the same file if these and its name are equal; without a name each
+    row has its own, because comparing would read all images.
+    """
+    images = rows.data.column(column)
+    if not pa.types.is_struct(images.type) or not len(rows):
+        return np.arange(len(rows))
+    chosen = np.arange(len(rows)) if rows._indices is None else rows._indices.column(0).to_numpy()
+    paths = pc.struct_field(images, "path").dictionary_encode().chunks  # all have the same dictionary
+    names = pa.chunked_array([chunk.indices for chunk in paths]).fill_null(-1).to_numpy()[chosen]
+    if len(np.unique(names[names >= 0])) == np.count_nonzero(names >= 0):
+        return np.arange(len(rows))
+    sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_numpy()[chosen]  # NaN where the bytes are elsewhere
+    likely = list(zip(names.tolist(), np.nan_to_num(sizes, nan=-1).tolist(), strict=True))
+    counts, files = Counter(likely), {}
+
+    def key(index: int) -> Any:
+        name, size = likely[index]
+        if name < 0 or counts[name, size] == 1:
+            return index
+        # Different pictures are often all called `image.png`.
+        return (name, None if size < 0 else content_hash(rows[index][column], root))
+
+    return np.array([files.setdefault(key(index), len(files)) for index in range(len(rows))])
 
 
 def _shared_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -30,12 +30,12 @@ from dae_diffusers.data.columns import (
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, EMBEDDED, DataConfig
-from dae_diffusers.data.contents import Root, read_content
-from dae_diffusers.data.dataset import ImageDataset, choose_indices
+from dae_diffusers.data.contents import Root, content_hash, read_content
+from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
 from dae_diffusers.data.held_out import warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, find_first_depth
-from dae_diffusers.data.streaming import StreamedImages, check_suffix, content_hash, fetch
+from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.randomness import derived_seed
@@ -95,12 +95,8 @@ def load_images(
     train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.first_label_column, image_column)
     if validation is None:
-        if len(train) < 2:
-            raise UserError(f"the split {config.train_split!r} has {len(train)} images; at least 2 are needed.")
         warn_of_seen_images(config, seed, model)
-        order = np.random.default_rng(derived_seed(seed, 2)).permutation(len(train))
-        num_validation = max(1, round(config.validation_fraction * len(train)))
-        train, validation = train.select(order[num_validation:]), train.select(np.sort(order[:num_validation]))
+        train, validation = _hold_out(config, train, image_column, loaded.root, seed)
     else:
         _require_labels(validation, label_column, validation_name)
     if config.max_train_samples is not None:
@@ -158,6 +154,23 @@ def load_images(
         logger.info("image values [%g, %g] are mapped to [-1, 1]", *train_images.value_range)
     _compare_ranges(train_images, is_given=is_given)
     return train_images, validation_images
+
+
+def _hold_out(
+    config: DataConfig, rows: datasets.Dataset, image_column: str, root: Root | None, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and validation images of a split. All rows of a file go to one side."""
+    files = files_of(rows, image_column, root)
+    num_files = int(files.max(initial=-1)) + 1
+    if num_files < 2:
+        raise UserError(f"the split {config.train_split!r} has {num_files} images; at least 2 are needed.")
+    if num_files < len(rows):
+        logger.info("%d rows name %d files: all rows of a file are held out, or none", len(rows), num_files)
+    order = np.random.default_rng(derived_seed(seed, 2)).permutation(num_files)
+    place = np.argsort(order)[files]  # of each row's file in that order
+    order = np.argsort(place, kind="stable")
+    num_validation = int((place < max(1, round(config.validation_fraction * num_files))).sum())
+    return rows.select(order[num_validation:]), rows.select(np.sort(order[:num_validation]))
 
 
 def _in_buckets(images: ImageDataset) -> ImageDataset:

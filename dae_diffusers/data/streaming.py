@@ -1,6 +1,5 @@
 """Streams images, for data sets larger than the disk, in an order that a resumed run continues exactly."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from dae_diffusers.data.arrays import Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.columns import value_of
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.contents import Root, name_of_row, read_content
+from dae_diffusers.data.contents import Root, content_hash, name_of_row, read_content
 from dae_diffusers.data.images import ImageReader
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.randomness import derived_seed
@@ -341,13 +340,3 @@ def fetch(item: Any, root: Root | None = None) -> Any:
         return {**item, "bytes": read_content(item, root)}
     except ValueError:  # refused: who decodes it names it
         return item
-
-
-def content_hash(item: Any, root: Root | None = None) -> bytes:
-    r"""The hash of an image's file or values; the hash of nothing if it cannot be read."""
-    try:
-        content = read_content(item, root)
-    except (ValueError, OSError):
-        content = b""
-    data = content if isinstance(content, bytes) else np.asarray(content).tobytes()
-    return hashlib.blake2b(data, digest_size=16).digest()
