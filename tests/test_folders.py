@@ -9,6 +9,7 @@ import zipfile
 import datasets
 import numpy as np
 import pytest
+import torch
 from pictures import encoded
 from PIL import Image
 
@@ -342,6 +343,42 @@ def test_webdataset_of_two_formats_with_dots_and_json(tmp_path, source, streamin
     for batch in batches:  # even tens have the first class
         values = (batch["pixel_values"][:, 0, 0, 0] * 127.5 + 127.5) / 10
         assert ((values.round() % 5).int() % 2 == batch["class_labels"]).all()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_sample_may_lie_anywhere_in_a_tar(tmp_path, streaming):
+    """Some programs pack by type: all pictures, then all labels."""
+    members = {f"{number}.cls": b"%d" % (number % 2) for number in range(0, 12, 3)}
+    members |= {f"{number}.png": picture(number) for number in range(12)}
+    members |= {f"{number}.cls": b"%d" % (number % 2) for number in range(12)}
+    pack(tmp_path / "0.tar", members)
+    classes = {"num_classes": 2} if streaming else {}
+    config = DataConfig(train_data_dir=str(tmp_path), resolution=4, streaming=streaming, label_column="cls", **classes)
+    batches = [batch for images in load_images(config) for batch in make_pass_loader(images, batch_size=3)]
+    numbers = torch.cat([batch["pixel_values"][:, 0, 0, 0] * 127.5 + 127.5 for batch in batches]).round().int()
+    assert sorted(numbers.tolist()) == list(range(12))
+    assert torch.cat([batch["class_labels"] for batch in batches]).equal(numbers % 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_in_a_tar_without_a_picture_are_named(tmp_path, caplog, streaming):
+    pictures = {f"images/{number}.png": picture(number) for number in range(4)}
+    labels = {f"labels/{number}.cls": b"1" for number in range(4)} | {"metadata.csv": b"file_name\n"}
+    pack(tmp_path / "0.tar", pictures | labels)
+    load_folder(tmp_path, streaming=streaming, with_labels=False)
+    assert "4 labels or texts" in caplog.text and "such as labels/0.cls of " in caplog.text
+    assert streaming or "1 .csv (tables in a .tar are not read: pack images with a table as .zip)" in caplog.text
+
+
+def test_samples_with_the_same_name_in_a_tar_stay_samples(tmp_path):
+    """As after two archives were joined."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(6):
+            for suffix, data in (("png", picture(number)), ("cls", b"%d" % number)):
+                member = tarfile.TarInfo(f"{number % 3}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert load_folder(tmp_path)["train"]["cls"] == list(range(6))
 
 
 def test_second_picture_of_a_sample_is_no_image_of_its_own(tmp_path):

@@ -1,6 +1,7 @@
 """Reads `.tar` and `.zip` files: the positions of their members, and webdataset samples that consist of several files."""
 
 import json
+import logging
 import re
 import tarfile
 import zipfile
@@ -14,6 +15,8 @@ import datasets
 from dae_diffusers.data.contents import MAX_FILE_BYTES, packed_path
 from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES, reads_heif
 from dae_diffusers.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 # Other files of a webdataset sample: their columns.
 _NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
@@ -55,13 +58,15 @@ def members_of(archive: Path) -> list[Member]:
 
 def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:
     r"""
-    The samples of a webdataset: the position of each image, and its columns. Files with the same name before the suffix belong
-    together. Pictures go to `image`, a second picture such as `0001.seg.png` to `seg.png`, and numbers, texts and the values
+    The samples of a webdataset: the position of each image, and its columns. Files with the same path before the suffix belong
+    together, wherever they lie in the archive. Pictures go to `image`, a second picture such as `0001.seg.png` to `seg.png`, and numbers, texts and the values
     of JSON files to columns such as `cls`, `txt` and `json.label`.
     """
     compound = _compound_suffixes(members)
     with archive.open("rb") as file:
         for key, group in _grouped(members, compound):
+            if not _has_picture(group):
+                continue
             columns: dict[str, Any] = {}
             for member, field in group:
                 if is_picture(field):
@@ -74,6 +79,26 @@ def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosix
                     file.seek(member.offset)
                     columns |= _side_columns(field, file.read(min(member.size, 2**24)))
             yield PurePosixPath(key), _with_image(columns)
+
+
+def warn_of_lone_files(archives: Iterable[tuple[Path, list[Member]]]) -> None:
+    r"""Warns about labels and texts in webdatasets that lie beside no picture. They are not read."""
+    kinds = _NUMBERS | _TEXTS | _JSON
+    lone = [
+        (archive, member.name)
+        for archive, members in archives
+        for _, group in _grouped(members, _compound_suffixes(members))
+        if not _has_picture(group)
+        for member, field in group
+        if field.rpartition(".")[2] in kinds
+    ]
+    if lone:
+        archive, name = lone[0]
+        logger.warning(
+            "%d labels or texts in archives have no picture of the same path, such as %s of %s, and are not read. Pack each with the path of "
+            "its picture, but for the suffix: `a/1.png`, `a/1%s`.",
+            len(lone), name, archive, PurePosixPath(name).suffix,
+        )  # fmt: skip
 
 
 def streamed_samples(shards: list[str], features: datasets.Features) -> Iterator[dict[str, Any]]:
@@ -92,8 +117,10 @@ def streamed_samples(shards: list[str], features: datasets.Features) -> Iterator
 def stream_features(shards: list[Path]) -> datasets.Features:
     r"""The columns of a stream, from the first samples of up to three shards."""
     rows: list[dict[str, Any]] = []
-    for archive in shards[:3]:
-        for number, (_, columns) in enumerate(samples_of(archive, members_of(archive))):
+    archives = [(archive, members_of(archive)) for archive in shards[:3]]
+    warn_of_lone_files(archives)
+    for archive, members in archives:
+        for number, (_, columns) in enumerate(samples_of(archive, members)):
             if number == _INFERRED_SAMPLES:
                 break
             rows.append(columns)
@@ -161,20 +188,29 @@ def _compound_suffixes(members: list[Member]) -> set[str]:
     return {rest for rest, count in counts.items() if count >= max(1, len(keys) / 2)}
 
 
-def _grouped(members: list[Member], compound: set[str]) -> Iterator[tuple[str, list[tuple[Member, str]]]]:
-    """Neighbours of the same name that have a picture among them."""
-    key, group = None, []
+def _grouped(members: list[Member], compound: set[str]) -> list[tuple[str, list[tuple[Member, str]]]]:
+    """
+    Files of the same name, wherever they lie in the archive, in the order of the first of each. A second picture or label of a name
+    begins another group, unless the two are neighbours.
+    """
+    groups: list[tuple[str, list[tuple[Member, str]]]] = []
+    latest: dict[str, list[tuple[Member, str]]] = {}
+    last = None
     for member in members:
         if member.place.name.startswith(".") or "__MACOSX" in member.place.parts:
             continue
         name, field = _split(member.place, compound)
-        if name != key:
-            if any(is_picture(field) for _, field in group):
-                yield key, group
-            key, group = name, []
+        group = latest.get(name)
+        if group is None or (name != last and any(field == other for _, other in group)):
+            group = latest[name] = []
+            groups.append((name, group))
         group.append((member, field))
-    if any(is_picture(field) for _, field in group):
-        yield key, group
+        last = name
+    return groups
+
+
+def _has_picture(group: list[tuple[Member, str]]) -> bool:
+    return any(is_picture(field) for _, field in group)
 
 
 def _with_image(columns: dict[str, Any]) -> dict[str, Any]:

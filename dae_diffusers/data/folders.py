@@ -21,6 +21,7 @@ from dae_diffusers.data.archives import (
     samples_of,
     stream_features,
     streamed_samples,
+    warn_of_lone_files,
 )
 from dae_diffusers.data.columns import class_order
 from dae_diffusers.data.contents import column_path, packed_path
@@ -291,13 +292,14 @@ def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
 
 def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Metadata]]:
     """The images in archives, and the metadata tables in or beside these."""
-    entries, metadata, folders = [], [], _archive_folders(found.archives)
+    entries, metadata, shards, folders = [], [], [], _archive_folders(found.archives)
     if _split_folders(found.archives, folder):
         folders = [path.parent for path in found.archives]
     for path, inside in zip(found.archives, folders, strict=True):
         archive = folder.absolute() / path
         members, used = members_of(archive), set()
         if path in found.shards:
+            shards.append((archive, members))
             for place, columns in samples_of(archive, members):
                 entries.append(Entry(inside / f"{place}.image", columns.get("image"), columns))
             used = {member for member in members if is_picture(member.name)}
@@ -311,8 +313,11 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
                 entries.append(Entry(place, image, {}))
             elif member.place.name in METADATA and path not in found.shards:
                 metadata.append(Metadata.of_member(place, archive, member))
+            elif member.place.name in METADATA:
+                found.left_out[place] = "tables in a .tar are not read: pack images with a table as .zip"
             elif path not in found.shards or _is_image(member.place):
                 found.left_out[place] = _reason(place)
+    warn_of_lone_files(shards)
     return entries, metadata
 
 
@@ -330,8 +335,10 @@ def load_shards(shards: dict[str, list[Path]], *, streaming: bool = False) -> Sp
     """
     if streaming:
         return _streams_of({split: list(map(str, paths)) for split, paths in shards.items()})
+    members = {path: members_of(path) for paths in shards.values() for path in paths}
+    warn_of_lone_files(members.items())
     samples = {
-        split: [columns for path in paths for _, columns in samples_of(path, members_of(path))]
+        split: [columns for path in paths for _, columns in samples_of(path, members[path])]
         for split, paths in shards.items()
     }
     features = columns_features(columns for rows in samples.values() for columns in rows)
@@ -403,7 +410,7 @@ def _rows_of(
     described = read_metadata(
         metadata,
         folder,
-        {entry.place for entry in entries},
+        dict.fromkeys(entry.place for entry in entries),
         required=with_labels,
         condition_column=condition_column,
     )
