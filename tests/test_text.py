@@ -1,5 +1,6 @@
 """Captions: they are encoded once, padding means nothing, several of an image are drawn in an order that resuming keeps."""
 
+import codecs
 import json
 import shutil
 import tarfile
@@ -459,3 +460,36 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
     )
     with pytest.raises(UserError, match="'text' holds no text in the split 'train'"):
         load(empty, "text")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize("source", ["txt", "csv", "jsonl", "tar"])
+def test_captions_are_read_in_unicode_or_named(source, encoding, tmp_path, caplog):
+    folder, texts = save_pictures(tmp_path), {str(n): f"caf\u00e9 {n}" for n in range(4)}
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    if source == "csv":
+        lines = ["file_name,txt", *[f"{n}.png,{text}" for n, text in texts.items()]]
+        files = {"metadata.csv": "\n".join(lines)}
+    elif source == "jsonl":
+        lines = [json.dumps({"file_name": f"{n}.png", "txt": text}, ensure_ascii=False) for n, text in texts.items()]
+        files = {"metadata.jsonl": "\n".join(lines)}
+    else:
+        files = {f"{n}.txt": text for n, text in texts.items()}
+    for name, text in files.items():
+        (folder / name).write_bytes(mark + text.encode(encoding))
+    if source == "tar":
+        for n in "023":  # or there would be no column
+            (folder / f"{n}.txt").write_text(texts[n], encoding="utf-8")
+        with tarfile.open(folder / "data.tar", "w") as archive:
+            for path in sorted(folder.glob("?.*")):
+                archive.add(path, path.name)
+                path.unlink()
+    if encoding != "cp1252":
+        assert load(folder, "txt") == {n: [text] for n, text in texts.items()}
+    elif source == "tar":  # where nobody may want the text
+        assert load(folder, "txt") == {n: [text] for n, text in texts.items()} | {"1": [""]}
+        assert "1.txt of " in caplog.text and "0xe9 at 3 is not UTF-8. Save it as UTF-8" in caplog.text
+        assert "1 of 3 images of the split 'train' have no caption" in caplog.text
+    else:
+        with pytest.raises(UserError, match="cannot be read.*0xe9 at .* is not UTF-8. Save it as UTF-8, .*iconv"):
+            load(folder, "txt")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from dae_diffusers.data.contents import MAX_FILE_BYTES, packed_path
+from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.data.formats import HEIF_SUFFIXES, SUFFIXES, reads_heif
 from dae_diffusers.errors import UserError, one_line
 
@@ -23,6 +24,7 @@ _NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
 _TEXTS = frozenset({"txt", "text", "caption", "transcript"})
 _JSON = frozenset({"json", "jsn"})
 _INFERRED_SAMPLES = 100  # a stream's columns come from these
+_UNREAD: set[Path] = set()  # archives of which a file was named: a stream reads them again in each pass
 
 
 class Member(NamedTuple):
@@ -77,7 +79,10 @@ def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosix
                     columns[field] = content
                 else:
                     file.seek(member.offset)
-                    columns |= _side_columns(field, file.read(min(member.size, 2**24)))
+                    try:
+                        columns |= _side_columns(field, file.read(min(member.size, 2**24)))
+                    except (ValueError, RecursionError) as error:
+                        _warn_of_unread(archive, member.name, error)
             yield PurePosixPath(key), _with_image(columns)
 
 
@@ -223,26 +228,31 @@ def _with_image(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side_columns(field: str, data: bytes) -> dict[str, Any]:
-    """Columns of a file beside an image; unreadable ones have none, so that a use of them is an empty value."""
+    """Columns of a file beside an image. Raises `ValueError` or `RecursionError` if it cannot be read."""
     kind = field.rpartition(".")[2]
-    try:
-        if kind in _NUMBERS:
-            text = data.decode().strip()
-            return {field: int(text) if re.fullmatch(r"[+-]?\d+", text) else text}
-        if kind in _TEXTS:
-            return {field: data.decode()}
-        if kind in _JSON:
-            values = json.loads(data)
-            flat = values.items() if isinstance(values, dict) else [("", values)]
-            return {
-                f"{field}.{name}" if name else field: value
-                if not isinstance(value, (dict, list))
-                else json.dumps(value)
-                for name, value in flat
-            }
-    except (UnicodeDecodeError, ValueError, RecursionError):
-        pass
+    if kind in _NUMBERS:
+        text = decode_text(data).strip()
+        return {field: int(text) if re.fullmatch(r"[+-]?\d+", text) else text}
+    if kind in _TEXTS:
+        return {field: decode_text(data)}
+    if kind in _JSON:
+        values = json.loads(decode_text(data))
+        flat = values.items() if isinstance(values, dict) else [("", values)]
+        return {
+            f"{field}.{name}" if name else field: value if not isinstance(value, (dict, list)) else json.dumps(value)
+            for name, value in flat
+        }
     return {}
+
+
+def _warn_of_unread(archive: Path, name: str, error: Exception) -> None:
+    """Names the first file of an archive that cannot be read. Its columns have no value, which whoever uses them counts."""
+    if archive not in _UNREAD:
+        _UNREAD.add(archive)
+        logger.warning(
+            "%s of %s cannot be read (%s): its values are empty. Others of this archive are not named.",
+            name, archive, one_line(error, 300),
+        )  # fmt: skip
 
 
 def _with_bytes(image: dict[str, Any], file) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dae_diffusers.data.archives import (
 )
 from dae_diffusers.data.columns import class_order
 from dae_diffusers.data.contents import column_path, packed_path
+from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.data.formats import HEIF_SUFFIXES, INSTALL_HEIF, OTHER_SUFFIXES, SUFFIXES, reads_heif
 from dae_diffusers.data.tables import (
     METADATA,
@@ -231,7 +232,10 @@ def _text_beside(folder: Path, path: PurePosixPath, found: Survey) -> dict[str, 
     text = path.with_suffix(".txt")
     if found.left_out.pop(text, None) is None or _is_special(str(folder / text)):
         return {}
-    return {"txt": (folder / text).read_text(encoding="utf-8", errors="replace")}
+    try:
+        return {"txt": decode_text((folder / text).read_bytes())}
+    except ValueError as error:
+        raise UserError(f"the caption {folder / text} cannot be read: {error}.") from None
 
 
 def _listed(left_out: dict[PurePosixPath, str], before: str) -> str:

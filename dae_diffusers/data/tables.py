@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ class Metadata:
     @cached_property
     def table(self) -> pa.Table:
         """The rows. It may raise errors of Arrow, `UnicodeDecodeError`, `ValueError` and `OSError`."""
-        file = io.BytesIO(self.content)
         suffix = self.path.suffix.lower()
         if not self.content.strip():
             raise ValueError("it is empty")
+        file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
             return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
         return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)
