@@ -58,16 +58,18 @@ def look(images: ImageDataset | StreamedImages, seed: int, indices: Iterable[int
 
 
 def of_each_class(images: ImageDataset | StreamedImages, seed: int, number: int) -> dict[int | None, list[Seen]]:
-    r"""Up to `number` images of each class, of at most 12 classes; without classes, of all images together."""
-    classes = [None] if images.id2label is None else list(images.id2label)[:_MAX_CLASSES]
+    r"""Up to `number` images of each class, of the first 12 classes that have images; without classes, of all images together."""
     if isinstance(images, StreamedImages):
-        chosen: dict[int | None, list[Seen]] = {label: [] for label in classes}
+        chosen: dict[int | None, list[Seen]] = {}
         for seen in look(images, seed):
-            if len(chosen.get(seen.label, range(number))) < number:
-                chosen[seen.label].append(seen)
-        return chosen
-    labels = np.array(images.labels if images.labels is not None else [None] * len(images))
-    found = {label: np.flatnonzero(labels == label) for label in classes}
+            of_class = chosen.setdefault(seen.label, [])
+            if len(of_class) < number:
+                of_class.append(seen)
+        return {label: chosen[label] for label in sorted(chosen, key=lambda label: label or 0)[:_MAX_CLASSES]}
+    if images.labels is None:
+        return {None: [*look(images, seed, choose_indices(len(images), number))]}
+    labels = np.array(images.labels)
+    found = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()[:_MAX_CLASSES]}
     return {label: [*look(images, seed, of[choose_indices(len(of), number)])] for label, of in found.items()}
 
 
@@ -88,8 +90,6 @@ def draw(chosen: dict[int | None, list[Seen]], id2label: dict[int, str] | None, 
     factor = -(-_TILE // max(height, width))
     blank = torch.ones(channels, height * factor, width * factor)
     for label, seen in chosen.items():
-        if not seen:
-            continue
         wholes = [_tile(each.whole, shape_of(each), blank.shape[1:], shows_crop=shows_crop) for each in seen]
         below = [[each.pixel_values for each in seen]]
         if seen[0].condition is not None:

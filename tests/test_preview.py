@@ -97,6 +97,19 @@ def test_streams_are_counted_as_far_as_they_were_read(tmp_path):
     assert f"(of the first {len(looked)})" in counts(train, validation, looked)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_without_images_take_no_place(tmp_path, streaming):
+    rows = [{"image": Image.new("L", (8, 8), number), "label": 20 + number % 14} for number in range(42)]
+    names = [f"c{number}" for number in range(40)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-0.parquet")
+    flags = {"streaming": streaming, "validation_split": "train", "max_validation_samples": 2}
+    images = load_images(DataConfig(dataset_name=str(tmp_path), image_channels=1, resolution=8, **flags))[0]
+    chosen = of_each_class(images, 0, 2)
+    assert list(chosen) == list(range(20, 32)) and all(chosen.values())
+    assert draw(chosen, images.id2label, shows_crop=True).height == 24 * 98 - 2
+
+
 def test_preview_shows_conditions_as_training_gets_them(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
