@@ -318,6 +318,37 @@ def test_damaged_archive_is_named(tmp_path):
         load_folder(tmp_path)
 
 
+def damage_member(path, kind: str) -> None:
+    """Damages one of a .zip's pictures: its checksum, its packed bytes, or its method (to Deflate64)."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("5.png").header_offset
+    directory = data.rindex(b"5.png") - 46
+    if kind == "checksum":
+        data[directory + 16] ^= 255
+    elif kind == "bytes":
+        start = place + 30 + len("5.png")
+        data[start : start + 8] = b"\xff" * 8
+    else:
+        data[place + 8] = data[directory + 10] = 9
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["checksum", "bytes", "method"])
+def test_damaged_member_of_an_archive_is_a_bad_image(tmp_path, caplog, kind):
+    pack(tmp_path / "a.zip", {f"{number}.png": picture(number) for number in range(10)})
+    damage_member(tmp_path / "a.zip", kind)
+    config = DataConfig(train_data_dir=str(tmp_path), resolution=4, max_bad_image_share=0.2)
+    both = load_images(config)
+    assert [each.fingerprint for each in both] == [each.fingerprint for each in load_images(config)]
+    message = "the image 5.png of .*a.zip cannot be decoded .its archive is damaged or packed"
+    with pytest.raises(UserError, match=message):
+        [images[number] for images in both for number in range(len(images))]
+    config.on_bad_image = "skip"
+    train, validation = load_images(config)
+    assert len(train) + len(validation) == 9 and train.fingerprint and "left out: the image 5.png of" in caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("source", ["train_data_dir", "dataset_name"])
 def test_webdataset_of_two_formats_with_dots_and_json(tmp_path, source, streaming):

@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+import lzma
 import os
 import stat
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
@@ -12,11 +14,15 @@ from urllib.parse import quote, unquote_to_bytes
 import fsspec
 import numpy as np
 
+from dae_diffusers.errors import one_line
+
 # Of one file or member of an archive. The largest picture that Pillow decodes has half as many bytes.
 MAX_FILE_BYTES = 2**31
 
 _NAMED = "percent://"  # a file whose name is not UTF-8
 _PACKED = "packed://"  # a member of an archive
+# What `zipfile` raises for members that are damaged, missing, or packed by Deflate64 and the like.
+_NOT_UNPACKED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def read_content(item: Any, root: Root | None = None) -> Any:
         root ([`Root`], *optional*): Files outside this folder are refused.
 
     Raises:
-        ValueError, OSError: If the row is empty, the file is larger than `MAX_FILE_BYTES`, or it is not a file.
+        ValueError, OSError: If the row is empty, the file is larger than `MAX_FILE_BYTES`, it is not a file, or its archive is damaged.
     """
     if item is None:
         raise ValueError("the row is empty")
@@ -76,7 +82,10 @@ def read_content(item: Any, root: Root | None = None) -> Any:
     if data is None and not item.get("path"):
         raise ValueError("the row is empty")
     if data is None:
-        data = _read_path(item["path"], root)
+        try:
+            data = _read_path(item["path"], root)
+        except _NOT_UNPACKED as error:
+            raise ValueError(f"its archive is damaged or packed in a way that is not read: {one_line(error)}") from None
     if not data:
         raise ValueError("the file has 0 bytes")
     return data
