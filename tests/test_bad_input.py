@@ -158,6 +158,7 @@ TABLE = [
     ("train_dit", "--train_data_dir {images} --vae {vae} --resolution 18", 1, "nearest valid ones are 16 and 20"),
     ("train_dit", "--vae {vae} --latent_cache {empty}", 1, "no latent cache"),
     ("train_dit", "--vae {vae} --latent_cache {cache} --patch_size 3", 1, "is not divisible by 6"),
+    ("train_dit", "--train_data_dir {images} --vae {vae} --latent_cache {cache} --random_crop", 2, "give other images"),
     ("train_dae", "--train_data_dir {images} --kl_weight nan", 2, "`--kl_weight` is nan, but must be finite"),
     ("train_dae", "--train_data_dir {images} --value_range 0 inf", 2, "must be finite"),
     ("train_dae", "--train_data_dir {images} --output_dir {file}/run", 1, "cannot be written: Not a directory"),

@@ -586,7 +586,7 @@ def test_number_that_never_changes_is_refused():
         ({"continuous_columns": ["x"], "streaming": True}, "`continuous_columns` cannot be used with `streaming`"),
         ({"label_column": ["x", "y"], "streaming": True}, "several columns in `label_column` cannot be used with `streaming`"),
         ({"condition_column": "x", "dataset_name": None, "latent_cache": "c"}, "`condition_column` needs the images' data set"),
-        ({"condition_column": "x", "latent_cache": "c", "random_crop": True}, "would cut other parts out of the condition images"),
+        ({"condition_column": "x", "latent_cache": "c", "random_crop": True}, "they give other images than those in it"),
         ({"label_column": ["x", "y"], "continuous_columns": ["x"]}, "the columns x y x hold 'x' twice"),
         ({"label_column": ["none", "y"]}, "the columns none y hold 'none' beside others"),
     ],

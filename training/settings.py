@@ -376,10 +376,9 @@ class TrainDiTConfig:
         check_monitor(self.monitor, data)
         self.transformer.check_captions(data)
         check_conditions(data)
-        if has_cache and data.condition_column is not None:
+        if has_cache and data.has_source:
             data.refuse_random_crops(
-                "`condition_column` beside `latent_cache`: they would cut other parts out of the condition images. Leave these flags or "
-                "the cache out"
+                "`latent_cache`: they give other images than those in it. Leave these flags or the cache out"
             )
         self._check_distillation()
         layer, num_layers = self.alignment.repa_layer, self.transformer.depth
@@ -391,10 +390,6 @@ class TrainDiTConfig:
             raise ConfigError(
                 "`repa_model` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
-            )
-        if has_cache:
-            data.refuse_random_crops(
-                "`repa_model` beside `latent_cache`: they give other images than those in the cache. Leave these flags or the cache out"
             )
         if data.image_channels not in (None, 1, 3):
             raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
