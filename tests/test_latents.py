@@ -1,6 +1,7 @@
 """Statistics merge, normalisation is undone, and a cache holds exactly what the encoder gives."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,6 +149,16 @@ def test_cache_of_another_autoencoder_or_of_other_images_is_refused(cache, vae, 
             cache.check(autoencoder=own, images=load_images(other)[0])
     with pytest.raises(UserError, match="holds another latent cache"):
         write_latent_cache(cache.folder, vae, images, Accelerator(), batch_size=4, dtype="float16", shard_size=7)
+
+
+def test_names_of_classes_are_those_of_the_images_given(cache, vae, images, image_folder, tmp_path):
+    """Renamed folders in the same order have the same labels."""
+    for folder in image_folder.iterdir():
+        shutil.copytree(folder, tmp_path / "renamed" / f"new {folder.name}")
+    renamed = load_images(DataConfig(train_data_dir=str(tmp_path / "renamed"), resolution=16, random_flip=True))[0]
+    cache.check(autoencoder=autoencoder_fingerprint(vae), images=renamed)
+    assert cache.id2label == renamed.id2label == {label: f"new {name}" for label, name in images.id2label.items()}
+    assert write_again(cache, vae, renamed).id2label == renamed.id2label
 
 
 def test_fingerprint_ignores_the_decoder(vae):

@@ -190,7 +190,8 @@ class CachedLatents(BatchDataset):
 
     def check(self, *, autoencoder: str, images: ImageDataset | None) -> None:
         r"""
-        Raises `UserError` with the reason if these are not the latents of these images under this autoencoder.
+        Raises `UserError` with the reason if these are not the latents of these images under this autoencoder. Takes the names of the
+        classes from the images: folders may have been renamed.
 
         Args:
             autoencoder (`str`): [`autoencoder_fingerprint`] of the autoencoder in use.
@@ -206,6 +207,8 @@ class CachedLatents(BatchDataset):
                 f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. Make another one with "
                 "`accelerate launch training/cache_latents.py`."
             )
+        if images is not None:
+            self.id2label = images.id2label
 
 
 def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
