@@ -1,6 +1,7 @@
 """A preview shows what training gets, from every source of images."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.preview import conditions, counts, draw, look, of_each_class, sizes
 from dae_diffusers.training import preview
@@ -58,6 +60,18 @@ def test_preview_takes_the_flags_of_training(image_folder, tmp_path, capsys, cap
     with pytest.raises(SystemExit):
         parse_config(PreviewConfig, f"{source} --stage1_step 9".split())
     assert "unknown flag `--stage1_step`. Did you mean `--stage1_steps`?" in capsys.readouterr().err
+
+
+def test_preview_maps_values_as_the_autoencoder_does(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        np.save(tmp_path / "data" / f"{number}.npy", np.full((16, 16, 3), 20.0 * number, np.float32))
+    vae = save_autoencoder(tmp_path / "vae")
+    save_value_range([0.0, 200.0], Path(vae))
+    flags = f"--train_data_dir {tmp_path / 'data'} --vae {vae} --output_dir {tmp_path / 'out'}"
+    preview.main(parse_config(PreviewConfig, flags.split()))
+    assert "image values [0, 200] are mapped to [-1, 1]" in caplog.text
 
 
 def test_training_row_is_what_training_gets():

@@ -14,6 +14,7 @@ from pathlib import Path
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.data import StreamedImages, load_images
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
 from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, look, of_each_class, sizes
@@ -30,7 +31,7 @@ def main(config: PreviewConfig) -> None:
         config.data.settle()
     else:
         settle_images(config, load_autoencoder(config.preview.vae))
-    train, validation = load_images(config.data, seed)
+    train, validation = load_images(config.data, seed, value_range=read_value_range(config.preview.vae))
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))
     table = counts(train, validation, looked) + conditions(train) + "\n" + sizes(looked, train.buckets)
