@@ -13,7 +13,6 @@ import threading
 import time
 import venv
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -34,7 +33,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import _data_description, make_card, measurements, repository_files
-from dae_diffusers.hub.results import read_result, remove_leftovers
+from dae_diffusers.hub.results import Script, read_result, remove_leftovers
 from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
 from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, TrainDiTConfig, with_flags
@@ -272,12 +271,86 @@ def test_images_of_the_author_are_published_only_if_he_says_so(
         assert not shown & client.files(repo_id).keys()
 
 
-def test_pictures_of_a_public_data_set_are_published(trained):
-    result = read_result(trained)
-    assert "images/reconstructions.png" not in repository_files(result, REPO)
-    for name, is_public in (("digits", True), ("user/faces", True), (str(trained), False), ("./faces", False)):
-        result.scripts["train_dae"].config |= {"train_data_dir": None, "dataset_name": name}
-        assert ("images/reconstructions.png" in repository_files(result, REPO)) == is_public, name
+def save_measured_run(folder: Path, *, generator: dict | None = None, evaluation: dict | None = None, **autoencoder):
+    """A tiny run whose scripts read the images of these settings, with pictures of them. No `generator`: only an autoencoder."""
+    save_run(folder, None)
+    (folder / "metrics.json").unlink()
+    for name, flags in (("train_dae", autoencoder), ("train_dit", generator)):
+        if flags is not None:
+            (folder / name / "grids").mkdir(parents=True)
+            (folder / name / "config.yaml").write_text(yaml.safe_dump(flags))
+    if generator is None:
+        shutil.move(folder / "pipeline" / "vae", folder / "vae")
+        shutil.rmtree(folder / "pipeline")
+    (folder / "train_dae" / "grids" / "reconstruction-stage2-00000001.png").write_bytes(b"\x89PNG")
+    (folder / "evaluation").mkdir()
+    if evaluation is not None:
+        save_evaluation(folder, {"config": evaluation})
+    return folder
+
+
+def save_evaluation(folder: Path, setting: dict, psnr: float = 21.5) -> None:
+    """Numbers and pictures as `evaluate` leaves them in a run."""
+    rows = [{"guidance_scale": scale, "num_inference_steps": 4, "gfd_tiny": 6.0 + scale} for scale in (1.0, 2.0)]
+    results = {"reconstruction": {"psnr": psnr}, "generation": rows, "floor": {"generation": {"real": {}}}}
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps({**results, "setting": setting}))
+    for name in ("nearest-guidance-1-steps-4.png", "nearest-guidance-2-steps-4.png", "sweep.png"):
+        (folder / "evaluation" / name).write_bytes(b"\x89PNG")
+
+
+PUBLIC, PRIVATE = {"dataset_name": "user/faces"}, {"train_data_dir": "patients"}
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "generator", "evaluation", "is_public"),
+    [
+        (PUBLIC, {"dataset_name": "digits"}, None, True),
+        (PUBLIC, PUBLIC, PUBLIC, True),
+        (PUBLIC, None, None, True),
+        (PUBLIC, PRIVATE, None, False),
+        (PRIVATE, PUBLIC, None, False),
+        (PUBLIC, PUBLIC, PRIVATE, False),
+        (PUBLIC, PUBLIC, {}, False),  # nobody knows
+        (PUBLIC, {"latent_cache": "latents"}, None, False),
+        ({"dataset_name": "./faces"}, None, None, False),
+        ({"dataset_name": "/data/faces"}, None, None, False),
+        ({"dataset_name": "data/faces"}, None, None, False),  # a folder where training was started
+    ],
+)
+def test_pictures_of_the_data_are_published_only_if_all_images_are_public(
+    tmp_path, autoencoder, generator, evaluation, is_public
+):
+    (tmp_path / "data" / "faces").mkdir(parents=True)
+    folder = tmp_path / "runs" / "mine"
+    result = read_result(save_measured_run(folder, generator=generator, evaluation=evaluation, **autoencoder))
+    shown = {"images/reconstructions.png", *(["images/nearest.png"] if evaluation is not None else [])}
+    assert shown & repository_files(result, REPO).keys() == (shown if is_public else set())
+    assert shown <= repository_files(result, REPO, data_pictures=True).keys()
+
+
+def test_nearest_images_of_an_interrupted_evaluation_are_private(tmp_path):
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    (folder / "evaluation" / "nearest-guidance-1-steps-4.png").write_bytes(b"\x89PNG")
+    assert "images/nearest.png" not in repository_files(read_result(folder), REPO)
+
+
+def test_card_names_all_images(tmp_path):
+    generator = {"dataset_name": "user/cats", "resolution": 16}
+    folder = save_measured_run(
+        tmp_path / "run", generator=generator, evaluation={"dataset_name": "user/dogs"}, **PUBLIC
+    )
+    card = make_card(read_result(folder), REPO)
+    assert card.data.datasets == ["user/cats", "user/faces"]
+    first = card.content.split("---")[2].splitlines()[4]
+    assert "trained on user/cats at 16x16 pixels. The autoencoder was trained on user/faces." in first
+    assert (
+        "It draws what it was trained on: user/cats, at 16x16 pixels. The autoencoder saw user/faces." in card.content
+    )
+    assert {each.dataset_name for each in card.data.eval_results} == {"user/dogs"}
+    assert "were compared with user/dogs." in card.content
+    same = save_measured_run(tmp_path / "same", generator=PUBLIC, evaluation=PUBLIC, **PUBLIC)
+    text = make_card(read_result(same), REPO).content
+    assert "The autoencoder was trained on" not in text and "were compared with" not in text
 
 
 @pytest.mark.parametrize(
@@ -893,5 +966,5 @@ def test_webdataset_of_the_hub_is_read_whatever_the_suffixes_of_its_pictures(cli
     ("folder", "shown"), [("../private/cats", "cats"), ("cats", "cats"), ("cats/", "cats"), (".", ".")]
 )
 def test_card_names_a_folder_without_its_path(folder, shown):
-    script = SimpleNamespace(config={"train_data_dir": folder, "resolution": 32}, has_local_data=False)
+    script = Script(Path("train_dae"), {"train_data_dir": folder, "resolution": 32}, {}, {})
     assert _data_description(script)["name"] == f"images of the author ({shown})"

@@ -74,8 +74,8 @@ EARLY_STEPS = 10_000  # of a generator
 @dataclass
 class Measurement:
     r"""
-    One number, the settings it depends on, the split of the images it is compared with (None if unknown), and what real images
-    reach in the same place (None if unknown).
+    One number, the settings it depends on, the images and the split that it is compared with (None if unknown), and what real
+    images reach in the same place (None if unknown).
     """
 
     metric: str
@@ -83,6 +83,7 @@ class Measurement:
     name: str
     meaning: str
     setting: dict[str, Any]
+    images: Script | None
     split: str | None
     floor: float | None = None
 
@@ -94,7 +95,14 @@ def measurements(result: Result) -> list[Measurement]:
     """
     found: dict[str, Measurement] = {}
 
-    def add(values: dict[str, Any], setting: dict[str, Any], split: str | None, floor: dict[str, Any] | None = None):
+    def add(
+        values: dict[str, Any],
+        setting: dict[str, Any],
+        images: Script | None,
+        split: str,
+        floor: dict[str, Any] | None = None,
+    ):
+        split = None if images is None else images.config.get(split)
         for metric, value in values.items():
             base = next((each for each in METRICS if metric == each or metric.startswith(f"{each}_")), None)
             if base is None or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -103,22 +111,21 @@ def measurements(result: Result) -> list[Measurement]:
             extractor = metric.removeprefix(base).removeprefix("_")
             name = f"{name} ({extractor})" if extractor else name
             floor_value = (floor or {}).get(metric)
-            found.setdefault(metric, Measurement(metric, value, name, meaning, setting, split, floor_value))
+            found.setdefault(metric, Measurement(metric, value, name, meaning, setting, images, split, floor_value))
 
     evaluation = result.metrics.get("evaluation", {})
-    images = evaluation.get("setting", {}).get("validation_images", {}).get("number")
-    config = evaluation.get("setting", {}).get("config", {})
+    number = evaluation.get("setting", {}).get("validation_images", {}).get("number")
     floor = evaluation.get("floor", {})
     for part in ("reconstruction", "latent_space"):
-        setting = {"num_images": images} if images else {}
-        add(evaluation.get(part, {}), setting, config.get("validation_split"), floor.get("reconstruction"))
+        setting = {"num_images": number} if number else {}
+        add(evaluation.get(part, {}), setting, result.evaluation, "validation_split", floor.get("reconstruction"))
     row = _best_row(evaluation.get("generation", []))
-    add(row, _setting_of(row), config.get("train_split"), floor.get("generation", {}).get("real"))
+    add(row, _setting_of(row), result.evaluation, "train_split", floor.get("generation", {}).get("real"))
     check = result.metrics.get("check", {})
-    add(check, _setting_of(check), result.data_script.config.get("train_split") if result.data_script else None)
+    add(check, _setting_of(check), result.data_script, "train_split")
     for name, script in result.scripts.items():
         values = result.metrics.get(name, {})
-        add(values, {"logged_by": name, "step": values.get("step")}, script.config.get("validation_split"))
+        add(values, {"logged_by": name, "step": values.get("step")}, script, "validation_split")
     return list(found.values())
 
 
@@ -170,7 +177,8 @@ def make_card(
     task = TEXT_TASK if text_encoder else TASK
     auxiliary_decoder = origin.get("auxiliary_decoder")
     is_decoupled = auxiliary_decoder not in (None, "none", "same")
-    data = _data_description(result.data_script)
+    data, others = _data_description(result.data_script), _other_data(result)
+    ids = [each["id"] for each in (data, *others.values()) if each.get("id")]
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -182,13 +190,13 @@ def make_card(
             "autoencoder",
             "dae-diffusers",
         ],
-        datasets=[data["id"]] if data.get("id") else None,
+        datasets=list(dict.fromkeys(ids)) or None,
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
                 task_type=task if result.pipeline is not None else "image-to-image",
-                dataset_type=data.get("id") or data.get("type", "images"),
-                dataset_name=data.get("name", "images"),
+                dataset_type=images.get("id") or images.get("type", "images"),
+                dataset_name=images.get("name", "images"),
                 dataset_split=each.split,
                 metric_type=each.metric,
                 metric_name=each.name,
@@ -197,6 +205,7 @@ def make_card(
             )
             for each in found
             if each.metric.startswith(HEADLINES)
+            for images in [_data_description(each.images)]
         ][:MAX_METADATA_ROWS]
         or None,
     )
@@ -220,6 +229,8 @@ def make_card(
         started_from=result.generator_origin,
         fit=result.decoder_fit,
         data=data,
+        other_data={name: each["name"] for name, each in others.items()},
+        measured_on=_measured_on(result, data),
         classes=_class_names(result),
         text_encoder=text_encoder,
         conditions=_condition_words(result),
@@ -246,8 +257,8 @@ def published_pictures(result: Result, data_pictures: bool | None = None) -> dic
     Args:
         result ([`Result`]): What is published.
         data_pictures (`bool`, *optional*):
-            Whether to publish pictures that show images of the data set itself (`DATA_PICTURES`). By default only if the data
-            set is public: it comes with the package, or has a name on the Hub.
+            Whether to publish pictures that show images of the data sets themselves (`DATA_PICTURES`). By default only if all
+            data sets of training and evaluation are public: they come with the package, or have names on the Hub.
 
     Returns:
         `dict`: As `result.pictures`.
@@ -327,19 +338,31 @@ def without_origin(path: Path) -> Path | bytes:
 
 def _data_description(script: Script | None) -> dict[str, Any]:
     """Describes the images: by their id on the Hub if they have one, else without any path."""
-    if script is None:
+    if script is None or not script.names_images:
         return {}
     config = script.config
     name = config.get("dataset_name")
     described = {"resolution": config.get("resolution"), "channels": config.get("image_channels")}
-    if script.has_local_data:
-        return {**described, "type": "imagefolder", "name": f"images of the author ({name})"}
-    if name in EMBEDDED:
+    if script.has_public_images and name in EMBEDDED:
         return {**described, "type": "digits", "name": "handwritten digits (UCI, doi:10.24432/C50P49, CC BY 4.0)"}
-    if name and re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name) and not Path(name).exists():
+    if script.has_public_images:
         return {**described, "id": name, "name": name}
     folder = Path(name or config["train_data_dir"])
     return {**described, "type": "imagefolder", "name": f"images of the author ({folder.name or folder})"}
+
+
+def _other_data(result: Result) -> dict[str, dict[str, Any]]:
+    """Images that a part of the model was trained on, by the part, where they are others than those of the whole."""
+    main = _data_description(result.data_script).get("name")
+    parts = {"autoencoder": "train_dae", "decoder (stage 3)": "train_dae_stage3"}
+    described = {part: _data_description(result.scripts.get(script)) for part, script in parts.items()}
+    return {part: each for part, each in described.items() if each.get("name") not in (None, main)}
+
+
+def _measured_on(result: Result, data: dict[str, Any]) -> str | None:
+    """The images of the evaluation, where they are others than those of the model."""
+    name = _data_description(result.evaluation).get("name")
+    return name if "evaluation" in result.metrics and name != data.get("name") else None
 
 
 def _vae_code(result: Result) -> str | None:
@@ -354,7 +377,7 @@ def _latent_description(result: Result) -> dict[str, Any]:
         return {}
     shape = autoencoder_shape(config)
     statistics = zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)
-    size = result.data_script.config.get("resolution") if result.data_script else shape.side
+    size = (result.data_script.config.get("resolution") if result.data_script else None) or shape.side
     return {
         "channels": shape.latent_channels,
         "factor": shape.factor,

@@ -22,6 +22,7 @@ _SCRIPTS = {
     "train_vqgan_prior": "Training of the generator",
     "train_dae_stage3": "Training of the decoder on what the generator draws",
 }
+_GENERATOR_SCRIPTS = ("train_dit", "train_vqgan_prior")
 
 # Flags for the machine and for publishing, which do not describe the model.
 _NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
@@ -30,14 +31,13 @@ _NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_
 @dataclass
 class Script:
     r"""
-    One training script's part in a result.
+    The part of one script in a result: of a training script, or of the evaluation.
 
     Attributes:
-        config (`dict`): Its `config.yaml`, without settings of the machine; absolute paths are shortened to
-            their last part.
+        config (`dict`): Its settings, without those of the machine; absolute paths are shortened to their last part.
         record (`dict`): Its `run.json`: command, seconds, hardware, versions, counts. Empty for runs without one.
         validation (`dict`): The last validation values of its log.
-        has_local_data (`bool`): Whether `dataset_name` was an absolute path, which the config no longer shows.
+        has_local_data (`bool`): Whether `dataset_name` was a path, which the config may no longer show.
     """
 
     folder: Path
@@ -45,6 +45,19 @@ class Script:
     record: dict[str, Any]
     validation: dict[str, float]
     has_local_data: bool = False
+
+    @property
+    def names_images(self) -> bool:
+        r"""Whether its settings say which images it read; those of a generator on cached latents may not."""
+        return bool(self.config.get("dataset_name") or self.config.get("train_data_dir"))
+
+    @property
+    def has_public_images(self) -> bool:
+        r"""Whether its images come with the package, or have a name on the Hub."""
+        name = self.config.get("dataset_name")
+        if self.has_local_data or not name:
+            return False
+        return name in EMBEDDED or (bool(re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name)) and not Path(name).exists())
 
 
 @dataclass
@@ -58,6 +71,7 @@ class Result:
         index (`dict`): `model_index.json`, or empty.
         vae_config (`dict`): The autoencoder's `config.json`, or empty.
         scripts (`dict[str, Script]`): By name, in the order in which they ran.
+        evaluation (`Script`, *optional*): The settings of the evaluation in `metrics` and `pictures`; empty if it recorded none.
         metrics (`dict`): What was measured, by source.
         pictures (`dict[str, tuple[Path, str]]`): File name in the repository to file and caption.
     """
@@ -68,6 +82,7 @@ class Result:
     index: dict[str, Any] = field(default_factory=dict)
     vae_config: dict[str, Any] = field(default_factory=dict)
     scripts: dict[str, Script] = field(default_factory=dict)
+    evaluation: Script | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, tuple[Path, str]] = field(default_factory=dict)
 
@@ -78,22 +93,18 @@ class Result:
 
     @property
     def data_script(self) -> Script | None:
-        r"""The first script that read images; its flags name the data set."""
-        for script in self.scripts.values():
-            if script.config.get("dataset_name") or script.config.get("train_data_dir"):
-                return script
-        return None
+        r"""The script whose images the result draws or reconstructs: that of the generator, else that of the autoencoder."""
+        known = {name: script for name, script in self.scripts.items() if script.names_images}
+        return next((known[name] for name in (*_GENERATOR_SCRIPTS, *_SCRIPTS) if name in known), None)
 
     @property
     def has_private_data(self) -> bool:
-        r"""Whether the images may be private: they neither come with the package nor have a name on the Hub."""
-        if self.data_script is None:
-            return True
-        config = self.data_script.config
-        name = config.get("dataset_name")
-        if self.data_script.has_local_data or not name:
-            return True
-        return name not in EMBEDDED and (Path(name).exists() or not re.fullmatch(r"\b[\w.-]+(/\b[\w.-]+)?\b", name))
+        r"""
+        Whether any images may be private, of training or of the evaluation: they neither come with the package nor have a name
+        on the Hub, or nothing says which they are.
+        """
+        readers = [*self.scripts.values(), *([] if self.evaluation is None else [self.evaluation])]
+        return not self.scripts or not all(script.has_public_images for script in readers)
 
     @property
     def generator_origin(self) -> str | None:
@@ -235,6 +246,8 @@ def _describe(result: Result, *, is_run: bool) -> Result:
         result.scripts.setdefault(path.name, _read_script(path))
     result.metrics = _read_metrics(result)
     result.pictures = _find_pictures(result)
+    if "evaluation" in result.metrics or "nearest.png" in result.pictures:
+        result.evaluation = _read_evaluation(result.folder)
     return result
 
 
@@ -254,8 +267,22 @@ def _read_script(folder: Path) -> Script:
     for row in read_rows(folder / "log.jsonl", step=int):
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         validation = {**values, "step": row["step"]} if values else validation
-    has_local_data = Path(config.get("dataset_name") or "").is_absolute()
-    return Script(folder, _without_paths(config), _without_paths(record), validation, has_local_data)
+    is_local = _is_local(config.get("dataset_name"), folder)
+    return Script(folder, _without_paths(config), _without_paths(record), validation, is_local)
+
+
+def _read_evaluation(run: Path) -> Script:
+    """The settings of a run's evaluation; none if it was interrupted, or does not say."""
+    folder = run / "evaluation"
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    config = (metrics.get("setting") or {}).get("config") or {}
+    return Script(folder, _without_paths(config), {}, {}, _is_local(config.get("dataset_name"), folder))
+
+
+def _is_local(name: str | None, folder: Path) -> bool:
+    """Whether a data set is a folder here. A relative one lay where the script was started: somewhere above the run, most likely."""
+    above = (Path(), *folder.resolve().parents)
+    return bool(name) and name not in EMBEDDED and (Path(name).is_absolute() or any((p / name).exists() for p in above))
 
 
 def _read_metrics(result: Result) -> dict[str, Any]:
