@@ -612,6 +612,31 @@ def test_export_writes_the_same_without_a_hub(published, trained, tmp_path, monk
     assert torch.equal(images, sample(DAEDiTPipeline.from_pretrained(trained / "pipeline")))
 
 
+def test_second_export_leaves_nothing_of_the_first_that_is_no_longer_published(tmp_path):
+    """Private pictures, half-precision weights, stage 1, and the transformer after a prior; but no file of somebody else."""
+    folder, out = (
+        save_measured_run(tmp_path / "run", generator=PRIVATE, evaluation=PRIVATE, **PRIVATE),
+        tmp_path / "out",
+    )
+    save_autoencoder(folder / "stage1")
+    push_script(folder, REPO, "--export_dir", out, "--data_pictures", "--fp16", "--stage1")
+    first = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    strangers = {"images/mine.jpg", "vae/lora.safetensors", "transformer/notes.txt", "stage1/notes.txt", "README.txt"}
+    for name in strangers:
+        (out / name).touch()
+    make_prior_pipeline().save_pretrained(tmp_path / "prior")
+    push_script(tmp_path / "prior", REPO, "--export_dir", out, "--no_data_pictures")
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    push_script(tmp_path / "prior", REPO, "--export_dir", tmp_path / "fresh", "--no_data_pictures")
+    fresh = {
+        path.relative_to(tmp_path / "fresh").as_posix() for path in (tmp_path / "fresh").rglob("*") if path.is_file()
+    }
+    harmless = {name for name in first if name.startswith(("training/", "images/s", "metrics")) or "/" not in name}
+    assert left == fresh | strangers | harmless
+    assert {"images/reconstructions.png", "images/nearest.png", "stage1/config.json"} <= first - left
+    assert {f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vae", "transformer")} <= first - left
+
+
 @pytest.mark.parametrize("flags", [["--revision", "next"], ["--create_pr"]])
 def test_export_refuses_what_only_an_upload_can_do(tmp_path, flags, capsys):
     with pytest.raises(SystemExit):

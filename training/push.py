@@ -135,11 +135,14 @@ def export(config: PushConfig, result: results.Result) -> None:
             found.update(upload.stage1_files(result.folder))
         if config.space:
             found.update({f"space/{name}": content for name, content in upload.space_files(config.repo_id).items()})
+        removed = upload.remove_stale_files(folder, found) if folder.exists() else []
         for name, content in found.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, path)
     logger.info("%d files in %s", len(found), folder)
+    if removed:
+        logger.info("removed %d files of an earlier export, such as %s", len(removed), removed[0])
 
 
 if __name__ == "__main__":

@@ -689,7 +689,7 @@ class PushConfig:
         "also publish pictures that show images of your data set: held-out images, and training images nearest to samples",
     )
     no_data_pictures: bool = field(
-        False, "leave these pictures out; the default, unless the data set is public or you agree in the terminal"
+        False, "leave these pictures out; the default, unless all data sets are public or you agree in the terminal"
     )
     keep_card: bool = field(False, "do not change the README.md of the repository")
     stage1: bool = field(False, "also upload the autoencoder of stage 1, to the branch `stage1`")

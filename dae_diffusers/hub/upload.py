@@ -1,12 +1,13 @@
 """Uploads to the Hub. Whatever goes wrong there, the trained model is on disk."""
 
 import logging
+import re
 import shlex
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
@@ -37,6 +38,11 @@ CHECK_SECONDS = 15.0  # whether the Hub is there
 UPLOAD_SECONDS = 60.0
 _PARTS = ("transformer", "prior", "scheduler", "vae")  # folders of our pipelines
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
+# Names of weights, configs, code and pictures in an export.
+_EXPORTED = re.compile(
+    r"images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"|(config|scheduler_config|generation_config|stage3)\.json|dae_diffusers\.\w+\.py|autoencoder_dae_asymmetric\.py)"
+)
 
 
 @contextmanager
@@ -377,10 +383,32 @@ def _commit(
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    kinds = (stale_weights, stale_parts, stale_pictures)
-    stale = dict.fromkeys(name for kind in kinds for name in kind(published, files))
-    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_files(published, files)]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
+
+
+def stale_files(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""Files of an earlier push or export, in `published`, that must not stand beside those of this one, in `files`."""
+    kinds = (stale_weights, stale_parts, stale_pictures)
+    return list(dict.fromkeys(name for kind in kinds for name in kind(published, files)))
+
+
+def remove_stale_files(folder: Path, files: Iterable[str]) -> list[str]:
+    r"""
+    Removes what an earlier export has left in a folder: what an upload of `files` would remove from a repository, and a stage 1
+    that is not among them. Files whose names no export gives stay.
+
+    Returns:
+        `list[str]`: What was removed.
+    """
+    found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    stale = [*stale_files(found, files), *(name for name in found if name.startswith("stage1/") and name not in files)]
+    stale = [name for name in stale if _EXPORTED.fullmatch(name)]
+    for name in stale:
+        (folder / name).unlink()
+        with suppress(OSError):  # others' files lie there
+            (folder / name).parent.rmdir()
+    return stale
 
 
 def stale_weights(published: Iterable[str], files: Iterable[str]) -> list[str]:
