@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.metrics.kept import weights_by_part
 from dae_diffusers.plots import image_grid
 from dae_diffusers.store import read_json, write_json
 
@@ -56,6 +57,7 @@ def main():
         "classifier_accuracy_on_real_test_digits": accuracy,
         **settings,
         "seed": arguments.seed,
+        "weights": weights_by_part(pipeline.components),
     }
     write_json(arguments.folder / "metrics.json", metrics)
     print(

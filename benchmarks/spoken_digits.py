@@ -28,6 +28,7 @@ from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.kept import weights_by_part
 from dae_diffusers.plots import image_grid
 from dae_diffusers.store import read_json, write_json
 
@@ -179,6 +180,7 @@ def main():
             heard_of([log_mel(to_sound(np.load(path))) for path in real[some]]), spoken[some], names
         ),
         **{name: getattr(arguments, name) for name in ("guidance_scale", "num_inference_steps", "seed")},
+        "weights": weights_by_part(DAEDiTPipeline.from_pretrained(folder / "pipeline").components),
     }
     write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))

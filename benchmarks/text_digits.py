@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.metrics.kept import weights_by_part
 from dae_diffusers.plots import image_grid
 from dae_diffusers.store import write_json
 
@@ -64,10 +65,9 @@ def save_text_encoder(folder: Path, texts: list[str]) -> None:
     BertModel(config).save_pretrained(folder)
 
 
-def draw_prompts(folder: Path, prompts: list[str], arguments: argparse.Namespace) -> torch.Tensor:
+def draw_prompts(pipeline: DAEDiTPipeline, prompts: list[str], arguments: argparse.Namespace) -> torch.Tensor:
     """An image of each prompt, in [-1, 1]."""
     options = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
-    pipeline = DAEDiTPipeline.from_pretrained(folder)
     return torch.cat(draw(pipeline, prompts, arguments.seed, output_type="pt", **options)) * 2 - 1
 
 
@@ -102,7 +102,8 @@ def main():
     classifier, accuracy = train_classifier(*load_images(DataConfig(dataset_name="digits", image_channels=1)))
     labels = torch.arange(10).repeat_interleave(PER_PROMPT).repeat(len(PROMPTS))
     prompts = [each.format(NUMBERS[n]) for each in PROMPTS for n in range(10) for _ in range(PER_PROMPT)]
-    images = draw_prompts(folder / "pipeline", prompts, arguments)
+    pipeline = DAEDiTPipeline.from_pretrained(folder / "pipeline")
+    images = draw_prompts(pipeline, prompts, arguments)
     with torch.no_grad():
         agreement = (classifier(images).argmax(dim=1) == labels).float()
     show = torch.cat([images[labels == label][:ROWS_SHOW] for label in range(10)])
@@ -113,6 +114,7 @@ def main():
         "num_images": len(labels),
         "classifier_accuracy_on_real_test_digits": accuracy,
         **{name: getattr(arguments, name) for name in ("guidance_scale", "num_inference_steps", "seed")},
+        "weights": weights_by_part(pipeline.components),
     }
     write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))

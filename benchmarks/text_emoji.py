@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 from text_digits import draw_prompts, save_text_encoder
 
+from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.judges import Pixels
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
@@ -96,7 +97,7 @@ def show(arguments: argparse.Namespace) -> Image.Image:
     held_out = [validation.captions[number][0] for number in validation.spread(arguments.num_held_out)]
     prompts = [*held_out, *PROMPTS]
     wanted = [prompt for prompt in prompts for _ in range(PER_PROMPT)]
-    images = draw_prompts(arguments.folder / "pipeline", wanted, arguments)
+    images = draw_prompts(DAEDiTPipeline.from_pretrained(arguments.folder / "pipeline"), wanted, arguments)
     rows = images.unflatten(0, (-1, PER_PROMPT))
     found = train.__getitems__(nearest(rows[:, 0], train))["pixel_values"]
     rows = torch.cat((rows, found[:, None]), dim=1)

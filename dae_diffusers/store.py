@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,28 @@ def weights_of(model: "torch.nn.Module", children: tuple[str, ...] | None = None
         if children is None or name.split(".")[0] in children:
             yield name
             yield value.float()
+
+
+def weights_fingerprint(weights: Iterable["torch.Tensor"]) -> str:
+    r"""
+    The fingerprint of a model's weights, whatever their names and order, and whether they are in single or in half precision: so
+    that a model in memory, its files and its half-precision copy have the same. Whole numbers do not count.
+    """
+    return fingerprint(sorted({fingerprint([value.half()]) for value in weights if value.is_floating_point()}))
+
+
+def weights_fingerprint_of(folder: Path) -> str | None:
+    r"""
+    [`weights_fingerprint`] of the weights that `from_pretrained` reads in the folder of a model; None if there are none in
+    safetensors files, or damaged ones.
+    """
+    for name in ("diffusion_pytorch_model", "model"):  # of diffusers, of transformers
+        is_sharded = (folder / f"{name}.safetensors.index.json").is_file()
+        patterns = [f"{name}-*.safetensors"] if is_sharded else [f"{name}.safetensors", f"{name}.*.safetensors"]
+        files = next((found for each in patterns if (found := sorted(folder.glob(each)))), [])
+        if files:
+            return _fingerprint_of_files(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+    return None
 
 
 def sha256_of(path: Path) -> str:
@@ -351,6 +374,22 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
                 path.unlink(missing_ok=True)
         except OSError:  # somebody else's, or gone
             continue
+
+
+@lru_cache(maxsize=32)  # a push reads the same large files a few times
+def _fingerprint_of_files(files: tuple[tuple[Path, int, int], ...]) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    def weights() -> Iterator["torch.Tensor"]:
+        for path, _, _ in files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield file.get_tensor(name)
+
+    try:
+        return weights_fingerprint(weights())
+    except (SafetensorError, OSError):
+        return None
 
 
 def _digest(parts: Iterable[Any]) -> str:

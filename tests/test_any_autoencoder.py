@@ -26,6 +26,7 @@ from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.latents.statistics import LatentStatistics, normalize_latents
 from dae_diffusers.settings import compose
+from dae_diffusers.store import weights_fingerprint_of
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
@@ -217,6 +218,7 @@ def test_it_is_measured(kind, image_folder, tmp_path):
     run(evaluate, "--validation_fraction 0.5", **options, output_dir=tmp_path / "measured")
     measured = json.loads((tmp_path / "measured" / "metrics.json").read_text())
     assert measured["reconstruction"]["psnr"] > 0
+    assert measured["setting"]["weights"] == {"vae": weights_fingerprint_of(tmp_path / "vae")}
     assert (measured["latent_space"]["kl"] is not None) == ("KL" in kind)
 
 

@@ -60,7 +60,7 @@ from dae_diffusers.metrics.sampling import (
     say_duration,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.store import fingerprint_of_json, finite_or_none
+from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate
 
 
@@ -453,6 +453,7 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
     assert "reconstruction" not in results and "latent_space" not in results
     assert [row["num_inference_steps"] for row in results["generation"]] == [1, 2]  # nothing is guided
     assert all("gap" not in row and "guidance_scale" not in row for row in results["generation"])
+    assert results["setting"]["weights"] == {"unet": weights_fingerprint_of(tmp_path / "ddpm" / "unet")}
     assert results["setting"]["pipeline"] == "DDPMPipeline" and results["setting"]["features"]["fingerprint"]
     report = (tmp_path / "evaluation" / "metrics.md").read_text()
     assert "DDPMScheduler" in report

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, TRANSFORMER, run
 
-from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, store
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
@@ -254,12 +254,12 @@ def test_images_of_the_author_are_published_only_if_he_says_so(
     client, trained, monkeypatch, caplog, words, answer, is_shown
 ):
     repo_id = f"writer/shown-{is_shown}-{answer is None}-{len(words)}".lower()
-    (trained / "evaluation" / "nearest-0.png").write_bytes(b"\x89PNG")
+    (trained / "evaluation" / "nearest-guidance-2-steps-4.png").write_bytes(b"\x89PNG")
     monkeypatch.setattr(push.sys.stdin, "isatty", lambda: answer is not None, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: answer)
     with caplog.at_level(logging.INFO):
         push_script(trained, repo_id, "--license", "mit", *words)
-    (trained / "evaluation" / "nearest-0.png").unlink()
+    (trained / "evaluation" / "nearest-guidance-2-steps-4.png").unlink()
     files = client.files(repo_id)
     shown = {"images/reconstructions.png", "images/nearest.png"}
     assert shown & files.keys() == (shown if is_shown else set())
@@ -612,6 +612,120 @@ def test_export_writes_the_same_without_a_hub(published, trained, tmp_path, monk
     assert torch.equal(images, sample(DAEDiTPipeline.from_pretrained(trained / "pipeline")))
 
 
+def fingerprints_of(folder: Path) -> dict[str, str]:
+    """As `evaluate` records those of a pipeline."""
+    return {part: store.weights_fingerprint_of(folder / "pipeline" / part) for part in ("transformer", "vae")}
+
+
+def change_weights(folder: Path) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "left_out"),
+    [("transformer", {"generation"}), ("vae", {"generation", "reconstruction"}), (None, set())],
+)
+def test_numbers_and_pictures_are_published_only_with_the_weights_that_they_are_of(tmp_path, caplog, part, left_out):
+    folder, out = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC), tmp_path / "out"
+    save_evaluation(folder, {"config": {**PUBLIC, "features": "inception"}, "weights": fingerprints_of(folder)})
+    push_script(folder, REPO, "--export_dir", out)
+    assert caplog.text == ""
+    pictures = {"images/nearest.png", "images/sweep.png"}
+    assert all((out / name).exists() for name in pictures)
+    if part is not None:  # trained further, or another decoder
+        change_weights(folder / "pipeline" / part)
+    push_script(folder, REPO, "--export_dir", out, "--fp16")
+    evaluation = json.loads((out / "metrics.json").read_text())["evaluation"] if part != "vae" else {}
+    assert {"generation", "reconstruction"} - evaluation.keys() == left_out
+    assert "generation" not in evaluation.get("floor", {}) or not left_out
+    results = {each.metric_type for each in ModelCard.load(out / "README.md").data.eval_results or []}
+    assert results == {"psnr", "gfd_tiny"} - {
+        {"generation": "gfd_tiny", "reconstruction": "psnr"}[name] for name in left_out
+    }
+    assert {name for name in pictures if (out / name).exists()} == (set() if left_out else pictures)
+    assert (out / "metrics.json").exists() == (part != "vae")
+    assert len(caplog.messages) == bool(left_out)
+    assert (
+        f"again with `dae-diffusers evaluate --pipeline {folder / 'pipeline'} --dataset_name user/faces --features inception "
+        f"--guidance_scales" not in caplog.text
+    )
+    assert (
+        f"with `dae-diffusers evaluate --pipeline {folder}/pipeline --dataset_name user/faces" in caplog.text
+    ) == bool(left_out)
+
+
+def test_numbers_of_another_model_are_not_published(tmp_path, caplog):
+    """`evaluate --vae` of another model, into the run's folder."""
+    folder = save_measured_run(tmp_path / "run", **PUBLIC)
+    setting = {"config": {"vae": "stabilityai/sd-vae-ft-mse"}, "weights": {"vae": "0123456789abcdef"}}
+    save_evaluation(folder, setting)
+    push_script(folder, REPO, "--export_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text()
+    (message,) = caplog.messages
+    assert f"measured with other weights than those in {folder / 'vae'}" in message and "reconstruction" in message
+    assert f"evaluate --vae {folder / 'vae'} --dataset_name user/faces --output_dir {folder / 'evaluation'}`" in message
+    save_evaluation(folder, {**setting, "weights": {"vae": store.weights_fingerprint_of(folder / "vae")}})
+    assert "evaluation" in read_result(folder).metrics  # the same weights, from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("measured", "is_published"),
+    [
+        ("run/vae", True),
+        ("/home/me/run/vae", True),
+        (None, True),
+        ("stabilityai/sd-vae-ft-mse", False),
+        ("other/vae", False),
+    ],
+)
+def test_numbers_of_unknown_weights_are_published_if_they_may_be_of_the_run(tmp_path, caplog, measured, is_published):
+    folder = save_measured_run(tmp_path / "run", evaluation={"vae": measured}, **PUBLIC)
+    result = read_result(folder)
+    assert ("evaluation" in result.metrics) == is_published
+    assert [("does not tell" in each, "with other weights" in each) for each in result.doubts] == [
+        (is_published, not is_published)
+    ]
+
+
+def test_numbers_of_a_generator_do_not_go_with_its_autoencoder_alone(tmp_path):
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    shutil.copytree(folder / "pipeline" / "vae", folder / "vae")
+    save_evaluation(folder, {"weights": fingerprints_of(folder)})
+    result = read_result(folder / "vae")
+    assert {each.metric for each in measurements(result)} == {"psnr"} and result.doubts == []
+
+
+def test_samples_and_numbers_of_a_check_are_of_the_weights(tmp_path):
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    check = {"class_agreement": 0.5, "weights": fingerprints_of(folder)}
+    (folder / "metrics.json").write_text(json.dumps(check))
+    result = read_result(folder)
+    assert result.metrics["check"] == check and "samples.png" in result.pictures and result.doubts == []
+    change_weights(folder / "pipeline" / "transformer")
+    result = read_result(folder)
+    assert "check" not in result.metrics and "samples.png" not in result.pictures
+    assert "Run the script that wrote it again" in result.doubts[0]
+
+
+def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_path):
+    """A decoder that came later was not measured by `train_dae`; the best weights are older than the end of the log."""
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    shutil.copytree(folder / "pipeline" / "vae", folder / "vae")
+    (folder / "train_dae" / "log.jsonl").write_text('{"step": 1, "validation/psnr": 20.0}\n')
+    rows = [{"step": step, "validation/gfd_tiny": float(step)} for step in (2, 4, 6)]
+    (folder / "train_dit" / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "train_dit" / "run.json").write_text('{"exported_step": 4}')
+    result = read_result(folder)
+    assert {each.metric: each.value for each in measurements(result)} == {"psnr": 20.0, "gfd_tiny": 4.0}
+    assert "reconstructions.png" in result.pictures
+    change_weights(folder / "pipeline" / "vae")
+    result = read_result(folder)
+    assert [each.metric for each in measurements(result)] == ["gfd_tiny"]
+    assert "reconstructions.png" not in result.pictures
+
+
 def test_second_export_leaves_nothing_of_the_first_that_is_no_longer_published(tmp_path):
     """Private pictures, half-precision weights, stage 1, and the transformer after a prior; but no file of somebody else."""
     folder, out = (
@@ -631,7 +745,7 @@ def test_second_export_leaves_nothing_of_the_first_that_is_no_longer_published(t
     fresh = {
         path.relative_to(tmp_path / "fresh").as_posix() for path in (tmp_path / "fresh").rglob("*") if path.is_file()
     }
-    harmless = {name for name in first if name.startswith(("training/", "images/s", "metrics")) or "/" not in name}
+    harmless = {name for name in first if name.startswith("training/") or "/" not in name} - {"metrics.json"}
     assert left == fresh | strangers | harmless
     assert {"images/reconstructions.png", "images/nearest.png", "stage1/config.json"} <= first - left
     assert {f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vae", "transformer")} <= first - left

@@ -1,5 +1,6 @@
 """What is kept in files is whole, or said to be damaged; a fingerprint has the value that it always had."""
 
+import copy
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import make_autoencoder
+from models import make_autoencoder, make_prior_pipeline, make_vq_model
 
 from dae_diffusers import store
 from dae_diffusers.data import DataConfig, load_images
@@ -42,6 +43,30 @@ def test_fingerprints_are_of_the_numbers_alone():
     assert expected == store.fingerprint(["a", torch.from_numpy(numbers.T.copy()).T])
     for value in (torch.tensor(3.0), torch.zeros(0), torch.ones(2, dtype=torch.bfloat16), torch.tensor([True])):
         assert len(store.fingerprint([value])) == 16
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq", "prior"])
+def test_fingerprint_of_weights_is_that_of_their_files_in_any_form(kind, tmp_path):
+    """Of the class that was trained and the one that is published, whole, in shards, and in half precision."""
+    trained = make_autoencoder("none") if kind == "kl" else make_vq_model(auxiliary_decoder_type="none")
+    model = trained.to_diffusers() if kind != "prior" else make_prior_pipeline().prior
+    expected = store.weights_fingerprint(model.state_dict().values())
+    if kind == "kl":  # a codebook keeps more while it trains
+        trained.save_pretrained(tmp_path / "trained")
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    halved = copy.deepcopy(model).half()
+    halved.save_pretrained(tmp_path / "variant", variant="fp16")
+    halved.save_pretrained(tmp_path / "whole", variant="fp16")  # beside
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert store.weights_fingerprint(halved.float().state_dict().values()) == expected
+    assert {store.weights_fingerprint_of(folder) for folder in tmp_path.iterdir()} == {expected}
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 0.1
+    model.save_pretrained(tmp_path / "whole")
+    assert store.weights_fingerprint_of(tmp_path / "whole") != expected
+    next((tmp_path / "whole").glob("*model.safetensors")).write_bytes(b"damaged")
+    assert store.weights_fingerprint_of(tmp_path / "whole") is None is store.weights_fingerprint_of(tmp_path)
 
 
 KINDS = {

@@ -57,6 +57,7 @@ from dae_diffusers.metrics.sampling import (
     prompts_of_images,
     say_duration,
 )
+from dae_diffusers.metrics.settings import name_of_setting
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.pipelines.dae_dit import columns_of
@@ -332,8 +333,7 @@ def evaluate_samples(
         rows.append(given | compared["metrics"])
         every.append(samples)
         if accelerator.is_main_process:
-            chosen = (("guidance", settings.guidance_scale), ("steps", settings.num_inference_steps))
-            name = "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
+            name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
             id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
             is_by_class = sampler.conditions is None and train.captions is None
             names = [id2label[label] for label in sorted(id2label)] if is_by_class else None

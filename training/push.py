@@ -128,6 +128,8 @@ def export(config: PushConfig, result: results.Result) -> None:
         space_id=(config.space_id or config.repo_id) if config.space else None,
         data_pictures=choose_data_pictures(config, result),
     )
+    if result.doubts:
+        logger.warning("%s", " ".join(result.doubts))
     with tempfile.TemporaryDirectory() as temporary:
         if config.fp16:
             found.update(upload.half_precision_files(found, Path(temporary)))

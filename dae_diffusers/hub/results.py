@@ -1,6 +1,8 @@
 """Reads what a run has written: models, and how they were made."""
 
+import math
 import re
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,8 @@ import yaml
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.store import read_json, read_rows
+from dae_diffusers.metrics.settings import name_of_setting
+from dae_diffusers.store import read_json, read_rows, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -74,6 +77,7 @@ class Result:
         evaluation (`Script`, *optional*): The settings of the evaluation in `metrics` and `pictures`; empty if it recorded none.
         metrics (`dict`): What was measured, by source.
         pictures (`dict[str, tuple[Path, str]]`): File name in the repository to file and caption.
+        doubts (`list[str]`): What was left out because it was measured with other weights, and what cannot be checked.
     """
 
     folder: Path
@@ -85,6 +89,7 @@ class Result:
     evaluation: Script | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def decoder_fit(self) -> dict[str, Any]:
@@ -171,6 +176,8 @@ def read_result(folder: str | Path) -> Result:
 
 # Pictures that show images of the data set themselves.
 DATA_PICTURES = ("reconstructions.png", "nearest.png")
+# All pictures that a result can have.
+PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}_curves.png" for name in _SCRIPTS))
 
 
 def is_leftover(path: Path) -> bool:
@@ -264,7 +271,10 @@ def _read_script(folder: Path) -> Script:
     }
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     validation: dict[str, float] = {}
+    last = record.get("exported_step") or math.inf  # `--export best`: the weights are older than the end of the log
     for row in read_rows(folder / "log.jsonl", step=int):
+        if row["step"] > last:
+            break
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         validation = {**values, "step": row["step"]} if values else validation
     is_local = _is_local(config.get("dataset_name"), folder)
@@ -287,13 +297,104 @@ def _is_local(name: str | None, folder: Path) -> bool:
 
 def _read_metrics(result: Result) -> dict[str, Any]:
     metrics = {name: script.validation for name, script in result.scripts.items() if script.validation}
-    for name, path in (
-        ("evaluation", result.folder / "evaluation" / "metrics.json"),
-        ("check", result.folder / "metrics.json"),
-    ):
-        if path.exists():
-            metrics[name] = _without_paths(read_json(path))
+    if not _has_decoder_of_its_training(result):
+        metrics.pop("train_dae", None)
+    if not result.decoder_fit:
+        metrics.pop("train_dae_stage3", None)
+    evaluation, check = (result.folder / name for name in ("evaluation/metrics.json", "metrics.json"))
+    if evaluation.exists() and (found := _of_these_weights(result, evaluation)):
+        metrics["evaluation"] = _without_paths(found)
+    if check.exists():
+        found = read_json(check)
+        if _differing_parts(result, found.get("weights") or {}):
+            result.doubts.append(
+                f"{check} is not published: it is of other weights. Run the script that wrote it again."
+            )
+        else:
+            metrics["check"] = _without_paths(found)
     return metrics
+
+
+def _has_decoder_of_its_training(result: Result) -> bool:
+    """Whether the decoder is that of `train_dae`, as far as can be told: stage 3 or `assemble` may have brought another."""
+    script = result.scripts.get("train_dae")
+    if result.vae is None or script is None:
+        return True
+    found = [weights_fingerprint_of(vae) for vae in (result.vae, script.folder.parent / "vae")]
+    return None in found or found[0] == found[1]
+
+
+# Parts of an evaluation by what was measured.
+_OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation",)
+_AUTOENCODERS, _GENERATORS = ("vae", "vqvae"), ("transformer", "prior", "unet")  # parts of a pipeline
+
+
+def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
+    """The numbers of an evaluation that were measured with the weights of the result. What is not of them becomes a doubt."""
+    found = read_json(path)
+    setting = found.get("setting") or {}
+    config, weights = setting.get("config") or {}, setting.get("weights")
+    if weights:
+        differing = _differing_parts(result, weights)
+        is_known = all(_fingerprint_in(result, name) for name in weights.keys() - differing)
+    else:
+        places = [place for name in ("pipeline", "vae") if (place := config.get(name))]
+        runs = [result.folder, *(script.folder.parent for script in result.scripts.values())]
+        is_elsewhere = places and not any(_is_inside(place, run) for place in places for run in runs)
+        differing, is_known = set(_AUTOENCODERS if is_elsewhere else ()), False
+    left_out = [*(_OF_AUTOENCODER if differing & {*_AUTOENCODERS} else ()), *(_OF_SAMPLES if differing else ())]
+    left_out = [name for name in left_out if found.pop(name, None) is not None]
+    floor = found.get("floor") or {}
+    for part in left_out:
+        floor.pop(part, None)
+    model = result.pipeline or result.vae
+    again = _evaluate_command(result, config, is_of_samples="generation" in (*found, *left_out))
+    if result.pipeline is None and left_out == ["generation"]:
+        pass  # an autoencoder alone draws nothing
+    elif left_out:
+        result.doubts.append(
+            f"{path} was measured with other weights than those in {model}. Not published: {', '.join(left_out)}. Measure again with "
+            f"`{again}`."
+        )
+    elif not is_known:
+        result.doubts.append(
+            f"{path} does not tell whether it was measured with the weights in {model}. If it was not, measure again with `{again}`."
+        )
+    return found if any(name in found for name in (*_OF_AUTOENCODER, *_OF_SAMPLES)) else {}
+
+
+def _differing_parts(result: Result, weights: dict[str, str]) -> set[str]:
+    """The measured parts, of these weights, that the result does not have; and its own generator if that was not measured."""
+    own = {name for name, value in result.index.items() if isinstance(value, list)} or {"vae"}
+    own_generator = own & {*_GENERATORS} if weights.keys() - {*_AUTOENCODERS} else set()
+    other = {name for name in weights if _fingerprint_in(result, name) not in (None, weights[name])}
+    return other | (weights.keys() - own) | (own_generator - weights.keys())
+
+
+def _fingerprint_in(result: Result, part: str) -> str | None:
+    folder = result.vae if result.pipeline is None else result.pipeline / part
+    return weights_fingerprint_of(folder)
+
+
+def _is_inside(place: str, run: Path) -> bool:
+    """Whether a recorded path is in the run. It may be relative to another folder, or of another machine: then the name counts."""
+    path, run = Path(place), run.resolve()
+    return run in (path.resolve(), *path.resolve().parents) or (not path.exists() and run.name in path.parts)
+
+
+def _evaluate_command(result: Result, config: dict[str, Any], *, is_of_samples: bool) -> str:
+    """The command that measures the result, on the same images with the same judge."""
+    is_of_samples = is_of_samples and result.pipeline is not None and bool(config.get("features"))
+    words = ["--pipeline", str(result.pipeline)] if is_of_samples else ["--vae", str(result.vae)]
+    images = ("dataset_name", "train_data_dir")
+    known = (
+        config if any(config.get(name) for name in images) or result.data_script is None else result.data_script.config
+    )
+    words += [word for name in images if known.get(name) for word in (f"--{name}", str(known[name]))]
+    words += ["--features", str(config["features"])] if config.get("features") else []
+    for name in ("guidance_scales", "num_inference_steps") if is_of_samples else ():
+        words += [f"--{name}", *map(str, config[name])] if config.get(name) else []
+    return shlex.join(["dae-diffusers", "evaluate", *words, "--output_dir", str(result.folder / "evaluation")])
 
 
 def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
@@ -307,8 +408,10 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
             pictures[name] = (path, caption)
 
     if result.pipeline is not None:
-        samples = result.folder / "samples.png"
-        if not samples.exists():
+        samples: Path | None = result.folder / "samples.png"
+        if (result.folder / "metrics.json").exists() and "check" not in result.metrics:
+            samples = None  # the same script drew it
+        if samples is None or not samples.exists():
             grids = [latest_grid(script.folder, "samples-*.png") for script in result.scripts.values()]
             samples = next((grid for grid in grids if grid is not None), samples)
         names = [
@@ -316,17 +419,26 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         ]
         is_by_class = 1 < len(names) <= 10 and not result.index.get("conditions")
         add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if is_by_class else "Samples")
-    if "train_dae" in result.scripts:
+    if "train_dae" in result.scripts and _has_decoder_of_its_training(result):
         folder = result.scripts["train_dae"].folder
         newest = latest_grid(folder, "reconstruction-stage2-*.png") or latest_grid(folder, "reconstruction-*.png")
         add("reconstructions.png", newest, "Held-out images of the data set above their reconstructions")
-    if result.pipeline is not None and "train_dae_stage3" in result.scripts:
+    if result.decoder_fit and "train_dae_stage3" in result.scripts:
         newest = latest_grid(result.scripts["train_dae_stage3"].folder, "generated-stage3-*.png")
         add("stage3.png", newest, "Drawn latents, decoded before stage 3 and after it")
     if result.pipeline is not None:
         evaluation = result.folder / "evaluation"
-        add("sweep.png", evaluation / "sweep.png", "Distance to the training images over guidance and steps")
-        nearest = sorted(evaluation.glob("nearest-*.png"))
+        nearest, is_swept = sorted(evaluation.glob("nearest-*.png")), True
+        if (evaluation / "metrics.json").exists():  # there may be pictures of an earlier evaluation, of other weights
+            rows = result.metrics.get("evaluation", {}).get("generation", [])
+            names = [name_of_setting(row.get("guidance_scale"), row.get("num_inference_steps")) for row in rows]
+            paths = (evaluation / f"nearest-{name}.png" for name in names)
+            nearest, is_swept = [path for path in paths if path.exists()], len(rows) > 1
+        add(
+            "sweep.png",
+            evaluation / "sweep.png" if is_swept else None,
+            "Distance to the training images over guidance and steps",
+        )
         add("nearest.png", nearest[0] if nearest else None, "Samples above their nearest training images")
     for name, script in result.scripts.items():
         add(f"{name}_curves.png", script.folder / "curves.png", _SCRIPTS[name])

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import DATA_PICTURES, is_leftover, read_result
+from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, is_leftover, read_result
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _PARTS = ("transformer", "prior", "scheduler", "vae")  # folders of our pipeline
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
 # Names of weights, configs, code and pictures in an export.
 _EXPORTED = re.compile(
-    r"images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"metrics\.json|images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
     r"|(config|scheduler_config|generation_config|stage3)\.json|dae_diffusers\.\w+\.py|autoencoder_dae_asymmetric\.py)"
 )
 
@@ -156,6 +156,8 @@ def push_folder(
         Exception: Whatever the connection fails with.
     """
     result = read_result(folder)
+    if result.doubts:
+        logger.warning("%s", " ".join(result.doubts))
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
     repo_id = repository.repo_id
@@ -389,7 +391,7 @@ def _commit(
 
 def stale_files(published: Iterable[str], files: Iterable[str]) -> list[str]:
     r"""Files of an earlier push or export, in `published`, that must not stand beside those of this one, in `files`."""
-    kinds = (stale_weights, stale_parts, stale_pictures)
+    kinds = (stale_weights, stale_parts, stale_pictures, stale_numbers)
     return list(dict.fromkeys(name for kind in kinds for name in kind(published, files)))
 
 
@@ -439,10 +441,16 @@ def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
 
 
 def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
-    r"""Pictures of the data set's images that an earlier push has published and this one leaves out."""
-    pictures = [f"images/{name}" for name in DATA_PICTURES]
+    r"""Pictures that an earlier push has published and this one leaves out: they show images of the data set, or other weights."""
+    names = PICTURES if "model_index.json" in files else DATA_PICTURES
+    pictures = [f"images/{name}" for name in names]
     is_result = "metrics.json" in files or any(name.startswith(("vae/", "images/")) for name in files)
     return [name for name in published if is_result and name in pictures and name not in files]
+
+
+def stale_numbers(published: Iterable[str], files: Iterable[str]) -> list[str]:
+    r"""Numbers that an earlier push of a pipeline has published, if there are none of its present weights."""
+    return [name for name in published if name == "metrics.json" and "model_index.json" in files and name not in files]
 
 
 def _is_transient(error: Exception) -> bool:

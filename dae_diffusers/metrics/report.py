@@ -16,7 +16,7 @@ from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.metrics.kept import KeptRows
+from dae_diffusers.metrics.kept import KeptRows, weights_by_part
 from dae_diffusers.metrics.sampling import scheduler_options
 from dae_diffusers.plots import image_grid, scale_axis
 from dae_diffusers.settings import flat
@@ -40,6 +40,7 @@ def describe(
         "pipeline": None if pipeline is None else type(pipeline).__name__,
         "autoencoder": None if vae is None else {name: vae.config.get(name) for name in parts},
         "scheduler": None if pipeline is None else scheduler_options(pipeline),
+        "weights": weights_by_part({"vae": vae} if pipeline is None else pipeline.components),
         "features": extractor
         and {
             "name": extractor.name,
