@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
-from dae_diffusers.metrics.kept import weights_by_part
+from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.plots import image_grid
 from dae_diffusers.store import read_json, write_json
 

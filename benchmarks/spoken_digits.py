@@ -27,8 +27,8 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.errors import UserError
+from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.kept import weights_by_part
 from dae_diffusers.plots import image_grid
 from dae_diffusers.store import read_json, write_json
 

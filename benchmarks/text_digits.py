@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.metrics.kept import weights_by_part
+from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.plots import image_grid
 from dae_diffusers.store import write_json
 

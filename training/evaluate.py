@@ -26,6 +26,7 @@ from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
+from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fitting.decoder_fit import check_judge
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.locks import take_folder
@@ -57,7 +58,6 @@ from dae_diffusers.metrics.sampling import (
     prompts_of_images,
     say_duration,
 )
-from dae_diffusers.metrics.settings import name_of_setting
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.pipelines.dae_dit import columns_of

@@ -12,8 +12,8 @@ import yaml
 
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.metrics.settings import name_of_setting
 from dae_diffusers.store import read_json, read_rows, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
@@ -240,7 +240,8 @@ def _describe(result: Result, *, is_run: bool) -> Result:
         used = _read_yaml(path / "config.yaml").get("vae")
         if used and Path(used).is_dir():
             other = Path(used) if (Path(used) / "train_dae").is_dir() else Path(used).resolve().parent
-            if other.resolve() != result.folder.resolve() and _is_script(other / "train_dae"):
+            is_other = other.resolve() != result.folder.resolve() and not _has_own_autoencoder(result)
+            if is_other and _is_script(other / "train_dae"):
                 folders.insert(0, other / "train_dae")
     for path in list(folders):  # stage 3 may have begun with the pipeline of another run
         used = _read_yaml(path / "config.yaml").get("pipeline")
@@ -256,6 +257,13 @@ def _describe(result: Result, *, is_run: bool) -> Result:
     if "evaluation" in result.metrics or "nearest.png" in result.pictures:
         result.evaluation = _read_evaluation(result.folder)
     return result
+
+
+def _has_own_autoencoder(result: Result) -> bool:
+    """Whether the run trained the autoencoder of its pipeline itself, wherever the generator found it: the run may be a copy."""
+    if result.vae is None or not _is_script(result.folder / "train_dae"):
+        return False
+    return weights_fingerprint_of(result.folder / "vae") == weights_fingerprint_of(result.vae) is not None
 
 
 def _is_script(folder: Path) -> bool:

@@ -22,7 +22,6 @@ from dae_diffusers.store import (
     keep_tensors,
     kept_json,
     kept_tensors,
-    weights_fingerprint,
     weights_of,
 )
 
@@ -176,18 +175,6 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
     described = fingerprint_of_json({key: value for key, value in config.items() if key[0] != "_"})
     return fingerprint(itertools.chain([described], weights_of(model)))
-
-
-def weights_by_part(parts: dict[str, Any]) -> dict[str, str]:
-    r"""
-    Fingerprints of the weights of a pipeline's `components`, by name, to be recorded beside what is measured: `push` publishes
-    numbers only with the weights that they were measured with. Text encoders, which are not trained, are left out.
-    """
-    return {
-        name: weights_fingerprint(part.state_dict().values())
-        for name, part in sorted(parts.items())
-        if isinstance(part, torch.nn.Module) and not name.startswith("text_encoder")
-    }
 
 
 def _of_chunk(key: str, chunk: range) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
+from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.metrics.kept import KeptRows, weights_by_part
+from dae_diffusers.metrics.kept import KeptRows
 from dae_diffusers.metrics.sampling import scheduler_options
 from dae_diffusers.plots import image_grid, scale_axis
 from dae_diffusers.settings import flat

@@ -38,12 +38,6 @@ class EvaluationConfig:
             raise ConfigError("`pipeline` needs `features`, such as `inception` or facebook/dinov2-base.")
 
 
-def name_of_setting(guidance_scale: float | None, num_inference_steps: int | None) -> str:
-    r"""The part of a picture's file name that says how its samples were drawn, such as `guidance-2-steps-25`."""
-    chosen = (("guidance", guidance_scale), ("steps", num_inference_steps))
-    return "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
-
-
 @settings
 class SamplingConfig:
     """Images that the pipeline draws."""
