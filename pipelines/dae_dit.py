@@ -8,6 +8,7 @@ are put beside it.
 
 import copy
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -34,6 +35,7 @@ FAMILY = "dae_dit"  # this file's name in our package; pipelines made from it li
 DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
+TRANSFORMERS = ("transformer", "guidance_transformer")  # parts of a pipeline
 TRANSFORMER = "DAEDiTTransformer2DModel"  # predicts the velocity of flow matching at timestep 1000 sigma
 FLOW_SETTINGS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 FLOW_SCHEDULERS = (
@@ -46,6 +48,17 @@ FLOW_SCHEDULERS = (
 FLOW_MAP_SCHEDULER = "FlowMapEulerDiscreteScheduler"
 # What a column's entry in `conditions` has by its kind, and the transformer's argument: classes, numbers, an image.
 CONDITION_KINDS = {"labels": "attribute_labels", "mean": "continuous", "channels": "condition_image"}
+# What a transformer and the one that guides it must have in common.
+_SHARED_BY_GUIDANCE = (
+    "in_channels",
+    "out_channels",
+    "num_classes",
+    "num_embeds_ada_norm",
+    "cross_attention_dim",
+    "num_attribute_classes",
+    "num_continuous",
+    "condition_channels",
+)
 FEW_VALUES = 16  # up to which an image counts as a mask, whose values must not be mixed
 DEFAULT_TOKENS = 512  # of a text, for an encoder that takes any number
 
@@ -81,6 +94,10 @@ class DAEDiTPipeline(DiffusionPipeline):
             What else images are drawn from, by name: `{"labels": [...]}` for further classes, with their names; `{"mean": ..., "std":
             ..., "low": ..., "high": ...}` for a number, with the statistics of the training images; `{"channels": ...}` for an image.
         label_column (`str`, *optional*): What the classes of `id2label` are called, beside the classes in `conditions`.
+        guidance_transformer ([`ModelMixin`], *optional*):
+            A weaker version of the transformer: trained for fewer steps, or smaller. Guidance then leads away from it instead of from
+            images without class or text, so that models without either have guidance, too. Source: autoguidance, Karras et al., 2024,
+            https://huggingface.co/papers/2406.02507.
 
     Raises:
         `ValueError`: If the transformer and the autoencoder differ in latent channels, the transformer and the text encoder in the
@@ -90,7 +107,8 @@ class DAEDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _is_conditional = False  # whether there is more to draw from than what the call is given
     _callback_tensor_inputs = ["latents"]
-    _optional_components = ["tokenizer", "text_encoder"]
+    _optional_components = ["tokenizer", "text_encoder", "guidance_transformer"]
+    _exclude_from_cpu_offload = ["guidance_transformer"]  # it works in turns with the transformer
 
     def __init__(
         self,
@@ -104,6 +122,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         text_encoder: torch.nn.Module | None = None,
         conditions: dict[str, dict[str, Any]] | None = None,
         label_column: str | None = None,
+        guidance_transformer: ModelMixin | None = None,
     ):
         super().__init__()
         known = _settings_of(transformer)
@@ -116,7 +135,12 @@ class DAEDiTPipeline(DiffusionPipeline):
             is_flow_matching = _is_named(transformer, TRANSFORMER) or _is_for_flow_matching(scheduler)
         self.is_flow_matching = is_flow_matching
         self.register_modules(
-            transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            guidance_transformer=guidance_transformer,
         )
         # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
         self.id2label = {int(key): name for key, name in (id2label or {}).items()}
@@ -139,6 +163,15 @@ class DAEDiTPipeline(DiffusionPipeline):
                     f"The text encoder gives {width} channels a token, and the transformer takes "
                     f"{transformer.config.cross_attention_dim}. Use the text encoder that it was trained with."
                 )
+        if guidance_transformer is not None:
+            for name in _SHARED_BY_GUIDANCE:
+                values = [model.config.get(name) for model in (transformer, guidance_transformer)]
+                ours, other = ([*value] if isinstance(value, list | tuple) else value for value in values)
+                if ours != other:
+                    raise ValueError(
+                        f"`{name}` of the transformer is {ours} and that of `guidance_transformer` {other}. Give a weaker version of "
+                        "the transformer, trained on the same latents and classes."
+                    )
         self.vae_scale_factor = shape.factor
         self._check_columns()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -193,14 +226,16 @@ class DAEDiTPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         _save_code(folder)
-        transformer_class = type(unwrap_module(self.transformer))
-        if transformer_class.__module__.partition(".")[0] not in ("diffusers", "__main__"):
+        for part in TRANSFORMERS:
+            transformer_class = type(unwrap_module(getattr(self, part)))
+            if transformer_class.__module__.partition(".")[0] in ("diffusers", "__main__", "builtins"):
+                continue
             # diffusers looks for the code under the module's full name. Code that came with a model goes back as it came.
             name = transformer_class.__module__.removeprefix(DYNAMIC_MODULES)
-            self.register_to_config(transformer=(name, transformer_class.__name__))
-            (folder / "transformer").mkdir(exist_ok=True)
+            self.register_to_config(**{part: (name, transformer_class.__name__)})
+            (folder / part).mkdir(exist_ok=True)
             source = sys.modules[transformer_class.__module__].__file__
-            shutil.copyfile(source, folder / "transformer" / f"{name}.py")
+            shutil.copyfile(source, folder / part / f"{name}.py")
         _name_code_of(self)
         super().save_pretrained(str(folder), *args, **kwargs)
 
@@ -219,9 +254,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             `ValueError`: If there is no such folder, and it cannot be a repository's name.
         """
         is_balanced = kwargs.get("device_map") == "balanced"
-        left_to_diffusers = {"transformer", "quantization_config"} & kwargs.keys()
-        if "custom_pipeline" in kwargs and not is_balanced:
-            left_to_diffusers.add("custom_pipeline")
+        left_to_diffusers = "quantization_config" in kwargs or {*TRANSFORMERS} <= kwargs.keys()
+        left_to_diffusers |= "custom_pipeline" in kwargs and not is_balanced
         if left_to_diffusers or not importlib.util.find_spec(PACKAGE):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -231,29 +265,32 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path."
             )
         folder = Path(name_or_path if os.path.isdir(name_or_path) else cls.download(name_or_path, **kwargs))
-        module, class_name = cls.load_config(folder).get("transformer", (None, None))
-        if str(module).partition(".")[0] == PACKAGE:
+        own = {}  # transformers of the package's class, and how to load them
+        for part in TRANSFORMERS:
+            module, class_name = cls.load_config(folder).get(part) or (None, None)
+            if part in kwargs or str(module).partition(".")[0] != PACKAGE:
+                continue
             options = ("dtype", "torch_dtype", "device_map", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
             model_kwargs = {name: kwargs[name] for name in options if name in kwargs}
             for name, value in model_kwargs.items():
                 if isinstance(value, dict):  # a dtype for each component
-                    model_kwargs[name] = value.get("transformer", value.get("default"))
+                    model_kwargs[name] = value.get(part, value.get("default"))
             if is_balanced:
                 # Which device it goes to is known only when diffusers has all parts; and diffusers never asks
                 # `trust_remote_code` when it measures them.
                 del model_kwargs["device_map"]
             variant = kwargs.get("variant")
-            if variant is not None and any(f".{variant}." in file.name for file in folder.glob("transformer/*")):
+            if variant is not None and any(f".{variant}." in file.name for file in folder.glob(f"{part}/*")):
                 model_kwargs["variant"] = variant
             transformer_class = getattr(importlib.import_module(module), class_name)
-            kwargs["transformer"] = transformer_class.from_pretrained(folder, subfolder="transformer", **model_kwargs)
+            own[part] = functools.partial(transformer_class.from_pretrained, folder, subfolder=part, **model_kwargs)
+        kwargs |= {part: load() for part, load in own.items()}
         kwargs |= _own_autoencoder(cls, folder, kwargs)
         pipeline = super().from_pretrained(folder, **kwargs)
-        device = (getattr(pipeline, "hf_device_map", None) or {}).get("transformer") if is_balanced else None
-        if device is not None and "transformer" in kwargs:
-            pipeline.transformer = transformer_class.from_pretrained(
-                folder, subfolder="transformer", device_map={"": device}, **model_kwargs
-            )
+        for part, load in own.items():
+            device = (getattr(pipeline, "hf_device_map", None) or {}).get(part) if is_balanced else None
+            if device is not None:
+                setattr(pipeline, part, load(device_map={"": device}))
         pipeline.register_to_config(_name_or_path=name_or_path)
         return pipeline
 
@@ -484,7 +521,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | int | Iterable[int | str] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         *,
         class_labels: int | str | Iterable[int | str] | Mapping[str, Any] | None = None,
         conditions: Mapping[str, Any] | None = None,
@@ -513,13 +550,15 @@ class DAEDiTPipeline(DiffusionPipeline):
             prompt (`str` or sequence of `str`, *optional*):
                 Texts, for a transformer that takes text; without them, the empty text. For any other transformer the first argument
                 is `class_labels`.
-            guidance_scale (`float`, defaults to 4.0):
+            guidance_scale (`float`, *optional*):
                 Classifier-free guidance, `unconditional + guidance_scale * (conditional - unconditional)` on all latent
                 channels. At 1 and below there is no guidance, which halves the work. A flow map has its guidance in it, and takes none.
+                With a `guidance_transformer` its prediction, for the same classes and texts, takes the place of the unconditional one.
+                Default: 4, or 2 with a `guidance_transformer`.
             class_labels (`int`, `str` or an iterable of both, *optional*):
                 Class ids and names, see `get_label_ids`. Without them, a model with classes generates with its null class. A model
                 without classes takes none. With several kinds of classes also a mapping, `{"shape": "cat", "color": ["red", "blue"]}`.
-                With neither labels nor prompts nor conditions there is no guidance.
+                With neither labels nor prompts nor conditions there is no guidance, unless there is a `guidance_transformer`.
             conditions (mapping, *optional*):
                 What else to draw from, by name, one value for all images or a list of one per image: names or numbers of classes,
                 numbers in their own units, and a picture, array or tensor for an image, as in
@@ -562,6 +601,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         """
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
+        if guidance_scale is None:
+            guidance_scale = 4.0 if self.guidance_transformer is None else 2.0
         self._check_choices(guidance_interval, num_inference_steps, num_images_per_label, output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -582,7 +623,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
         has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
         self._guidance_scale = guidance_scale  # a callback may change it
-        self._check_texts(texts, class_labels, is_guided=has_condition and self.do_classifier_free_guidance)
+        needs_negative = has_condition and self.do_classifier_free_guidance and self.guidance_transformer is None
+        self._check_texts(texts, class_labels, is_guided=needs_negative)
         label_ids = self._resolve_labels(class_labels)
         shape = self._latent_shape(height, width, latents)
         sides = {"height": shape[1] * self.vae_scale_factor, "width": shape[2] * self.vae_scale_factor}
@@ -642,13 +684,16 @@ class DAEDiTPipeline(DiffusionPipeline):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
-                if has_condition and self.do_classifier_free_guidance and low <= noise_level <= high:
+                is_guided = self.do_classifier_free_guidance and low <= noise_level <= high
+                if is_guided and self.guidance_transformer is not None:
+                    prediction = self._predict(model_input, timestep, conditional | end)
+                    baseline = self._predict(model_input, timestep, conditional | end, self.guidance_transformer)
+                    prediction = self._guided(prediction, baseline)
+                elif is_guided and has_condition:
                     both = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
                     doubled = torch.cat((model_input, model_input))
                     prediction, baseline = self._predict(doubled, timestep, both | end).chunk(2)
-                    channels = latents.shape[1]  # without the variance, where the transformer predicts it
-                    guided = baseline + self.guidance_scale * (prediction - baseline)
-                    prediction = torch.cat((guided[:, :channels], prediction[:, channels:]), dim=1)
+                    prediction = self._guided(prediction, baseline)
                 else:
                     prediction = self._predict(model_input, timestep, conditional | end)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_kwargs)[0]
@@ -738,12 +783,23 @@ class DAEDiTPipeline(DiffusionPipeline):
             return [{}] * len(timesteps)
         return [{"r_timestep": end.expand(batch_size)} for end in (*timesteps[1:], torch.zeros_like(timesteps[-1]))]
 
+    def _guided(self, prediction: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+        """A prediction led away from another one; its variance, where the transformer predicts that, stays."""
+        channels = self.transformer.config.in_channels
+        guided = baseline + self.guidance_scale * (prediction - baseline)
+        return torch.cat((guided[:, :channels], prediction[:, channels:]), dim=1)
+
     def _predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        arguments: dict[str, torch.Tensor],
+        transformer: ModelMixin | None = None,
     ) -> torch.Tensor:
-        """The transformer's float32 output, with the variance only if the scheduler wants it."""
-        prediction = self.transformer(
-            latents.to(self.transformer.dtype),
+        """A transformer's float32 output, with the variance only if the scheduler wants it; default: that of the pipeline."""
+        transformer = self.transformer if transformer is None else transformer
+        prediction = transformer(
+            latents.to(transformer.dtype),
             timestep=timestep.expand(len(latents)),
             **{"class_labels": None, **arguments},
         ).sample.float()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import ImagePipelineOutput
+from diffusers import ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -107,15 +107,19 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         )
 
     def _predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        arguments: dict[str, torch.Tensor],
+        transformer: ModelMixin | None = None,
     ) -> torch.Tensor:
-        prediction = super()._predict(latents, timestep, arguments)
+        prediction = super()._predict(latents, timestep, arguments, transformer)
         if not self._last:
             return prediction
         count = len(self._shares)  # what follows is the prediction without a class or text
         ends = {name: value.expand(count, *value.shape[1:]) for name, value in self._last.items()}
         arguments = {name: value[:count] for name, value in arguments.items()} | ends
-        last = super()._predict(latents[:count], timestep, arguments)
+        last = super()._predict(latents[:count], timestep, arguments, transformer)
         return torch.cat((torch.lerp(prediction[:count], last, self._shares.view(-1, 1, 1, 1)), prediction[count:]))
 
 

@@ -264,6 +264,12 @@ class FlowMatchingConfig:
     sample_guidance_scale: float = field(
         2.0, "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`", advanced=True
     )
+    autoguidance_steps: int | None = field(
+        None,
+        "keep the weights after N steps, about an eighth of all, in the pipeline: guidance leads away from these weaker ones, also "
+        "without classes and texts",
+        at_least=1,
+    )
     distill_guidance_scale: float | None = field(
         None,
         "distill the given transformer into one that draws in 2 to 8 steps, with this guidance scale in it; 1: none",
@@ -397,6 +403,10 @@ class TrainDiTConfig:
     def _check_distillation(self) -> None:
         if self.flow.distill_guidance_scale is None:
             return
+        if self.flow.autoguidance_steps is not None:
+            raise ConfigError(
+                "`autoguidance_steps` does not go with `distill_guidance_scale`: a distilled transformer has its guidance in it. Leave one out."
+            )
         if self.transformer.pretrained_model_name_or_path is None:
             raise ConfigError(
                 "`distill_guidance_scale` needs a finished transformer to distill: give its pipeline as `pretrained_model_name_or_path`."

@@ -11,7 +11,6 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 
 import logging
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from dae_diffusers.autoencoders.loading import (
     settle_images,
     spatial_factor,
 )
+from dae_diffusers.autoguidance import WeakerWeights
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.conditioning import DRAWN_FROM, Conditioning
 from dae_diffusers.conditions import Conditions
@@ -87,15 +87,18 @@ def main(config: TrainDiTConfig) -> None:
     transformer = make_transformer(
         origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
     )
-    pipeline_of = partial(
-        DAEDiTPipeline,
-        vae=vae,
-        scheduler=scheduler,
-        id2label=train_data.id2label,
-        value_range=train_data.value_range,
-        is_flow_matching=not isinstance(objective, Diffusion),
+    parts = {
+        "vae": vae,
+        "scheduler": scheduler,
+        "id2label": train_data.id2label,
+        "value_range": train_data.value_range,
+        "is_flow_matching": not isinstance(objective, Diffusion),
         **conditioning.pipeline_kwargs(),
-    )
+    }
+
+    def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
+        return DAEDiTPipeline(model, **parts | weaker.parts() | instead)
+
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -111,6 +114,7 @@ def main(config: TrainDiTConfig) -> None:
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
     set_statistics(vae, statistics)
+    weaker = WeakerWeights(run, transformer, start.step, steps)
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
@@ -143,6 +147,7 @@ def main(config: TrainDiTConfig) -> None:
                 step.add(**values)
                 loss = loss + term
             step.backward(loss)
+        weaker.follow(loop)
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective, conditioning)
@@ -434,9 +439,10 @@ def draw_samples(
 
 
 def sampling_options(config: TrainDiTConfig) -> dict[str, Any]:
-    """How the pipeline draws while the transformer trains; without guidance if no labels are dropped."""
+    """How the pipeline draws while the transformer trains; without guidance if it has learnt none."""
+    is_guided = config.transformer.class_dropout_prob or config.flow.autoguidance_steps is not None
     return {
-        "guidance_scale": config.flow.sample_guidance_scale if config.transformer.class_dropout_prob else 1.0,
+        "guidance_scale": config.flow.sample_guidance_scale if is_guided else 1.0,
         "num_inference_steps": config.flow.num_sample_steps,
     }
 

@@ -438,14 +438,15 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
     names, text_encoder = _class_names(result), _text_encoder(result)
     conditions = _condition_arguments(result)
     if not names and not text_encoder and not conditions:
-        return ", ".join(["num_images_per_label=1", *generator.get("call", [])])
+        guidance = ["guidance_scale=2.0"] if _is_autoguided(result) else []
+        return ", ".join(["num_images_per_label=1", *guidance, *generator.get("call", [])])
     words = [json.dumps(text_encoder["prompt"] or "...", ensure_ascii=False)] if text_encoder else []
     words += [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"] if names else []
     words += conditions
     if generator:
         script = result.scripts.get(generator["script"])
         # Guidance needs a model that has learnt to do without the class.
-        is_guided = script is None or script.config.get("class_dropout_prob") != 0
+        is_guided = script is None or script.config.get("class_dropout_prob") != 0 or _is_autoguided(result)
         words += [] if _is_flow_map(result) else [f"guidance_scale={2.0 if is_guided else 1.0}"]
     return ", ".join([*words, *generator.get("call", [])])
 
@@ -453,6 +454,11 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
 def _is_flow_map(result: Result) -> bool:
     """Whether the generator draws in few steps, with its guidance in it."""
     return (result.index.get("scheduler") or [None, None])[1] == FLOW_MAP_SCHEDULER
+
+
+def _is_autoguided(result: Result) -> bool:
+    """Whether guidance leads away from a weaker version of the transformer."""
+    return (result.index.get("guidance_transformer") or [None])[0] is not None
 
 
 def _script_description(name: str, script: Script, result: Result) -> dict[str, Any]:

@@ -36,7 +36,7 @@ STAGE1_BRANCH = "stage1"
 # Seconds without a byte after which a request fails; the client retries an upload a few times. By default it waits forever.
 CHECK_SECONDS = 15.0  # whether the Hub is there
 UPLOAD_SECONDS = 60.0
-_PARTS = ("transformer", "prior", "scheduler", "vae")  # folders of our pipelines
+_PARTS = ("transformer", "guidance_transformer", "prior", "scheduler", "vae")  # folders of our pipelines
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
 # Names of weights, configs, code and pictures in an export.
 _EXPORTED = re.compile(

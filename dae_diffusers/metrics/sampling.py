@@ -178,7 +178,7 @@ class Sampler:
         has_classes = has_rows and getattr(pipeline, "null_class", None) is not None
         if "num_images_per_label" in self.accepted and not has_rows:
             self.num_classes = pipeline.null_class
-            if self.num_classes is None:
+            if self.num_classes is None and getattr(pipeline, "guidance_transformer", None) is None:
                 self.accepted.discard("guidance_scale")  # there is nothing to guide towards
             self._given: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
                 {"num_images_per_label": count} if labels is None else {"class_labels": labels}

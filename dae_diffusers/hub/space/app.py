@@ -62,6 +62,7 @@ FOLDER, PIPE, VAE = load()
 CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
 IS_FLOW_MAP = getattr(PIPE, "is_flow_map", False)  # draws in few steps
+IS_AUTOGUIDED = getattr(PIPE, "guidance_transformer", None) is not None  # guidance without classes
 TAKES_TEXT = getattr(PIPE, "takes_text", False) and getattr(PIPE, "text_encoder", None) is not None
 CONDITIONS = dict(sorted((getattr(PIPE, "conditions", None) or {}).items()))
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
@@ -408,7 +409,9 @@ def generate_tab():
             conditions = [condition_input(name, column) for name, column in CONDITIONS.items()]
             count = gr.Slider(1, 16, 6, step=1, label="Pictures per class" if len(CLASSES) > 1 else "Pictures")
             guided = (
-                "guidance_scale" in OPTIONS and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS)) and not IS_FLOW_MAP
+                "guidance_scale" in OPTIONS
+                and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS) or IS_AUTOGUIDED)
+                and not IS_FLOW_MAP
             )
             guidance = gr.Slider(
                 1, 8, 2, step=0.1, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
