@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
-from models import make_prior_pipeline, save_backbone, save_run
+from models import make_plain_vq_model, make_prior_pipeline, save_backbone, save_run
 from safetensors.torch import load_file
 from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge
@@ -22,8 +23,9 @@ from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMomen
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.losses.moments import moment_distance
+from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.training import train_dae
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -92,6 +94,23 @@ def test_log_and_pictures_tell_how_it_went(fitted):
     assert all(row["train/generated_distance"] > 0 for row in rows if "train/reconstruction_loss" in row)
     assert rows[-1]["validation/generated_fd"] == read_fit(folder / "pipeline")["after"]["generated_fd"]
     assert (folder / "train_dae_stage3" / "grids" / "generated-stage3-00000004.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_decoder_of_a_codebook_is_fitted_to_what_the_pipeline_decodes(generators, image_folder, tmp_path):
+    """A DiT's latents are quantised before they are decoded."""
+    given = DAEDiTPipeline.from_pretrained(generators[DAEDiTPipeline] / "pipeline")
+    pipeline = DAEDiTPipeline(given.transformer, make_plain_vq_model(), given.scheduler, id2label=given.id2label)
+    pipeline.save_pretrained(tmp_path / "given")
+    flags = {"pipeline": tmp_path / "given", "output_dir": tmp_path / "run", "train_data_dir": image_folder}
+    run(train_dae, FIT.replace("steps 4", "steps 1"), **flags)
+    (path,) = (tmp_path / "run" / "train_dae_stage3" / "pool").rglob("*.safetensors")
+    statistics = ImageStatistics(3)
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[0]
+    with torch.no_grad():
+        drawn = statistics(pipeline.vae.decode(load_file(path)["latents"]).sample.clamp(-1, 1))
+        expected = frechet_distance(FeatureStatistics.of(drawn), reference_statistics(statistics, images))
+    assert read_fit(tmp_path / "run" / "pipeline")["before"]["generated_fd"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_features_that_trained_a_decoder_do_not_judge_it(fitted, generators, backbone, tmp_path):

@@ -155,8 +155,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             perturb_latents (`Callable`, *optional*): In a stage: applied to the quantised latents before they are decoded.
             moments (pair of `torch.Tensor` of shape `(B, C, h, w)`, *optional*): In stages 2 and 3: the images' latents before
                 quantisation (and zeros), if they are known. The encoder does not run then.
-            drawn_latents (`torch.Tensor` of shape `(M, C, h, w)`, *optional*): In stage 3: the vectors of codes that a generator has
-                drawn; their `M` images follow the reconstructions.
+            drawn_latents (`torch.Tensor` of shape `(M, C, h, w)`, *optional*): In stage 3: what a generator has drawn, quantised; the
+                `M` images follow the reconstructions.
 
         Returns:
             [`DAEVQModelOutput`] or `(reconstruction, quantization)` in a stage; what [`~diffusers.VQModel`] returns when

@@ -153,6 +153,28 @@ def draw_latents(
     return rows["latents"]
 
 
+@torch.no_grad()
+def decoder_inputs(
+    pipeline: DAEDiTPipeline | DAEVQGANPipeline, latents: torch.Tensor, batch_size: int = 64
+) -> torch.Tensor:
+    r"""
+    Drawn latents as the decoder gets them when the pipeline decodes: `vae.decode` of an autoencoder with a codebook quantises those
+    of a [`~dae_diffusers.DAEDiTPipeline`] first; those of a [`~dae_diffusers.DAEVQGANPipeline`] are the codes' vectors already.
+
+    Args:
+        pipeline: On its device.
+        latents (`torch.Tensor` of shape `(N, C, h, w)`): What [`draw_latents`] returns.
+        batch_size (`int`, *optional*): Latents at once.
+
+    Returns:
+        `torch.Tensor` of the same shape: On the CPU.
+    """
+    if isinstance(pipeline, DAEVQGANPipeline) or not is_vq(pipeline.vae):
+        return latents
+    vae = pipeline.vae
+    return torch.cat([vae.quantize(part.to(vae.device))[0].cpu() for part in latents.split(batch_size)])
+
+
 def generator_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module:
     r"""The transformer or the prior of a pipeline."""
     return pipeline.prior if isinstance(pipeline, DAEVQGANPipeline) else pipeline.transformer
@@ -215,7 +237,7 @@ class DecoderFit:
         """
         run, settings, device = self.run, self.settings, self.accelerator.device
         run.begin(start.step)
-        self.pool = draw_latents(
+        drawn = draw_latents(
             self.pipeline.to(device),
             self.labels,
             settings.pool_size,
@@ -226,6 +248,7 @@ class DecoderFit:
             seed=run.config.run.seed,
             batch_size=run.config.optimization.train_batch_size,
         )
+        self.pool = decoder_inputs(self.pipeline, drawn)
         self.vae = self.pipeline.vae.eval()
         chosen = self.images.choose(MAX_REFERENCE_IMAGES)
         with torch.no_grad():
@@ -307,7 +330,7 @@ class DecoderFit:
         )["features"]
 
     def decode(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-        r"""Images `(padded B, C, H, W)` in [-1, 1] of drawn latents `(B, C, h, w)`."""
+        r"""Images `(padded B, C, H, W)` in [-1, 1] of latents of the pool, `(B, C, h, w)`."""
         latents = pad_batch(latents.to(self.accelerator.device), 2**16)
         options = {"force_not_quantize": not vae.config.lookup_from_codebook} if is_vq(vae) else {}
         return vae.decode(latents, **options).sample.float().clamp(-1, 1)
