@@ -14,7 +14,7 @@ from models import make_plain_vq_model, make_prior_pipeline, save_backbone, save
 from safetensors.torch import load_file
 from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
 
-from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
@@ -291,6 +291,8 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
             run(train_dae, f"{FIT} {more}", **flags)
         assert message in capsys.readouterr().err
     vae = AutoencoderKL.from_pretrained(source / "vae")
+    larger = DAEAutoencoderKL.from_diffusers(vae, decoder_block_out_channels=(16, 16))
+    larger.to_diffusers().save_pretrained(tmp_path / "larger")
     with torch.no_grad():
         vae.encoder.conv_out.bias.add_(0.5)
     vae.save_pretrained(tmp_path / "other")
@@ -302,6 +304,7 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
     for more, message in {
         f"--pipeline {codes} --pretrained_model_name_or_path {tmp_path / 'other_codes'}": "another encoder or codebook",
         f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'other'}": "has another encoder",
+        f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'larger'}": "decoder of another size .* assemble`",
         f"--pipeline {source} --output_dir {generators[DAEVQGANPipeline]}": "holds a pipeline already",
         f"--pipeline {source} --label_column none": "knows 2 classes, but the images have no labels",
         f"--pipeline {source} --resolution 15": "is not divisible by",

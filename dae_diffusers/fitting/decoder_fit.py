@@ -50,7 +50,7 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
 
     Raises:
         UserError: If the pipeline is none of ours, does not fit the images, or would overwrite another one, or if
-            `pretrained_model_name_or_path` has another encoder.
+            `pretrained_model_name_or_path` has another encoder or a decoder of another size.
     """
     name, start = config.stages.pipeline, config.autoencoder.pretrained_model_name_or_path
     pipeline = load_pipeline(name, torch.device("cpu"))
@@ -80,6 +80,11 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
             raise UserError(
                 f"`pretrained_model_name_or_path` {start} has another encoder or codebook than the autoencoder of `pipeline` {name}: its decoder "
                 "knows other latents. Give an autoencoder whose decoder alone was trained on."
+            )
+        if _decoder_size(vae) != _decoder_size(pipeline.vae):
+            raise UserError(
+                f"`pretrained_model_name_or_path` {start} has a decoder of another size than the one of `pipeline` {name}, which stage 3 cannot "
+                "change. Put it into the pipeline with `dae-diffusers assemble`, then leave out `pretrained_model_name_or_path`."
             )
         pipeline.vae.load_state_dict(vae.state_dict())
     settle_images(config, pipeline.vae, side=image_sides(pipeline))
@@ -183,6 +188,12 @@ def generator_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module
 def latents_fingerprint(vae: ModelMixin) -> str:
     r"""Fingerprint of what makes an autoencoder's latents or codes; the decoder may change."""
     return autoencoder_fingerprint(vae, _LATENT_PARTS)
+
+
+def _decoder_size(vae: ModelMixin) -> dict[str, Any]:
+    """Shapes of an autoencoder's weights, by name, and the groups of its decoder's normalisation, which no shape tells."""
+    groups = vae.config.get("decoder_norm_num_groups") or vae.config.norm_num_groups
+    return {"groups": groups, **{name: value.shape for name, value in vae.state_dict().items()}}
 
 
 class DecoderFit:
