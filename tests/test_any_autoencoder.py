@@ -197,11 +197,15 @@ def test_its_decoder_is_trained_on_and_its_class_stays(kind, image_folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
-    [({}, "only the decoder can be trained: give `stage 2`"), ({"stage": "2", "decoder": "tiny"}, "keeps its size")],
+    ("kind", "more", "message"),
+    [
+        ("AutoencoderTiny", {}, "only the decoder can be trained: give `stage 2`"),
+        ("AutoencoderTiny", {"stage": "2", "decoder": "tiny"}, "keeps its size"),
+        *((kind, {"stage": "2", "gradient_checkpointing": True}, "leave it out") for kind in TUNED_KINDS[::2]),
+    ],
 )
-def test_what_such_a_class_does_not_do_is_one_line(more, message, tmp_path):
-    make_tiny().save_pretrained(tmp_path)
+def test_what_such_a_class_does_not_do_is_one_line(kind, more, message, tmp_path):
+    KINDS[kind][0]().save_pretrained(tmp_path)
     config = compose(
         TrainDAEConfig, train_data_dir="x", pretrained_model_name_or_path=str(tmp_path), resolution=16, **more
     )

@@ -26,7 +26,7 @@ def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None
     stage 1 has saved.
 
     Args:
-        config: Settings with the parts `data`, `autoencoder`, `codebook` and `stages`.
+        config: Settings with the parts `data`, `autoencoder`, `codebook`, `stages` and `optimization`.
         trained ([`~diffusers.AutoencoderKL`] or [`~diffusers.VQModel`], *optional*): For stage 3: the autoencoder itself.
 
     Raises:
@@ -94,6 +94,8 @@ def tuned_decoder(config: Any, vae: ModelMixin, name: str) -> ModelMixin:
             f"{name} has a {kind}, whose decoder keeps its size: leave out `decoder`, `decoder_block_out_channels` and "
             "`decoder_layers_per_block`."
         )
+    if config.optimization.gradient_checkpointing and not vae._supports_gradient_checkpointing:
+        raise UserError(f"{name} has a {kind}, which cannot do `gradient_checkpointing`: leave it out.")
     return TUNED[type(vae)].from_diffusers(vae)
 
 
