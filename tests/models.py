@@ -202,6 +202,11 @@ def clusters(count=12, dim=4, **options):
     return centres, batches
 
 
+def uneven_clusters(count=12):
+    """The same micro-batches, of 64, 56 and 48 latents in turn."""
+    return [batch[:, :, : 8 - number % 3] for number, batch in enumerate(clusters(count)[1])]
+
+
 def save_run(folder: Path, id2label: dict[int, str] | None) -> Path:
     """A tiny, untrained pipeline with what a run leaves beside it."""
     torch.manual_seed(0)

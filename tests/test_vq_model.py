@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from diffusers import VQModel
-from models import QUANTIZERS, clusters, make_vq_model
+from models import QUANTIZERS, clusters, make_vq_model, uneven_clusters
 from torch.testing import assert_close
 
 from dae_diffusers import DAEVQModel
@@ -225,16 +225,26 @@ def test_accumulated_micro_batches_equal_one_large_batch():
     assert_close(halves.cluster_size, whole.cluster_size)
 
 
+def test_micro_batches_of_several_shapes_equal_one_large_batch():
+    """As with aspect buckets, and fewer latents than codes."""
+    parts, whole = (CodebookQuantizer(200, 4, quantizer_type="ema", warmup_steps=9) for _ in range(2))
+    batches = uneven_clusters(3)
+    noted_steps(parts, batches, 3)
+    noted_steps(whole, [torch.cat(batches, dim=2)], 1)
+    assert parts.num_recent == whole.num_recent == 64 + 56 + 48
+    assert_close(*(quantizer.recent.sort(dim=0).values for quantizer in (parts, whole)))
+
+
 RANKS = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from models import clusters
+from models import uneven_clusters
 from dae_diffusers.autoencoders.quantizers import CodebookQuantizer
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-_, batches = clusters(12)
+batches = uneven_clusters()
 torch.manual_seed(0)
-quantizer = CodebookQuantizer(16, 4, quantizer_type="ema", warmup_steps=2, l2_normalize=True, ema_decay=0.5).train()
+quantizer = CodebookQuantizer(50, 4, quantizer_type="ema", warmup_steps=2, l2_normalize=True, ema_decay=0.5).train()
 for number in range(rank, 12, 2):
     torch.manual_seed(number)
     quantizer.note(quantizer.quantize(batches[number]))
@@ -259,10 +269,9 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     }
     processes = [subprocess.Popen([sys.executable, script], env={**environment, "RANK": rank}) for rank in "01"]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    _, batches = clusters(12)
     torch.manual_seed(0)
-    one = CodebookQuantizer(16, 4, quantizer_type="ema", warmup_steps=2, l2_normalize=True, ema_decay=0.5)
-    noted_steps(one, batches, 2)
+    one = CodebookQuantizer(50, 4, quantizer_type="ema", warmup_steps=2, l2_normalize=True, ema_decay=0.5)
+    noted_steps(one, uneven_clusters(), 2)
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in "01"]
     for name, value in one.state_dict().items():
         assert torch.equal(states[0][name], states[1][name]), name

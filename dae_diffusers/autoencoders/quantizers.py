@@ -1,11 +1,12 @@
 """The codebook: maps latents to codes and back, and follows the encoder while it learns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from dae_diffusers.autoencoders.settings import QuantizerType, check_quantizer
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
@@ -193,9 +194,9 @@ class CodebookQuantizer(nn.Module):
         """
         if not self._noted:
             return
-        counts, sums, vectors = (torch.stack(values) for values in zip(*self._noted, strict=True))
+        counts, sums, vectors = zip(*self._noted, strict=True)
         self._noted.clear()
-        counts, sums = _sum_over_processes(counts.sum(0)), _sum_over_processes(sums.sum(0))
+        counts, sums = (_sum_over_processes(torch.stack(values).sum(0)) for values in (counts, sums))
         self._remember(_in_order_of_microbatches(vectors))
         self.num_updates += 1
         num_updates = int(self.num_updates)
@@ -274,10 +275,21 @@ def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _in_order_of_microbatches(vectors: torch.Tensor) -> torch.Tensor:
-    """`(A, S, C)` vectors of this process's micro-batches to `(A * P * S, C)` of all, ordered as one process would."""
+def _in_order_of_microbatches(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    The vectors `(S, C)` of each of this process's micro-batches to `(sum of S, C)` of all processes, ordered as one process would.
+    `S` may differ from micro-batch to micro-batch.
+    """
     if _num_processes() > 1:
-        parts = [torch.empty_like(vectors) for _ in range(_num_processes())]
-        dist.all_gather(parts, vectors.contiguous())
-        vectors = torch.stack(parts, dim=1)
-    return vectors.flatten(0, -2)
+        sizes = _of_all_processes(torch.tensor([len(part) for part in parts], device=parts[0].device))
+        padded = torch.stack([pad(part, (0, 0, 0, int(sizes.max()) - len(part))) for part in parts])
+        found = zip(_of_all_processes(padded).flatten(0, 1), sizes.flatten().tolist(), strict=True)
+        parts = [vectors[:size] for vectors, size in found]
+    return torch.cat(tuple(parts))
+
+
+def _of_all_processes(values: torch.Tensor) -> torch.Tensor:
+    """`(A, ...)` values of this process to `(A, P, ...)` of all."""
+    found = [torch.empty_like(values) for _ in range(_num_processes())]
+    dist.all_gather(found, values.contiguous())
+    return torch.stack(found, dim=1)
