@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from scripts import TINY_DAE, assert_same_weights, launch, log_of, resume, run, succeed, weights
 
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.losses.regularizers import SpatialTransform
 from dae_diffusers.settings import compose
 from dae_diffusers.training import train_dae
 from dae_diffusers.training.settings import TrainDAEConfig
@@ -134,6 +136,11 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
         ({"discriminator_start": 5, "adversarial_start": 4}, "has learnt nothing"),
         ({"discriminator_channels": 12}, "multiple of 8"),
         ({"perceptual_model": "x", "image_channels": 4}, "1 or 3 channels"),
+        ({"perceptual_model": "lpips", "resolution": 8}, "at least 16 pixels, but a side has 8"),
+        (
+            {"perceptual_model": "lpips", "equivariance": 0.1},
+            "of 32 pixels to 8, but `perceptual_model lpips` needs 16",
+        ),
         ({"mask_ratio": 1.0}, "below 1"),
         ({"equivariance": 2.0}, r"in \[0, 1\]"),
         ({"noise_tau": -0.1}, "0 or more"),
@@ -172,6 +179,24 @@ def test_adversarial_loss_that_stage_one_does_not_have_goes_with_equivariance():
     weights = {"auxiliary_decoder": "none", "stage1_adversarial_weight": 1.0}
     compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, **weights)
     compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, adversarial_weight=1.0)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8, 16, 32])
+def test_lpips_takes_the_smallest_image_that_equivariance_makes(factor, monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    lpips = {"pretrained_model_name_or_path": "x", "perceptual_model": "lpips", "equivariance": 0.5}
+    for side in range(max(16, factor), 128, factor):
+        config = compose(TrainDAEConfig, dataset_name="digits", resolution=side, **lpips)
+        transform = SpatialTransform.draw((side // factor,) * 2, factor)
+        small = min(transform.of_images(torch.zeros(1, 1, side, side)).shape[2:])
+        with nullcontext() if small >= 16 else pytest.raises(ConfigError, match=f"of {side} pixels to {small},"):
+            config.check_lpips(factor)
+
+
+def test_equivariance_goes_with_lpips_of_another_stage():
+    options = {"dataset_name": "digits", "resolution": 32, "perceptual_model": "lpips", "equivariance": 0.5}
+    compose(TrainDAEConfig, **options, stage1_perceptual_weight=0.0)
+    compose(TrainDAEConfig, **options, stage="2", stage1_dir="x").check_lpips(4)
 
 
 @pytest.fixture(autouse=True)

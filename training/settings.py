@@ -35,6 +35,11 @@ _OF_THE_AUTOENCODER = {"resolution": None, "image_channels": None}
 DIT_LAYERS = {"DiT-Ti": 6, "DiT-XS": 8, "DiT-S": 12, "DiT-B": 12, "DiT-L": 24, "DiT-XL": 28}
 DEFAULT_MODEL = "DiT-S/2"
 
+# Of the images that `equivariance` shrinks; a test compares it with the transforms that are drawn.
+SMALLEST_SCALE = 0.25
+# Pixels of a side that the four poolings of LPIPS (VGG) need.
+_LPIPS_SIDE = 16
+
 
 @settings
 class TrainDAEConfig:
@@ -109,6 +114,7 @@ class TrainDAEConfig:
                 f"a discriminator of {losses.discriminator_layers} layers needs images of at least {smallest} pixels; "
                 f"`resolution` is {data.resolution}. Lower `discriminator_layers`."
             )
+        self.check_lpips(factor if is_new else None)
         is_final = stages.trains_final_decoder(1)
         judges_stage1 = stages.stage in ("all", "1") and losses.adversarial_weight_of(is_final) > 0
         if judges_stage1 and self.regularization.equivariance > 0 and losses.discriminator_model is None:
@@ -155,6 +161,27 @@ class TrainDAEConfig:
             raise ConfigError(
                 "an adversarial loss with `gradient_accumulation_steps` needs `mixed_precision bf16` or no, not fp16: "
                 "the two models share one loss scale, which may change between the micro-batches of a step."
+            )
+
+    def check_lpips(self, factor: int | None) -> None:
+        """Checks that the images that LPIPS compares are large enough, also those that `equivariance` shrinks once the factor is known."""
+        stages, losses = self.stages, self.losses
+        compared = [n for n in stages.stage_steps() if losses.perceptual_weight_of(stages.trains_final_decoder(n)) > 0]
+        if losses.perceptual_model != "lpips" or not compared or self.data.resolution is None:
+            return
+        side = min(map(min, self.data.shapes))
+        other = "Use a vision model instead, such as facebook/convnext-tiny-224"
+        if side < _LPIPS_SIDE:
+            raise ConfigError(
+                f"`perceptual_model lpips` needs images of at least {_LPIPS_SIDE} pixels, but a side has {side}. {other}, or larger images."
+            )
+        if factor is None or 1 not in compared or self.regularization.equivariance == 0:
+            return
+        shrunk = factor * max(1, round(SMALLEST_SCALE * (side // factor)))
+        if shrunk < _LPIPS_SIDE:
+            raise ConfigError(
+                f"`equivariance` shrinks images of {side} pixels to {shrunk}, but `perceptual_model lpips` needs {_LPIPS_SIDE}. {other}, "
+                "or leave out `equivariance`."
             )
 
     def check_warmup(self, stage_steps: dict[int, int]) -> None:

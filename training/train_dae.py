@@ -52,6 +52,7 @@ def main(config: TrainDAEConfig) -> None:
     run = TrainingRun("train_dae", config)
     config.check_mixed_precision(run.accelerator.mixed_precision)
     model = make_autoencoder(config)
+    config.check_lpips(spatial_factor(model))
     train_images, validation_images = load_both(
         run, config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
     )
