@@ -1,6 +1,7 @@
 """The page of a published model, in a real browser: click, wait, look. Screenshots go to build/screenshots."""
 
 import ast
+import importlib.util
 import io
 import os
 import re
@@ -12,12 +13,13 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import RepoCard
-from models import make_prior_pipeline, save_run
+from models import make_autoencoder, make_prior_pipeline, save_run
 from PIL import Image
 from test_conditions import COLUMNS
 from test_conditions import make_pipeline as make_conditional_pipeline
@@ -352,7 +354,7 @@ else:
     picture = app.draw_one()
     for path in app.example_pictures():  # each is one picture of the grid, enlarged
         example = Image.open(path)
-        small = example.resize((app.SIDE, app.SIDE), Image.NEAREST)
+        small = example.resize((app.WIDTH, app.HEIGHT), Image.NEAREST)
         assert small.resize(example.size, Image.NEAREST).tobytes() == example.tobytes()
 assert len(app.example_pictures()) == 2
 pair, text, channels, between, _ = app.reconstruct(picture, noise.convert("P"))
@@ -387,6 +389,22 @@ def test_draw_stops_when_its_visitor_has_gone(page_url):
     second.predict(**{**arguments, "count": 1, "steps": 1}, api_name="/draw")
     assert time.monotonic() - start < 0.6 * whole
     del job
+
+
+@pytest.mark.parametrize("size", [(16, 24), (24, 16), (70, 40)])
+def test_examples_are_whole_pictures_of_a_model_that_is_no_square(size, tmp_path, monkeypatch):
+    make_autoencoder(sample_size=size).to_diffusers().save_pretrained(tmp_path / "vae")
+    images = torch.rand(10, 3, *size) * 2 - 1
+    names = {"row_names": ["image", "again"], "column_names": list("abcde")}
+    (tmp_path / "images").mkdir()
+    image_grid(images, columns=5, **names).save(tmp_path / "images" / "reconstructions.png")
+    monkeypatch.setenv("MODEL", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Request=object, Progress=object))  # no page is built
+    specification = importlib.util.spec_from_file_location("app", APP)
+    app = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(app)
+    whole = [image_grid(images[number : number + 1]).tobytes() for number in (4, 2, 0)]
+    assert [Image.open(path).tobytes() for path in app.example_pictures()][:3] == whole
 
 
 def test_space_installs_what_every_pipeline_imports():

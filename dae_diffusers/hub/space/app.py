@@ -68,17 +68,19 @@ CONDITIONS = dict(sorted((getattr(PIPE, "conditions", None) or {}).items()))
 CLASSES = {int(key): str(name) for key, name in (getattr(PIPE, "id2label", None) or {}).items()}
 
 
-def picture_side():
-    """The longer side of the model's pictures, in pixels. The generator knows it better than the autoencoder, which may have seen others."""
+def picture_size():
+    """Height and width of the model's pictures, in pixels. The generator knows them better than the autoencoder, which may have seen others."""
     latents = getattr(getattr(PIPE, "transformer", None), "config", {}).get("sample_size")
     if latents is None and getattr(PIPE, "prior", None) is not None:
         latents = PIPE.prior.config.grid_size
-    side = VAE.config.sample_size if latents is None else latents
-    side = side if isinstance(side, int) else max(side)
-    return side if latents is None else side * PIPE.vae_scale_factor
+    size = VAE.config.sample_size if latents is None else latents
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = 1 if latents is None else PIPE.vae_scale_factor
+    return height * factor, width * factor
 
 
-SIDE = picture_side()
+HEIGHT, WIDTH = picture_size()
+SIDE = max(HEIGHT, WIDTH)  # of the square that the autoencoder is tried with
 IS_RAE = "encoder_input_size" in VAE.config  # an AutoencoderRAE: its images are in [0, 1]
 
 
@@ -335,7 +337,7 @@ def description():
     """What the model is, from which data, and how good: the card's words and headline numbers, in Markdown."""
     if CARD is None:
         kind = "A latent diffusion model" if PIPE is not None else "An autoencoder"
-        return f"{kind}{f' of {len(CLASSES)} classes' if CLASSES else ''}, {SIDE}x{SIDE} pixels."
+        return f"{kind}{f' of {len(CLASSES)} classes' if CLASSES else ''}, {HEIGHT}x{WIDTH} pixels."
     lines = CARD.text.partition("\n## ")[0].splitlines()
     words = [line for line in lines if line and not re.match(r"# |!\[|Try it|\*(?!\*)", line)][:3]
     found = [each for name in HEADLINES for each in CARD.data.eval_results or [] if each.metric_type.startswith(name)]
@@ -348,10 +350,10 @@ def description():
 def example_pictures():
     """
     Pictures to try the autoencoder with, as files: from the last columns of the first row of the model's own grids, which have 2
-    pixels between pictures, names left and above, and pictures of at least 64 pixels.
+    pixels between pictures, names left and above, and pictures of at least 64 pixels along each side.
     """
-    factor = max(1, math.ceil(64 / SIDE))
-    pitch, folder = SIDE * factor + 2, Path(tempfile.mkdtemp())
+    factor = max(1, math.ceil(64 / min(HEIGHT, WIDTH)))
+    down, right, folder = HEIGHT * factor + 2, WIDTH * factor + 2, Path(tempfile.mkdtemp())
     path = next(
         (path for name in ("reconstructions", "samples") if (path := FOLDER / "images" / f"{name}.png").exists()), None
     )
@@ -359,10 +361,10 @@ def example_pictures():
         pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
     else:
         sheet = Image.open(path)
-        rows, columns = (sheet.height + 2) // pitch, (sheet.width + 2) // pitch
-        lefts = [sheet.width + 2 - pitch * n for n in range(1, min(columns, 7) + 1, 2)]
-        top = sheet.height + 2 - pitch * rows
-        pictures = [sheet.crop((left, top, left + pitch - 2, top + pitch - 2)) for left in lefts]
+        rows, columns = (sheet.height + 2) // down, (sheet.width + 2) // right
+        lefts = [sheet.width + 2 - right * n for n in range(1, min(columns, 7) + 1, 2)]
+        top = sheet.height + 2 - down * rows
+        pictures = [sheet.crop((left, top, left + right - 2, top + down - 2)) for left in lefts]
     for number, picture in enumerate(pictures):
         picture.save(folder / f"{number}.png")
     return [str(folder / f"{number}.png") for number in range(len(pictures))]
