@@ -36,7 +36,7 @@ class WeakerWeights:
             return
         if self.at >= steps:
             raise UserError(
-                f"`--autoguidance_steps` {self.at} must be below the {steps} steps of the training; an eighth, {max(1, steps // 8)}, is "
+                f"`--autoguidance_steps` {self.at} must be below the {steps} steps of the training; a third, {max(1, steps // 3)}, is "
                 "a good start."
             )
         if step >= self.at:

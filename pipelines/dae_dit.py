@@ -564,7 +564,8 @@ class DAEDiTPipeline(DiffusionPipeline):
                 numbers in their own units, and a picture, array or tensor for an image, as in
                 [`DAEDiTImg2ImgPipeline`]. Condition images of another size are resized to that of the result, by nearest neighbour if they
                 hold at most 16 different values. What is left out or `None` is unknown; an image must be named.
-            negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from; default: the empty text.
+            negative_prompt (`str` or sequence of `str`, *optional*):
+                What guidance leads away from; default: the empty text. It does not go with a `guidance_transformer`.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): As from `encode_prompt`.
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(B, T)`, *optional*): As in `encode_prompt`.
             guidance_interval (pair of `float`, defaults to (0.0, 1.0)):
@@ -863,6 +864,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         if class_labels is not None and self.null_class is None:
             raise ValueError(
                 f"`class_labels` is {class_labels!r}, but this pipeline has no classes. Say it in words: `prompt`."
+            )
+        against = [name for name in ("negative_prompt", "negative_prompt_embeds") if name in texts]
+        if against and self.guidance_transformer is not None:
+            raise ValueError(
+                f"`{against[0]}` was given, but guidance leads away from what `guidance_transformer` draws. Leave it out."
             )
         for name in ("prompt", "negative_prompt"):
             if name in texts and f"{name}_embeds" in texts:

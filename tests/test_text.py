@@ -276,6 +276,20 @@ def test_what_a_pipeline_cannot_draw_from_is_named(encoders, config, encoder, gi
     assert "\n" not in str(error.value)
 
 
+def test_a_weaker_transformer_guides_with_the_same_text_and_no_negative_one(encoders):
+    pipeline = make_pipeline(encoders())
+    itself = DAEDiTPipeline(**pipeline.components | {"guidance_transformer": pipeline.transformer})
+    itself.set_progress_bar_config(disable=True)
+    assert_close(sample(itself, "a dog"), sample(pipeline, "a dog", guidance_scale=1), atol=1e-4, rtol=1e-4)
+    embeds = pipeline.encode_prompt("a dog")[0]
+    itself.tokenizer = itself.text_encoder = None  # embeddings of the text are enough
+    assert_close(
+        sample(itself, prompt_embeds=embeds), sample(pipeline, "a dog", guidance_scale=1), atol=1e-4, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="guidance leads away from what `guidance_transformer` draws. Leave it out"):
+        sample(itself, prompt_embeds=embeds, negative_prompt="blue")
+
+
 def test_text_encoder_of_another_width_is_refused(encoders):
     with pytest.raises(ValueError, match="gives 16 channels a token, and the transformer takes 12"):
         make_pipeline(encoders(), cross_attention_dim=12)

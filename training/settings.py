@@ -293,7 +293,7 @@ class FlowMatchingConfig:
     )
     autoguidance_steps: int | None = field(
         None,
-        "keep the weights after N steps, about an eighth of all, in the pipeline: guidance leads away from these weaker ones, also "
+        "keep the weights after N steps, about a third of all, in the pipeline: guidance leads away from these weaker ones, also "
         "without classes and texts",
         at_least=1,
     )
