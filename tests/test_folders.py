@@ -347,6 +347,7 @@ def test_damaged_member_of_an_archive_is_a_bad_image(tmp_path, caplog, kind):
     config.on_bad_image = "skip"
     train, validation = load_images(config)
     assert len(train) + len(validation) == 9 and train.fingerprint and "left out: the image 5.png of" in caplog.text
+    assert "on_bad_image" not in caplog.text  # no advice that was followed
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -220,7 +220,7 @@ class ImageDataset(BatchDataset):
         if len(self) - len(good) > self.config.max_bad_image_share * len(self):
             raise UserError(
                 f"{len(self) - len(good)} of {len(self)} images are bad, more than `max_bad_image_share` "
-                f"{self.config.max_bad_image_share} allows; the first: {next(filter(None, problems))}"
+                f"{self.config.max_bad_image_share} allows: remove them, or pass a larger share. The first: {next(filter(None, problems))}"
             )
         if not good:
             raise UserError(f"all {len(self)} images are bad; the first: {problems[0]}")

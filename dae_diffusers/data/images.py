@@ -125,9 +125,10 @@ class ImageReader:
             reason = one_line(error) or type(error).__name__
             if isinstance(error, MemoryError):
                 reason = f"it does not fit into memory: {reason}"
-            raise UserError(
-                f"the image {name()} cannot be decoded ({reason}). Remove or replace it, or pass `on_bad_image skip`."
-            ) from None
+            advice = (
+                " Remove or replace it, or pass `on_bad_image skip`." if self.config.on_bad_image == "raise" else ""
+            )
+            raise UserError(f"the image {name()} cannot be decoded ({reason}).{advice}") from None
 
     def whole(self, item: Any, name: Callable[[], str]) -> np.ndarray:
         r"""The whole image, neither scaled nor cropped, `(H, W, C)` float32 in [-1, 1]; arguments and errors as in [`read`]."""
