@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 from models import save_autoencoder, save_backbone
+from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark, run
 
 from dae_diffusers.errors import ConfigError, UserError
@@ -287,6 +288,18 @@ def test_folder_of_another_search_is_refused(searched, tmp_path):
         find(folder, candidates)
     with pytest.raises(UserError, match="holds another search: its settings were"):
         find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", budget="2h")
+
+
+def test_judge_that_was_trained_again_is_another_search(tmp_path):
+    judge = save_backbone(tmp_path / "judge", "classifier")
+    config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, CANDIDATES), features=judge)
+    candidates = read_candidates(config, DATA)
+    Search(config, DATA, candidates)
+    Search(config, DATA, candidates)  # the same goes on
+    weights = next((tmp_path / "judge").glob("*.safetensors"))
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds another search: its judge were"):
+        Search(config, DATA, candidates)
 
 
 def test_a_search_in_which_all_fails_says_why(tmp_path):
