@@ -370,6 +370,7 @@ def measure_real_images(
 def swept_settings(config: EvaluateConfig, sampler: Sampler, train: ImageDataset) -> list[SampleSettings]:
     """The settings to measure: one for each combination of the swept options that the pipeline has."""
     is_by_class = sampler.conditions is None and (train.captions is None or config.sampling.prompt is not None)
+    counts = class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None
     sweep = [getattr(config.sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
     of_codes = {}
     if "temperature" in sampler.accepted:
@@ -387,7 +388,7 @@ def swept_settings(config: EvaluateConfig, sampler: Sampler, train: ImageDataset
             prompts=sampler.prompts,
             classes=sampler.classes,
             conditions=sampler.conditions,
-            class_counts=class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None,
+            class_counts=counts,
             **of_codes,
         )
         for chosen in itertools.product(*sweep)

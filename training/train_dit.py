@@ -87,18 +87,6 @@ def main(config: TrainDiTConfig) -> None:
     transformer = make_transformer(
         origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
     )
-    parts = {
-        "vae": vae,
-        "scheduler": scheduler,
-        "id2label": train_data.id2label,
-        "value_range": train_data.value_range,
-        "is_flow_matching": not isinstance(objective, Diffusion),
-        **conditioning.pipeline_kwargs(),
-    }
-
-    def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
-        return DAEDiTPipeline(model, **parts | weaker.parts() | instead)
-
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -115,6 +103,18 @@ def main(config: TrainDiTConfig) -> None:
     statistics = start.state.get("latent_statistics", statistics)
     set_statistics(vae, statistics)
     weaker = WeakerWeights(run, transformer, start.step, steps)
+    parts = {
+        "vae": vae,
+        "scheduler": scheduler,
+        "id2label": train_data.id2label,
+        "value_range": train_data.value_range,
+        "is_flow_matching": not isinstance(objective, Diffusion),
+        **conditioning.pipeline_kwargs(),
+    }
+
+    def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
+        return DAEDiTPipeline(model, **parts | weaker.parts() | instead)
+
     monitor = make_monitor(run, training_images, start)
     loop = Loop(
         run,
