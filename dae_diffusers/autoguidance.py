@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 class WeakerWeights:
     r"""
-    Keeps the averaged weights after `autoguidance_steps` steps, in `<folder>/guidance_transformer`. Source: autoguidance, Karras et al.,
+    Keeps the averaged weights after `autoguidance_steps` steps N, in `<folder>/guidance_transformer/step-<N>`. Source: autoguidance, Karras et al.,
     2024, https://huggingface.co/papers/2406.02507.
 
     Args:
@@ -30,7 +30,7 @@ class WeakerWeights:
 
     def __init__(self, run: TrainingRun, transformer: ModelMixin, step: int, steps: int):
         self.run, self.at = run, run.config.flow.autoguidance_steps
-        self.folder, self.model_class = run.folder / "guidance_transformer", type(transformer)
+        self.folder, self.model_class = run.folder / "guidance_transformer" / f"step-{self.at}", type(transformer)
         self.model: ModelMixin | None = None
         if self.at is None or run.dry_run is not None:
             return

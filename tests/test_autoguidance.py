@@ -117,6 +117,9 @@ def test_impossible_steps_are_named(kept, inputs, tmp_path):
         run(train_dit, TINY_DIT + " --autoguidance_steps 6", output_dir=tmp_path / "new", **inputs)
     with pytest.raises(UserError, match="goes on at step 3 and has not kept its weights of that step"):
         resume(train_dit, FLAGS, kept, tmp_path / "run", 3, ("pipeline", WEAKER), **inputs)
+    other = TINY_DIT + " --autoguidance_steps 1"  # there are weights, but of another step
+    with pytest.raises(UserError, match="`--autoguidance_steps` 1 was given, but the run goes on at step 3"):
+        resume(train_dit, other, kept, tmp_path / "other", 3, ("pipeline",), **inputs)
     with pytest.raises(ConfigError, match="`autoguidance_steps` does not go with `distill_guidance_scale`"):
         compose(TrainDiTConfig, vae="v", train_data_dir="d", autoguidance_steps=2, distill_guidance_scale=1.5,
                 pretrained_model_name_or_path="x")  # fmt: skip
