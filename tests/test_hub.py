@@ -689,6 +689,22 @@ def test_numbers_of_unknown_weights_are_published_if_they_may_be_of_the_run(tmp_
     ]
 
 
+def test_numbers_with_another_guidance_are_not_published(tmp_path):
+    """The same transformer, with a weaker one beside it that is no longer there, or was not yet."""
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    index = json.loads((folder / "pipeline" / "model_index.json").read_text())
+    (folder / "pipeline" / "model_index.json").write_text(json.dumps({**index, "guidance_transformer": [None, None]}))
+    save_evaluation(folder, {"weights": fingerprints_of(folder)})
+    assert "generation" in read_result(folder).metrics["evaluation"]
+    save_evaluation(folder, {"weights": fingerprints_of(folder) | {"guidance_transformer": "0123456789abcdef"}})
+    assert "generation" not in read_result(folder).metrics["evaluation"]
+    shutil.copytree(folder / "pipeline" / "transformer", folder / "pipeline" / "guidance_transformer")
+    guided = {**index, "guidance_transformer": index["transformer"]}
+    (folder / "pipeline" / "model_index.json").write_text(json.dumps(guided))
+    save_evaluation(folder, {"weights": fingerprints_of(folder)})
+    assert "generation" not in read_result(folder).metrics["evaluation"]
+
+
 def test_numbers_of_a_generator_do_not_go_with_its_autoencoder_alone(tmp_path):
     folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
     shutil.copytree(folder / "pipeline" / "vae", folder / "vae")

@@ -334,7 +334,8 @@ def _has_decoder_of_its_training(result: Result) -> bool:
 
 # Parts of an evaluation by what was measured.
 _OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation",)
-_AUTOENCODERS, _GENERATORS = ("vae", "vqvae"), ("transformer", "prior", "unet")  # parts of a pipeline
+# Parts of a pipeline.
+_AUTOENCODERS, _GENERATORS = ("vae", "vqvae"), ("transformer", "guidance_transformer", "prior", "unet")
 
 
 def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
@@ -373,7 +374,7 @@ def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
 
 def _differing_parts(result: Result, weights: dict[str, str]) -> set[str]:
     """The measured parts, of these weights, that the result does not have; and its own generator if that was not measured."""
-    own = {name for name, value in result.index.items() if isinstance(value, list)} or {"vae"}
+    own = {name for name, value in result.index.items() if isinstance(value, list) and value[0]} or {"vae"}
     own_generator = own & {*_GENERATORS} if weights.keys() - {*_AUTOENCODERS} else set()
     other = {name for name in weights if _fingerprint_in(result, name) not in (None, weights[name])}
     return other | (weights.keys() - own) | (own_generator - weights.keys())
