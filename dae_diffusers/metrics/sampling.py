@@ -89,7 +89,8 @@ def in_proportion(counts: Sequence[int], number: int) -> torch.Tensor:
     `number` labels, int64: each class in proportion to its count, up to one, and evenly mixed, so that the same holds for every beginning.
     Equal counts give 0, 1, ..., C-1, 0, 1, ...
     """
-    shares = [count * number / sum(counts) for count in counts]
+    total = sum(counts)
+    shares = [count * number / total for count in counts]
     numbers = [int(share) for share in shares]
     by_remainder = sorted(range(len(counts)), key=lambda label: numbers[label] - shares[label])
     for label in by_remainder[: number - sum(numbers)]:
