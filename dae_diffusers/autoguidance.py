@@ -42,8 +42,8 @@ class WeakerWeights:
         if step >= self.at:
             if not (self.folder / "config.json").exists():
                 raise UserError(
-                    f"`--autoguidance_steps` {self.at} was given, but the run goes on at step {step} and has not kept its weights of that "
-                    "step. Leave it out, give a later step, or begin again in another `--output_dir`."
+                    f"`--autoguidance_steps` {self.at} was given, but the run goes on at step {step} and has kept no weights of step {self.at}. "
+                    "Leave it out, give a later step, or begin again in another `--output_dir`."
                 )
             self._load()
 

@@ -115,7 +115,7 @@ def test_resumed_run_has_the_same_guidance(step, kept, inputs, tmp_path):
 def test_impossible_steps_are_named(kept, inputs, tmp_path):
     with pytest.raises(UserError, match="`--autoguidance_steps` 6 must be below the 6 steps of the training"):
         run(train_dit, TINY_DIT + " --autoguidance_steps 6", output_dir=tmp_path / "new", **inputs)
-    with pytest.raises(UserError, match="goes on at step 3 and has not kept its weights of that step"):
+    with pytest.raises(UserError, match="goes on at step 3 and has kept no weights of step 2"):
         resume(train_dit, FLAGS, kept, tmp_path / "run", 3, ("pipeline", WEAKER), **inputs)
     other = TINY_DIT + " --autoguidance_steps 1"  # there are weights, but of another step
     with pytest.raises(UserError, match="`--autoguidance_steps` 1 was given, but the run goes on at step 3"):
