@@ -60,7 +60,7 @@ class WeakerWeights:
                 replace_folder(self.folder, model.save_pretrained)
         self.run.accelerator.wait_for_everyone()
         self._load()
-        logger.info("step %d: guidance leads away from these weights", loop.step)
+        logger.info("step %d: kept these weights as `guidance_transformer`", loop.step)
 
     def _load(self) -> None:
         self.model = self.model_class.from_pretrained(self.folder).eval().to(self.run.accelerator.device)

@@ -427,7 +427,7 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
     except (SafetensorError, OSError, RuntimeError, *_UNREADABLE) as error:
         raise NotKept(f"is damaged ({one_line(error, 200)})") from None
     if header is None:
-        raise NotKept("was made by an older version, or by something else: it does not say of what it was made")
+        raise NotKept("was made by an older version, or by something else: its header does not name its inputs")
     try:
         header = json.loads(header)
         return tensors, header["of"], header["checksum"]

@@ -1,4 +1,4 @@
-"""Takes the weights of a transformer over into one for other latents or classes. What is new begins so that it changes nothing."""
+"""Transfers a transformer's weights to one for other latents or classes. New parts start without effect."""
 
 from typing import Any, NamedTuple
 

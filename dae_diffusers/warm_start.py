@@ -206,7 +206,7 @@ class WarmStart:
         if self.encoder is None:
             return False
         if autoencoder_fingerprint(vae) != self.encoder:
-            logger.info("the latents of %s came from another encoder: its samples mean nothing in these", self.name)
+            logger.info("%s was trained on the latents of another encoder: its first samples will be noise", self.name)
             return False
         before = dict(vae.config)
         set_statistics(vae, self.statistics)

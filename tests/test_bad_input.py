@@ -232,6 +232,7 @@ TABLE = [
     ("evaluate", "--train_data_dir {images} --pipeline {nowhere}", 2, "`--pipeline` needs `--features`"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --top_p 2", 2, "`--top_p` is 2.0"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --guidance_scales 1 nan", 2, "must be finite"),
+    ("evaluate", "--train_data_dir {images} --vae {vae} --set_defaults", 2, "`--set_defaults` needs the `--pipeline`"),
     (
         "evaluate",
         "--train_data_dir {images} --pipeline {vae} --features {features}",

@@ -385,9 +385,23 @@ def test_card_says_how_the_autoencoder_was_trained(trained, tmp_path, flags, sta
     assert ("a decoupled autoencoder" in card.content) == is_decoupled
 
 
-@pytest.mark.parametrize(("class_dropout_prob", "guidance_scale"), [(0.0, "1.0"), (0.1, "2.0")])
-def test_card_shows_guidance_only_where_it_was_learnt(trained, class_dropout_prob, guidance_scale):
+def test_card_names_sizes_that_are_no_squares(trained):
     result = read_result(trained)
+    result.data_script.config["resolution"] = [96, 64]
+    assert make_card(result, REPO).content.count("at 96x64 pixels") == 2
+
+
+def test_card_draws_as_the_pipeline_does_by_default(trained):
+    result = read_result(trained)
+    assert '"dog", guidance_scale=2.0, num_inference_steps=2' in make_card(result, REPO).content
+    result.index["default_guidance_scale"] = 1.25
+    assert '"dog", guidance_scale=1.25, num_inference_steps=2' in make_card(result, REPO).content
+
+
+@pytest.mark.parametrize(("class_dropout_prob", "guidance_scale"), [(0.0, "1.0"), (0.1, "2.0")])
+def test_card_of_an_older_pipeline_shows_guidance_only_where_it_was_learnt(trained, class_dropout_prob, guidance_scale):
+    result = read_result(trained)
+    del result.index["default_guidance_scale"], result.index["default_num_inference_steps"]
     result.scripts["train_dit"].config["class_dropout_prob"] = class_dropout_prob
     assert f'"dog", guidance_scale={guidance_scale}, num_inference_steps=25' in make_card(result, REPO).content
 

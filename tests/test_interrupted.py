@@ -1,5 +1,6 @@
 """The latent cache and the evaluation, killed anywhere and run again, end as if nothing had happened, and redo nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -161,7 +162,7 @@ def test_second_cache_in_the_same_folder_is_refused(vae, image_folder, tmp_path)
 
 EVALUATE = (
     "--dataset_name digits --image_channels 1 --resolution 16 --num_images 300 --max_train_samples 300 "
-    "--guidance_scales 1 2 --num_inference_steps 1"
+    "--guidance_scales 1 2 --num_inference_steps 1 --set_defaults"
 )
 
 
@@ -196,6 +197,14 @@ def whole_evaluation(to_evaluate, tmp_path_factory):
     code, text = run_evaluation(folder, to_evaluate)
     assert code == 0, text
     return folder
+
+
+def test_the_pipeline_draws_as_it_was_measured_best(to_evaluate, whole_evaluation):
+    rows = json.loads((whole_evaluation / "metrics.json").read_text())["generation"]
+    (distance,) = (name for name in rows[0] if name.startswith("gfd"))
+    best = min(rows, key=lambda row: row[distance])["guidance_scale"]
+    config = DAEDiTPipeline.from_pretrained(to_evaluate["pipeline"]).config
+    assert (config.default_guidance_scale, config.default_num_inference_steps) == (best, 1)
 
 
 def kept_files(folder: Path) -> dict[Path, int]:

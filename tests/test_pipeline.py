@@ -592,6 +592,19 @@ def test_pipelines_of_the_same_parts_know_the_names():
     assert DAEDiTPipeline.from_pipe(stock).is_flow_matching is False
 
 
+def test_pipelines_keep_how_they_draw_by_default(tmp_path):
+    pipeline = make_pipeline(default_guidance_scale=1.5, default_num_inference_steps=3)
+    expected = sample(pipeline, guidance_scale=1.5, num_inference_steps=3)
+    pipeline.save_pretrained(tmp_path)
+    again = [DAEDiTPipeline(**pipeline.components), DAEDiTPipeline.from_pretrained(tmp_path)]
+    for each in (pipeline, *again):
+        each.set_progress_bar_config(disable=True)
+        assert torch.equal(each(3, output_type="pt", generator=torch.Generator().manual_seed(0)).images, expected)
+    calls = record_calls(plain := make_pipeline())
+    plain(3)
+    assert len(calls) == 50  # if the pipeline says nothing
+
+
 @pytest.mark.parametrize("options", [{}, {"custom_pipeline": True}, {"max_memory": {0: 1}}])
 def test_parts_are_spread_over_devices(tmp_path, monkeypatch, options):
     """Without a GPU `balanced` leaves all on the CPU; a GPU of one byte makes diffusers say so."""

@@ -60,8 +60,8 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.yardstick import Yardstick
-from dae_diffusers.pipelines.dae_dit import columns_of
-from dae_diffusers.store import write_atomically, write_json
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.store import read_json, write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ def main(config: EvaluateConfig) -> None:
             f"{config.evaluation.pipeline} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
             "`num_inference_steps 1 2 4 8` shows what steps change."
         )
+    if config.sampling.set_defaults:
+        check_takes_defaults(config.evaluation.pipeline, pipeline)
     vae = choose_autoencoder(config, pipeline, accelerator.device)
     sides = None if pipeline is None else image_sides(pipeline)
     if vae is None:
@@ -141,9 +143,32 @@ def main(config: EvaluateConfig) -> None:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
         write_json(folder / "metrics.json", results)
         logger.info("%s\nwritten to %s", to_markdown(results), folder)
+        if config.sampling.set_defaults:
+            set_defaults(config.evaluation.pipeline, results["generation"], extractor.distance_name("g"))
     accelerator.end_training()
     if lock is not None:
         lock.release()
+
+
+def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
+    """Raises `UserError` if the pipeline keeps no defaults, or cannot be written to."""
+    if not isinstance(pipeline, DAEDiTPipeline):
+        raise UserError(
+            f"`set_defaults` is for DAEDiTPipelines, but {name} is a {type(pipeline).__name__}. Leave it out."
+        )
+    if not Path(name).is_dir():
+        raise UserError(
+            f"`set_defaults` writes into the folder of a pipeline, but {name} is on the Hub. Download it first."
+        )
+
+
+def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
+    """Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
+    best = min(rows, key=lambda row: row[distance])
+    chosen = {option: best[option] for option in SWEPT if option in best}
+    path = Path(name) / DAEDiTPipeline.config_name
+    write_json(path, read_json(path) | {f"default_{option}": value for option, value in chosen.items()})
+    logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))
 
 
 def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:

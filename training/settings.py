@@ -286,10 +286,15 @@ class FlowMatchingConfig:
     )
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_steps: int | None = field(
-        None, "denoising steps of the grid; default: 25, or 4 after distillation", at_least=1, advanced=True
+        None,
+        "denoising steps of the grid, and later of the pipeline by default; default: 25, or 4 after distillation",
+        at_least=1,
+        advanced=True,
     )
     sample_guidance_scale: float = field(
-        2.0, "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`", advanced=True
+        2.0,
+        "guidance scale of the grid, and later of the pipeline by default; 1: none; unused with `--class_dropout_prob 0`",
+        advanced=True,
     )
     autoguidance_steps: int | None = field(
         None,
@@ -562,6 +567,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.evaluation.features, "evaluate.py, which counts every image once")
+        if self.sampling.set_defaults and self.evaluation.pipeline is None:
+            raise ConfigError("`set_defaults` needs the `pipeline` that gets them.")
 
 
 @settings

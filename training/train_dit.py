@@ -110,6 +110,7 @@ def main(config: TrainDiTConfig) -> None:
         "value_range": train_data.value_range,
         "is_flow_matching": not isinstance(objective, Diffusion),
         **conditioning.pipeline_kwargs(),
+        **{f"default_{name}": value for name, value in sampling_options(config).items()},
     }
 
     def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:

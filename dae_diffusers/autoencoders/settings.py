@@ -157,7 +157,7 @@ class StageConfig:
     feature_model: str | None = field(None, "with `--stage 3`: compare in this vision model's features too")
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",
-        "in stage 1",
+        "decoder that trains the encoder in stage 1; none: joint training",
     )
     auxiliary_dropout: float = field(0.3, "`dropout`: channel dropout rate")
     auxiliary_channel_multiplier: float = field(0.25, "`narrow`: relative width", advanced=True)
@@ -167,7 +167,7 @@ class StageConfig:
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
     stage2_steps: int = field(
         2000,
-        "optimiser steps of stage 2, each about 0.8 times as long",
+        "optimiser steps of stage 2; each takes 0.7 to 0.9 times as long as a joint step",
         at_least=1,
     )
     stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, advanced=True)
@@ -272,7 +272,7 @@ class GeneratedConfig:
     pool_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
     max_psnr_drop: float = field(
         2.0,
-        "decibels that reconstructions may lose; below that the run ends and changes nothing",
+        "stop, and change nothing, if reconstructions lose more than this many dB of PSNR",
         at_least=0,
         advanced=True,
     )

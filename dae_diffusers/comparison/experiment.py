@@ -62,7 +62,7 @@ class Trial:
         return self.of(origin_of_latents(self.experiment, self.condition))
 
     def base_flags(self, folder: Path | None = None) -> dict[str, Any]:
-        """Flags of `train_dae.py` for a folder that say nothing about stages and hindrances."""
+        """Flags of `train_dae.py` for a folder that all conditions share."""
         shared = shared_flags(folder or self.folder, self.seed)
         return {**shared, **self.experiment["data"], **self.experiment["autoencoder"]}
 

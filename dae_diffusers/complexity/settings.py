@@ -17,7 +17,7 @@ class ComplexityConfig:
     pilot_layers: int = field(4, "transformer blocks of a pilot", at_least=1, advanced=True)
     patch_size: int = field(2, "patch size of a pilot", at_least=1, advanced=True)
     train_batch_size: int = field(64, "images in a batch of the training", at_least=1, advanced=True)
-    optimizer: Literal["adamw", "muon"] = field("adamw", "of a pilot: best that of the generator", advanced=True)
+    optimizer: Literal["adamw", "muon"] = field("adamw", "optimiser of the pilots; use the generator's", advanced=True)
     learning_rate: float = field(1e-3, "peak learning rate of a pilot; `muon` takes about 8e-3", above=0, advanced=True)
     num_images: int = field(2000, "images that a pilot draws, and training images to compare with", at_least=2)
     num_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)

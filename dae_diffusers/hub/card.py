@@ -30,7 +30,6 @@ GENERATORS = {
         "what": "A Diffusion Transformer (flow matching)",
         "tags": ["dit", "flow-matching"],
         "script": "train_dit",
-        "call": ["num_inference_steps=25"],
     },
     "DAEVQGANPipeline": {
         "what": "An autoregressive transformer over the codes of a vector-quantised autoencoder",
@@ -167,11 +166,7 @@ def make_card(
     if result.index.get("is_flow_matching") is False:
         generator = {**generator, "what": "A Diffusion Transformer", "tags": ["dit"]}
     if _is_flow_map(result):
-        generator = {
-            **generator,
-            "what": "A Diffusion Transformer, distilled to draw in few steps,",
-            "call": ["num_inference_steps=4"],
-        }
+        generator = {**generator, "what": "A Diffusion Transformer, distilled to draw in few steps,"}
     origin = result.autoencoder_origin
     text_encoder = _text_encoder(result)
     task = TEXT_TASK if text_encoder else TASK
@@ -341,8 +336,9 @@ def _data_description(script: Script | None) -> dict[str, Any]:
     if script is None or not script.names_images:
         return {}
     config = script.config
-    name = config.get("dataset_name")
-    described = {"resolution": config.get("resolution"), "channels": config.get("image_channels")}
+    name, resolution = config.get("dataset_name"), config.get("resolution")
+    size = None if resolution is None else words_of_size(resolution)
+    described = {"resolution": size, "channels": config.get("image_channels")}
     if script.has_public_images and name in EMBEDDED:
         return {**described, "type": "digits", "name": "handwritten digits (UCI, doi:10.24432/C50P49, CC BY 4.0)"}
     if script.has_public_images:
@@ -438,8 +434,8 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
     names, text_encoder = _class_names(result), _text_encoder(result)
     conditions = _condition_arguments(result)
     if not names and not text_encoder and not conditions:
-        guidance = ["guidance_scale=2.0"] if _is_autoguided(result) else []
-        return ", ".join(["num_images_per_label=1", *guidance, *generator.get("call", [])])
+        guidance = _guidance(result) if _is_autoguided(result) else []
+        return ", ".join(["num_images_per_label=1", *guidance, *_other_options(result, generator)])
     words = [json.dumps(text_encoder["prompt"] or "...", ensure_ascii=False)] if text_encoder else []
     words += [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"] if names else []
     words += conditions
@@ -447,8 +443,20 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
         script = result.scripts.get(generator["script"])
         # Guidance needs a model that has learnt to do without the class.
         is_guided = script is None or script.config.get("class_dropout_prob") != 0 or _is_autoguided(result)
-        words += [] if _is_flow_map(result) else [f"guidance_scale={2.0 if is_guided else 1.0}"]
-    return ", ".join([*words, *generator.get("call", [])])
+        words += [] if _is_flow_map(result) else _guidance(result, otherwise=2.0 if is_guided else 1.0)
+    return ", ".join([*words, *_other_options(result, generator)])
+
+
+def _guidance(result: Result, otherwise: float = 2.0) -> list[str]:
+    scale = result.index.get("default_guidance_scale")
+    return [f"guidance_scale={otherwise if scale is None else scale}"]
+
+
+def _other_options(result: Result, generator: dict[str, Any]) -> list[str]:
+    if "call" in generator or not generator:
+        return generator.get("call", [])
+    steps = result.index.get("default_num_inference_steps") or (4 if _is_flow_map(result) else 25)
+    return [f"num_inference_steps={steps}"]
 
 
 def _is_flow_map(result: Result) -> bool:

@@ -71,8 +71,9 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines += table("Generation", with_floor(results.get("generation", []), floor.get("generation", {})))
     if floor:
         lines += [
-            "Real images: held-out images in the place of reconstructions or samples, compared with as many training images, or with "
-            "what samples are compared with. A distance at theirs cannot be told from reality by this judge. Compare equal numbers.",
+            "Real images: held-out real images take the place of reconstructions (compared with as many training images) or of samples "
+            "(compared with the same images as samples). If your distance is no larger, this judge cannot tell your images from real ones. "
+            "Compare only equal numbers of images.",
             "",
         ]
     lines += few_images_lines(setting, results)

@@ -50,6 +50,10 @@ class SamplingConfig:
     )
     guidance_scales: list[float] = field([1.0], "one or more scales of classifier-free guidance to measure")
     num_inference_steps: list[int] = field([25], "one or more numbers of denoising steps to measure", at_least=1)
+    set_defaults: bool = field(
+        False,
+        "make the guidance scale and the steps with the lowest distance those with which the pipeline draws by default",
+    )
     temperature: float | None = field(
         None, "temperature, for a pipeline that draws codes; default: its own", above=0, advanced=True
     )
