@@ -7,6 +7,8 @@ diffusers only: `save_pretrained` puts it beside the weights, so that what we pu
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,19 @@ def shrunk(images: torch.Tensor, config: Any) -> torch.Tensor:
     widths = config.get("block_out_channels") or ()
     more = len(config.get("decoder_block_out_channels") or widths) - len(widths) if widths else 0
     return F.avg_pool2d(images, 2**more) if more > 0 else images
+
+
+@contextmanager
+def decoder_tiles(autoencoder: AutoencoderKL) -> Iterator[None]:
+    r"""Inside, decoded tiles have the decoder's size. diffusers takes the encoder's, which is half of it for images of twice the sides."""
+    config, before = autoencoder.config, autoencoder.tile_sample_min_size
+    if len(config.decoder_block_out_channels or ()) > len(config.block_out_channels):
+        factor = 2 ** (len(config.decoder_block_out_channels) - 1)
+        autoencoder.tile_sample_min_size = autoencoder.tile_latent_min_size * factor
+    try:
+        yield
+    finally:
+        autoencoder.tile_sample_min_size = before
 
 
 class _SavesItsCode(ModelMixin):  # pipelines look for `ModelMixin` in this module
@@ -133,6 +148,11 @@ class DAEAsymmetricAutoencoderKL(_SavesItsCode, AutoencoderKL):
             mid_block_add_attention=mid_block_add_attention,
         )
         self.decoder = make_decoder(self.config)
+
+    def tiled_decode(self, z: torch.Tensor, return_dict: bool = True):
+        """Decodes in tiles, see [`decoder_tiles`]."""
+        with decoder_tiles(self):
+            return super().tiled_decode(z, return_dict)
 
 
 class DAEAsymmetricVQModel(_SavesItsCode, VQModel):

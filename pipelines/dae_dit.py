@@ -29,11 +29,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
+# diffusers runs the code of every local folder in one module, and looks for the only pipeline there. So names that differ between
+# the two kinds of pipelines are attributes of the class.
+globals().pop("DAEVQGANPipeline", None)
+
 PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
 FAMILY = "dae_dit"  # this file's name in our package; pipelines made from it lie beside it and begin with it
+MADE_FROM_IT = ("img2img", "inpaint", "interpolate")
 DYNAMIC_MODULES = "diffusers_modules.local."  # where diffusers puts code that came with a model
-OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
 TRANSFORMERS = ("transformer", "guidance_transformer")  # parts of a pipeline
 TRANSFORMER = "DAEDiTTransformer2DModel"  # predicts the velocity of flow matching at timestep 1000 sigma
@@ -80,8 +84,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             ([`DPMSolverMultistepScheduler`], [`UniPCMultistepScheduler`]) are set up for it, with the `shift` of the
             config that they were made from. A scheduler that would ruin the images is refused. The same holds if you assign
             one later, as in `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
-        id2label (`dict`, *optional*):
-            Class id (or its digits) to name; a name may hold several, separated by commas, as ImageNet's do.
+        id2label (`dict` or `list`, *optional*):
+            Class id (or its digits) to name, or the names in order; a name may hold several, separated by commas, as ImageNet's do.
         value_range (`list` of two numbers, *optional*):
             Lowest and highest value of the original images if they were not 8-bit pictures; `output_type="np"` gives
             images in this range.
@@ -107,6 +111,8 @@ class DAEDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _output_types = ("pil", "np", "numpy", "pt", "latent")
+    _code = Path(__file__).read_text(encoding="utf-8")  # read now: the next model's code replaces the file
     _is_conditional = False  # whether there is more to draw from than what the call is given
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["tokenizer", "text_encoder", "guidance_transformer"]
@@ -117,7 +123,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | dict[str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | list[str] | None = None,
         value_range: list[float] | None = None,
         is_flow_matching: bool | None = None,
         tokenizer: Callable | None = None,
@@ -129,7 +135,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         default_num_inference_steps: int | None = None,
     ):
         super().__init__()
-        known = _settings_of(transformer)
+        known = {} if transformer is None else _settings_of(transformer)
         defaults = {
             "default_guidance_scale": default_guidance_scale,
             "default_num_inference_steps": default_num_inference_steps,
@@ -151,19 +157,18 @@ class DAEDiTPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             guidance_transformer=guidance_transformer,
         )
-        # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
-        self.id2label = {int(key): name for key, name in (id2label or {}).items()}
+        self.id2label = _names_by_id(id2label)
         self.value_range = value_range
         self.conditions, self.label_column = dict(conditions or {}), label_column
         kept = {"id2label": self.id2label or None, "value_range": value_range, "is_flow_matching": is_flow_matching}
         kept |= {"conditions": self.conditions or None, "label_column": label_column, **defaults}
         self.register_to_config(**kept)
         known.update(kept)
-        shape = autoencoder_shape(vae.config)
-        if shape.latent_channels != transformer.config.in_channels:
+        if transformer is None or vae is None:  # left out, to encode prompts alone
+            return
+        if self.null_class is not None and max(self.id2label, default=0) >= self.null_class:
             raise ValueError(
-                f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
-                f"{shape.latent_channels}. Use the autoencoder that the transformer was trained with."
+                f"`id2label` names class {max(self.id2label)}, but the transformer has {self.null_class} classes, from 0."
             )
         if self.takes_text and text_encoder is not None:
             width = text_encoder.config.hidden_size
@@ -181,18 +186,16 @@ class DAEDiTPipeline(DiffusionPipeline):
                         f"`{name}` of the transformer is {ours} and that of `guidance_transformer` {other}. Give a weaker version of "
                         "the transformer, trained on the same latents and classes."
                     )
-        self.vae_scale_factor = shape.factor
         self._check_columns()
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEDiTPipeline":
         """
-        Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`].
+        Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`]. They keep their data types.
 
         Args:
             pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
-            kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
+            kwargs: As in [`DiffusionPipeline.from_pipe`], for example `dtype`; also other components.
         """
         # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
         kwargs = {**pipeline.components, **kwargs}
@@ -203,11 +206,31 @@ class DAEDiTPipeline(DiffusionPipeline):
             for name, key in getattr(pipeline, "labels", {}).items():
                 names.setdefault(key, []).append(name)
             kwargs["id2label"] = {key: ", ".join(each) for key, each in names.items()} or None
-        return super().from_pipe(pipeline, **kwargs)
+        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        # diffusers would turn the models, which both pipelines share, into float32.
+        known = {*inspect.signature(cls.__init__).parameters, *(kwargs.keys() - pipeline.components.keys())}
+        made = cls(**{name: value for name, value in kwargs.items() if name in known})
+        if "_name_or_path" in pipeline.config:
+            made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return made
 
     def __setattr__(self, name: str, value):
-        if name == "scheduler":
+        if name == "scheduler" and value is not None:
+            if not isinstance(value, SchedulerMixin):
+                raise ValueError(
+                    f"`scheduler` is {value!r}, but must be a scheduler of diffusers, made: `DDIMScheduler(...)`."
+                )
             value = (_for_flow_matching if self.is_flow_matching else _for_diffusion)(value)
+        if name == "vae" and value is not None:
+            shape, transformer = autoencoder_shape(value.config), getattr(self, "transformer", None)
+            if transformer is not None and shape.latent_channels != transformer.config.in_channels:
+                raise ValueError(
+                    f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
+                    f"{shape.latent_channels}. Use the autoencoder that the transformer was trained with."
+                )
+            self.vae_scale_factor = shape.factor
+            self.image_processor = VaeImageProcessor(vae_scale_factor=shape.factor)
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
@@ -232,9 +255,16 @@ class DAEDiTPipeline(DiffusionPipeline):
             type(self).__module__.rpartition(".")[2].startswith(f"{FAMILY}_")
         ):  # a model's folder is the same, whichever pipeline saves it
             return DAEDiTPipeline(**self.components).save_pretrained(save_directory, *args, **kwargs)
+        for part in TRANSFORMERS:
+            model = unwrap_module(getattr(self, part))
+            if model is not None and not isinstance(model, ModelMixin):
+                raise ValueError(
+                    f"`{part}` is a {type(model).__name__}, which diffusers cannot save. For one of PEFT, merge the adapter first: "
+                    f"`pipe.{part} = pipe.{part}.merge_and_unload()`."
+                )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _save_code(folder)
+        _save_code(self._code, folder, self.config.get("_name_or_path"))
         for part in TRANSFORMERS:
             transformer_class = type(unwrap_module(getattr(self, part)))
             if transformer_class.__module__.partition(".")[0] in ("diffusers", "__main__", "builtins"):
@@ -351,6 +381,8 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def _label_id(self, label: int | str) -> int:
         if not isinstance(label, str):
+            if not hasattr(label, "__index__"):
+                raise ValueError(f"`{label}` is no class: give names or ids of classes.")
             label_id = operator.index(label)  # also of numpy and torch
             if not 0 <= label_id <= self.null_class:
                 raise ValueError(
@@ -412,9 +444,14 @@ class DAEDiTPipeline(DiffusionPipeline):
             (prompt, prompt_embeds, prompt_embeds_mask),
             (negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask),
         ):
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                raise ValueError(
+                    f"a mask of a prompt has the shape {tuple(mask.shape)}, but belongs to embeddings of the shape "
+                    f"{'none' if embeds is None else tuple(embeds.shape)}. It must be (B, T) for (B, T, D)."
+                )
             if embeds is None and self.text_encoder is not None:
                 texts = [text or ""] if text is None or isinstance(text, str) else list(text)
-                embeds, mask = encode_texts(self.tokenizer, self.text_encoder, texts)
+                embeds, mask = encode_texts(self.tokenizer, self.text_encoder, texts, device)
             if embeds is not None:
                 mask = torch.ones(embeds.shape[:2]) if mask is None else mask
                 embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, 0)
@@ -522,6 +559,11 @@ class DAEDiTPipeline(DiffusionPipeline):
         return self._guidance_scale > 1 and not self.is_flow_map
 
     @property
+    def interrupt(self) -> bool:
+        """Whether the call under way leaves out the steps that remain; a callback sets `pipe._interrupt`."""
+        return self._interrupt
+
+    @property
     def num_timesteps(self) -> int:
         """Number of times the call under way runs the scheduler."""
         return self._num_timesteps
@@ -610,15 +652,20 @@ class DAEDiTPipeline(DiffusionPipeline):
             image = pipe("cat", generator=torch.Generator().manual_seed(0)).images[0]  # a class, or from text: "a cat"
             ```
         """
+        self._check_parts()
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
+        # A callback of diffusers says itself what it reads.
+        callback_on_step_end_tensor_inputs = getattr(
+            callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
+        )
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         if guidance_scale is None:
             guidance_scale = 4.0 if self.guidance_transformer is None else 2.0
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps or 50
-        self._check_choices(guidance_interval, num_inference_steps, num_images_per_label, output_type)
+        self._check_choices(guidance_scale, guidance_interval, num_inference_steps, num_images_per_label, output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -637,7 +684,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         texts |= {name: value for name, value in embeds.items() if value is not None}
         has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
         has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
-        self._guidance_scale = guidance_scale  # a callback may change it
+        self._guidance_scale, self._interrupt = guidance_scale, False  # a callback may change both
         needs_negative = has_condition and self.do_classifier_free_guidance and self.guidance_transformer is None
         self._check_texts(texts, class_labels, is_guided=needs_negative)
         label_ids = self._resolve_labels(class_labels)
@@ -660,12 +707,12 @@ class DAEDiTPipeline(DiffusionPipeline):
         # Latents and the scheduler's arithmetic stay in float32, whatever the dtype of the models.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
+        elif getattr(latents, "shape", None) != shape:
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}, but labels, size and models ask for {shape}."
+                f"`latents` has shape {tuple(getattr(latents, 'shape', ()))}, but labels, size and models ask for {shape}."
             )
         else:
-            latents = latents.to(device, torch.float32)
+            latents = torch.as_tensor(latents).to(device, torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents, timesteps = self._begin(latents)
         self._num_timesteps = len(timesteps)
@@ -696,6 +743,8 @@ class DAEDiTPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, (timestep, end, noise_level) in enumerate(zip(timesteps, ends, noise_levels, strict=True)):
+                if self.interrupt:
+                    break
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -796,6 +845,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         """For each step the transformer's argument that says where it ends, if it is a flow map and the scheduler takes its long steps."""
         if not (self.is_flow_map and _is_named(self.scheduler, FLOW_MAP_SCHEDULER)):
             return [{}] * len(timesteps)
+        if not len(timesteps):
+            return []
         return [{"r_timestep": end.expand(batch_size)} for end in (*timesteps[1:], torch.zeros_like(timesteps[-1]))]
 
     def _guided(self, prediction: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
@@ -832,8 +883,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         return images
 
     def _check_output(self, output_type: str):
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        if output_type not in self._output_types:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(self._output_types)}.")
         # Not all classes have either.
         channels = self.vae.config.get("out_channels", self.vae.config.get("in_channels", 3))
         if output_type == "pil" and channels not in (1, 3):
@@ -843,14 +894,28 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
 
     def _check_generators(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
+        for each in generator if isinstance(generator, list) else filter(None, [generator]):
+            if not isinstance(each, torch.Generator):
+                raise ValueError(
+                    f"`generator` is {each!r}, but must be a `torch.Generator` or a list of them: "
+                    "`torch.Generator().manual_seed(0)`."
+                )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
                 "Pass one per image, or a single one."
             )
 
+    def _check_parts(self):
+        missing = [name for name in ("transformer", "vae", "scheduler") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"this pipeline was loaded without its `{missing[0]}`, so it cannot draw. Load it with all its parts."
+            )
+
     def _check_choices(
         self,
+        guidance_scale: float,
         guidance_interval: tuple[float, float],
         num_inference_steps: int,
         num_images_per_label: int,
@@ -860,6 +925,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, but must be two noise levels, 0 <= low <= high <= 1."
             )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be finite; 1 is none.")
         counts = {"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label}
         for name, value in counts.items():
             if value < 1:
@@ -921,10 +988,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             known = [*filter(None, [self.label_column]), *self.conditions]
             unknown = [name for name in class_labels if name not in known]
             if unknown:
-                raise ValueError(
-                    f"`class_labels` has `{unknown[0]}`, but this pipeline draws from {', '.join(f'`{name}`' for name in known)}. "
-                    "Leave it out."
-                )
+                kinds = f"draws from {', '.join(f'`{name}`' for name in known)}" if known else "has one kind of classes"
+                raise ValueError(f"`class_labels` has `{unknown[0]}`, but this pipeline {kinds}. Leave it out.")
             both = sorted(class_labels.keys() & conditions.keys())
             if both:
                 raise ValueError(f"`{both[0]}` is in `class_labels` and in `conditions`; leave one of them out.")
@@ -953,7 +1018,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         config = self.transformer.config
         factor = self.vae_scale_factor
         sides = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-        if latents is not None and latents.ndim == 4:
+        if getattr(latents, "ndim", 0) == 4:
             sides = latents.shape[2:]
         height, width = (
             side * factor if asked is None else asked for asked, side in zip((height, width), sides, strict=True)
@@ -1015,7 +1080,7 @@ def is_representation_autoencoder(config: Mapping) -> bool:
 
 
 def encode_texts(
-    tokenizer: Callable, text_encoder: torch.nn.Module, texts: Sequence[str]
+    tokenizer: Callable, text_encoder: torch.nn.Module, texts: Sequence[str], device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The last hidden states of texts.
@@ -1023,6 +1088,7 @@ def encode_texts(
     Args:
         tokenizer, text_encoder: Of transformers.
         texts (sequence of `str`): What is longer than the encoder takes is cut off.
+        device (`torch.device`, *optional*): Where the encoder computes; default: where its weights lie.
 
     Returns:
         `tuple`: hidden states `(B, T, D)` and mask `(B, T)` bool, true for tokens; padding is on the right, and each text has a token.
@@ -1031,7 +1097,7 @@ def encode_texts(
     ids = [torch.tensor(each or [0]) for each in ids]  # a tokenizer without marks makes nothing of the empty text
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    device = text_encoder.device
+    device = text_encoder.device if device is None else device
     states = text_encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
     return states, mask.to(device).bool()
 
@@ -1052,10 +1118,15 @@ def as_list(images: Any, name: str) -> list:
     return found
 
 
-def pixels_of(image: Any, name: str, mode: str | None = None, value_range: list[float] | None = None) -> torch.Tensor:
-    """An image, or a batch of them, as a float32 tensor `(B, C, H, W)` in [0, 1]; pictures in a mode if it is given."""
+def pixels_of(
+    image: Any, name: str, mode: str | None = None, value_range: list[float] | None = None, *, background: int = 255
+) -> torch.Tensor:
+    """
+    An image, or a batch of them, as a float32 tensor `(B, C, H, W)` in [0, 1]; pictures in a mode if it is given. `background` is the
+    gray behind transparent pictures.
+    """
     if hasattr(image, "getbands"):
-        return _of_picture(image, name, mode)
+        return _of_picture(image, name, mode, background)
     is_array = not isinstance(image, torch.Tensor)
     pixels = torch.tensor(image) if is_array else image
     if pixels.ndim not in (2, 3, 4):
@@ -1063,6 +1134,8 @@ def pixels_of(image: Any, name: str, mode: str | None = None, value_range: list[
     if is_array and pixels.ndim > 2:
         pixels = pixels.movedim(-1, -3)
     scale = 255 if pixels.dtype == torch.uint8 else 1
+    if not pixels.numel():
+        raise ValueError(f"`{name}` is empty: its shape is {tuple(pixels.shape)}. Give at least one image.")
     pixels = pixels.float().reshape(-1, *((1,) * (3 - pixels.ndim)), *pixels.shape[-3:]) / scale
     low, high = value_range if is_array and value_range is not None and scale == 1 else (0.0, 1.0)
     least, most = pixels.aminmax()
@@ -1073,7 +1146,7 @@ def pixels_of(image: Any, name: str, mode: str | None = None, value_range: list[
     return ((pixels - low) / (high - low)).clamp(0, 1)
 
 
-def _of_picture(image: Any, name: str, mode: str | None) -> torch.Tensor:
+def _of_picture(image: Any, name: str, mode: str | None, background: int) -> torch.Tensor:
     if image.mode[0] in "IF":
         raise ValueError(
             f"`{name}` is a picture of mode {image.mode}, not of 8 bits. Pass an array with numbers in [0, 1]."
@@ -1081,10 +1154,10 @@ def _of_picture(image: Any, name: str, mode: str | None) -> torch.Tensor:
     image = load_image(image, convert_method=lambda turned: turned)
     if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = image.copy()
-        white.paste((255, 255, 255, 255), (0, 0, *image.size))
-        white.alpha_composite(image)
-        image = white.convert("RGB")
+        behind = image.copy()
+        behind.paste((background, background, background, 255), (0, 0, *image.size))
+        behind.alpha_composite(image)
+        image = behind.convert("RGB")
     image = image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(1, image.height, image.width, -1).movedim(-1, 1).float() / 255
@@ -1194,6 +1267,15 @@ def _as_wide(*arguments: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor
     ]
 
 
+def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int, str]:
+    """Names by the numbers of their classes. JSON knows no integer keys: a reloaded pipeline gets "0", "1", ..."""
+    named = id2label if isinstance(id2label, Mapping) else dict(enumerate(id2label or []))
+    wrong = [key for key in named if not str(key).isdecimal()]
+    if wrong:
+        raise ValueError(f"`id2label` has {wrong[0]!r}, but maps ids to names: {{0: 'cat', 1: 'dog'}}.")
+    return {int(key): name for key, name in named.items()}
+
+
 def _settings_of(model: torch.nn.Module) -> dict:
     """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
     return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
@@ -1300,14 +1382,29 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
     )
 
 
-def _save_code(folder: Path) -> None:
-    """Puts this file into a model's folder, and the pipelines beside it, which import it there under its name there."""
-    shutil.copyfile(__file__, folder / PIPELINE_FILE)
-    for path in Path(__file__).parent.glob(f"{FAMILY}_*.py"):
-        code = path.read_text(encoding="utf-8").replace(
-            f"from {PACKAGE}.pipelines.{FAMILY} ", f"from .{PIPELINE_FILE[:-3]} "
+def _save_code(own: str, folder: Path, origin: str | None) -> None:
+    """
+    Puts this file, `own`, into a model's folder, and the pipelines beside it, which import it there under its name there. Code that came with a
+    model, whose folder is `origin`, goes on with it: diffusers copies only what it needs.
+    """
+    (folder / PIPELINE_FILE).write_text(own, encoding="utf-8")
+    places = [Path(__file__).parent, *([Path(origin)] if origin else [])]
+    if __name__.startswith(DYNAMIC_MODULES):
+        places.reverse()
+    for name in MADE_FROM_IT:
+        found = [place / f"{FAMILY}_{name}.py" for place in places if (place / f"{FAMILY}_{name}.py").is_file()]
+        if not found:
+            warnings.warn(
+                f"the folder has no {FAMILY}_{name}.py: save it with {PACKAGE} installed to have it.", stacklevel=3
+            )
+            continue
+        code = (
+            found[0]
+            .read_text(encoding="utf-8")
+            .replace(f"from {PACKAGE}.pipelines.{FAMILY} ", f"from .{PIPELINE_FILE[:-3]} ")
         )
-        (folder / path.name).write_text(code.replace(f"from {PACKAGE}.pipelines.", "from ."), encoding="utf-8")
+        code = code.replace(f"from {PACKAGE}.pipelines.", "from .")
+        (folder / f"{FAMILY}_{name}.py").write_text(code, encoding="utf-8")
 
 
 def _name_code_of(pipeline: DiffusionPipeline) -> None:

@@ -83,7 +83,8 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         prompt, class_labels = (list(each) if isinstance(each, Iterator) else each for each in (prompt, class_labels))
         height, width = self._image_size(height, width, kwargs.get("latents"))
         pixels = self.prepare_images(image, height, width)
-        count, texts = num_images_per_prompt or num_images_per_label, {"prompt": prompt, **kwargs}
+        count = num_images_per_label if num_images_per_prompt is None else num_images_per_prompt
+        texts = {"prompt": prompt, **kwargs}
         count *= self._images_of_each(len(pixels), class_labels, texts)
         self._strength, self._image_latents = strength, self.encode_pixels(pixels)
         return super().__call__(

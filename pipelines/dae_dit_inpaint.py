@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 
-from dae_diffusers.pipelines.dae_dit import OUTPUT_TYPES  # noqa: F401, diffusers copies only what a file imports itself
+from dae_diffusers.pipelines.dae_dit import PACKAGE  # noqa: F401, diffusers copies only what a file imports itself
 from dae_diffusers.pipelines.dae_dit_img2img import DAEDiTImg2ImgPipeline, as_list, pixels_of
 
 
@@ -52,7 +52,8 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
             image (PIL image, array, tensor, or a list of them): As in [`DAEDiTImg2ImgPipeline`].
             mask_image (PIL image, array, tensor, or a list of them):
                 Gray, one for all images or one per image: what is 0.5 or brighter is drawn anew. Arrays `(H, W)` or `(B, H, W, 1)`,
-                tensors `(H, W)` or `(B, 1, H, W)`, in [0, 1], `uint8` or `bool`. It is resized like the image.
+                tensors `(H, W)` or `(B, 1, H, W)`, in [0, 1], `uint8` (0 to 255, or 0 and 1) or `bool`. It is resized like the image.
+                What is transparent stays.
             strength (`float`, defaults to 1.0): How much may change inside of the mask, as in [`DAEDiTImg2ImgPipeline`].
             blend_width (`int`, *optional*):
                 Pixels inside of the mask over which its edge is blended; by default the autoencoder's factor. 0 leaves a hard edge.
@@ -122,7 +123,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
         Raises:
             `ValueError`: If there is no mask, or one is not gray.
         """
-        masks = [pixels_of(each, "mask_image") for each in as_list(mask_image, "mask_image")]
+        masks = [pixels_of(_of_ones(each), "mask_image", background=0) for each in as_list(mask_image, "mask_image")]
         for each in masks:
             if each.shape[1] not in (1, 3) or not torch.equal(each, each[:, :1].expand_as(each)):
                 raise ValueError(
@@ -134,6 +135,12 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
     def _outside_kept(self, latents: torch.Tensor, step: int) -> torch.Tensor:
         """Latents after a step, with those of the given images outside of the mask."""
         return torch.where(_for_each(self._mask, latents) > 0, latents, self._noised_images(step + 1))
+
+
+def _of_ones(mask: Any) -> Any:
+    """A mask whose bytes are 0 and 1 as bools; any other as it is."""
+    is_bytes = str(getattr(mask, "dtype", "")).endswith("uint8")
+    return mask > 0 if is_bytes and mask.max() == 1 else mask
 
 
 def blended(images: torch.Tensor, decoded: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:

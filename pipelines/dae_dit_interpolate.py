@@ -11,7 +11,7 @@ import torch
 from diffusers import ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
 
 
 class DAEDiTInterpolationPipeline(DAEDiTPipeline):
@@ -68,10 +68,21 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         """
         if num_images < 2:
             raise ValueError(f"`num_images` is {num_images}, but a series has at least 2.")
+        for name in ("num_images_per_label", "num_images_per_prompt"):
+            if kwargs.pop(name, None) not in (None, 1):
+                raise ValueError(
+                    f"`{name}` was given, but each call draws one series. Say by `num_images` how long it is."
+                )
         prompt, class_labels = self._told_apart(prompt, class_labels)
         class_labels, conditions = self._by_column(class_labels, conditions)
         label_ids = self._resolve_labels(class_labels)
-        ends = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in conditions.items()}
+        images = columns_of(self.conditions, "channels")
+        ends = {
+            name: list(value)
+            if isinstance(value, list | tuple) or (name not in images and getattr(value, "ndim", 0) > 0)
+            else [value]
+            for name, value in conditions.items()
+        }
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         generators = generator if isinstance(generator, list) else [generator]
         given = {"prompt": prompts, "class_labels": label_ids, "generator": generators}

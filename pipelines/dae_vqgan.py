@@ -9,13 +9,13 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import operator
 import os
-import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, VQModel
@@ -23,10 +23,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import unwrap_module
 from transformers import DynamicCache, PreTrainedModel
 
+# diffusers runs the code of every local folder in one module, and looks for the only pipeline there. So names that differ between
+# the two kinds of pipelines are attributes of the class.
+globals().pop("DAEDiTPipeline", None)
+
 PACKAGE = "dae_diffusers"
 PIPELINE_FILE = "pipeline.py"  # the name diffusers looks for
 ASYMMETRIC = "autoencoder_dae_asymmetric"  # module of autoencoders whose decoder has a size of its own
-OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "codes")
 
 
 class DAEVQGANPipeline(DiffusionPipeline):
@@ -41,8 +44,8 @@ class DAEVQGANPipeline(DiffusionPipeline):
     Args:
         prior ([`~transformers.PreTrainedModel`]): For example a `LlamaForCausalLM` from training/train_vqgan_prior.py.
         vae ([`VQModel`]): Decodes codes.
-        id2label (`dict`, *optional*):
-            Class id (or its digits) to name; a name may hold several, separated by commas.
+        id2label (`dict` or `list`, *optional*):
+            Class id (or its digits) to name, or the names in order; a name may hold several, separated by commas.
         value_range (`list` of two numbers, *optional*):
             Lowest and highest value of the original images if they were not 8-bit pictures; `output_type="np"` gives
             images in this range.
@@ -52,12 +55,14 @@ class DAEVQGANPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "prior->vae"
+    _output_types = ("pil", "np", "numpy", "pt", "codes")
+    _code = Path(__file__).read_text(encoding="utf-8")  # read now: the next model's code replaces the file
 
     def __init__(
         self,
         prior: PreTrainedModel,
         vae: VQModel,
-        id2label: dict[int, str] | dict[str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | list[str] | None = None,
         value_range: list[float] | None = None,
     ):
         super().__init__()
@@ -65,8 +70,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         id2label = known.get("id2label") if id2label is None else id2label
         value_range = known.get("value_range") if value_range is None else value_range
         self.register_modules(prior=prior, vae=vae)
-        # JSON knows no integer keys: a reloaded pipeline gets "0", "1", ...
-        self.id2label = {int(key): name for key, name in (id2label or {}).items()}
+        self.id2label = _names_by_id(id2label)
         self.value_range = value_range
         self.register_to_config(id2label=self.id2label or None, value_range=value_range)
         known.update(id2label=self.id2label or None, value_range=value_range)
@@ -78,11 +82,11 @@ class DAEVQGANPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEVQGANPipeline":
         """
-        Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`].
+        Makes a pipeline from another one's models, like [`DiffusionPipeline.from_pipe`]. They keep their data types.
 
         Args:
             pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
-            kwargs: As in [`DiffusionPipeline.from_pipe`]; also other components.
+            kwargs: As in [`DiffusionPipeline.from_pipe`], for example `dtype`; also other components.
         """
         # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
         kwargs = {**pipeline.components, **kwargs}
@@ -93,7 +97,14 @@ class DAEVQGANPipeline(DiffusionPipeline):
             for name, key in getattr(pipeline, "labels", {}).items():
                 names.setdefault(key, []).append(name)
             kwargs["id2label"] = {key: ", ".join(each) for key, each in names.items()} or None
-        return super().from_pipe(pipeline, **kwargs)
+        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        # diffusers would turn the models, which both pipelines share, into float32.
+        known = {*inspect.signature(cls.__init__).parameters, *(kwargs.keys() - pipeline.components.keys())}
+        made = cls(**{name: value for name, value in kwargs.items() if name in known})
+        if "_name_or_path" in pipeline.config:
+            made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return made
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
@@ -115,7 +126,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
             )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, folder / PIPELINE_FILE)
+        (folder / PIPELINE_FILE).write_text(self._code, encoding="utf-8")
         _name_code_of(self)
         super().save_pretrained(str(folder), *args, **kwargs)
 
@@ -174,6 +185,8 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
     def _label_id(self, label: int | str) -> int:
         if not isinstance(label, str):
+            if not hasattr(label, "__index__"):
+                raise ValueError(f"`{label}` is no class: give names or ids of classes.")
             label_id = operator.index(label)  # also of numpy and torch
             if not 0 <= label_id <= self.null_class:
                 raise ValueError(
@@ -313,7 +326,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
             `torch.Tensor` of shape `(B, C, h, w)`: On the pipeline's device.
         """
         codebook = self.vae.quantize.embedding.weight
-        codes = codes.to(codebook.device)
+        codes = codes.to(self._execution_device if codebook.is_meta else codebook.device)
         quantized = self.vae.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, codebook.shape[1]))
         return quantized.to(self._execution_device)
 
@@ -327,8 +340,8 @@ class DAEVQGANPipeline(DiffusionPipeline):
         return images
 
     def _check_output(self, output_type: str):
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        if output_type not in self._output_types:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(self._output_types)}.")
         # Not all classes have either.
         channels = self.vae.config.get("out_channels", self.vae.config.get("in_channels", 3))
         if output_type == "pil" and channels not in (1, 3):
@@ -338,6 +351,12 @@ class DAEVQGANPipeline(DiffusionPipeline):
             )
 
     def _check_generators(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
+        for each in generator if isinstance(generator, list) else filter(None, [generator]):
+            if not isinstance(each, torch.Generator):
+                raise ValueError(
+                    f"`generator` is {each!r}, but must be a `torch.Generator` or a list of them: "
+                    "`torch.Generator().manual_seed(0)`."
+                )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` has {len(generator)} generators, but {batch_size} images were asked for. "
@@ -357,6 +376,15 @@ class DAEVQGANPipeline(DiffusionPipeline):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
         self._check_output(output_type)
+
+
+def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int, str]:
+    """Names by the numbers of their classes. JSON knows no integer keys: a reloaded pipeline gets "0", "1", ..."""
+    named = id2label if isinstance(id2label, Mapping) else dict(enumerate(id2label or []))
+    wrong = [key for key in named if not str(key).isdecimal()]
+    if wrong:
+        raise ValueError(f"`id2label` has {wrong[0]!r}, but maps ids to names: {{0: 'cat', 1: 'dog'}}.")
+    return {int(key): name for key, name in named.items()}
 
 
 def _settings_of(model: torch.nn.Module) -> dict:

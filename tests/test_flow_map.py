@@ -211,6 +211,9 @@ def test_other_pipelines_take_the_long_steps_too():
     of_images, between = (kind(**pipeline.components) for kind in (DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline))
     for each in (of_images, between):
         each.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16)
+    rebuilt = of_images("cat", image, 0.0, num_inference_steps=3, output_type="pt").images  # no step remains
+    assert torch.equal(rebuilt, of_images("dog", image, 0.0, num_inference_steps=5, output_type="pt").images)
     options = {"num_inference_steps": 3, "output_type": "pt"}
     generator = torch.Generator().manual_seed(0)
     image = torch.zeros(1, 3, 16, 16)

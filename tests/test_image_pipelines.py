@@ -199,6 +199,8 @@ def test_each_label_has_its_image(labels, images, per_label, asked):
         ({"image": Image.new("I;16", (16, 16))}, "picture of mode I;16, not of 8 bits"),
         ({"image": [picture()] * 3, "class_labels": [0, 1]}, "3 images, but there are 2 labels"),
         ({"height": 18}, "`height` is 18"),
+        ({"image": torch.zeros(0, 3, 16, 16)}, "`image` is empty: its shape is"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_label` is 0"),
     ],
 )
 def test_bad_image_is_named(kwargs, message):
@@ -232,6 +234,13 @@ def test_mask_of_everything_is_a_drawing_and_of_nothing_the_image():
     assert_close(draw(pipeline, "dog", image, np.zeros((16, 16), bool)), image, atol=1e-6, rtol=0)
 
 
+def on_transparency(mask: Image.Image) -> Image.Image:
+    """A mask as paint programs make it."""
+    canvas = Image.new("RGBA", mask.size, (0, 0, 0, 0))
+    canvas.paste((255, 255, 255, 255), mask=mask)
+    return canvas
+
+
 def test_masks_come_in_every_form_and_several():
     pipeline = make_pipeline(DAEDiTInpaintPipeline)
     expected = draw(pipeline, "cat", picture(), left_half(), 0.5)
@@ -243,7 +252,9 @@ def test_masks_come_in_every_form_and_several():
         large.convert("1"),
         array,
         array[..., None] > 0,
+        (array > 0).astype(np.uint8),
         torch.tensor(array) / 255,
+        on_transparency(left_half()),
     ):
         assert torch.equal(draw(pipeline, "cat", picture(), same, 0.5), expected)
     masks = [left_half(), left_half().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
@@ -343,6 +354,7 @@ def test_slerp_keeps_the_norm_of_noise():
         ({"class_labels": [0, 1, 0]}, "`class_labels` holds 3"),
         ({"generator": seeds(0, 1, 2)}, "`generator` holds 3"),
         ({"latents": torch.zeros(3, 3, 8, 8)}, "`latents` holds 3"),
+        ({"num_images_per_prompt": 2}, "each call draws one series"),
     ],
 )
 def test_bad_series_is_named(kwargs, message):

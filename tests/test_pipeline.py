@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -17,10 +18,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     VQModel,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from models import make_prior_pipeline
 from torch.testing import assert_close
 
-from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel, DAEVQGANPipeline
 from dae_diffusers.pipelines import dae_dit
 
 NAMES = {0: "tabby, tabby cat, pet", 1: "Crane", 2: "crane, hoist", 3: "dog, pet"}
@@ -518,11 +521,24 @@ def test_labels_are_ids_or_names(labels, ids):
         (5, "Class 5 is out of range: there are 4 classes"),
         (-1, "Class -1 is out of range"),
         ([], "empty"),
+        ([0, None], "`None` is no class"),
+        (1.0, "`1.0` is no class"),
+        ({"shape": 1}, "`class_labels` has `shape`, but this pipeline has one kind of classes"),
     ],
 )
 def test_bad_label_is_named(labels, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline()(labels)
+
+
+@pytest.mark.parametrize(
+    ("id2label", "message"),
+    [({"a": 0}, r"`id2label` has 'a', but maps ids to names"), ({9: "a"}, "names class 9, but the transformer has 4")],
+)
+def test_bad_names_of_classes_are_refused(id2label, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(id2label=id2label)
+    assert make_pipeline(id2label=["a", "b"]).id2label == {0: "a", 1: "b"}  # as `ClassLabel.names` has them
 
 
 def test_names_need_id2label():
@@ -544,6 +560,9 @@ def test_labels_list_every_name_as_in_diffusers():
         ({"latents": torch.zeros(4, 8, 8)}, r"ask for \(1, 4, 8, 8\)"),
         ({"latents": torch.zeros(1, 4, 4, 4), "height": 16}, r"ask for \(1, 4, 8, 4\)"),
         ({"generator": [torch.Generator()] * 2}, "2 generators, but 1 images"),
+        ({"generator": 5}, "`generator` is 5, but must be a `torch.Generator`"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"latents": "noise"}, "`latents` has shape"),
         ({"guidance_interval": (0.7, 0.3)}, "0 <= low <= high <= 1"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
         ({"num_images_per_label": 0}, "`num_images_per_label` is 0"),
@@ -590,6 +609,56 @@ def test_pipelines_of_the_same_parts_know_the_names():
     stock = DiTPipeline(make_stock_transformer(), make_vae(), DDIMScheduler(), NAMES)
     assert DAEDiTPipeline.from_pipe(stock).labels == stock.labels
     assert DAEDiTPipeline.from_pipe(stock).is_flow_matching is False
+
+
+def test_pipelines_made_of_another_leave_its_models_as_they_are():
+    pipeline = make_pipeline().to(torch.bfloat16)
+    made = DAEDiTImg2ImgPipeline.from_pipe(pipeline)
+    assert made.transformer is pipeline.transformer and made.vae.dtype == pipeline.transformer.dtype == torch.bfloat16
+    assert made.id2label == NAMES
+    assert DAEDiTPipeline.from_pipe(made, dtype=torch.float32).transformer.dtype == torch.float32
+    codes = make_prior_pipeline().to(torch.bfloat16)
+    assert DAEVQGANPipeline.from_pipe(codes).prior.dtype == torch.bfloat16
+
+
+def test_a_callback_may_end_a_call_and_those_of_diffusers_say_what_they_read():
+    pipeline, steps = make_pipeline(), []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    images = sample(pipeline, num_inference_steps=6, callback_on_step_end=stop)
+    assert steps == [0, 1] and images.isfinite().all()
+    assert torch.equal(sample(pipeline), sample(make_pipeline()))  # the next call goes to its end
+    with pytest.raises(ValueError, match=r"has \['prompt_embeds'\], but must be out of \['latents'\]"):
+        sample(pipeline, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+
+
+def test_another_autoencoder_brings_its_size():
+    pipeline = make_pipeline()
+    pipeline.vae = make_vae(**{name: (kind[0],) * 3 for name, kind in TINY_VAE.items() if isinstance(kind, tuple)})
+    assert sample(pipeline).shape[-1] == 32 and sample(pipeline, height=16, width=16).shape[-1] == 16
+    with pytest.raises(ValueError, match="4 latent channels and the autoencoder 3"):
+        pipeline.vae = make_vae(latent_channels=3)
+    assert pipeline.vae_scale_factor == 4
+    with pytest.raises(ValueError, match="but must be a scheduler of diffusers, made"):
+        pipeline.scheduler = DDIMScheduler
+
+
+def test_transformers_that_diffusers_cannot_save_are_refused(tmp_path):
+    pipeline = make_pipeline()
+
+    class Wrapped(torch.nn.Module):  # as PEFT does
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+    pipeline.transformer = Wrapped(pipeline.transformer)
+    with pytest.raises(ValueError, match=r"`transformer` is a Wrapped, .* pipe.transformer.merge_and_unload\(\)"):
+        pipeline.save_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_pipelines_keep_how_they_draw_by_default(tmp_path):
@@ -672,13 +741,16 @@ def sample(pipe):
     generator = torch.Generator().manual_seed(0)
     return pipe("dog", generator=generator, num_inference_steps=2, output_type="pt").images
 
-folder, again, result = sys.argv[1:]
+folder, again, codes, result = sys.argv[1:]
 images, modules = [], []
 for target in (folder, again):
     pipe = DiffusionPipeline.from_pretrained(target, custom_pipeline=target, trust_remote_code=True)
     images.append(sample(pipe))
     modules.append(type(pipe.transformer).__module__)
     pipe.save_pretrained(again)
+
+DiffusionPipeline.from_pretrained(codes, custom_pipeline=codes, trust_remote_code=True)
+pipe.save_pretrained(again)  # its own code, although that of `codes` now lies where its code lay
 
 del sys.modules["dae_diffusers"]
 from dae_diffusers import DAEDiTPipeline
@@ -691,17 +763,23 @@ torch.save({"images": torch.stack(images), "modules": modules, "ids": list(pipe.
 
 def test_saved_pipeline_runs_elsewhere_with_diffusers_alone_and_with_our_package(tmp_path):
     pipeline = make_pipeline()
-    folder, again, result = (str(tmp_path / name) for name in ("folder", "again", "result.pt"))
+    folder, again, codes, result = (str(tmp_path / name) for name in ("folder", "again", "codes", "result.pt"))
     pipeline.save_pretrained(folder)
+    make_prior_pipeline().save_pretrained(codes)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_OUR_PACKAGE, folder, again, result], check=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", WITHOUT_OUR_PACKAGE, folder, again, codes, result],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
     )
     result = torch.load(result, weights_only=True)
     for images in result["images"]:
         assert torch.equal(images, sample(pipeline, "dog"))
     assert [module.partition(".")[0] for module in result["modules"]] == ["diffusers_modules"] * 2 + ["dae_diffusers"]
     assert result["ids"] == [0, 1, 2, 3]
+    files = [{path.name: path.read_text() for path in Path(each).glob("*.py")} for each in (folder, again)]
+    assert files[0] == files[1] and len(files[0]) == 4
 
 
 def test_pipeline_file_needs_torch_and_diffusers_alone():

@@ -319,6 +319,13 @@ def test_decoder_of_twice_the_size_serves_the_latents_of_the_same_encoder(
     assert_same_weights(load_file(tmp_path / KINDS[kind][4]), waiting(generated[kind], kind))
     if kind == "kl":
         assert pipeline("cat", height=16, width=48, num_inference_steps=1).images[0].size == (48, 16)
+        latents = torch.randn(1, 3, 24, 24)
+        for model in (vae, foreign):
+            whole = model.decode(latents).sample
+            model.enable_tiling()
+            tiled = model.decode(latents).sample
+            assert tiled.shape == whole.shape == (1, 3, 96, 96)
+            torch.testing.assert_close(tiled[..., :32, :32], whole[..., :32, :32], atol=0.5, rtol=0)
 
 
 def test_warm_start_takes_what_fits_a_deeper_decoder_and_says_what_does_not():

@@ -253,6 +253,18 @@ def test_prompts_embeddings_and_labels_mean_the_same_in_every_form(encoders):
     images = sample(pipeline, ["a big red apple", "blue"], num_images_per_prompt=2, generator=generators)
     alone = sample(pipeline, "blue", generator=torch.Generator().manual_seed(3))
     assert_close(images[3:], alone, atol=1e-4, rtol=1e-4)
+    for wrong in ({"prompt_embeds": encoded[0]}, {}):
+        with pytest.raises(ValueError, match=r"a mask of a prompt has the shape \(1, 99\)"):
+            sample(pipeline, class_labels=1, prompt_embeds_mask=torch.ones(1, 99), **wrong)
+
+
+def test_prompts_are_encoded_without_the_other_models(encoders, tmp_path):
+    pipeline = make_pipeline(encoders())
+    pipeline.save_pretrained(tmp_path)
+    part = DAEDiTPipeline.from_pretrained(tmp_path, transformer=None, vae=None)
+    assert torch.equal(part.encode_prompt("a dog")[0], pipeline.encode_prompt("a dog")[0])
+    with pytest.raises(ValueError, match="was loaded without its `transformer`, so it cannot draw"):
+        part("a dog")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 
-from dae_diffusers.autoencoder_dae_asymmetric import DAEAsymmetricAutoencoderKL, make_decoder
+from dae_diffusers.autoencoder_dae_asymmetric import DAEAsymmetricAutoencoderKL, decoder_tiles, make_decoder
 from dae_diffusers.autoencoders.decoupled import DecoupledAutoencoderMixin
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType
 
@@ -104,6 +104,11 @@ class DAEAutoencoderKL(DecoupledAutoencoderMixin, AutoencoderKL):
         self.auxiliary_decoder = self._make_auxiliary_decoder(use_post_quant_conv=use_post_quant_conv)
         if self.is_asymmetric:  # last: stage 1 begins with the same weights as without it
             self.decoder = make_decoder(self.config)
+
+    def tiled_decode(self, z: torch.Tensor, return_dict: bool = True):
+        r"""Decodes in tiles, see [`~dae_diffusers.autoencoder_dae_asymmetric.decoder_tiles`]."""
+        with decoder_tiles(self):
+            return super().tiled_decode(z, return_dict)
 
     def forward(
         self,
