@@ -1,21 +1,23 @@
 r"""
-Do short pilots forecast a generator's distance? Pilots on the autoencoders of `decoupled_vs_joint.py`, beside every other predictor.
+Do short pilots forecast a generator's distance? Pilots on the autoencoders of `decoupled_vs_joint.py` or `search_payoff.py`, beside
+every other predictor.
 
-    python benchmarks/forecast.py --runs runs/claim-digits --output_dir runs/forecast-digits
+    python benchmarks/forecast.py --runs runs/payoff-digits --widths 128 --steps 35 65 --output_dir runs/forecast-digits
     python benchmarks/forecast.py --runs runs/claim-digits runs/claim-cifar10-16px --output_dir runs/forecast --generator width-128
 
-Every finished run of a comparison has an autoencoder and the final gFD of a generator. On each autoencoder pilots of several widths
-and lengths are trained. The forecast is that of `dae-diffusers find-latents`: a straight line through the logarithms of gFD over the
+Every finished run has an autoencoder and the final gFD of a generator. On each autoencoder pilots of several widths and lengths are
+trained. The forecast is that of `dae-diffusers find-latents`: a straight line through the logarithms of gFD over the
 logarithms of steps times parameters, with one slope for all autoencoders of a comparison (in a second row: each with its own) and a height for each. The final gFD is
 never used for it.
 
-The table has Spearman's rank correlation of each predictor with the final gFD, separately for each comparison (different images
-cannot be ranked together), and how often the forecast's 90 % interval holds the final gFD. What is finished stays in `--output_dir`
+The table has Spearman's rank correlation of each predictor with the final gFD, separately for each comparison, and for each seed of
+a search (other images and judges cannot be ranked together), and how often the forecast's 90 % interval holds the final gFD. What is finished stays in `--output_dir`
 and is not repeated. Start it several times, once for each core, to share the work.
 """
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,15 @@ OTHERS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="output folders of decoupled_vs_joint.py")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=Path,
+        required=True,
+        help="output folders of decoupled_vs_joint.py or search_payoff.py",
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--generator", default="width-128", help="the generator whose final gFD is forecast")
+    parser.add_argument("--generator", default="width-128", help="of a comparison: the one whose final gFD is forecast")
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 250], help="lengths of the pilots")
     parser.add_argument("--num_images", type=int, default=1000, help="that a pilot draws")
@@ -53,41 +61,93 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     rows = []
     for runs in arguments.runs:
-        finished = [row for row in finished_rows(runs) if row["generator"] == arguments.generator]
-        finished = [row for row in finished if vae_of(runs, row).is_dir()]
+        is_comparison = (runs / "experiment.json").exists()
+        finished = of_comparison(runs, arguments.generator) if is_comparison else of_searches(runs)
+        finished = [each for each in finished if each.vae.is_dir()]
         if not finished:
-            raise UserError(f"no autoencoder with a finished `{arguments.generator}` was found in {runs}.")
-        rows += [row_of(arguments, runs, row) for row in finished[: arguments.limit]]
+            wanted = f"`{arguments.generator}`" if is_comparison else "generator in `seed-*/full`"
+            raise UserError(f"no autoencoder with a finished {wanted} was found in {runs}.")
+        rows += [row_of(arguments, each) for each in finished[: arguments.limit]]
     write_json(arguments.output_dir / "forecast.json", rows)
     text = summarize(rows)
     write_atomically(arguments.output_dir / "forecast.md", text)
     print(text)
 
 
-def vae_of(runs: Path, row: dict[str, Any]) -> Path:
-    return runs / row["condition"] / row["steps"] / f"seed-{row['seed']}" / "vae"
+@dataclass
+class Finished:
+    """An autoencoder whose generator is finished: its row, and how it was trained and judged."""
+
+    comparison: str
+    name: str
+    seed: int
+    vae: Path
+    row: dict[str, Any]
+    data: dict[str, Any]
+    features: str
+    transformer: dict[str, Any]
+    num_inference_steps: int
 
 
-def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The final gFD of a run, what its pilots gave, and every other predictor."""
+def of_comparison(runs: Path, generator: str) -> list[Finished]:
     experiment = read_json(runs / "experiment.json")
     features = experiment["features"]
     if isinstance(features, dict):
         features = str(runs / "features" / "classifier")
-    data = experiment["data"]
+    rows = [row for row in finished_rows(runs) if row["generator"] == generator]
+    return [
+        Finished(
+            comparison=runs.name,
+            name=f"{row['condition']} {row['steps']} seed {row['seed']}",
+            seed=row["seed"],
+            vae=runs / row["condition"] / row["steps"] / f"seed-{row['seed']}" / "vae",
+            row=row,
+            data=experiment["data"],
+            features=features,
+            transformer={**experiment["transformer"], **(experiment[f"generator {generator}"] or {})},
+            num_inference_steps=experiment["num_inference_steps"],
+        )
+        for row in rows
+    ]
+
+
+def of_searches(runs: Path) -> list[Finished]:
+    found = []
+    for path in sorted(runs.glob("seed-*/full/trials/*/rung-0/result.json")):
+        folder, row = path.parents[4], read_json(path)
+        search = read_json(folder / "search.json")
+        if "failed" not in row:
+            found.append(
+                Finished(
+                    comparison=f"{runs.name} {folder.name}",
+                    name=path.parents[1].name,
+                    seed=search["settings"]["seed"],
+                    vae=Path(row["vae"]),
+                    row=row,
+                    data=search["data"],
+                    features=search["judge"].get("features") or str(folder / "features" / "classifier"),
+                    transformer={**search["transformer"], "max_train_steps": row["rung"]["generator_steps"]},
+                    num_inference_steps=search["settings"]["num_inference_steps"],
+                )
+            )
+    return found
+
+
+def row_of(arguments: argparse.Namespace, finished: Finished) -> dict[str, Any]:
+    """The final gFD of a run, what its pilots gave, and every other predictor."""
+    data, options, row = finished.data, finished.transformer, finished.row
     if arguments.max_train_samples is not None:
         data = {**data, "max_train_samples": arguments.max_train_samples}
-    options = {**experiment["transformer"], **(experiment[f"generator {row['generator']}"] or {})}
     config = ComplexityConfig(
         widths=arguments.widths,
         pilot_steps=arguments.steps,
         num_images=arguments.num_images,
+        num_inference_steps=finished.num_inference_steps,
         **{name: options[name] for name in ("optimizer", "learning_rate") if name in options},
     )
     found = measure_pilots(
-        str(vae_of(runs, row)), data, config,
-        arguments.output_dir / runs.name / row["condition"] / row["steps"] / f"seed-{row['seed']}",
-        features=features, seed=row["seed"], reference=arguments.output_dir / "reference",
+        str(finished.vae), data, config, arguments.output_dir / finished.comparison / finished.name.replace(" ", "/"),
+        features=finished.features, seed=finished.seed, reference=arguments.output_dir / "reference",
     )  # fmt: skip
     pilots, points = {}, []
     for pilot in found:
@@ -95,8 +155,8 @@ def row_of(arguments: argparse.Namespace, runs: Path, row: dict[str, Any]) -> di
         pilots |= {f"pilot gFD, {size}": distance, f"pilot loss, {size}": pilot["validation_loss"]}
         points.append((pilot["steps"] * pilot["parameters"], distance))
     return {
-        "comparison": runs.name,
-        "name": f"{row['condition']} {row['steps']} seed {row['seed']}",
+        "comparison": finished.comparison,
+        "name": finished.name,
         "gFD": distances(row)["gFD"],
         "effort": options["max_train_steps"] * row["parameters"],
         "cost": math.fsum(pilot["cpu_seconds"] for pilot in found) / row["generator_cost"]["cpu_seconds"],

@@ -361,6 +361,11 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     with launched_here() as calls:
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
-        assert "| seed | chosen | gFD | best | best gFD | gFD / best | cost |" in text and "The rule is" in text
+        assert "| gFD / best | rank correlation of rung 1 | cost |" in text and "The rule is" in text
         benchmark.main(benchmark.parse_arguments())
         assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
+        forecast = load_benchmark("forecast")
+        command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]
+        monkeypatch.setattr(sys, "argv", [*command, "--widths", "8", "--steps", "1", "--num_images", "12"])
+        forecast.main(forecast.parse_arguments())
+        assert "### payoff seed-0: 2 runs" in (tmp_path / "forecast" / "forecast.md").read_text()
