@@ -341,6 +341,7 @@ def test_speed_is_measured_before_a_plan(tmp_path):
     assert not (tmp_path / "find" / "plan.json").exists() and not (tmp_path / "find" / "calibration").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*is larger than the data set")  # batches of the pilots
 def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, capsys):
     benchmark = load_benchmark("search_payoff")
     content = CANDIDATES | {"candidates": {name: CANDIDATES["candidates"][name] for name in ("joint", "same")}}
