@@ -34,7 +34,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import _data_description, make_card, measurements, repository_files
 from dae_diffusers.hub.results import Script, read_result, remove_leftovers
-from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, stale_weights
+from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, shows_public_images, stale_weights
 from dae_diffusers.training import push, train_dae, train_dit
 from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, TrainDiTConfig, with_flags
 
@@ -326,6 +326,16 @@ def test_pictures_of_the_data_are_published_only_if_all_images_are_public(
     shown = {"images/reconstructions.png", *(["images/nearest.png"] if evaluation is not None else [])}
     assert shown & repository_files(result, REPO).keys() == (shown if is_public else set())
     assert shown <= repository_files(result, REPO, data_pictures=True).keys()
+
+
+def test_data_sets_that_not_everybody_may_read_are_private(client, tmp_path):
+    mine = {"dataset_name": "writer/faces"}
+    result = read_result(save_measured_run(tmp_path / "run", generator=mine, **mine))
+    assert not shows_public_images(result)  # there is no such data set
+    HfApi().create_repo("writer/faces", repo_type="dataset", private=True)
+    assert not shows_public_images(result)
+    client.repositories["dataset", "writer/faces"].private = False
+    assert shows_public_images(result)
 
 
 def test_nearest_images_of_an_interrupted_evaluation_are_private(tmp_path):
@@ -643,13 +653,13 @@ def change_weights(folder: Path) -> None:
 def test_numbers_and_pictures_are_published_only_with_the_weights_that_they_are_of(tmp_path, caplog, part, left_out):
     folder, out = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC), tmp_path / "out"
     save_evaluation(folder, {"config": {**PUBLIC, "features": "inception"}, "weights": fingerprints_of(folder)})
-    push_script(folder, REPO, "--export_dir", out)
+    push_script(folder, REPO, "--export_dir", out, "--data_pictures")
     assert caplog.text == ""
     pictures = {"images/nearest.png", "images/sweep.png"}
     assert all((out / name).exists() for name in pictures)
     if part is not None:  # trained further, or another decoder
         change_weights(folder / "pipeline" / part)
-    push_script(folder, REPO, "--export_dir", out, "--fp16")
+    push_script(folder, REPO, "--export_dir", out, "--fp16", "--data_pictures")
     evaluation = json.loads((out / "metrics.json").read_text())["evaluation"] if part != "vae" else {}
     assert {"generation", "reconstruction"} - evaluation.keys() == left_out
     assert "generation" not in evaluation.get("floor", {}) or not left_out

@@ -83,7 +83,7 @@ def choose_data_pictures(config: PushConfig, result: results.Result) -> bool:
     """Whether to publish images of the data set: as the flags say; yes for a public data set; else as the user answers."""
     if config.data_pictures or config.no_data_pictures:
         return config.data_pictures
-    if not result.has_private_data:
+    if upload.shows_public_images(result):
         return True
     shown = [f"{name} ({result.pictures[name][1]})" for name in results.DATA_PICTURES if name in result.pictures]
     if not shown or config.export_dir is not None or not sys.stdin.isatty():

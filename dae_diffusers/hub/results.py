@@ -108,8 +108,17 @@ class Result:
         Whether any images may be private, of training or of the evaluation: they neither come with the package nor have a name
         on the Hub, or nothing says which they are.
         """
-        readers = [*self.scripts.values(), *([] if self.evaluation is None else [self.evaluation])]
-        return not self.scripts or not all(script.has_public_images for script in readers)
+        return not self.scripts or not all(script.has_public_images for script in self._readers)
+
+    @property
+    def data_sets(self) -> set[str]:
+        r"""Names on the Hub of the data sets of training and evaluation."""
+        names = {script.config.get("dataset_name") for script in self._readers if script.has_public_images}
+        return names - {*EMBEDDED}
+
+    @property
+    def _readers(self) -> list[Script]:
+        return [*self.scripts.values(), *([] if self.evaluation is None else [self.evaluation])]
 
     @property
     def generator_origin(self) -> str | None:

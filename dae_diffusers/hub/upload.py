@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, is_leftover, read_result
+from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, Result, is_leftover, read_result
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +145,8 @@ def push_folder(
         keep_card (`bool`, *optional*): Do not change the `README.md` on the Hub.
         step (`int`, *optional*): During training: the number of steps done.
         space_id (`str`, *optional*): Name of the model's Space, for the card.
-        data_pictures (`bool`, *optional*): See [`~dae_diffusers.hub.card.published_pictures`]. Other pictures of an earlier push are
-            removed.
+        data_pictures (`bool`, *optional*): Whether to publish pictures that show images of the data sets; default: if
+            [`shows_public_images`]. Other pictures of an earlier push are removed.
 
     Returns:
         `str`: Address of the repository, or of the pull request.
@@ -171,7 +171,7 @@ def push_folder(
         step=step,
         card=not keep_card,
         space_id=space_id,
-        data_pictures=data_pictures,
+        data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
     )
     published = api.list_repo_files(repo_id, revision=revision)
     is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
@@ -188,6 +188,20 @@ def push_folder(
             create_pr=create_pr,
         )
     return commit.pr_url or str(repository)
+
+
+def shows_public_images(result: Result) -> bool:
+    r"""Whether anybody may see the images of training and evaluation: they come with the package, or anybody may read them on the Hub."""
+    return not result.has_private_data and all(map(_is_public, result.data_sets))
+
+
+def _is_public(name: str) -> bool:
+    """Whether a data set is on the Hub and neither private nor gated. If the Hub does not say, it is not."""
+    try:
+        info = HfApi().dataset_info(name, token=False)
+    except Exception:  # a connection may fail in any way
+        return False
+    return not (info.private or info.gated)
 
 
 @waiting_at_most()
