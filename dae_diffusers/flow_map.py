@@ -27,7 +27,7 @@ class FlowMap:
     lead where two steps of half its length lead, as the flow map itself takes them.
 
     Attributes:
-        teacher (callable): The finished transformer.
+        teacher (callable, *optional*): The finished transformer; needed for the loss.
         guidance_scale (`float`): Of the teacher; 1 is none.
         shift (`float`): As in [`~dae_diffusers.denoising.FlowMatching`].
         autocast (callable): Makes the context in which the teacher runs.
@@ -35,7 +35,7 @@ class FlowMap:
     Sources: Frans et al., 2024, https://huggingface.co/papers/2410.12557; Boffi et al., 2025, https://huggingface.co/papers/2505.18825.
     """
 
-    teacher: Model
+    teacher: Model | None = None
     guidance_scale: float = 1.0
     shift: float = 1.0
     autocast: Callable[[], AbstractContextManager] = nullcontext

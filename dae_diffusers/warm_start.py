@@ -46,6 +46,7 @@ class WarmStart:
         statistics (`dict`, *optional*): What the config of its autoencoder says of the latents' statistics.
         is_resumed (`bool`): Whether a checkpoint holds newer weights.
         changes (`list[str]`): What is not as before, for the log.
+        teachers (`list[ModelMixin]`): What a flow map learns from, frozen, once [`continued`] has made it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class WarmStart:
     statistics: dict[str, Any] | None = None
     is_resumed: bool = False
     changes: list[str] = field(default_factory=list)
+    teachers: list[ModelMixin] = field(default_factory=list)
 
     @classmethod
     def load(cls, name: str) -> "WarmStart":
@@ -151,25 +153,27 @@ class WarmStart:
         r"""Whether it draws in a few steps, with its guidance in it."""
         return bool(self.transformer.config.get("flow_map"))
 
-    def teacher(self) -> ModelMixin:
+    def check_distillation(self) -> None:
         r"""
-        The given transformer, frozen: a flow map learns from it. A resumed run loads it again.
+        Checks that a flow map can learn from the transformer. That of a resumed run has been checked.
 
         Raises:
-            UserError: If it cannot be distilled.
+            UserError: If none can.
         """
-        given = self.load(self.name) if self.is_resumed else self
         what = None
-        if given.is_flow_map:
+        if self.is_resumed:
+            return
+        if self.is_flow_map:
             what = "draws in a few steps already"
-        elif isinstance(given.transformer, DiTTransformer2DModel):
+        elif isinstance(self.transformer, DiTTransformer2DModel):
             what = "is of diffusers' class DiTTransformer2DModel"
+        elif self.pipeline is None:
+            what = "comes without its pipeline, which knows the names of its classes and its autoencoder"
         if what is not None:
             raise UserError(
                 f"`distill_guidance_scale`: the transformer of {self.name} {what}. Give a pipeline that training/train_dit.py wrote without "
                 "this flag."
             )
-        return given.transformer.requires_grad_(False).eval()
 
     def state(self) -> dict[str, Any]:
         r"""What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more."""
@@ -234,13 +238,19 @@ class WarmStart:
             cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states; None without captions.
             conditions (`dict`, *optional*): As [`DAEDiTPipeline`] has them; None without conditions.
             condition_channels (`int`, *optional*): As in [`DAEDiTTransformer2DModel`].
-            flow_map (`bool`, *optional*): As in [`DAEDiTTransformer2DModel`]: it learns from the given one, for the same latents.
+            flow_map (`bool`, *optional*): As in [`DAEDiTTransformer2DModel`]: it learns from the given one, for the same latents. That
+                one becomes the teacher, with the numbers that classes and conditions have now; a resumed run loads it again.
 
         Raises:
             UserError: If the transformer cannot do without classes, and there are none; if it takes no text or conditions, and there are; or
                 if a flow map would be for other latents, classes or conditions.
         """
+        size = {"sample_size": sample_size, "in_channels": in_channels, "patch_size": patch_size}
+        drawn_from = (id2label, cross_attention_dim, conditions or {}, condition_channels)
         if self.is_resumed:  # it was made for these latents and classes
+            if flow_map:
+                given = self.load(self.name)
+                self.teachers = given._frozen(**size, **given._drawn_from(*drawn_from))
             return without_label_dropout(self.transformer)
         if id2label is None and isinstance(self.transformer, DiTTransformer2DModel):
             raise UserError(
@@ -257,16 +267,8 @@ class WarmStart:
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which draws by one class only. Leave "
                 f"`{'`, `'.join(conditions)}` out, or start from a DAEDiTTransformer2DModel."
             )
-        self.transformer, changes = take_over(
-            self.transformer,
-            sample_size=sample_size,
-            in_channels=in_channels,
-            patch_size=patch_size,
-            rows=self._rows(id2label),
-            cross_attention_dim=cross_attention_dim,
-            conditions=self._old_conditions(conditions or {}, condition_channels),
-            flow_map=flow_map,
-        )
+        taken = {**size, **self._drawn_from(*drawn_from)}
+        transformer, changes = take_over(self.transformer, **taken, flow_map=flow_map)
         unwanted = [change for change in (*changes, *self.changes) if change != NEW_INTERVAL]
         if flow_map and unwanted:
             raise UserError(
@@ -279,8 +281,28 @@ class WarmStart:
             "flow matching" if self.is_flow_matching else f"diffusion with its {type(self.scheduler).__name__}",
             "; ".join([*changes, *self.changes, "all else is as before"]),
         )
-        self.pipeline = None  # frees the old weights
-        return without_label_dropout(self.transformer)
+        if flow_map:
+            self.teachers = self._frozen(**taken)
+        self.transformer, self.pipeline = transformer, None  # frees the old weights
+        return without_label_dropout(transformer)
+
+    def _drawn_from(
+        self,
+        id2label: dict[int, str] | None,
+        cross_attention_dim: int | None,
+        conditions: dict[str, dict[str, Any]],
+        condition_channels: int,
+    ) -> dict[str, Any]:
+        """Where classes, text and conditions were before, as arguments of [`take_over`]."""
+        return {
+            "rows": self._rows(id2label),
+            "cross_attention_dim": cross_attention_dim,
+            "conditions": self._old_conditions(conditions, condition_channels),
+        }
+
+    def _frozen(self, **taken: Any) -> list[ModelMixin]:
+        """The given transformer, with the numbers that classes and conditions have now."""
+        return [take_over(self.transformer, **taken)[0].requires_grad_(False).eval()]
 
     def _rows(self, id2label: dict[int, str] | None) -> list[int | None] | None:
         """The old number of each class, or None if it is new."""
@@ -318,9 +340,14 @@ class WarmStart:
             old = before.get(name, {}).get("labels", [])
             rows = [old.index(each) if each in old else None for each in conditions[name]["labels"]]
             attributes.append((place(name, "labels"), rows))
-        self.changes += [
-            f"condition {name} is new" for name in conditions if conditions[name].keys() != before.get(name, {}).keys()
-        ]
+        for name, column in conditions.items():
+            old = before.get(name, {})
+            if column.keys() != old.keys():
+                self.changes.append(f"condition {name} is new")
+            elif set(column.get("labels", ())) != set(old.get("labels", ())):
+                self.changes.append(f"condition {name} has other classes")
+            elif column.get("channels") != old.get("channels"):
+                self.changes.append(f"condition {name} has other channels")
         self.changes += [f"its condition {name} is left out" for name in before if name not in conditions]
         has_same_image = columns_of(conditions, "channels") == columns_of(before, "channels")
         numbers = [place(name, "mean") for name in columns_of(conditions, "mean")]

@@ -23,6 +23,7 @@ from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.take_over import take_over
 from dae_diffusers.training import evaluate, train_dit
+from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -35,11 +36,15 @@ def make_transformer(**config) -> DAEDiTTransformer2DModel:
     return make_random_transformer(**{"num_classes": 2, **config})
 
 
-def make_pipeline(scheduler=None, transformer=None, **config) -> DAEDiTPipeline:
+def make_pipeline(scheduler=None, transformer=None, conditions=None, **config) -> DAEDiTPipeline:
     vae = make_autoencoder(sample_size=16).to_diffusers()
     vae.register_to_config(latents_mean=[0.1] * 3, latents_std=[0.7] * 3)
     pipeline = DAEDiTPipeline(
-        transformer or make_transformer(**config), vae, scheduler or FlowMatchEulerDiscreteScheduler(), id2label=NAMES
+        transformer or make_transformer(**config),
+        vae,
+        scheduler or FlowMatchEulerDiscreteScheduler(),
+        id2label=NAMES,
+        conditions=conditions,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -197,6 +202,47 @@ def test_distilled_pipeline_draws_in_few_steps_and_resumes_bit_by_bit(distilled,
     shutil.copytree(tmp_path / "kept", teacher / "transformer", dirs_exist_ok=True)
 
 
+def test_classes_in_another_order_make_the_same_flow_map(distilled, teacher, tmp_path):
+    folder, data = distilled
+    swapped = DAEDiTPipeline.from_pretrained(teacher, id2label={0: "dog", 1: "cat"})
+    table = swapped.transformer.label_embed.weight.data
+    table.copy_(table[[1, 0, 2]].clone())
+    swapped.save_pretrained(tmp_path / "swapped")
+    run(
+        train_dit, FLAGS, output_dir=tmp_path / "run", **{**data, "pretrained_model_name_or_path": tmp_path / "swapped"}
+    )
+    for name in (TRANSFORMER, "train_dit/log.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_teacher_knows_classes_and_conditions_by_their_numbers_now(tmp_path):
+    """Also when a run goes on, whose checkpoint holds the flow map alone."""
+    transformer = make_transformer(num_attribute_classes=[2, 3])
+    old = {"color": {"labels": ["blue", "red"]}, "shape": {"labels": ["cup", "egg", "pear"]}}
+    make_pipeline(transformer=transformer, conditions=old).save_pretrained(tmp_path / "given")
+    wanted = {"color": {"labels": ["red", "blue"]}, "shape": {"labels": ["pear", "cup", "egg"]}}
+    start = WarmStart.load(str(tmp_path / "given"))
+    student = start.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
+    torch.nn.init.zeros_(student.proj_out.weight)
+    resumed = WarmStart.from_state(json.loads(json.dumps(start.state())))
+    resumed.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
+    before = {"class_labels": [0], "attribute_labels": [[1, 2]]}
+    now = {"class_labels": [1], "attribute_labels": [[0, 0]]}
+    noisy, level = torch.randn(1, 3, 8, 8), torch.tensor([700.0])
+    with torch.no_grad():
+        expected, *found = (
+            model(noisy, level, **{name: torch.tensor(value) for name, value in values.items()}).sample
+            for model, values in ((transformer, before), (*start.teachers, now), (*resumed.teachers, now))
+        )
+    assert all(torch.equal(each, expected) for each in found)
+    with pytest.raises(
+        UserError, match="draws, but condition color has other classes; its condition shape is left out"
+    ):
+        WarmStart.load(str(tmp_path / "given")).continued(
+            8, 3, 2, NAMES, conditions={"color": {"labels": ["red", "green"]}}, flow_map=True
+        )
+
+
 def test_card_and_evaluation_know_that_guidance_is_in_it(distilled, tmp_path):
     folder, data = distilled
     text = make_card(read_result(folder), "writer/model").content
@@ -258,7 +304,7 @@ def test_distillation_is_for_the_same_latents_and_classes(flags, message, distil
         run(train_dit, f"{FLAGS} {flags}", output_dir=tmp_path, **distilled[1])
 
 
-@pytest.mark.parametrize("kind", ["flow map", "stock", "diffusion"])
+@pytest.mark.parametrize("kind", ["flow map", "stock", "diffusion", "alone"])
 def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tmp_path):
     folder, data = distilled
     given = folder / "pipeline"
@@ -271,10 +317,14 @@ def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tm
                 transformer, pipeline.vae, DDIMScheduler(clip_sample=False), id2label=NAMES, is_flow_matching=False
             )
         pipeline.save_pretrained(given)
+    if kind == "alone":
+        (given / "model_index.json").unlink()
+        given /= "transformer"
     message = {
         "flow map": "draws in a few steps already",
         "stock": "is of diffusers' class DiTTransformer2DModel",
         "diffusion": "`distill_guidance_scale` is for flow matching",
+        "alone": "comes without its pipeline",
     }[kind]
     with pytest.raises(UserError, match=message):
         run(train_dit, FLAGS, output_dir=tmp_path / "run", **{**data, "pretrained_model_name_or_path": given})

@@ -87,6 +87,8 @@ def main(config: TrainDiTConfig) -> None:
     transformer = make_transformer(
         origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
     )
+    if isinstance(objective, FlowMap):
+        set_teacher(run, objective, origin)
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -269,12 +271,21 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     keeps = origin is not None and shift is None and not origin.is_flow_map
     shift = shift or (1.0 if origin is None else origin.shift)
     if flow.distill_guidance_scale is not None:
-        teacher = origin.teacher().to(run.accelerator.device)
-        run.compile_blocks(teacher.transformer_blocks)
-        objective = FlowMap(teacher, flow.distill_guidance_scale, shift, run.accelerator.autocast)
+        origin.check_distillation()
+        objective = FlowMap(
+            None, flow.distill_guidance_scale, shift, run.accelerator.autocast
+        )  # its teacher comes with the transformer
         return objective, flow_map_scheduler(shift)
     scheduler = origin.scheduler if keeps else flow_scheduler(shift)
     return FlowMatching(flow.timestep_sampling, shift), scheduler
+
+
+def set_teacher(run: TrainingRun, objective: FlowMap, origin: WarmStart) -> None:
+    """Gives the objective what the flow map learns from."""
+    for model in origin.teachers:
+        model.to(run.accelerator.device)
+        run.compile_blocks(model.transformer_blocks)
+    (objective.teacher,) = origin.teachers
 
 
 def find_start(
