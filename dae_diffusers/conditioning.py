@@ -37,9 +37,9 @@ class Conditioning:
         return [part for part in (self.captions, self.conditions) if part is not None]
 
     @property
-    def text_width(self) -> int | None:
-        r"""Channels of the text encoder's hidden states; None without texts."""
-        return None if self.captions is None else self.captions.width
+    def text_encoder(self) -> torch.nn.Module | None:
+        r"""What encodes the texts; None without texts."""
+        return None if self.captions is None else self.captions.model
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Conditioning:
     def transformer_kwargs(self) -> dict[str, Any]:
         r"""Arguments of the constructor of [`DAEDiTTransformer2DModel`]."""
         more = {} if self.conditions is None else self.conditions.transformer_kwargs()
-        return {"cross_attention_dim": self.text_width, **more}
+        return {"cross_attention_dim": None if self.captions is None else self.captions.width, **more}
 
     def pipeline_kwargs(self) -> dict[str, Any]:
         r"""Arguments of the constructor of [`DAEDiTPipeline`]."""

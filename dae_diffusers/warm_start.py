@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -22,6 +23,7 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.store import weights_fingerprint
 from dae_diffusers.take_over import LAYOUTS, NEW_INTERVAL, OldConditions, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
@@ -210,7 +212,7 @@ class WarmStart:
         if self.encoder is None:
             return False
         if autoencoder_fingerprint(vae) != self.encoder:
-            logger.info("%s was trained on the latents of another encoder: its first samples will be noise", self.name)
+            self.changes.append("the latents are those of another encoder, so its first samples are noise")
             return False
         before = dict(vae.config)
         set_statistics(vae, self.statistics)
@@ -224,7 +226,7 @@ class WarmStart:
         in_channels: int,
         patch_size: int,
         id2label: dict[int, str] | None,
-        cross_attention_dim: int | None = None,
+        text_encoder: torch.nn.Module | None = None,
         conditions: dict[str, dict[str, Any]] | None = None,
         condition_channels: int = 0,
         flow_map: bool = False,
@@ -235,7 +237,7 @@ class WarmStart:
         Args:
             sample_size, in_channels, patch_size (`int`): As in [`DAEDiTTransformer2DModel`].
             id2label (`dict[int, str]`, *optional*): Names of the classes; None without classes.
-            cross_attention_dim (`int`, *optional*): Channels of the text encoder's hidden states; None without captions.
+            text_encoder (`torch.nn.Module`, *optional*): Encodes the captions; None without captions.
             conditions (`dict`, *optional*): As [`DAEDiTPipeline`] has them; None without conditions.
             condition_channels (`int`, *optional*): As in [`DAEDiTTransformer2DModel`].
             flow_map (`bool`, *optional*): As in [`DAEDiTTransformer2DModel`]: it learns from the given one, for the same latents. That
@@ -246,7 +248,7 @@ class WarmStart:
                 if a flow map would be for other latents, classes or conditions.
         """
         size = {"sample_size": sample_size, "in_channels": in_channels, "patch_size": patch_size}
-        drawn_from = (id2label, cross_attention_dim, conditions or {}, condition_channels)
+        drawn_from = (id2label, text_encoder, conditions or {}, condition_channels)
         if self.is_resumed:  # it was made for these latents and classes
             if flow_map:
                 given = self.load(self.name)
@@ -257,7 +259,7 @@ class WarmStart:
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which needs classes, but the images have "
                 "none. Put them into a sub-folder, which is a class, or name their `label_column`."
             )
-        if cross_attention_dim is not None and isinstance(self.transformer, DiTTransformer2DModel):
+        if text_encoder is not None and isinstance(self.transformer, DiTTransformer2DModel):
             raise UserError(
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which takes no text. Leave `caption_column` and "
                 "`text_encoder` out, or start from a DAEDiTTransformer2DModel."
@@ -273,7 +275,7 @@ class WarmStart:
         if flow_map and unwanted:
             raise UserError(
                 f"`distill_guidance_scale` makes a transformer that draws what {self.name} draws, but {'; '.join(unwanted)}. "
-                "Give the autoencoder, the images and the columns that it was trained with."
+                "Give the autoencoder, the images, the columns and any text encoder that it was trained with."
             )
         logger.info(
             "starting from the weights of %s, for %s: %s",
@@ -289,14 +291,14 @@ class WarmStart:
     def _drawn_from(
         self,
         id2label: dict[int, str] | None,
-        cross_attention_dim: int | None,
+        text_encoder: torch.nn.Module | None,
         conditions: dict[str, dict[str, Any]],
         condition_channels: int,
     ) -> dict[str, Any]:
         """Where classes, text and conditions were before, as arguments of [`take_over`]."""
         return {
             "rows": self._rows(id2label),
-            "cross_attention_dim": cross_attention_dim,
+            "cross_attention_dim": self._text_width(text_encoder),
             "conditions": self._old_conditions(conditions, condition_channels),
         }
 
@@ -326,6 +328,19 @@ class WarmStart:
         if left_out:
             self.changes.append(f"{left_out} of its {num_before} classes are left out")
         return rows
+
+    def _text_width(self, text_encoder: torch.nn.Module | None) -> int | None:
+        """Channels of the text encoder's hidden states; of the same number, those of another one mean something else."""
+        if text_encoder is None:
+            return None
+        width = text_encoder.config.hidden_size
+        if self.transformer.config.get("cross_attention_dim") == width:
+            old = None if self.pipeline is None else self.pipeline.text_encoder
+            if old is None:
+                self.changes.append("it does not tell its text encoder")
+            elif not _has_weights_of(text_encoder, old):
+                self.changes.append("the text encoder is another one")
+        return width
 
     def _old_conditions(self, conditions: dict[str, dict[str, Any]], channels: int) -> OldConditions:
         """Where each condition was, by its name; of a transformer alone none is known."""
@@ -377,6 +392,12 @@ def _without_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
         return scheduler
     default = signature(type(scheduler).__init__).parameters["variance_type"].default
     return type(scheduler).from_config(scheduler.config, variance_type=default)
+
+
+def _has_weights_of(model: torch.nn.Module, old: torch.nn.Module) -> bool:
+    """Whether its weights are the old ones, in its own precision."""
+    of_old = weights_fingerprint(value.to(model.dtype) for value in old.parameters())
+    return weights_fingerprint(model.parameters()) == of_old
 
 
 def _listed(values: dict[str, int], names: list[str]) -> str:

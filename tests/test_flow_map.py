@@ -304,6 +304,19 @@ def test_distillation_is_for_the_same_latents_and_classes(flags, message, distil
         run(train_dit, f"{FLAGS} {flags}", output_dir=tmp_path, **distilled[1])
 
 
+def test_latents_of_another_encoder_are_refused_and_a_plain_start_says_so(distilled, teacher, tmp_path, caplog):
+    other = DAEDiTPipeline.from_pretrained(teacher).vae
+    torch.nn.init.ones_(other.encoder.conv_out.bias)
+    other.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="draws, but the latents are those of another encoder, .* Give the autoencoder"):
+        run(train_dit, FLAGS, output_dir=tmp_path, **{**distilled[1], "vae": tmp_path / "vae"})
+    caplog.set_level("INFO")
+    start = WarmStart.load(str(teacher))
+    assert not start.settles_statistics(other)
+    start.continued(8, 3, 2, NAMES)
+    assert "the latents are those of another encoder, so its first samples are noise; all else" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["flow map", "stock", "diffusion", "alone"])
 def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tmp_path):
     folder, data = distilled

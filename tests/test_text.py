@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -39,6 +40,7 @@ from dae_diffusers.take_over import take_over
 from dae_diffusers.text import Captions, encode_once, load_text_encoder
 from dae_diffusers.training import cache_latents, evaluate, train_dit
 from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -235,6 +237,26 @@ def test_text_begins_so_that_it_changes_nothing_and_may_be_left_out_again():
     assert changes == ["its text is left out"] and torch.equal(without(*inputs).sample, old(*inputs).sample)
     other, changes = take_over(random_transformer(), **sizes, cross_attention_dim=12)
     assert changes == ["its text is new"] and not other.transformer_blocks[0].cross_attn.out_proj.weight.any()
+
+
+def test_start_with_another_text_encoder_says_so_and_distillation_refuses_it(
+    trained, flags, encoders, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    given = str(trained / "pipeline")
+    for kind, said in (("bert", "for flow matching: all else"), ("clip", "the text encoder is another one; all else")):
+        caplog.clear()
+        WarmStart.load(given).continued(8, 3, 2, None, load_text_encoder(encoders(kind))[1])
+        assert said in caplog.text
+    half = load_text_encoder(encoders(), torch.bfloat16)[1]
+    WarmStart.load(given).continued(8, 3, 2, None, half, flow_map=True)  # is none
+    other = re.sub("--model .* --max_train", "--max_train", flags.replace(encoders(), encoders("clip")))
+    with pytest.raises(UserError, match="draws, but the text encoder is another one. Give .* any text encoder that"):
+        run(
+            train_dit,
+            f"{other} --distill_guidance_scale 1.5 --pretrained_model_name_or_path {given}",
+            output_dir=tmp_path,
+        )
 
 
 def test_prompts_embeddings_and_labels_mean_the_same_in_every_form(encoders):

@@ -235,7 +235,7 @@ def make_transformer(
             channels,
             architecture["patch_size"],
             data.id2label,
-            conditioning.text_width,
+            conditioning.text_encoder,
             conditions=None if conditions is None else conditions.config,
             condition_channels=more.get("condition_channels", 0),
             flow_map=flow_map,
