@@ -31,6 +31,8 @@ class FlowMap:
         guidance_scale (`float`): Of the teacher; 1 is none.
         shift (`float`): As in [`~dae_diffusers.denoising.FlowMatching`].
         autocast (callable): Makes the context in which the teacher runs.
+        guide (callable, *optional*): A weaker version of the teacher, which guidance then leads away from; default: what the teacher
+            predicts for no class, no text and no conditions.
 
     Sources: Frans et al., 2024, https://huggingface.co/papers/2410.12557; Boffi et al., 2025, https://huggingface.co/papers/2505.18825.
     """
@@ -39,6 +41,7 @@ class FlowMap:
     guidance_scale: float = 1.0
     shift: float = 1.0
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    guide: Model | None = None
 
     def draw(self, count: int, device: torch.device) -> torch.Tensor:
         r"""Pairs of noise levels for training, `(count, 2)`: where a step begins, and where it ends."""
@@ -66,7 +69,7 @@ class FlowMap:
             model (callable): The flow map.
             latents, noise (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents, and standard normal noise.
             levels (`torch.Tensor` of shape `(B, 2)`): What `draw` or `spread` gave.
-            unconditional (`dict`): What stands for no class, no text and no conditions, for the teacher's guidance.
+            unconditional (`dict`): What stands for no class, no text and no conditions, for guidance without a guide.
             given: The transformer's other arguments: classes, text, conditions.
         """
         half = (len(latents) + 1) // 2
@@ -82,16 +85,19 @@ class FlowMap:
 
     def _velocity(self, noisy: torch.Tensor, level: torch.Tensor, given: Arguments, unconditional: Arguments):
         """The teacher's velocity, with guidance."""
-        arguments = given
-        if self.guidance_scale != 1:
-            noisy, level = torch.cat((noisy, noisy)), torch.cat((level, level))
-            arguments = {name: torch.cat((value, unconditional[name])) for name, value in given.items()}
-        with self.autocast():
-            velocity = self.teacher(noisy, 1000 * level, return_dict=False, **arguments)[0].float()
         if self.guidance_scale == 1:
-            return velocity
-        guided, baseline = velocity.chunk(2)
+            return self._predict(self.teacher, noisy, level, given)
+        if self.guide is not None:
+            guided, baseline = (self._predict(model, noisy, level, given) for model in (self.teacher, self.guide))
+        else:
+            both = {name: torch.cat((value, unconditional[name])) for name, value in given.items()}
+            doubled = torch.cat((noisy, noisy)), torch.cat((level, level))
+            guided, baseline = self._predict(self.teacher, *doubled, both).chunk(2)
         return baseline + self.guidance_scale * (guided - baseline)
+
+    def _predict(self, model: Model, noisy: torch.Tensor, level: torch.Tensor, arguments: Arguments):
+        with self.autocast():
+            return model(noisy, 1000 * level, return_dict=False, **arguments)[0].float()
 
 
 def flow_map_scheduler(shift: float = 1.0) -> SchedulerMixin:

@@ -48,7 +48,8 @@ class WarmStart:
         statistics (`dict`, *optional*): What the config of its autoencoder says of the latents' statistics.
         is_resumed (`bool`): Whether a checkpoint holds newer weights.
         changes (`list[str]`): What is not as before, for the log.
-        teachers (`list[ModelMixin]`): What a flow map learns from, frozen, once [`continued`] has made it.
+        teachers (`list[ModelMixin]`): What a flow map learns from, frozen, once [`continued`] has made it: the given transformer, and
+            the weaker one that guides it, if there is one.
     """
 
     name: str
@@ -155,12 +156,20 @@ class WarmStart:
         r"""Whether it draws in a few steps, with its guidance in it."""
         return bool(self.transformer.config.get("flow_map"))
 
-    def check_distillation(self) -> None:
+    @property
+    def guide(self) -> ModelMixin | None:
+        r"""The weaker transformer that guides the given one in its pipeline."""
+        return None if self.pipeline is None else self.pipeline.guidance_transformer
+
+    def check_distillation(self, guidance_scale: float) -> None:
         r"""
         Checks that a flow map can learn from the transformer. That of a resumed run has been checked.
 
+        Args:
+            guidance_scale (`float`): Of the transformer.
+
         Raises:
-            UserError: If none can.
+            UserError: If none can, or nothing guides the transformer.
         """
         what = None
         if self.is_resumed:
@@ -175,6 +184,12 @@ class WarmStart:
             raise UserError(
                 f"`distill_guidance_scale`: the transformer of {self.name} {what}. Give a pipeline that training/train_dit.py wrote without "
                 "this flag."
+            )
+        is_drawn_from = self.pipeline.null_class is not None or self.pipeline.takes_text or self.conditions
+        if guidance_scale != 1 and not is_drawn_from and self.guide is None:
+            raise UserError(
+                f"`distill_guidance_scale` is {guidance_scale:g}, but nothing guides {self.name}: it has neither classes, texts, conditions nor a "
+                "`guidance_transformer`. Give 1, or train it with `autoguidance_steps` first."
             )
 
     def state(self) -> dict[str, Any]:
@@ -241,7 +256,7 @@ class WarmStart:
             conditions (`dict`, *optional*): As [`DAEDiTPipeline`] has them; None without conditions.
             condition_channels (`int`, *optional*): As in [`DAEDiTTransformer2DModel`].
             flow_map (`bool`, *optional*): As in [`DAEDiTTransformer2DModel`]: it learns from the given one, for the same latents. That
-                one becomes the teacher, with the numbers that classes and conditions have now; a resumed run loads it again.
+                one and its guide become `teachers`, with the numbers that classes and conditions have now; a resumed run loads them again.
 
         Raises:
             UserError: If the transformer cannot do without classes, and there are none; if it takes no text or conditions, and there are; or
@@ -271,6 +286,8 @@ class WarmStart:
             )
         taken = {**size, **self._drawn_from(*drawn_from)}
         transformer, changes = take_over(self.transformer, **taken, flow_map=flow_map)
+        if self.guide is not None and not flow_map:
+            self.changes.append("its `guidance_transformer` is left out")
         unwanted = [change for change in (*changes, *self.changes) if change != NEW_INTERVAL]
         if flow_map and unwanted:
             raise UserError(
@@ -303,8 +320,10 @@ class WarmStart:
         }
 
     def _frozen(self, **taken: Any) -> list[ModelMixin]:
-        """The given transformer, with the numbers that classes and conditions have now."""
-        return [take_over(self.transformer, **taken)[0].requires_grad_(False).eval()]
+        """The given transformer and its guide, with the numbers that classes and conditions have now."""
+        given = [model for model in (self.transformer, self.guide) if model is not None]
+        taken = [take_over(each, **taken | {"patch_size": each.config.patch_size})[0] for each in given]
+        return [each.requires_grad_(False).eval() for each in taken]
 
     def _rows(self, id2label: dict[int, str] | None) -> list[int | None] | None:
         """The old number of each class, or None if it is new."""

@@ -14,7 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from models import TINY_TRANSFORMER, make_autoencoder, make_random_transformer
-from scripts import TRANSFORMER, resume, run
+from scripts import TRANSFORMER, log_of, resume, run
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.errors import UserError
@@ -36,15 +36,18 @@ def make_transformer(**config) -> DAEDiTTransformer2DModel:
     return make_random_transformer(**{"num_classes": 2, **config})
 
 
-def make_pipeline(scheduler=None, transformer=None, conditions=None, **config) -> DAEDiTPipeline:
+def make_pipeline(
+    scheduler=None, transformer=None, conditions=None, names=NAMES, guide=None, **config
+) -> DAEDiTPipeline:
     vae = make_autoencoder(sample_size=16).to_diffusers()
     vae.register_to_config(latents_mean=[0.1] * 3, latents_std=[0.7] * 3)
     pipeline = DAEDiTPipeline(
         transformer or make_transformer(**config),
         vae,
         scheduler or FlowMatchEulerDiscreteScheduler(),
-        id2label=NAMES,
+        id2label=names,
         conditions=conditions,
+        guidance_transformer=guide,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -101,7 +104,7 @@ def test_levels_of_validation_are_evenly_spread_pairs():
     torch.testing.assert_close(shifted, 3 * pairs / (1 + 2 * pairs))
 
 
-def test_teacher_guides_by_what_stands_for_no_class():
+def test_teacher_guides_by_what_stands_for_no_class_or_by_a_weaker_one():
     def teacher(noisy, timestep, class_labels, **_):
         return (noisy + class_labels.view(-1, 1, 1, 1),)
 
@@ -117,6 +120,10 @@ def test_teacher_guides_by_what_stands_for_no_class():
     levels = torch.tensor([[0.7, 0.2], [0.7, 0.2]])
     losses = objective.loss(model, latents, noise, levels, unconditional={"class_labels": null}, class_labels=labels)
     target = found[-1][0] + 1 + 2.0 * (3 - 1)  # the first half of the batch
+    torch.testing.assert_close(losses[0], target.square().mean())
+    objective.guide = lambda *arguments, **given: (3 * teacher(*arguments, **given)[0],)  # also gets the class
+    losses = objective.loss(model, latents, noise, levels, unconditional={"class_labels": null}, class_labels=labels)
+    target = (found[-1][0] + 3) * (3 + 2.0 * (1 - 3))
     torch.testing.assert_close(losses[0], target.square().mean())
 
 
@@ -188,8 +195,7 @@ def test_distilled_pipeline_draws_in_few_steps_and_resumes_bit_by_bit(distilled,
     assert type(pipeline.scheduler) is FlowMapEulerDiscreteScheduler and pipeline.scheduler.config.shift == 2.0
     assert pipeline.transformer.config.flow_map and pipeline.is_flow_matching and pipeline.id2label == NAMES
     assert draw(pipeline, num_inference_steps=2).isfinite().all()
-    last = json.loads((folder / "train_dit" / "log.jsonl").read_text().splitlines()[-1])
-    assert last["validation/loss"] > 0
+    assert log_of(folder, "train_dit")[-1]["validation/loss"] > 0
     resume(train_dit, FLAGS, folder, tmp_path / "again", 4, ("pipeline",), **data)
     for name in (TRANSFORMER, "train_dit/log.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -219,7 +225,8 @@ def test_teacher_knows_classes_and_conditions_by_their_numbers_now(tmp_path):
     """Also when a run goes on, whose checkpoint holds the flow map alone."""
     transformer = make_transformer(num_attribute_classes=[2, 3])
     old = {"color": {"labels": ["blue", "red"]}, "shape": {"labels": ["cup", "egg", "pear"]}}
-    make_pipeline(transformer=transformer, conditions=old).save_pretrained(tmp_path / "given")
+    guide = make_transformer(num_attribute_classes=[2, 3], num_layers=1, patch_size=1)
+    make_pipeline(transformer=transformer, conditions=old, guide=guide).save_pretrained(tmp_path / "given")
     wanted = {"color": {"labels": ["red", "blue"]}, "shape": {"labels": ["pear", "cup", "egg"]}}
     start = WarmStart.load(str(tmp_path / "given"))
     student = start.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
@@ -230,11 +237,12 @@ def test_teacher_knows_classes_and_conditions_by_their_numbers_now(tmp_path):
     now = {"class_labels": [1], "attribute_labels": [[0, 0]]}
     noisy, level = torch.randn(1, 3, 8, 8), torch.tensor([700.0])
     with torch.no_grad():
-        expected, *found = (
-            model(noisy, level, **{name: torch.tensor(value) for name, value in values.items()}).sample
-            for model, values in ((transformer, before), (*start.teachers, now), (*resumed.teachers, now))
-        )
-    assert all(torch.equal(each, expected) for each in found)
+        for given, *teachers in zip((transformer, guide), start.teachers, resumed.teachers, strict=True):
+            expected, *found = (
+                model(noisy, level, **{name: torch.tensor(value) for name, value in values.items()}).sample
+                for model, values in ((given, before), *((each, now) for each in teachers))
+            )
+            assert all(torch.equal(each, expected) for each in found)
     with pytest.raises(
         UserError, match="draws, but condition color has other classes; its condition shape is left out"
     ):
@@ -315,6 +323,26 @@ def test_latents_of_another_encoder_are_refused_and_a_plain_start_says_so(distil
     assert not start.settles_statistics(other)
     start.continued(8, 3, 2, NAMES)
     assert "the latents are those of another encoder, so its first samples are noise; all else" in caplog.text
+
+
+def test_weaker_transformer_guides_where_there_are_no_classes(distilled, tmp_path, caplog):
+    data = {**distilled[1], "pretrained_model_name_or_path": tmp_path / "given", "label_column": "none"}
+    parts = {"num_classes": None, "names": None}
+    make_pipeline(guide=make_transformer(num_classes=None, num_layers=1), **parts).save_pretrained(tmp_path / "given")
+    flags, losses = FLAGS.replace("max_train_steps 6", "max_train_steps 1"), []
+    for scale in (1.0, 3.0):
+        folder = tmp_path / f"{scale}"
+        run(train_dit, f"{flags} --distill_guidance_scale {scale}", output_dir=folder, **data)
+        losses.append(log_of(folder, "train_dit")[-1]["validation/loss"])
+    assert losses[0] < 1e-6 and losses[1] > 0.01  # the new flow map is the teacher without guidance
+    assert DAEDiTPipeline.from_pretrained(folder / "pipeline").guidance_transformer is None
+    caplog.set_level("INFO")
+    WarmStart.load(str(tmp_path / "given")).continued(8, 3, 2, None)
+    assert "its `guidance_transformer` is left out; all else is as before" in caplog.text
+    start = WarmStart.from_pipeline("old", make_pipeline(**parts))
+    start.check_distillation(1.0)
+    with pytest.raises(UserError, match="`distill_guidance_scale` is 3, but nothing guides old"):
+        start.check_distillation(3.0)
 
 
 @pytest.mark.parametrize("kind", ["flow map", "stock", "diffusion", "alone"])

@@ -88,7 +88,7 @@ def main(config: TrainDiTConfig) -> None:
         origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
     )
     if isinstance(objective, FlowMap):
-        set_teacher(run, objective, origin)
+        set_teachers(run, objective, origin)
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
@@ -271,7 +271,7 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     keeps = origin is not None and shift is None and not origin.is_flow_map
     shift = shift or (1.0 if origin is None else origin.shift)
     if flow.distill_guidance_scale is not None:
-        origin.check_distillation()
+        origin.check_distillation(flow.distill_guidance_scale)
         objective = FlowMap(
             None, flow.distill_guidance_scale, shift, run.accelerator.autocast
         )  # its teacher comes with the transformer
@@ -280,12 +280,12 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     return FlowMatching(flow.timestep_sampling, shift), scheduler
 
 
-def set_teacher(run: TrainingRun, objective: FlowMap, origin: WarmStart) -> None:
+def set_teachers(run: TrainingRun, objective: FlowMap, origin: WarmStart) -> None:
     """Gives the objective what the flow map learns from."""
     for model in origin.teachers:
         model.to(run.accelerator.device)
         run.compile_blocks(model.transformer_blocks)
-    (objective.teacher,) = origin.teachers
+    objective.teacher, objective.guide = (*origin.teachers, None)[:2]
 
 
 def find_start(
@@ -310,6 +310,8 @@ def find_start(
     inputs |= conditioning.fingerprints
     if isinstance(objective, FlowMap):
         inputs["the distilled transformer"] = model_fingerprint(objective.teacher)
+        if objective.guide is not None:
+            inputs["the `guidance_transformer` of the distilled one"] = model_fingerprint(objective.guide)
     return run.find_start(
         inputs=inputs,
         plan=plan,
