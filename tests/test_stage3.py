@@ -9,8 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
-from models import make_plain_vq_model, make_prior_pipeline, save_backbone, save_run
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, VQModel
+from models import (
+    make_autoencoder,
+    make_plain_vq_model,
+    make_prior_pipeline,
+    make_random_transformer,
+    save_backbone,
+    save_run,
+)
 from safetensors.torch import load_file
 from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
 
@@ -18,7 +26,7 @@ from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge
+from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge, draw_latents
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
@@ -160,6 +168,34 @@ def test_record_of_other_weights_says_nothing(fitted, generators, backbone, tmp_
     check_judge(folder / "pipeline", load_feature_extractor(backbone))
     files = repository_files(read_result(folder), "user/name")
     assert "vae/stage3.json" not in files and "fitted to" not in files["README.md"].decode()
+
+
+def test_pool_is_drawn_with_the_guidance_that_there_is_and_the_record_says_so(image_folder, tmp_path):
+    """Without classes: by a weaker transformer, or none."""
+    guide, vae = make_random_transformer(num_layers=1), make_autoencoder(sample_size=16).to_diffusers()
+    vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
+    scheduler, flags = FlowMatchEulerDiscreteScheduler(), FIT.replace("steps 4", "steps 1")
+    flags += " --label_column none --pool_guidance_scale 3"
+    drawn, folders = {}, {"none": tmp_path / "none", "guided": tmp_path / "guided"}
+    for name, folder in folders.items():
+        parts = {"guidance_transformer": guide} if name == "guided" else {}
+        pipeline = DAEDiTPipeline(make_random_transformer(), vae, scheduler, **parts)
+        pipeline.save_pretrained(folder / "pipeline")
+        run(train_dae, flags, **flags_of(folder, image_folder))
+        (path,) = (folder / "train_dae_stage3" / "pool").rglob("*.safetensors")
+        drawn[name] = load_file(path)["latents"]
+    options = {"num_inference_steps": 2, "seed": 0, "batch_size": 4}
+    for name, scale in (("none", 1.0), ("guided", 3.0)):
+        expected = draw_latents(pipeline, None, 12, None, Accelerator(), guidance_scale=scale, **options)
+        assert torch.equal(drawn[name], expected)
+    assert not torch.equal(*drawn.values())
+    fits = [read_fit(folder / "pipeline").get("pool_guidance_scale") for folder in folders.values()]
+    assert fits == [None, 3.0]
+    cards = [repository_files(read_result(folder), "user/name")["README.md"].decode() for folder in folders.values()]
+    assert ["the generator drew, by" in card for card in cards] == [True, False]
+    make_random_transformer(num_layers=2).save_pretrained(folder / "pipeline" / "guidance_transformer")
+    with pytest.raises(UserError, match="the `guidance_transformer` of `--pipeline` changed since"):
+        run(train_dae, flags, **flags_of(folder, image_folder), resume_from_checkpoint="latest")
 
 
 @pytest.mark.parametrize("kind", GENERATORS)

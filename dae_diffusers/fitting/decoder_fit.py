@@ -127,7 +127,8 @@ def draw_latents(
     options: dict[str, Any] = {"output_type": "codes"}
     if not is_codes:
         options = {"output_type": "latent", "num_inference_steps": num_inference_steps}
-    if labels is not None:
+    guide = guide_of(pipeline)
+    if labels is not None or guide is not None:
         options["guidance_scale"] = guidance_scale
 
     def draw(chunk: range) -> dict[str, torch.Tensor]:
@@ -144,6 +145,7 @@ def draw_latents(
 
     described = {
         "generator": model_fingerprint(generator_of(pipeline)),
+        **({} if guide is None else {"guide": model_fingerprint(guide)}),
         "autoencoder": latents_fingerprint(pipeline.vae),
         "statistics": {
             name: pipeline.vae.config.get(name)
@@ -183,6 +185,11 @@ def decoder_inputs(
 def generator_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module:
     r"""The transformer or the prior of a pipeline."""
     return pipeline.prior if isinstance(pipeline, DAEVQGANPipeline) else pipeline.transformer
+
+
+def guide_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module | None:
+    r"""The weaker transformer that guides the one of a pipeline."""
+    return getattr(pipeline, "guidance_transformer", None)
 
 
 def latents_fingerprint(vae: ModelMixin) -> str:
@@ -227,8 +234,10 @@ class DecoderFit:
 
     def inputs(self) -> dict[str, str]:
         r"""What a resumed run must find unchanged, by name: fingerprints."""
+        guide = guide_of(self.pipeline)
         return {
             "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)),
+            **({} if guide is None else {"the `guidance_transformer` of `--pipeline`": model_fingerprint(guide)}),
             "the encoder of `--pipeline`": latents_fingerprint(self.pipeline.vae),
             "`--feature_model`": self.features.fingerprint,
         }
@@ -389,6 +398,8 @@ class DecoderFit:
             self.validate(model, validate(), step)
         names = ("generated_loss", "generated_weight", "pool_size", "pool_guidance_scale")
         described = {name: getattr(self.settings, name) for name in names}
+        if not self._is_guided:
+            del described["pool_guidance_scale"]
         described["feature_model"] = self.run.config.stages.feature_model
         backbone = self.features.backbone
         described["feature_weights"] = None if backbone is None else weights_fingerprint(backbone.model)
@@ -402,6 +413,12 @@ class DecoderFit:
                 *(self.before["psnr"], self.now["psnr"], self.before["generated_fd"], self.now["generated_fd"], folder),
             )
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _is_guided(self) -> bool:
+        """Whether a guidance scale changes what is drawn."""
+        is_flow_map = getattr(self.pipeline, "is_flow_map", False)
+        return not is_flow_map and (self.labels is not None or guide_of(self.pipeline) is not None)
 
     def _distance(self, drawn_features: torch.Tensor) -> float:
         """Fréchet distance in the training features between decoded drawn latents and images."""
