@@ -165,21 +165,26 @@ class TrainingRun:
             steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
 
         Raises:
-            UserError: If the checkpoint was made from other inputs or with another plan, or no checkpoint can be used.
+            UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
         self._inputs, self._plan, self.counts = inputs, {"settings": plan, "steps": steps}, counts
         if self.resumed is None:
             return Start()
         path, manifest = self.resumed
         step, state = manifest["step"], manifest["state"]
-        for name, before in state.pop("inputs", {}).items():
+        inputs_before, plan_before = state.pop("inputs", inputs), state.pop("plan", None)
+        for name, before in inputs_before.items():
             if inputs.get(name, before) != before:
                 raise UserError(
                     f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Continue "
                     "with the same, or train in another `output_dir`."
                 )
-        plan_before = state.pop("plan", None)
         check_plan(self._plan, plan_before, step, path)
+        for name in sorted(inputs.keys() ^ inputs_before.keys()):
+            was, now = ("without", "has") if name in inputs else ("with", "lacks")
+            raise UserError(
+                f"{path} was trained {was} {name}, which this run {now}. Continue with the same, or train in another `output_dir`."
+            )
         logger.info("resuming from %s", path)
         planned, total = sum((plan_before or {}).get("steps", steps).values()), sum(steps.values())
         if planned != total:
@@ -410,9 +415,12 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
     before = before or {"settings": {}, "steps": {}}
     for name, value in before["settings"].items():
         if name in settings and settings[name] != value:
+            was, again = (
+                (f"without `{name}`", "without it") if value is None else (f"with `{name}` {value}", f"with {value}")
+            )
+            now = "left out" if settings[name] is None else settings[name]
             raise UserError(
-                f"{checkpoint} was trained with `{name}` {value}, but now it is {settings[name]}. Continue with {value}, or train "
-                "in another `output_dir`."
+                f"{checkpoint} was trained {was}, but now it is {now}. Continue {again}, or train in another `output_dir`."
             )
     begins, began = next(iter(steps)), next(iter(before["steps"]), None)
     if began not in (begins, None):

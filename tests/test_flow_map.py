@@ -251,6 +251,31 @@ def test_teacher_knows_classes_and_conditions_by_their_numbers_now(tmp_path):
         )
 
 
+def test_run_goes_on_only_as_the_distillation_that_it_was(distilled, teacher, tmp_path):
+    folder, data = distilled
+    plain, more = FLAGS.replace(" --distill_guidance_scale 1.5", ""), "--resume_from_checkpoint latest"
+    message = r"was trained with `distill_guidance_scale` 1.5, but now it is {}\. Continue with 1.5, or train"
+    for flags, now in ((plain, "left out"), (f"{FLAGS} --distill_guidance_scale 2", "2.0")):
+        with pytest.raises(UserError, match=message.format(now)):
+            run(train_dit, f"{flags} {more}", output_dir=folder, **data)
+    run(train_dit, plain.replace("max_train_steps 6", "max_train_steps 2"), output_dir=tmp_path, **data)
+    with pytest.raises(
+        UserError, match="trained without `distill_guidance_scale`, but now it is 1.5. Continue without"
+    ):
+        run(train_dit, f"{FLAGS} {more}", output_dir=tmp_path, **data)
+    # Of a checkpoint whose plan does not tell, the inputs do.
+    shutil.copytree(folder, tmp_path / "distilled")
+    for path, flags, said in ((tmp_path / "distilled", plain, "with .* lacks"), (tmp_path, FLAGS, "without .* has")):
+        for manifest in (path / "train_dit").rglob("checkpoint.json"):
+            saved = json.loads(manifest.read_text())
+            del saved["state"]["plan"]["settings"]["distill_guidance_scale"]
+            manifest.write_text(json.dumps(saved))
+        with pytest.raises(
+            UserError, match=f"was trained {said.replace('.*', 'the distilled transformer, which this run')}"
+        ):
+            run(train_dit, f"{flags} {more}", output_dir=path, **data)
+
+
 def test_card_and_evaluation_know_that_guidance_is_in_it(distilled, tmp_path):
     folder, data = distilled
     text = make_card(read_result(folder), "writer/model").content

@@ -99,7 +99,7 @@ def main(config: TrainDiTConfig) -> None:
     )
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
-    plan |= config.data.condition_columns()
+    plan |= {**config.data.condition_columns(), "distill_guidance_scale": config.flow.distill_guidance_scale}
     start = find_start(run, vae, transformer, train_data, steps, plan, conditioning, objective)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
