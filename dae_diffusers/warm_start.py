@@ -192,12 +192,17 @@ class WarmStart:
                 "`guidance_transformer`. Give 1, or train it with `autoguidance_steps` first."
             )
 
-    def state(self) -> dict[str, Any]:
-        r"""What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more."""
+    def state(self, scheduler: SchedulerMixin) -> dict[str, Any]:
+        r"""
+        What a checkpoint holds, as JSON can hold it, so that a resumed run needs the given weights no more.
+
+        Args:
+            scheduler ([`~diffusers.SchedulerMixin`]): Samples from the trained transformer; a new one after a flow map.
+        """
         return {
             "name": self.name,
             "transformer": json.loads(self.transformer.to_json_string()),
-            "scheduler": json.loads(self.scheduler.to_json_string()),
+            "scheduler": json.loads(scheduler.to_json_string()),
             "is_flow_matching": self.is_flow_matching,
         }
 

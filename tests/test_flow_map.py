@@ -231,7 +231,7 @@ def test_teacher_knows_classes_and_conditions_by_their_numbers_now(tmp_path):
     start = WarmStart.load(str(tmp_path / "given"))
     student = start.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
     torch.nn.init.zeros_(student.proj_out.weight)
-    resumed = WarmStart.from_state(json.loads(json.dumps(start.state())))
+    resumed = WarmStart.from_state(json.loads(json.dumps(start.state(start.scheduler))))
     resumed.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
     before = {"class_labels": [0], "attribute_labels": [[1, 2]]}
     now = {"class_labels": [1], "attribute_labels": [[0, 0]]}
@@ -398,7 +398,11 @@ def test_transformers_that_cannot_be_distilled(kind, distilled, image_folder, tm
 
 def test_plain_training_goes_on_from_a_flow_map(distilled, tmp_path):
     folder, data = distilled
-    flags = FLAGS.replace(" --distill_guidance_scale 1.5", "").replace("max_train_steps 6", "max_train_steps 1")
-    run(train_dit, flags, output_dir=tmp_path, **{**data, "pretrained_model_name_or_path": folder / "pipeline"})
-    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    flags = FLAGS.replace(" --distill_guidance_scale 1.5", "").replace("max_train_steps 6", "max_train_steps 3")
+    data = {**data, "pretrained_model_name_or_path": folder / "pipeline"}
+    run(train_dit, flags, output_dir=tmp_path / "run", **data)
+    pipeline = DAEDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(pipeline.scheduler) is UniPCMultistepScheduler and not pipeline.transformer.config.flow_map
+    resume(train_dit, flags, tmp_path / "run", tmp_path / "again", 2, ("pipeline",), **data)
+    for name in (TRANSFORMER, "pipeline/scheduler/scheduler_config.json", "pipeline/model_index.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

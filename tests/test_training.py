@@ -137,7 +137,11 @@ def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, 
         ),
         (train_dit, "--max_train_steps 3", "has done 6 steps, 6 of them of `max_train_steps`, but now"),
         (train_dit, "--num_layers 1", "was trained with `num_layers` 2, but now it is 1"),
-        (train_dit, "--pretrained_model_name_or_path x", "trained without `pretrained_model_name_or_path`, but now it is x"),
+        (
+            train_dit,
+            "--pretrained_model_name_or_path x",
+            "trained without `pretrained_model_name_or_path`, but now it is x",
+        ),
     ],
 )
 def test_plan_that_contradicts_the_checkpoint_is_refused_and_nothing_is_written(

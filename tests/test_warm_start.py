@@ -213,7 +213,7 @@ def test_samples_before_the_first_step_are_those_of_the_given_pipeline(kind, pla
 def test_checkpoint_holds_all_but_the_weights(kind):
     start = make_start(kind)
     model = start.continued(8, 3, 1, {0: "dog", 1: "owl"})
-    again = WarmStart.from_state(json.loads(json.dumps(start.state())))
+    again = WarmStart.from_state(json.loads(json.dumps(start.state(start.scheduler))))
     pairs = ((again.continued(8, 3, 1, {0: "dog", 1: "owl"}), model), (again.scheduler, start.scheduler))
     for one, other in pairs:
         assert type(one) is type(other)

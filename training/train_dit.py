@@ -131,7 +131,7 @@ def main(config: TrainDiTConfig) -> None:
         state={
             **({"latent_statistics": statistics} if statistics else {}),
             **({} if monitor is None else {"monitor": monitor.state}),
-            **({} if origin is None else {"warm_start": origin.state()}),
+            **({} if origin is None else {"warm_start": origin.state(scheduler)}),
             **({} if conditioning.conditions is None else {"conditions": conditioning.conditions.config}),
         },
     )
