@@ -139,6 +139,11 @@ def test_resumed_transformer_equals_an_uninterrupted_one(trained, image_folder, 
         (train_dit, "--num_layers 1", "was trained with `num_layers` 2, but now it is 1"),
         (
             train_dit,
+            "--distill_guidance_scale 2 --pretrained_model_name_or_path x",
+            "trained without `pretrained_model_name_or_path`, but now it is x",
+        ),
+        (
+            train_dit,
             "--pretrained_model_name_or_path x",
             "trained without `pretrained_model_name_or_path`, but now it is x",
         ),

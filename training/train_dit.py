@@ -270,11 +270,10 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
         return Diffusion(origin.scheduler), origin.scheduler
     keeps = origin is not None and shift is None and not origin.is_flow_map
     shift = shift or (1.0 if origin is None else origin.shift)
-    if flow.distill_guidance_scale is not None:
-        origin.check_distillation(flow.distill_guidance_scale)
-        objective = FlowMap(
-            None, flow.distill_guidance_scale, shift, run.accelerator.autocast
-        )  # its teacher comes with the transformer
+    scale = flow.distill_guidance_scale
+    if scale is not None and origin is not None:  # `find_start` refuses a resumed run that began from nothing
+        origin.check_distillation(scale)
+        objective = FlowMap(None, scale, shift, run.accelerator.autocast)  # its teacher comes with the transformer
         return objective, flow_map_scheduler(shift)
     scheduler = origin.scheduler if keeps else flow_scheduler(shift)
     return FlowMatching(flow.timestep_sampling, shift), scheduler
