@@ -1,11 +1,13 @@
 """Guidance by a weaker version of the transformer: its law, its folders, and the training that keeps its weights."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from models import save_autoencoder
+from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file
-from scripts import TINY_DIT, assert_same_weights, resume, run, weights
+from scripts import TINY_DIT, assert_same_weights, log_of, resume, run, weights
 from test_image_pipelines import draw, make_pipeline
 from torch.testing import assert_close
 
@@ -110,6 +112,29 @@ def test_resumed_run_has_the_same_guidance(step, kept, inputs, tmp_path):
     resume(train_dit, FLAGS, kept, tmp_path / "run", step, ("pipeline", *((WEAKER,) if step == 1 else ())), **inputs)
     for name in ("transformer", "guidance_transformer"):
         assert_same_weights(*(weights(folder / "pipeline" / name) for folder in (kept, tmp_path / "run")))
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_only_measurements_with_guidance_count_for_the_best(inputs, tmp_path, monkeypatch):
+    drawn, call = [], DAEDiTPipeline.__call__
+
+    @functools.wraps(call)
+    def note(self, *args, guidance_scale, **kwargs):
+        drawn.append((self.guidance_transformer is not None, guidance_scale))
+        return call(self, *args, guidance_scale=guidance_scale, **kwargs)
+
+    monkeypatch.setattr(DAEDiTPipeline, "__call__", note)
+    # Weights that stay the same: the first measurement that counts is the best, and patience ends the run two later.
+    flags = TINY_DIT + " --max_train_steps 9 --autoguidance_steps 3 --class_dropout_prob 0 --learning_rate 1e-30"
+    flags += " --metric_images 12 --metric_steps 1 --validation_steps 1 --early_stopping_patience 2 --export best"
+    judge = save_backbone(tmp_path / "judge", "classifier")
+    by_class = {name: value for name, value in inputs.items() if name != "label_column"}
+    run(train_dit, flags, output_dir=tmp_path / "run", metric_features=judge, **by_class)
+    assert set(drawn) == {(False, 1.0), (True, 2.0)}  # nothing else has learnt to guide
+    measured = [row["step"] for row in log_of(tmp_path / "run", "train_dit") if "validation/gfd_judge" in row]
+    assert measured == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in (tmp_path / "run" / "train_dit" / "best").iterdir()] == ["step-4"]
+    assert DAEDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline").guidance_transformer is not None
 
 
 def test_impossible_steps_are_named(kept, inputs, tmp_path):

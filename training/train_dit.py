@@ -11,6 +11,7 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,7 +431,14 @@ def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) ->
     settings = SampleSettings(
         config.monitor.metric_images, seed=config.run.seed, **sampling_options(config), **drawn_from
     )
-    return SampleDistance(run, images, settings, start.state.get("monitor"))
+    return SampleDistance(
+        run,
+        images,
+        settings,
+        start.state.get("monitor"),
+        after=config.flow.autoguidance_steps or 0,
+        settings_until=replace(settings, **sampling_options(config, before_weaker=True)),
+    )
 
 
 def draw_samples(
@@ -446,14 +454,18 @@ def draw_samples(
         num_images=flow.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
-        **sampling_options(config),
+        **sampling_options(config, before_weaker=pipeline.guidance_transformer is None),
         **shown,
     )
 
 
-def sampling_options(config: TrainDiTConfig) -> dict[str, Any]:
-    """How the pipeline draws while the transformer trains; without guidance if it has learnt none."""
-    is_guided = config.transformer.class_dropout_prob or config.flow.autoguidance_steps is not None
+def sampling_options(config: TrainDiTConfig, *, before_weaker: bool = False) -> dict[str, Any]:
+    """
+    How the pipeline draws while the transformer trains; without guidance if it has learnt none. `before_weaker`: the weaker transformer of
+    `autoguidance_steps` is not there yet.
+    """
+    has_weaker = config.flow.autoguidance_steps is not None and not before_weaker
+    is_guided = config.transformer.class_dropout_prob or has_weaker
     return {
         "guidance_scale": config.flow.sample_guidance_scale if is_guided else 1.0,
         "num_inference_steps": config.flow.num_sample_steps,

@@ -32,8 +32,11 @@ class SampleDistance:
     Args:
         run ([`~dae_diffusers.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
         images ([`~dae_diffusers.data.ImageDataset`]): The training images.
-        state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
+        state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
+        after (`int`, *optional*): Measurements up to this step are logged, but do not count for the best and for patience: their
+            pipelines lack what comes at this step, such as a weaker transformer that guides.
+        settings_until (`SampleSettings`, *optional*): How samples are drawn before that step; default: `settings`.
 
     Attributes:
         state (`dict`): `step` and `distance` of the best measurement, `worse`, how many were made since, and `measure`, a fingerprint of
@@ -44,14 +47,22 @@ class SampleDistance:
     """
 
     def __init__(
-        self, run: TrainingRun, images: ImageDataset, settings: SampleSettings, state: dict[str, Any] | None = None
+        self,
+        run: TrainingRun,
+        images: ImageDataset,
+        settings: SampleSettings,
+        state: dict[str, Any] | None = None,
+        *,
+        after: int = 0,
+        settings_until: SampleSettings | None = None,
     ):
         self.run, self.config, self.settings = run, run.config.monitor, settings
+        self.after, self.settings_until = after, settings_until or settings
         self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
         self.extractor = load_feature_extractor(self.config.metric_features, run.accelerator.device)
         self.name = f"validation/{self.extractor.distance_name('g')}"
         described = [self.extractor.fingerprint, self.images.fingerprint, settings.given()]
-        measure = fingerprint_of_json(described)
+        measure = fingerprint_of_json(described + [after] * (after > 0))
         if state is not None and state.get("measure", measure) != measure:
             logger.warning(
                 "what is measured has changed since the checkpoint (`metric_features`, `metric_images` or how samples are drawn): the "
@@ -101,14 +112,11 @@ class SampleDistance:
             self.reference = reference_statistics(
                 self.extractor, self.images, cache_dir=run.folder / "reference", disable_progress=False
             )
-        statistics = FeatureStatistics.of(self._features(pipeline))
+        settings = self.settings_until if step < self.after else self.settings
+        statistics = FeatureStatistics.of(self._features(pipeline, settings))
         distance = frechet_distance(statistics, self.reference)
-        if self.state["distance"] is None or distance < self.state["distance"]:
-            if run.accelerator.is_main_process:
-                self._keep(pipeline, step)
-            self.state.update(step=step, distance=distance, worse=0)
-        else:
-            self.state["worse"] += 1
+        if step > self.after:
+            self._compare(pipeline, step, distance)
         run.accelerator.wait_for_everyone()
         self._spent += time.monotonic() - start
         return {self.name: distance}
@@ -119,7 +127,9 @@ class SampleDistance:
         return folder if folder.exists() else None
 
     def report(self) -> None:
-        r"""Says what was best and what the measurements cost."""
+        r"""Says what was best and what the measurements cost, if there were any."""
+        if self.state["step"] is None:
+            return
         share = self._spent / max(time.monotonic() - self._started, 1e-9)
         logger.info(
             "%s was smallest at step %d: %.4g; measuring took %.0f %% of the time",
@@ -129,9 +139,18 @@ class SampleDistance:
             100 * share,
         )
 
-    def _features(self, pipeline: DiffusionPipeline) -> torch.Tensor:
+    def _compare(self, pipeline: DiffusionPipeline, step: int, distance: float) -> None:
+        """Keeps a pipeline that is better than all before."""
+        if self.state["distance"] is None or distance < self.state["distance"]:
+            if self.run.accelerator.is_main_process:
+                self._keep(pipeline, step)
+            self.state.update(step=step, distance=distance, worse=0)
+        else:
+            self.state["worse"] += 1
+
+    def _features(self, pipeline: DiffusionPipeline, settings: SampleSettings) -> torch.Tensor:
         """Of all samples, `(N, D)`, on the CPU of each process."""
-        accelerator, settings = self.run.accelerator, self.settings
+        accelerator = self.run.accelerator
         size = self.run.config.optimization.train_batch_size
         batches = image_batches(pipeline, settings, accelerator, size)
 
