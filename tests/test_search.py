@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,16 +13,18 @@ from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark, run
 
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.forecast import forecast
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import SearchConfig, show_seconds
+from dae_diffusers.search.turned import TURNS
 from dae_diffusers.settings import compose
 from dae_diffusers.store import read_json
-from dae_diffusers.training import find_latents
-from dae_diffusers.training.settings import FindLatentsConfig
+from dae_diffusers.training import find_latents, train_classifier
+from dae_diffusers.training.settings import FindLatentsConfig, TrainClassifierConfig
 
 DATA = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
 DATA |= {"max_train_samples": 48, "max_validation_samples": 24}
@@ -310,6 +314,21 @@ def test_a_search_in_which_all_fails_says_why(tmp_path):
     (tmp_path / "find" / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="every candidate failed, such as `broken`: `reconstruction_loss` became"):
         find(tmp_path / "find", written(tmp_path, content), features=features)
+
+
+def test_images_of_one_class_are_judged_as_those_without_classes(image_folder, tmp_path):
+    images = shutil.copytree(image_folder / "cat", tmp_path / "images")
+    rows = [f"{path.name},cat\n" for path in images.iterdir()]
+    (images / "metadata.csv").write_text("".join(["file_name,animal\n", *rows]))
+    data = {"train_data_dir": str(images), "label_column": "animal", "resolution": 16, "validation_fraction": 0.5}
+    assert load_images(DataConfig(**data), 0)[0].id2label == {0: "cat"}
+    content = CANDIDATES | {"judge": {**CANDIDATES["judge"], "train_batch_size": 8}}
+    config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, content))
+    with launched_here():
+        judge = Search(config, data, read_candidates(config, data)).find_judge()
+        assert list(read_json(Path(judge) / "config.json")["id2label"].values()) == TURNS
+        with pytest.raises(UserError, match="the data have training images of one class only, but a classifier needs"):
+            train_classifier.main(compose(TrainClassifierConfig, **data, output_dir=str(tmp_path / "judge")))
 
 
 def test_speed_is_measured_on_what_fits(tmp_path, monkeypatch):

@@ -43,9 +43,10 @@ def main(config: TrainClassifierConfig) -> None:
     set_seed(config.training.seed)
     with accelerator.main_process_first():
         train_images, test_images = load_images(config.data, config.training.seed)
-    if train_images.id2label is None:
+    if not train_images.has_classes:
+        seen = "no labels to learn from" if train_images.id2label is None else "training images of one class only"
         raise UserError(
-            "the data have no labels to learn from. Name their column with `--label_column`, or judge by a published model instead "
+            f"the data have {seen}, but a classifier needs two classes. Name their column with `--label_column`, or judge by a published model instead "
             "(`--features facebook/dinov2-base` of `evaluate.py` and `decoupled_vs_joint.py`)."
         )
 

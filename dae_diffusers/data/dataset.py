@@ -116,6 +116,11 @@ class ImageDataset(BatchDataset):
             )
         self._reader.value_range = None if value_range is None else [float(value) for value in value_range]
 
+    @property
+    def has_classes(self) -> bool:
+        r"""Whether there are images of two classes at least, which a classifier could tell apart."""
+        return len(set(self.labels or ())) > 1
+
     @cached_property
     def fingerprint(self) -> str:
         r"""

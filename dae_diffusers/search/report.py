@@ -138,7 +138,7 @@ def notes(search: Search) -> list[str]:
     lines = [f"`{name}` was left out: {reason}" for name, reason in search.candidates.left_out.items()]
     if search.config.features is None:
         images = load_images(DataConfig(**search.data), search.config.seed)[0]
-        of = "tell its classes" if images.id2label else "tell by how much an image is turned (there are no classes)"
+        of = "tell its classes" if images.has_classes else "tell by how much an image is turned (there are no classes)"
         lines.append(f"The judge is a small network that was trained on these images to {of}.")
     lines.append(
         "gFD is the distance of a pilot's samples to the images, rFD that of reconstructions, gap that of samples to reconstructions. "

@@ -89,7 +89,7 @@ class Search:
         def train(_: str) -> None:
             images = load_images(DataConfig(**self.data), self.config.seed)
             data = self.data
-            if images[0].id2label is None:  # self-supervised: it tells by how much an image is turned
+            if not images[0].has_classes:  # self-supervised: it tells by how much an image is turned
                 turned = self.folder / "features" / "turned"
                 write_turned(images, turned)
                 data = {name: data[name] for name in ("resolution", "image_channels") if name in data}
