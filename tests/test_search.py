@@ -306,6 +306,31 @@ def test_judge_that_was_trained_again_is_another_search(tmp_path):
         Search(config, DATA, candidates)
 
 
+def test_images_and_published_autoencoders_that_changed_are_another_search(image_folder, tmp_path):
+    data = {"train_data_dir": str(shutil.copytree(image_folder, tmp_path / "images")), "resolution": 16}
+    vae, features = str(save_autoencoder(tmp_path / "vae")), save_backbone(tmp_path / "judge", "classifier")
+    config = SearchConfig(
+        output_dir=str(tmp_path / "find"),
+        candidates=written(tmp_path, CANDIDATES),
+        features=features,
+        published_vae=vae,
+    )
+    candidates = read_candidates(config, data)
+    path = Search(config, data, candidates).folder / "search.json"
+    Search(config, data, candidates)  # the same goes on
+    weights = next((tmp_path / "vae").glob("*.safetensors"))
+    kept = weights.read_bytes()
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds another search: its published_vae were"):
+        Search(config, data, candidates)
+    weights.write_bytes(kept)
+    next((tmp_path / "images" / "cat").iterdir()).unlink()
+    with pytest.raises(UserError, match="holds another search: its images were"):
+        Search(config, data, candidates)
+    path.write_text(json.dumps({name: value for name, value in read_json(path).items() if name != "images"}))
+    Search(config, data, candidates)  # a folder of before, which does not know them
+
+
 def test_a_search_in_which_all_fails_says_why(tmp_path):
     content = CANDIDATES | {"candidates": {"broken": CANDIDATES["candidates"]["broken"]}}
     features = save_backbone(tmp_path / "judge", "classifier")

@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dae_diffusers.comparison.scripts import words_of
-from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.report import table
 from dae_diffusers.search.forecast import forecast
 from dae_diffusers.search.search import Search
@@ -137,8 +136,11 @@ def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
 def notes(search: Search) -> list[str]:
     lines = [f"`{name}` was left out: {reason}" for name, reason in search.candidates.left_out.items()]
     if search.config.features is None:
-        images = load_images(DataConfig(**search.data), search.config.seed)[0]
-        of = "tell its classes" if images.has_classes else "tell by how much an image is turned (there are no classes)"
+        of = (
+            "tell its classes"
+            if search.images[0].has_classes
+            else "tell by how much an image is turned (there are no classes)"
+        )
         lines.append(f"The judge is a small network that was trained on these images to {of}.")
     lines.append(
         "gFD is the distance of a pilot's samples to the images, rFD that of reconstructions, gap that of samples to reconstructions. "

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.sharing import share
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.search.candidates import Candidates
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.settings import SearchConfig, show_seconds
@@ -44,18 +46,21 @@ class Search:
         self.folder, self.began = Path(config.output_dir), time.monotonic()
         self.planned: dict[str, Any] = {"seconds": 0.0}
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.images = load_images(DataConfig(**data), config.seed)
         described = {
             "data": data,
+            "images": {"fingerprints": [split.fingerprint for split in self.images]},
             "candidates": candidates.flags,
             "transformer": candidates.transformer,
             "judge": candidates.judge if config.features is None else _described(config.features),
+            "published_vae": config.published_vae and _described_vae(config.published_vae),
             "settings": {name: getattr(config, name) for name in _FIXED},
         }
         path = self.folder / "search.json"
         share(["begin"], self.folder, lambda _: path.exists(), lambda _: write_json(path, described))
         before = read_json(path)
         for name, value in described.items():
-            if before.get(name) != value:
+            if before.get(name, value) != value:  # a folder of an older version says less
                 raise UserError(
                     f"`output_dir` {self.folder} holds another search: its {name} were {before.get(name)}. Choose another folder."
                 )
@@ -87,11 +92,10 @@ class Search:
         folder, flags = self.folder / "features" / "classifier", {**self.candidates.judge, "seed": self.config.seed}
 
         def train(_: str) -> None:
-            images = load_images(DataConfig(**self.data), self.config.seed)
             data = self.data
-            if not images[0].has_classes:  # self-supervised: it tells by how much an image is turned
+            if not self.images[0].has_classes:  # self-supervised: it tells by how much an image is turned
                 turned = self.folder / "features" / "turned"
-                write_turned(images, turned)
+                write_turned(self.images, turned)
                 data = {name: data[name] for name in ("resolution", "image_channels") if name in data}
                 data["dataset_name"] = str(turned)
             find_features(flags, data, self.folder)
@@ -228,6 +232,11 @@ def _per_step(clock: list[float], *, whole: bool = False) -> float:
 def _described(features: str) -> dict[str, str]:
     """The name of a judge and a fingerprint of its weights."""
     return {"features": features, "fingerprint": load_feature_extractor(features).fingerprint}
+
+
+def _described_vae(name: str) -> dict[str, str]:
+    """The name of an autoencoder and a fingerprint of its weights and config."""
+    return {"vae": name, "fingerprint": model_fingerprint(load_autoencoder(name))}
 
 
 def _show(row: dict[str, Any]) -> str:
