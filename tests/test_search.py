@@ -156,6 +156,13 @@ def test_candidates_that_do_not_fit_are_left_out_or_stop_the_search(tmp_path):
         read_candidates(SearchConfig(candidates=path), DATA | {"resolution": 15})
 
 
+def test_candidates_augment_as_they_like(tmp_path):
+    content = CANDIDATES | {"autoencoder": CANDIDATES["autoencoder"] | {"random_flip": False}}
+    path = written(tmp_path, content | {"candidates": {"a": {"auxiliary_decoder": "none", "random_resized_crop": 0.5}}})
+    found = read_candidates(SearchConfig(candidates=path, on_misfit="stop"), DATA | {"random_flip": True})
+    assert not found.flags["a"]["random_flip"] and found.flags["a"]["random_resized_crop"] == 0.5
+
+
 def test_joint_training_is_always_a_candidate_and_a_published_one_may_be(tmp_path):
     content = CANDIDATES | {"candidates": {"same": {"auxiliary_decoder": "same"}}}
     found = read_candidates(SearchConfig(candidates=written(tmp_path, content), published_vae="some/vae"), DATA)
@@ -177,6 +184,16 @@ def test_packaged_candidates_fit(name, resolution, count):
         ({"autoencoder": {}}, "must hold `candidates`"),
         ({"candidates": {"a": {"latent_chanels": 4}}}, "a of .* has `latent_chanels`, which is no flag"),
         ({"candidates": {"a": {"stage1_steps": 4}}}, "has `stage1_steps`, which is no flag that a candidate can set"),
+        (
+            {"candidates": {"a": {"validation_fraction": 0.2}}},
+            "has `validation_fraction`, but all candidates have the same",
+        ),
+        ({"candidates": {"a": {}}, "judge": {"label_column": "x"}}, "judge of .* has `label_column`, but all"),
+        ({"candidates": {"a": {}}, "transformer": {"random_flip": True}}, "has `random_flip`, but all candidates have"),
+        (
+            {"candidates": {"a": {}}, "transformer": {"vae": "x"}},
+            "has `vae`, which is no flag that a candidate can set",
+        ),
         ({"candidates": {"a": 4}}, "must be a mapping of flags, but is 4"),
         ({"candidates": {"a": {}}, "transformer": {"modle": 1}}, "transformer of .* has `modle`"),
         ({"candidates": {"a/b": {}}}, "'a/b' is no name"),

@@ -1,13 +1,14 @@
 """Which latent spaces are tried: a YAML file, checked against the images."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import compose, fields_of
@@ -15,7 +16,13 @@ from dae_diffusers.sizes import words_of_size
 from dae_diffusers.training.settings import TrainClassifierConfig, TrainDAEConfig, TrainDiTConfig
 
 _PARTS = {"autoencoder": TrainDAEConfig, "transformer": TrainDiTConfig, "judge": TrainClassifierConfig}
-_OURS = ("stage", "stage1_steps", "stage2_steps", "max_train_steps", "output_dir", "seed", "resume_from_checkpoint")
+_OURS = (
+    "stage", "stage1_dir", "stage1_steps", "stage2_steps", "pipeline", "vae", "latent_cache", "max_train_steps", "output_dir", "seed",
+    "resume_from_checkpoint",
+)  # fmt: skip
+# What a part may say about the images, which are the same for all. A generator's are encoded before.
+_LOADING = {"dataloader_num_workers"}
+_AUGMENTATION = {"random_crop", "random_flip", "random_resized_crop"}
 
 
 @dataclass
@@ -98,13 +105,18 @@ def _check_names(where: str, flags: Any, config_class: type) -> None:
     wrong = [name for name in flags if name not in known or name in _OURS]
     if wrong:
         raise ConfigError(f"{where} has `{wrong[0]}`, which is no flag that a candidate can set.")
+    own = _LOADING if config_class is TrainDiTConfig else _LOADING | _AUGMENTATION
+    of_images = {each.name for each in fields(DataConfig)} - own
+    wrong = [name for name in flags if name in of_images]
+    if wrong:
+        raise ConfigError(f"{where} has `{wrong[0]}`, but all candidates have the same images: give it to the command.")
 
 
 def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, Any]) -> str | None:
     """Why an autoencoder and its generator do not fit the images, or None."""
     try:
-        autoencoder = compose(TrainDAEConfig, **data, **flags)
-        generator = compose(TrainDiTConfig, **data, vae="vae", **transformer)
+        autoencoder = compose(TrainDAEConfig, **{**data, **flags})
+        generator = compose(TrainDiTConfig, **{**data, **transformer, "vae": "vae"})
     except ConfigError as error:
         return str(error)
     sides = [side // autoencoder.autoencoder.spatial_factor for side in autoencoder.data.size]
