@@ -348,7 +348,8 @@ def test_images_and_published_autoencoders_that_changed_are_another_search(image
     Search(config, data, candidates)  # a folder of before, which does not know them
 
 
-def test_a_search_in_which_all_fails_says_why(tmp_path):
+def test_a_search_in_which_all_fails_says_why_and_tries_again(tmp_path, caplog):
+    caplog.set_level("INFO")
     content = CANDIDATES | {"candidates": {"broken": CANDIDATES["candidates"]["broken"]}}
     features = save_backbone(tmp_path / "judge", "classifier")
     (tmp_path / "find").mkdir()
@@ -356,6 +357,22 @@ def test_a_search_in_which_all_fails_says_why(tmp_path):
     (tmp_path / "find" / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="every candidate failed, such as `broken`: `reconstruction_loss` became"):
         find(tmp_path / "find", written(tmp_path, content), features=features)
+    # The same command tries again what failed in the last rung that was begun, once.
+    result = tmp_path / "find" / "trials" / "broken" / "rung-0" / "result.json"
+    failed = [result.parents[2] / name / "rung-0" / "result.json" for name in ("full", "done")]
+    for path, row in zip(failed, ({"failed": "out of memory"}, {}), strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(row | {"seconds": 1.0}))
+    before = read_json(result)
+    with pytest.raises(UserError, match="every candidate failed"):
+        find(tmp_path / "find", written(tmp_path, content), features=features)
+    assert read_json(result) != before and [path.exists() for path in failed] == [False, True]
+    assert "trying full again, which failed: out of memory" in caplog.text
+    before = read_json(result)
+    (result.parents[1] / "rung-1").mkdir()
+    with pytest.raises(UserError, match="every candidate failed"):
+        find(tmp_path / "find", written(tmp_path, content), features=features)
+    assert read_json(result) == before  # the next rung was chosen without it
 
 
 def test_images_of_one_class_are_judged_as_those_without_classes(image_folder, tmp_path):

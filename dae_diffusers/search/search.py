@@ -19,7 +19,7 @@ from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import CandidateTrial, distances
 from dae_diffusers.search.turned import write_turned
-from dae_diffusers.store import read_json, replace_folder, write_json
+from dae_diffusers.store import read_json, read_json_or, replace_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,22 @@ class Search:
         r"""Searches until the winner is trained, or goes on with that."""
         self.experiment["features"] = self.find_judge()
         rungs = self.plan()
+        self.forget_failures()
         self.train_winner(self.choose(rungs), rungs)
+
+    def forget_failures(self) -> None:
+        r"""
+        Removes the failures of the rung that an earlier start had come to, so that they are tried once more: memory or the disk may have
+        been full. Each process does this once, when it starts, so that processes that share the work do not go on for ever.
+        """
+        folders = list(self.folder.glob("trials/*/rung-*"))
+        last = max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
+        paths = [folder / "result.json" for folder in folders if folder.name == f"rung-{last}"]
+        for path in sorted(paths):
+            reason = read_json_or(path, {}).get("failed")
+            if reason is not None:
+                logger.info("trying %s again, which failed: %s", path.parents[1].name, reason)
+                path.unlink(missing_ok=True)
 
     def choose(self, rungs: list[Rung]) -> str:
         r"""Goes through the rungs and returns the candidate that is left."""
@@ -143,9 +158,8 @@ class Search:
         clock = []
         for number, steps in enumerate(_CALIBRATION):
             start = time.monotonic()
-            trial.run(number, Rung(1, _CALIBRATION[-1], steps))
+            row = trial.run(number, Rung(1, _CALIBRATION[-1], steps))
             clock.append(time.monotonic() - start)
-            row = read_json(trial.result_path(number))
             if "failed" in row:
                 raise UserError(f"candidate `{name}` failed while its speed was measured: {row['failed']}")
         generator = _per_step(clock, whole=True)
@@ -157,8 +171,7 @@ class Search:
         trials = {name: self.trial(name) for name in names}
 
         def work(name: str) -> None:
-            trials[name].run(number, rung)
-            row = self.result(name, number)
+            row = trials[name].run(number, rung)
             said = f"failed: {row['failed']}" if "failed" in row else _show(row)
             done = sum(each.result_path(number).exists() for each in trials.values())
             left = max(0.0, self.config.seconds - self.seconds_used())
@@ -190,7 +203,8 @@ class Search:
     def seconds_used(self) -> float:
         """Wall time so far: that of all trials, shared by the processes."""
         paths = self.folder.glob("trials/*/rung-*/result.json")
-        return self.planned["seconds"] + sum(read_json(path)["seconds"] for path in paths) / self.workers
+        seconds = sum(read_json_or(path, {"seconds": 0.0})["seconds"] for path in paths)
+        return self.planned["seconds"] + seconds / self.workers
 
     def train_winner(self, name: str, rungs: list[Rung]) -> None:
         """The rest of the budget for the winner, whose result becomes `vae/`, and `pipeline/` if that is wanted."""

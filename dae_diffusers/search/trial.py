@@ -42,10 +42,10 @@ class CandidateTrial:
     def result_path(self, rung: int) -> Path:
         return self.folder_of(rung) / "result.json"
 
-    def run(self, number: int, rung: Rung, *, with_generator: bool = True) -> None:
+    def run(self, number: int, rung: Rung, *, with_generator: bool = True) -> dict[str, Any]:
         r"""
         Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
-        A failure is written there too.
+        A failure is written there too. Returns what was written.
         """
         folder, start = self.folder_of(number), time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,7 @@ class CandidateTrial:
             row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
         row |= {"rung": rung.to_dict(), "seconds": time.monotonic() - start}
         write_json(self.result_path(number), row)
+        return row
 
     def _measure(self, number: int, rung: Rung, with_generator: bool) -> dict[str, Any]:
         folder = self.folder_of(number)
