@@ -73,6 +73,11 @@ def settle_deepspeed(name: str, config: Any, accelerator: Accelerator, one_model
         )
     if accelerator.mixed_precision == "fp16":
         raise ConfigError("fp16 does not go with DeepSpeed here; use `mixed_precision bf16`.")
+    if config.run.skip_nonfinite:
+        raise ConfigError(
+            "`skip_nonfinite` does not go with DeepSpeed, which updates within the backward pass. Leave it out, or use "
+            "training/configs/accelerate/ddp.yaml."
+        )
     settings, optimization = plugin.deepspeed_config, config.optimization
     settings["train_micro_batch_size_per_gpu"] = optimization.train_batch_size  # it is prepared without a loader
     settings["gradient_accumulation_steps"] = optimization.gradient_accumulation_steps

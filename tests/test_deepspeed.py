@@ -65,10 +65,12 @@ def test_deepspeed_equals_data_parallelism_and_resumes_exactly(more, tolerance, 
         (2, "no", False, "train_x does not run under DeepSpeed; use training/configs/accelerate/ddp.yaml"),
         (3, "no", True, "does not run with `zero_stage: 3`; use 2"),
         (2, "fp16", True, "use `mixed_precision bf16`"),
+        (2, "bf16", True, "`skip_nonfinite` does not go with DeepSpeed"),
     ],
 )
 def test_what_does_not_go_with_deepspeed_is_refused(zero_stage, mixed_precision, is_one_model, words):
     plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={})
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision=mixed_precision)
+    config = SimpleNamespace(run=SimpleNamespace(skip_nonfinite=1))
     with pytest.raises(ConfigError, match=words):
-        settle_deepspeed("train_x", None, accelerator, is_one_model)
+        settle_deepspeed("train_x", config, accelerator, is_one_model)

@@ -1,6 +1,7 @@
 """Stage 3: a decoder is fitted to the latents that a generator draws, and nothing else changes."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -388,6 +389,18 @@ def test_moments_forget_slowly_and_start_anywhere():
     assert moment_distance(moments.mean, moments.second, whitening.variances) < 1e-5
     moments(features_of(1))
     torch.testing.assert_close(moments.mean, 0.25 * whitening(features_of(1)).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # whose square is infinite
+def test_a_batch_that_is_not_finite_leaves_the_moments_as_they_were(value):
+    whitening = Whitening.of(FeatureStatistics.of(features_of(0, 512)))
+    moments = RunningMoments(whitening, share=0.25)
+    moments(features_of(1))
+    before = [moments.mean.clone(), moments.second.clone()]
+    features = features_of(2)
+    features[3, 1] = value
+    assert not moments(features).isfinite()  # the guard sees it
+    assert all(map(torch.equal, (moments.mean, moments.second), before))
 
 
 def test_moments_over_two_processes_are_those_of_one(tmp_path):

@@ -164,7 +164,7 @@ class RunningMoments(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         r"""
-        Counts a batch, of which every process has an equal part. All processes call it.
+        Counts a batch, of which every process has an equal part, unless a part of it is not finite. All processes call it.
 
         Args:
             features (`torch.Tensor` of shape `(B, D)`): Raw features of this process's images, with their graph.
@@ -176,9 +176,11 @@ class RunningMoments(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             whitened = self.whitening(features.float())
             detached = whitened.detach()
-            moments = (detached.mean(dim=0), detached.T @ detached / len(detached))
-            for kept, new in zip((self.mean, self.second), moments, strict=True):
-                kept.lerp_(mean_over_processes(new), self.share)
+            mean = mean_over_processes(detached.mean(dim=0))
+            second = mean_over_processes(detached.T @ detached / len(detached))
+            is_finite = mean.isfinite().all() & second.isfinite().all()  # the same everywhere; `skip_nonfinite` goes on
+            for kept, new in ((self.mean, mean), (self.second, second)):
+                kept.copy_(torch.where(is_finite, kept.lerp(new, self.share), kept))
             target = self.whitening.variances
             surrogate = moment_surrogate(whitened, self.mean, self.second, target)
             return moment_distance(self.mean, self.second, target) + surrogate - surrogate.detach()
