@@ -243,12 +243,11 @@ def check_counts(
             sampler.num_classes,
         )
     known = getattr(sampler.pipeline, "id2label", None) if sampler is not None else None
-    differing = sorted(set(known.values()) ^ set(train.id2label.values())) if known and train.id2label else []
-    if differing:
+    missing = sorted(set(known.values()) - set(train.id2label.values())) if known and train.id2label else []
+    if missing and config.sampling.label_sampling != "data":
         logger.warning(
-            "the classes of the pipeline and of the images differ, such as %r: samples of some classes are compared with images of "
-            "others.",
-            differing[0],
+            "there are no images of classes that the pipeline draws, such as %r: use `--label_sampling data`, or give images of all.",
+            missing[0],
         )
     # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
     needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,15 +102,19 @@ def in_proportion(counts: Sequence[int], number: int) -> torch.Tensor:
 
 def ids_in_pipeline(pipeline: DiffusionPipeline, images: ImageDataset) -> list[int]:
     r"""
-    The images' labels as the generator numbers its classes: by their names, if it knows all of them.
+    The images' labels as the generator numbers its classes: by their names, if it knows all of them. If it does not, a warning is
+    logged once.
 
     Raises:
         UserError: If the generator has fewer classes.
     """
     known = {name: number for number, name in (getattr(pipeline, "id2label", None) or {}).items()}
     labels = images.labels
-    if set(images.id2label.values()) <= known.keys():
+    unknown = sorted(set(images.id2label.values()) - known.keys())
+    if not unknown:
         labels = [known[images.id2label[label]] for label in labels]
+    elif known:
+        _warn_of_unknown_class(unknown[0])
     num_classes = getattr(pipeline, "null_class", None)
     if num_classes is not None and max(labels, default=0) >= num_classes:
         raise UserError(
@@ -117,6 +122,15 @@ def ids_in_pipeline(pipeline: DiffusionPipeline, images: ImageDataset) -> list[i
             "was trained on."
         )
     return labels
+
+
+@cache  # once
+def _warn_of_unknown_class(name: str) -> None:
+    logger.warning(
+        "the images have a class %r that the pipeline does not know, so their labels count by number, not by name: some classes may "
+        "be taken for others. Give the images that it was trained on.",
+        name,
+    )
 
 
 def class_counts(
