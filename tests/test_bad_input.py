@@ -249,7 +249,7 @@ TABLE = [
         "evaluate",
         "--train_data_dir {images} --vae {vae} --features {features} --image_channels 5",
         2,
-        "not 5 channels",
+        "is 5, but `--features` takes images of 1 or 3 channels",
     ),
     ("evaluate", "--train_data_dir {images} --vae {vae} --top_k 3", 1, "`--top_k` means nothing to an autoencoder"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --features {vae}", 1, "cannot be loaded"),

@@ -120,7 +120,10 @@ def test_a_prior_is_measured_too(inputs, tmp_path):
         ("--export best", "`--export best` needs a distance"),
         ("--early_stopping_patience 3", "`--early_stopping_patience` needs a distance"),
         ("--metric_features judge --streaming", "`--streaming` does not go with `--metric_features`"),
-        ("--metric_features judge --image_channels 4", "images of 1 or 3 channels, not 4"),
+        (
+            "--metric_features judge --image_channels 4",
+            "`--image_channels` is 4, but `--metric_features` takes images of 1 or 3 channels",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(flags, message, inputs, capsys):

@@ -104,8 +104,9 @@ class TrainDAEConfig:
             "vf_model": self.regularization.vf_model,
             "feature_model": stages.feature_model,
         }
-        if data.image_channels not in (None, 1, 3) and any(model is not None for model in models.values()):
-            raise ConfigError(f"`{'`, `'.join(models)}` take images of 1 or 3 channels, not {data.image_channels}.")
+        for name, model in models.items():
+            if model is not None:
+                data.require_gray_or_rgb(f"`{name}`")
         self.check_mixed_precision(self.optimization.mixed_precision)
         smallest = 3 * 2**losses.discriminator_layers
         too_small = data.resolution is not None and min(map(min, data.shapes)) < smallest
@@ -248,11 +249,8 @@ class TransformerConfig:
             raise ConfigError(
                 f"`{other}` needs `{missing[0]}`: a transformer draws from captions that a text encoder has encoded. Give both or neither."
             )
-        if not missing and not data.has_source:
-            raise ConfigError(
-                "`caption_column` needs the images' data set, because a latent cache holds no captions: give it beside `latent_cache` "
-                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
-            )
+        if not missing:
+            data.require_images("`caption_column`")
 
     @property
     def size(self) -> str:
@@ -354,24 +352,16 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
     """Raises `ConfigError` if the images that samples would be compared with are not at hand."""
     if monitor.metric_features is None:
         return
-    if not data.has_source:
-        raise ConfigError(
-            "`metric_features` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
-            "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
-        )
+    data.require_images("`metric_features`")
     data.refuse_streaming("`metric_features`: evaluate afterwards, with `dae-diffusers evaluate`")
-    if data.image_channels not in (None, 1, 3):
-        raise ConfigError(f"`metric_features` takes images of 1 or 3 channels, not {data.image_channels}.")
+    data.require_gray_or_rgb("`metric_features`")
 
 
 def check_conditions(data: DataConfig) -> None:
     """Raises `ConfigError` if the columns that images are drawn from are not at hand."""
     for name, value in data.condition_columns().items():
-        if value and not data.has_source:
-            raise ConfigError(
-                f"`{name}` needs the images' data set, because a latent cache holds no {'further labels' if 'label' in name else 'conditions'}: "
-                "give it beside `latent_cache` (`train_data_dir` or `dataset_name`, with the flags they were cached with)."
-            )
+        if value:
+            data.require_images(f"`{name}`")
 
 
 @settings
@@ -424,13 +414,8 @@ class TrainDiTConfig:
             raise ConfigError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {num_layers}.")
         if self.alignment.repa_model is None:
             return
-        if not data.has_source:
-            raise ConfigError(
-                "`repa_model` needs the images, which a latent cache does not hold: give them beside `latent_cache` "
-                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
-            )
-        if data.image_channels not in (None, 1, 3):
-            raise ConfigError(f"`repa_model` takes images of 1 or 3 channels, not {data.image_channels}.")
+        data.require_images("`repa_model`")
+        data.require_gray_or_rgb("`repa_model`")
 
     def _check_distillation(self) -> None:
         if self.flow.distill_guidance_scale is None:
@@ -605,10 +590,7 @@ class FindLatentsConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
-        if self.data.image_channels not in (1, 3):
-            raise ConfigError(
-                f"`image_channels` is {self.data.image_channels}, but a judge takes gray (1) or RGB (3) images: convert them first."
-            )
+        self.data.require_gray_or_rgb("a judge")
         self.data.refuse_random_crops("pilots, whose latents are cached")
 
 
@@ -617,10 +599,8 @@ def check_measured_data(data: DataConfig, features: str | None, script: str) -> 
     data.require_source()
     data.require_one_shape(script)
     data.refuse_streaming(f"{script}; leave it out")
-    if features is not None and data.image_channels not in (None, 1, 3):
-        raise ConfigError(
-            f"`features` take gray (1) or RGB (3) images, not {data.image_channels} channels; leave them out."
-        )
+    if features is not None:
+        data.require_gray_or_rgb("`features`")
 
 
 @settings
@@ -669,10 +649,7 @@ class TrainClassifierConfig:
         self.data.require_source()
         self.data.require_one_shape("this script")
         self.data.refuse_streaming("this script; leave it out")
-        if self.data.image_channels not in (1, 3):
-            raise ConfigError(
-                f"`image_channels` is {self.data.image_channels}, but features take gray (1) or RGB (3) images."
-            )
+        self.data.require_gray_or_rgb("a classifier")
         if self.training.max_shift >= min(self.data.size):
             raise ConfigError(
                 f"`max_shift` is {self.training.max_shift}, but must be 0 or more and below `resolution`."

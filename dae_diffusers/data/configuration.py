@@ -227,6 +227,21 @@ class DataConfig:
                 + ("both are given." if self.dataset_name else "neither is given.")
             )
 
+    def require_images(self, taker: str) -> None:
+        """Raises `ConfigError` if there are only cached latents. The message begins with what needs the images."""
+        if not self.has_source:
+            raise ConfigError(
+                f"{taker} needs the images' data set. A latent cache does not hold the images: give them beside `latent_cache` "
+                "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
+            )
+
+    def require_gray_or_rgb(self, taker: str) -> None:
+        """Raises `ConfigError` for images of another number of channels than 1 or 3, which `taker` needs."""
+        if self.image_channels not in (None, 1, 3):
+            raise ConfigError(
+                f"`image_channels` is {self.image_channels}, but {taker} takes images of 1 or 3 channels, gray or RGB."
+            )
+
     @property
     def label_columns(self) -> list[str]:
         r"""The columns of classes that are named; `none` counts as one."""
