@@ -72,12 +72,12 @@ class RunLog:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + count
 
-    def write_means(self, step: int, prefix: str = "train", **values: float | torch.Tensor) -> dict[str, float]:
+    def write_means(self, step: int, **values: float | torch.Tensor) -> dict[str, float]:
         r"""Logs the means, over all processes, of the values added since the last call, together with `values`."""
-        means = {f"{prefix}/{k}": total.float() / max(1, int(self._counts[k])) for k, total in self._sums.items()}
+        means = {f"train/{k}": total.float() / max(1, int(self._counts[k])) for k, total in self._sums.items()}
         means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
         self._sums, self._counts = {}, {}
-        means.update({f"{prefix}/{k}": float(v) for k, v in values.items() if math.isfinite(v)})
+        means.update({f"train/{k}": float(v) for k, v in values.items() if math.isfinite(v)})
         self.write(means, step)
         return means
 

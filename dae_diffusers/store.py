@@ -6,6 +6,7 @@ A *fingerprint*, 16 hexadecimal digits, identifies the inputs that something was
 whether a file still holds what was written. A kept file contains both.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -361,7 +362,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
         folder (`Path`): The folder; its sub-folders are left alone.
         name (`str`, *optional*): Only unfinished versions of this file; empty: of all files.
     """
-    for path in folder.glob(f"{_escaped(name)}*.tmp"):
+    for path in folder.glob(f"{glob.escape(name)}*.tmp"):
         match = _TEMPORARY.search(path.name)
         if match is None or (name and path.name[: match.start()] != name):
             continue
@@ -469,11 +470,6 @@ def _flush_and_rename(temporary: Path, path: Path) -> None:
 
 def _host() -> str:
     return re.sub(r"\W", "_", socket.gethostname())[:64] or "here"
-
-
-def _escaped(name: str) -> str:
-    """Escapes a name for a glob pattern."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _as_json(value: Any) -> Any:

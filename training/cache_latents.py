@@ -36,14 +36,8 @@ def main(config: CacheLatentsConfig) -> None:
     vae = as_plain(load_any_autoencoder(cache.vae, takes_stage1=True)).to(accelerator.device)
     settle_images(config, vae)
     with accelerator.main_process_first():
-        splits = dict(
-            zip(
-                ("train", "validation"),
-                load_images(data, cache.seed, value_range=read_value_range(cache.vae), model=cache.vae),
-                strict=True,
-            )
-        )
-    for name, images in splits.items():
+        splits = load_images(data, cache.seed, value_range=read_value_range(cache.vae), model=cache.vae)
+    for name, images in zip(("train", "validation"), splits, strict=True):
         try:
             write_latent_cache(
                 folder / name,
