@@ -11,7 +11,6 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ from dae_diffusers.latents.statistics import (
 )
 from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.kept import model_fingerprint
-from dae_diffusers.metrics.monitor import SampleDistance
-from dae_diffusers.metrics.sampling import SampleSettings, class_counts, prompts_of_images
+from dae_diffusers.metrics.monitor import make_monitor
+from dae_diffusers.metrics.sampling import prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
@@ -119,7 +118,14 @@ def main(config: TrainDiTConfig) -> None:
     def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
         return DAEDiTPipeline(model, **parts | weaker.parts() | instead)
 
-    monitor = make_monitor(run, training_images, start)
+    monitor = make_monitor(
+        run,
+        training_images,
+        start,
+        sampling_options(config),
+        after=config.flow.autoguidance_steps or 0,
+        options_until=sampling_options(config, before_weaker=True),
+    )
     loop = Loop(
         run,
         transformer,
@@ -419,26 +425,6 @@ def validation_loss(
             losses += objective.loss(model, latents, noise, levels, **given).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
-
-
-def make_monitor(run: TrainingRun, images: ImageDataset | None, start: Start) -> SampleDistance | None:
-    """What measures samples while the transformer trains; None without `metric_features`."""
-    config = run.config
-    if config.monitor.metric_features is None or run.dry_run is not None:
-        return None
-    drawn_from = prompts_of_images(images, config.monitor.metric_images)
-    drawn_from = drawn_from or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
-    settings = SampleSettings(
-        config.monitor.metric_images, seed=config.run.seed, **sampling_options(config), **drawn_from
-    )
-    return SampleDistance(
-        run,
-        images,
-        settings,
-        start.state.get("monitor"),
-        after=config.flow.autoguidance_steps or 0,
-        settings_until=replace(settings, **sampling_options(config, before_weaker=True)),
-    )
 
 
 def draw_samples(

@@ -28,8 +28,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.loop import Loop
-from dae_diffusers.metrics.monitor import SampleDistance
-from dae_diffusers.metrics.sampling import SampleSettings, class_counts
+from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
@@ -53,7 +52,7 @@ def main(config: TrainPriorConfig) -> None:
     steps = steps_of(config.prior.max_train_steps, epochs, len(images[0]), run.images_per_step)
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = encode_once(run, vae, images)
-    monitor = make_monitor(run, images[0], start)
+    monitor = make_monitor(run, images[0], start, sampling_options(config))
     pipeline_of = partial(DAEVQGANPipeline, vae=vae, id2label=train_codes.id2label, value_range=images[0].value_range)
     if config.optimization.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.
@@ -169,21 +168,6 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
             code_fingerprint=code_fingerprint(vae),
         )
     )
-
-
-def make_monitor(run: TrainingRun, images: ImageDataset, start: Start) -> SampleDistance | None:
-    """What measures samples while the prior trains; None without `metric_features`."""
-    config = run.config
-    if config.monitor.metric_features is None or run.dry_run is not None:
-        return None
-    settings = SampleSettings(
-        config.monitor.metric_images,
-        num_inference_steps=None,
-        seed=config.run.seed,
-        **sampling_options(config),
-        class_counts=class_counts(None, images, len(images.id2label or ()) or None),
-    )
-    return SampleDistance(run, images, settings, start.state.get("monitor"))
 
 
 def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> None:

@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from dae_diffusers.loop import Loop, Step
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows
-from dae_diffusers.metrics.sampling import SampleSettings, image_batches
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, prompts_of_images
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
-from dae_diffusers.run import TrainingRun
+from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.store import fingerprint_of_json, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,35 @@ class SampleDistance:
             if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
         replace_folder(folder / f"step-{step}", pipeline.save_pretrained)
+
+
+def make_monitor(
+    run: TrainingRun,
+    images: ImageDataset | None,
+    start: Start,
+    options: dict[str, Any],
+    *,
+    after: int = 0,
+    options_until: dict[str, Any] | None = None,
+) -> SampleDistance | None:
+    r"""
+    What measures samples while a generator trains; None without `metric_features`.
+
+    Args:
+        run ([`~dae_diffusers.run.TrainingRun`]): See [`SampleDistance`].
+        images ([`~dae_diffusers.data.ImageDataset`]): The training images, whose captions and conditions, or classes, are drawn.
+        start ([`~dae_diffusers.run.Start`]): Where the run begins.
+        options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
+        after (`int`, *optional*), options_until (`dict`, *optional*): As `after` and `settings_until` of [`SampleDistance`].
+    """
+    config, count = run.config, run.config.monitor.metric_images
+    if config.monitor.metric_features is None or run.dry_run is not None:
+        return None
+    drawn = prompts_of_images(images, count)
+    drawn = drawn or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
+    settings = SampleSettings(count, seed=config.run.seed, **options, **drawn)
+    until = replace(settings, **options_until or {})
+    return SampleDistance(run, images, settings, start.state.get("monitor"), after=after, settings_until=until)
 
 
 def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:

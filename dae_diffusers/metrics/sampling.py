@@ -52,8 +52,8 @@ class SampleSettings:
     """
 
     num_images: int
-    guidance_scale: float | None
-    num_inference_steps: int | None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
     label_sampling: Literal["data", "balanced", "random"] = "data"
     seed: int = 0
     temperature: float | None = None
