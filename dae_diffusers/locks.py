@@ -105,7 +105,19 @@ def _read_owner(path: Path) -> str:
         return "unknown process"
 
 
-def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
+class TakenFolder:
+    r"""A folder that [`take_folder`] has taken, on every process; the main one has its lock."""
+
+    def __init__(self, lock: FolderLock | None):
+        self._lock = lock
+
+    def release(self) -> None:
+        r"""Gives the folder back. It may be called on any process."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def take_folder(folder: Path, accelerator: Accelerator) -> TakenFolder:
     r"""
     Makes a folder, checks that it can be written, and locks it. All processes call it; the main one holds the lock.
 
@@ -129,7 +141,7 @@ def take_folder(folder: Path, accelerator: Accelerator) -> FolderLock | None:
     broadcast_object_list(problem)
     if problem[0]:
         raise UserError(problem[0])
-    return lock
+    return TakenFolder(lock)
 
 
 def check_launch(accelerator: Accelerator) -> None:

@@ -308,8 +308,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.log.finish()
         self.accelerator.end_training()  # ends the process group: no process waits for the upload
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
         if self._publisher is not None and result is not None:
             self._publisher.push_result(result)
         elif self._publisher is not None:
@@ -320,8 +319,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             self.dry_run.report(self)
         self.accelerator.end_training()
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
         self.dry_run.close()
 
     def _write_record(self) -> None:

@@ -53,8 +53,7 @@ def main(config: CacheLatentsConfig) -> None:
             raise UserError(f"the cache cannot be written to {folder}: {error.strerror or error}") from None
         logger.info("%s: %d images in %s", name, len(images), folder / name)
     accelerator.end_training()
-    if lock is not None:
-        lock.release()
+    lock.release()
 
 
 if __name__ == "__main__":

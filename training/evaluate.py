@@ -146,8 +146,7 @@ def main(config: EvaluateConfig) -> None:
         if config.sampling.set_defaults:
             set_defaults(config.evaluation.pipeline, results["generation"], extractor.distance_name("g"))
     accelerator.end_training()
-    if lock is not None:
-        lock.release()
+    lock.release()
 
 
 def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
