@@ -100,3 +100,8 @@ def steps_of(
             "`num_train_epochs` does not go with `streaming`, whose length is unknown; give steps instead."
         )
     return max(1, round(num_epochs * num_images / images_per_step))
+
+
+def warmup_of(steps: int) -> int:
+    r"""Steps of warm-up that suit a training of any length: the usual number, and at most a tenth of all."""
+    return min(OptimizationConfig.lr_warmup_steps, max(1, steps // 10))

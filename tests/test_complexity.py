@@ -158,7 +158,7 @@ def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(
         ({"seed": -1}, "`seed` is -1"),
         ({"streaming": True}, "`streaming`"),
         ({"random_crop": True}, "`random_crop`"),
-        ({"features": "x", "image_channels": 4}, "not 4 channels"),
+        ({"features": "x", "image_channels": 4}, "is 4, but `features` takes images of 1 or 3 channels"),
         ({"dataset_name": None}, "`dataset_name`"),
     ],
 )

@@ -4,6 +4,7 @@ import itertools
 from typing import Literal
 
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.run_settings import warmup_of
 from dae_diffusers.settings import field, settings
 
 
@@ -53,6 +54,7 @@ class ComplexityConfig:
             "learning_rate": self.learning_rate,
             "ema_decay": 0.99,
             "max_train_steps": steps,
+            "lr_warmup_steps": warmup_of(steps),
             "num_sample_images": 1,  # nobody looks at its grid
             "sample_steps": 1,
         }

@@ -13,6 +13,7 @@ from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generato
 from dae_diffusers.data import DataConfig
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.report import draw_reconstructions
+from dae_diffusers.run_settings import warmup_of
 from dae_diffusers.search.planning import Rung
 from dae_diffusers.store import write_json
 
@@ -76,6 +77,7 @@ class CandidateTrial:
                 folder / "latents",
                 target,
                 self.seed,
+                **{"lr_warmup_steps": warmup_of(rung.generator_steps)} | self.experiment["transformer"],
                 max_train_steps=rung.generator_steps,
             )
             row["generation"] = ruler.samples(target / "pipeline", target)
@@ -93,7 +95,8 @@ class CandidateTrial:
         r"""Trains the autoencoder until it has had so many steps of joint training, or their time, and returns its folder."""
         if "vae" in self.flags:
             return self.flags["vae"]
-        constant = {"lr_scheduler": "constant_with_warmup"}  # of a length that is not known yet
+        # Of a length that is not known yet; the first half of joint training is the shortest part.
+        constant = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": warmup_of(steps // 2)}
         flags = {**self.experiment["data"], **constant, **self.flags}
         if self.flags.get("auxiliary_decoder") == "none":
             halves = {"stage1_steps": steps // 2, "stage2_steps": steps - steps // 2}
