@@ -90,6 +90,7 @@ def test_a_budget_that_holds_no_rung_says_the_least_that_does():
         plan_rungs(30, 12, 3, speeds)
     least = SearchConfig(budget=str(error.value).partition("at least ")[2].partition(".")[0]).seconds
     rungs = plan_rungs(least, 12, 3, speeds)
+    assert len(rungs) == 1 and len(plan_rungs(2 * least, 12, 3, speeds)) == 2  # as many as are long enough
     assert min(rungs[0].autoencoder_steps, rungs[0].generator_steps) >= MIN_STEPS
     with pytest.raises(UserError):
         plan_rungs(0.8 * least, 12, 3, speeds)

@@ -7,7 +7,7 @@ from typing import Any
 from dae_diffusers.errors import UserError
 from dae_diffusers.search.settings import show_seconds
 
-MIN_STEPS = 50  # fewer steps tell nothing
+MIN_STEPS = 150  # fewer steps rank latent spaces at random: benchmarks/results/forecast.md
 _SHARE = 0.5  # of the budget for choosing; the winner gets the rest
 
 
@@ -50,7 +50,7 @@ def plan_rungs(
 ) -> list[Rung]:
     r"""
     The rungs in which candidates are chosen. Each next one has a third (or another part) of the candidates, trained three times as
-    long. An autoencoder and its pilot get the same time.
+    long. An autoencoder and its pilot get the same time. There are as many rungs as leave the first one `MIN_STEPS`.
 
     Args:
         budget (`float`): Seconds for the whole search, the winner's training included.
@@ -70,11 +70,14 @@ def plan_rungs(
     while candidates > 1:
         counts.append(candidates)
         candidates = max(1, candidates // keep_one_in)
-    turns = [math.ceil(count / min(count, workers)) * keep_one_in**rung for rung, count in enumerate(counts)]
-    fixed = math.fsum(math.ceil(count / min(count, workers)) * speeds.fixed for count in counts)
-    least = 2 * MIN_STEPS * max(speeds.autoencoder, speeds.generator)
-    needed = (fixed + least * sum(turns)) / _SHARE
-    left = budget - used
+    left, least = budget - used, 2 * MIN_STEPS * max(speeds.autoencoder, speeds.generator)
+    while True:
+        turns = [math.ceil(count / min(count, workers)) * keep_one_in**rung for rung, count in enumerate(counts)]
+        fixed = math.fsum(math.ceil(count / min(count, workers)) * speeds.fixed for count in counts)
+        needed = (fixed + least * sum(turns)) / _SHARE
+        if needed <= left or len(counts) < 2:
+            break
+        counts.pop()
     if needed > left or not counts and left < least / _SHARE:
         raise UserError(
             f"`budget` {show_seconds(budget)} cannot hold {counts[0] if counts else 1} candidates: here they need at least "
