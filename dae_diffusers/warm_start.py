@@ -277,7 +277,7 @@ class WarmStart:
         if id2label is None and isinstance(self.transformer, DiTTransformer2DModel):
             raise UserError(
                 f"`pretrained_model_name_or_path` {self.name} has a DiTTransformer2DModel, which needs classes, but the images have "
-                "none. Put them into a sub-folder, which is a class, or name their `label_column`."
+                "none. Put them into two or more sub-folders, one for each class, or name their `label_column`."
             )
         if text_encoder is not None and isinstance(self.transformer, DiTTransformer2DModel):
             raise UserError(

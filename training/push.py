@@ -63,7 +63,7 @@ def main(config: PushConfig) -> None:
         raise
     except Exception as error:  # a connection may fail in any way
         raise UserError(
-            f"the upload to {repo_id} failed ({upload.one_line(error)}). Nothing is lost; give the same command again to upload "
+            f"the upload to {repo_id} failed ({upload.reason_of(error)}). Nothing is lost; give the same command again to upload "
             "what is missing."
         ) from None
 

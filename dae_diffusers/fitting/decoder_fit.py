@@ -402,7 +402,7 @@ class DecoderFit:
             del described["pool_guidance_scale"]
         described["feature_model"] = self.run.config.stages.feature_model
         backbone = self.features.backbone
-        described["feature_weights"] = None if backbone is None else weights_fingerprint(backbone.model)
+        described["feature_weights"] = None if backbone is None else fingerprint(weights_of(backbone.model))
         described |= {"before": self.before, "after": self.now}
         if self.accelerator.is_main_process:
             folder = save_pipeline(self.run.output_dir, self.pipeline, model, described)
@@ -506,16 +506,11 @@ def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
     """
     fit = read_fit(name_or_path)
     model = getattr(extractor.model, "base_model", None)
-    if fit.get("feature_weights") and model is not None and fit["feature_weights"] == weights_fingerprint(model):
+    if fit.get("feature_weights") and model is not None and fit["feature_weights"] == fingerprint(weights_of(model)):
         raise UserError(
             f"the decoder of {name_or_path} was fitted in the features of {extractor.name} (stage 3), which cannot judge it. Choose other "
             "`features`, best of another kind."
         )
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    r"""Of the weights of a vision model without its head."""
-    return fingerprint(weights_of(model))
 
 
 def _latents_fingerprint_in(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
+from dae_diffusers.duration import duration
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.pipelines.dae_dit import FLOW_MAP_SCHEDULER, autoencoder_shape, is_representation_autoencoder
@@ -473,7 +474,7 @@ def _script_description(name: str, script: Script, result: Result) -> dict[str, 
     record = script.record
     described = {"name": name, "command": _command(script, result), "versions": record.get("versions")}
     if record.get("seconds"):
-        described["time"] = _duration(record["seconds"])
+        described["time"] = duration(record["seconds"])
     described["hardware"] = record.get("hardware")
     described["counts"] = record.get("counts", {})
     described["exported_step"] = record.get("exported_step")
@@ -522,12 +523,6 @@ def _early(result: Result, generator: dict[str, Any], step: int | None) -> str |
     return (
         f"This is an early model: its generator was trained for {steps:,} steps, and good ones take tens of thousands."
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _setting_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Publisher:
             logger.warning(
                 "pushing to %s failed (%s). Everything is in %s; push it with\n  %s",
                 self.repo_id,
-                upload.one_line(error),
+                upload.reason_of(error),
                 folder,
                 upload.push_command(
                     folder, self.repo_id, private=self.config.hub_private_repo, license=self.config.hub_license

@@ -26,7 +26,7 @@ from huggingface_hub.utils import (
 )
 from safetensors.torch import load_file, save_file
 
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import repository_files, without_origin
 from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, Result, is_leftover, read_result
 
@@ -84,10 +84,10 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
             api.auth_check(repo_id, write=True)
     except Exception as error:  # a connection may fail in any way
         if _is_transient(error):
-            logger.warning("the Hub does not answer now (%s); the upload will be tried anyway.", one_line(error))
+            logger.warning("the Hub does not answer now (%s); the upload will be tried anyway.", reason_of(error))
             return repo_id
         raise UserError(
-            f"{repo_id} cannot be written on the Hub ({one_line(error)}). Log in with `hf auth login`, or choose another "
+            f"{repo_id} cannot be written on the Hub ({reason_of(error)}). Log in with `hf auth login`, or choose another "
             "repository. A training run can also go without `push_to_hub` and be pushed afterwards."
         ) from None
     if license is not None:
@@ -108,11 +108,11 @@ def check_license(license: str) -> None:
             card.validate()
     except ValueError as error:
         raise UserError(
-            f"the Hub does not know the license {license!r} ({one_line(error)}). Its identifiers are listed at "
+            f"the Hub does not know the license {license!r} ({reason_of(error)}). Its identifiers are listed at "
             "https://huggingface.co/docs/hub/repositories-licenses; `other` is one."
         ) from None
     except Exception as error:  # a connection may fail in any way
-        logger.warning("the license could not be checked now (%s).", one_line(error))
+        logger.warning("the license could not be checked now (%s).", reason_of(error))
 
 
 @waiting_at_most()
@@ -284,10 +284,10 @@ def push_command(folder: str | Path, repo_id: str, *, private: bool = False, lic
     return shlex.join(words)
 
 
-def one_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     r"""The message of an error and its cause, short enough for a log."""
-    text = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+    cause = "" if error.__cause__ is None else f" {error.__cause__}"
+    return f"{type(error).__name__}: {one_line(f'{error}{cause}', 300)}"
 
 
 class BackgroundUpload:
@@ -328,14 +328,14 @@ class BackgroundUpload:
         try:
             save(self.folder)
         except OSError as error:
-            self.failures.append(f"step {step}: {one_line(error)}")
+            self.failures.append(f"step {step}: {reason_of(error)}")
             return
 
         def run():
             try:
                 push(self.folder)
             except Exception as error:  # an upload may fail in any way; the run must not
-                self.failures.append(f"step {step}: {one_line(error)}")
+                self.failures.append(f"step {step}: {reason_of(error)}")
 
         if not are_progress_bars_disabled():  # they would run through that of training
             disable_progress_bars()
