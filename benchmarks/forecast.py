@@ -6,9 +6,8 @@ every other predictor.
     python benchmarks/forecast.py --runs runs/claim-digits runs/claim-cifar10-16px --output_dir runs/forecast --generator width-128
 
 Every finished run has an autoencoder and the final gFD of a generator. On each autoencoder pilots of several widths and lengths are
-trained. The forecast is that of `dae-diffusers find-latents`: a straight line through the logarithms of gFD over the
-logarithms of steps times parameters, with one slope for all autoencoders of a comparison (in a second row: each with its own) and a height for each. The final gFD is
-never used for it.
+trained. The forecast is a straight line through the logarithms of gFD over the logarithms of steps times parameters, with one slope
+for all autoencoders of a comparison (in a second row: each with its own) and a height for each. The final gFD is never used for it.
 
 The table has Spearman's rank correlation of each predictor with the final gFD, separately for each comparison, and for each seed of
 a search (other images and judges cannot be ranked together), and how often the forecast's 90 % interval holds the final gFD. What is finished stays in `--output_dir`
@@ -29,7 +28,6 @@ from dae_diffusers.complexity.report import complexity_distance, distance_name
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
-from dae_diffusers.search.forecast import forecast
 from dae_diffusers.search.trial import distances
 from dae_diffusers.store import read_json, write_atomically, write_json
 
@@ -37,6 +35,12 @@ OTHERS = {
     "reconstruction": ("psnr", "rfd_", "rfid"),
     "latent_space": ("ifd_", "ifid", "high_frequency_share", "effective_rank", "gaussian_entropy", "probe_accuracy"),
 }
+
+
+# 95 % quantiles of Student's t for 1, 2, ... degrees of freedom: the ends of intervals of 90 %. For more, the last one.
+_QUANTILES = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
+
+Points = list[tuple[float, float]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -205,6 +209,65 @@ def summarize(rows: list[dict[str, Any]]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    r"""
+    A forecast distance with its interval of 90 %.
+
+    Attributes:
+        value (`float`): The distance that is expected.
+        low, high (`float`): The ends of the interval; 0 and infinite if there are too few points to say.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g}" + ("" if math.isinf(self.high) else f" ({self.low:.3g} to {self.high:.3g})")
+
+
+def forecast(points: dict[str, Points], effort: float) -> dict[str, Forecast]:
+    r"""
+    Forecasts each candidate's distance. The logarithm of the distance is a straight line over the logarithm of the effort. The slope
+    is the same for all candidates, the height is each candidate's own.
+
+    Args:
+        points (`dict`): For each candidate, `(effort, distance)` of its trainings so far, both above 0. Effort is, for example, the
+            number of steps times the width.
+        effort (`float`): That of the training whose distance is asked for.
+
+    Returns:
+        `dict`: A [`Forecast`] for each candidate that has a point. While no candidate has two different efforts, the slope is
+        taken to be 0.
+    """
+    logs = {
+        name: [(math.log(x), math.log(y)) for x, y in of_name if x > 0 and 0 < y < math.inf]
+        for name, of_name in points.items()
+    }
+    logs = {name: of_name for name, of_name in logs.items() if of_name}
+    centres = {name: tuple(_mean(values) for values in zip(*of_name, strict=True)) for name, of_name in logs.items()}
+    deviations = [(x - centres[name][0], y - centres[name][1]) for name, of_name in logs.items() for x, y in of_name]
+    spread = math.fsum(x * x for x, _ in deviations)
+    slope = math.fsum(x * y for x, y in deviations) / spread if spread > 1e-12 else 0.0
+    freedom = len(deviations) - len(logs) - (spread > 1e-12)
+    rest = math.fsum((y - slope * x) ** 2 for x, y in deviations)
+    found = {}
+    for name, (x, y) in centres.items():
+        away = math.log(effort) - x
+        half = math.inf
+        if freedom > 0:
+            variance = rest / freedom * (1 + 1 / len(logs[name]) + (away * away / spread if spread > 1e-12 else 0))
+            half = _QUANTILES[min(freedom, len(_QUANTILES)) - 1] * math.sqrt(variance)
+        value = y + slope * away
+        found[name] = Forecast(math.exp(value), math.exp(value - half), math.exp(value + half))
+    return found
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return math.fsum(values) / len(values)
 
 
 if __name__ == "__main__":

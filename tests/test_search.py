@@ -1,4 +1,4 @@
-"""The search for a latent space: its plan, its forecast, its rungs, what it survives and what it says."""
+"""The search for a latent space: its plan, its rungs, what it survives and what it says."""
 
 import json
 import math
@@ -16,7 +16,6 @@ from scripts import launched_here, load_benchmark, run
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.search.candidates import read_candidates
-from dae_diffusers.search.forecast import forecast
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import SearchConfig, show_seconds
@@ -104,36 +103,6 @@ def test_winner_gets_the_rest_and_never_less_than_it_had():
     assert plan_winner(103, Speeds(0.1, 0.05, 3), before, False) == Rung(1, 1300, 2000)
     assert plan_winner(103, Speeds(0.1, 0.05, 3), before, True) == Rung(1, 800, 1000)
     assert plan_winner(-5, Speeds(0.1, 0.05, 3), before, True) == Rung(1, 300, 200)
-
-
-# The forecast
-
-
-def test_forecast_of_a_power_law_is_exact():
-    points = {name: [(x, height * x**-0.4) for x in (10, 30, 90)] for name, height in (("a", 5.0), ("b", 7.0))}
-    for name, found in forecast(points, 1000).items():
-        exact = {"a": 5.0, "b": 7.0}[name] * 1000**-0.4
-        assert found.value == pytest.approx(exact) and found.low == pytest.approx(found.high)
-
-
-def test_intervals_hold_nine_of_ten():
-    draw, held, total = random.Random(0), 0, 0
-    for _ in range(400):
-        heights = {name: draw.gauss(2, 1) for name in "abcd"}
-        points = {
-            name: [(x, math.exp(height - 0.3 * math.log(x) + draw.gauss(0, 0.1))) for x in (10, 30, 90)]
-            for name, height in heights.items()
-        }
-        for name, found in forecast(points, 900).items():
-            true = math.exp(heights[name] - 0.3 * math.log(900) + draw.gauss(0, 0.1))
-            held, total = held + (found.low <= true <= found.high), total + 1
-    assert 0.87 < held / total < 0.93
-
-
-def test_too_few_points_have_no_interval():
-    found = forecast({"a": [(10, 5.0)], "b": [(10, 7.0)], "c": []}, 1000)
-    assert {name: each.value for name, each in found.items()} == pytest.approx({"a": 5.0, "b": 7.0})
-    assert math.isinf(found["a"].high) and str(found["a"]) == "5"
 
 
 # The candidates
@@ -449,3 +418,36 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         monkeypatch.setattr(sys, "argv", [*command, "--widths", "8", "--steps", "1", "--num_images", "12"])
         forecast.main(forecast.parse_arguments())
         assert "### payoff seed-0: 2 runs" in (tmp_path / "forecast" / "forecast.md").read_text()
+
+
+# The forecast of benchmarks/forecast.py
+
+
+def test_forecast_of_a_power_law_is_exact():
+    forecast = load_benchmark("forecast").forecast
+    points = {name: [(x, height * x**-0.4) for x in (10, 30, 90)] for name, height in (("a", 5.0), ("b", 7.0))}
+    for name, found in forecast(points, 1000).items():
+        exact = {"a": 5.0, "b": 7.0}[name] * 1000**-0.4
+        assert found.value == pytest.approx(exact) and found.low == pytest.approx(found.high)
+
+
+def test_intervals_hold_nine_of_ten():
+    forecast = load_benchmark("forecast").forecast
+    draw, held, total = random.Random(0), 0, 0
+    for _ in range(400):
+        heights = {name: draw.gauss(2, 1) for name in "abcd"}
+        points = {
+            name: [(x, math.exp(height - 0.3 * math.log(x) + draw.gauss(0, 0.1))) for x in (10, 30, 90)]
+            for name, height in heights.items()
+        }
+        for name, found in forecast(points, 900).items():
+            true = math.exp(heights[name] - 0.3 * math.log(900) + draw.gauss(0, 0.1))
+            held, total = held + (found.low <= true <= found.high), total + 1
+    assert 0.87 < held / total < 0.93
+
+
+def test_too_few_points_have_no_interval():
+    forecast = load_benchmark("forecast").forecast
+    found = forecast({"a": [(10, 5.0)], "b": [(10, 7.0)], "c": []}, 1000)
+    assert {name: each.value for name, each in found.items()} == pytest.approx({"a": 5.0, "b": 7.0})
+    assert math.isinf(found["a"].high) and str(found["a"]) == "5"

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.comparison.scripts import words_of
 from dae_diffusers.metrics.report import table
-from dae_diffusers.search.forecast import forecast
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import show_seconds
 from dae_diffusers.search.trial import distances
@@ -29,7 +28,7 @@ def write_report(search: Search) -> None:
     results = results_of(search)
     winner = winner_of(search)
     rows = table_of_candidates(search, results)
-    texts = [*head_of(search, results, winner), *table("Candidates", rows), *notes(search)]
+    texts = [*head_of(search, results, winner), *table("Candidates", rows), *notes(search, results, winner)]
     folder = search.folder
     figures = {"frontier.png": frontier(results, winner), "curves.png": curves(results)}
     pictures = {}
@@ -95,10 +94,7 @@ def full_commands(search: Search, winner: str) -> list[str]:
 
 
 def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    r"""A line for each candidate, the furthest first: how far it came, why it stopped, its numbers and its forecast."""
-    points = {name: points_of(rows) for name, rows in results.items()}
-    effort = max((x for of_name in points.values() for x, _ in of_name), default=1.0)
-    forecasts = forecast(points, effort)
+    r"""A line for each candidate, the furthest first: how far it came, why it stopped, and its numbers."""
     winner, lines = winner_of(search), []
     for name, rows in results.items():
         whole = [row for row in rows if "failed" not in row and "gFD" in distances(row)]
@@ -109,20 +105,10 @@ def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]
                 "rungs": len(rows),
                 "end": end_of(name, rows, winner),
                 **{key: found.get(key) for key in ("PSNR", "rFD", "gFD", "gap")},
-                "forecast": str(forecasts[name]) if name in forecasts else None,
                 "time": show_seconds(math.fsum(row["seconds"] for row in rows)) if rows else None,
             }
         )
     return sorted(lines, key=lambda line: (-line["rungs"], math.inf if line["gFD"] is None else line["gFD"]))
-
-
-def points_of(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    r"""Effort (steps times parameters of the generator) and gFD of each rung."""
-    return [
-        (row["rung"]["generator_steps"] * row["parameters"], distances(row)["gFD"])
-        for row in rows
-        if "failed" not in row and "gFD" in distances(row)
-    ]
 
 
 def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
@@ -133,7 +119,7 @@ def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
     return "the winner" if name == winner else f"dropped after rung {len(rows)}: others had a lower gFD"
 
 
-def notes(search: Search) -> list[str]:
+def notes(search: Search, results: dict[str, list[dict[str, Any]]], winner: str | None) -> list[str]:
     lines = [f"`{name}` was left out: {reason}" for name, reason in search.candidates.left_out.items()]
     if search.config.features is None:
         of = (
@@ -144,9 +130,21 @@ def notes(search: Search) -> list[str]:
         lines.append(f"The judge is a small network that was trained on these images to {of}.")
     lines.append(
         "gFD is the distance of a pilot's samples to the images, rFD that of reconstructions, gap that of samples to reconstructions. "
-        "A forecast is gFD after the longest training here: a line through the logarithms of the rungs, with the interval of 90 %. One seed: small differences mean little."
+        "One seed: small differences mean little."
     )
+    if autoencoders_decide([rows for name, rows in results.items() if name != winner]):
+        lines.append(
+            "**The autoencoders were trained briefly**: rFD is more than a third of gFD, so their training decides and not the latent "
+            "space. Search again with a larger `--budget`, or fewer candidates."
+        )
     return [line for each in lines for line in (each, "")]
+
+
+def autoencoders_decide(candidates: list[list[dict[str, Any]]]) -> bool:
+    r"""Whether, in the last rung of most candidates, what the autoencoder loses is a large part of the distance of samples."""
+    found = [distances(rows[-1]) for rows in candidates if rows and "failed" not in rows[-1]]
+    shares = sorted(each["rFD"] / each["gFD"] for each in found if each.get("gFD") and "rFD" in each)
+    return bool(shares) and shares[len(shares) // 2] > 1 / 3
 
 
 def frontier(results: dict[str, list[dict[str, Any]]], winner: str | None) -> Figure:
