@@ -118,6 +118,24 @@ class Malicious:
 
 
 TABLE = [
+    (
+        "train_dae",
+        "--train_data_dir {images} --codebook_size 64",
+        2,
+        "`--codebook_size` is of a codebook: give `--autoencoder vq`",
+    ),
+    (
+        "train_dae",
+        "--train_data_dir {images} --auxiliary_decoder none --stage1_adversarial_weight 0.5",
+        2,
+        "which joint training has not. Give `--adversarial_weight`",
+    ),
+    (
+        "train_dae",
+        "--train_data_dir {images} --stage 3 --pipeline {nowhere} --generated_loss adversarial --adversarial_start 2000",
+        2,
+        "would begin at `--adversarial_start` 2000, after all `--stage3_steps` 1000",
+    ),
     ("train_dae", "--train_data_dir {images} --stage4_steps 4", 2, "unknown flag `--stage4_steps`. Did you mean"),
     ("train_dae", "--train_data_dir {images} --resolution big", 2, "invalid int value: 'big'"),
     ("train_dae", "--train_data_dir {images} --auxiliary_decoder weak", 2, "invalid choice: 'weak'"),

@@ -62,12 +62,15 @@ def test_measuring_leaves_training_as_it_is(watched, inputs, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_resumed_run_finds_the_same_best(watched, inputs, tmp_path):
+def test_resumed_run_finds_the_same_best(watched, inputs, tmp_path, caplog):
     flags = FLAGS + " --export best --learning_rate 0.3"
     resume(train_dit, flags, watched, tmp_path / "run", 3, ("pipeline", "train_dit/best"), **inputs)
     assert distances(tmp_path / "run") == distances(watched)
-    # The best one came before the checkpoint, and its folder is gone: the last weights are exported, and it is said.
-    assert (tmp_path / "run" / TRANSFORMER).exists()
+    # The best one came before the checkpoint, and its folder is gone: the best since then is exported, and it is said.
+    assert "the best weights so far, of step 2, are not in" in caplog.text
+    found = {step: value for step, value in distances(tmp_path / "run").items() if step > 3}
+    kept = tmp_path / "run" / "train_dit" / "best" / f"step-{min(found, key=found.get)}" / "transformer"
+    assert_same_weights(weights(kept), weights((tmp_path / "run" / TRANSFORMER).parent))
 
 
 def test_best_of_another_measure_no_longer_counts(watched, inputs, tmp_path, caplog):
@@ -80,7 +83,7 @@ def test_best_of_another_measure_no_longer_counts(watched, inputs, tmp_path, cap
     assert (folder / "train_dit" / "best" / f"step-{best}").exists()
 
 
-def test_patience_ends_a_run_for_good(inputs, tmp_path):
+def test_patience_ends_a_run_for_good(inputs, tmp_path, caplog):
     flags = FLAGS.replace("--max_train_steps 6", "--max_train_steps 40") + " --learning_rate 0.3"
     run(train_dit, flags + " --early_stopping_patience 2", output_dir=tmp_path, **inputs)
     found = distances(tmp_path)
@@ -90,6 +93,7 @@ def test_patience_ends_a_run_for_good(inputs, tmp_path):
     again = {"output_dir": tmp_path, "resume_from_checkpoint": "latest", **inputs}
     run(train_dit, flags + " --early_stopping_patience 2", **again)
     assert distances(tmp_path) == found
+    assert f"`early_stopping_patience` 2 is used up since step {last - 4}, so no step follows" in caplog.text
     flags = flags.replace("40", str(last + 2))
     run(train_dit, flags + " --early_stopping_patience 3", **again)
     assert max(distances(tmp_path)) == last + 2

@@ -293,6 +293,18 @@ def test_tiny_decoder_serves_the_latents_of_the_same_encoder(stage1, image_folde
     assert torch.equal(encode_moments(vae, pixel_values)[0], encode_moments(early, pixel_values)[0])
 
 
+def test_another_decoder_takes_nothing_from_the_size_of_the_one_before():
+    plain = make_autoencoder()
+    x2, tiny = (
+        AutoencoderConfig(decoder=name).decoder_sizes(plain.config.block_out_channels) for name in ("x2", "tiny")
+    )
+    shapes = [
+        {name: value.shape for name, value in model.with_decoder(**x2).decoder.state_dict().items()}
+        for model in (plain, plain.with_decoder(**tiny))
+    ]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoder_of_twice_the_size_serves_the_latents_of_the_same_encoder(
     kind, stage1, generated, image_folder, tmp_path, caplog

@@ -73,6 +73,7 @@ class TrainDAEConfig:
                 "`stage 2` needs an encoder: `stage1_dir <output_dir of stage 1>`, or `pretrained_model_name_or_path` to fine-tune "
                 "the decoder of a published autoencoder."
             )
+        self._check_without_effect()
         if autoencoder.decoder == "x2" and stages.stage != "2":
             raise ConfigError(
                 f"`decoder x2` goes with `stage 2` only, not with `stage {stages.stage}`: it makes larger images of the latents of a "
@@ -138,6 +139,21 @@ class TrainDAEConfig:
         fits_adversarially = self.stages.stage == "3" and self.generated.generated_loss == "adversarial"
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
+    def _check_without_effect(self) -> None:
+        """Raises `ConfigError` for flags that would change nothing although they were given."""
+        codebook, defaults = self.codebook, CodebookConfig()
+        starts_anew = self.autoencoder.pretrained_model_name_or_path is None and self.stages.stage1_dir is None
+        changed = [name for name, value in vars(codebook).items() if value != getattr(defaults, name)]
+        if changed and self.autoencoder.autoencoder == "kl" and starts_anew and self.stages.stage != "3":
+            raise ConfigError(f"`{changed[0]}` is of a codebook: give `autoencoder vq` too, or leave it out.")
+        of_stage1 = ("stage1_adversarial_weight", "stage1_perceptual_weight")
+        given = [name for name in of_stage1 if getattr(self.losses, name)]
+        if given and self.stages.auxiliary_decoder == "none" and self.stages.stage == "all":
+            other = given[0].removeprefix("stage1_")
+            raise ConfigError(
+                f"`{given[0]}` is of the auxiliary decoder, which joint training has not. Give `{other}`."
+            )
+
     def _check_stage3(self) -> None:
         if self.run.dry_run:
             raise ConfigError(
@@ -147,6 +163,12 @@ class TrainDAEConfig:
             raise ConfigError(
                 "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder`, `decoder_block_out_channels` and "
                 "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
+            )
+        start, steps = self.losses.adversarial_start, self.stages.stage3_steps
+        if self.generated.generated_loss == "adversarial" and start >= steps:
+            raise ConfigError(
+                f"`generated_loss adversarial` would begin at `adversarial_start` {start}, after all `stage3_steps` {steps}. Give less, such "
+                "as `adversarial_start 0`."
             )
         self.data.require_one_shape("`stage 3`")
         self.data.refuse_streaming("`stage 3`, which measures the training images first")

@@ -132,7 +132,7 @@ def settled(config: Any, model: ModelMixin, given: ModelMixin) -> ModelMixin:
 def decoder_sizes_of(config: Any, model: ModelMixin) -> dict[str, Any]:
     """The decoder's size for the encoder of a trained model, if it is to have its own."""
     sizes = config.autoencoder.decoder_sizes(model.config.block_out_channels, model.config.norm_num_groups)
-    groups = sizes.get("decoder_norm_num_groups", model.config.norm_num_groups)
+    groups = sizes.get("decoder_norm_num_groups") or model.config.norm_num_groups
     try:
         more = int(config.autoencoder.decoder == "x2")
         check_decoder_widths(sizes.get("decoder_block_out_channels"), model.config.block_out_channels, groups, more)

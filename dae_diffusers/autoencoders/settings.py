@@ -71,6 +71,11 @@ class AutoencoderConfig:
         The arguments of an autoencoder's constructor that give the real decoder a size of its own, for an encoder with these channels
         and groups; empty where none is asked for.
         """
+        sizes = self._given_decoder(block_out_channels, norm_num_groups)
+        names = ("decoder_block_out_channels", "decoder_layers_per_block", "decoder_norm_num_groups")
+        return {**dict.fromkeys(names), **sizes} if sizes else {}
+
+    def _given_decoder(self, block_out_channels: Sequence[int], norm_num_groups: int) -> dict[str, Any]:
         if self.decoder == "x2":
             first = block_out_channels[0]
             half = first // 2 if first // 2 % norm_num_groups == 0 else first

@@ -70,8 +70,19 @@ class SampleDistance:
                 "best weights so far no longer count, and the search for the best begins again."
             )
             state = None
+        if state is not None and state["step"] is not None and not self._folder_of(state["step"]).is_dir():
+            logger.warning(
+                "the best weights so far, of step %d, are not in %s: the search for the best begins again.",
+                state["step"], run.folder / "best",
+            )  # fmt: skip
+            state = None
         self.state = state or {"step": None, "distance": None, "worse": 0}
         self.state["measure"] = measure
+        if self.is_exhausted:
+            logger.warning(
+                "`early_stopping_patience` %d is used up since step %s, so no step follows. Give a larger one, or leave it out, to go on.",
+                self.config.early_stopping_patience, self.state["step"],
+            )  # fmt: skip
         self.reference: FeatureStatistics | None = None
         self._started, self._spent = time.monotonic(), 0.0
 
@@ -94,6 +105,7 @@ class SampleDistance:
         with loop.averaged() as model:
             step.write(self.measure(pipeline_of(model), loop.step))
         if self.is_exhausted:
+            logger.info("step %d: `early_stopping_patience` is used up, so the run ends.", loop.step)
             loop.stop()
 
     @torch.no_grad()
@@ -124,8 +136,10 @@ class SampleDistance:
 
     def best_pipeline(self) -> Path | None:
         r"""The folder of the best pipeline so far."""
-        folder = self.run.folder / "best" / f"step-{self.state['step']}"
-        return folder if folder.exists() else None
+        return None if self.state["step"] is None else self._folder_of(self.state["step"])
+
+    def _folder_of(self, step: int) -> Path:
+        return self.run.folder / "best" / f"step-{step}"
 
     def report(self) -> None:
         r"""Says what was best and what the measurements cost, if there were any."""
@@ -170,7 +184,7 @@ class SampleDistance:
         for old in folder.glob("step-*"):
             if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
-        replace_folder(folder / f"step-{step}", pipeline.save_pretrained)
+        replace_folder(self._folder_of(step), pipeline.save_pretrained)
 
 
 def make_monitor(
