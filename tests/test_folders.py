@@ -304,6 +304,25 @@ def test_archives_are_folders(tmp_path, archives, expected):
     assert train.fingerprint == load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4))[0].fingerprint
 
 
+def test_table_in_an_archive_describes_that_archive(tmp_path):
+    for part in range(2):
+        lines = "".join(f"{number}.png,{part}-{number}\n" for number in range(3))
+        members = {f"{number}.png": picture(10 * part + number) for number in range(3)}
+        pack(tmp_path / f"part-{part}.zip", members | {"metadata.csv": f"file_name,text\n{lines}".encode()})
+    assert load_folder(tmp_path)["train"]["text"] == [f"{part}-{number}" for part in range(2) for number in range(3)]
+
+
+def test_table_beside_archives_names_one_of_them(tmp_path):
+    for part in range(2):
+        pack(tmp_path / f"part-{part}.zip", {f"{name}.png": picture(part) for name in ("same", f"only{part}")})
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,text\nonly0.png,a\npart-1.zip/same.png,b\n")
+    assert load_folder(tmp_path)["train"]["text"] == [None, "a", "b", None]
+    table.write_text("file_name,text\nsame.png,a\n")
+    with pytest.raises(UserError, match="metadata.csv names same.png, which several archives hold. Put a table into"):
+        load_folder(tmp_path)
+
+
 def test_splits_in_archives(tmp_path):
     for split in ("train", "test"):
         pack(tmp_path / f"{split}.zip", {f"{name}/{split}.png": picture(1) for name in "ab"})

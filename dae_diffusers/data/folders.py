@@ -46,12 +46,14 @@ Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
 
 class Entry(NamedTuple):
     """
-    An image: its path (whose folders give split and class), the value of its image column, and its other columns.
+    An image: its path (whose folders give split and class), the value of its image column, its other columns, and the file, with the
+    archive that holds it: `part-0.zip/0000.png`.
     """
 
     place: PurePosixPath
     image: dict[str, Any] | None
     columns: dict[str, Any]
+    file: PurePosixPath
 
 
 @dataclass
@@ -122,6 +124,7 @@ def load_folder(
                 path,
                 {"bytes": None, "path": column_path(str(folder.absolute() / path))},
                 _text_beside(folder, path, found) if with_texts else {},
+                path,
             )
             for path in pictures + arrays
         ]
@@ -138,16 +141,25 @@ def load_folder(
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
-    files = {entry.place: entry.image for entry in entries}
-    named = named_files(metadata, files)
+    names = _names_of(entries)
+    files = {entry.file: entry.image for entry in entries}
+    named = named_files(metadata, names)
     if named:
         logger.info(
             "%d images in %s are no images of their own: metadata names them in other columns", len(named), folder
         )
-    entries = [entry for entry in entries if entry.place not in named]
+    entries = [entry for entry in entries if entry.file not in named]
     if pictures or arrays:
         _check_kinds(folder, [entry.place for entry in entries])
-    return _rows_of(folder, entries, metadata, found, with_labels, condition_column, files)
+    return _rows_of(folder, entries, metadata, found, with_labels, condition_column, files, names)
+
+
+def _names_of(entries: list[Entry]) -> dict[PurePosixPath, PurePosixPath | None]:
+    """The file that a table means by a name: the file's own, or its place. None for a place that several archives have."""
+    names: dict[PurePosixPath, PurePosixPath | None] = {}
+    for entry in entries:
+        names[entry.place] = entry.file if names.get(entry.place, entry.file) == entry.file else None
+    return names | {entry.file: entry.file for entry in entries}
 
 
 def _check_kinds(folder: Path, places: list[PurePosixPath]) -> None:
@@ -305,7 +317,8 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
         if path in found.shards:
             shards.append((archive, members))
             for place, columns in samples_of(archive, members):
-                entries.append(Entry(inside / f"{place}.image", columns.get("image"), columns))
+                name = f"{place}.image"
+                entries.append(Entry(inside / name, columns.get("image"), columns, path / name))
             used = {member for member in members if is_picture(member.name)}
         for member in members:
             place = inside / member.place
@@ -314,9 +327,9 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
                 continue
             elif is_picture(member.name):
                 image = {"bytes": None, "path": packed_path(str(archive), member.name, member.size, member.offset)}
-                entries.append(Entry(place, image, {}))
+                entries.append(Entry(place, image, {}, path / member.place))
             elif member.place.name in METADATA and path not in found.shards:
-                metadata.append(Metadata.of_member(place, archive, member))
+                metadata.append(Metadata.of_member(path / member.place, archive, member))
             elif member.place.name in METADATA:
                 found.left_out[place] = "tables in a .tar are not read: pack images with a table as .zip"
             elif path not in found.shards or _is_image(member.place):
@@ -407,14 +420,16 @@ def _rows_of(
     with_labels: bool,
     condition_column: str | None,
     files: dict[PurePosixPath, dict[str, Any] | None],
+    names: dict[PurePosixPath, PurePosixPath | None],
 ) -> Splits:
-    """The rows of each split, with classes and the columns of metadata tables, one of which may name some of the `files`."""
+    """The rows of each split, with classes and the columns of metadata tables, one of which may name some of the `files` by their `names`."""
     shared, places = _inside(PurePosixPath(), [entry.place for entry in entries])
     split_folders = _split_folders(places, folder)
     described = read_metadata(
         metadata,
         folder,
-        dict.fromkeys(entry.place for entry in entries),
+        dict.fromkeys(entry.file for entry in entries),
+        names,
         required=with_labels,
         condition_column=condition_column,
     )
@@ -423,20 +438,20 @@ def _rows_of(
     splits: dict[str, list[tuple[PurePosixPath, Entry, int | None]]] = {}
     for place, entry in zip(places, entries, strict=True):
         rows = splits.setdefault(split_folders.get(place.parts[0], "train"), [])
-        rows += [(place, entry, number) for number in described.rows.get(entry.place, [None])]
+        rows += [(place, entry, number) for number in described.rows.get(entry.file, [None])]
     has_labels = with_labels and not any("cls" in entry.columns for entry in entries)
     labels = _classes_of(splits, bool(split_folders), folder, shared, found) if has_labels else {}
-    names = columns_features(entry.columns for entry in entries)
-    names = {name: feature for name, feature in names.items() if name != "image"}
+    columns = columns_features(entry.columns for entry in entries)
+    columns = {name: feature for name, feature in columns.items() if name != "image"}
     loaded = {}
     for split, rows in splits.items():
         if labels and split not in labels:
             continue
-        features, data = datasets.Features(names), {}
+        features, data = datasets.Features(columns), {}
         if any(entry.image is not None for entry in entries):  # else a sample has several and the flag chooses
-            features = datasets.Features({"image": datasets.Image(decode=False), **names})
+            features = datasets.Features({"image": datasets.Image(decode=False), **columns})
             data["image"] = [entry.image for _, entry, _ in rows]
-        for name, feature in names.items():
+        for name, feature in columns.items():
             data[name] = [fitted(entry.columns.get(name), feature) for _, entry, _ in rows]
         loaded[split] = _with_table(datasets.Dataset.from_dict(data, features=features), described.table, rows)
         if described.conditions is not None:

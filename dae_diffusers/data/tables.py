@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -73,6 +73,7 @@ def read_metadata(
     tables: list[Metadata],
     folder: Path,
     images: Collection[PurePosixPath],
+    names: Mapping[PurePosixPath, PurePosixPath | None],
     *,
     required: bool,
     condition_column: str | None = None,
@@ -84,6 +85,7 @@ def read_metadata(
         tables (`list[Metadata]`): The tables in the folder.
         folder (`Path`): The folder, for messages.
         images (`Collection[PurePosixPath]`): The images that exist.
+        names (`Mapping[PurePosixPath, PurePosixPath | None]`): The file that each name means; None if several have it.
         required (`bool`): Refuse tables without that column; otherwise they are left out with a warning.
         condition_column (`str`, *optional*): Another column that names images in the same way.
 
@@ -91,7 +93,7 @@ def read_metadata(
         [`Described`], or None if rows name several images (`left_file_name`, `file_names`); then `datasets` reads them.
 
     Raises:
-        UserError: If a table cannot be read, or is not a metadata table.
+        UserError: If a table cannot be read, is not a metadata table, or gives a name that several files have.
     """
     parts, described, missing, found, count = [], Described(), [], [], 0
     for metadata in tables:
@@ -110,13 +112,14 @@ def read_metadata(
             logger.warning("left out: %s.", text)
             continue
         for number, name in enumerate(table.column("file_name").to_pylist()):
-            place = PurePosixPath(os.path.normpath(metadata.path.parent / str(name)))
-            if place in images:
-                described.rows.setdefault(place, []).append(count + number)
+            file = _file_of(PurePosixPath(os.path.normpath(metadata.path.parent / str(name))), names, metadata)
+            if file in images:
+                described.rows.setdefault(file, []).append(count + number)
             else:
-                missing.append(place)
+                missing.append(file)
         count += len(table)
-        found += _places(table, condition_column, metadata) or [None] * len(table)
+        places = _places(table, condition_column, metadata) or [None] * len(table)
+        found += [place and _file_of(place, names, metadata) for place in places]
         parts.append(table.drop_columns("file_name"))
     if missing:
         logger.warning(
@@ -147,13 +150,26 @@ def read_metadata(
     return described
 
 
-def named_files(tables: list[Metadata], images: Collection[PurePosixPath]) -> set[PurePosixPath]:
+def _file_of(
+    place: PurePosixPath, names: Mapping[PurePosixPath, PurePosixPath | None], metadata: Metadata
+) -> PurePosixPath:
+    """The file that a table means by a name; the name itself if there is none."""
+    file = names.get(place, place)
+    if file is None:
+        raise UserError(
+            f"the table {metadata.path} names {place}, which several archives hold. Put a table into each archive, or name the "
+            f"archive too, as in `NAME.zip/{place.name}`."
+        )
+    return file
+
+
+def named_files(tables: list[Metadata], names: Mapping[PurePosixPath, PurePosixPath | None]) -> set[PurePosixPath]:
     r"""
-    The images that metadata tables name in other columns than `file_name`, such as masks, and that have no row of their own. A name is
+    The files, of those that `names` mean, that metadata tables name in other columns than `file_name`, such as masks, and that have no row of their own. A name is
     relative to the table's folder.
     """
     # No table names what is not UTF-8.
-    known = pa.array({place.name.encode(errors="ignore").decode() for place in images}, pa.string())
+    known = pa.array({place.name.encode(errors="ignore").decode() for place in names}, pa.string())
     named, with_rows = set(), []
     for metadata in tables:
         try:
@@ -166,9 +182,11 @@ def named_files(tables: list[Metadata], images: Collection[PurePosixPath]) -> se
         for column in set(table.column_names) - {"file_name"}:
             if pa.types.is_string(table.schema.field(column).type):  # of millions of captions few end like a file
                 is_like_image = pc.is_in(pc.replace_substring_regex(table[column], "^.*/", ""), known)
-                named.update(_places(table.filter(is_like_image), column, metadata))
-    named &= set(images)
-    return named.difference(*(_places(each.table, "file_name", each) for each in with_rows)) if named else named
+                named.update(map(names.get, _places(table.filter(is_like_image), column, metadata)))
+    named.discard(None)  # neither a file nor one of several
+    if not named:
+        return named
+    return named.difference(*(map(names.get, _places(each.table, "file_name", each)) for each in with_rows))
 
 
 def _places(table: pa.Table, column: str | None, metadata: Metadata) -> list[PurePosixPath | None]:
