@@ -18,6 +18,7 @@ from diffusers import (
 )
 
 from dae_diffusers.autoencoders.loading import check_has_weights
+from dae_diffusers.data.columns import class_name
 from dae_diffusers.denoising import flow_scheduler
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.latents.cache import autoencoder_fingerprint
@@ -376,14 +377,14 @@ class WarmStart:
 
         attributes = []
         for name in columns_of(conditions, "labels"):
-            old = before.get(name, {}).get("labels", [])
+            old = _class_names(before.get(name, {}))
             rows = [old.index(each) if each in old else None for each in conditions[name]["labels"]]
             attributes.append((place(name, "labels"), rows))
         for name, column in conditions.items():
             old = before.get(name, {})
             if column.keys() != old.keys():
                 self.changes.append(f"condition {name} is new")
-            elif set(column.get("labels", ())) != set(old.get("labels", ())):
+            elif set(_class_names(column)) != set(_class_names(old)):
                 self.changes.append(f"condition {name} has other classes")
             elif column.get("channels") != old.get("channels"):
                 self.changes.append(f"condition {name} has other channels")
@@ -393,11 +394,17 @@ class WarmStart:
         return OldConditions(attributes, numbers, channels, has_same_image)
 
     def _number_of(self, name: str, num_classes: int) -> int | None:
+        same = [number for number, old in self.pipeline.id2label.items() if class_name(old) == class_name(name)]
         try:
-            (number,) = self.pipeline.get_label_ids(name)
+            (number,) = same if len(same) == 1 else self.pipeline.get_label_ids(name)
         except ValueError:  # unknown, or a name of several
             return None
         return number if number < num_classes else None
+
+
+def _class_names(column: dict[str, Any]) -> list[str]:
+    """The classes of a condition as they are compared."""
+    return [class_name(each) for each in column.get("labels", ())]
 
 
 def _index_of(place: str) -> dict[str, Any] | None:

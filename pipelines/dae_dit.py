@@ -1196,7 +1196,9 @@ def _classes(name: str, column: Mapping[str, list[str]], values: list) -> torch.
     for value in values:
         if isinstance(value, str):
             found = [n for n, label in enumerate(labels) if label == value]
-            found = found or [n for n, label in enumerate(labels) if label.casefold() == value.strip().casefold()]
+            found = found or [
+                n for n, label in enumerate(labels) if label.strip().casefold() == value.strip().casefold()
+            ]
         else:
             number = len(labels) if value is None else operator.index(value)
             found = [number] if 0 <= number <= len(labels) else []

@@ -432,6 +432,14 @@ def test_samples_with_the_same_name_in_a_tar_stay_samples(tmp_path):
     assert load_folder(tmp_path)["train"]["cls"] == list(range(6))
 
 
+def test_empty_label_in_a_tar_is_none(tmp_path):
+    members = {}
+    for number in range(3):
+        members |= {f"{number}.png": picture(number), f"{number}.cls": b"%d" % number if number else b" \n"}
+    pack(tmp_path / "0.tar", members)
+    assert load_folder(tmp_path)["train"]["cls"] == [None, 1, 2]
+
+
 def test_second_picture_of_a_sample_is_no_image_of_its_own(tmp_path):
     members = {}
     for number in range(4):

@@ -232,7 +232,7 @@ def _side_columns(field: str, data: bytes) -> dict[str, Any]:
     kind = field.rpartition(".")[2]
     if kind in _NUMBERS:
         text = decode_text(data).strip()
-        return {field: int(text) if re.fullmatch(r"[+-]?\d+", text) else text}
+        return {field: int(text) if re.fullmatch(r"[+-]?\d+", text) else text or None}
     if kind in _TEXTS:
         return {field: decode_text(data)}
     if kind in _JSON:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -120,6 +121,11 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"\d+", name, re.ASCII) for name in names) else names
 
 
+def class_name(name: str) -> str:
+    r"""The name of a class as it is compared: without spaces around it, and with composed letters (NFC)."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
 def column_values(rows: datasets.Dataset, column: str) -> list:
     r"""The values of a column or of a field of one; empty if the split has none."""
     if column in rows.features:
@@ -132,14 +138,23 @@ def column_values(rows: datasets.Dataset, column: str) -> list:
 
 def class_values(rows: datasets.Dataset, column: str, train: datasets.Features) -> list:
     r"""
-    The values of a column of classes. The ids of a `ClassLabel` become names, because each split has its own ids. Training images
-    whose classes are numbers have no names: then names that are numbers become these, and other ids stay.
+    The values of a column of classes; empty text counts as none. The ids of a `ClassLabel` become names, because each split has its
+    own ids. Training images whose classes are numbers have no names: then names that are numbers become these, and other ids stay.
 
     Args:
         rows (`datasets.Dataset`): The rows of a split.
         column (`str`): The column, or a field of one.
         train (`datasets.Features`): Features of the training split.
     """
+    return list(map(_class_of, _named_values(rows, column, train)))
+
+
+def _class_of(value: Any) -> Any:
+    return class_name(value) or None if isinstance(value, str) else value
+
+
+def _named_values(rows: datasets.Dataset, column: str, train: datasets.Features) -> list:
+    """[`class_values`] with the names as the data set writes them."""
     feature, of_train = feature_of(rows.features, column), feature_of(train, column)
     values = column_values(rows, column)
     if not isinstance(feature, datasets.ClassLabel):
@@ -162,15 +177,15 @@ def label_names(
     if column is None:
         return None, None
     feature = feature_of(train.features, column)
-    of_validation = class_values(validation, column, train.features)
+    of_validation = _named_values(validation, column, train.features)
     if isinstance(feature, datasets.ClassLabel):
         more = {value for value in of_validation if isinstance(value, str)}.difference(feature.names)
-        names = [*feature.names, *class_order(more)]
+        names = _distinct([*feature.names, *class_order(more)])
         return dict(enumerate(names)), {name: number for number, name in enumerate(names)}
     if isinstance(feature, (datasets.List, datasets.LargeList, dict, datasets.Image)):
         raise UserError(f"`label_column` {column!r} holds {feature}, not one class for each image; `none`: no labels.")
     of_train = column_values(train, column)
-    values = {*of_train, *of_validation} - {None}
+    values = {value for value in (*of_train, *of_validation) if _class_of(value) is not None}
     if not values:
         raise UserError(f"`label_column` {column!r} holds no values; `none`: no labels.")
     if not is_chosen and len(set(of_train)) > max(100, len(of_train) // 2):
@@ -192,12 +207,17 @@ def label_names(
             )
         return {index: str(index) for index in range(max(values) + 1)}, value2id
     if all(isinstance(value, str) for value in values):
-        names = class_order(values)
+        names = _distinct(class_order(values))
         return dict(enumerate(names)), {value: index for index, value in enumerate(names)}
     raise UserError(
         f"`label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as "
         f"{next((value for value in values if not isinstance(value, (int, str))), None)!r}; `none`: no labels."
     )
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names as they are compared, in the order of the names as they are written, which numbers of before follow."""
+    return list(dict.fromkeys(map(class_name, names)))
 
 
 def label_ids(

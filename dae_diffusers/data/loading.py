@@ -17,6 +17,7 @@ from dae_diffusers.data.arrays import RANGES, decode_array, find_depth
 from dae_diffusers.data.columns import (
     Rows,
     captions_of,
+    class_name,
     class_values,
     describe_classes,
     feature_of,
@@ -342,7 +343,7 @@ def _streamed_label_names(config: DataConfig, features: datasets.Features, colum
         return None
     feature = feature_of(features, column)
     if isinstance(feature, datasets.ClassLabel):
-        return dict(enumerate(feature.names))
+        return dict(enumerate(map(class_name, feature.names)))
     if config.num_classes is None or not getattr(feature, "dtype", "").startswith(("int", "uint")):
         raise UserError(
             f"`label_column` {column!r} holds {feature}, whose classes a stream cannot count in advance. Give `num_classes` "
@@ -353,7 +354,7 @@ def _streamed_label_names(config: DataConfig, features: datasets.Features, colum
 
 def _ids_of_names(features: datasets.Features, column: str) -> dict[str, int] | None:
     names = getattr(feature_of(features, column), "names", None)
-    return names and {name: number for number, name in enumerate(names)}
+    return names and {class_name(name): number for number, name in enumerate(names)}
 
 
 def _take(rows: datasets.IterableDataset, number: int, image_column: str, root: Root | None) -> list[dict]:

@@ -165,8 +165,8 @@ def _file_of(
 
 def named_files(tables: list[Metadata], names: Mapping[PurePosixPath, PurePosixPath | None]) -> set[PurePosixPath]:
     r"""
-    The files, of those that `names` mean, that metadata tables name in other columns than `file_name`, such as masks, and that have no row of their own. A name is
-    relative to the table's folder.
+    The files, of those that `names` mean, that metadata tables name in other columns than `file_name`, such as masks, and that have no
+    row of their own. A name is relative to the table's folder.
     """
     # No table names what is not UTF-8.
     known = pa.array({place.name.encode(errors="ignore").decode() for place in names}, pa.string())

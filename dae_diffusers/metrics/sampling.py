@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
 from dae_diffusers.condition_values import ConditionValues, as_call
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.data.columns import class_name
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
@@ -108,11 +109,11 @@ def ids_in_pipeline(pipeline: DiffusionPipeline, images: ImageDataset) -> list[i
     Raises:
         UserError: If the generator has fewer classes.
     """
-    known = {name: number for number, name in (getattr(pipeline, "id2label", None) or {}).items()}
-    labels = images.labels
-    unknown = sorted(set(images.id2label.values()) - known.keys())
+    known = {class_name(name): number for number, name in (getattr(pipeline, "id2label", None) or {}).items()}
+    labels, names = images.labels, {number: class_name(name) for number, name in images.id2label.items()}
+    unknown = sorted(set(names.values()) - known.keys())
     if not unknown:
-        labels = [known[images.id2label[label]] for label in labels]
+        labels = [known[names[label]] for label in labels]
     elif known:
         _warn_of_unknown_class(unknown[0])
     num_classes = getattr(pipeline, "null_class", None)
@@ -253,7 +254,10 @@ def check_conditions(known: dict[str, dict[str, Any]], values: ConditionValues |
             f"{words} besides their class: name the columns with `label_column`, `continuous_columns`, `condition_column`."
         )
     unknown = [] if values is None else [
-        (name, each) for name, of_column in values.labels.items() for each in of_column if each not in known[name].get("labels", ())
+        (name, each)
+        for name, of_column in values.labels.items()
+        for each in of_column
+        if class_name(each) not in map(class_name, known[name].get("labels", ()))
     ]  # fmt: skip
     if unknown:
         raise UserError(
