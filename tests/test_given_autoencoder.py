@@ -1,5 +1,6 @@
 """What a trained autoencoder, pipeline or cache knows of the images needs no flag; a flag that says otherwise is answered."""
 
+import json
 import logging
 import shlex
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_images_that_training_has_seen_are_not_held_out_unsaid(image_folder, tmp
     warn_of_seen_images(DataConfig(dataset_name="digits"), 0, str(tmp_path))
     warn_of_seen_images(config, 0, "user/model")
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("given", [{}, {"max_train_samples": 5}, {"on_bad_image": "skip"}])
+def test_images_that_were_added_since_are_said(given, image_folder, tmp_path, caplog):
+    (tmp_path / "train_dae").mkdir()
+    settings = {"train_data_dir": str(image_folder), "seed": 0, "validation_fraction": 0.05, **given}
+    (tmp_path / "train_dae" / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = DataConfig(train_data_dir=str(image_folder), resolution=16)
+    num_images = len(load_images(config)[0])
+    for before in (num_images, num_images - 1):
+        (tmp_path / "train_dae" / "run.json").write_text(json.dumps({"counts": {"training_images": before}}))
+        load_images(config, model=str(tmp_path / "vae"))
+        is_said = before != num_images and not given
+        assert (f"with {before} images, now there are {num_images}: " in caplog.text) == is_said
+    assert ("about 95 % of those were trained on" in caplog.text) == (not given)
 
 
 def test_another_range_of_values_than_the_autoencoders_is_said(image_folder, caplog):

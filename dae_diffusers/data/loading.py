@@ -96,8 +96,8 @@ def load_images(
     train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.first_label_column, image_column)
     if validation is None:
-        warn_of_seen_images(config, seed, model)
         train, validation = _hold_out(config, train, image_column, loaded.root, seed)
+        warn_of_seen_images(config, seed, model, len(train))
     else:
         _require_labels(validation, label_column, validation_name)
     if config.max_train_samples is not None:
