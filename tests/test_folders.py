@@ -15,6 +15,7 @@ from PIL import Image
 
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
 from dae_diffusers.data.columns import label_names
+from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import UserError
 
@@ -329,6 +330,35 @@ def test_splits_in_archives(tmp_path):
     splits = load_folder(tmp_path)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "test": 2}
     assert splits["train"].features["label"].names == ["a", "b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_in_a_tar_are_the_files_they_lead_to(tmp_path, caplog, streaming):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        member, data = tarfile.TarInfo("./a/1.png"), picture(1)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+        links = [("b/2.png", "a/1.png", tarfile.LNKTYPE), ("b/3.png", "2.png", tarfile.SYMTYPE)]
+        links += [("b/4.png", "../../1.png", tarfile.SYMTYPE), ("5.png", "5.png", tarfile.SYMTYPE)]
+        for name, target, kind in links:
+            member = tarfile.TarInfo(name)
+            member.linkname, member.type = target, kind
+            tar.addfile(member)
+    rows = list(load_folder(tmp_path, streaming=streaming, with_labels=False)["train"])
+    assert [read_content(row["image"]) for row in rows] == [data] * 3
+    assert "2 links in " in caplog.text and "such as b/4.png to ../../1.png" in caplog.text
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_classes_that_are_not_seen_are_said(tmp_path, caplog, is_packed):
+    pictures = {f"{name}/{number}.png": picture(number) for name in ("a", "b", ".net") for number in range(2)}
+    pictures |= {"a/__old/1.png": picture(9), "__MACOSX/a/._1.png": b"no picture", ".git/index": b""}
+    pack(tmp_path / "all.zip", pictures)
+    if not is_packed:
+        zipfile.ZipFile(tmp_path / "all.zip").extractall(tmp_path / "images")
+    load_folder(tmp_path if is_packed else tmp_path / "images")
+    assert "3 .png (in folders whose names begin with . or __)" in caplog.text
+    assert caplog.text.count("no class") == 1 and "no class '.net': none of its files" in caplog.text
 
 
 def test_damaged_archive_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import posixpath
 import re
 import tarfile
 import zipfile
@@ -25,6 +26,7 @@ _TEXTS = frozenset({"txt", "text", "caption", "transcript"})
 _JSON = frozenset({"json", "jsn"})
 _INFERRED_SAMPLES = 100  # a stream's columns come from these
 _UNREAD: set[Path] = set()  # archives of which a file was named: a stream reads them again in each pass
+_LOST_LINKS: set[Path] = set()  # archives of which a link was named
 
 
 class Member(NamedTuple):
@@ -51,11 +53,45 @@ def members_of(archive: Path) -> list[Member]:
                     raise UserError(f"{archive} needs a password. Unpack it and give the folder.")
                 return [Member(_place(info.filename), info.filename, info.file_size, None) for info in infos]
         with tarfile.open(archive, "r:") as file:
-            return [Member(_place(info.name), info.name, info.size, info.offset_data) for info in file if info.isreg()]
+            return _tar_members(archive, file)
     except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the archive {archive} cannot be read ({one_line(error)}).") from None
+
+
+def _tar_members(archive: Path, file: tarfile.TarFile) -> list[Member]:
+    """The files of a `.tar`; a link is the file that it leads to. Warns of links that lead to none."""
+    infos = [info for info in file if info.isreg() or info.islnk() or info.issym()]
+    if not all(info.isreg() for info in infos):
+        known = {posixpath.normpath(info.name): info for info in sorted(infos, key=tarfile.TarInfo.isreg)}
+        targets = [_target_of(info, known) for info in infos]
+    else:
+        targets = infos
+    found = list(zip(infos, targets, strict=True))
+    lost = [info for info, target in found if target is None]
+    if lost and archive not in _LOST_LINKS:
+        _LOST_LINKS.add(archive)
+        logger.warning(
+            "%d links in %s lead to no file in it, such as %s to %s, and are not read. Pack the files themselves: `tar --dereference`.",
+            len(lost), archive, lost[0].name, lost[0].linkname,
+        )  # fmt: skip
+    return [
+        Member(_place(info.name), info.name, target.size, target.offset_data)
+        for info, target in found
+        if target is not None
+    ]
+
+
+def _target_of(info: tarfile.TarInfo, known: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The file that a link leads to, over others too; None if there is none."""
+    seen = set()
+    while info is not None and not info.isreg():
+        folder = posixpath.dirname(info.name) if info.issym() else ""
+        name = posixpath.normpath(posixpath.join(folder, info.linkname))
+        info = None if name in seen else known.get(name)
+        seen.add(name)
+    return info
 
 
 def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:

@@ -41,6 +41,9 @@ from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
+_IN_UNSEEN = "in folders whose names begin with . or __"
+
 Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
 
 
@@ -175,17 +178,20 @@ def _check_kinds(folder: Path, places: list[PurePosixPath]) -> None:
 
 def survey(folder: Path) -> Survey:
     r"""
-    Lists the files in a folder. Hidden folders are skipped; each linked folder counts once.
+    Lists the files in a folder. Hidden folders are skipped, their images count as left out; each linked folder counts once.
     """
     found, visited = Survey(), {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        inside = PurePosixPath(Path(root).relative_to(folder).as_posix())
+        for name in [name for name in folders if name.startswith(_UNSEEN)]:
+            folders.remove(name)
+            found.left_out.update(dict.fromkeys(_images_below(folder, inside / name), _IN_UNSEEN))
+        folders.sort()
         for name in [name for name in folders if os.path.islink(os.path.join(root, name))]:
             target = os.path.realpath(os.path.join(root, name))
             if target in visited:
                 folders.remove(name)
             visited.add(target)
-        inside = PurePosixPath(Path(root).relative_to(folder).as_posix())
         for name in names:
             path = inside / name
             suffix = path.suffix.lower()
@@ -211,6 +217,12 @@ def survey(folder: Path) -> Survey:
     for kind in (found.pictures, found.arrays, found.archives, found.metadata, found.tables):
         kind.sort(key=str)  # as `datasets` has them
     return found
+
+
+def _images_below(folder: Path, inside: PurePosixPath) -> list[PurePosixPath]:
+    """The images in a folder inside another, of which links are not followed."""
+    paths = (Path(root, name) for root, _, names in os.walk(folder / inside) for name in names)
+    return [path for path in (PurePosixPath(path.relative_to(folder).as_posix()) for path in paths) if _is_image(path)]
 
 
 def contents_of(folder: Path) -> str:
@@ -322,9 +334,11 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
             used = {member for member in members if is_picture(member.name)}
         for member in members:
             place = inside / member.place
-            is_hidden = any(part.startswith((".", "__")) for part in member.place.parts)
-            if member in used or is_hidden:
+            is_unseen = any(part.startswith(_UNSEEN) for part in member.place.parts)
+            if member in used or (is_unseen and not _is_image(member.place)):
                 continue
+            elif is_unseen:
+                found.left_out[place] = _IN_UNSEEN
             elif is_picture(member.name):
                 image = {"bytes": None, "path": packed_path(str(archive), member.name, member.size, member.offset)}
                 entries.append(Entry(place, image, {}, path / member.place))
