@@ -261,6 +261,18 @@ def test_resumed_transformer_equals_an_uninterrupted_one(trained, tars, tmp_path
     assert_same_weights(*transformers)
 
 
+@pytest.mark.parametrize(
+    ("script", "before", "now"),
+    [(train_dae, "max_validation_samples 8", 4), (train_dit, "validation_fraction 0.5", 0.1)],
+)
+def test_resumed_stream_holds_out_the_same_images(trained, tars, tmp_path, script, before, now):
+    flags = (TINY_DAE if script is train_dae else TINY_DIT) + STREAM
+    flags = flags.replace(before, f"{before.split()[0]} {now}") + f" --vae {trained / 'vae'}" * (script is train_dit)
+    message = "was trained with `{}` {}, but now it is {}".format(*before.split(), now)
+    with pytest.raises(UserError, match=message):
+        resume(script, flags, trained, tmp_path / "run", 3, (), train_data_dir=tars)
+
+
 def test_another_number_of_processes_begins_a_new_pass(trained, tars, tmp_path):
     flags = TINY_DAE + STREAM + " --train_batch_size 2"
     options = {"train_data_dir": tars, "output_dir": tmp_path}

@@ -20,7 +20,7 @@ from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spati
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, load_images
+from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range, save_value_range
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import DecoderFit, load_generator
@@ -140,7 +140,7 @@ def find_start(
     stages = run.config.stages
     return run.find_start(
         inputs={"the training images": images.fingerprint, **({} if fit is None else fit.inputs())},
-        plan=stages.plan() | model.decoder_sizes if fit is None else fit.plan(),
+        plan=stages.plan() | model.decoder_sizes | held_out_settings(images) if fit is None else fit.plan(),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),

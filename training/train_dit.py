@@ -29,7 +29,7 @@ from dae_diffusers.autoguidance import WeakerWeights
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.conditioning import DRAWN_FROM, Conditioning
 from dae_diffusers.conditions import Conditions
-from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.denoising import Diffusion, FlowMatching, flow_scheduler
 from dae_diffusers.errors import UserError
@@ -320,7 +320,7 @@ def find_start(
             inputs["the `guidance_transformer` of the distilled one"] = model_fingerprint(objective.guide)
     return run.find_start(
         inputs=inputs,
-        plan=plan,
+        plan=plan | held_out_settings(data),
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
     )

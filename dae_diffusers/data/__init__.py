@@ -11,6 +11,7 @@ _MODULES = {
         "MicrobatchSampler",
         "count_images",
         "describe_size",
+        "held_out_settings",
         "make_pass_loader",
         "make_stream_loader",
         "make_training_loader",

@@ -193,3 +193,10 @@ def count_images(dataset: Dataset) -> dict[str, int]:
     r"""The number of images for the record of a run; empty if it is not known."""
     number = dataset.num_examples if isinstance(dataset, StreamedImages) else len(dataset)
     return {} if number is None else {"training_images": number}
+
+
+def held_out_settings(dataset: Dataset) -> dict[str, float]:
+    r"""The settings that say how many images of a stream are held out, which a resumed run keeps; empty if none are."""
+    is_part = isinstance(dataset, StreamedImages) and dataset.held_out
+    names = ("max_validation_samples", "validation_fraction") if is_part else ()
+    return {name: getattr(dataset.config, name) for name in names}
