@@ -192,6 +192,20 @@ def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog):
     assert "18 rows name 6 files" in caplog.text
 
 
+def test_links_are_held_out_with_their_file(tmp_path, caplog):
+    caplog.set_level("INFO")
+    names = save_files(tmp_path)
+    for number, name in enumerate(names):
+        (tmp_path / "files" / f"soft{number}.png").symlink_to(f"{number}.png")
+        (tmp_path / "files" / f"hard{number}.png").hardlink_to(tmp_path / name)
+    for seed in range(3):
+        config = DataConfig(train_data_dir=str(tmp_path), resolution=8, validation_fraction=0.34)
+        both = load_images(config, seed)
+        seen = [{float(images[n]["pixel_values"][0, 0, 0]) for n in range(len(images))} for images in both]
+        assert [len(images) for images in both] == [12, 6] and not seen[0] & seen[1]
+    assert "12 files are links to others" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["image.bmp", None])
 def test_pictures_of_one_name_are_files_of_their_own(name, tmp_path, caplog):
     """They are held out as they always were, whatever the rows are called."""

@@ -134,6 +134,15 @@ def size_of(path: str | None, root: Root | None = None) -> int:
         return 0
 
 
+def inode_of(path: str | None, root: Root | None = None) -> tuple[int, int] | None:
+    r"""What all links to a local file have in common; None for what is no file of its own or cannot be found."""
+    try:
+        status = os.stat(_local_path(path, root)) if path else None
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if status and status.st_ino else None
+
+
 def _local_path(path: str, root: Root | None) -> str:
     if root is not None:
         path = root.find(path)

@@ -22,7 +22,7 @@ from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.contents import Root, content_hash, name_of_row, read_content, size_of
+from dae_diffusers.data.contents import Root, content_hash, inode_of, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.errors import UserError
 from dae_diffusers.store import fingerprint
@@ -340,8 +340,34 @@ def files_of(rows: datasets.Dataset, column: str, root: Root | None = None) -> n
     r"""
     The number of the file of each row's image, `(N,)` int64, counted from 0 in their order. A table may have several rows of one file, as
     with one caption a row. Rows that hold the bytes themselves have the same file if these and its name are equal; without a name each
-    row has its own, because comparing would read all images.
+    row has its own, because comparing would read all images. Links to a file are that file.
     """
+    files = _files_by_name(rows, column, root)
+    images = rows.data.column(column)
+    if not pa.types.is_struct(images.type) or not len(rows):
+        return files
+    firsts = np.unique(files, return_index=True)[1]
+    same, known = np.arange(len(firsts)), {}
+    for number, path in _paths_alone(rows, images, firsts):
+        inode = inode_of(path, root)
+        same[number] = number if inode is None else known.setdefault(inode, number)
+    num_links = int((same != np.arange(len(same))).sum())
+    if num_links:
+        logger.info("%d files are links to others: they are held out together with these", num_links)
+    return np.unique(same, return_inverse=True)[1][files]
+
+
+def _paths_alone(rows: datasets.Dataset, images: pa.ChunkedArray, indices: np.ndarray) -> Iterator[tuple[int, str]]:
+    """The paths of those of some rows that do not hold the bytes, each with its place among `indices`."""
+    chosen = indices if rows._indices is None else rows._indices.column(0).to_numpy()[indices]
+    is_alone = pc.is_null(pc.struct_field(images, "bytes")).to_numpy()[chosen]
+    paths = pc.struct_field(images, "path")
+    for number in np.flatnonzero(is_alone):
+        yield int(number), paths[int(chosen[number])].as_py()
+
+
+def _files_by_name(rows: datasets.Dataset, column: str, root: Root | None) -> np.ndarray:
+    """[`files_of`], without links."""
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type) or not len(rows):
         return np.arange(len(rows))
