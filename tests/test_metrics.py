@@ -362,7 +362,15 @@ def test_extractor_that_diverges_is_not_saved(rate, tmp_path, capsys):
         run_script(train_classifier.main, parse_config(TrainClassifierConfig, flags.split()))
     assert exit_info.value.code == 1
     assert "Lower `--learning_rate`" in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".owner"}
+
+
+def test_extractor_that_cannot_be_saved_is_not_trained(tmp_path):
+    (tmp_path / "file").touch()
+    flags = f"--dataset_name digits --image_channels 1 --output_dir {tmp_path}/file/model"
+    fresh_accelerator_state()
+    with pytest.raises(UserError, match="`output_dir`: .*model cannot be written: Not a directory"):
+        train_classifier.main(parse_config(TrainClassifierConfig, flags.split()))
 
 
 @pytest.mark.parametrize(

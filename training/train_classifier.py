@@ -28,6 +28,7 @@ from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
+from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.training.settings import TrainClassifierConfig
@@ -40,6 +41,7 @@ def main(config: TrainClassifierConfig) -> None:
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
+    lock = take_folder(output_dir, accelerator)
     set_seed(config.training.seed)
     with accelerator.main_process_first():
         train_images, test_images = load_images(config.data, config.training.seed)
@@ -122,6 +124,7 @@ def main(config: TrainClassifierConfig) -> None:
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results))
     accelerator.wait_for_everyone()
+    lock.release()
 
 
 def random_shift(pixel_values: torch.Tensor, max_shift: int) -> torch.Tensor:
