@@ -167,6 +167,15 @@ def test_first_frame_of_an_animation():
     assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize(("suffix", "mode"), [("tif", "L"), ("tif", "F"), ("gif", "L")])
+def test_pages_of_a_tiff_are_said_once(tmp_path, caplog, suffix, mode):
+    for number in range(3):
+        pages = [Image.new(mode, (4, 4), number + page) for page in range(3)]
+        pages[0].save(tmp_path / f"{number}.{suffix}", save_all=True, append_images=pages[1:])
+    load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4, image_channels=1))
+    assert caplog.text.count("has 3 pages, of which the first is used") == (suffix == "tif")
+
+
 def test_float_images_are_refused():
     with pytest.raises(ValueError, match="float"):
         decode_image(encoded(Image.new("F", (2, 2)), "tiff"))

@@ -280,6 +280,13 @@ def random_box(
 
 
 @without_warnings()
+def count_pages(data: bytes) -> int:
+    r"""The pages of a TIFF file; 1 for other pictures, also for animations, whose first frame stands for them."""
+    image = open_picture(data)
+    return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+
+
+@without_warnings()
 def find_first_depth(items: Iterable[Any], config: DataConfig, root: Root | None = None) -> Depth | None:
     r"""
     The depth ([`~dae_diffusers.data.arrays.find_depth`]) of the first image, or with `--on_bad_image skip` of the first that

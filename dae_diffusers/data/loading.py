@@ -35,7 +35,7 @@ from dae_diffusers.data.contents import Root, content_hash, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
 from dae_diffusers.data.held_out import warn_of_seen_images
-from dae_diffusers.data.images import ImageReader, find_first_depth
+from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError, in_full, one_line
@@ -154,6 +154,7 @@ def load_images(
     if train_images.value_range:
         logger.info("image values [%g, %g] are mapped to [-1, 1]", *train_images.value_range)
     _compare_ranges(train_images, is_given=is_given)
+    _warn_of_pages(train_images)
     return train_images, validation_images
 
 
@@ -234,6 +235,25 @@ def _compare_ranges(images: ImageDataset, *, is_given: bool) -> None:
             mended += f"If {bound} is white, pass `--value_range 0 {bound}`; else `--value_range 0 65535` says that it is meant"
         if not is_given:
             logger.warning("16-bit images, such as %s, use little of [0, 65535]: %s.", example, mended)
+
+
+def _warn_of_pages(images: ImageDataset) -> None:
+    """Warns if sampled pictures have several pages."""
+    for index in choose_indices(len(images), _LOOKED_AT):
+        name = images.name_of(int(index))
+        item = images.rows[int(index)][images.image_column]
+        if not isinstance(item, dict) or (item["bytes"] is None and ".tif" not in name.lower()):
+            continue
+        try:
+            num_pages = count_pages(read_content(item, images.root))
+        except Exception:  # whoever reads it for training names it
+            continue
+        if num_pages > 1:
+            logger.warning(
+                "%s has %d pages, of which the first is used, as of all such files. Save each page as a file, or the stack as `.npy`.",
+                name, num_pages,
+            )  # fmt: skip
+            return
 
 
 def _streamed(
@@ -335,6 +355,7 @@ def _streamed(
     )  # fmt: skip
     _log_classes(None, id2label, label_column, train.features)
     _compare_ranges(validation_images, is_given=is_given)
+    _warn_of_pages(validation_images)
     return train_images, validation_images.without_bad_images() if config.on_bad_image == "skip" else validation_images
 
 
