@@ -206,6 +206,19 @@ def test_links_are_held_out_with_their_file(tmp_path, caplog):
     assert "12 files are links to others" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["files", "bytes", "no copies"])
+def test_held_out_copies_of_training_images_are_said(kind, tmp_path, caplog):
+    names = [tmp_path / name for name in save_files(tmp_path)]
+    if kind == "files":
+        for number, name in enumerate(names):
+            (tmp_path / "files" / f"copy{number}.png").write_bytes(name.read_bytes())
+    elif kind == "bytes":
+        write(tmp_path / "table", image=PICTURES * 2)
+    flags = {"dataset_name": str(tmp_path / "table")} if kind == "bytes" else {"train_data_dir": str(tmp_path)}
+    load_images(DataConfig(**flags, resolution=8))
+    assert ("1 of 1 held-out images are copies of training images" in caplog.text) == (kind != "no copies")
+
+
 @pytest.mark.parametrize("name", ["image.bmp", None])
 def test_pictures_of_one_name_are_files_of_their_own(name, tmp_path, caplog):
     """They are held out as they always were, whatever the rows are called."""

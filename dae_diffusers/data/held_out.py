@@ -1,4 +1,4 @@
-"""Compares the images that are held out with those that the training of a model has held out."""
+"""Compares the images that are held out with those that are trained on, now and when a model was trained."""
 
 import json
 import logging
@@ -6,14 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import yaml
 
 from dae_diffusers.data.configuration import DataConfig
+from dae_diffusers.data.contents import Root, content_hash, name_of_row
+from dae_diffusers.data.dataset import encoded_sizes
 
 logger = logging.getLogger(__name__)
 
 _SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior")
 _CHOICE = ("train_split", "validation_fraction")
+# Of more images, or images of more bytes that may be copies, none are compared: that takes more than seconds.
+_MOST_COMPARED, _MOST_COMPARED_BYTES = 20_000, 2**28
 
 
 def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_images: int | None = None) -> None:
@@ -49,6 +55,34 @@ def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_im
                     folder / script, trained, num_images, 100 * (1 - config.validation_fraction),
                 )  # fmt: skip
                 return
+
+
+def warn_of_copies(train: datasets.Dataset, validation: datasets.Dataset, column: str, root: Root | None) -> None:
+    r"""
+    Warns if files that are held out are byte for byte files that are trained on. Only files of the same size are read, and none of
+    large data sets.
+
+    Args:
+        train, validation (`datasets.Dataset`): The rows of both parts.
+        column (`str`): The column of their images.
+        root ([`~dae_diffusers.data.contents.Root`], *optional*): Folder in which the files that rows name must lie.
+    """
+    if len(train) + len(validation) > _MOST_COMPARED:
+        return
+    parts = [rows.select_columns(column) for rows in (train, validation)]
+    sizes = [encoded_sizes(rows, column, root) for rows in parts]
+    shared = np.setdiff1d(np.intersect1d(*sizes), [0])
+    likely = [np.flatnonzero(np.isin(each, shared)) for each in sizes]
+    if sum(int(each[chosen].sum()) for each, chosen in zip(sizes, likely, strict=True)) > _MOST_COMPARED_BYTES:
+        return
+    trained = {content_hash(parts[0][int(index)][column], root) for index in likely[0]} - {content_hash(None)}
+    copies = [int(index) for index in likely[1] if content_hash(parts[1][int(index)][column], root) in trained]
+    if copies:
+        logger.warning(
+            "%d of %d held-out images are copies of training images, such as %s: validation sees what was trained on. Remove the "
+            "copies, or give a `--validation_split` without them.",
+            len(copies), len(validation), name_of_row(parts[1][copies[0]][column], copies[0]),
+        )  # fmt: skip
 
 
 def _num_trained(folder: Path, settings: dict[str, Any], config: DataConfig) -> int | None:

@@ -34,7 +34,7 @@ from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, EMBEDDED, DataCon
 from dae_diffusers.data.contents import Root, content_hash, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
-from dae_diffusers.data.held_out import warn_of_seen_images
+from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import load_tables
@@ -98,6 +98,7 @@ def load_images(
     if validation is None:
         train, validation = _hold_out(config, train, image_column, loaded.root, seed)
         warn_of_seen_images(config, seed, model, len(train))
+        warn_of_copies(train, validation, image_column, loaded.root)
     else:
         _require_labels(validation, label_column, validation_name)
     if config.max_train_samples is not None:
