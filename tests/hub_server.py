@@ -64,11 +64,13 @@ class HubServer:
     Attributes:
         url: For `HF_ENDPOINT`.
         tokens: Token to account. A token may write to its account's repositories alone.
+        private_by_default: Accounts whose new repositories are private unless the request says otherwise.
         requests: `(method, path, status)` of everything that was asked.
     """
 
     def __init__(self):
         self.tokens = {"hf_writer": "writer", "hf_other": "other"}
+        self.private_by_default: set[str] = set()
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int | None]] = []
@@ -297,7 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(409, {"error": f"You already created this {type} repo", "url": url})
         if type == "space" and "sdk" not in request:
             raise _error(400, "sdk is required")
-        private = request.get("visibility") == "private" or bool(request.get("private"))
+        default = "private" if owner in self.hub.private_by_default else "public"
+        private = request.get("visibility", default) == "private"
         self.hub.repositories[type, id] = Repository(type, id, private)
         raise _Answer(200, {"url": url, "id": id, "name": id})
 

@@ -957,6 +957,25 @@ def test_private_repository_is_there_for_its_owner_alone(client, trained, monkey
             DAEDiTPipeline.from_pretrained("writer/secret", cache_dir=tmp_path / f"cache{token}")
 
 
+def test_new_repository_is_as_private_as_its_owner_wants_without_a_flag(client, trained, monkeypatch, caplog):
+    monkeypatch.setattr(client, "private_by_default", {"writer"})
+    with caplog.at_level(logging.INFO):
+        push_script(trained / "vae", "writer/company", "--license", "mit")
+    assert client.repositories["model", "writer/company"].private
+    assert "will show everybody with access to the repository:" in caplog.text
+
+
+def test_nothing_goes_to_a_public_repository_that_must_be_private(client, trained):
+    HfApi().create_repo("writer/open")
+    with pytest.raises(UserError, match="writer/open exists and is public.* Make it private"):
+        push_script(trained / "vae", "writer/open", "--license", "mit", "--private")
+    with pytest.raises(UserError, match="is public"):
+        push_folder(trained / "vae", "writer/open", private=True)
+    assert client.files("writer/open") == {}
+    client.repositories["model", "writer/open"].private = True
+    push_script(trained / "vae", "writer/open", "--license", "mit", "--private")
+
+
 @pytest.mark.parametrize("status", [500, 403, 413, None])
 def test_failed_push_is_one_line_and_can_be_repeated(client, trained, status):
     repo_id = f"writer/repeat-{status}".lower()

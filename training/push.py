@@ -37,7 +37,7 @@ def main(config: PushConfig) -> None:
                 "no license is given, and without one nobody may use the weights. Name one with `--license`."
             )
         with_pictures = choose_data_pictures(config, result)
-        announce(config, result, repo_id, with_pictures)
+        announce(result, repo_id, with_pictures, is_private=upload.is_private(repo_id))
         space_id = (config.space_id or repo_id) if config.space else None
         address = upload.push_folder(
             config.folder,
@@ -92,9 +92,9 @@ def choose_data_pictures(config: PushConfig, result: results.Result) -> bool:
     return input("Publish them too? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def announce(config: PushConfig, result: results.Result, repo_id: str, data_pictures: bool) -> None:
+def announce(result: results.Result, repo_id: str, data_pictures: bool, *, is_private: bool) -> None:
     """Logs what others will see after the upload."""
-    seen = "everybody with access to the repository" if config.private else "everybody"
+    seen = "everybody with access to the repository" if is_private else "everybody"
     pictures = card.published_pictures(result, data_pictures)
     logger.info(
         "%s will show %s: weights, code, settings, numbers%s.",

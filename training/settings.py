@@ -723,7 +723,7 @@ class PushConfig:
         "license of the weights, as the Hub names it, such as cc-by-4.0; default: that of the card on the Hub, else the answer "
         "to a question in the terminal, else none",
     )
-    private: bool = field(False, "make a new repository private")
+    private: bool = field(False, "make a new repository private, and refuse one that is public")
     revision: str | None = field(None, "branch, created if missing; default: main")
     create_pr: bool = field(False, "open a pull request instead of writing to the branch")
     fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')

@@ -15,7 +15,7 @@ class HubConfig:
     hub_model_id: str | None = field(
         None, "repository on the Hub; default: the output folder's name in your account", advanced=True
     )
-    hub_private_repo: bool = field(False, "make the repository private", advanced=True)
+    hub_private_repo: bool = field(False, "make a new repository private, and refuse one that is public", advanced=True)
     hub_license: str | None = field(
         None, "license of the weights, as the Hub names it (such as cc-by-4.0); you choose it", advanced=True
     )

@@ -11,7 +11,15 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, RepoCard
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    RepoUrl,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -67,21 +75,24 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
 
     Args:
         repo_id (`str`): `user/name`, or `name` in the account of the token.
-        private (`bool`, *optional*): Whether a new repository is private.
+        private (`bool`, *optional*): Whether the repository must be private. By default a new one is as its owner's new ones are.
         license (`str`, *optional*): Checked as the Hub checks it.
 
     Returns:
         `str`: The full `user/name`. If the Hub cannot be reached now, which is logged, the name as given.
 
     Raises:
-        UserError: If the Hub does not let this token write to the repository, or does not know the license.
+        UserError: If the Hub does not let this token write to the repository, does not know the license, or if the repository is
+            public and must be private.
     """
     api = HfApi()
     try:
         with waiting_at_most(CHECK_SECONDS):
             api.whoami()
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            repo_id = _repository(api, repo_id, private=private).repo_id
             api.auth_check(repo_id, write=True)
+    except UserError:
+        raise
     except Exception as error:  # a connection may fail in any way
         if _is_transient(error):
             logger.warning("the Hub does not answer now (%s); the upload will be tried anyway.", reason_of(error))
@@ -136,7 +147,7 @@ def push_folder(
     Args:
         folder (`str` or `Path`): See [`~dae_diffusers.hub.results.read_result`].
         repo_id (`str`): `user/name`, or `name` in the account of the token. It is created if it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private.
+        private (`bool`, *optional*): As in [`check_hub_access`].
         license (`str`, *optional*): An identifier that the Hub knows. Default: that of the card on the Hub.
         revision (`str`, *optional*): Branch, created if it does not exist.
         create_pr (`bool`, *optional*): Open a pull request instead of writing to the branch.
@@ -152,14 +163,14 @@ def push_folder(
         `str`: Address of the repository, or of the pull request.
 
     Raises:
-        UserError: If the folder holds nothing to publish.
+        UserError: If the folder holds nothing to publish, or the repository is public and must be private.
         Exception: Whatever the connection fails with.
     """
     result = read_result(folder)
     if result.doubts:
         logger.warning("%s", " ".join(result.doubts))
     api = HfApi()
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    repository = _repository(api, repo_id, private=private)
     repo_id = repository.repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -190,6 +201,22 @@ def push_folder(
     return commit.pr_url or str(repository)
 
 
+def is_private(repo_id: str, repo_type: str | None = None) -> bool:
+    r"""Whether a repository on the Hub is private. Raises whatever the connection fails with."""
+    return bool(HfApi().repo_info(repo_id, repo_type=repo_type, timeout=CHECK_SECONDS).private)
+
+
+def _repository(api: HfApi, repo_id: str, *, private: bool, **kind: str) -> RepoUrl:
+    """The repository, which is created if it does not exist. If it exists, it must be private where that is asked for."""
+    repository = api.create_repo(repo_id, private=private or None, exist_ok=True, **kind)
+    if private and not is_private(repository.repo_id, kind.get("repo_type")):
+        raise UserError(
+            f"{repository} exists and is public, but a private one was asked for. Make it private in its settings on the Hub, "
+            "choose another repository, or leave the flag out."
+        )
+    return repository
+
+
 def shows_public_images(result: Result) -> bool:
     r"""Whether anybody may see the images of training and evaluation: they come with the package, or anybody may read them on the Hub."""
     return not result.has_private_data and all(map(_is_public, result.data_sets))
@@ -198,7 +225,7 @@ def shows_public_images(result: Result) -> bool:
 def _is_public(name: str) -> bool:
     """Whether a data set is on the Hub and neither private nor gated. If the Hub does not say, it is not."""
     try:
-        info = HfApi().dataset_info(name, token=False)
+        info = HfApi().dataset_info(name, token=False, timeout=CHECK_SECONDS)
     except Exception:  # a connection may fail in any way
         return False
     return not (info.private or info.gated)
@@ -220,7 +247,7 @@ def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> s
     """
     files = stage1_files(folder)
     api = HfApi()
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    repository = _repository(api, repo_id, private=private)
     api.create_branch(repository.repo_id, branch=STAGE1_BRANCH, exist_ok=True)
     published = api.list_repo_files(repository.repo_id, revision=STAGE1_BRANCH)
     _commit(api, repository.repo_id, files, message="Upload stage 1", published=published, revision=STAGE1_BRANCH)
@@ -252,13 +279,13 @@ def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     Args:
         repo_id (`str`): Name of the Space.
         model_id (`str`): Name of the model, `user/name`.
-        private (`bool`, *optional*): Whether a new Space is private.
+        private (`bool`, *optional*): Whether the Space must be private.
 
     Returns:
         `str`: Its address.
     """
     api = HfApi()
-    repository = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    repository = _repository(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
     _commit(api, repository.repo_id, space_files(model_id), message="Upload the app", repo_type="space")
     return str(repository)
 
