@@ -976,6 +976,17 @@ def test_nothing_goes_to_a_public_repository_that_must_be_private(client, traine
     push_script(trained / "vae", "writer/open", "--license", "mit", "--private")
 
 
+def test_space_of_a_private_model_is_private_without_a_flag(client, trained, caplog):
+    HfApi().create_repo("writer/hidden", private=True)
+    with caplog.at_level(logging.INFO):
+        push_script(trained, "writer/hidden", "--license", "mit", "--space")
+    assert client.repositories["space", "writer/hidden"].private
+    assert "will show everybody with access" in caplog.text and "give the Space a secret HF_TOKEN" in caplog.text
+    client.repositories["space", "writer/hidden"].private = False
+    with pytest.raises(UserError, match="spaces/writer/hidden exists and is public"):
+        push_script(trained, "writer/hidden", "--license", "mit", "--space")
+
+
 @pytest.mark.parametrize("status", [500, 403, 413, None])
 def test_failed_push_is_one_line_and_can_be_repeated(client, trained, status):
     repo_id = f"writer/repeat-{status}".lower()

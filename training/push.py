@@ -37,7 +37,8 @@ def main(config: PushConfig) -> None:
                 "no license is given, and without one nobody may use the weights. Name one with `--license`."
             )
         with_pictures = choose_data_pictures(config, result)
-        announce(result, repo_id, with_pictures, is_private=upload.is_private(repo_id))
+        is_private = upload.is_private(repo_id)
+        announce(result, repo_id, with_pictures, is_private=is_private)
         space_id = (config.space_id or repo_id) if config.space else None
         address = upload.push_folder(
             config.folder,
@@ -57,7 +58,7 @@ def main(config: PushConfig) -> None:
         if config.space:
             address = upload.push_space(space_id, repo_id, private=config.private)
             logger.info("Space: %s", address)
-            if config.private:
+            if is_private:
                 logger.info("the model is private: give the Space a secret HF_TOKEN that may read it, in its settings.")
     except UserError:
         raise

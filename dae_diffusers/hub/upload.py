@@ -211,8 +211,8 @@ def _repository(api: HfApi, repo_id: str, *, private: bool, **kind: str) -> Repo
     repository = api.create_repo(repo_id, private=private or None, exist_ok=True, **kind)
     if private and not is_private(repository.repo_id, kind.get("repo_type")):
         raise UserError(
-            f"{repository} exists and is public, but a private one was asked for. Make it private in its settings on the Hub, "
-            "choose another repository, or leave the flag out."
+            f"{repository} exists and is public, but must be private: a flag asks for it, or its model is private. Make it private "
+            "in its settings on the Hub, choose another, or leave the flag out."
         )
     return repository
 
@@ -279,12 +279,13 @@ def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     Args:
         repo_id (`str`): Name of the Space.
         model_id (`str`): Name of the model, `user/name`.
-        private (`bool`, *optional*): Whether the Space must be private.
+        private (`bool`, *optional*): Whether the Space must be private. That of a private model always must.
 
     Returns:
         `str`: Its address.
     """
     api = HfApi()
+    private = private or is_private(model_id)
     repository = _repository(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
     _commit(api, repository.repo_id, space_files(model_id), message="Upload the app", repo_type="space")
     return str(repository)
