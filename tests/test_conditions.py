@@ -351,14 +351,17 @@ def test_card_says_what_it_draws_from(trained):
     result = read_result(trained)
     card = make_card(result, "user/conditions", data_pictures=False)
     record = json.loads((trained / "train_dit" / "run.json").read_text())["conditions"]
+    mean = result.index["conditions"]["angle"]["mean"]
     assert (
         "`angle` (a number, 0 to 57 in training), `color` (one of 3 classes: blue, green, red), `mask` (a gray image)"
         in card.text
     )
-    example = f'class_labels="b", conditions={{"angle": {record["angle"]}, "color": "{record["color"]}", "mask": load_image("mask.png"), '
-    assert example in card.text and "from diffusers.utils import load_image\n\npipe" in card.text
+    example = 'class_labels="b", conditions={{"angle": {angle}, "color": "{color}", "mask": load_image("mask.png"), '
+    assert example.format(angle=mean, color="blue") in card.text  # of no image of the data
+    assert "from diffusers.utils import load_image\n\npipe" in card.text
     assert "samples.png" not in card.text  # it shows masks of the data
-    assert "images/samples.png" in make_card(result, "user/conditions", data_pictures=True).text
+    text = make_card(result, "user/conditions", data_pictures=True).text
+    assert "images/samples.png" in text and example.format(**record) in text
 
 
 # Condition images

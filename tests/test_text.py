@@ -31,7 +31,7 @@ from torch.testing import assert_close
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.hub.card import make_card
+from dae_diffusers.hub.card import make_card, repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.metrics.sampling import Sampler, load_pipeline, prompts_of_images
 from dae_diffusers.pipelines.dae_dit import encode_texts
@@ -350,7 +350,7 @@ def test_result_draws_from_prompts_in_all_three_ways(trained):
 
 
 def test_card_names_the_text_encoder_and_shows_a_prompt(trained):
-    card = make_card(read_result(trained), "user/text")
+    card = make_card(read_result(trained), "user/text", data_pictures=True)
     prompt = json.loads((trained / "train_dit" / "run.json").read_text())["prompt"]
     assert card.data.pipeline_tag == "text-to-image"
     assert (
@@ -358,6 +358,11 @@ def test_card_names_the_text_encoder_and_shows_a_prompt(trained):
         in card.text
     )
     assert f'image = pipe("{prompt}", guidance_scale=2.0, num_inference_steps=2).images[0]' in card.text
+    files = repository_files(read_result(trained), "user/text")  # these images are private
+    text = files["README.md"].decode()
+    assert "A prompt:" not in text and 'image = pipe("...", guidance_scale=2.0' in text
+    assert prompt.encode() not in files["README.md"] + files["training/train_dit.json"]
+    assert "images/samples.png" not in files
     assert "--text_encoder path/to/text_encoder" in card.text and str(trained.parent) not in card.text
 
 

@@ -22,6 +22,8 @@ from dae_diffusers.training.settings import PushConfig, with_flags
 
 logger = logging.getLogger(__name__)
 
+EXAMPLE = "the caption or conditions of an image, as an example"
+
 
 def main(config: PushConfig) -> None:
     show_messages()
@@ -81,15 +83,16 @@ def ask_for_license() -> str | None:
 
 
 def choose_data_pictures(config: PushConfig, result: results.Result) -> bool:
-    """Whether to publish images of the data set: as the flags say; yes for a public data set; else as the user answers."""
+    """Whether to publish images and captions of the data set: as the flags say; yes for a public data set; else as the user answers."""
     if config.data_pictures or config.no_data_pictures:
         return config.data_pictures
     if upload.shows_public_images(result):
         return True
-    shown = [f"{name} ({result.pictures[name][1]})" for name in results.DATA_PICTURES if name in result.pictures]
+    shown = [f"{name} ({result.pictures[name][1]})" for name in card.pictures_of_data(result)]
+    shown += [EXAMPLE] if card.has_example(result) else []
     if not shown or config.export_dir is not None or not sys.stdin.isatty():
         return False
-    print(f"These pictures show images of your data set: {'; '.join(shown)}.")
+    print(f"These show your data set: {'; '.join(shown)}.")
     return input("Publish them too? [y/N] ").strip().lower() in ("y", "yes")
 
 
@@ -104,9 +107,10 @@ def announce(result: results.Result, repo_id: str, data_pictures: bool, *, is_pr
         f" and the pictures {', '.join(pictures)}" if pictures else "",
     )
     left_out = [name for name in result.pictures if name not in pictures]
+    left_out += [EXAMPLE] if card.has_example(result) and not data_pictures else []
     if left_out:
         logger.info(
-            "left out because they show images of your data set: %s. `--data_pictures` publishes them.",
+            "left out because they show your data set: %s. `--data_pictures` publishes them.",
             ", ".join(left_out),
         )
 

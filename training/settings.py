@@ -729,7 +729,7 @@ class PushConfig:
     fp16: bool = field(False, 'add half-precision weights, for `variant="fp16"`')
     data_pictures: bool = field(
         False,
-        "also publish pictures that show images of your data set: held-out images, and training images nearest to samples",
+        "also publish pictures that show your data set: held-out images, training images nearest to samples, captions",
     )
     no_data_pictures: bool = field(
         False, "leave these pictures out; the default, unless all data sets are public or you agree in the terminal"

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,7 @@ def make_card(
     Returns:
         [`~huggingface_hub.ModelCard`]: With metadata that the Hub accepts.
     """
+    result = _with_published_words(result, data_pictures)
     found = measurements(result)
     generator = GENERATORS.get(result.index.get("_class_name", ""), {})
     if result.index.get("is_flow_matching") is False:
@@ -253,16 +254,48 @@ def published_pictures(result: Result, data_pictures: bool | None = None) -> dic
     Args:
         result ([`Result`]): What is published.
         data_pictures (`bool`, *optional*):
-            Whether to publish pictures that show images of the data sets themselves (`DATA_PICTURES`). By default only if all
-            data sets of training and evaluation are public: they come with the package, or have names on the Hub.
+            Whether to publish pictures that show the data sets themselves (see [`pictures_of_data`]), and the caption or the conditions
+            of a held-out image in the card's example. By default only if all data sets of training and evaluation are public: they come with the package, or have names on the Hub.
 
     Returns:
         `dict`: As `result.pictures`.
     """
-    if data_pictures is None:
-        data_pictures = not result.has_private_data
-    hidden = set() if data_pictures else {*DATA_PICTURES, *(["samples.png"] if has_condition_image(result) else [])}
+    hidden = [] if _shows_data(result, data_pictures) else pictures_of_data(result)
     return {name: each for name, each in result.pictures.items() if name not in hidden}
+
+
+def pictures_of_data(result: Result) -> list[str]:
+    r"""
+    The pictures of a result that show its data sets: `DATA_PICTURES`, and samples beside the captions or conditions of held-out images
+    that they were drawn from.
+    """
+    is_drawn_from_data = bool(_text_encoder(result) or result.index.get("conditions"))
+    names = (*DATA_PICTURES, *(["samples.png"] if is_drawn_from_data else []))
+    return [name for name in names if name in result.pictures]
+
+
+def _shows_data(result: Result, data_pictures: bool | None) -> bool:
+    return not result.has_private_data if data_pictures is None else data_pictures
+
+
+# What `run.json` records of a held-out image, as an example for the card.
+_EXAMPLES = ("prompt", "conditions")
+
+
+def has_example(result: Result) -> bool:
+    r"""Whether a script recorded the caption or the conditions of a held-out image."""
+    return any(name in script.record for script in result.scripts.values() for name in _EXAMPLES)
+
+
+def _with_published_words(result: Result, data_pictures: bool | None) -> Result:
+    """The result without the captions and conditions of held-out images, unless the data may be shown."""
+    if _shows_data(result, data_pictures):
+        return result
+    scripts = {
+        name: replace(script, record={key: value for key, value in script.record.items() if key not in _EXAMPLES})
+        for name, script in result.scripts.items()
+    }
+    return replace(result, scripts=scripts)
 
 
 def has_condition_image(result: Result) -> bool:
@@ -297,6 +330,7 @@ def repository_files(
     Returns:
         `dict`: Path in the repository to a file on disk or to content.
     """
+    result = _with_published_words(result, data_pictures)
     found: dict[str, Path | bytes] = {}
     root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
     # The folder may hold components of another pipeline that was saved there before.
