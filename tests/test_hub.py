@@ -791,6 +791,17 @@ def test_second_export_leaves_nothing_of_the_first_that_is_no_longer_published(t
     assert {f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vae", "transformer")} <= first - left
 
 
+def test_component_that_is_a_link_is_published_with_its_files(tmp_path):
+    pipeline = save_run(tmp_path / "run", None) / "pipeline"
+    before = repository_files(read_result(pipeline), REPO).keys()
+    shutil.move(pipeline / "vae", tmp_path / "elsewhere")
+    (pipeline / "vae").symlink_to(tmp_path / "elsewhere")
+    assert repository_files(read_result(pipeline), REPO).keys() == before
+    (tmp_path / "elsewhere").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="has no files in vae, which its model_index.json names"):
+        repository_files(read_result(pipeline), REPO)
+
+
 @pytest.mark.parametrize("flags", [["--revision", "next"], ["--create_pr"]])
 def test_export_refuses_what_only_an_upload_can_do(tmp_path, flags, capsys):
     with pytest.raises(SystemExit):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.duration import duration
+from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.pipelines.dae_dit import FLOW_MAP_SCHEDULER, autoencoder_shape, is_representation_autoencoder
@@ -329,6 +331,9 @@ def repository_files(
 
     Returns:
         `dict`: Path in the repository to a file on disk or to content.
+
+    Raises:
+        UserError: If a component of the pipeline has no file.
     """
     result = _with_published_words(result, data_pictures)
     found: dict[str, Path | bytes] = {}
@@ -336,7 +341,10 @@ def repository_files(
     # The folder may hold components of another pipeline that was saved there before.
     parts = {name for name, value in result.index.items() if isinstance(value, list)}
     has_fit = bool(result.decoder_fit)
-    for path in sorted(root.rglob("*")):
+    inside = [
+        each for top in root.iterdir() for each in (top, *top.rglob("*"))
+    ]  # a component may be a link to a folder
+    for path in sorted(inside):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         hidden = hidden or any(map(is_leftover, (relative, *relative.parents)))
@@ -344,6 +352,7 @@ def repository_files(
         hidden = hidden or (relative.name == FIT_FILE and not has_fit)  # the record of other weights
         if path.is_file() and not hidden and not foreign and relative.name != "README.md":
             found[f"{prefix}{relative.as_posix()}"] = without_origin(path) if path.suffix == ".json" else path
+    _check_components(result, found)
     for name, (path, _) in published_pictures(result, data_pictures).items():
         found[f"images/{name}"] = path
     for name, script in result.scripts.items():
@@ -356,6 +365,16 @@ def repository_files(
         options = {"license": license, "step": step, "space_id": space_id, "data_pictures": data_pictures}
         found["README.md"] = str(make_card(result, repo_id, **options)).encode()
     return found
+
+
+def _check_components(result: Result, files: Iterable[str]) -> None:
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    parts = {name for name, value in result.index.items() if isinstance(value, list) and isinstance(value[0], str)}
+    if missing := sorted(parts - folders):
+        raise UserError(
+            f"{result.pipeline} has no files in {' and '.join(missing)}, which its model_index.json names. Put them there, or save "
+            "the pipeline again with `save_pretrained`."
+        )
 
 
 def without_origin(path: Path) -> Path | bytes:
