@@ -75,6 +75,10 @@ def fingerprint_of_json(value: Any) -> str:
     return fingerprint([json.dumps(value, sort_keys=True, default=str)])
 
 
+# The children of an autoencoder that make the latents or codes that a generator learns.
+LATENT_PARTS = ("encoder", "quant_conv", "quantize")
+
+
 def weights_of(model: "torch.nn.Module", children: tuple[str, ...] | None = None) -> Iterator[Any]:
     r"""Names and float32 values of a model's weights, or of the named children's weights, for [`fingerprint`]."""
     for name, value in sorted(model.state_dict().items()):
@@ -91,17 +95,18 @@ def weights_fingerprint(weights: Iterable["torch.Tensor"]) -> str:
     return fingerprint(sorted({fingerprint([value.half()]) for value in weights if value.is_floating_point()}))
 
 
-def weights_fingerprint_of(folder: Path) -> str | None:
+def weights_fingerprint_of(folder: Path, children: tuple[str, ...] | None = None) -> str | None:
     r"""
-    [`weights_fingerprint`] of the weights that `from_pretrained` reads in the folder of a model; None if there are none in
-    safetensors files, or damaged ones.
+    [`weights_fingerprint`] of the weights that `from_pretrained` reads in the folder of a model, or of its named children's weights;
+    None if there are none in safetensors files, or damaged ones.
     """
     for name in ("diffusion_pytorch_model", "model"):  # of diffusers, of transformers
         is_sharded = (folder / f"{name}.safetensors.index.json").is_file()
         patterns = [f"{name}-*.safetensors"] if is_sharded else [f"{name}.safetensors", f"{name}.*.safetensors"]
         files = next((found for each in patterns if (found := sorted(folder.glob(each)))), [])
         if files:
-            return _fingerprint_of_files(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+            states = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+            return _fingerprint_of_files(states, children)
     return None
 
 
@@ -378,14 +383,15 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 
 @lru_cache(maxsize=32)  # a push reads the same large files a few times
-def _fingerprint_of_files(files: tuple[tuple[Path, int, int], ...]) -> str | None:
+def _fingerprint_of_files(files: tuple[tuple[Path, int, int], ...], children: tuple[str, ...] | None) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     def weights() -> Iterator["torch.Tensor"]:
         for path, _, _ in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    yield file.get_tensor(name)
+                    if children is None or name.split(".")[0] in children:
+                        yield file.get_tensor(name)
 
     try:
         return weights_fingerprint(weights())

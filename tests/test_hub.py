@@ -557,6 +557,20 @@ def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published,
         assert torch.equal(halved[name], value.half())
 
 
+def test_pipeline_keeps_its_encoder_when_an_autoencoder_alone_is_pushed(client, tmp_path):
+    folder = save_run(tmp_path / "run", None)
+    push_folder(folder, "writer/whole")
+    shutil.copytree(folder / "pipeline" / "vae", tmp_path / "vae")
+    change_weights(tmp_path / "vae", "decoder")
+    push_folder(tmp_path / "vae", "writer/whole")  # a better decoder of the same latents
+    before = client.files("writer/whole")
+    change_weights(tmp_path / "vae", "encoder")
+    with pytest.raises(UserError, match="writer/whole holds a pipeline with another encoder"):
+        push_folder(tmp_path / "vae", "writer/whole")
+    assert client.files("writer/whole") == before and "model_index.json" in before
+    push_folder(tmp_path / "vae", "writer/other")
+
+
 def test_weights_of_another_form_are_stale():
     published = ["README.md", "vae/a.safetensors", "vae/a.fp16.safetensors", "vae/config.json", "other/b.safetensors"]
     shards = ["vae/a-1-of-2.safetensors", "vae/a-2-of-2.safetensors", "vae/a.safetensors.index.json", "README.md"]
@@ -641,9 +655,10 @@ def fingerprints_of(folder: Path) -> dict[str, str]:
     return {part: store.weights_fingerprint_of(folder / "pipeline" / part) for part in ("transformer", "vae")}
 
 
-def change_weights(folder: Path) -> None:
+def change_weights(folder: Path, part: str = "") -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
-    save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    changed = {name: value + name.startswith(part) for name, value in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(

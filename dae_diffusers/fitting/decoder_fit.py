@@ -31,12 +31,10 @@ from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
-from dae_diffusers.store import fingerprint, replace_folder, weights_of
+from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_folder, weights_of
 
 logger = logging.getLogger(__name__)
 
-# What makes the latents that a generator learns.
-_LATENT_PARTS = ("encoder", "quant_conv", "quantize")
 # The autoencoder as it was, in the output folder.
 KEPT_VAE = "vae_before_stage3"
 
@@ -194,7 +192,7 @@ def guide_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module | N
 
 def latents_fingerprint(vae: ModelMixin) -> str:
     r"""Fingerprint of what makes an autoencoder's latents or codes; the decoder may change."""
-    return autoencoder_fingerprint(vae, _LATENT_PARTS)
+    return autoencoder_fingerprint(vae, LATENT_PARTS)
 
 
 def _decoder_size(vae: ModelMixin) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import repository_files, without_origin
 from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, Result, is_leftover, read_result
+from dae_diffusers.store import LATENT_PARTS, weights_fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,8 @@ def push_folder(
         `str`: Address of the repository, or of the pull request.
 
     Raises:
-        UserError: If the folder holds nothing to publish, or the repository is public and must be private.
+        UserError: If the folder holds nothing to publish, the repository is public and must be private, or an autoencoder alone
+            does not go with the pipeline that is there.
         Exception: Whatever the connection fails with.
     """
     result = read_result(folder)
@@ -185,6 +187,8 @@ def push_folder(
         data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
     )
     published = api.list_repo_files(repo_id, revision=revision)
+    if "model_index.json" in published and "model_index.json" not in files:
+        _check_encoder(api, repository, result.vae, revision)
     is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
     with tempfile.TemporaryDirectory() as temporary:
         if fp16 or (not is_sharded and any(name.endswith(".fp16.safetensors") for name in published)):
@@ -220,6 +224,18 @@ def _repository(api: HfApi, repo_id: str, *, private: bool, **kind: str) -> Repo
 def shows_public_images(result: Result) -> bool:
     r"""Whether anybody may see the images of training and evaluation: they come with the package, or anybody may read them on the Hub."""
     return not result.has_private_data and all(map(_is_public, result.data_sets))
+
+
+def _check_encoder(api: HfApi, repository: RepoUrl, vae: Path, revision: str | None) -> None:
+    """Refuses an autoencoder alone whose latents the generator in the repository does not know."""
+    wanted = {"allow_patterns": "vae/*.safetensors*", "ignore_patterns": "*.fp16*"}
+    theirs = Path(api.snapshot_download(repository.repo_id, revision=revision, **wanted)) / "vae"
+    found = [weights_fingerprint_of(folder, LATENT_PARTS) for folder in (theirs, vae)]
+    if None not in found and found[0] != found[1]:
+        raise UserError(
+            f"{repository} holds a pipeline with another encoder than that of {vae}, whose latents its generator does not know. "
+            "Push the autoencoder to another repository or branch (`--revision`), or push a whole pipeline."
+        )
 
 
 def _is_public(name: str) -> bool:
