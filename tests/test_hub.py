@@ -772,9 +772,15 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     rows = [{"step": step, "validation/gfd_tiny": float(step)} for step in (2, 4, 6)]
     (folder / "train_dit" / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (folder / "train_dit" / "run.json").write_text('{"exported_step": 4}')
+    grids = [folder / "train_dit" / "grids" / f"samples-{step:08d}.png" for step in (2, 4, 6)]
+    for grid in grids:
+        shutil.copy(folder / "samples.png", grid)
+    (folder / "samples.png").unlink()
     result = read_result(folder)
     assert {each.metric: each.value for each in measurements(result)} == {"psnr": 20.0, "gfd_tiny": 4.0}
-    assert "reconstructions.png" in result.pictures
+    assert "reconstructions.png" in result.pictures and result.pictures["samples.png"][0] == grids[1]
+    grids[1].unlink()
+    assert "samples.png" not in read_result(folder).pictures
     change_weights(folder / "pipeline" / "vae")
     result = read_result(folder)
     assert [each.metric for each in measurements(result)] == ["gfd_tiny"]

@@ -430,7 +430,7 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         if (result.folder / "metrics.json").exists() and "check" not in result.metrics:
             samples = None  # the same script drew it
         if samples is None or not samples.exists():
-            grids = [latest_grid(script.folder, "samples-*.png") for script in result.scripts.values()]
+            grids = [_grid_of_weights(script) for script in result.scripts.values()]
             samples = next((grid for grid in grids if grid is not None), samples)
         names = [
             " ".join(str(name).split()) for _, name in sorted((result.index.get("id2label") or {}).items(), key=by_id)
@@ -461,6 +461,12 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
     for name, script in result.scripts.items():
         add(f"{name}_curves.png", script.folder / "curves.png", _SCRIPTS[name])
     return pictures
+
+
+def _grid_of_weights(script: Script) -> Path | None:
+    """The samples that a script drew last, or with `--export best` at the step whose weights are published."""
+    step = script.record.get("exported_step")
+    return latest_grid(script.folder, "samples-*.png" if step is None else f"samples-{step:08d}.png")
 
 
 def _read_yaml(path: Path) -> Any:
