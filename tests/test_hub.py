@@ -787,6 +787,18 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     assert "reconstructions.png" not in result.pictures
 
 
+def test_autoencoder_that_was_trained_again_does_not_describe_an_older_pipeline(tmp_path):
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    shutil.copytree(folder / "pipeline" / "vae", folder / "vae")
+    change_weights(folder / "vae", "decoder")
+    assert read_result(folder).scripts.keys() == {"train_dae", "train_dit"} and read_result(folder).doubts == []
+    change_weights(folder / "vae", "encoder")
+    result = read_result(folder)
+    assert result.scripts.keys() == {"train_dit"} and "reconstructions.png" not in result.pictures
+    assert "train_dae is not published: it trained another encoder" in result.doubts[0]
+    assert "train_dae" in read_result(folder / "vae").scripts
+
+
 def test_second_export_leaves_nothing_of_the_first_that_is_no_longer_published(tmp_path):
     """Private pictures, half-precision weights, stage 1, and the transformer after a prior; but no file of somebody else."""
     folder, out = (

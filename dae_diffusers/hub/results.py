@@ -14,7 +14,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.store import read_json, read_rows, weights_fingerprint_of
+from dae_diffusers.store import LATENT_PARTS, read_json, read_rows, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -77,7 +77,7 @@ class Result:
         evaluation (`Script`, *optional*): The settings of the evaluation in `metrics` and `pictures`; empty if it recorded none.
         metrics (`dict`): What was measured, by source.
         pictures (`dict[str, tuple[Path, str]]`): File name in the repository to file and caption.
-        doubts (`list[str]`): What was left out because it was measured with other weights, and what cannot be checked.
+        doubts (`list[str]`): What was left out because it is of other weights, and what cannot be checked.
     """
 
     folder: Path
@@ -261,11 +261,26 @@ def _describe(result: Result, *, is_run: bool) -> Result:
         if result.pipeline is None and path.name != "train_dae":
             continue
         result.scripts.setdefault(path.name, _read_script(path))
+    _leave_out_other_encoder(result)
     result.metrics = _read_metrics(result)
     result.pictures = _find_pictures(result)
     if "evaluation" in result.metrics or "nearest.png" in result.pictures:
         result.evaluation = _read_evaluation(result.folder)
     return result
+
+
+def _leave_out_other_encoder(result: Result) -> None:
+    """Leaves `train_dae` out if it was run again since, so that its settings and images are those of another latent space."""
+    script = result.scripts.get("train_dae")
+    if script is None or result.vae is None:
+        return
+    found = [weights_fingerprint_of(vae, LATENT_PARTS) for vae in (result.vae, script.folder.parent / "vae")]
+    if None not in found and found[0] != found[1]:
+        del result.scripts["train_dae"]
+        result.doubts.append(
+            f"{script.folder} is not published: it trained another encoder than that in {result.vae}. Train the generator again to "
+            "publish both."
+        )
 
 
 def _has_own_autoencoder(result: Result) -> bool:
