@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -41,7 +42,6 @@ class RunLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._marks: dict[str, int] = {}
-        self._tracker_failed = False
 
     def begin(self, step: int, tracker_project: str, settings: dict[str, Any]) -> None:
         r"""Drops the rows after `step` from an earlier log, and starts the trackers."""
@@ -86,7 +86,8 @@ class RunLog:
         if self.accelerator.is_main_process:
             with (self.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        self._guard(lambda: self.accelerator.log(values, step=step))
+        for tracker in list(self.accelerator.trackers):
+            self._guard(lambda tracker=tracker: tracker.log(values, step=step), tracker)
 
     def write_grid(self, name: str, grid: Image.Image, step: int) -> None:
         r"""Saves a picture as `grids/<name>-<step>.png` and shows it in every tracker that can."""
@@ -95,8 +96,8 @@ class RunLog:
         folder = self.folder / "grids"
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"{name}-{step:08d}.png")
-        for tracker in self.accelerator.trackers:
-            self._guard(lambda tracker=tracker: _log_image(tracker, name, grid, step))
+        for tracker in list(self.accelerator.trackers):
+            self._guard(lambda tracker=tracker: _log_image(tracker, name, grid, step), tracker)
 
     def write_samples(
         self,
@@ -178,8 +179,8 @@ class RunLog:
 
     def finish(self) -> None:
         r"""Closes the trackers."""
-        for tracker in self.accelerator.trackers:
-            self._guard(tracker.finish)
+        for tracker in list(self.accelerator.trackers):
+            self._guard(tracker.finish, tracker)
         self.accelerator.trackers = []
 
     def state(self) -> dict[str, Any]:
@@ -192,14 +193,16 @@ class RunLog:
         self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
         self._counts = counts
 
-    def _guard(self, call: Callable[[], Any]) -> None:
-        if self._tracker_failed:
-            return
+    def _guard(self, call: Callable[[], Any], tracker: GeneralTracker | None = None) -> None:
+        """Calls something of a tracker, or of all. One that fails is left out from then on; the others go on."""
         try:
             call()
         except Exception as error:  # a tracker may fail in any way; the run must not
-            self._tracker_failed = True
-            logger.warning("the tracker failed (%s: %s); training continues without it.", type(error).__name__, error)
+            self.accelerator.trackers = [each for each in self.accelerator.trackers if tracker not in (None, each)]
+            name = "" if tracker is None else f" {tracker.name}"
+            logger.warning(
+                "the tracker%s failed (%s: %s); training continues without it.", name, type(error).__name__, error
+            )
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

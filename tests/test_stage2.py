@@ -293,6 +293,19 @@ def test_tiny_decoder_serves_the_latents_of_the_same_encoder(stage1, image_folde
     assert torch.equal(encode_moments(vae, pixel_values)[0], encode_moments(early, pixel_values)[0])
 
 
+def test_an_old_autoencoder_beside_a_new_stage_one_is_refused(tmp_path):
+    model = make_autoencoder("same")
+    model.save_pretrained(tmp_path / "stage1")
+    model.to_diffusers().save_pretrained(tmp_path / "vae")
+    assert GrowingAutoencoder(str(tmp_path), Path(), torch.device("cpu")).is_finished
+    with torch.no_grad():
+        model.encoder.conv_in.bias += 1
+    model.save_pretrained(tmp_path / "stage1")
+    with pytest.raises(UserError, match="the encoder of `vae/` is not that of `stage1/`"):
+        GrowingAutoencoder(str(tmp_path), Path(), torch.device("cpu"))
+    assert not GrowingAutoencoder(str(tmp_path / "stage1"), Path(), torch.device("cpu")).is_finished
+
+
 def test_another_decoder_takes_nothing_from_the_size_of_the_one_before():
     plain = make_autoencoder()
     x2, tiny = (

@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from models import make_autoencoder, save_backbone
@@ -38,6 +39,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.plots import image_grid
 from dae_diffusers.run_settings import steps_of
+from dae_diffusers.runlog import RunLog
 from dae_diffusers.settings import compose, flat
 from dae_diffusers.training import cache_latents, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig
@@ -412,17 +414,28 @@ def test_tracker_gets_scalars_and_pictures(image_folder, tmp_path):
     assert any("reconstruction-stage" in tag for tag in tags["images"])
 
 
-def test_failing_tracker_does_not_stop_training(image_folder, tmp_path, monkeypatch, caplog):
-    from accelerate import Accelerator
+def test_failing_tracker_stops_neither_training_nor_the_others(tmp_path, caplog):
+    class Tracker:
+        def __init__(self, name):
+            self.name, self.calls = name, []
 
-    def fail(*args, **kwargs):
-        raise ConnectionError("the tracker's server is gone")
+        def log(self, values, step):
+            self.calls.append(step)
+            if self.name == "bad":
+                raise ConnectionError("the tracker's server is gone")
 
-    monkeypatch.setattr(Accelerator, "log", fail)
-    flags = TINY_DAE + " --stage1_steps 2 --stage2_steps 2"
-    run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
-    assert (tmp_path / "vae").exists()
-    assert caplog.text.count("training continues") == 1
+        def finish(self):
+            self.calls.append("finish")
+
+    bad, good = Tracker("bad"), Tracker("good")
+    accelerator = Accelerator()
+    accelerator.trackers = [bad, good]
+    log = RunLog(accelerator, tmp_path, "title")
+    for step in (1, 2):
+        log.write({"loss": 1.0}, step)
+    log.finish()
+    assert (bad.calls, good.calls) == ([1], [1, 2, "finish"])
+    assert caplog.text.count("the tracker bad failed (ConnectionError: the tracker's server is gone)") == 1
 
 
 def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_folder, tmp_path):

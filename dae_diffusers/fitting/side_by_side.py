@@ -17,7 +17,7 @@ from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.run import TrainingRun
-from dae_diffusers.store import replace_folder
+from dae_diffusers.store import LATENT_PARTS, replace_folder, weights_fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ class GrowingAutoencoder:
         model = load_any_autoencoder(place, takes_stage1=True)
         self.device, self.output_dir = device, output_dir
         self.is_finished = not is_from_stage1(model)
+        found = [weights_fingerprint_of(Path(place) / name, LATENT_PARTS) for name in ("stage1", "vae")]
+        if self.is_finished and None not in found and found[0] != found[1]:
+            raise UserError(
+                f"{place} has the autoencoder of an earlier run: the encoder of `vae/` is not that of `stage1/`. Give {place}/vae or "
+                f"{place}/stage1, or remove the old one."
+            )
         self.vae = as_plain(model).to(device)
         self._runs = list(dict.fromkeys(path.resolve() for path in (output_dir, Path(place), Path(place).parent)))
         self._stage1 = None if self.is_finished else model
