@@ -176,8 +176,8 @@ def test_fp16_that_accelerate_is_configured_to_is_refused_like_the_flag(monkeypa
 
 
 def test_adversarial_loss_that_stage_one_does_not_have_goes_with_equivariance():
-    weights = {"auxiliary_decoder": "none", "stage1_adversarial_weight": 1.0}
-    compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, **weights)
+    only_stage2 = {"stage": "2", "stage1_dir": "x", "stage1_adversarial_weight": 1.0}
+    compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, **only_stage2)
     compose(TrainDAEConfig, dataset_name="digits", resolution=32, equivariance=0.5, adversarial_weight=1.0)
 
 
