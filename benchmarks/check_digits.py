@@ -69,7 +69,7 @@ def main():
         f"  {arguments.folder}/{script}/curves.png  the generator\n"
         f"  {arguments.folder}/metrics.json          the numbers\n"
         f"and use it: {pipeline_class.__name__}.from_pretrained('{arguments.folder}/pipeline')"
-        f"(class_labels='7', guidance_scale={arguments.guidance_scale:g}).images[0]"
+        "(class_labels='7').images[0]"
     )
 
 
