@@ -197,8 +197,6 @@ class DAEDiTPipeline(DiffusionPipeline):
             pipeline ([`DiffusionPipeline`]): A pipeline with the components that this class has.
             kwargs: As in [`DiffusionPipeline.from_pipe`], for example `dtype`; also other components.
         """
-        # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
-        kwargs = {**pipeline.components, **kwargs}
         if (
             not hasattr(pipeline, "id2label") and "id2label" not in kwargs
         ):  # [`DiTPipeline`] knows names the other way round
@@ -207,10 +205,12 @@ class DAEDiTPipeline(DiffusionPipeline):
                 names.setdefault(key, []).append(name)
             kwargs["id2label"] = {key: ", ".join(each) for key, each in names.items()} or None
         if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
-            return super().from_pipe(pipeline, **kwargs)
+            # diffusers passes on models of exactly the annotated classes alone; ours are annotated by a common ancestor.
+            return super().from_pipe(pipeline, **{**pipeline.components, **kwargs})
         # diffusers would turn the models, which both pipelines share, into float32.
-        known = {*inspect.signature(cls.__init__).parameters, *(kwargs.keys() - pipeline.components.keys())}
-        made = cls(**{name: value for name, value in kwargs.items() if name in known})
+        taken = inspect.signature(cls.__init__).parameters
+        own = {name: value for name, value in {**pipeline.config, **pipeline.components}.items() if name in taken}
+        made = cls(**own | kwargs)
         if "_name_or_path" in pipeline.config:
             made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
         return made

@@ -617,6 +617,8 @@ def test_pipelines_made_of_another_leave_its_models_as_they_are():
     assert made.transformer is pipeline.transformer and made.vae.dtype == pipeline.transformer.dtype == torch.bfloat16
     assert made.id2label == NAMES
     assert DAEDiTPipeline.from_pipe(made, dtype=torch.float32).transformer.dtype == torch.float32
+    DAEDiTPipeline(**pipeline.components, id2label={0: "another"})  # of the same models
+    assert DAEDiTImg2ImgPipeline.from_pipe(pipeline).id2label == NAMES
     codes = make_prior_pipeline().to(torch.bfloat16)
     assert DAEVQGANPipeline.from_pipe(codes).prior.dtype == torch.bfloat16
 
