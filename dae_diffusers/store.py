@@ -110,6 +110,12 @@ def weights_fingerprint_of(folder: Path, children: tuple[str, ...] | None = None
     return None
 
 
+def have_other_encoders(first: Path, second: Path) -> bool:
+    r"""Whether the autoencoders in two folders make other latents or codes; False where one is missing or cannot be read."""
+    found = [weights_fingerprint_of(folder, LATENT_PARTS) for folder in (first, second)]
+    return None not in found and found[0] != found[1]
+
+
 def sha256_of(path: Path) -> str:
     r"""The checksum of a whole file."""
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.run import TrainingRun
-from dae_diffusers.store import LATENT_PARTS, replace_folder, weights_fingerprint_of
+from dae_diffusers.store import have_other_encoders, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ class GrowingAutoencoder:
         model = load_any_autoencoder(place, takes_stage1=True)
         self.device, self.output_dir = device, output_dir
         self.is_finished = not is_from_stage1(model)
-        found = [weights_fingerprint_of(Path(place) / name, LATENT_PARTS) for name in ("stage1", "vae")]
-        if self.is_finished and None not in found and found[0] != found[1]:
+        if self.is_finished and have_other_encoders(Path(place) / "stage1", Path(place) / "vae"):
             raise UserError(
                 f"{place} has the autoencoder of an earlier run: the encoder of `vae/` is not that of `stage1/`. Give {place}/vae or "
                 f"{place}/stage1, or remove the old one."

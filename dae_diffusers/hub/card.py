@@ -257,7 +257,8 @@ def published_pictures(result: Result, data_pictures: bool | None = None) -> dic
         result ([`Result`]): What is published.
         data_pictures (`bool`, *optional*):
             Whether to publish pictures that show the data sets themselves (see [`pictures_of_data`]), and the caption or the conditions
-            of a held-out image in the card's example. By default only if all data sets of training and evaluation are public: they come with the package, or have names on the Hub.
+            of a held-out image in the card's example. By default only if all data sets of training and evaluation are public: they come
+            with the package, or have names on the Hub.
 
     Returns:
         `dict`: As `result.pictures`.
@@ -341,9 +342,8 @@ def repository_files(
     # The folder may hold components of another pipeline that was saved there before.
     parts = {name for name, value in result.index.items() if isinstance(value, list)}
     has_fit = bool(result.decoder_fit)
-    inside = [
-        each for top in root.iterdir() for each in (top, *top.rglob("*"))
-    ]  # a component may be a link to a folder
+    # A component may be a link to a folder, which a search from above would not enter.
+    inside = [each for top in root.iterdir() for each in (top, *top.rglob("*"))]
     for path in sorted(inside):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
@@ -489,7 +489,7 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
     conditions = _condition_arguments(result)
     if not names and not text_encoder and not conditions:
         guidance = _guidance(result) if _is_autoguided(result) else []
-        return ", ".join(["num_images_per_label=1", *guidance, *_other_options(result, generator)])
+        return ", ".join(["num_images_per_label=1", *guidance, *_sampling_options(result, generator)])
     words = [json.dumps(text_encoder["prompt"] or "...", ensure_ascii=False)] if text_encoder else []
     words += [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"] if names else []
     words += conditions
@@ -498,15 +498,17 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
         # Guidance needs a model that has learnt to do without the class.
         is_guided = script is None or script.config.get("class_dropout_prob") != 0 or _is_autoguided(result)
         words += [] if _is_flow_map(result) else _guidance(result, otherwise=2.0 if is_guided else 1.0)
-    return ", ".join([*words, *_other_options(result, generator)])
+    return ", ".join([*words, *_sampling_options(result, generator)])
 
 
 def _guidance(result: Result, otherwise: float = 2.0) -> list[str]:
+    """The guidance of an example call: the pipeline's default."""
     scale = result.index.get("default_guidance_scale")
     return [f"guidance_scale={otherwise if scale is None else scale}"]
 
 
-def _other_options(result: Result, generator: dict[str, Any]) -> list[str]:
+def _sampling_options(result: Result, generator: dict[str, Any]) -> list[str]:
+    """The other options of an example call: those of drawing codes, or the pipeline's default number of steps."""
     if "call" in generator or not generator:
         return generator.get("call", [])
     steps = result.index.get("default_num_inference_steps") or (4 if _is_flow_map(result) else 25)

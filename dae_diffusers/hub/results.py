@@ -14,7 +14,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.store import LATENT_PARTS, read_json, read_rows, weights_fingerprint_of
+from dae_diffusers.store import have_other_encoders, read_json, read_rows, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -274,8 +274,7 @@ def _leave_out_other_encoder(result: Result) -> None:
     script = result.scripts.get("train_dae")
     if script is None or result.vae is None:
         return
-    found = [weights_fingerprint_of(vae, LATENT_PARTS) for vae in (result.vae, script.folder.parent / "vae")]
-    if None not in found and found[0] != found[1]:
+    if have_other_encoders(result.vae, script.folder.parent / "vae"):
         del result.scripts["train_dae"]
         result.doubts.append(
             f"{script.folder} is not published: it trained another encoder than that in {result.vae}. Train the generator again to "

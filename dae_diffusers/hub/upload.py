@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import repository_files, without_origin
 from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, Result, is_leftover, read_result
-from dae_diffusers.store import LATENT_PARTS, weights_fingerprint_of
+from dae_diffusers.store import have_other_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +230,7 @@ def _check_encoder(api: HfApi, repository: RepoUrl, vae: Path, revision: str | N
     """Refuses an autoencoder alone whose latents the generator in the repository does not know."""
     wanted = {"allow_patterns": "vae/*.safetensors*", "ignore_patterns": "*.fp16*"}
     theirs = Path(api.snapshot_download(repository.repo_id, revision=revision, **wanted)) / "vae"
-    found = [weights_fingerprint_of(folder, LATENT_PARTS) for folder in (theirs, vae)]
-    if None not in found and found[0] != found[1]:
+    if have_other_encoders(theirs, vae):
         raise UserError(
             f"{repository} holds a pipeline with another encoder than that of {vae}, whose latents its generator does not know. "
             "Push the autoencoder to another repository or branch (`--revision`), or push a whole pipeline."

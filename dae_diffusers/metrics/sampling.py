@@ -253,16 +253,13 @@ def check_conditions(known: dict[str, dict[str, Any]], values: ConditionValues |
         raise UserError(
             f"{words} besides their class: name the columns with `label_column`, `continuous_columns`, `condition_column`."
         )
-    unknown = [] if values is None else [
-        (name, each)
-        for name, of_column in values.labels.items()
-        for each in of_column
-        if class_name(each) not in map(class_name, known[name].get("labels", ()))
-    ]  # fmt: skip
-    if unknown:
-        raise UserError(
-            f"the pipeline has no class {unknown[0][1]!r} of {unknown[0][0]}. Give images of the classes that it knows."
-        )
+    for name, of_column in {} if values is None else values.labels.items():
+        classes = set(map(class_name, known[name].get("labels", ())))
+        unknown = [each for each in of_column if class_name(each) not in classes]
+        if unknown:
+            raise UserError(
+                f"the pipeline has no class {unknown[0]!r} of {name}. Give images of the classes that it knows."
+            )
 
 
 def autoencoder_of(pipeline: DiffusionPipeline) -> ModelMixin | None:

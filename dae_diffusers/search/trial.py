@@ -77,7 +77,7 @@ class CandidateTrial:
                 folder / "latents",
                 target,
                 self.seed,
-                **{"lr_warmup_steps": warmup_of(rung.generator_steps)} | self.experiment["transformer"],
+                lr_warmup_steps=self.experiment["transformer"].get("lr_warmup_steps", warmup_of(rung.generator_steps)),
                 max_train_steps=rung.generator_steps,
             )
             row["generation"] = ruler.samples(target / "pipeline", target)

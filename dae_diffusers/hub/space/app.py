@@ -400,7 +400,7 @@ def condition_input(name, column):
     return picture_input(name, f"condition-{name}")
 
 
-def _default(option):
+def default_of(option):
     return None if PIPE is None else PIPE.config.get(f"default_{option}")
 
 
@@ -419,12 +419,12 @@ def generate_tab():
                 and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS) or IS_AUTOGUIDED)
                 and not IS_FLOW_MAP
             )
-            usual = _default("guidance_scale") or 2
+            usual = default_of("guidance_scale") or 2
             guidance = gr.Slider(
                 1, 8, usual, step=0.05, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
             )
             stepped = "num_inference_steps" in OPTIONS
-            usual = _default("num_inference_steps") or (4 if IS_FLOW_MAP else 25)
+            usual = default_of("num_inference_steps") or (4 if IS_FLOW_MAP else 25)
             steps = gr.Slider(1, MAX_STEPS, usual, step=1, label="Steps", info="more: slower, finer", visible=stepped)
             is_random = gr.Checkbox(True, label="A new seed each time")
             seed = gr.Number(0, precision=0, label="Seed", info="the same seed draws the same pictures")
