@@ -50,7 +50,7 @@ def plan_rungs(
 ) -> list[Rung]:
     r"""
     The rungs in which candidates are chosen. Each next one has a third (or another part) of the candidates, trained three times as
-    long. An autoencoder and its pilot get the same time. There are as many rungs as leave the first one `MIN_STEPS`.
+    long. An autoencoder and its pilot get the same time. There are as many rungs as possible without going below `MIN_STEPS` in the first.
 
     Args:
         budget (`float`): Seconds for the whole search, the winner's training included.
