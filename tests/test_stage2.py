@@ -25,8 +25,10 @@ from scripts import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from dae_diffusers import DAEAsymmetricAutoencoderKL, DAEAsymmetricVQModel, DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers.autoencoders.fewer_channels import first_latent_channels
 from dae_diffusers.autoencoders.loading import encode_moments, load_autoencoder, spatial_factor
 from dae_diffusers.autoencoders.settings import AutoencoderConfig
+from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
@@ -291,6 +293,48 @@ def test_tiny_decoder_serves_the_latents_of_the_same_encoder(stage1, image_folde
     assert vae.decoder.conv_norm_out.num_groups == 2 and len(vae.decoder.up_blocks[0].resnets) == 1
     early = GrowingAutoencoder(str(stage1["kl"]), Path(), torch.device("cpu")).vae
     assert torch.equal(encode_moments(vae, pixel_values)[0], encode_moments(early, pixel_values)[0])
+
+
+def test_first_channels_of_an_encoder_serve_a_smaller_latent_space(image_folder, tmp_path, pixel_values):
+    model = make_autoencoder("prefix").eval()
+    with torch.no_grad():  # so that the border is exact, too
+        model.auxiliary_decoder.post_quant_conv.bias.zero_()
+    model.set_stage(1)
+    model.save_pretrained(tmp_path / "stage1")
+    before = [model.encode(pixel_values).latent_dist.mean, model.encode(pixel_values).latent_dist.logvar]
+    for count in (1, 2, 3):
+        smaller = first_latent_channels(model, count)
+        smaller.eval().set_stage(1)
+        posterior = smaller.encode(pixel_values).latent_dist
+        for now, whole in zip((posterior.mean, posterior.logvar), before, strict=True):
+            torch.testing.assert_close(now, whole[:, :count], atol=1e-5, rtol=1e-5)
+        kept = keep_prefixes(before[0], torch.full((len(pixel_values),), count))
+        images = smaller.decode_in_stage(before[0][:, :count])
+        torch.testing.assert_close(images, model.decode_in_stage(kept), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="`count` is 4, but must be from 1 to `latent_channels` 3"):
+        first_latent_channels(model, 4)
+    flags = {"train_data_dir": image_folder, "output_dir": tmp_path, "stage1_dir": tmp_path}
+    run(train_dae, f"{TINY_DAE} --stage 2 --keep_latent_channels 2", **flags)
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert vae.config.latent_channels == len(vae.config.latents_mean) == 2
+    torch.testing.assert_close(encode_moments(vae, pixel_values)[0], before[0][:, :2], atol=1e-5, rtol=1e-5)
+    again = f"{TINY_DAE} --stage 2 --resume_from_checkpoint latest --stage2_steps 5 --keep_latent_channels 1"
+    with pytest.raises(UserError, match="with `keep_latent_channels` 2, but now it is 1"):
+        run(train_dae, again, **flags)
+
+
+@pytest.mark.parametrize(
+    "kind, count, message",
+    [
+        ("prefix", 4, "is 4, but the encoder in .* has 3 channels. Give at most 3"),
+        ("same", 2, "was trained with `auxiliary_decoder same`. Train a stage 1 with `auxiliary_decoder prefix`"),
+    ],
+)
+def test_first_channels_that_do_not_exist_are_refused(kind, count, message, image_folder, tmp_path):
+    make_autoencoder(kind).save_pretrained(tmp_path / "stage1")
+    flags = {"train_data_dir": image_folder, "output_dir": tmp_path / "new", "stage1_dir": tmp_path}
+    with pytest.raises(UserError, match=message):
+        run(train_dae, f"{TINY_DAE} --stage 2 --keep_latent_channels {count}", **flags)
 
 
 def test_an_old_autoencoder_beside_a_new_stage_one_is_refused(tmp_path):

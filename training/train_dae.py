@@ -19,6 +19,7 @@ from dae_diffusers.autoencoders.building import make_autoencoder
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
+from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range, save_value_range
@@ -277,14 +278,22 @@ def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages)
     return latents
 
 
+def prefixes_of(model) -> list[int]:
+    """Numbers of channels, 1, 2, 4 and so on, with which a stage 1 with the decoder `prefix` is validated too."""
+    if model.stage != 1 or model.config.auxiliary_decoder_type != "prefix":
+        return []
+    return [2**power for power in range((model.config.latent_channels - 1).bit_length())]
+
+
 @torch.no_grad()
 def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[str, float]:
     """
-    PSNR, mean absolute error, use of the codebook and diagnostics of the latents over the validation images, and a grid of
-    originals above reconstructions.
+    PSNR, also with the first channels of the latents alone where they are ordered, mean absolute error, use of the codebook and
+    diagnostics of the latents over the validation images, and a grid of originals above reconstructions.
     """
     accelerator = run.accelerator
     psnr, l1, shown = [], [], {}
+    fewer = {count: [] for count in prefixes_of(model)}
     chosen = images.spread(10)
     number = accelerator.process_index  # of the image in the data set: a pass deals them out one by one
     counts = diagnostics = None
@@ -302,6 +311,10 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
             diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
             diagnostics.add(mean, std)
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
+        for count, values in fewer.items():
+            with accelerator.autocast():
+                first = keep_prefixes(mean, torch.full((len(mean),), count, device=mean.device))
+                values += peak_signal_to_noise_ratio(model.decode_in_stage(first).float(), pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
         for pair in zip(pixel_values.cpu(), reconstruction.cpu(), strict=True):
             if number in chosen:
@@ -315,6 +328,9 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         run.log.write_grid(f"reconstruction-stage{model.stage}", grid, step)
     psnr, l1 = gather_object(psnr), gather_object(l1)
     values = {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}
+    for count, each in fewer.items():
+        each = gather_object(each)
+        values[f"validation/psnr_first_{count}"] = math.fsum(each) / len(each)
     if counts is not None:
         metrics = codebook_metrics(accelerator.reduce(counts, reduction="sum"))
         values |= {f"validation/{name}": value for name, value in metrics.items()}

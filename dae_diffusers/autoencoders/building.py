@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
+from dae_diffusers.autoencoders.fewer_channels import first_latent_channels
 from dae_diffusers.autoencoders.loading import (
     check_can_be_trained,
     is_vq,
@@ -116,8 +117,29 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
             reason = one_line(error, 300)
     else:
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
+    model = with_kept_channels(model, config.stages.keep_latent_channels, path)
     sizes = decoder_sizes_of(config, model)
     return settled(config, model.with_decoder(**sizes) if sizes else model, model)
+
+
+def with_kept_channels(
+    model: DAEAutoencoderKL | DAEVQModel, count: int | None, path: str
+) -> DAEAutoencoderKL | DAEVQModel:
+    """The model that `keep_latent_channels` asks for, of the one in `path`."""
+    total, kind = model.config.latent_channels, model.config.auxiliary_decoder_type
+    if count is None:
+        return model
+    if kind != "prefix" or is_vq(model):
+        found = "has a codebook" if is_vq(model) else f"was trained with `auxiliary_decoder {kind}`"
+        raise UserError(
+            f"`keep_latent_channels` needs channels that are ordered by importance, but {path} {found}. Train a stage 1 with "
+            "`auxiliary_decoder prefix` and `autoencoder kl`."
+        )
+    if count > total:
+        raise UserError(
+            f"`keep_latent_channels` is {count}, but the encoder in {path} has {total} channels. Give at most {total}."
+        )
+    return first_latent_channels(model, count)
 
 
 def settled(config: Any, model: ModelMixin, given: ModelMixin) -> ModelMixin:

@@ -158,6 +158,12 @@ class StageConfig:
 
     stage: Literal["all", "1", "2", "3"] = field("all", "all: 1 and 2; 3: fit a pipeline's decoder to its generator")
     stage1_dir: str | None = field(None, "with `--stage 2`: the output folder of a stage 1", advanced=True)
+    keep_latent_channels: int | None = field(
+        None,
+        "with `--stage1_dir`: the latents are the first N channels of that encoder's, which `--auxiliary_decoder prefix` has trained",
+        at_least=1,
+        advanced=True,
+    )
     pipeline: str | None = field(None, "with `--stage 3`: the pipeline (folder or Hub id)")
     feature_model: str | None = field(None, "with `--stage 3`: compare in this vision model's features too")
     auxiliary_decoder: AuxiliaryDecoderType = field(
@@ -211,6 +217,11 @@ class StageConfig:
                 "`stage1_dir` is for `stage 2`. To train on from a whole autoencoder use `pretrained_model_name_or_path`."
             )
 
+        if self.keep_latent_channels is not None and self.stage1_dir is None:
+            raise ConfigError(
+                "`keep_latent_channels` needs `stage 2` and `stage1_dir`: the output folder of a stage 1 with `auxiliary_decoder prefix`."
+            )
+
     def trains_final_decoder(self, stage: int) -> bool:
         """Whether the decoder of this stage is the one that is published."""
         return stage > 1 or self.auxiliary_decoder == "none"
@@ -227,7 +238,7 @@ class StageConfig:
     def plan(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint: the auxiliary decoder, and the strength that its kind has."""
         if self.stage == "2":  # it comes from stage 1, whatever the flags say
-            return {}
+            return {"keep_latent_channels": self.keep_latent_channels}
         strength = _STRENGTHS.get(self.auxiliary_decoder)
         names = ("auxiliary_decoder", *([strength] if strength else []))
         return {name: getattr(self, name) for name in names}
