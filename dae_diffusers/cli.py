@@ -270,7 +270,7 @@ class _Parser(HfArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
         self.add_argument(
             "--config",
-            metavar="FILE.yaml",
+            metavar="NAME|FILE.yaml",
             help="YAML file with flags, or a packaged recipe such as digits; the command line wins",
         )
         self.add_argument("--help_all", action="help", help="show every flag")

@@ -258,7 +258,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         logger.info("saved %s", run.output_dir / "vae")
         if model.is_asymmetric:
             logger.info(
-                "its decoder is no mirror of its encoder, which no class of diffusers can hold: it is a %s of dae_diffusers. Without this "
+                "its decoder does not mirror its encoder, so no class of diffusers can hold it: it is a %s of dae_diffusers. Without this "
                 "package load it with `AutoModel.from_pretrained(%r, trust_remote_code=True)`, whose code lies beside the weights.",
                 *(type(vae).__name__, str(run.output_dir / "vae")),
             )

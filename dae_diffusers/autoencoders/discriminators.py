@@ -17,7 +17,7 @@ class PatchDiscriminator(nn.Module):
         in_channels (`int`, *optional*, defaults to 3): Channels of the images.
         num_channels (`int`, *optional*, defaults to 64): Channels after the first layer, a multiple of 8; doubled by
             each strided layer up to eight times that.
-        num_layers (`int`, *optional*, defaults to 3): Strided layers. Images must have at least `2 ** (num_layers + 1)`
+        num_layers (`int`, *optional*, defaults to 3): Strided layers. Images must have at least `3 * 2**num_layers`
             pixels a side.
 
     Source: Isola et al., 2017, https://huggingface.co/papers/1611.07004.

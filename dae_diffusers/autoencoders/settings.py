@@ -307,7 +307,7 @@ class RegularizationConfig:
     equivariance: float = field(
         0.0, "stage 1: share of batches that are rotated and scaled (EQ-VAE)", at_least=0, at_most=1
     )
-    noise_tau: float = field(0.0, "stage 2: scale of the noise on the real decoder's input", at_least=0, advanced=True)
+    noise_tau: float = field(0.0, "stages 2 and 3: scale of the noise on the real decoder's input", at_least=0, advanced=True)
     vf_model: str | None = field(
         None,
         "stage 1: align latents with the features of this vision model (Hub id or folder) by the VF loss of VA-VAE",

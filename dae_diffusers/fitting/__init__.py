@@ -1,1 +1,1 @@
-"""Stage 3: fitting a decoder to the latents that a generator draws."""
+"""Stage 3 fits a decoder to the latents that a generator draws; `side_by_side` puts a decoder and a generator together."""

@@ -576,7 +576,7 @@ def _early(result: Result, generator: dict[str, Any], step: int | None) -> str |
     if steps is None or steps >= EARLY_STEPS:
         return None
     return (
-        f"This is an early model: its generator was trained for {steps:,} steps, and good ones take tens of thousands."
+        f"This is an early model: its generator was trained for {steps:,} steps."
     )
 
 

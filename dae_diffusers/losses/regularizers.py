@@ -138,12 +138,12 @@ def perturb(
     noise_tau: float = 0.0,
 ) -> Perturbation:
     r"""
-    Draws a micro-batch's perturbation: in stage 1 masking, equivariance and latent denoising, in stage 2 noise. Each costs
+    Draws a micro-batch's perturbation: in stage 1 masking, equivariance and latent denoising, later noise. Each costs
     less than a convolution; with equivariance the decoder has fewer latents to decode.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): The images.
-        stage (`int`): 1 or 2.
+        stage (`int`): 1, 2 or 3.
         factor (`int`): Pixels of an image per latent, along a side.
         mask_ratio, mask_patch_size: As in [`mask_patches`].
         latent_denoising (`float`): `noise_scale` of [`interpolate_with_noise`]; 0: none.
