@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dae_diffusers.errors import ConfigError, UserError, one_line
-from dae_diffusers.settings import compose, fields_of, flat
+from dae_diffusers.settings import compose, fields_of, flat, without_effect
 
 Config = TypeVar("Config")
 
@@ -117,7 +117,7 @@ def as_typed(text: str, is_command: bool | None = None) -> str:
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
     r"""
-    Calls `run(config)`, and turns a [`UserError`], an optional package that is missing, a disk that cannot be written,
+    Warns of flags without effect, calls `run(config)`, and turns a [`UserError`], an optional package that is missing, a disk that cannot be written,
     memory that does not suffice and a data-loading process that died into one line on stderr and an exit code.
 
     Raises:
@@ -126,6 +126,8 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
     _keep_interrupts()
     warnings.simplefilter("once", append=True)  # the same words from two lines are one warning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a line of our source helps nobody
+    for text in without_effect(config) if os.environ.get("RANK", "0") == "0" else ():
+        warnings.warn(with_dashes(text, flat(config)), stacklevel=2)
     try:
         run(config)
     except KeyboardInterrupt:

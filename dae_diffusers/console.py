@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.resources import files
 
 from dae_diffusers import __version__
@@ -94,7 +95,9 @@ def _check_arguments(script: str, flags: list[str]) -> None:
         description=as_typed(ast.get_docstring(ast.parse(text)), True),
         prog=f"dae-diffusers {script}",
     )
-    run_script(check_paths, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the script says them
+        run_script(check_paths, config)
 
 
 def _launch(argv: list[str]) -> None:

@@ -29,6 +29,7 @@ class OptimizationConfig:
         "`warmup_stable_decay`: share of the steps, at the end, over which it falls to 0",
         above=0,
         at_most=1,
+        needs="lr_scheduler warmup_stable_decay",
         advanced=True,
     )
     lr_warmup_steps: int = field(
@@ -41,7 +42,12 @@ class OptimizationConfig:
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", above=0, advanced=True)
     use_ema: bool = field(True, "keep a moving average of the weights (EMA) and export it", advanced=True)
     ema_decay: float = field(
-        0.999, "decay of the moving average; it rises to this value", at_least=0, below=1, advanced=True
+        0.999,
+        "decay of the moving average; it rises to this value",
+        at_least=0,
+        below=1,
+        needs="use_ema",
+        advanced=True,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         None, "precision of the computation; weights stay float32; default: accelerate's"

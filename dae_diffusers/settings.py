@@ -29,6 +29,7 @@ def field(
     at_most: float | None = None,
     below: float | None = None,
     hint: str = "",
+    needs: str = "",
     advanced: bool = False,
 ) -> Any:
     r"""
@@ -39,6 +40,8 @@ def field(
         help (`str`): What `--help` shows.
         at_least, above, at_most, below (`float`, *optional*): Bounds of a number, or of each number in a list. None is allowed.
         hint (`str`, *optional*): What to do instead of giving a value outside these bounds.
+        needs (`str`, *optional*): The setting without which this one has no effect, such as `"streaming"`, or with its value,
+            `"lr_scheduler warmup_stable_decay"`; several with " or " between them.
         advanced (`bool`, *optional*, defaults to `False`): Shown by `--help_all` only.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -46,6 +49,7 @@ def field(
         "help": help,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "hint": hint,
+        "needs": needs,
         "advanced": advanced,
     }
     if isinstance(default, list):
@@ -166,6 +170,28 @@ def flat(config: Any) -> dict[str, Any]:
     names = parts_of(type(config))
     parts = [config] if "" in names else [getattr(config, name) for name in names]
     return {each.name: getattr(one, each.name) for one in parts for each in dataclasses.fields(one)}
+
+
+def without_effect(config: Any) -> list[str]:
+    r"""Says in a sentence for each setting that is missing which changed settings have no effect without it."""
+    idle: dict[str, list[str]] = {}
+    values = flat(config)
+    known = values | getattr(config, "known", dict)()
+    for _, each, default in fields_of(type(config)) if values else ():
+        needs = each.metadata.get("needs")
+        if needs and values[each.name] != default and not any(_holds(known, need) for need in needs.split(" or ")):
+            idle.setdefault(needs, []).append(each.name)
+    return [
+        f"`{'`, `'.join(names)}` {'has' if len(names) == 1 else 'have'} no effect without `{needs.replace(' or ', '` or `')}`."
+        for needs, names in idle.items()
+    ]
+
+
+def _holds(values: dict[str, Any], need: str) -> bool:
+    """Whether a setting is given, or has a value: that of a list if it holds it."""
+    name, _, wanted = need.partition(" ")
+    value = values.get(name)
+    return wanted in map(str, value if isinstance(value, list) else [value]) if wanted else bool(value)
 
 
 def changes_of(values: Any) -> dict[str, Any]:

@@ -18,7 +18,17 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import as_typed, parse_config, run_script, with_dashes
 from dae_diffusers.errors import ConfigError, UserError, in_full
-from dae_diffusers.settings import compose, config_text, field, fields_of, flags_of, flat, part, settings
+from dae_diffusers.settings import (
+    compose,
+    config_text,
+    field,
+    fields_of,
+    flags_of,
+    flat,
+    part,
+    settings,
+    without_effect,
+)
 from dae_diffusers.training.settings import (
     DIT_LAYERS,
     SCRIPTS,
@@ -48,7 +58,7 @@ class Rest:
     kind: Literal["a", "b"] = field("a", "the kind")
     name: str | None = field(None, "a name")
     flag: bool = field(True, "a switch")
-    rare: float = field(0.5, "for experts", above=0, at_most=1, advanced=True)
+    rare: float = field(0.5, "for experts", above=0, at_most=1, needs="kind b or flag", advanced=True)
 
 
 @settings
@@ -138,6 +148,48 @@ def test_warnings_have_no_source_lines():
         print(warnings.formatwarning("few images", UserWarning, "code.py", 3, "a line of code"), end="")
 
     assert in_child(action) == (0, "warning: few images\n")
+
+
+def test_changed_settings_that_lack_what_they_need_are_named_in_a_warning():
+    assert not any(map(without_effect, (compose(Whole, flag=False), compose(Whole, rare=0.4), None)))
+    assert not without_effect(compose(Whole, rare=0.4, flag=False, kind="b"))
+    idle = compose(Whole, rare=0.4, flag=False)
+    assert without_effect(idle) == ["`rare` has no effect without `kind b` or `flag`."]
+    code, text = in_child(lambda: run_script(lambda config: None, idle))
+    assert code == 0 and "`--rare` has no effect without `--kind b` or `--flag`." in text
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=list(SCRIPTS))
+def test_settings_need_what_the_script_has(config_class):
+    names = {each.name for _, each, _ in fields_of(config_class)}
+    needs = {need for _, each, _ in fields_of(config_class) for need in each.metadata["needs"].split(" or ") if need}
+    assert {need.partition(" ")[0] for need in needs} <= names
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "idle"),
+    [
+        ("train-dae", "--auxiliary_decoder none --noise_tau 0.5", "`noise_tau` has no effect without `stage 2` or `stage 3`."),
+        ("train-dae", "--auxiliary_decoder none --equivariance 0.5", ""),
+        ("train-dae", "--feature_model x --pool_size 9", "`feature_model`, `pool_size` have no effect without `stage 3`."),
+        ("train-dae", "--stage 1 --noise_tau 0.5 --equivariance 0.5", "`noise_tau` has no effect without `stage 2` or `stage 3`."),
+        (
+            "train-dae",
+            "--stage 2 --stage1_dir x --auxiliary_decoder prefix --equivariance 0.5",
+            "`auxiliary_decoder`, `equivariance` have no effect without `stage 1`.",
+        ),
+        ("train-dae", "--stage 3 --pipeline x --feature_model y --noise_tau 0.5 --pool_size 9", ""),
+        ("train-dae", "--auxiliary_dropout 0.1 --auxiliary_decoder prefix", "`auxiliary_dropout` has no effect without `auxiliary_decoder dropout`."),
+        ("train-dae", "--vf_weight 1", "`vf_weight` has no effect without `vf_model`."),
+        ("train-dit", "--repa_weight 1 --lr_decay_share 0.5 --lr_scheduler warmup_stable_decay", "`repa_weight` has no effect without `repa_model`."),
+        ("train-dit", "--class_dropout_prob 0 --autoguidance_steps 9 --sample_guidance_scale 1.5", ""),
+        ("evaluate", "--guidance_scales 1 2", "`guidance_scales` has no effect without `pipeline`."),
+    ],
+)  # fmt: skip
+def test_flags_without_effect(script, flags, idle):
+    vae = [] if script == "train-dae" else ["--vae", "x"]
+    config = parse_config(SCRIPTS[script], ["--dataset_name", "digits", *vae, *flags.split()])
+    assert without_effect(config) == ([idle] if idle else [])
 
 
 def test_compose_refuses_what_no_part_has():
@@ -287,6 +339,7 @@ def test_shipped_configs_are_valid(path):
     source = [] if "dataset_name" in values else ["--train_data_dir", "images"]
     source += _required(config_class)
     config = parse_config(config_class, ["--config", str(path), *source])
+    assert without_effect(config) == []
     assert {name: flat(config)[name] for name in values} == values
     shown = flat(parse_config(PreviewConfig, ["--config", path.stem, *source]))  # "preview with the same flags"
     assert {name: shown[name] for name in values.keys() & shown.keys()} == {

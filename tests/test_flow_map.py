@@ -311,6 +311,7 @@ def test_other_pipelines_take_the_long_steps_too():
     [
         ("--train_batch_size 1", "needs `--train_batch_size` of at least 2"),
         ("--repa_model x", "`--repa_model` does not go with `--distill_guidance_scale`"),
+        ("--timestep_sampling uniform", "`--timestep_sampling uniform` does not go with `--distill_guidance_scale`"),
         ("--distill_guidance_scale 0.5", "`--distill_guidance_scale` is 0.5, but must be at least 1"),
         ("", "needs a finished transformer to distill"),
     ],

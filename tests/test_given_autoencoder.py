@@ -60,6 +60,14 @@ def test_later_stages_have_the_side_of_stage_1_and_record_another(kind, tmp_path
         assert config.data.resolution == built.to_diffusers().config.sample_size == side
 
 
+def test_sizes_that_a_given_autoencoder_does_not_have_are_named(tmp_path, caplog):
+    make_autoencoder().save_pretrained(tmp_path)
+    sizes = {"block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 5, "decoder_layers_per_block": 0}
+    build(compose(TrainDAEConfig, dataset_name="digits", stage="2", stage1_dir=str(tmp_path), **sizes))
+    assert "`--latent_channels` has no effect: the given autoencoder has 3." in caplog.text
+    assert caplog.text.count("has no effect") == 1
+
+
 def test_new_autoencoder_has_the_defaults():
     data = compose(TrainDAEConfig, dataset_name="digits").data
     assert (data.resolution, data.image_channels) == (32, 3)

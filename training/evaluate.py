@@ -61,6 +61,7 @@ from dae_diffusers.metrics.sampling import (
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.settings import changes_of
 from dae_diffusers.store import read_json, write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
@@ -221,6 +222,9 @@ def check_options(config: EvaluateConfig, sampler: Sampler | None) -> None:
         if getattr(config.sampling, name) is not None and (sampler is None or name not in sampler.accepted):
             whom = "an autoencoder" if sampler is None else type(sampler.pipeline).__name__
             raise UserError(f"`--{name}` means nothing to {whom}; leave it out.")
+    for option, name in SWEPT.items() if sampler is not None else ():
+        if option not in sampler.accepted and name in changes_of(config.sampling):
+            logger.warning("`--%s` has no effect on what %s draws.", name, config.evaluation.pipeline)
 
 
 def check_counts(

@@ -139,6 +139,10 @@ class TrainDAEConfig:
         fits_adversarially = self.stages.stage == "3" and self.generated.generated_loss == "adversarial"
         return self.losses.has_adversarial_loss or (fits_adversarially and self.generated.generated_weight > 0)
 
+    def known(self) -> dict[str, Any]:
+        """What flags may need and no single flag says: the stages of this run."""
+        return {"stage": list(self.stages.stage_steps())}
+
     def _check_without_effect(self) -> None:
         """Raises `ConfigError` for flags that would change nothing although they were given."""
         codebook, defaults = self.codebook, CodebookConfig()
@@ -239,7 +243,7 @@ class TransformerConfig:
     )
     text_encoder: str | None = field(None, "draw from the captions: a text encoder of transformers (Hub id or folder)")
     text_encoder_dtype: Literal["float32", "float16", "bfloat16"] = field(
-        "float32", "data type of the text encoder and of its hidden states", advanced=True
+        "float32", "data type of the text encoder and of its hidden states", needs="text_encoder", advanced=True
     )
     class_dropout_prob: float = field(
         0.1,
@@ -314,6 +318,7 @@ class FlowMatchingConfig:
     sample_guidance_scale: float = field(
         2.0,
         "guidance scale of the grid, and later of the pipeline by default; 1: none; unused with `--class_dropout_prob 0`",
+        needs="class_dropout_prob or autoguidance_steps",
         advanced=True,
     )
     autoguidance_steps: int | None = field(
@@ -342,8 +347,10 @@ class MonitorConfig:
     metric_features: str | None = field(
         None, "while training, measure the distance of samples in these features (as `evaluate --features`)"
     )
-    metric_images: int = field(2000, "samples for each measurement", at_least=2, advanced=True)
-    metric_steps: int = field(2000, "measure every N steps, and at the end", at_least=1, advanced=True)
+    metric_images: int = field(2000, "samples for each measurement", at_least=2, needs="metric_features", advanced=True)
+    metric_steps: int = field(
+        2000, "measure every N steps, and at the end", at_least=1, needs="metric_features", advanced=True
+    )
     export: Literal["last", "best"] = field(
         "last", "weights of the pipeline: the last, or those with the smallest distance", advanced=True
     )
@@ -394,12 +401,22 @@ class RepresentationAlignmentConfig:
         None, "align hidden states with the features of this vision model (Hub id or folder); needs the images"
     )
     repa_weight: float = field(
-        0.5, "weight of the alignment", above=0, hint="leave out `repa_model` instead", advanced=True
+        0.5,
+        "weight of the alignment",
+        above=0,
+        hint="leave out `repa_model` instead",
+        needs="repa_model",
+        advanced=True,
     )
     repa_layer: int | None = field(
-        None, "number of the block whose output is aligned; default: a third of the depth", advanced=True
+        None,
+        "number of the block whose output is aligned; default: a third of the depth",
+        needs="repa_model",
+        advanced=True,
     )
-    repa_projector_dim: int = field(2048, "width of the projector, which is not exported", at_least=1, advanced=True)
+    repa_projector_dim: int = field(
+        2048, "width of the projector, which is not exported", at_least=1, needs="repa_model", advanced=True
+    )
 
 
 @settings
@@ -450,6 +467,11 @@ class TrainDiTConfig:
             raise ConfigError(
                 "`distill_guidance_scale` needs a finished transformer to distill: give its pipeline as `pretrained_model_name_or_path`."
             )
+        if self.flow.timestep_sampling != "logit_normal":
+            raise ConfigError(
+                f"`timestep_sampling {self.flow.timestep_sampling}` does not go with `distill_guidance_scale`, which draws noise levels "
+                "of its own. Leave one out."
+            )
         if self.alignment.repa_model is not None:
             raise ConfigError(
                 "`repa_model` does not go with `distill_guidance_scale`, which learns from the given transformer. Leave one out."
@@ -494,7 +516,10 @@ class PriorSamplesConfig:
 
     num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
-        2.0, "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`", advanced=True
+        2.0,
+        "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`",
+        needs="class_dropout_prob",
+        advanced=True,
     )
     sample_temperature: float = field(1.0, "temperature of the grid", above=0, advanced=True)
     sample_top_k: int | None = field(None, "draw the grid only from the N most likely codes", at_least=1, advanced=True)
@@ -737,7 +762,7 @@ class PushConfig:
     keep_card: bool = field(False, "do not change the README.md of the repository")
     stage1: bool = field(False, "also upload the autoencoder of stage 1, to the branch `stage1`")
     space: bool = field(False, "also make a Space, an app in which others can try the model")
-    space_id: str | None = field(None, "`user/name` of the Space; default: that of the model")
+    space_id: str | None = field(None, "`user/name` of the Space; default: that of the model", needs="space")
     export_dir: str | None = field(
         None, "write everything into this folder and upload nothing; the Space in `space/`, stage 1 in `stage1/`"
     )

@@ -58,6 +58,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.run_settings import steps_of
+from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.text import Captions
 from dae_diffusers.training.settings import TrainDiTConfig
@@ -268,7 +269,8 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     """What the transformer learns to predict, and the scheduler that samples from it; those of given weights stay."""
     flow, shift = run.config.flow, run.config.flow.timestep_shift
     if origin is not None and not origin.is_flow_matching:
-        asked = [name for name in ("timestep_shift", "distill_guidance_scale") if getattr(flow, name) is not None]
+        of_flow = ("timestep_shift", "timestep_sampling", "distill_guidance_scale")
+        asked = [name for name in of_flow if name in changes_of(flow)]
         if asked:
             raise UserError(
                 f"`{asked[0]}` is for flow matching, but {origin.name} is for diffusion: its {type(origin.scheduler).__name__} says which "

@@ -1,5 +1,6 @@
 """Builds an autoencoder that can be trained in stages from the settings."""
 
+import logging
 from typing import Any
 
 from diffusers import AutoencoderKL, ModelMixin, VQModel
@@ -18,7 +19,10 @@ from dae_diffusers.autoencoders.tuned import TUNED
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape
+from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width
+
+logger = logging.getLogger(__name__)
 
 
 def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None) -> DAEAutoencoderKL | DAEVQModel:
@@ -144,11 +148,20 @@ def with_kept_channels(
 
 def settled(config: Any, model: ModelMixin, given: ModelMixin) -> ModelMixin:
     """The model, once it and the images agree on their size. The decoder may make other sizes than the one of the given model."""
+    _warn_of_sizes(config, given)
     side, factor, before = autoencoder_shape(given.config).side, spatial_factor(model), spatial_factor(given)
     sides = [each * factor // before for each in height_and_width(side)] if side else None
     settle_images(config, model, side=sides)
     model.register_to_config(sample_size=config.data.resolution)
     return model
+
+
+def _warn_of_sizes(config: Any, given: ModelMixin) -> None:
+    """Warns of flags that give the encoder a size, where the given model has another one."""
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in given.config.items()}
+    for name, value in changes_of(config.autoencoder).items():
+        if name in own and not name.startswith("decoder") and own[name] != value:
+            logger.warning("`--%s` has no effect: the given autoencoder has %s.", name, own[name])
 
 
 def decoder_sizes_of(config: Any, model: ModelMixin) -> dict[str, Any]:

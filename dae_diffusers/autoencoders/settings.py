@@ -121,7 +121,11 @@ class CodebookConfig:
         [], "levels of each channel, such as 8 5 5 5; they give the size and dimension (`fsq`)", advanced=True
     )
     commitment_weight: float = field(
-        0.25, "weight of the squared distance from latents to their codes (stage 1)", at_least=0, advanced=True
+        0.25,
+        "weight of the squared distance from latents to their codes (stage 1)",
+        at_least=0,
+        needs="stage 1",
+        advanced=True,
     )
 
     def __post_init__(self):
@@ -165,15 +169,23 @@ class StageConfig:
         advanced=True,
     )
     pipeline: str | None = field(None, "with `--stage 3`: the pipeline (folder or Hub id)")
-    feature_model: str | None = field(None, "with `--stage 3`: compare in this vision model's features too")
+    feature_model: str | None = field(
+        None, "with `--stage 3`: compare in this vision model's features too", needs="stage 3"
+    )
     auxiliary_decoder: AuxiliaryDecoderType = field(
         "dropout",
         "decoder that trains the encoder in stage 1; none: joint training",
+        needs="stage 1",
     )
-    auxiliary_dropout: float = field(0.3, "`dropout`: channel dropout rate")
-    auxiliary_channel_multiplier: float = field(0.25, "`narrow`: relative width", advanced=True)
+    auxiliary_dropout: float = field(0.3, "`dropout`: channel dropout rate", needs="auxiliary_decoder dropout")
+    auxiliary_channel_multiplier: float = field(
+        0.25, "`narrow`: relative width", needs="auxiliary_decoder narrow", advanced=True
+    )
     auxiliary_layers_per_block: int = field(
-        0, "`shallow`: residual blocks per resolution, minus one; must be below `--layers_per_block`", advanced=True
+        0,
+        "`shallow`: residual blocks per resolution, minus one; must be below `--layers_per_block`",
+        needs="auxiliary_decoder shallow",
+        advanced=True,
     )
     stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
     stage2_steps: int = field(
@@ -181,11 +193,12 @@ class StageConfig:
         "optimiser steps of stage 2; each takes 0.7 to 0.9 times as long as a joint step",
         at_least=1,
     )
-    stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, advanced=True)
+    stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, needs="stage 3", advanced=True)
     warm_start_decoder: bool = field(
         True,
         "start stage 2 from the auxiliary decoder's weights instead of random ones, if it has the same shape as the real decoder "
         "and `--pretrained_model_name_or_path` brought no trained decoder",
+        needs="stage 2",
         advanced=True,
     )
     stage2_cache_gib: float = field(
@@ -193,6 +206,7 @@ class StageConfig:
         "stage 2 encodes every image once, into a cache in the output folder, if that saves work and the cache stays below "
         "this many GiB; 0: never",
         at_least=0,
+        needs="stage 2 or stage 3",
         advanced=True,
     )
 
@@ -267,29 +281,51 @@ class GeneratedConfig:
     generated_loss: Literal["moments", "adversarial"] = field(
         "moments",
         "moments: mean and covariance of the features; adversarial: a discriminator tells drawn images from training images",
+        needs="stage 3",
         advanced=True,
     )
     stage3_learning_rate: float = field(
-        1e-4, "peak learning rate of stage 3, instead of `--learning_rate`", above=0, advanced=True
+        1e-4,
+        "peak learning rate of stage 3, instead of `--learning_rate`",
+        above=0,
+        needs="stage 3",
+        advanced=True,
     )
     generated_weight: float = field(
-        1.0, "weight of this loss, balanced with the others at the decoder's last layer", at_least=0, advanced=True
+        1.0,
+        "weight of this loss, balanced with the others at the decoder's last layer",
+        at_least=0,
+        needs="stage 3",
+        advanced=True,
     )
     generated_batch_size: int | None = field(
-        None, "`moments`: drawn latents in a batch; default: twice `--train_batch_size`", at_least=1, advanced=True
+        None,
+        "`moments`: drawn latents in a batch; default: twice `--train_batch_size`",
+        at_least=1,
+        needs="stage 3",
+        advanced=True,
     )
     moments_share: float = field(
-        0.02, "share of the running moments that a batch replaces", above=0, at_most=1, advanced=True
+        0.02, "share of the running moments that a step replaces", above=0, at_most=1, needs="stage 3", advanced=True
     )
-    pool_size: int = field(8192, "latents that are drawn once, before the first step", at_least=2, advanced=True)
+    pool_size: int = field(
+        8192, "latents that are drawn once, before the first step", at_least=2, needs="stage 3", advanced=True
+    )
     pool_guidance_scale: float = field(
-        1.5, "guidance with which they are drawn: the one that you will use; 1 is none", at_least=0, advanced=True
+        1.5,
+        "guidance with which they are drawn: the one that you will use; 1 is none",
+        at_least=0,
+        needs="stage 3",
+        advanced=True,
     )
-    pool_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
+    pool_inference_steps: int = field(
+        25, "denoising steps with which they are drawn", at_least=1, needs="stage 3", advanced=True
+    )
     max_psnr_drop: float = field(
         2.0,
         "stop, and change nothing, if reconstructions lose more than this many dB of PSNR",
         at_least=0,
+        needs="stage 3",
         advanced=True,
     )
 
@@ -299,26 +335,50 @@ class RegularizationConfig:
     """Regularisation of the latents."""
 
     mask_ratio: float = field(
-        0.0, "stage 1: share of image patches hidden from the encoder", at_least=0, below=1, advanced=True
+        0.0,
+        "stage 1: share of image patches hidden from the encoder",
+        at_least=0,
+        below=1,
+        needs="stage 1",
+        advanced=True,
     )
     latent_denoising: float = field(
-        0.0, "stage 1: scale of the noise that latents are mixed with (l-DeTok)", at_least=0, advanced=True
+        0.0,
+        "stage 1: scale of the noise that latents are mixed with (l-DeTok)",
+        at_least=0,
+        needs="stage 1",
+        advanced=True,
     )
     equivariance: float = field(
-        0.0, "stage 1: share of batches that are rotated and scaled (EQ-VAE)", at_least=0, at_most=1
+        0.0, "stage 1: share of batches that are rotated and scaled (EQ-VAE)", at_least=0, at_most=1, needs="stage 1"
     )
-    noise_tau: float = field(0.0, "stages 2 and 3: scale of the noise on the real decoder's input", at_least=0, advanced=True)
+    noise_tau: float = field(
+        0.0,
+        "stages 2 and 3: scale of the noise on the real decoder's input",
+        at_least=0,
+        needs="stage 2 or stage 3",
+        advanced=True,
+    )
     vf_model: str | None = field(
         None,
         "stage 1: align latents with the features of this vision model (Hub id or folder) by the VF loss of VA-VAE",
+        needs="stage 1",
         advanced=True,
     )
-    vf_weight: float = field(0.1, "weight of the VF loss", above=0, hint="leave out `vf_model` instead", advanced=True)
+    vf_weight: float = field(
+        0.1,
+        "weight of the VF loss",
+        above=0,
+        hint="leave out `vf_model` instead",
+        needs="vf_model",
+        advanced=True,
+    )
     vf_cosine_margin: float = field(
         0.5,
         "VF loss: cosine distance between latents and features that costs nothing",
         at_least=0,
         below=2,
+        needs="vf_model",
         advanced=True,
     )
     vf_distance_margin: float = field(
@@ -326,12 +386,14 @@ class RegularizationConfig:
         "VF loss: difference of the cosines between two positions that costs nothing",
         at_least=0,
         below=2,
+        needs="vf_model",
         advanced=True,
     )
     vf_adaptive_weight_cap: float = field(
         100.0,
         "VF loss: upper bound of the adaptive weight, which balances gradients at the encoder's last layer; 0: not adaptive",
         at_least=0,
+        needs="vf_model",
         advanced=True,
     )
 

@@ -21,7 +21,9 @@ class DataConfig:
     """Data."""
 
     dataset_name: str | None = field(None, "a dataset on the Hub, a dataset folder, or `digits` (part of this package)")
-    dataset_config_name: str | None = field(None, "configuration of the dataset, if it has several", advanced=True)
+    dataset_config_name: str | None = field(
+        None, "configuration of the dataset, if it has several", needs="dataset_name", advanced=True
+    )
     train_data_dir: str | None = field(None, "a folder of images; sub-folders are classes")
     train_split: str = field("train", "split to train on", advanced=True)
     validation_split: str | None = field(
@@ -55,7 +57,7 @@ class DataConfig:
         advanced=True,
     )
     shuffle_buffer_size: int = field(
-        1000, "with `--streaming`: shuffle the images in blocks of N", at_least=1, advanced=True
+        1000, "with `--streaming`: shuffle the images in blocks of N", at_least=1, needs="streaming", advanced=True
     )
     num_classes: int | None = field(
         None,
@@ -117,7 +119,12 @@ class DataConfig:
         advanced=True,
     )
     max_bad_image_share: float = field(
-        0.01, "with `--on_bad_image skip`: stop if more than this share is bad", at_least=0, at_most=1, advanced=True
+        0.01,
+        "with `--on_bad_image skip`: stop if more than this share is bad",
+        at_least=0,
+        at_most=1,
+        needs="on_bad_image skip",
+        advanced=True,
     )
     dataloader_num_workers: int = field(
         0,

@@ -13,14 +13,25 @@ class HubConfig:
 
     push_to_hub: bool = field(False, "upload the result to the Hub; see also the script `push`")
     hub_model_id: str | None = field(
-        None, "repository on the Hub; default: the output folder's name in your account", advanced=True
+        None,
+        "repository on the Hub; default: the output folder's name in your account",
+        needs="push_to_hub",
+        advanced=True,
     )
-    hub_private_repo: bool = field(False, "make a new repository private, and refuse one that is public", advanced=True)
+    hub_private_repo: bool = field(
+        False, "make a new repository private, and refuse one that is public", needs="push_to_hub", advanced=True
+    )
     hub_license: str | None = field(
-        None, "license of the weights, as the Hub names it (such as cc-by-4.0); you choose it", advanced=True
+        None,
+        "license of the weights, as the Hub names it (such as cc-by-4.0); you choose it",
+        needs="push_to_hub",
+        advanced=True,
     )
     hub_strategy: Literal["end", "every_save"] = field(
-        "end", "end: upload the result; every_save: also at each checkpoint, in the background", advanced=True
+        "end",
+        "end: upload the result; every_save: also at each checkpoint, in the background",
+        needs="push_to_hub",
+        advanced=True,
     )
 
     def __post_init__(self):

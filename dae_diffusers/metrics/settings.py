@@ -29,7 +29,9 @@ class EvaluationConfig:
         at_least=0,
         at_most=MAX_SEED,
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        None, "autocast while drawing; default: no", needs="pipeline"
+    )
 
     def __post_init__(self):
         if self.vae is None and self.pipeline is None:
@@ -48,8 +50,12 @@ class SamplingConfig:
         "most 10000",
         at_least=1,
     )
-    guidance_scales: list[float] = field([1.0], "one or more scales of classifier-free guidance to measure")
-    num_inference_steps: list[int] = field([25], "one or more numbers of denoising steps to measure", at_least=1)
+    guidance_scales: list[float] = field(
+        [1.0], "one or more scales of classifier-free guidance to measure", needs="pipeline"
+    )
+    num_inference_steps: list[int] = field(
+        [25], "one or more numbers of denoising steps to measure", at_least=1, needs="pipeline"
+    )
     set_defaults: bool = field(
         False,
         "make the guidance scale and the steps with the lowest distance those with which the pipeline draws by default",
@@ -68,6 +74,7 @@ class SamplingConfig:
     label_sampling: Literal["data", "balanced", "random"] = field(
         "data",
         "labels of the drawn images: each class as often as among the training images, equally often, or at random",
+        needs="pipeline",
         advanced=True,
     )
     prompt: str | None = field(
