@@ -167,7 +167,8 @@ class TrainingRun:
         Raises:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
-        self._inputs, self._plan, self.counts = inputs, {"settings": plan, "steps": steps}, counts
+        self._inputs, self.counts = inputs, counts
+        self._plan = {"settings": plan, "steps": steps, "images_per_step": self.images_per_step}
         if self.resumed is None:
             return Start()
         path, manifest = self.resumed
@@ -179,6 +180,8 @@ class TrainingRun:
                     f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Continue "
                     "with the same, or train in another `output_dir`."
                 )
+        if self.config.optimization.num_train_epochs is not None:
+            check_passes(self._plan, plan_before or {}, path)
         check_plan(self._plan, plan_before, step, path)
         for name in sorted(inputs.keys() ^ inputs_before.keys()):
             was, now = ("without", "has") if name in inputs else ("with", "lacks")
@@ -392,6 +395,18 @@ def start_messages(accelerator: Accelerator) -> None:
             "one CPU thread of %d is in use, the launcher's default. Give it more: put `OMP_NUM_THREADS=%d` before the command.",
             threads,
             threads,
+        )
+
+
+def check_passes(plan: dict[str, Any], before: dict[str, Any], checkpoint: Path) -> None:
+    r"""Raises `UserError` if a run of `num_train_epochs` has another number of images in a step than its checkpoint, and so other passes."""
+    now, was = plan["images_per_step"], before.get("images_per_step", plan["images_per_step"])
+    if now != was:
+        steps = " and ".join(f"`{name} {number}`" for name, number in before["steps"].items())
+        raise UserError(
+            f"{checkpoint} was trained with {was} images in a step, but now they are {now}, so `num_train_epochs` would be another number "
+            "of passes. Keep the product of `train_batch_size`, `gradient_accumulation_steps` and processes, or give steps instead of "
+            f"passes: they were {steps}."
         )
 
 

@@ -193,6 +193,15 @@ def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_pa
     options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path, "num_train_epochs": 1}
     run(train_dit, TINY_DIT.replace("--max_train_steps 6", "--max_train_steps 99"), **options)
     assert_same_weights(load_file(trained / TRANSFORMER), load_file(tmp_path / TRANSFORMER))
+    # With other images in a step, the steps that are left would be other passes; the same number of them goes on.
+    shutil.rmtree(tmp_path / "pipeline")
+    checkpoints = tmp_path / "train_dit" / "checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-00000006")
+    options |= {"resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="with 4 images in a step, but now they are 2, .*they were `max_train_steps 6`"):
+        run(train_dit, f"{TINY_DIT} --train_batch_size 2", **options)
+    run(train_dit, f"{TINY_DIT} --train_batch_size 2 --gradient_accumulation_steps 2", **options)
+    assert (tmp_path / TRANSFORMER).exists() and len(list(checkpoints.iterdir())) == 2
 
 
 def test_finished_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(trained, image_folder, tmp_path):
