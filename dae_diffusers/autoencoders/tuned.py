@@ -41,6 +41,17 @@ class TunedDecoderMixin(DecoupledAutoencoderMixin):
         if hasattr(self.decoder, "condition_encoder"):  # for inpainting; unused here
             self.decoder.condition_encoder.requires_grad_(False)
 
+    def train(self, mode: bool = True):
+        r"""
+        As in [`DecoupledAutoencoderMixin`], and batch normalisation keeps the statistics that it came with: those of a batch would make
+        the decoder another one than in use, and depend on how many images a process sees at once.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def forward(
         self,
         sample: torch.Tensor,
