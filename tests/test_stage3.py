@@ -391,6 +391,15 @@ def test_moments_forget_slowly_and_start_anywhere():
     torch.testing.assert_close(moments.mean, 0.25 * whitening(features_of(1)).mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
+def test_micro_batches_of_a_step_count_as_one_large_batch():
+    whitening = Whitening.of(FeatureStatistics.of(features_of(0, 512)))
+    whole, parts = RunningMoments(whitening, share=0.25), RunningMoments(whitening, share=0.25)
+    for step in range(2):
+        features = features_of(step)
+        losses = [whole(features, step), *(parts(part, step) for part in features.chunk(4))]
+        torch.testing.assert_close((parts.mean, parts.second, losses[-1]), (whole.mean, whole.second, losses[0]))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # whose square is infinite
 def test_a_batch_that_is_not_finite_leaves_the_moments_as_they_were(value):
     whitening = Whitening.of(FeatureStatistics.of(features_of(0, 512)))

@@ -322,7 +322,7 @@ class DecoderFit:
             return term, {f"generated_{name}": value for name, value in values.items()}
         with self.accelerator.autocast():
             features = self.features(decoded)
-        distance = self.moments(features)
+        distance = self.moments(features, step)
         weight = adaptive_weight(other_loss, distance, last_layer, cap=1e4)
         values = {"generated_distance": distance, "generated_adaptive_weight": weight}
         return self.settings.generated_weight * weight * distance, values

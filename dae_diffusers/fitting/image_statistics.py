@@ -141,12 +141,12 @@ class RunningMoments(nn.Module):
     r"""
     Mean and second moment of the whitened features of the images that a decoder makes, over a long row of batches.
 
-    Each batch replaces a share of them. So the distance is that of thousands of images, and only the last batch has a
+    Each step replaces a share of them. So the distance is that of thousands of images, and only the last batch has a
     gradient. The moments are buffers: a checkpoint holds them.
 
     Args:
         whitening ([`Whitening`]): After which the images to resemble have mean 0 and the variances `whitening.variances`.
-        share (`float`): What a batch replaces, in (0, 1]. Of 128 images with 0.02 the moments are those of about 12,700.
+        share (`float`): What a step replaces, in (0, 1]. Of 128 images with 0.02 the moments are those of about 12,700.
     """
 
     def __init__(self, whitening: Whitening, share: float):
@@ -154,6 +154,7 @@ class RunningMoments(nn.Module):
         self.whitening, self.share = whitening, share
         self.register_buffer("mean", torch.zeros_like(whitening.mean))
         self.register_buffer("second", torch.zeros_like(whitening.matrix))
+        self._step: int | None = None
 
     @torch.no_grad()
     def start(self, features: torch.Tensor) -> None:
@@ -162,12 +163,14 @@ class RunningMoments(nn.Module):
         self.mean.copy_(whitened.mean(dim=0))
         self.second.copy_(whitened.T @ whitened / len(whitened))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, step: int | None = None) -> torch.Tensor:
         r"""
-        Counts a batch, of which every process has an equal part, unless a part of it is not finite. All processes call it.
+        Counts a micro-batch, of which every process has an equal part, unless a part of it is not finite. All processes call it.
 
         Args:
             features (`torch.Tensor` of shape `(B, D)`): Raw features of this process's images, with their graph.
+            step (`int`, *optional*): The step that it belongs to: the micro-batches of a step replace as much as a large one would.
+                Default: a step of its own.
 
         Returns:
             `torch.Tensor`: Scalar, the [`~dae_diffusers.losses.moments.moment_distance`] of all images so far. Averaged over the
@@ -178,9 +181,20 @@ class RunningMoments(nn.Module):
             detached = whitened.detach()
             mean = mean_over_processes(detached.mean(dim=0))
             second = mean_over_processes(detached.T @ detached / len(detached))
-            is_finite = mean.isfinite().all() & second.isfinite().all()  # the same everywhere; `skip_nonfinite` goes on
-            for kept, new in ((self.mean, mean), (self.second, second)):
-                kept.copy_(torch.where(is_finite, kept.lerp(new, self.share), kept))
+            self._count(mean, second, step)
             target = self.whitening.variances
             surrogate = moment_surrogate(whitened, self.mean, self.second, target)
             return moment_distance(self.mean, self.second, target) + surrogate - surrogate.detach()
+
+    def _count(self, mean: torch.Tensor, second: torch.Tensor, step: int | None) -> None:
+        """Replaces a share of the moments before this step with those of its micro-batches so far."""
+        kept = (self.mean, self.second)
+        if step is None or step != self._step:
+            self._step, self._before, self._number = step, [each.clone() for each in kept], 0
+            self._sums = [torch.zeros_like(each) for each in kept]
+        is_finite = mean.isfinite().all() & second.isfinite().all()  # the same everywhere; `skip_nonfinite` goes on
+        self._number = self._number + is_finite
+        for each, before, total, new in zip(kept, self._before, self._sums, (mean, second), strict=True):
+            total += torch.where(is_finite, new, 0)
+            moved = before.lerp(total / self._number.clamp(min=1), self.share)
+            each.copy_(torch.where(self._number > 0, moved, before))
