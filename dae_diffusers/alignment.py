@@ -16,6 +16,7 @@ from dae_diffusers.losses.alignment import (
     representation_alignment_loss,
 )
 from dae_diffusers.losses.resizing import resize
+from dae_diffusers.precision import loss_scale
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.vision import FrozenBackbone, load_backbone
 
@@ -92,7 +93,8 @@ class LatentAlignment:
         loss = cosine + distance
         logs = {"vf_cosine_loss": cosine, "vf_distance_loss": distance}
         if self.settings.adaptive_weight_cap > 0:
-            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=self.settings.adaptive_weight_cap)
+            cap, scale = self.settings.adaptive_weight_cap, loss_scale(self.accelerator)
+            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
             logs["vf_adaptive_weight"] = adaptive
             loss = adaptive * loss
         return self.settings.weight * loss, logs

@@ -1,4 +1,4 @@
-"""Which numbers the hardware of a run multiplies fast."""
+"""Which numbers the hardware of a run multiplies fast, and the scale that fp16 needs."""
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +11,11 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type != "cpu"
+
+
+def loss_scale(accelerator: Accelerator) -> float:
+    r"""What fp16 multiplies losses by before their backward pass, so that gradients do not vanish; 1 for other precisions."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
 
 
 def faster_precision(accelerator: Accelerator) -> str | None:

@@ -10,6 +10,7 @@ from dae_diffusers.autoencoders.adversary import AdversarialSettings, Adversaria
 from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
 from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.errors import UserError
+from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
 from dae_diffusers.vision import FrozenBackbone, load_backbone
 
@@ -137,6 +138,23 @@ def test_adaptive_weight_is_the_ratio_of_the_gradients(adversary):
     term.backward()
     assert last.weight.grad is not None
     assert all(parameter.grad is None and parameter.requires_grad for parameter in adversary.parameters)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**40])  # the second overflows, and is lowered
+def test_adaptive_weight_in_float16_is_that_of_float32(scale):
+    torch.manual_seed(0)
+    last, pixels = torch.nn.Conv2d(4, 1, 3, padding=1), torch.randn(2, 4, 128, 128)
+
+    def weight(dtype: torch.dtype, scale: float) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            reconstruction = last(pixels)
+            loss = (reconstruction + 1).square().float().mean()
+        near = reconstruction.detach().float() + 1e-4 * pixels[:, :1]  # what it nearly equals: tiny gradients
+        return adaptive_weight((reconstruction.float() - near).square().mean(), loss, last.weight, cap=9, scale=scale)
+
+    exact = weight(torch.float32, 1.0)
+    assert weight(torch.float16, 1.0) == 0
+    assert_close(weight(torch.float16, scale), exact, rtol=0.02, atol=0)
 
 
 def test_discriminator_learns_to_tell_noise_from_stripes(adversary):

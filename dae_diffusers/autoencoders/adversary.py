@@ -12,6 +12,7 @@ from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, Pat
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.adversarial import AdversarialLossType, augment, discriminator_loss, generator_loss
 from dae_diffusers.optimization import make_optimizer
+from dae_diffusers.precision import loss_scale
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import TrainingRun
 from dae_diffusers.vision import load_backbone
@@ -119,7 +120,8 @@ class AdversarialTraining:
             parameter.requires_grad_(True)
         logs = {"adversarial_loss": loss}
         if self.settings.adaptive_weight_cap > 0:
-            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=self.settings.adaptive_weight_cap)
+            cap, scale = self.settings.adaptive_weight_cap, loss_scale(self.accelerator)
+            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
             logs["adaptive_weight"] = adaptive
             loss = adaptive * loss
         return weight * loss, logs

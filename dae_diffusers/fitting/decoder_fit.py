@@ -29,6 +29,7 @@ from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatis
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
+from dae_diffusers.precision import loss_scale
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_folder, weights_of
@@ -323,7 +324,7 @@ class DecoderFit:
         with self.accelerator.autocast():
             features = self.features(decoded)
         distance = self.moments(features, step)
-        weight = adaptive_weight(other_loss, distance, last_layer, cap=1e4)
+        weight = adaptive_weight(other_loss, distance, last_layer, cap=1e4, scale=loss_scale(self.accelerator))
         values = {"generated_distance": distance, "generated_adaptive_weight": weight}
         return self.settings.generated_weight * weight * distance, values
 
