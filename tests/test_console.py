@@ -59,6 +59,7 @@ def test_wrong_flag_or_path_is_answered_before_torch_is_loaded(tmp_path):
         (["--resolutionn", "3"], 2, "Did you mean `--resolution`?"),
         (["--train_data_dir", "nowhere"], 1, "`--train_data_dir` nowhere is not a folder"),
         (["--config", "digits", "--pretrained_model_name_or_path", "./none"], 1, "./none does not exist"),
+        (["--config", "digits", "--perceptual_model", "runs/none"], 1, "`--perceptual_model` runs/none does not exist"),
     ):
         source = "import sys; from dae_diffusers import console\ntry: console.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
         done = subprocess.run(

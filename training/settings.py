@@ -796,7 +796,12 @@ SCRIPTS = {
 }
 
 # Settings that name a folder or something on the Hub, which has one slash at most.
-_PLACES = ("vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "text_encoder")
+_PLACES = (
+    "vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "published_vae", "text_encoder", "features",
+    "metric_features", "feature_model", "perceptual_model", "discriminator_model", "vf_model", "repa_model",
+)  # fmt: skip
+# What begins so is no name on the Hub: the scripts write into `runs/` by default.
+_PATHS = (".", "/", "runs/")
 
 
 def check_paths(config: Any) -> None:
@@ -808,7 +813,7 @@ def check_paths(config: Any) -> None:
     is_resumed = values.get("resume_from_checkpoint") is not None  # the checkpoint holds what came from given weights
     for name in _PLACES:
         place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
-        is_path = place is not None and (place.count("/") > 1 or place.startswith((".", "/")))
+        is_path = place is not None and (place.count("/") > 1 or place.startswith(_PATHS))
         if is_path and not os.path.exists(place):
             raise UserError(
                 f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id{in_full(place)}."
