@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.sharding import local_tensor, whole_tensor
@@ -88,11 +88,22 @@ class NonFiniteGuard:
                 "%s: this update is skipped, %d of `--skip_nonfinite` %d.", what, self.skipped, self.tolerated
             )
             return False
-        raise UserError(
-            f"{what}; the weights were left as they were before this update. Lower `learning_rate`, or use "
-            "`mixed_precision bf16` instead of fp16, and continue from the last checkpoint in "
-            f"{self.folder / 'checkpoints'} with `resume_from_checkpoint latest`. `skip_nonfinite N` skips up to "
-            "N such updates."
+        raise UserError(f"{what}; {self._advice()}")
+
+    def _advice(self) -> str:
+        """What became of the weights, and what to do; fp16 and DeepSpeed do not take `skip_nonfinite`."""
+        is_fp16 = self.accelerator.mixed_precision == "fp16"
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        weights = (
+            "DeepSpeed has made this update within the backward pass, and the weights are lost"
+            if is_deepspeed
+            else "the weights were left as they were before this update"
+        )
+        other = ", or use `mixed_precision bf16`," if is_fp16 else ""
+        skip = "" if is_fp16 or is_deepspeed else " `skip_nonfinite N` skips up to N such updates."
+        return (
+            f"{weights}. Lower `learning_rate`{other} and continue from the last checkpoint in {self.folder / 'checkpoints'} with "
+            f"`resume_from_checkpoint latest`.{skip}"
         )
 
     def _describe(self, watched: list, gradient_norm: torch.Tensor, name: str) -> str:

@@ -1,10 +1,12 @@
 """DeepSpeed trains what ordinary data parallelism does, and resumes exactly. Where it is not installed, only refusals are tested."""
 
 import importlib.util
+import math
 import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
@@ -21,7 +23,8 @@ from scripts import (
 )
 
 from dae_diffusers.distributed import settle_deepspeed
-from dae_diffusers.errors import ConfigError
+from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dit
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -57,6 +60,25 @@ def test_deepspeed_equals_data_parallelism_and_resumes_exactly(more, tolerance, 
     expected, trained = (load_file(tmp_path / name / TRANSFORMER) for name in ("ddp", "two"))
     assert_same_weights(expected, trained, rtol=tolerance, atol=tolerance)
     assert_goes_on_exactly(under_deepspeed, flags=flags, folder=tmp_path / "two", step=4, result=TRANSFORMER, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "says", "says_not"),
+    [
+        (DistributedType.DEEPSPEED, "bf16", ["the weights are lost"], ["left as they were", "skip_nonfinite", "bf16"]),
+        (DistributedType.NO, "fp16", ["left as they were", "`mixed_precision bf16`"], ["skip_nonfinite"]),
+        (DistributedType.NO, "no", ["left as they were", "`skip_nonfinite N`"], ["mixed_precision"]),
+    ],
+)
+def test_loss_that_is_not_finite_gets_advice_that_the_run_can_follow(kind, precision, says, says_not, tmp_path):
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, mixed_precision=precision, distributed_type=kind
+    )
+    guard = NonFiniteGuard(accelerator, 0, tmp_path)
+    guard.watch(torch.tensor(math.nan), 3, 5)
+    with pytest.raises(UserError, match="`loss` became nan at step 3, in micro-batch 5; .* latest`") as error:
+        guard.allows(torch.tensor(1.0))
+    assert all(words in str(error.value) for words in says) and not any(words in str(error.value) for words in says_not)
 
 
 @pytest.mark.parametrize(
