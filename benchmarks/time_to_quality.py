@@ -29,7 +29,7 @@ from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.runlog import read_log
+from dae_diffusers.engine.log import read_log
 from dae_diffusers.store import read_json, write_atomically, write_json
 
 SHORT, LONG = 20, 120  # steps of the runs that are timed

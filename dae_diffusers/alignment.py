@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from dae_diffusers.engine.precision import loss_scale
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.alignment import (
@@ -16,7 +17,6 @@ from dae_diffusers.losses.alignment import (
     representation_alignment_loss,
 )
 from dae_diffusers.losses.resizing import resize
-from dae_diffusers.precision import loss_scale
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.vision import FrozenBackbone, load_backbone
 

@@ -18,7 +18,7 @@ import sys
 import threading
 from typing import IO
 
-from dae_diffusers import runlog
+from dae_diffusers.engine import log as runlog
 
 PACKAGE = "dae_diffusers.training"
 

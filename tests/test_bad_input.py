@@ -23,13 +23,13 @@ from PIL import Image
 from scripts import BARE_DAE, BARE_DIT, CONFIG_CLASSES, checkpoints, in_child, in_two_processes, start
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
-from dae_diffusers.checkpointing import Checkpointer
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.engine.checkpointing import Checkpointer
+from dae_diffusers.engine.log import RunLog
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CachedLatents, write_latent_cache
 from dae_diffusers.locks import take_folder
-from dae_diffusers.runlog import RunLog
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig
 

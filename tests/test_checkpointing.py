@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from dae_diffusers import run, signals
-from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers import signals
+from dae_diffusers.engine import run
+from dae_diffusers.engine.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.guard import raise_if_not_finite_weights
 from dae_diffusers.locks import take_folder
 from dae_diffusers.signals import StopSignal, is_launcher, resuming_command
 

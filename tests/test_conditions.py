@@ -23,17 +23,17 @@ from scripts import (
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
-from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions, statistics_of
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.conditions import numbers_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import load_generator
+from dae_diffusers.generators.conditions import CONDITION_ARGUMENTS, Conditions, statistics_of
+from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
-from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 

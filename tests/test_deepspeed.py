@@ -22,9 +22,9 @@ from scripts import (
     start,
 )
 
-from dae_diffusers.distributed import settle_deepspeed
+from dae_diffusers.engine.distributed import settle_deepspeed
+from dae_diffusers.engine.guard import NonFiniteGuard
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dit
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

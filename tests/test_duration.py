@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 
 from dae_diffusers import duration as module
-from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.duration import Forecast, duration, pace
-from dae_diffusers.optimization import make_lr_scheduler
-from dae_diffusers.precision import faster_precision
-from dae_diffusers.run_settings import OptimizationConfig
+from dae_diffusers.engine.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.engine.optimization import make_lr_scheduler
+from dae_diffusers.engine.precision import faster_precision
+from dae_diffusers.engine.settings import OptimizationConfig
 from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior
 
 

@@ -18,12 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes, log_of, start, weights
 
-from dae_diffusers import checkpointing, data, locks, loop, runlog
+from dae_diffusers import data, locks
 from dae_diffusers.autoencoders import objective
-from dae_diffusers.batches import TrainingBatches
 from dae_diffusers.cli import _message_of, run_script
+from dae_diffusers.engine import checkpointing, loop
+from dae_diffusers.engine import log as runlog
+from dae_diffusers.engine.batches import TrainingBatches
+from dae_diffusers.engine.guard import NonFiniteGuard
 from dae_diffusers.errors import UserError
-from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.training import train_dae, train_dit
 
 

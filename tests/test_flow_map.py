@@ -18,12 +18,12 @@ from scripts import TRANSFORMER, log_of, resume, run
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.errors import UserError
-from dae_diffusers.flow_map import FlowMap
+from dae_diffusers.generators.flow_map import FlowMap
+from dae_diffusers.generators.take_over import take_over
+from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
-from dae_diffusers.take_over import take_over
 from dae_diffusers.training import evaluate, train_dit
-from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 

@@ -14,10 +14,10 @@ from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.held_out import warn_of_seen_images
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.cache import CachedLatents, CacheIdentity, follow_cache
 from dae_diffusers.metrics.sampling import ids_in_pipeline
-from dae_diffusers.run import TrainingRun
 from dae_diffusers.settings import compose
 from dae_diffusers.training.settings import SCRIPTS, TrainDAEConfig, TrainDiTConfig
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from scripts import in_two_processes
 
-from dae_diffusers.heartbeat import Heartbeat
+from dae_diffusers.engine.heartbeat import Heartbeat
 
 
 def exchange(accelerator, steps, heartbeat, before=lambda step: None):

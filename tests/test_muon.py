@@ -9,11 +9,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers import DAEDiTTransformer2DModel
-from dae_diffusers import muon as muon_module
+from dae_diffusers.engine import muon as muon_module
+from dae_diffusers.engine.muon import MuonWithAdamW, hidden_matrices, orthogonalized
+from dae_diffusers.engine.optimization import make_optimizer
+from dae_diffusers.engine.settings import OptimizationConfig
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.muon import MuonWithAdamW, hidden_matrices, orthogonalized
-from dae_diffusers.optimization import make_optimizer
-from dae_diffusers.run_settings import OptimizationConfig
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "fused": True}
 

@@ -31,16 +31,16 @@ from torch.testing import assert_close
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.generators.take_over import take_over
+from dae_diffusers.generators.text import Captions, encode_once, load_text_encoder
+from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.hub.card import make_card, repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.metrics.sampling import Sampler, load_pipeline, prompts_of_images
 from dae_diffusers.pipelines.dae_dit import encode_texts
 from dae_diffusers.settings import compose
-from dae_diffusers.take_over import take_over
-from dae_diffusers.text import Captions, encode_once, load_text_encoder
 from dae_diffusers.training import cache_latents, evaluate, train_dit
 from dae_diffusers.training.settings import TrainDiTConfig
-from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -131,7 +131,7 @@ def test_kept_states_equal_computed_ones_whatever_the_encoder(encoders, tmp_path
 
 
 def test_shards_that_are_there_are_not_computed_again(encoders, tmp_path, monkeypatch):
-    monkeypatch.setattr("dae_diffusers.text.CHUNK_SIZE", 2)
+    monkeypatch.setattr("dae_diffusers.generators.text.CHUNK_SIZE", 2)
     tokenizer, model = load_text_encoder(encoders())
     accelerator = Accelerator()
     states, of = encode_once(tokenizer, model, TEXTS, accelerator, tmp_path)

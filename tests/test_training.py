@@ -32,14 +32,15 @@ from scripts import (
     weights,
 )
 
-from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, loop
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, StageConfig
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.engine import loop
+from dae_diffusers.engine.log import RunLog
+from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.plots import image_grid
-from dae_diffusers.run_settings import steps_of
-from dae_diffusers.runlog import RunLog
 from dae_diffusers.settings import compose, flat
 from dae_diffusers.training import cache_latents, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig

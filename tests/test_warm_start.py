@@ -20,13 +20,13 @@ from scripts import BARE_DIT, TRANSFORMER, resume, run
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.alignment import make_representation_alignment
-from dae_diffusers.denoising import Diffusion, FlowMatching
 from dae_diffusers.errors import UserError
+from dae_diffusers.generators.denoising import Diffusion, FlowMatching
+from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.settings import compose
 from dae_diffusers.training import train_dit
 from dae_diffusers.training.settings import TrainDiTConfig
-from dae_diffusers.warm_start import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 

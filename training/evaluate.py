@@ -24,7 +24,7 @@ from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_i
 from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.distributed import PROCESS_GROUP
+from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fitting.decoder_fit import check_judge

@@ -26,7 +26,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
-from dae_diffusers.distributed import PROCESS_GROUP
+from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images

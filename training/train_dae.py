@@ -23,6 +23,9 @@ from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range, save_value_range
+from dae_diffusers.engine.loop import Loop
+from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
@@ -36,11 +39,8 @@ from dae_diffusers.latents.cache import (
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import write_latent_statistics
-from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
-from dae_diffusers.run import Start, TrainingRun
-from dae_diffusers.run_settings import steps_of
 from dae_diffusers.training.settings import TrainDAEConfig
 
 logger = logging.getLogger(__name__)

@@ -25,16 +25,21 @@ from dae_diffusers.autoencoders.loading import (
     settle_images,
     spatial_factor,
 )
-from dae_diffusers.autoguidance import WeakerWeights
 from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.conditioning import DRAWN_FROM, Conditioning
-from dae_diffusers.conditions import Conditions
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.denoising import Diffusion, FlowMatching, flow_scheduler
+from dae_diffusers.engine.loop import Loop
+from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
-from dae_diffusers.flow_map import FlowMap, flow_map_scheduler
+from dae_diffusers.generators.autoguidance import WeakerWeights
+from dae_diffusers.generators.conditioning import DRAWN_FROM, Conditioning
+from dae_diffusers.generators.conditions import Conditions
+from dae_diffusers.generators.denoising import Diffusion, FlowMatching, flow_scheduler
+from dae_diffusers.generators.flow_map import FlowMap, flow_map_scheduler
+from dae_diffusers.generators.text import Captions
+from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.latents.cache import (
     CachedLatents,
     ImagesWithLatents,
@@ -50,20 +55,15 @@ from dae_diffusers.latents.statistics import (
     set_statistics,
     write_latent_statistics,
 )
-from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.metrics.sampling import prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.run import Start, TrainingRun
-from dae_diffusers.run_settings import steps_of
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
-from dae_diffusers.text import Captions
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
-from dae_diffusers.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 

@@ -24,14 +24,14 @@ from dae_diffusers.autoencoders.loading import is_vq, settle_images, spatial_fac
 from dae_diffusers.cli import parse_config, run_script
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.engine.loop import Loop
+from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
-from dae_diffusers.loop import Loop
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
-from dae_diffusers.run import Start, TrainingRun
-from dae_diffusers.run_settings import steps_of
 from dae_diffusers.training.settings import TrainPriorConfig
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
+from dae_diffusers.engine.optimization import make_optimizer
+from dae_diffusers.engine.precision import loss_scale
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.adversarial import AdversarialLossType, augment, discriminator_loss, generator_loss
-from dae_diffusers.optimization import make_optimizer
-from dae_diffusers.precision import loss_scale
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.run import TrainingRun
 from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def make_adversary(
     A discriminator with its optimiser, or None for a weight of 0.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `optimization` and `run` in its config.
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `data`, `losses`, `optimization` and `run` in its config.
         weight (`float`): Of the adversarial term.
         number (`int`): Tells the discriminators of a run apart: their first weights differ.
         augments (`bool`, *optional*): Whether it sees augmented images; default: as the settings say.

@@ -12,12 +12,12 @@ from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spati
 from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.autoencoders.quantizers import Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
-from dae_diffusers.loop import Step
+from dae_diffusers.engine.loop import Step
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
 from dae_diffusers.losses.regularizers import perturb
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.run import TrainingRun
 from dae_diffusers.vision import load_backbone
 
 
@@ -29,7 +29,7 @@ class AutoencoderObjective:
     In each micro-batch call it for the loss, and after the backward pass [`after_backward`].
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`, `optimization`
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`, `optimization`
             and, for a model with a codebook, `codebook` in its config.
         model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
         fit ([`~dae_diffusers.fitting.decoder_fit.DecoderFit`], *optional*): In stage 3.
@@ -64,7 +64,7 @@ class AutoencoderObjective:
         Args:
             model (`nn.Module`): The prepared model.
             batch (`dict`): `pixel_values` in [-1, 1]; in stage 2 perhaps `latents_mean` and `latents_std`, which spare the encoder.
-            step ([`~dae_diffusers.loop.Step`]): The present one.
+            step ([`~dae_diffusers.engine.loop.Step`]): The present one.
         """
         losses = self.config.losses
         perturbation = perturb(

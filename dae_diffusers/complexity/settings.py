@@ -3,8 +3,8 @@
 import itertools
 from typing import Literal
 
+from dae_diffusers.engine.settings import warmup_of
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.run_settings import warmup_of
 from dae_diffusers.settings import field, settings
 
 

@@ -16,6 +16,8 @@ from diffusers import ModelMixin
 from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.engine.precision import loss_scale
+from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
@@ -29,9 +31,7 @@ from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatis
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
-from dae_diffusers.precision import loss_scale
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_folder, weights_of
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ class DecoderFit:
     [`~dae_diffusers.fitting.image_statistics.ImageStatistics`]; with `adversarial` a discriminator tells them apart.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `data`, `losses`, `generated`, `optimization` and `run` in its
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `data`, `losses`, `generated`, `optimization` and `run` in its
             config.
         pipeline: What draws the latents; see [`load_generator`].
         images ([`~dae_diffusers.data.ImageDataset`]): The training images.
@@ -251,7 +251,7 @@ class DecoderFit:
         Draws the pool and measures where the decoder stands. All processes call it.
 
         Args:
-            start ([`~dae_diffusers.run.Start`]): Where the run begins.
+            start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
             validate (`Callable`): Measures the autoencoder as it is.
         """
         run, settings, device = self.run, self.settings, self.accelerator.device

@@ -10,13 +10,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from filelock import FileLock
 
 from dae_diffusers.autoencoders.loading import as_plain, is_from_stage1, load_any_autoencoder, load_autoencoder
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
-from dae_diffusers.run import TrainingRun
 from dae_diffusers.store import have_other_encoders, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class GrowingAutoencoder:
         Saves the pipeline of a generator that is trained, whole or [`WAITING`], and finishes its run. All processes call it.
 
         Args:
-            run ([`~dae_diffusers.run.TrainingRun`]): The generator's.
+            run ([`~dae_diffusers.engine.run.TrainingRun`]): The generator's.
             pipeline (`DiffusionPipeline`): With the last weights.
             monitor ([`~dae_diffusers.metrics.monitor.SampleDistance`], *optional*): What measured its samples.
         """

@@ -575,9 +575,7 @@ def _early(result: Result, generator: dict[str, Any], step: int | None) -> str |
     steps = step if script is None or step is not None else _steps(script)
     if steps is None or steps >= EARLY_STEPS:
         return None
-    return (
-        f"This is an early model: its generator was trained for {steps:,} steps."
-    )
+    return f"This is an early model: its generator was trained for {steps:,} steps."
 
 
 def _setting_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.loop import Loop, Step
+from dae_diffusers.engine.loop import Loop, Step
+from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, prompts_of_images
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
-from dae_diffusers.run import Start, TrainingRun
 from dae_diffusers.store import fingerprint_of_json, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class SampleDistance:
     and interruptions change nothing.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
         images ([`~dae_diffusers.data.ImageDataset`]): The training images.
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
         state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
@@ -97,7 +97,7 @@ class SampleDistance:
         Measures if a measurement is due, and ends the loop if patience is. Call it in each step of the loop, on all processes.
 
         Args:
-            loop ([`~dae_diffusers.loop.Loop`]), step ([`~dae_diffusers.loop.Step`]): The present ones.
+            loop ([`~dae_diffusers.engine.loop.Loop`]), step ([`~dae_diffusers.engine.loop.Step`]): The present ones.
             pipeline_of (`Callable`): Makes the pipeline of a model.
         """
         if not step.is_last and loop.step % self.config.metric_steps:
@@ -200,9 +200,9 @@ def make_monitor(
     What measures samples while a generator trains; None without `metric_features`.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): See [`SampleDistance`].
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): See [`SampleDistance`].
         images ([`~dae_diffusers.data.ImageDataset`]): The training images, whose captions and conditions, or classes, are drawn.
-        start ([`~dae_diffusers.run.Start`]): Where the run begins.
+        start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
         options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
         after (`int`, *optional*), options_until (`dict`, *optional*): As `after` and `settings_until` of [`SampleDistance`].
     """
@@ -221,7 +221,7 @@ def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDi
     Saves `<output_dir>/pipeline`: the pipeline with the last weights, or with `export best` the one with the smallest distance.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): The run.
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): The run.
         pipeline (`DiffusionPipeline`): With the last weights.
         monitor ([`SampleDistance`], *optional*): What measured the samples.
     """

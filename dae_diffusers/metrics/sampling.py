@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
-from dae_diffusers.condition_values import ConditionValues, as_call
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.columns import class_name
+from dae_diffusers.data.condition_values import ConditionValues, as_call
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
@@ -47,7 +47,7 @@ class SampleSettings:
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
-        conditions ([`~dae_diffusers.condition_values.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
+        conditions ([`~dae_diffusers.data.condition_values.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
         class_counts (`tuple[int, ...]`, *optional*): For `data`: how many training images each class has, see [`class_counts`]. Without
             them `data` is `balanced`.
     """

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from dae_diffusers.engine.settings import MAX_SEED
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.run_settings import MAX_SEED
 from dae_diffusers.settings import field, settings
 
 

@@ -3,8 +3,8 @@
 import re
 from typing import Literal
 
+from dae_diffusers.engine.settings import MAX_SEED
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.run_settings import MAX_SEED
 from dae_diffusers.settings import field, settings
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}

@@ -11,9 +11,9 @@ from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.scripts import ScriptError, launch_script
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.data import DataConfig
+from dae_diffusers.engine.settings import warmup_of
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.report import draw_reconstructions
-from dae_diffusers.run_settings import warmup_of
 from dae_diffusers.search.planning import Rung
 from dae_diffusers.store import write_json
 

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from dae_diffusers.condition_values import ConditionValues
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.condition_images import ConditionImages
+from dae_diffusers.data.condition_values import ConditionValues
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.pipelines.dae_dit import CONDITION_KINDS, columns_of, conditions_as_arguments, on_latents

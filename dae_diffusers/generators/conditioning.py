@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from dae_diffusers.conditions import CONDITION_ARGUMENTS, Conditions
 from dae_diffusers.data.batches import BatchDataset
-from dae_diffusers.text import TEXT_ARGUMENTS, Captions
+from dae_diffusers.generators.conditions import CONDITION_ARGUMENTS, Conditions
+from dae_diffusers.generators.text import TEXT_ARGUMENTS, Captions
 
 # Names in batches, and arguments of the transformer.
 DRAWN_FROM = ("class_labels", *TEXT_ARGUMENTS, *CONDITION_ARGUMENTS)

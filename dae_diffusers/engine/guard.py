@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
+from dae_diffusers.engine.sharding import local_tensor, whole_tensor
 from dae_diffusers.errors import UserError
-from dae_diffusers.sharding import local_tensor, whole_tensor
 
 logger = logging.getLogger(__name__)
 

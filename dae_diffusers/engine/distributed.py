@@ -11,9 +11,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import PreTrainedModel
 
+from dae_diffusers.engine.sharding import whole_tensor
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import flat
-from dae_diffusers.sharding import whole_tensor
 
 # The others wait while the main process prepares a data set or measures something: NCCL would give up after ten minutes.
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=6))

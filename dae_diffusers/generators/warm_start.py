@@ -19,13 +19,20 @@ from diffusers import (
 
 from dae_diffusers.autoencoders.loading import check_has_weights
 from dae_diffusers.data.columns import class_name
-from dae_diffusers.denoising import flow_scheduler
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.generators.denoising import flow_scheduler
+from dae_diffusers.generators.take_over import (
+    LAYOUTS,
+    NEW_INTERVAL,
+    OldConditions,
+    layout_of,
+    take_over,
+    without_label_dropout,
+)
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
 from dae_diffusers.store import weights_fingerprint
-from dae_diffusers.take_over import LAYOUTS, NEW_INTERVAL, OldConditions, layout_of, take_over, without_label_dropout
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)

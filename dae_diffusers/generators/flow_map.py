@@ -8,8 +8,8 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from dae_diffusers.denoising import Model
 from dae_diffusers.errors import UserError
+from dae_diffusers.generators.denoising import Model
 from dae_diffusers.losses.flow_matching import interpolate, shifted
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, make evenly spread pairs with evenly spread numbers
@@ -29,7 +29,7 @@ class FlowMap:
     Attributes:
         teacher (callable, *optional*): The finished transformer; needed for the loss.
         guidance_scale (`float`): Of the teacher; 1 is none.
-        shift (`float`): As in [`~dae_diffusers.denoising.FlowMatching`].
+        shift (`float`): As in [`~dae_diffusers.generators.denoising.FlowMatching`].
         autocast (callable): Makes the context in which the teacher runs.
         guide (callable, *optional*): A weaker version of the teacher, which guidance then leads away from; default: what the teacher
             predicts for no class, no text and no conditions.

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dae_diffusers.condition_values import as_call, in_words
+from dae_diffusers.data.condition_values import as_call, in_words
 from dae_diffusers.plots import image_grid, plot_curves
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import read_rows, write_atomically

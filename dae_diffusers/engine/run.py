@@ -18,21 +18,21 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
-from dae_diffusers.batches import TrainingBatches
-from dae_diffusers.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.cli import show_messages
 from dae_diffusers.console import num_cores
 from dae_diffusers.data.configuration import DEFAULT_CHANNELS, DEFAULT_RESOLUTION
 from dae_diffusers.data.loaders import make_pass_loader
-from dae_diffusers.distributed import PROCESS_GROUP, describe_hardware, settle_backend
-from dae_diffusers.dry_run import DryRun
+from dae_diffusers.engine.batches import TrainingBatches
+from dae_diffusers.engine.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.engine.distributed import PROCESS_GROUP, describe_hardware, settle_backend
+from dae_diffusers.engine.dry_run import DryRun
+from dae_diffusers.engine.guard import NonFiniteGuard
+from dae_diffusers.engine.log import RunLog, read_log
+from dae_diffusers.engine.settings import RunConfig
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.guard import NonFiniteGuard
 from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
-from dae_diffusers.run_settings import RunConfig
-from dae_diffusers.runlog import RunLog, read_log
 from dae_diffusers.settings import config_text, flags_of, flat
 from dae_diffusers.signals import launcher_pid
 from dae_diffusers.store import read_json_or, write_atomically, write_json
@@ -76,10 +76,10 @@ class TrainingRun:
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): Made from the config.
-        checkpointer ([`~dae_diffusers.checkpointing.Checkpointer`]): Saves and finds the run's checkpoints.
-        guard ([`~dae_diffusers.guard.NonFiniteGuard`]): Asked before each update.
-        log ([`~dae_diffusers.runlog.RunLog`]): Means, curves, grids, trackers.
-        batches ([`~dae_diffusers.batches.TrainingBatches`]): The training batches.
+        checkpointer ([`~dae_diffusers.engine.checkpointing.Checkpointer`]): Saves and finds the run's checkpoints.
+        guard ([`~dae_diffusers.engine.guard.NonFiniteGuard`]): Asked before each update.
+        log ([`~dae_diffusers.engine.log.RunLog`]): Means, curves, grids, trackers.
+        batches ([`~dae_diffusers.engine.batches.TrainingBatches`]): The training batches.
         output_dir, folder (`Path`): Folder of the results, and folder of the script's own files.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dae_diffusers.precision import multiplies_in_bfloat16
+from dae_diffusers.engine.precision import multiplies_in_bfloat16
 
 BLOCKS = ("transformer_blocks", "layers")  # what diffusers and transformers call them
 # Products that the transformer computes as one: how many matrices lie one above the other. Each is orthogonalised by itself.

@@ -12,9 +12,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from transformers import get_wsd_schedule
 
+from dae_diffusers.engine.muon import MuonWithAdamW, hidden_matrices
+from dae_diffusers.engine.settings import OptimizationConfig
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.muon import MuonWithAdamW, hidden_matrices
-from dae_diffusers.run_settings import OptimizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def make_optimizer(
     Makes AdamW in its fused form, which is several times faster on a CPU than PyTorch's default, or Muon with AdamW.
 
     Args:
-        config ([`~dae_diffusers.run_settings.OptimizationConfig`]): The optimiser, its learning rate, decays and epsilon.
+        config ([`~dae_diffusers.engine.settings.OptimizationConfig`]): The optimiser, its learning rate, decays and epsilon.
         models (`list[torch.nn.Module]`): The models to train; frozen parameters are left out.
         device (`torch.device`): Their device.
         instead: `lr`, `betas` or `weight_decay` to use instead of the config's.

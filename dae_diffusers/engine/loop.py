@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dae_diffusers.distributed import whole_model
 from dae_diffusers.duration import Forecast
-from dae_diffusers.guard import raise_if_not_finite_weights
-from dae_diffusers.heartbeat import Heartbeat
-from dae_diffusers.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer, trainable
-from dae_diffusers.precision import faster_precision
+from dae_diffusers.engine.distributed import whole_model
+from dae_diffusers.engine.guard import raise_if_not_finite_weights
+from dae_diffusers.engine.heartbeat import Heartbeat
+from dae_diffusers.engine.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer, trainable
+from dae_diffusers.engine.precision import faster_precision
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.randomness import seed_microbatch
-from dae_diffusers.run import TrainingRun
 from dae_diffusers.signals import StopSignal, resuming_command
 
 
@@ -43,7 +43,7 @@ class Loop:
     logs. After the body of the loop, it saves a checkpoint if one is due, and ends the process if a signal has asked for that.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): The run, with its settings and checkpoints.
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): The run, with its settings and checkpoints.
         model (`nn.Module`): The model to train. It is prepared, and its weights averaged, here.
         steps (`int`): Optimiser steps.
         first_step (`int`, *optional*, defaults to 0): Steps of the run before this loop, such as those of an earlier stage.

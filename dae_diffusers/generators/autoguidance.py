@@ -5,9 +5,9 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from dae_diffusers.engine.loop import Loop
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import UserError
-from dae_diffusers.loop import Loop
-from dae_diffusers.run import TrainingRun
 from dae_diffusers.store import replace_folder
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class WeakerWeights:
     2024, https://huggingface.co/papers/2406.02507.
 
     Args:
-        run ([`~dae_diffusers.run.TrainingRun`]): With `autoguidance_steps` in the part `flow` of its config.
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): With `autoguidance_steps` in the part `flow` of its config.
         transformer (`ModelMixin`): The transformer, for its class.
         step (`int`): Steps done; after `autoguidance_steps` the weights are read.
         steps (`int`): Steps of the whole training.

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dae_diffusers.checkpointing import find_checkpoints
 from dae_diffusers.duration import duration, pace
-from dae_diffusers.precision import faster_precision
+from dae_diffusers.engine.checkpointing import find_checkpoints
+from dae_diffusers.engine.precision import faster_precision
 
 _STEPS = 4  # the first warms up
 _MUCH = 0.9  # of memory or disk
@@ -42,7 +42,7 @@ class DryRun:
         self._times = [time.monotonic()]
 
     def has_seen(self, loop: Any) -> bool:
-        r"""Notes the time after a step of a [`~dae_diffusers.loop.Loop`]. Returns whether these steps of the loop suffice."""
+        r"""Notes the time after a step of a [`~dae_diffusers.engine.loop.Loop`]. Returns whether these steps of the loop suffice."""
         self._times.append(time.monotonic())
         steps = loop.last_step - loop.first_step
         taken = len(self._times) - 1
@@ -57,7 +57,7 @@ class DryRun:
         Prints what the run would take.
 
         Args:
-            run ([`~dae_diffusers.run.TrainingRun`]): The run, which has saved a checkpoint of each loop.
+            run ([`~dae_diffusers.engine.run.TrainingRun`]): The run, which has saved a checkpoint of each loop.
         """
         rows = [("parameters", f"{run.counts['parameters'] / 1e6:,.2f} M")]
         for name, (steps, seconds) in self._loops.items():

@@ -1,0 +1,1 @@
+"""What the transformer generates from, what it learns to predict, and the weights that it starts from."""
