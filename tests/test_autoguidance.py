@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from dae_diffusers import DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.sampling import Sampler
+from dae_diffusers.run import TrainingRun
 from dae_diffusers.settings import compose
 from dae_diffusers.training import train_dit
 from dae_diffusers.training.settings import TrainDiTConfig
@@ -129,7 +130,14 @@ def test_only_measurements_with_guidance_count_for_the_best(inputs, tmp_path, mo
     flags += " --metric_images 12 --metric_steps 1 --validation_steps 1 --early_stopping_patience 2 --export best"
     judge = save_backbone(tmp_path / "judge", "classifier")
     by_class = {name: value for name, value in inputs.items() if name != "label_column"}
+    # What `hub_strategy every_save` uploads meanwhile draws as well as it can at that time.
+    monkeypatch.setattr(TrainingRun, "push_snapshot", lambda self, step, _, save: save(tmp_path / f"snapshot-{step}"))
+    flags += " --checkpointing_steps 2"
     run(train_dit, flags, output_dir=tmp_path / "run", metric_features=judge, **by_class)
+    for step, scale in ((2, 1.0), (4, 2.0)):
+        snapshot = DAEDiTPipeline.from_pretrained(tmp_path / f"snapshot-{step}")
+        assert (snapshot.guidance_transformer is not None) == (step > 3)
+        assert snapshot.config.default_guidance_scale == scale
     assert set(drawn) == {(False, 1.0), (True, 2.0)}  # nothing else has learnt to guide
     measured = [row["step"] for row in log_of(tmp_path / "run", "train_dit") if "validation/gfd_judge" in row]
     assert measured == [1, 2, 3, 4, 5, 6]

@@ -113,11 +113,12 @@ def main(config: TrainDiTConfig) -> None:
         "value_range": train_data.value_range,
         "is_flow_matching": not isinstance(objective, Diffusion),
         **conditioning.pipeline_kwargs(),
-        **{f"default_{name}": value for name, value in sampling_options(config).items()},
     }
 
     def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
-        return DAEDiTPipeline(model, **parts | weaker.parts() | instead)
+        defaults = sampling_options(config, before_weaker=not weaker.parts())
+        defaults = {f"default_{name}": value for name, value in defaults.items()}
+        return DAEDiTPipeline(model, **parts | defaults | weaker.parts() | instead)
 
     monitor = make_monitor(
         run,
