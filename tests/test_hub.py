@@ -34,7 +34,14 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import _data_description, make_card, measurements, repository_files
 from dae_diffusers.hub.results import Script, read_result, remove_leftovers
-from dae_diffusers.hub.upload import BackgroundUpload, check_hub_access, push_folder, shows_public_images, stale_weights
+from dae_diffusers.hub.upload import (
+    BackgroundUpload,
+    check_hub_access,
+    push_folder,
+    shows_public_images,
+    stale_files,
+    stale_weights,
+)
 from dae_diffusers.training import push, train_dae, train_dit
 from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, TrainDiTConfig, with_flags
 
@@ -577,6 +584,19 @@ def test_weights_of_another_form_are_stale():
     assert stale_weights(published, published) == []
 
 
+def test_what_an_earlier_pipeline_leaves_is_stale():
+    pipeline = ["model_index.json", "vae/config.json", "training/train_dit.yaml"]
+    earlier = [
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "training/train_vqgan_prior.json",
+        "metrics.json",
+    ]
+    own = ["training/notes.yaml", "training/notes.json", "notes/metrics.json"]
+    assert set(stale_files([*pipeline, *earlier, *own], pipeline)) == set(earlier)
+    assert stale_files([*pipeline, *earlier, *own], ["vae/config.json"]) == []  # the pipeline stays
+
+
 def test_pushing_again_keeps_the_license_and_makes_no_empty_commit(client, published, trained):
     before = HfApi().model_info(REPO).sha
     push_folder(trained, REPO, data_pictures=True)
@@ -816,9 +836,10 @@ def test_second_export_leaves_nothing_of_the_first_that_is_no_longer_published(t
     fresh = {
         path.relative_to(tmp_path / "fresh").as_posix() for path in (tmp_path / "fresh").rglob("*") if path.is_file()
     }
-    harmless = {name for name in first if name.startswith("training/") or "/" not in name} - {"metrics.json"}
+    harmless = {name for name in first if "/" not in name} - {"metrics.json"}
     assert left == fresh | strangers | harmless
-    assert {"images/reconstructions.png", "images/nearest.png", "stage1/config.json"} <= first - left
+    gone = {"images/reconstructions.png", "images/nearest.png", "stage1/config.json", "training/train_dit.yaml"}
+    assert gone <= first - left
     assert {f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vae", "transformer")} <= first - left
 
 

@@ -188,6 +188,9 @@ DATA_PICTURES = ("reconstructions.png", "nearest.png")
 # All pictures that a result can have.
 PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}_curves.png" for name in _SCRIPTS))
 
+# What the repository of a pipeline says of its weights in numbers.
+NUMBERS = ("metrics.json", *(f"training/{name}.{suffix}" for name in _SCRIPTS for suffix in ("yaml", "json")))
+
 
 def is_leftover(path: Path) -> bool:
     r"""Whether a file or folder is a leftover of a kill during a write: by safetensors, by our files, or by checkpoints."""

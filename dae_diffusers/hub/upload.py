@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import DATA_PICTURES, PICTURES, Result, is_leftover, read_result
+from dae_diffusers.hub.results import DATA_PICTURES, NUMBERS, PICTURES, Result, is_leftover, read_result
 from dae_diffusers.store import have_other_encoders
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,12 @@ STAGE1_BRANCH = "stage1"
 # Seconds without a byte after which a request fails; the client retries an upload a few times. By default it waits forever.
 CHECK_SECONDS = 15.0  # whether the Hub is there
 UPLOAD_SECONDS = 60.0
-_PARTS = ("transformer", "guidance_transformer", "prior", "scheduler", "vae")  # folders of our pipelines
+# Folders of our pipelines.
+_PARTS = ("transformer", "guidance_transformer", "prior", "scheduler", "vae", "text_encoder", "tokenizer")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
 # Names of weights, configs, code and pictures in an export.
 _EXPORTED = re.compile(
-    r"metrics\.json|images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"metrics\.json|training/\w+\.(yaml|json)|images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
     r"|(config|scheduler_config|generation_config|stage3)\.json|dae_diffusers\.\w+\.py|autoencoder_dae_asymmetric\.py)"
 )
 
@@ -506,8 +507,8 @@ def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
 
 
 def stale_numbers(published: Iterable[str], files: Iterable[str]) -> list[str]:
-    r"""Numbers that an earlier push of a pipeline has published, if there are none of its present weights."""
-    return [name for name in published if name == "metrics.json" and "model_index.json" in files and name not in files]
+    r"""Numbers and settings that an earlier push of a pipeline has published, if there are none of its present weights."""
+    return [name for name in published if name in NUMBERS and "model_index.json" in files and name not in files]
 
 
 def _is_transient(error: Exception) -> bool:
