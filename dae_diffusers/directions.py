@@ -14,8 +14,8 @@ def with_arrow(metric: str, name: str | None = None) -> str:
     A metric's name with an arrow in the direction that is better, if there is one.
 
     Args:
-        metric (`str`): Its name in `metrics.json`, such as `gfd_dinov2_base`.
+        metric (`str`): Its name in `metrics.json`, such as `gfd_dinov2_base`, or in words, such as `gFD`.
         name (`str`, *optional*): The name to show; default: `metric`.
     """
-    arrow = next((arrow for arrow, names in _BETTER.items() if metric.startswith(names)), "")
+    arrow = next((arrow for arrow, names in _BETTER.items() if metric.lower().startswith(names)), "")
     return f"{name or metric} {arrow}".rstrip()

@@ -233,6 +233,8 @@ def test_search_ends_with_a_pipeline_and_a_report(searched):
     assert "dae-diffusers train-dae --dataset_name digits" in text and "dae-diffusers train-dit" in text
     assert not list(folder.rglob("latents"))
     page = (folder / "report.html").read_text()
+    assert "| candidate | rungs | end | PSNR ↑ | rFD ↓ | gFD ↓ | gap ↓ | time |" in text
+    assert "### Reconstruction (rFD) and generation (gap)" in text and "frontier.png" not in page
     assert "http" not in page and page.count("data:image/png;base64,") == 2 + 2 * 2  # two plots, two candidates
     assert page.count("<table>") == page.count("</table>") == 1 and page.count("<pre>") == page.count("</pre>") == 1
 
@@ -334,8 +336,10 @@ def test_a_search_in_which_all_fails_says_why_and_tries_again(tmp_path, caplog):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(row | {"seconds": 1.0}))
     before = read_json(result)
+    result.write_text(json.dumps(before | {"seconds": 1000.0}))
     with pytest.raises(UserError, match="every candidate failed"):
         find(tmp_path / "find", written(tmp_path, content), features=features)
+    assert 1000 < read_json(result)["seconds"] < 1100  # the first try took time, too
     assert read_json(result) != before and [path.exists() for path in failed] == [False, True]
     assert "trying full again, which failed: out of memory" in caplog.text
     before = read_json(result)

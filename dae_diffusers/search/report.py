@@ -30,20 +30,20 @@ def write_report(search: Search) -> None:
     rows = table_of_candidates(search, results)
     texts = [*head_of(search, results, winner), *table("Candidates", rows), *notes(search, results, winner)]
     folder = search.folder
-    figures = {"frontier.png": frontier(results, winner), "curves.png": curves(results)}
-    pictures = {}
-    for name, figure in figures.items():
+    figures = {
+        "frontier.png": ("Reconstruction (rFD) and generation (gap)", frontier(results, winner)),
+        "curves.png": ("gFD over the steps of the generators", curves(results)),
+    }
+    for name, (_, figure) in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png")
-        pictures[name] = buffer.getvalue()
-        (folder / name).write_bytes(pictures[name])
-    links = [f"![{name}]({name})" for name in pictures] + [""]
-    grids = grids_of(search, results)
-    links += [f"![{name}]({path.relative_to(folder)})" for name, path in grids]
-    write_atomically(folder / "report.md", "\n".join([*texts, *links]) + "\n")
-    write_atomically(
-        folder / "report.html", to_html(texts, [*pictures.items(), *((n, p.read_bytes()) for n, p in grids)])
-    )
+        (folder / name).write_bytes(buffer.getvalue())
+    pictures = [*((title, folder / name) for name, (title, _) in figures.items()), *grids_of(search, results)]
+    links = [
+        line for title, path in pictures for line in (f"### {title}", f"![{title}]({path.relative_to(folder)})", "")
+    ]
+    write_atomically(folder / "report.md", "\n".join([*texts, *links]))
+    write_atomically(folder / "report.html", to_html(texts, [(title, path.read_bytes()) for title, path in pictures]))
 
 
 def results_of(search: Search) -> dict[str, list[dict[str, Any]]]:
@@ -158,8 +158,8 @@ def frontier(results: dict[str, list[dict[str, Any]]], winner: str | None) -> Fi
                 whole[-1]["rFD"], whole[-1]["gap"], color=f"C{number % 10}", marker="*" if name == winner else "o",
                 s=120 if name == winner else 40, label=name,
             )  # fmt: skip
-    axis.set_xlabel("rFD: what the autoencoder loses")
-    axis.set_ylabel("gap: samples to reconstructions")
+    axis.set_xlabel("rFD ↓: what the autoencoder loses")
+    axis.set_ylabel("gap ↓: samples to reconstructions")
     _legend(figure, axis)
     return figure
 
@@ -180,7 +180,7 @@ def curves(results: dict[str, list[dict[str, Any]]]) -> Figure:
         axis.set_xscale("log")
         axis.set_yscale("log")
     axis.set_xlabel("steps of the generator")
-    axis.set_ylabel("gFD (lower is better)")
+    axis.set_ylabel("gFD ↓")
     _legend(figure, axis)
     return figure
 

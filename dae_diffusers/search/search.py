@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.search.candidates import Candidates
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.settings import SearchConfig, show_seconds
-from dae_diffusers.search.trial import CandidateTrial, distances
+from dae_diffusers.search.trial import FORGOTTEN, CandidateTrial, distances
 from dae_diffusers.search.turned import write_turned
 from dae_diffusers.store import read_json, read_json_or, replace_folder, write_json
 
@@ -80,7 +81,7 @@ class Search:
 
     def forget_failures(self) -> None:
         r"""
-        Removes the failures of the rung that an earlier start had come to, so that they are tried once more: memory or the disk may have
+        Sets the failures aside of the rung that an earlier start had come to, so that they are tried once more: memory or the disk may have
         been full. Each process does this once, when it starts, so that processes that share the work do not go on for ever.
         """
         folders = list(self.folder.glob("trials/*/rung-*"))
@@ -90,7 +91,8 @@ class Search:
             reason = read_json_or(path, {}).get("failed")
             if reason is not None:
                 logger.info("trying %s again, which failed: %s", path.parents[1].name, reason)
-                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another process was first
+                    path.replace(path.with_name(FORGOTTEN))
 
     def choose(self, rungs: list[Rung]) -> str:
         r"""Goes through the rungs and returns the candidate that is left."""

@@ -15,8 +15,10 @@ from dae_diffusers.engine.settings import warmup_of
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.report import draw_reconstructions
 from dae_diffusers.search.planning import Rung
-from dae_diffusers.store import write_json
+from dae_diffusers.store import read_json_or, write_json
 
+# What became of a `result.json` that says a failure, once it is tried again.
+FORGOTTEN = "failed.json"
 # Shares of joint training's steps that take its time in two stages: a step of stage 2 costs about 0.7 of one.
 _STAGE1, _STAGE2 = 0.6, 0.55
 
@@ -46,7 +48,7 @@ class CandidateTrial:
     def run(self, number: int, rung: Rung, *, with_generator: bool = True) -> dict[str, Any]:
         r"""
         Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
-        A failure is written there too. Returns what was written.
+        A failure is written there too; the time of those that were forgotten counts. Returns what was written.
         """
         folder, start = self.folder_of(number), time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,8 @@ class CandidateTrial:
             row = self._measure(number, rung, with_generator)
         except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
-        row |= {"rung": rung.to_dict(), "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - start + read_json_or(folder / FORGOTTEN, {"seconds": 0.0})["seconds"]
+        row |= {"rung": rung.to_dict(), "seconds": seconds}
         write_json(self.result_path(number), row)
         return row
 
