@@ -21,6 +21,7 @@ from models import (
     save_run,
 )
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline
@@ -144,6 +145,8 @@ def test_blind_sheet_shows_both_decoders_and_counts_answers(fitted, tmp_path, ca
     script.main(Namespace(**options, answers=right.translate(str.maketrans("LR", "RL"))))
     told = capsys.readouterr().out.splitlines()[1:]
     assert "of 6 pairs 5 were told apart; 5 times" in told[0] and "5 were told apart; 0 times" in told[1]
+    assert all(line.endswith("p = 0.062 (two-sided)") for line in told)  # 2 / 2^5
+    assert all(math.isclose(script.sign_test(k, 9), binomtest(k, 9).pvalue) for k in range(10))
     with pytest.raises(SystemExit, match="give 6 answers"):
         script.main(Namespace(**options, answers="LL"))
 
