@@ -12,9 +12,9 @@ from test_image_pipelines import draw, make_pipeline
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.sampling import Sampler
-from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.settings import compose
 from dae_diffusers.training import train_dit
 from dae_diffusers.training.settings import TrainDiTConfig
