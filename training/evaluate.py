@@ -11,7 +11,6 @@ Give the same command again to continue an interrupted evaluation: finished part
 there, under a hash of what they depend on. You can remove these folders at the end.
 """
 
-import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script, show_messages
-from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.data import ImageDataset, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
@@ -47,28 +46,30 @@ from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import describe, draw_reconstructions, plot_sweep, save_grids, to_markdown
 from dae_diffusers.metrics.sampling import (
     Sampler,
-    SampleSettings,
     autoencoder_of,
-    class_counts,
     draw_samples,
     generation_inputs,
     image_sides,
     load_pipeline,
-    prompts_of,
-    prompts_of_images,
     say_duration,
 )
 from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.metrics.sweep import (
+    MAX_DRAWN_IMAGES,
+    check_counts,
+    check_guidance,
+    check_options,
+    check_takes_defaults,
+    set_defaults,
+    swept_settings,
+    take_columns,
+    what_to_draw,
+)
 from dae_diffusers.metrics.yardstick import Yardstick
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
-from dae_diffusers.settings import changes_of
-from dae_diffusers.store import read_json, write_atomically, write_json
+from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
 logger = logging.getLogger(__name__)
-
-# Options of a pipeline's call that are swept, and the flags with their values.
-SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
 
 
 def main(config: EvaluateConfig) -> None:
@@ -81,11 +82,7 @@ def main(config: EvaluateConfig) -> None:
     pipeline = (
         None if config.evaluation.pipeline is None else load_pipeline(config.evaluation.pipeline, accelerator.device)
     )
-    if getattr(pipeline, "is_flow_map", False) and config.sampling.guidance_scales != [1.0]:
-        raise UserError(
-            f"{config.evaluation.pipeline} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
-            "`num_inference_steps 1 2 4 8` shows what steps change."
-        )
+    check_guidance(config.sampling, config.evaluation.pipeline, pipeline)
     if config.sampling.set_defaults:
         check_takes_defaults(config.evaluation.pipeline, pipeline)
     vae = choose_autoencoder(config, pipeline, accelerator.device)
@@ -112,10 +109,10 @@ def main(config: EvaluateConfig) -> None:
         train, validation = load_images(
             config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
         )
-    config.sampling.num_images = config.sampling.num_images or min(10_000, len(train))
-    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(config, train, pipeline))
-    check_options(config, sampler)
-    check_counts(config, sampler, extractor, train, validation)
+    config.sampling.num_images = config.sampling.num_images or min(MAX_DRAWN_IMAGES, len(train))
+    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(config.sampling, train, pipeline))
+    check_options(config.sampling, sampler)
+    check_counts(config.sampling, sampler, extractor, train, validation)
 
     some = train.choose(config.sampling.num_images)
     results, held_out, seen = {}, None, None
@@ -128,7 +125,7 @@ def main(config: EvaluateConfig) -> None:
             config, sampler, vae, train, some, seen, extractor, accelerator
         )
     if extractor is not None:
-        sweep = [] if sampler is None else swept_settings(config, sampler, train)
+        sweep = [] if sampler is None else swept_settings(config.sampling, config.evaluation.seed, sampler, train)
         results |= keep_values(
             lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, of_train, accelerator),
             accelerator,
@@ -150,51 +147,6 @@ def main(config: EvaluateConfig) -> None:
     lock.release()
 
 
-def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
-    """Raises `UserError` if the pipeline keeps no defaults, or cannot be written to."""
-    if not isinstance(pipeline, DAEDiTPipeline):
-        raise UserError(
-            f"`set_defaults` is for DAEDiTPipelines, but {name} is a {type(pipeline).__name__}. Leave it out."
-        )
-    if not Path(name).is_dir():
-        raise UserError(
-            f"`set_defaults` writes into the folder of a pipeline, but {name} is on the Hub. Download it first."
-        )
-
-
-def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
-    """Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
-    best = min(rows, key=lambda row: row[distance])
-    chosen = {option: best[option] for option in SWEPT if option in best}
-    path = Path(name) / DAEDiTPipeline.config_name
-    write_json(path, read_json(path) | {f"default_{option}": value for option, value in chosen.items()})
-    logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))
-
-
-def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
-    """Names the columns that a pipeline draws from, unless flags name some."""
-    conditions = getattr(pipeline, "conditions", None)
-    if not conditions or data.has_conditions:
-        return
-    labels, (image, *_) = columns_of(conditions, "labels"), [*columns_of(conditions, "channels"), None]
-    if pipeline.label_column is not None and data.label_column is None:
-        data.label_column = [pipeline.label_column, *labels] if labels else pipeline.label_column
-    data.continuous_columns, data.condition_column = columns_of(conditions, "mean"), image
-
-
-def what_to_draw(config: EvaluateConfig, train: ImageDataset, pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What samples are drawn from: captions and conditions of the images. A `prompt` takes the place of the captions."""
-    of_images = prompts_of_images(train, config.sampling.num_images, pipeline)
-    if config.sampling.prompt is None and of_images:
-        return of_images
-    texts = prompts_of(config.sampling.prompt, train.id2label)
-    if "conditions" not in of_images:
-        return {"prompts": texts}
-    if texts is not None and len(texts) > 1:  # a text for each class; now one for each image
-        texts = tuple(texts[label] for label in prompts_of_images(train, config.sampling.num_images)["classes"])
-    return of_images | {"prompts": texts}
-
-
 def choose_autoencoder(
     config: EvaluateConfig, pipeline: DiffusionPipeline | None, device: torch.device
 ) -> ModelMixin | None:
@@ -214,51 +166,6 @@ def choose_autoencoder(
 def has_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def check_options(config: EvaluateConfig, sampler: Sampler | None) -> None:
-    """Raises `UserError` for an option that the pipeline does not have."""
-    for name in ("prompt", "temperature", "top_k", "top_p"):
-        if getattr(config.sampling, name) is not None and (sampler is None or name not in sampler.accepted):
-            whom = "an autoencoder" if sampler is None else type(sampler.pipeline).__name__
-            raise UserError(f"`--{name}` means nothing to {whom}; leave it out.")
-    for option, name in SWEPT.items() if sampler is not None else ():
-        if option not in sampler.accepted and name in changes_of(config.sampling):
-            logger.warning("`--%s` has no effect on what %s draws.", name, config.evaluation.pipeline)
-
-
-def check_counts(
-    config: EvaluateConfig,
-    sampler: Sampler | None,
-    extractor: FeatureExtractor | None,
-    train: ImageDataset,
-    validation: ImageDataset,
-) -> None:
-    """Raises `UserError` where there are fewer images than the metrics need."""
-    if (
-        sampler is not None
-        and config.sampling.label_sampling != "random"
-        and config.sampling.num_images < (sampler.num_classes or 0)
-    ):
-        logger.warning(
-            "`--num_images` %d of %d classes: some classes are not drawn. Draw more, or use `--label_sampling random`.",
-            config.sampling.num_images,
-            sampler.num_classes,
-        )
-    known = getattr(sampler.pipeline, "id2label", None) if sampler is not None else None
-    missing = sorted(set(known.values()) - set(train.id2label.values())) if known and train.id2label else []
-    if missing and config.sampling.label_sampling != "data":
-        logger.warning(
-            "there are no images of classes that the pipeline draws, such as %r: use `--label_sampling data`, or give images of all.",
-            missing[0],
-        )
-    # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
-    needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
-    if extractor is not None and (len(validation) < 2 or min(len(train), config.sampling.num_images) < needed):
-        raise UserError(
-            f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
-            f"{config.sampling.num_images}: metrics in `--features` need at least {needed} of each, and mean little below some hundreds."
-        )
 
 
 def evaluate_autoencoder(
@@ -333,7 +240,7 @@ def evaluate_samples(
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
     shape = (config.data.image_channels, *config.data.size)
-    rows, every, sweep = [], [], swept_settings(config, sampler, train)
+    rows, every, sweep = [], [], swept_settings(config.sampling, config.evaluation.seed, sampler, train)
     say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
     for settings in sweep:
         samples = draw_samples(
@@ -392,34 +299,6 @@ def measure_real_images(
         of_samples = yardstick.of_samples(features, *of_train)
         floor |= {"generation": of_samples} if of_samples else {}
     return {"judge": yardstick.judge(), "floor": floor}
-
-
-def swept_settings(config: EvaluateConfig, sampler: Sampler, train: ImageDataset) -> list[SampleSettings]:
-    """The settings to measure: one for each combination of the swept options that the pipeline has."""
-    is_by_class = sampler.conditions is None and (train.captions is None or config.sampling.prompt is not None)
-    counts = class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None
-    sweep = [getattr(config.sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
-    of_codes = {}
-    if "temperature" in sampler.accepted:
-        of_codes = {
-            "temperature": config.sampling.temperature,
-            "top_k": config.sampling.top_k,
-            "top_p": config.sampling.top_p,
-        }
-    return [
-        SampleSettings(
-            config.sampling.num_images,
-            *chosen,
-            config.sampling.label_sampling,
-            config.evaluation.seed,
-            prompts=sampler.prompts,
-            classes=sampler.classes,
-            conditions=sampler.conditions,
-            class_counts=counts,
-            **of_codes,
-        )
-        for chosen in itertools.product(*sweep)
-    ]
 
 
 if __name__ == "__main__":

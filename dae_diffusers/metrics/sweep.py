@@ -1,0 +1,148 @@
+"""The settings with which a pipeline's images are drawn and compared, as the flags of `SamplingConfig` say."""
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from dae_diffusers.data import DataConfig, ImageDataset
+from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.features import FeatureExtractor
+from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
+from dae_diffusers.metrics.settings import SamplingConfig
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.settings import changes_of
+from dae_diffusers.store import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+# Options of a pipeline's call that are swept, and the flags with their values.
+SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
+
+# Images that are drawn for each setting if no number is given, unless there are fewer training images.
+MAX_DRAWN_IMAGES = 10_000
+
+
+def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
+    r"""Names the columns that a pipeline draws from, unless flags name some."""
+    conditions = getattr(pipeline, "conditions", None)
+    if not conditions or data.has_conditions:
+        return
+    labels, (image, *_) = columns_of(conditions, "labels"), [*columns_of(conditions, "channels"), None]
+    if pipeline.label_column is not None and data.label_column is None:
+        data.label_column = [pipeline.label_column, *labels] if labels else pipeline.label_column
+    data.continuous_columns, data.condition_column = columns_of(conditions, "mean"), image
+
+
+def what_to_draw(sampling: SamplingConfig, train: ImageDataset, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    r"""What samples are drawn from: captions and conditions of the images. A `prompt` takes the place of the captions."""
+    of_images = prompts_of_images(train, sampling.num_images, pipeline)
+    if sampling.prompt is None and of_images:
+        return of_images
+    texts = prompts_of(sampling.prompt, train.id2label)
+    if "conditions" not in of_images:
+        return {"prompts": texts}
+    if texts is not None and len(texts) > 1:  # a text for each class; now one for each image
+        texts = tuple(texts[label] for label in prompts_of_images(train, sampling.num_images)["classes"])
+    return of_images | {"prompts": texts}
+
+
+def check_guidance(sampling: SamplingConfig, name: str | None, pipeline: DiffusionPipeline | None) -> None:
+    r"""Raises `UserError` if guidance scales are given to a pipeline whose guidance is fixed."""
+    if getattr(pipeline, "is_flow_map", False) and sampling.guidance_scales != [1.0]:
+        raise UserError(
+            f"{name} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
+            "`num_inference_steps 1 2 4 8` shows what steps change."
+        )
+
+
+def check_options(sampling: SamplingConfig, sampler: Sampler | None) -> None:
+    r"""Raises `UserError` for an option that the pipeline does not have."""
+    for name in ("prompt", "temperature", "top_k", "top_p"):
+        if getattr(sampling, name) is not None and (sampler is None or name not in sampler.accepted):
+            whom = "an autoencoder" if sampler is None else type(sampler.pipeline).__name__
+            raise UserError(f"`--{name}` means nothing to {whom}; leave it out.")
+    for option, name in SWEPT.items() if sampler is not None else ():
+        if option not in sampler.accepted and name in changes_of(sampling):
+            logger.warning("`--%s` has no effect on what a %s draws.", name, type(sampler.pipeline).__name__)
+
+
+def check_counts(
+    sampling: SamplingConfig,
+    sampler: Sampler | None,
+    extractor: FeatureExtractor | None,
+    train: ImageDataset,
+    validation: ImageDataset,
+) -> None:
+    r"""Raises `UserError` where there are fewer images than the metrics need."""
+    if sampler is not None and sampling.label_sampling != "random" and sampling.num_images < (sampler.num_classes or 0):
+        logger.warning(
+            "`--num_images` %d of %d classes: some classes are not drawn. Draw more, or use `--label_sampling random`.",
+            sampling.num_images,
+            sampler.num_classes,
+        )
+    known = getattr(sampler.pipeline, "id2label", None) if sampler is not None else None
+    missing = sorted(set(known.values()) - set(train.id2label.values())) if known and train.id2label else []
+    if missing and sampling.label_sampling != "data":
+        logger.warning(
+            "there are no images of classes that the pipeline draws, such as %r: use `--label_sampling data`, or give images of all.",
+            missing[0],
+        )
+    # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
+    needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
+    if extractor is not None and (len(validation) < 2 or min(len(train), sampling.num_images) < needed):
+        raise UserError(
+            f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
+            f"{sampling.num_images}: metrics in `--features` need at least {needed} of each, and mean little below some hundreds."
+        )
+
+
+def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train: ImageDataset) -> list[SampleSettings]:
+    r"""The settings to measure: one for each combination of the swept options that the pipeline has."""
+    is_by_class = sampler.conditions is None and (train.captions is None or sampling.prompt is not None)
+    counts = class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None
+    sweep = [getattr(sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
+    of_codes = {}
+    if "temperature" in sampler.accepted:
+        of_codes = {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+    return [
+        SampleSettings(
+            sampling.num_images,
+            *chosen,
+            sampling.label_sampling,
+            seed,
+            prompts=sampler.prompts,
+            classes=sampler.classes,
+            conditions=sampler.conditions,
+            class_counts=counts,
+            **of_codes,
+        )
+        for chosen in itertools.product(*sweep)
+    ]
+
+
+def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
+    r"""Raises `UserError` if the pipeline keeps no defaults, or cannot be written to."""
+    if not isinstance(pipeline, DAEDiTPipeline):
+        raise UserError(
+            f"`set_defaults` is for DAEDiTPipelines, but {name} is a {type(pipeline).__name__}. Leave it out."
+        )
+    if not Path(name).is_dir():
+        raise UserError(
+            f"`set_defaults` writes into the folder of a pipeline, but {name} is on the Hub. Download it first."
+        )
+
+
+def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
+    r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
+    best = min(rows, key=lambda row: row[distance])
+    chosen = {option: best[option] for option in SWEPT if option in best}
+    path = Path(name) / DAEDiTPipeline.config_name
+    write_json(path, read_json(path) | {f"default_{option}": value for option, value in chosen.items()})
+    logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))
