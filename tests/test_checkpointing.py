@@ -59,7 +59,7 @@ def train(accelerator, steps):
 def test_restored_training_goes_on_identically(accelerator, tmp_path):
     checkpointer = Checkpointer(accelerator, tmp_path)
     model, ema, step = train(accelerator, 3)
-    checkpointer.save(3, ema=ema, stage=1)
+    checkpointer.save(3, averages={"ema": ema}, stage=1)
     step()
     expected = [p.clone() for p in (*model.parameters(), *ema.shadow_params)]
 
@@ -67,7 +67,7 @@ def test_restored_training_goes_on_identically(accelerator, tmp_path):
     model, ema, step = train(accelerator, 0)
     path, manifest = checkpointer.newest()
     assert manifest["step"] == 3 and manifest["state"] == {"stage": 1}
-    checkpointer.load(path, ema=ema)
+    checkpointer.load(path, averages={"ema": ema})
     step()
     assert all(torch.equal(a, b) for a, b in zip(expected, (*model.parameters(), *ema.shadow_params), strict=True))
     assert ema.optimization_step == 4
@@ -238,12 +238,12 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_checkpoint_
 ):
     checkpointer = Checkpointer(accelerator, tmp_path, total_limit=1)
     model, ema, _ = train(accelerator, 1)
-    checkpointer.save(1, ema=ema)
+    checkpointer.save(1, averages={"ema": ema})
     with torch.no_grad():
         (model.weight if place == "weights" else ema.shadow_params[0])[1, 1] = value
     name = "weight" if place == "weights" else "average 0"
     with pytest.raises(UserError, match=f"checkpoint of step 2 cannot be saved: 1 of its weights .* `{name}`"):
-        checkpointer.save(2, ema=ema)
+        checkpointer.save(2, averages={"ema": ema})
     assert names(tmp_path) == ["checkpoint-00000001"]
     assert checkpointer.newest()[1]["step"] == 1
 

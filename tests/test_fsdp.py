@@ -44,14 +44,19 @@ def under_fsdp(action) -> tuple[int, str]:
 
 def test_fsdp_equals_one_process_and_resumes_exactly(vae, image_folder, tmp_path):
     options = {"script": train_dit, "train_data_dir": image_folder, "vae": vae}
-    one = BARE_DIT + " --gradient_accumulation_steps 2"
+    flags = BARE_DIT + " --post_hoc_ema"
+    one = flags + " --gradient_accumulation_steps 2"
     code, text = in_child(lambda: start(one, output_dir=tmp_path / "one", **options))
     assert code == 0, text
-    code, text = under_fsdp(lambda: start(BARE_DIT, output_dir=tmp_path / "two", **options))
+    code, text = under_fsdp(lambda: start(flags, output_dir=tmp_path / "two", **options))
     assert code == 0, text
-    first, second = (load_file(tmp_path / name / TRANSFORMER) for name in ("one", "two"))
-    assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
-    assert_goes_on_exactly(under_fsdp, flags=BARE_DIT, folder=tmp_path / "two", step=4, result=TRANSFORMER, **options)
+    snapshot = "train_dit/post_hoc_ema/step-00000006.safetensors"
+    for result in (TRANSFORMER, snapshot):
+        first, second = (load_file(tmp_path / name / result) for name in ("one", "two"))
+        assert_same_weights(first, second, rtol=1e-3, atol=1e-4)
+    assert_goes_on_exactly(under_fsdp, flags=flags, folder=tmp_path / "two", step=4, result=TRANSFORMER, **options)
+    first, second = (load_file(tmp_path / name / snapshot) for name in ("two", "again"))
+    assert_same_weights(first, second)
 
 
 def test_prior_under_fsdp_equals_one_process_and_resumes_exactly(image_folder, tmp_path):

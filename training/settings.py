@@ -24,6 +24,7 @@ from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
+from dae_diffusers.post_hoc_ema.settings import PostHocEMAConfig
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
 from dae_diffusers.sizes import nearest_multiples
@@ -431,6 +432,7 @@ class TrainDiTConfig:
     alignment: RepresentationAlignmentConfig = part()
     monitor: MonitorConfig = part()
     optimization: OptimizationConfig = part(learning_rate=3e-4)
+    post_hoc: PostHocEMAConfig = part()
     run: RunConfig = part()
     hub: HubConfig = part()
 
@@ -543,6 +545,7 @@ class TrainPriorConfig:
     samples: PriorSamplesConfig = part()
     monitor: MonitorConfig = part()
     optimization: OptimizationConfig = part(adam_weight_decay=0.05)
+    post_hoc: PostHocEMAConfig = part()
     run: RunConfig = part()
     hub: HubConfig = part()
 

@@ -101,6 +101,7 @@ def main(config: TrainDiTConfig) -> None:
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
     plan |= {**config.data.condition_columns(), "distill_guidance_scale": config.flow.distill_guidance_scale}
+    plan["post_hoc_ema"] = config.post_hoc.post_hoc_ema or None
     start = find_start(run, vae, transformer, train_data, steps, plan, conditioning, objective)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
@@ -137,6 +138,7 @@ def main(config: TrainDiTConfig) -> None:
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
+        post_hoc=config.post_hoc,
         state={
             **({"latent_statistics": statistics} if statistics else {}),
             **({} if monitor is None else {"monitor": monitor.state}),

@@ -66,6 +66,7 @@ def main(config: TrainPriorConfig) -> None:
         checkpoint=start.checkpoint,
         description="Prior",
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
+        post_hoc=config.post_hoc,
         state={} if monitor is None else {"monitor": monitor.state},
     )
     for step in loop.over(train_codes):
@@ -103,7 +104,8 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
     sizes = ("num_layers", "num_attention_heads", "attention_head_dim")
     return run.find_start(
         inputs={"the training images": images.fingerprint, "the codes of `--vae`": prior.config.code_fingerprint},
-        plan={name: getattr(run.config.prior, name) for name in sizes},
+        plan={name: getattr(run.config.prior, name) for name in sizes}
+        | {"post_hoc_ema": run.config.post_hoc.post_hoc_ema or None},
         counts={**count_images(images), "parameters": num_parameters},
         steps={"max_train_steps": steps},
     )

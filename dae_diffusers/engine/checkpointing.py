@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
-_EMA = "ema.safetensors"
 _TEMPORARY = "tmp-"
 _BESIDE = (".owner", "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
 _NAME = re.compile(rf"{_PREFIX}(\d{{8,}})")
@@ -85,22 +84,23 @@ class Checkpointer:
         # None: a run that began before checkpoints named their run.
         self._run: str | None = uuid.uuid4().hex
 
-    def save(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:
+    def save(self, step: int, *, averages: dict[str, EMAModel] | None = None, **state: Any) -> None:
         r"""
         Saves a checkpoint. All processes call it.
 
         Args:
             step (`int`): Optimiser steps done.
-            ema (`EMAModel`, *optional*): Moving averages to save too.
+            averages (`dict[str, EMAModel]`, *optional*): Moving averages to save too, by the names of their files, after equally many steps.
             state: Other state of the run, as JSON can hold it; [`newest`] returns it.
 
         Raises:
             UserError: If a weight or an average is not finite, the disk is full or the folder cannot be written; earlier
                 checkpoints stay as they are.
         """
-        self._raise_if_not_finite(step, ema)
+        averages = averages or {}
+        self._raise_if_not_finite(step, averages)
         try:
-            self._save(step, ema, state)
+            self._save(step, averages, state)
         except UserError:
             shutil.rmtree(self.folder / f"{_TEMPORARY}{_name_of(step)}", ignore_errors=True)
             raise
@@ -114,12 +114,13 @@ class Checkpointer:
                 "Earlier checkpoints are whole. Make room and continue with `resume_from_checkpoint latest`."
             ) from None
 
-    def _raise_if_not_finite(self, step: int, ema: EMAModel | None) -> None:
+    def _raise_if_not_finite(self, step: int, averages: dict[str, EMAModel]) -> None:
         weights = [pair for model in self.accelerator._models for pair in model.state_dict().items()]
-        weights += [] if ema is None else [(f"average {n}", value) for n, value in enumerate(ema.shadow_params)]
+        for average in averages.values():
+            weights += [(f"average {n}", value) for n, value in enumerate(average.shadow_params)]
         raise_if_not_finite_weights(weights, f"the checkpoint of step {step}", self.accelerator)
 
-    def _save(self, step: int, ema: EMAModel | None, state: dict[str, Any]) -> None:
+    def _save(self, step: int, averages: dict[str, EMAModel], state: dict[str, Any]) -> None:
         final = self.folder / _name_of(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         if self.accelerator.is_main_process:
@@ -128,17 +129,18 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
-        shadow = {} if ema is None else {str(n): whole_tensor(value) for n, value in enumerate(ema.shadow_params)}
+        for name, average in averages.items():
+            shadow = {str(n): whole_tensor(value) for n, value in enumerate(average.shadow_params)}
+            if self.accelerator.is_main_process:
+                # As safetensors: what accelerate registers for checkpointing, it reads back with pickle.
+                save_file(shadow, _file_of(temporary, name))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            if ema is not None:
-                # As safetensors: what accelerate registers for checkpointing, it reads back with pickle.
-                save_file(shadow, temporary / _EMA)
             manifest = {
                 "step": step,
                 "run": self._run,
                 "state": state,
-                "ema_steps": None if ema is None else ema.optimization_step,
+                "ema_steps": next((average.optimization_step for average in averages.values()), None),
                 "num_processes": self.accelerator.num_processes,
                 "saved": time.time(),  # seconds since 1970
                 "files": {
@@ -234,7 +236,7 @@ class Checkpointer:
             reverse=True,
         )
 
-    def load(self, path: Path, *, ema: EMAModel | None = None) -> None:
+    def load(self, path: Path, *, averages: dict[str, EMAModel] | None = None) -> None:
         r"""
         Restores the prepared objects and the averages. All processes call it, after preparing the same objects.
 
@@ -246,14 +248,14 @@ class Checkpointer:
                 is not run.
         """
         try:
-            self._load(path, ema)
+            self._load(path, averages or {})
         except (OSError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
             raise UserError(
                 f"{path} does not fit this run ({one_line(error, 300)}). Resume with the flags of the run that "
                 "saved it, or train in another `output_dir`."
             ) from None
 
-    def _load(self, path: Path, ema: EMAModel | None) -> None:
+    def _load(self, path: Path, averages: dict[str, EMAModel]) -> None:
         optimizers, schedulers = self.accelerator._optimizers, [each.scheduler for each in self.accelerator._schedulers]
         settings = [
             [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
@@ -268,14 +270,14 @@ class Checkpointer:
                 group.update(of_group)
         for scheduler, of_scheduler in zip(schedulers, base_lrs, strict=True):
             _set_base_lrs(scheduler, of_scheduler)
-        if ema is not None:
-            shadow = load_file(path / _EMA)
-            for n, value in enumerate(ema.shadow_params):
+        for name, average in averages.items():
+            shadow = load_file(_file_of(path, name))
+            for n, value in enumerate(average.shadow_params):
                 whole = shadow[str(n)].to(value.device)
                 if isinstance(value, DTensor):
                     whole = distribute_tensor(whole, value.device_mesh, value.placements)
                 value.copy_(whole)
-            ema.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
+            average.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
 
     def _rotate(self, newest: Path) -> None:
         checkpoints = [path for path in find_checkpoints(self.folder) if path == newest or self._is_ours(path)]
@@ -312,6 +314,10 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _file_of(checkpoint: Path, average: str) -> Path:
+    return checkpoint / f"{average}.safetensors"
 
 
 def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:

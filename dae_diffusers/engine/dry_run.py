@@ -87,7 +87,7 @@ class DryRun:
         short = (
             ". WARNING: that is not enough; keep fewer (`--checkpoints_total_limit`)" if needed > _MUCH * free else ""
         )
-        return f"checkpoints of {_gib(size)}, {kept} kept: up to {_gib(needed)}; {_gib(free)} are free{short}"
+        return f"checkpoints of {gib(size)}, {kept} kept: up to {gib(needed)}; {gib(free)} are free{short}"
 
 
 def _size_of(folder: Path) -> int:
@@ -100,8 +100,9 @@ def _memory(device: torch.device) -> str:
     else:
         used, whole = psutil.Process().memory_info().rss, psutil.virtual_memory().total
     much = ". WARNING: validation may need more; use a smaller batch" if used > _MUCH * whole else ""
-    return f"{_gib(used)} of {_gib(whole)} for each process{much}"
+    return f"{gib(used)} of {gib(whole)} for each process{much}"
 
 
-def _gib(number: float) -> str:
+def gib(number: float) -> str:
+    r"""Bytes in words: "1.50 GiB", "12.0 MiB"."""
     return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"

@@ -18,6 +18,8 @@ from dae_diffusers.engine.heartbeat import Heartbeat
 from dae_diffusers.engine.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer, trainable
 from dae_diffusers.engine.precision import faster_precision
 from dae_diffusers.engine.run import TrainingRun
+from dae_diffusers.post_hoc_ema.averages import PostHocAverages
+from dae_diffusers.post_hoc_ema.settings import PostHocEMAConfig
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.signals import StopSignal, resuming_command
 
@@ -58,6 +60,7 @@ class Loop:
         after_skip (`Callable`, *optional*): Called if the guard skips an update.
         snapshot (`tuple[str, Callable]`, *optional*): What `hub_strategy every_save` uploads: its name, and a function that saves
             it, which takes the model with averaged weights and a folder.
+        post_hoc ([`~dae_diffusers.post_hoc_ema.settings.PostHocEMAConfig`], *optional*): Which averages are kept to choose from afterwards.
         state: Other state to save with each checkpoint.
     """
 
@@ -78,6 +81,7 @@ class Loop:
         after_step: Callable[[], None] | None = None,
         after_skip: Callable[[], None] | None = None,
         snapshot: tuple[str, Callable[[torch.nn.Module, Path], None]] | None = None,
+        post_hoc: PostHocEMAConfig | None = None,
         state: dict[str, Any] | None = None,
     ):
         self.run, self.accelerator, config = run, run.accelerator, run.config.optimization
@@ -95,8 +99,13 @@ class Loop:
         self.parameters = trainable(self.model)  # FSDP has replaced them
         self.trained = trainable(self.model, *also)
         self.ema = make_ema(config, self.parameters, self.accelerator)
+        self.averages = {} if self.ema is None else {"ema": self.ema}
+        self.post_hoc = None
+        if post_hoc is not None and post_hoc.post_hoc_ema:
+            self.post_hoc = PostHocAverages(run, post_hoc, self.model, self.last_step)
+            self.averages |= self.post_hoc.by_name
         if checkpoint is not None:
-            run.checkpointer.load(checkpoint, ema=self.ema)
+            run.checkpointer.load(checkpoint, averages=self.averages)
 
     def over(self, dataset: Dataset) -> Iterator["Step"]:
         r"""Yields the steps that are left, on the batches of a data set. Before the first, the run's settings are written."""
@@ -119,19 +128,21 @@ class Loop:
                 if text := forecast.after(self.step):
                     self.progress.write(text)
                 if run.dry_run is not None and run.dry_run.has_seen(self):
-                    run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                    self._save_checkpoint()
                     break
                 if step.validates:
                     run.log.draw_curves()
                 step.is_last = self.step == self.last_step
+                if self.post_hoc is not None:
+                    self.post_hoc.keep(self.step, self.last_step)
                 is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
                 if is_due:
-                    run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                    self._save_checkpoint()
                     if not step.is_last:
                         self._push_snapshot()
                 if stop.requested():
                     if not is_due:
-                        run.save_checkpoint(self.step, ema=self.ema, **self.state)
+                        self._save_checkpoint()
                     self.progress.close()  # else it is drawn again after the last line
                     stop.exit(step=self.step, command=resuming_command())
         self.progress.close()
@@ -158,6 +169,9 @@ class Loop:
     def stop(self) -> None:
         r"""Makes the present step the last one. Call it in the loop's body, on all processes."""
         self.last_step = self.step
+
+    def _save_checkpoint(self) -> None:
+        self.run.save_checkpoint(self.step, averages=self.averages, **self.state)
 
     def _push_snapshot(self) -> None:
         if self.snapshot is not None:
@@ -249,6 +263,8 @@ class Step:
         loop.step += 1
         if loop.ema is not None:
             loop.ema.step(loop.parameters)
+        if loop.post_hoc is not None:
+            loop.post_hoc.step()
         loop.progress.update()
         self.is_last = loop.step == loop.last_step
         self.validates = loop.run.dry_run is None and (loop.step % settings.validation_steps == 0 or self.is_last)

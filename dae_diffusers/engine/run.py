@@ -226,18 +226,18 @@ class TrainingRun:
         simple = {k: v for k, v in flat(self.config).items() if isinstance(v, (bool, int, float, str))}
         self.log.begin(step, self.output_dir.resolve().name, simple)
 
-    def save_checkpoint(self, step: int, *, ema: EMAModel | None = None, **state: Any) -> None:
+    def save_checkpoint(self, step: int, *, averages: dict[str, EMAModel] | None = None, **state: Any) -> None:
         r"""
         Saves everything needed to go on from here, the means that are being gathered for the log included.
 
         Args:
             step (`int`): Optimiser steps done.
-            ema (`EMAModel`, *optional*): Moving averages.
+            averages (`dict[str, EMAModel]`, *optional*): Moving averages, by name.
             state: Anything JSON can hold; [`find_start`] gives it back.
         """
         self.checkpointer.save(
             step,
-            ema=ema,
+            averages=averages,
             inputs=self._inputs,
             plan=self._plan,
             skipped=self.guard.skipped,
