@@ -36,7 +36,7 @@ _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safete
 _SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
-    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
+    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
 )
 REMOVED = "the output folder {} was removed while the script ran. Run the command again."
 _CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)

@@ -145,6 +145,22 @@ def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
     temporary.rename(folder)
 
 
+def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
+    r"""
+    Puts new files in the place of those of the same names in a folder, one by one: each is there at every instant, old or new.
+
+    Args:
+        folder (`Path`): The folder, which exists.
+        save: Writes the new files into the path that it gets, which does not exist.
+    """
+    temporary = folder / f"{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary)
+    for path in sorted(temporary.iterdir()):
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+
+
 def write_json(path: Path, value: Any) -> None:
     r"""Replaces a JSON file atomically, with null for NaN and infinite numbers. Raises OSError."""
     write_atomically(path, json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")

@@ -24,7 +24,7 @@ from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
-from dae_diffusers.post_hoc_ema.settings import PostHocEMAConfig
+from dae_diffusers.post_hoc_ema.settings import MAX_LENGTH, PostHocEMAConfig
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
 from dae_diffusers.sizes import nearest_multiples
@@ -741,6 +741,46 @@ class AssembleConfig:
 
 
 @settings
+class LengthsConfig:
+    """Averages of the weights."""
+
+    folder: str = field(help="output folder of a training with `--post_hoc_ema` (also the first word)")
+    length: list[float] = field(
+        help="one or more lengths: what the average reaches over, as a share of the training, such as 0.05 0.1 0.15",
+        above=0,
+        at_most=MAX_LENGTH,
+    )
+    output_dir: str | None = field(None, "folder for the pipelines and the table; default: `ema/` in the run's")
+    features: str | None = field(
+        None,
+        "`inception`, or a vision model (Hub id or folder), to compare the lengths by gFD; default: nothing is measured",
+    )
+    batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
+    seed: int = field(
+        0,
+        "seed of noise, labels and held-out images; use the seed of the training",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
+
+
+@settings
+class EMAConfig:
+    """Settings of ema.py."""
+
+    lengths: LengthsConfig = part()
+    data: DataConfig = part(**_OF_THE_AUTOENCODER)
+    sampling: SamplingConfig = part()
+
+    def __post_init__(self):
+        if self.lengths.features is not None:
+            check_measured_data(self.data, self.lengths.features, "ema.py, which counts every image once")
+        elif self.sampling.set_defaults:
+            raise ConfigError("`set_defaults` needs a distance to choose by: give `features`.")
+
+
+@settings
 class PushConfig:
     """Publishing."""
 
@@ -788,6 +828,7 @@ SCRIPTS = {
     "assemble": AssembleConfig,
     "cache-latents": CacheLatentsConfig,
     "complexity": MeasureComplexityConfig,
+    "ema": EMAConfig,
     "evaluate": EvaluateConfig,
     "preview": PreviewConfig,
     "find-latents": FindLatentsConfig,
@@ -823,10 +864,14 @@ def check_paths(config: Any) -> None:
             )
 
 
+# Flags that words may stand for, if they come first.
+_LEADING = {"ema": ("--folder",), "push": ("--folder", "--repo_id")}
+
+
 def with_flags(script: str, argv: list[str]) -> list[str]:
-    """The flags of a script; the two words that may lead those of `push` become flags."""
+    """The flags of a script; words that may lead those of `push` and `ema` become flags."""
     words = []
-    for flag in ("--folder", "--repo_id") if script == "push" else ():
+    for flag in _LEADING.get(script, ()):
         if argv and not argv[0].startswith("--"):
             words += [flag, argv[0]]
             argv = argv[1:]

@@ -1,7 +1,6 @@
 """Stage 3: fitting a decoder to the latents that a trained generator draws."""
 
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_folder, weights_of
+from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_files, replace_folder, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -486,12 +485,14 @@ def save_pipeline(
         write_fit(temporary / "vae", temporary / "vae", described)
         temporary.rename(target)
         return target
-    temporary = target / "vae.tmp"
-    pipeline.vae.save_pretrained(temporary)
-    write_fit(source, temporary, described)  # first, and it names the new weights: it is never left out and never wrong
-    for path in sorted(temporary.iterdir()):
-        os.replace(path, source / path.name)
-    temporary.rmdir()
+
+    def save(folder: Path) -> None:
+        pipeline.vae.save_pretrained(folder)
+        write_fit(
+            source, folder, described
+        )  # first, and it names the new weights: it is never left out and never wrong
+
+    replace_files(source, save)
     return target
 
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
-from dae_diffusers.evaluation_record import weights_by_part
+from dae_diffusers.evaluation_record import name_of_setting, weights_by_part
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
@@ -164,6 +164,28 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
+    r"""
+    Draws the distance against the length of the averaged weights, a line for each way of drawing; dashed: the weights of the row whose
+    `length` is None.
+    """
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    ways = dict.fromkeys((row.get("guidance_scale"), row.get("num_inference_steps")) for row in rows)
+    for number, way in enumerate(ways):
+        of_way = [row for row in rows if (row.get("guidance_scale"), row.get("num_inference_steps")) == way]
+        points = sorted((row["length"], row[distance]) for row in of_way if row["length"] is not None)
+        name = name_of_setting(*way).replace("-", " ")
+        axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=name)
+        for row in (each for each in of_way if each["length"] is None):
+            axis.axhline(row[distance], color=f"C{number}", linestyle="--")
+    scale_axis(axis, [row[distance] for row in rows])
+    axis.set_xlabel("length of the average (dashed: the pipeline as it was)")
+    axis.set_ylabel(with_arrow(distance))
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

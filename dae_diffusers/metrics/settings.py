@@ -58,7 +58,7 @@ class SamplingConfig:
     )
     set_defaults: bool = field(
         False,
-        "make the guidance scale and the steps with the lowest distance those with which the pipeline draws by default",
+        "make the guidance scale and the steps with the lowest distance (for `ema.py`: and the weights) those of the pipeline",
     )
     temperature: float | None = field(
         None, "temperature, for a pipeline that draws codes; default: its own", above=0, advanced=True
