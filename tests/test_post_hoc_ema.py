@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from models import make_plain_vq_model, save_autoencoder
 from safetensors.torch import load_file
 from scripts import (
@@ -127,6 +128,17 @@ def test_stored_lengths_are_given_back_as_they_were_stored(length, tmp_path):
     model, averages = save_trajectory(tmp_path, random_walk())
     stored = averages[length].shadow_params[0].half().float()
     assert_close(Snapshots(tmp_path).weights(length, model)["weight"], stored, atol=1e-6, rtol=0)
+
+
+def test_ordinary_average_of_a_short_training_has_a_length_of_nine_hundredths(tmp_path):
+    trajectory = random_walk()
+    model, _ = save_trajectory(tmp_path, trajectory)
+    ordinary = EMAModel(model.parameters(), decay=0.999)
+    for weight in trajectory:
+        model.weight.data.copy_(weight)
+        ordinary.step(model.parameters())
+    found = Snapshots(tmp_path).weights(length_of(8), model)["weight"]
+    assert_close(found, ordinary.shadow_params[0], atol=0.01, rtol=0)
 
 
 def test_weights_that_never_change_are_their_own_average(tmp_path):

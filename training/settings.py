@@ -746,7 +746,7 @@ class LengthsConfig:
 
     folder: str = field(help="output folder of a training with `--post_hoc_ema` (also the first word)")
     length: list[float] = field(
-        help="one or more lengths: what the average reaches over, as a share of the training, such as 0.05 0.1 0.15",
+        help="one or more lengths: the width of the average as a share of the training, such as 0.05 0.1 0.15",
         above=0,
         at_most=MAX_LENGTH,
     )
