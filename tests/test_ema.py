@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
+from dae_diffusers.engine.post_hoc_ema.choosing import put_into_pipeline
+from dae_diffusers.engine.post_hoc_ema.snapshots import find_snapshots, snapshots_folder
 from dae_diffusers.errors import UserError
-from dae_diffusers.post_hoc_ema.choosing import put_into_pipeline
-from dae_diffusers.post_hoc_ema.snapshots import find_snapshots, snapshots_folder
 from dae_diffusers.training import ema, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import EMAConfig, with_flags
 

@@ -19,11 +19,17 @@ from scripts import (
 )
 from torch.testing import assert_close
 
+from dae_diffusers.engine.post_hoc_ema.averages import PowerFunctionEMA
+from dae_diffusers.engine.post_hoc_ema.power_function import combination, exponent_of, length_of
+from dae_diffusers.engine.post_hoc_ema.settings import MAX_LENGTH
+from dae_diffusers.engine.post_hoc_ema.snapshots import (
+    LENGTHS,
+    Snapshots,
+    find_snapshots,
+    keep_snapshot,
+    snapshots_folder,
+)
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.post_hoc_ema.averages import PowerFunctionEMA
-from dae_diffusers.post_hoc_ema.power_function import combination, exponent_of, length_of
-from dae_diffusers.post_hoc_ema.settings import MAX_LENGTH
-from dae_diffusers.post_hoc_ema.snapshots import LENGTHS, Snapshots, find_snapshots, keep_snapshot, snapshots_folder
 from dae_diffusers.settings import compose
 from dae_diffusers.store import kept_of, kept_tensors
 from dae_diffusers.training import train_dit, train_vqgan_prior

@@ -25,6 +25,8 @@ from dae_diffusers.autoencoders.loading import settle_images
 from dae_diffusers.cli import parse_config, run_script, show_messages
 from dae_diffusers.data import load_images
 from dae_diffusers.engine.distributed import PROCESS_GROUP
+from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
+from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.fitting.decoder_fit import check_judge
 from dae_diffusers.hub.results import PIPELINE_INDEX
@@ -45,8 +47,6 @@ from dae_diffusers.metrics.sweep import (
     what_to_draw,
 )
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
-from dae_diffusers.post_hoc_ema.choosing import generator_of, put_into_pipeline
-from dae_diffusers.post_hoc_ema.snapshots import Snapshots, snapshots_folder
 from dae_diffusers.store import replace_folder, write_atomically, write_json
 from dae_diffusers.training.settings import EMAConfig, with_flags
 

@@ -19,12 +19,12 @@ from dae_diffusers.autoencoders.settings import (
 )
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data.configuration import DataConfig
+from dae_diffusers.engine.post_hoc_ema.settings import MAX_LENGTH, PostHocEMAConfig
 from dae_diffusers.engine.settings import MAX_SEED, OptimizationConfig, RunConfig
 from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
 from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
-from dae_diffusers.post_hoc_ema.settings import MAX_LENGTH, PostHocEMAConfig
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
 from dae_diffusers.sizes import nearest_multiples

@@ -16,10 +16,10 @@ from dae_diffusers.engine.distributed import whole_model
 from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.engine.heartbeat import Heartbeat
 from dae_diffusers.engine.optimization import ema_weights, make_ema, make_lr_scheduler, make_optimizer, trainable
+from dae_diffusers.engine.post_hoc_ema.averages import PostHocAverages
+from dae_diffusers.engine.post_hoc_ema.settings import PostHocEMAConfig
 from dae_diffusers.engine.precision import faster_precision
 from dae_diffusers.engine.run import TrainingRun
-from dae_diffusers.post_hoc_ema.averages import PostHocAverages
-from dae_diffusers.post_hoc_ema.settings import PostHocEMAConfig
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.signals import StopSignal, resuming_command
 
@@ -60,7 +60,7 @@ class Loop:
         after_skip (`Callable`, *optional*): Called if the guard skips an update.
         snapshot (`tuple[str, Callable]`, *optional*): What `hub_strategy every_save` uploads: its name, and a function that saves
             it, which takes the model with averaged weights and a folder.
-        post_hoc ([`~dae_diffusers.post_hoc_ema.settings.PostHocEMAConfig`], *optional*): Which averages are kept to choose from afterwards.
+        post_hoc ([`~dae_diffusers.engine.post_hoc_ema.settings.PostHocEMAConfig`], *optional*): Which averages are kept to choose from afterwards.
         state: Other state to save with each checkpoint.
     """
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from dae_diffusers.post_hoc_ema.settings import MAX_LENGTH
+from dae_diffusers.engine.post_hoc_ema.settings import MAX_LENGTH
 
 
 def exponent_of(length: float) -> float:

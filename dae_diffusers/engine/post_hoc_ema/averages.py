@@ -9,18 +9,18 @@ from diffusers.training_utils import EMAModel
 
 from dae_diffusers.engine.dry_run import gib
 from dae_diffusers.engine.guard import raise_if_not_finite_weights
+from dae_diffusers.engine.post_hoc_ema.power_function import decay_at, exponent_of
+from dae_diffusers.engine.post_hoc_ema.settings import PostHocEMAConfig
+from dae_diffusers.engine.post_hoc_ema.snapshots import LENGTHS, STORED_DTYPE, keep_snapshot, snapshots_folder
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.engine.sharding import whole_tensor
-from dae_diffusers.post_hoc_ema.power_function import decay_at, exponent_of
-from dae_diffusers.post_hoc_ema.settings import PostHocEMAConfig
-from dae_diffusers.post_hoc_ema.snapshots import LENGTHS, STORED_DTYPE, keep_snapshot, snapshots_folder
 
 logger = logging.getLogger(__name__)
 
 
 class PowerFunctionEMA(EMAModel):
     r"""
-    A moving average whose profile is a power function of the step; see [`power_function`][dae_diffusers.post_hoc_ema.power_function].
+    A moving average whose profile is a power function of the step; see [`power_function`][dae_diffusers.engine.post_hoc_ema.power_function].
 
     Args:
         parameters (`list[nn.Parameter]`): What is averaged.
@@ -43,7 +43,7 @@ class PostHocAverages:
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): The run.
-        config ([`~dae_diffusers.post_hoc_ema.settings.PostHocEMAConfig`]): With `post_hoc_ema`.
+        config ([`~dae_diffusers.engine.post_hoc_ema.settings.PostHocEMAConfig`]): With `post_hoc_ema`.
         model (`nn.Module`): The prepared model.
         steps (`int`): Steps of the training.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dae_diffusers.engine.post_hoc_ema.power_function import combination
+from dae_diffusers.engine.post_hoc_ema.settings import MAX_LENGTH
 from dae_diffusers.errors import UserError
-from dae_diffusers.post_hoc_ema.power_function import combination
-from dae_diffusers.post_hoc_ema.settings import MAX_LENGTH
 from dae_diffusers.store import NotKept, keep_tensors, kept_of, kept_tensors
 
 logger = logging.getLogger(__name__)
