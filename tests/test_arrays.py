@@ -81,14 +81,18 @@ def test_from_files_to_samples_in_the_original_values(kind, tiff_folder, npy_fol
     assert read_value_range(str(output / "pipeline")) == [low, high]  # what a generator on its autoencoder asks for
 
 
-@pytest.mark.parametrize("start", ["--pretrained_model_name_or_path {run}/vae", "--stage1_dir {run}", "alone"])
+@pytest.mark.parametrize("start", ["--pretrained_model_name_or_path {run}/vae", "--stage1_dir {run}", "left"])
 def test_training_on_keeps_the_range_of_the_autoencoder(start, npy_folder, tmp_path):
     """The frozen encoder must see other images in the scale of those that it was trained on."""
     flags = TINY_DAE + " --image_channels 12"
-    if start == "alone":  # a stage 1 without a `vae/` beside it
-        flags, start = f"{flags} --stage 1", "--stage1_dir {run}"
+    place = "vae"
+    if start == "left":  # a stage 1 beside the `vae/` of an earlier run
+        place, flags, start = "stage1", f"{flags} --stage 1", "--stage1_dir {run}"
+        (tmp_path / "run" / "vae").mkdir(parents=True)
+        (tmp_path / "run" / "vae" / "config.json").write_text("{}")
+        save_value_range([0.0, 1.0], tmp_path / "run" / "vae")
     run(train_dae, flags, train_data_dir=npy_folder, output_dir=tmp_path / "run")
-    value_range = read_value_range(str(tmp_path / "run"))
+    value_range = read_value_range(str(tmp_path / "run" / place))
     (tmp_path / "halved").mkdir()
     for path in npy_folder.glob("*.npy"):
         np.save(tmp_path / "halved" / path.name, np.load(path) / 2)
@@ -159,7 +163,12 @@ def test_a_part_of_the_images_is_read_like_the_whole(tmp_path):
 
 def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch):
     assert read_value_range(str(tmp_path)) is None and read_value_range(None) is None
-    (tmp_path / "vae").mkdir()
+    for place in ("vae", "stage1"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text("{}")
+        save_value_range([1.0, 2.0], tmp_path / place)
+    save_value_range(None, tmp_path / "vae")  # another run, of 8-bit pictures: the range of before goes
+    assert read_value_range(str(tmp_path / "vae")) is read_value_range(str(tmp_path)) is None
     save_value_range([-5.0, 7.0], tmp_path / "vae")
     assert read_value_range(str(tmp_path / "vae")) == read_value_range(str(tmp_path)) == [-5, 7]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.building import make_autoencoder
+from dae_diffusers.autoencoders.building import make_autoencoder, stage1_folder
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
@@ -54,9 +54,8 @@ def main(config: TrainDAEConfig) -> None:
     config.check_mixed_precision(run.accelerator.mixed_precision)
     model = make_autoencoder(config)
     config.check_lpips(spatial_factor(model))
-    train_images, validation_images = load_both(
-        run, config.autoencoder.pretrained_model_name_or_path or config.stages.stage1_dir
-    )
+    stage1 = config.stages.stage1_dir and stage1_folder(config.stages.stage1_dir)
+    train_images, validation_images = load_both(run, config.autoencoder.pretrained_model_name_or_path or stage1)
     run.compile_blocks(filter(None, (model.encoder, model.auxiliary_decoder, model.decoder)))
     stage_steps = number_of_steps(run, train_images)
     start = find_start(run, model, train_images, validation_images, stage_steps)

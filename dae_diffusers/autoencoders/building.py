@@ -1,6 +1,7 @@
 """Builds an autoencoder that can be trained in stages from the settings."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, ModelMixin, VQModel
@@ -107,23 +108,25 @@ def tuned_decoder(config: Any, vae: ModelMixin, name: str) -> ModelMixin:
 def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel:
     """Loads the autoencoder that a stage 1 has saved in `stage1_dir`."""
     path = config.stages.stage1_dir
-    for subfolder in ("stage1", None):
-        try:
-            class_name = model_class.load_config(path, subfolder=subfolder).get("_class_name")
-            if class_name != model_class.__name__:
-                raise UserError(
-                    f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` continues from a "
-                    f"{model_class.__name__}. Choose the `autoencoder` of its stage 1."
-                )
-            model = model_class.from_pretrained(path, subfolder=subfolder)
-            break
-        except OSError as error:
-            reason = one_line(error, 300)
-    else:
-        raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {reason}")
+    try:
+        class_name = model_class.load_config(stage1_folder(path)).get("_class_name")
+        if class_name != model_class.__name__:
+            raise UserError(
+                f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` continues from a "
+                f"{model_class.__name__}. Choose the `autoencoder` of its stage 1."
+            )
+        model = model_class.from_pretrained(stage1_folder(path))
+    except OSError as error:
+        raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {one_line(error, 300)}") from None
     model = with_kept_channels(model, config.stages.keep_latent_channels, path)
     sizes = decoder_sizes_of(config, model)
     return settled(config, model.with_decoder(**sizes) if sizes else model, model)
+
+
+def stage1_folder(output_dir: str) -> str:
+    r"""Where a stage 1 has saved its autoencoder: in `stage1/` of its output folder, which may be given itself."""
+    inside = Path(output_dir) / "stage1"
+    return str(inside) if inside.is_dir() else output_dir
 
 
 def with_kept_channels(

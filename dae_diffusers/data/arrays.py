@@ -206,9 +206,11 @@ def cut_elongated(
 
 
 def save_value_range(value_range: list[float] | None, folder: Path) -> None:
-    r"""Writes the range of the original values beside an autoencoder, unless they are 8-bit values (an empty range)."""
+    r"""Writes the range of the original values beside an autoencoder. 8-bit values have none: that of an earlier run goes."""
     if value_range:
         write_atomically(folder / _RANGE_FILE, json.dumps({"value_range": list(value_range)}) + "\n")
+    else:
+        (folder / _RANGE_FILE).unlink(missing_ok=True)
 
 
 def read_value_range(name_or_path: str | None) -> list[float] | None:
@@ -223,7 +225,9 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     """
     if name_or_path is None:
         return None
-    for name in (_RANGE_FILE, f"vae/{_RANGE_FILE}", f"stage1/{_RANGE_FILE}", "model_index.json"):
+    places = ("", "vae/", "stage1/")  # the first with an autoencoder counts: others may be left of an earlier run
+    place = next((each for each in places if find_file(name_or_path, f"{each}config.json")), "")
+    for name in ("model_index.json", f"{place}{_RANGE_FILE}"):
         path = find_file(name_or_path, name)
         if path is None:
             continue
