@@ -186,7 +186,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                         f"`{name}` of the transformer is {ours} and that of `guidance_transformer` {other}. Give a weaker version of "
                         "the transformer, trained on the same latents and classes."
                     )
-        self._check_columns()
+        self._check_columns(self.vae_scale_factor)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEDiTPipeline":
@@ -229,6 +229,8 @@ class DAEDiTPipeline(DiffusionPipeline):
                     f"The transformer has {transformer.config.in_channels} latent channels and the autoencoder "
                     f"{shape.latent_channels}. Use the autoencoder that the transformer was trained with."
                 )
+            if transformer is not None and getattr(self, "conditions", None):
+                self._check_columns(shape.factor)
             self.vae_scale_factor = shape.factor
             self.image_processor = VaeImageProcessor(vae_scale_factor=shape.factor)
         super().__setattr__(name, value)
@@ -529,9 +531,9 @@ class DAEDiTPipeline(DiffusionPipeline):
             raise ValueError(f"`{name}` is empty. Give an image, a list of them, or None for none.")
         return torch.cat(found)
 
-    def _check_columns(self):
-        """Raises `ValueError` if the transformer takes other conditions than the pipeline knows by name."""
-        config, factor = self.transformer.config, self.vae_scale_factor
+    def _check_columns(self, factor: int):
+        """Raises `ValueError` if the transformer takes other conditions than the pipeline knows by name, at `factor` pixels a latent."""
+        config = self.transformer.config
         takes = [
             config.get("num_attribute_classes") or [],
             config.get("num_continuous") or 0,
@@ -545,7 +547,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         if list(takes[0]) != known[0] or takes[1:] != known[1:]:
             raise ValueError(
                 f"`conditions` are {known[0]} classes, {known[1]} numbers and {known[2]} channels of an image, but the transformer takes "
-                f"{takes[0]}, {takes[1]} and {takes[2]}. Give those that it was trained with."
+                f"{takes[0]}, {takes[1]} and {takes[2]}. Give those that it was trained with. The autoencoder makes "
+                f"{factor}x{factor} pixels of a latent, which must be as many as in training."
             )
 
     @property

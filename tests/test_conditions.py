@@ -23,10 +23,12 @@ from scripts import (
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.autoencoders.loading import spatial_factor
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.conditions import numbers_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import load_generator
+from dae_diffusers.fitting.side_by_side import GrowingAutoencoder, assemble
 from dae_diffusers.generators.conditions import CONDITION_ARGUMENTS, Conditions, statistics_of
 from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.hub.card import make_card
@@ -232,6 +234,27 @@ def test_pipeline_and_transformer_of_other_conditions_are_refused():
         DAEDiTPipeline(**pipeline.components | {"conditions": columns})
     with pytest.raises(ValueError, match="but this pipeline has no conditions"):
         sample(make_pipeline({}), conditions={"angle": 1})
+
+
+def test_decoder_of_larger_images_does_not_replace_that_of_condition_images(tmp_path):
+    pipeline = make_pipeline({"mask": {"channels": 1, "value_range": None}})
+    model = make_autoencoder(sample_size=16)
+    for name, widths in {"larger": (8, 8), "x2": (8, 8, 8)}.items():
+        model.with_decoder(
+            decoder_block_out_channels=widths, decoder_layers_per_block=2
+        ).to_diffusers().save_pretrained(tmp_path / name)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(
+        UserError, match="x2 does not fit the generator .* 17 channels of an image, but .* 5. .* 4x4 pixels of a latent"
+    ):
+        assemble(tmp_path / "pipeline", tmp_path / "x2", tmp_path / "pipeline")
+    assert DAEDiTPipeline.from_pretrained(tmp_path / "pipeline").vae_scale_factor == 2
+    assemble(tmp_path / "pipeline", tmp_path / "larger", tmp_path / "pipeline")
+    assert "Asymmetric" in type(DAEDiTPipeline.from_pretrained(tmp_path / "pipeline").vae).__name__
+    model.save_pretrained(tmp_path / "stage1")
+    model.with_decoder(decoder_block_out_channels=(8, 8, 8)).to_diffusers().save_pretrained(tmp_path / "vae")
+    growing = GrowingAutoencoder(str(tmp_path / "stage1"), tmp_path, torch.device("cpu"))
+    assert [spatial_factor(growing.newest(of_same_size=same)) for same in (False, True)] == [4, 2]
 
 
 def test_pipelines_made_from_it_take_conditions():

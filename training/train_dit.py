@@ -165,7 +165,8 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective, conditioning)
-                draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step, images)
+                newest = autoencoder.newest(of_same_size=config.data.condition_column is not None)
+                draw_samples(run, pipeline_of(model, vae=newest), loop.step, images)
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)

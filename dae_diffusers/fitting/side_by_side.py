@@ -9,7 +9,13 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from filelock import FileLock
 
-from dae_diffusers.autoencoders.loading import as_plain, is_from_stage1, load_any_autoencoder, load_autoencoder
+from dae_diffusers.autoencoders.loading import (
+    as_plain,
+    is_from_stage1,
+    load_any_autoencoder,
+    load_autoencoder,
+    spatial_factor,
+)
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
@@ -58,11 +64,20 @@ class GrowingAutoencoder:
         if not self.is_finished:
             logger.info("%s: the encoder of a stage 1. Its decoder may train at the same time (stage 2).", place)
 
-    def newest(self) -> ModelMixin:
-        r"""The same encoder with the newest decoder there is: of stage 2, or the auxiliary one of stage 1. Logs which."""
+    def newest(self, *, of_same_size: bool = False) -> ModelMixin:
+        r"""
+        The same encoder with the newest decoder there is: of stage 2, or the auxiliary one of stage 1. Logs which.
+
+        Args:
+            of_same_size (`bool`, *optional*, defaults to `False`): Whether decoders that make larger images do not count: for a
+                generator that draws from images.
+        """
         if self.is_finished:
             return self.vae
-        vae, origin = self._of_stage2() or (with_auxiliary_decoder(self._stage1), "the auxiliary decoder of stage 1")
+        vae, origin = self._of_stage2(of_same_size) or (
+            with_auxiliary_decoder(self._stage1),
+            "the auxiliary decoder of stage 1",
+        )
         if origin != self._origin:
             logger.info("samples are decoded by %s", origin)
             self._origin = origin
@@ -102,11 +117,13 @@ class GrowingAutoencoder:
         )
         return False
 
-    def _of_stage2(self) -> tuple[ModelMixin, str] | None:
+    def _of_stage2(self, of_same_size: bool) -> tuple[ModelMixin, str] | None:
         wanted = latents_fingerprint(self.vae)
         for folder in (run / name for run in self._runs for name in ("vae", f"train_dae/{NEWEST}")):
             vae = _load(folder)
-            if vae is not None and latents_fingerprint(vae) == wanted:
+            if vae is None or (of_same_size and spatial_factor(vae) != spatial_factor(self.vae)):
+                continue
+            if latents_fingerprint(vae) == wanted:
                 step = vae.config.get("trained_steps")
                 return vae, f"{folder}{'' if step is None else f', the decoder at step {step}'}"
         return None
@@ -167,7 +184,8 @@ def assemble(pipeline_folder: Path, vae_folder: str | Path, target: Path) -> Non
         target (`Path`): Where to write the result. It may be the pipeline's folder.
 
     Raises:
-        UserError: If the two have different encoders or codebooks, or one of them cannot be loaded.
+        UserError: If the two have different encoders or codebooks, the generator cannot draw with such a decoder, or one of them
+            cannot be loaded.
     """
     pipeline = load_pipeline(str(pipeline_folder), torch.device("cpu"))
     vae = load_autoencoder(str(vae_folder))
@@ -177,7 +195,12 @@ def assemble(pipeline_folder: Path, vae_folder: str | Path, target: Path) -> Non
             f"the generator of {pipeline_folder} was trained on another encoder or codebook ({found[0]}) than that of "
             f"{vae_folder} ({found[1]}). Give the result of a stage 2 that kept the generator's encoder."
         )
-    pipeline.vae = with_statistics_of(pipeline.vae, vae)
+    try:
+        pipeline.vae = with_statistics_of(pipeline.vae, vae)
+    except ValueError as problem:  # one that draws from images takes no decoder of another size
+        raise UserError(
+            f"the decoder of {vae_folder} does not fit the generator of {pipeline_folder}. {problem}"
+        ) from None
     fit = read_fit(vae_folder)
 
     def save(folder: Path) -> None:
