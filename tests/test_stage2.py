@@ -1,5 +1,6 @@
 """Stage 2 beside a generator, on the encoder of one stage 1, and with a decoder of another size than the encoder's mirror."""
 
+import json
 import logging
 import re
 import shutil
@@ -321,6 +322,16 @@ def test_first_channels_of_an_encoder_serve_a_smaller_latent_space(image_folder,
     again = f"{TINY_DAE} --stage 2 --resume_from_checkpoint latest --stage2_steps 5 --keep_latent_channels 1"
     with pytest.raises(UserError, match="with `keep_latent_channels` 2, but now it is 1"):
         run(train_dae, again, **flags)
+    again = again.replace("channels 1", "channels 2")
+    model.encoder.conv_in.bias.data += 1  # stage 1 was trained on meanwhile
+    model.save_pretrained(tmp_path / "stage1")
+    with pytest.raises(UserError, match="the autoencoder of `--stage1_dir` changed since"):
+        run(train_dae, again, **flags)
+    manifest = max((tmp_path / "train_dae" / "checkpoints").glob("*/checkpoint.json"))
+    known = json.loads(manifest.read_text())
+    del known["state"]["inputs"]["the autoencoder of `--stage1_dir`"]
+    manifest.write_text(json.dumps(known))
+    run(train_dae, again, **flags)  # a checkpoint of before does not tell
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from scipy.stats import binomtest
 from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
@@ -213,6 +214,16 @@ def test_resumed_fit_equals_an_uninterrupted_one(fitted, generators, kind, image
     run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint=checkpoint)
     assert_same_weights(weights(fitted[kind] / "pipeline" / "vae"), weights(folder / "pipeline" / "vae"))
     assert log_of(folder, "train_dae_stage3") == log_of(fitted[kind], "train_dae_stage3")
+    add_to_decoder(folder / "pipeline" / "vae")
+    with pytest.raises(UserError, match="the autoencoder that stage 3 starts from changed since"):
+        run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint="latest")
+
+
+def add_to_decoder(folder: Path) -> None:
+    """What a stage 2 that goes on and `assemble` leave there: another decoder of the same encoder."""
+    vae = load_autoencoder(str(folder))
+    vae.decoder.conv_out.bias.data += 0.5
+    vae.save_pretrained(folder)
 
 
 def test_kill_while_the_decoder_is_put_in_leaves_a_whole_pipeline(generators, fitted, image_folder, backbone, tmp_path):
@@ -267,14 +278,14 @@ def test_without_weight_it_is_stage_two_that_goes_on(generators, kind, image_fol
     stage2 = FIT.replace("--stage 3", "--stage 2").replace(
         "stage3_steps", "stage2_steps"
     )  # both learning rates are the same
-    run(
-        train_dae,
-        stage2 + f" --autoencoder {'vq' if kind is DAEVQGANPipeline else 'kl'}",
-        pretrained_model_name_or_path=generators[kind] / "pipeline" / "vae",
-        train_data_dir=image_folder,
-        output_dir=tmp_path / "stage2",
-    )
+    stage2 += f" --autoencoder {'vq' if kind is DAEVQGANPipeline else 'kl'}"
+    shutil.copytree(generators[kind] / "pipeline" / "vae", tmp_path / "given")
+    flags = {"pretrained_model_name_or_path": tmp_path / "given", "train_data_dir": image_folder}
+    run(train_dae, stage2, output_dir=tmp_path / "stage2", **flags)
     assert_same_weights(weights(tmp_path / "stage2" / "vae"), weights(folder / "pipeline" / "vae"))
+    add_to_decoder(tmp_path / "given")
+    with pytest.raises(UserError, match="the autoencoder of `--pretrained_model_name_or_path` changed since"):
+        run(train_dae, stage2, output_dir=tmp_path / "stage2", resume_from_checkpoint="latest", **flags)
 
 
 def test_adversarial_form_trains_a_discriminator_on_drawn_images(generators, image_folder, tmp_path):

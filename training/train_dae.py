@@ -10,6 +10,7 @@ The result is `<output_dir>/vae`, a plain `AutoencoderKL` or `VQModel`. With `--
 import logging
 import math
 import shutil
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -27,7 +28,7 @@ from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
-from dae_diffusers.fitting.decoder_fit import DecoderFit, load_generator
+from dae_diffusers.fitting.decoder_fit import STARTED_FROM, DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
 from dae_diffusers.latents.cache import (
     CachedLatents,
@@ -138,8 +139,9 @@ def find_start(
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     stages = run.config.stages
+    more = given_autoencoder(run.config, model) if fit is None else fit.inputs()
     return run.find_start(
-        inputs={"the training images": images.fingerprint, **({} if fit is None else fit.inputs())},
+        inputs={"the training images": images.fingerprint, **more},
         plan=stages.plan() | model.decoder_sizes | held_out_settings(images) if fit is None else fit.plan(),
         counts={
             **count_images(images),
@@ -147,7 +149,19 @@ def find_start(
             "parameters": model.num_parameters(),
         },
         steps={f"stage{stage}_steps": steps for stage, steps in stage_steps.items()},
+        may_lack=more if fit is None else [STARTED_FROM],
     )
+
+
+def given_autoencoder(config: TrainDAEConfig, model) -> dict[str, str]:
+    """Fingerprints of what stages 1 and 2 start from, by the flags that name it."""
+    start, stage1_dir = config.autoencoder.pretrained_model_name_or_path, config.stages.stage1_dir
+    given = {"pretrained_model_name_or_path": "none" if start is None else model.given_weights}
+    if start is not None and Path(start).resolve().is_relative_to(Path(config.run.output_dir).resolve()):
+        given["pretrained_model_name_or_path"] = "in `output_dir`"  # the result of a finished run may have replaced it
+    if stage1_dir is not None:
+        given["stage1_dir"] = model.given_weights
+    return {f"the autoencoder of `--{name}`": value for name, value in given.items()}
 
 
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:

@@ -22,6 +22,7 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width
+from dae_diffusers.store import fingerprint, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,12 @@ def load_stage1(config: Any, model_class: type) -> DAEAutoencoderKL | DAEVQModel
                 f"{path} holds a {class_name}, but `autoencoder {config.autoencoder.autoencoder}` continues from a "
                 f"{model_class.__name__}. Choose the `autoencoder` of its stage 1."
             )
-        model = model_class.from_pretrained(stage1_folder(path))
+        given = model_class.from_pretrained(stage1_folder(path))
     except OSError as error:
         raise UserError(f"`stage1_dir` {path} holds no stage-1 autoencoder: {one_line(error, 300)}") from None
-    model = with_kept_channels(model, config.stages.keep_latent_channels, path)
+    model = with_kept_channels(given, config.stages.keep_latent_channels, path)
     sizes = decoder_sizes_of(config, model)
-    return settled(config, model.with_decoder(**sizes) if sizes else model, model)
+    return settled(config, model.with_decoder(**sizes) if sizes else model, given)
 
 
 def stage1_folder(output_dir: str) -> str:
@@ -156,6 +157,7 @@ def settled(config: Any, model: ModelMixin, given: ModelMixin) -> ModelMixin:
     sides = [each * factor // before for each in height_and_width(side)] if side else None
     settle_images(config, model, side=sides)
     model.register_to_config(sample_size=config.data.resolution)
+    model.given_weights = fingerprint(weights_of(given))
     return model
 
 

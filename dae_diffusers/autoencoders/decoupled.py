@@ -42,6 +42,8 @@ class DecoupledAutoencoderMixin:
     _own_config: tuple[str, ...] = ("auxiliary_",)
 
     stage: Literal[1, 2, 3] | None = None
+    # Fingerprint of the weights that a run starts from; None for a new model.
+    given_weights: str | None = None
 
     @classmethod
     def from_diffusers(cls, vae: ModelMixin, **settings) -> "DecoupledAutoencoderMixin":

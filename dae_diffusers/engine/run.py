@@ -5,7 +5,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -152,7 +152,13 @@ class TrainingRun:
         return found
 
     def find_start(
-        self, inputs: dict[str, str], plan: dict[str, Any], counts: dict[str, int], steps: dict[str, int]
+        self,
+        inputs: dict[str, str],
+        plan: dict[str, Any],
+        counts: dict[str, int],
+        steps: dict[str, int],
+        *,
+        may_lack: Collection[str] = (),
     ) -> Start:
         r"""
         Finds where to begin: from nothing, or from the checkpoint that `resume_from_checkpoint` asks for. Writes nothing; that is
@@ -163,6 +169,7 @@ class TrainingRun:
             plan (`dict`): Settings that determine the model, by name; a resumed run must have the same.
             counts (`dict[str, int]`): Numbers for `run.json` and the model card, such as `training_images`.
             steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
+            may_lack (`Collection[str]`, *optional*): Names of inputs that checkpoints of earlier versions do not know.
 
         Raises:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
@@ -183,7 +190,7 @@ class TrainingRun:
         if self.config.optimization.num_train_epochs is not None:
             check_passes(self._plan, plan_before or {}, path)
         check_plan(self._plan, plan_before, step, path)
-        for name in sorted(inputs.keys() ^ inputs_before.keys()):
+        for name in sorted((inputs.keys() ^ inputs_before.keys()) - set(may_lack)):
             was, now = ("without", "has") if name in inputs else ("with", "lacks")
             raise UserError(
                 f"{path} was trained {was} {name}, which this run {now}. Continue with the same, or train in another `output_dir`."

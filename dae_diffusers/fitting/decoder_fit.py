@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # The autoencoder as it was, in the output folder.
 KEPT_VAE = "vae_before_stage3"
+# The input of a run that its fingerprint is compared under.
+STARTED_FROM = "the autoencoder that stage 3 starts from"
 
 
 def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
@@ -223,6 +225,7 @@ class DecoderFit:
         self.moments = self.adversary = None
         self.before: dict[str, float] = {}
         self.now: dict[str, float] = {}
+        self.started_from = self._find_started_from()
         self.batch_size = settings.generated_batch_size or 2 * config.optimization.train_batch_size
         if settings.generated_loss == "adversarial":
             self.batch_size = config.optimization.train_batch_size  # as many as images
@@ -237,6 +240,7 @@ class DecoderFit:
             "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)),
             **({} if guide is None else {"the `guidance_transformer` of `--pipeline`": model_fingerprint(guide)}),
             "the encoder of `--pipeline`": latents_fingerprint(self.pipeline.vae),
+            STARTED_FROM: self.started_from,
             "`--feature_model`": self.features.fingerprint,
         }
 
@@ -401,7 +405,7 @@ class DecoderFit:
         described["feature_model"] = self.run.config.stages.feature_model
         backbone = self.features.backbone
         described["feature_weights"] = None if backbone is None else fingerprint(weights_of(backbone.model))
-        described |= {"before": self.before, "after": self.now}
+        described |= {"before": self.before, "after": self.now, "started_from": self.started_from}
         if self.accelerator.is_main_process:
             folder = save_pipeline(self.run.output_dir, self.pipeline, model, described)
             logger.info("saved %s; the autoencoder as it was is in %s", folder, self.run.output_dir / KEPT_VAE)
@@ -411,6 +415,16 @@ class DecoderFit:
                 *(self.before["psnr"], self.now["psnr"], self.before["generated_fd"], self.now["generated_fd"], folder),
             )
         self.accelerator.wait_for_everyone()
+
+    def _find_started_from(self) -> str:
+        """Fingerprint of the autoencoder that was given. A finished run has put its own decoder there, and says beside it what was given."""
+        config, resumed = self.run.config, self.run.resumed
+        name = config.autoencoder.pretrained_model_name_or_path or config.stages.pipeline
+        known = {} if resumed is None else resumed[1]["state"].get("inputs", {})
+        recorded = read_fit(name).get("started_from")
+        if recorded is not None and recorded == known.get(STARTED_FROM):
+            return recorded
+        return fingerprint(weights_of(self.pipeline.vae))
 
     @property
     def _is_guided(self) -> bool:
