@@ -16,6 +16,7 @@ from scripts import (
     weights,
 )
 
+from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.training import train_dit, train_vqgan_prior
 
@@ -73,10 +74,18 @@ def test_resumed_run_finds_the_same_best(watched, inputs, tmp_path, caplog):
     assert_same_weights(weights(kept), weights((tmp_path / "run" / TRANSFORMER).parent))
 
 
-def test_best_of_another_measure_no_longer_counts(watched, inputs, tmp_path, caplog):
-    flags = FLAGS + " --export best --learning_rate 0.3 --metric_images 20"
-    folder = tmp_path / "run"
-    resume(train_dit, flags, watched, folder, 3, ("pipeline", "train_dit/best"), **inputs)
+@pytest.mark.parametrize("change", ["images", "decoder"])
+def test_best_of_another_measure_no_longer_counts(change, watched, inputs, tmp_path, caplog):
+    flags = FLAGS + " --export best --learning_rate 0.3" + " --metric_images 20" * (change == "images")
+    folder, more = tmp_path / "run", dict(inputs)
+    if change == "decoder":
+        vae = load_autoencoder(str(inputs["vae"]))
+        vae.decoder.conv_out.bias.data += 0.5
+        vae.save_pretrained(tmp_path / "vae")
+        more["vae"] = tmp_path / "vae"
+    resume(train_dit, flags, watched, folder, 3, ("pipeline",), **more)
+    if change == "decoder":
+        assert_same_weights(weights(tmp_path / "vae"), weights(folder / "pipeline" / "vae"))
     assert "the search for the best begins again" in caplog.text
     found = {step: value for step, value in distances(folder).items() if step > 3}
     best = min(found, key=found.get)

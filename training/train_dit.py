@@ -124,6 +124,7 @@ def main(config: TrainDiTConfig) -> None:
     monitor = make_monitor(
         run,
         training_images,
+        vae,
         start,
         sampling_options(config),
         after=config.flow.autoguidance_steps or 0,

@@ -52,7 +52,7 @@ def main(config: TrainPriorConfig) -> None:
     steps = steps_of(config.prior.max_train_steps, epochs, len(images[0]), run.images_per_step)
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = encode_once(run, vae, images)
-    monitor = make_monitor(run, images[0], start, sampling_options(config))
+    monitor = make_monitor(run, images[0], vae, start, sampling_options(config))
     pipeline_of = partial(DAEVQGANPipeline, vae=vae, id2label=train_codes.id2label, value_range=images[0].value_range)
     if config.optimization.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.kept import keep_rows
+from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, prompts_of_images
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
 from dae_diffusers.store import fingerprint_of_json, replace_folder
@@ -33,6 +33,7 @@ class SampleDistance:
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
         images ([`~dae_diffusers.data.ImageDataset`]): The training images.
+        vae ([`~diffusers.ModelMixin`]): Decodes the samples.
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
         state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
         after (`int`, *optional*): Measurements up to this step are logged, but do not count for the best and for patience: their
@@ -51,6 +52,7 @@ class SampleDistance:
         self,
         run: TrainingRun,
         images: ImageDataset,
+        vae: ModelMixin,
         settings: SampleSettings,
         state: dict[str, Any] | None = None,
         *,
@@ -62,12 +64,12 @@ class SampleDistance:
         self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
         self.extractor = load_feature_extractor(self.config.metric_features, run.accelerator.device)
         self.name = f"validation/{self.extractor.distance_name('g')}"
-        described = [self.extractor.fingerprint, self.images.fingerprint, settings.given()]
+        described = [self.extractor.fingerprint, self.images.fingerprint, model_fingerprint(vae), settings.given()]
         measure = fingerprint_of_json(described + [after] * (after > 0))
         if state is not None and state.get("measure", measure) != measure:
             logger.warning(
-                "what is measured has changed since the checkpoint (`metric_features`, `metric_images` or how samples are drawn): the "
-                "best weights so far no longer count, and the search for the best begins again."
+                "what is measured has changed since the checkpoint (`metric_features`, `metric_images`, the autoencoder or how samples "
+                "are drawn): the best weights so far no longer count, and the search for the best begins again."
             )
             state = None
         if state is not None and state["step"] is not None and not self._folder_of(state["step"]).is_dir():
@@ -190,6 +192,7 @@ class SampleDistance:
 def make_monitor(
     run: TrainingRun,
     images: ImageDataset | None,
+    vae: ModelMixin,
     start: Start,
     options: dict[str, Any],
     *,
@@ -202,6 +205,7 @@ def make_monitor(
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): See [`SampleDistance`].
         images ([`~dae_diffusers.data.ImageDataset`]): The training images, whose captions and conditions, or classes, are drawn.
+        vae ([`~diffusers.ModelMixin`]): Decodes the samples.
         start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
         options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
         after (`int`, *optional*), options_until (`dict`, *optional*): As `after` and `settings_until` of [`SampleDistance`].
@@ -213,7 +217,7 @@ def make_monitor(
     drawn = drawn or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
     settings = SampleSettings(count, seed=config.run.seed, **options, **drawn)
     until = replace(settings, **options_until or {})
-    return SampleDistance(run, images, settings, start.state.get("monitor"), after=after, settings_until=until)
+    return SampleDistance(run, images, vae, settings, start.state.get("monitor"), after=after, settings_until=until)
 
 
 def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:
