@@ -27,7 +27,10 @@ NAME = "validation/gfd_judge"
 def inputs(tmp_path_factory, image_folder):
     folder = tmp_path_factory.mktemp("inputs")
     judge = save_backbone(folder / "judge", "classifier")
-    return {"train_data_dir": image_folder, "vae": save_autoencoder(folder / "vae"), "metric_features": judge}
+    vae = load_autoencoder(str(save_autoencoder(folder / "vae")))
+    vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[0.5] * 3)
+    vae.save_pretrained(folder / "vae")
+    return {"train_data_dir": image_folder, "vae": folder / "vae", "metric_features": judge}
 
 
 FLAGS = TINY_DIT + " --metric_images 12 --metric_steps 2"
@@ -81,11 +84,13 @@ def test_best_of_another_measure_no_longer_counts(change, watched, inputs, tmp_p
     if change == "decoder":
         vae = load_autoencoder(str(inputs["vae"]))
         vae.decoder.conv_out.bias.data += 0.5
+        vae.register_to_config(latents_std=[2.0] * 3)  # measured over other images
         vae.save_pretrained(tmp_path / "vae")
         more["vae"] = tmp_path / "vae"
     resume(train_dit, flags, watched, folder, 3, ("pipeline",), **more)
     if change == "decoder":
         assert_same_weights(weights(tmp_path / "vae"), weights(folder / "pipeline" / "vae"))
+        assert load_autoencoder(str(folder / "pipeline" / "vae")).config.latents_std == [0.5] * 3  # as before
     assert "the search for the best begins again" in caplog.text
     found = {step: value for step, value in distances(folder).items() if step > 3}
     best = min(found, key=found.get)

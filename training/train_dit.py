@@ -141,7 +141,7 @@ def main(config: TrainDiTConfig) -> None:
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
         post_hoc=config.post_hoc,
         state={
-            **({"latent_statistics": statistics} if statistics else {}),
+            "latent_statistics": statistics,
             **({} if monitor is None else {"monitor": monitor.state}),
             **({} if origin is None else {"warm_start": origin.state(scheduler)}),
             **({} if conditioning.conditions is None else {"conditions": conditioning.conditions.config}),
@@ -201,16 +201,15 @@ def denoising_loss(
 
 def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
     """
-    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none. Returns those that its
-    config got; empty if it keeps its own.
+    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none, and returns what its
+    config says then.
     """
-    if origin is None or not origin.settles_statistics(vae):
-        if has_latent_statistics(vae) or run.dry_run is not None:
-            return {}
+    is_settled = origin is not None and origin.settles_statistics(vae)
+    if not is_settled and not has_latent_statistics(vae) and run.dry_run is None:
         logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
         loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, run.accelerator)
-    return {name: vae.config.get(name) for name in STATISTICS}
+    return {name: vae.config[name] for name in STATISTICS if name in vae.config}
 
 
 def find_origin(run: TrainingRun) -> WarmStart | None:
