@@ -27,20 +27,22 @@ from scripts import (
     weights,
 )
 
-from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
+from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline, DAEVQModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.codes import CodeGrids, codes_of
+from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig, TrainPriorConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
-TINY_VQ = TINY_DAE + " --autoencoder vq --codebook_size 12 --codebook_warmup_steps 1"
+KINDS = {"kl": "", "vq": " --autoencoder vq --codebook_size 12 --codebook_warmup_steps 1"}
+TINY_VQ = TINY_DAE + KINDS["vq"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,23 @@ def test_result_is_a_plain_vq_model_with_statistics_and_the_codes_of_stage_one(t
         stage1.set_stage(1)
         codes = stage1(pixel_values).quantization.codes
         assert torch.equal(vae.quantize(vae.encode(pixel_values).latents)[2][2], codes.flatten())
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_first_channels_are_validated_as_the_prefix_decoder_gets_them(kind, image_folder, tmp_path):
+    flags = TINY_DAE + KINDS[kind]
+    run(train_dae, flags + " --stage 1 --auxiliary_decoder prefix", train_data_dir=image_folder, output_dir=tmp_path)
+    model = {"kl": DAEAutoencoderKL, "vq": DAEVQModel}[kind].from_pretrained(tmp_path / "stage1").eval()
+    model.set_stage(1)
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[1]
+    pixel_values = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
+    with torch.no_grad():
+        latents = model(pixel_values, return_dict=False)[1]
+        latents = latents.mean if kind == "kl" else latents.quantized
+        for count in (1, 2):
+            first = torch.cat([latents[:, :count], torch.zeros_like(latents[:, count:])], dim=1)
+            expected = peak_signal_to_noise_ratio(model.auxiliary_decoder(first), pixel_values).mean().item()
+            assert log_of(tmp_path)[-1][f"validation/psnr_first_{count}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_folder_of_stage_one_loads_as_what_would_be_published(trained, caplog):

@@ -295,7 +295,7 @@ def prefixes_of(model) -> list[int]:
     """Numbers of channels, 1, 2, 4 and so on, with which a stage 1 with the decoder `prefix` is validated too."""
     if model.stage != 1 or model.config.auxiliary_decoder_type != "prefix":
         return []
-    return [2**power for power in range((model.config.latent_channels - 1).bit_length())]
+    return [2**power for power in range((num_latent_channels(model) - 1).bit_length())]
 
 
 @torch.no_grad()
@@ -324,10 +324,11 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
             diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
             diagnostics.add(mean, std)
         psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
+        decoded = mean if counts is None else latent.straight_through  # what the auxiliary decoder gets
         for count, values in fewer.items():
             with accelerator.autocast():
-                first = keep_prefixes(mean, torch.full((len(mean),), count, device=mean.device))
-                values += peak_signal_to_noise_ratio(model.decode_in_stage(first).float(), pixel_values).tolist()
+                first = keep_prefixes(decoded, torch.full((len(decoded),), count, device=decoded.device))
+                values += peak_signal_to_noise_ratio(model.auxiliary_decoder(first).float(), pixel_values).tolist()
         l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
         for pair in zip(pixel_values.cpu(), reconstruction.cpu(), strict=True):
             if number in chosen:
