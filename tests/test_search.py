@@ -283,6 +283,21 @@ def test_folder_of_another_search_is_refused(searched, tmp_path):
         find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", budget="2h")
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_rungs_take_the_time_that_the_plan_gives_them(workers, tmp_path):
+    """Also a rung that leaves processes without a trial, and the winner, which one process trains."""
+    config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, CANDIDATES))
+    search, speeds = Search(config, DATA, read_candidates(config, DATA), workers), Speeds(0.02, 0.01, 3.0)
+    rungs = plan_rungs(7200, 9, 3, speeds, workers)
+    for number, rung in enumerate([*rungs, Rung(1, 5000, 5000)]):
+        seconds = speeds.fixed + rung.autoencoder_steps * speeds.autoencoder + rung.generator_steps * speeds.generator
+        for name in range(rung.candidates):
+            folder = search.folder / "trials" / str(name) / f"rung-{number}"
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({"seconds": seconds}))
+    assert 3400 < search.seconds_used() - seconds <= 3600
+
+
 def test_judge_that_was_trained_again_is_another_search(tmp_path):
     judge = save_backbone(tmp_path / "judge", "classifier")
     config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, CANDIDATES), features=judge)

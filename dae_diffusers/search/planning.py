@@ -45,6 +45,11 @@ class Rung:
         return asdict(self)
 
 
+def turns_of(trials: int, workers: int) -> int:
+    r"""How many trials one after another it takes, where processes share them."""
+    return math.ceil(trials / min(trials, workers))
+
+
 def plan_rungs(
     budget: float, candidates: int, keep_one_in: int, speeds: Speeds, workers: int = 1, used: float = 0.0
 ) -> list[Rung]:
@@ -72,8 +77,8 @@ def plan_rungs(
         candidates = max(1, candidates // keep_one_in)
     left, least = budget - used, 2 * MIN_STEPS * max(speeds.autoencoder, speeds.generator)
     while True:
-        turns = [math.ceil(count / min(count, workers)) * keep_one_in**rung for rung, count in enumerate(counts)]
-        fixed = math.fsum(math.ceil(count / min(count, workers)) * speeds.fixed for count in counts)
+        turns = [turns_of(count, workers) * keep_one_in**rung for rung, count in enumerate(counts)]
+        fixed = math.fsum(turns_of(count, workers) * speeds.fixed for count in counts)
         needed = (fixed + least * sum(turns)) / _SHARE
         if needed <= left or len(counts) < 2:
             break

@@ -1,7 +1,9 @@
 """The search: rung after rung, from all candidates to one, and the winner's training."""
 
 import logging
+import math
 import shutil
+import statistics
 import time
 from contextlib import suppress
 from functools import partial
@@ -16,7 +18,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.search.candidates import Candidates
-from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner
+from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner, turns_of
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import FORGOTTEN, CandidateTrial, distances
 from dae_diffusers.search.turned import write_turned
@@ -203,10 +205,12 @@ class Search:
         return sorted(whole, key=lambda name: distances(rows[name])["gFD"])
 
     def seconds_used(self) -> float:
-        """Wall time so far: that of all trials, shared by the processes."""
-        paths = self.folder.glob("trials/*/rung-*/result.json")
-        seconds = sum(read_json_or(path, {"seconds": 0.0})["seconds"] for path in paths)
-        return self.planned["seconds"] + seconds / self.workers
+        """Wall time so far: that of each rung, whose trials the processes share. The winner is the only trial of the last."""
+        rungs: dict[str, list[float]] = {}
+        for path in self.folder.glob("trials/*/rung-*/result.json"):
+            rungs.setdefault(path.parent.name, []).append(read_json_or(path, {"seconds": 0.0})["seconds"])
+        used = (turns_of(len(each), self.workers) * statistics.mean(each) for each in rungs.values())
+        return self.planned["seconds"] + math.fsum(used)
 
     def train_winner(self, name: str, rungs: list[Rung]) -> None:
         """The rest of the budget for the winner, whose result becomes `vae/`, and `pipeline/` if that is wanted."""
