@@ -1,6 +1,7 @@
 """The training scripts, as a user runs them, on tiny models: they end with what they promise, however interrupted."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from scripts import (
     TINY_DIT,
     TRANSFORMER,
     assert_same_weights,
+    in_both_processes,
     launch,
     log_of,
     resume,
@@ -37,7 +39,7 @@ from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, StageConfi
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.engine import loop
-from dae_diffusers.engine.log import RunLog
+from dae_diffusers.engine.log import RunLog, read_log
 from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.plots import image_grid
@@ -446,6 +448,21 @@ def test_failing_tracker_stops_neither_training_nor_the_others(tmp_path, caplog)
     log.finish()
     assert (bad.calls, good.calls) == ([1], [1, 2, "finish"])
     assert caplog.text.count("the tracker bad failed (ConnectionError: the tracker's server is gone)") == 1
+
+
+def test_values_that_are_not_finite_count_in_no_mean_of_two_processes(tmp_path):
+    def action():
+        accelerator = Accelerator()
+        log, resumed = (RunLog(accelerator, tmp_path, "title", skips_nonfinite=True) for _ in range(2))
+        for loss in (2.0, 4.0) if accelerator.is_main_process else (math.nan, 9.0):
+            log.add(loss=torch.tensor(loss), never=torch.tensor(math.nan))
+        resumed.load_state(**{name.removeprefix("log_"): value for name, value in log.state().items()})
+        for each in (log, resumed):
+            each.write_means(1)
+
+    code, text = in_both_processes(action)
+    assert code == 0, text
+    assert read_log(tmp_path) == [{"step": 1, "train/loss": 5.0}] * 2
 
 
 def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_folder, tmp_path):

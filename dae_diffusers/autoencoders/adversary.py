@@ -1,6 +1,7 @@
 """Trains a discriminator together with an autoencoder."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -182,8 +183,8 @@ class AdversarialTraining:
             reason,
             step,
             accuracy,
-            means["train/logits_real"],
-            means["train/logits_fake"],
+            means.get("train/logits_real", math.nan),
+            means.get("train/logits_fake", math.nan),
             advice,
         )
 

@@ -73,9 +73,12 @@ class RunLog:
             self._counts[name] = self._counts.get(name, 0) + count
 
     def write_means(self, step: int, **values: float | torch.Tensor) -> dict[str, float]:
-        r"""Logs the means, over all processes, of the values added since the last call, together with `values`."""
-        means = {f"train/{k}": total.float() / max(1, int(self._counts[k])) for k, total in self._sums.items()}
-        means = {k: float(v) for k, v in self.accelerator.reduce(means, reduction="mean").items()}
+        r"""
+        Logs the means, over all processes, of the values added since the last call, together with `values`. One that was never finite
+        has no mean.
+        """
+        totals = self._over_processes()
+        means = {f"train/{k}": float(total / count) for k, (total, count) in totals.items() if count > 0}
         self._sums, self._counts = {}, {}
         means.update({f"train/{k}": float(v) for k, v in values.items() if math.isfinite(v)})
         self.write(means, step)
@@ -185,13 +188,24 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         r"""The sums for the next means, as JSON can hold them. All processes call it."""
-        sums = {k: float(v) for k, v in self.accelerator.reduce(self._sums, reduction="mean").items()}
-        return {"log_sums": sums, "log_counts": {k: int(v) for k, v in self._counts.items()}}
+        totals = {k: pair.tolist() for k, pair in self._over_processes().items()}
+        return {
+            "log_sums": {k: total for k, (total, _) in totals.items()},
+            "log_counts": {k: n for k, (_, n) in totals.items()},
+        }
 
     def load_state(self, sums: dict[str, float], counts: dict[str, int]) -> None:
         r"""Continues from a [`state`]."""
         self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
         self._counts = counts
+
+    def _over_processes(self) -> dict[str, torch.Tensor]:
+        """Sum and count of each value, as a process has them on average."""
+        pairs = {
+            k: torch.stack((total.float(), torch.as_tensor(self._counts[k], dtype=torch.float32, device=total.device)))
+            for k, total in self._sums.items()
+        }
+        return self.accelerator.reduce(pairs, reduction="mean")
 
     def _guard(self, call: Callable[[], Any], tracker: GeneralTracker | None = None) -> None:
         """Calls something of a tracker, or of all. One that fails is left out from then on; the others go on."""

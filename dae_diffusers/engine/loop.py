@@ -272,7 +272,8 @@ class Step:
             self.means = loop.run.log.write_means(
                 loop.step, learning_rate=loop.lr_scheduler.get_last_lr()[0], gradient_norm=self.gradient_norm
             )
-            loop.progress.set_postfix(loss=f"{self.means[f'train/{loop.headline}']:.4f}")
+            if (loss := self.means.get(f"train/{loop.headline}")) is not None:  # else all updates were skipped
+                loop.progress.set_postfix(loss=f"{loss:.4f}")
 
 
 def make_progress_bar(loop: Loop) -> tqdm:
