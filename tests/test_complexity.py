@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from models import make_autoencoder, make_plain_vq_model, save_backbone
+from PIL import Image
 from scripts import in_child, launched_here, run
 
 from dae_diffusers.comparison.scripts import ScriptError, launch_script, work_alone
@@ -74,6 +76,20 @@ def test_finished_pilots_are_not_repeated_and_others_are_added(measured):
             row["validation_loss"] for row in rows
         ]
         assert len(calls) == 3 and not list(folder.glob("pilots/*/latents"))
+
+
+def test_pilots_are_measured_again_on_other_held_out_images(measured, image_folder, tmp_path):
+    """Their loss on those is the distance where no features are given."""
+    for split in ("train", "validation"):
+        shutil.copytree(image_folder, tmp_path / "images" / split)
+    data = {"train_data_dir": str(tmp_path / "images"), "image_channels": 1, "resolution": 16}
+    pilot = compose(ComplexityConfig, **changes_of(TINY) | {"widths": [8]})
+    with launched_here() as calls:
+        (first,) = measure_pilots(measured[0], data, pilot, tmp_path / "rows")
+        Image.new("L", (20, 20)).save(next((tmp_path / "images" / "validation").rglob("*.png")))
+        (second,) = measure_pilots(measured[0], data, pilot, tmp_path / "rows")
+    assert first["validation_loss"] != second["validation_loss"]
+    assert [name for name, _ in calls] == 2 * ["cache_latents", "train_dit"]
 
 
 def test_scale_of_the_latents_changes_nothing(measured, tmp_path):

@@ -60,7 +60,7 @@ def measure_pilots(
     described = {
         name: value for name, value in vars(config).items() if name not in ("widths", "pilot_steps", "pilot_seeds")
     }
-    images = load_images(DataConfig(**data), seed)[0].fingerprint
+    images = [split.fingerprint for split in load_images(DataConfig(**data), seed)]
     key = fingerprint_of_json([_VERSION, model_fingerprint(load_autoencoder(vae)), images, data, described, seed])
     home = folder / "pilots" / key
     experiment = {
