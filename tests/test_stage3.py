@@ -217,6 +217,10 @@ def test_resumed_fit_equals_an_uninterrupted_one(fitted, generators, kind, image
     add_to_decoder(folder / "pipeline" / "vae")
     with pytest.raises(UserError, match="the autoencoder that stage 3 starts from changed since"):
         run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint="latest")
+    other = weights(folder / "pipeline" / "vae")
+    shutil.rmtree(folder / "train_dae_stage3")
+    run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone)
+    assert_same_weights(other, weights(folder / KEPT_VAE))
 
 
 def add_to_decoder(folder: Path) -> None:

@@ -474,7 +474,8 @@ def save_pipeline(
     folder: Path, pipeline: DAEDiTPipeline | DAEVQGANPipeline, model: ModelMixin, described: dict[str, Any]
 ) -> Path:
     r"""
-    Puts a fitted decoder into `<folder>/pipeline`; the autoencoder as it was stays in `<folder>/vae_before_stage3`.
+    Puts a fitted decoder into `<folder>/pipeline`; the autoencoder as it was stays in `<folder>/vae_before_stage3`, unless its decoder had
+    been fitted, too: then the one before that.
 
     A kill at any moment leaves a whole pipeline: with the decoder before, or with the new one.
 
@@ -489,7 +490,8 @@ def save_pipeline(
     """
     target, kept = folder / "pipeline", folder / KEPT_VAE
     source = target / "vae"
-    if _latents_fingerprint_in(kept) != latents_fingerprint(pipeline.vae):
+    is_another = source.is_dir() and not read_fit(source)  # no stage 3 has fitted it
+    if is_another or _latents_fingerprint_in(kept) != latents_fingerprint(pipeline.vae):
         copy = partial(shutil.copytree, source) if source.is_dir() else pipeline.vae.save_pretrained
         replace_folder(kept, copy)
     pipeline.vae.load_state_dict(model.to_diffusers().state_dict())
