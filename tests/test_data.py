@@ -22,7 +22,7 @@ from dae_diffusers.data import (
 from dae_diffusers.data.columns import class_values, label_ids, label_names
 from dae_diffusers.data.dataset import encoded_sizes, spread_over_classes
 from dae_diffusers.data.formats import reads_heif
-from dae_diffusers.data.images import read_content
+from dae_diffusers.data.images import ImageReader, read_content
 from dae_diffusers.errors import ConfigError, UserError
 
 
@@ -117,11 +117,15 @@ def test_every_mode_is_converted_as_documented(image, options, expected):
     assert decode_image(encoded(image, **options)).getpixel((0, 0)) == expected
 
 
-def test_exif_rotation_is_applied():
-    image = Image.new("RGB", (8, 4))
-    exif = image.getexif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    assert decode_image(encoded(image, "jpeg", exif=exif)).size == (4, 8)
+@pytest.mark.parametrize("format", ["jpeg", "png", "tiff", "webp", "mpo"])
+def test_exif_rotation_is_applied_to_image_and_size(format):
+    image, reader = Image.new("RGB", (8, 4)), ImageReader(DataConfig(dataset_name="digits"), "8-bit")
+    for orientation in range(10):  # 5 to 8 turn by 90 degrees; 0 and 9 do not exist
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        data = encoded(image, format, exif=exif)
+        expected = (4, 8) if 5 <= orientation <= 8 else (8, 4)
+        assert decode_image(data).size == reader.size_of({"bytes": data, "path": None}, str)[::-1] == expected
 
 
 @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP"])

@@ -106,9 +106,7 @@ class ImageReader:
         r"""Height and width of a whole image; of a picture only the file's header is read. Arguments and errors as in [`read`]."""
         if not self.is_array:
             try:
-                image = open_picture(read_content(item, self.root))
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                return image.size if is_turned else image.size[::-1]
+                return _upright_size(open_picture(read_content(item, self.root)))
             except Exception:  # decoding says what is wrong
                 pass
         image = self.decode(item, name)
@@ -193,6 +191,15 @@ class ImageReader:
             )
         self._warned_small = True
         logger.warning("%s: enlarged to %s, as are all smaller images.", seen, shown)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened picture after its EXIF rotation. Some versions of Pillow turn the size of a TIFF by themselves."""
+    stored = getattr(image, "tag_v2", {})
+    width = stored.get(ExifTags.Base.ImageWidth, image.width)
+    height = stored.get(ExifTags.Base.ImageLength, image.height)
+    is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if is_turned else (height, width)
 
 
 def is_flipped(draw: int) -> bool:
