@@ -241,12 +241,20 @@ def test_bad_ranges_are_refused(value_range):
         DataConfig(dataset_name="digits", value_range=value_range)
 
 
-def tiff_of(array: np.ndarray) -> bytes:
+def tiff_of(array: np.ndarray, *, white_is_zero: bool = False) -> bytes:
     """An uncompressed one; Pillow writes fewer kinds than it reads."""
     height, width = array.shape[:2]
     bits, number_type = 8 * array.dtype.itemsize, {"u": 1, "i": 2}[array.dtype.kind]
     channels = 1 if array.ndim == 2 else array.shape[2]
-    tags = {256: width, 257: height, 259: 1, 262: 1 if array.ndim == 2 else 2, 277: channels, 278: height, 273: 0}
+    tags = {
+        256: width,
+        257: height,
+        259: 1,
+        262: int(not white_is_zero) if array.ndim == 2 else 2,
+        277: channels,
+        278: height,
+        273: 0,
+    }
     tags |= {279: array.nbytes, 258: (bits,) * channels, 339: (number_type,) * channels}
     directory = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in tags.items():
@@ -303,6 +311,15 @@ def test_sixteen_bits_are_told_from_other_integers():
         assert (decode_array(content, channels=1) == 300).all()
     for dtype in (np.int16, np.int32, np.uint32):
         assert find_depth(tiff_of(gray.astype(dtype))) == "numbers"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_is_white_in_a_tiff_whose_white_is_0(dtype):
+    ramp, white = np.arange(64, dtype=dtype).reshape(8, 8), np.iinfo(dtype).max
+    ramp *= white // 63
+    negative = tiff_of(white - ramp, white_is_zero=True)
+    np.testing.assert_array_equal(decode_image(negative, channels=1), decode_image(tiff_of(ramp), channels=1))
+    np.testing.assert_array_equal(decode_array(negative, channels=1)[..., 0], ramp)
 
 
 def test_integers_of_unknown_scale_are_refused_among_8_bit_pictures(tmp_path):

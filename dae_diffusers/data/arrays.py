@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dae_diffusers.data.formats import open_picture, precisions
+from dae_diffusers.data.formats import decode_picture, open_picture, precisions
 from dae_diffusers.errors import UserError
 from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import write_atomically
@@ -107,8 +107,7 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
     elif isinstance(item, bytes):
         image = open_picture(item)
         is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
-        image.load()
-        array = np.asarray(ImageOps.exif_transpose(image))
+        array = np.asarray(decode_picture(image))
         array = array.view(np.uint32) if is_unsigned else array
     else:
         array = np.asarray(item)

@@ -6,7 +6,8 @@ import re
 import struct
 import zlib
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Pillow knows more formats, but it starts Ghostscript for PostScript and cannot decode GRIB, HDF5 and the like.
 FORMATS = (
@@ -27,6 +28,7 @@ OTHER_SUFFIXES = frozenset(
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
+_WHITE_IS_ZERO = 0  # PhotometricInterpretation of a TIFF
 _ROTATIONS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts of a PNG that may say how to turn it
 
 
@@ -52,6 +54,18 @@ def open_picture(data: bytes) -> Image.Image:
     if image.format == "FITS" and image.tile and image.tile[0][0] == "fits_gzip":
         raise ValueError("it is a compressed FITS file; save it as `.npy` or TIFF")
     return image
+
+
+def decode_picture(image: Image.Image) -> Image.Image:
+    r"""Decodes a picture that [`open_picture`] has opened, turned as its EXIF data say. Of gray ones the highest value is white."""
+    # Pillow inverts files whose 0 is white, but not those of 16 bits.
+    is_negative = (
+        image.mode.startswith("I;16")
+        and getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
+    )
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    return Image.fromarray(~np.asarray(image)) if is_negative else image
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from dae_diffusers.data.arrays import (
     RANGES,
@@ -23,7 +23,7 @@ from dae_diffusers.data.arrays import (
 )
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root, name_of_row, read_content
-from dae_diffusers.data.formats import open_picture
+from dae_diffusers.data.formats import decode_picture, open_picture
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.sizes import height_and_width, words_of_size
 
@@ -225,8 +225,7 @@ def decode_image(
     if find_picture_depth(image) == "numbers":
         raise ValueError("it has float, signed or 32-bit pixels, unlike the first image")
     refuse_signed(image, data)
-    image.load()
-    image = ImageOps.exif_transpose(image)
+    image = decode_picture(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535)
         if on_16_bits is not None:
