@@ -463,6 +463,19 @@ def test_condition_of_many_values_is_smooth_and_one_of_few_keeps_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "highest", "suffix", "is_warned_of"),
+    [(np.uint8, 5, "png", True), (np.uint16, 5, "png", True), (np.uint8, 255, "png", False), (np.uint8, 5, "npy", False)],
+)  # fmt: skip
+def test_condition_images_of_class_numbers_are_warned_of(tmp_path, caplog, dtype, highest, suffix, is_warned_of):
+    def ids(number, red, green):
+        array = (red > 125).astype(dtype) * dtype(highest)
+        return array if suffix == "npy" else Image.fromarray(array)
+
+    loaded(save_gradients(tmp_path / "ids", ids, suffix=suffix))
+    assert (f"masks/1.{suffix} in the column 'mask', have no value above 5" in caplog.text) == is_warned_of
+
+
+@pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda folder: Image.new("RGB", (41, 35), (9, 0, 0)).save(folder / "masks" / "3.png"), "masks/3.png in the column 'mask' is in colour, but the first one there is gray"),

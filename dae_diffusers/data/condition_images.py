@@ -1,5 +1,6 @@
 """Condition images: each goes through the same geometry as the image that it belongs to."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from dae_diffusers.data.dataset import ImageDataset
 from dae_diffusers.data.formats import open_picture
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import FEW_VALUES
+
+logger = logging.getLogger(__name__)
 
 _GRAY_MODES = ("1", "L", "LA", "La", "F")
 
@@ -51,6 +54,19 @@ class ConditionImages(ImageDataset):
         r"""Sets the range of values of arrays, which is that of their depth, or measured."""
         if self.is_array and not self.value_range:
             self.value_range = RANGES.get(self.depth) or self.measure_range()
+
+    def warn_if_dark(self, indices: Sequence[int]) -> None:
+        r"""Warns if none of these images has a value in the upper three quarters of their range, as masks of class numbers do."""
+        if self.depth not in RANGES:
+            return
+        white = RANGES[self.depth][1]
+        highest = max(float(np.asarray(self._decoded(index)).max()) for index in indices)
+        if 4 * highest <= white:
+            logger.warning(
+                "the images in the column %r, such as %s, have no value above %g, but white is %g: the transformer hardly sees their "
+                "differences. Spread the values over [0, %g], or save them as `.npy`, whose range is measured.",
+                self.image_column, self.name_of(indices[0]), highest, white, white,
+            )  # fmt: skip
 
     def use_kept(self, chunks: Sequence[torch.Tensor]) -> None:
         r"""

@@ -156,6 +156,8 @@ def load_images(
         logger.info("image values [%g, %g] are mapped to [-1, 1]", *train_images.value_range)
     _compare_ranges(train_images, is_given=is_given)
     _warn_of_pages(train_images)
+    if train_images.beside is not None:
+        train_images.beside.warn_if_dark(choose_indices(len(train_images), _LOOKED_AT).tolist())
     return train_images, validation_images
 
 
