@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import tarfile
 import zipfile
@@ -13,7 +14,7 @@ import torch
 from pictures import encoded
 from PIL import Image
 
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.data import DataConfig, archives, load_images, make_pass_loader
 from dae_diffusers.data.columns import label_names
 from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
@@ -468,6 +469,21 @@ def test_empty_label_in_a_tar_is_none(tmp_path):
         members |= {f"{number}.png": picture(number), f"{number}.cls": b"%d" % number if number else b" \n"}
     pack(tmp_path / "0.tar", members)
     assert load_folder(tmp_path)["train"]["cls"] == [None, 1, 2]
+
+
+def test_value_unlike_the_first_ones_of_a_stream_is_empty_and_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(archives, "_INFERRED_SAMPLES", 3)
+    values = [0, 1, 1, 1.0, "1", True, None, 0.9, "300b", 2**70, math.nan, "01"]
+    members = {}
+    for number, value in enumerate(values):
+        members |= {f"{number}.png": picture(number), f"{number}.json": json.dumps({"n": value}).encode()}
+    pack(tmp_path / "0.tar", members)
+    assert [row["json.n"] for row in load_folder(tmp_path, streaming=True)["train"]] == [0, 1, 1, 1, 1, 1, *[None] * 6]
+    assert caplog.text.count("cannot be read") == 1 and "the column json.n of 7 of " in caplog.text
+    flags = {"label_column": "json.n", "num_classes": 2, "validation_fraction": 0.25}
+    images, _ = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4, streaming=True, **flags))
+    with pytest.raises(UserError, match=r"the label of the image .*\d\.png.* is None"):
+        list(make_pass_loader(images, batch_size=3))
 
 
 def test_second_picture_of_a_sample_is_no_image_of_its_own(tmp_path):

@@ -1,5 +1,6 @@
 """Reads `.tar` and `.zip` files: the positions of their members, and webdataset samples that consist of several files."""
 
+import contextlib
 import json
 import logging
 import posixpath
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 
 from dae_diffusers.data.contents import MAX_FILE_BYTES, packed_path
 from dae_diffusers.data.encodings import decode_text
@@ -148,11 +150,17 @@ def streamed_samples(shards: list[str], features: datasets.Features) -> Iterator
         archive = Path(shard)
         members = members_of(archive)
         with archive.open("rb") as file:
-            for _, columns in samples_of(archive, members):
+            for place, columns in samples_of(archive, members):
                 for name, value in columns.items():
                     if isinstance(value, dict) and "path" in value:
                         columns[name] = _with_bytes(value, file)
-                yield {name: fitted(columns.get(name), feature) for name, feature in features.items()}
+                row = dict.fromkeys(features)
+                for name, feature in features.items():
+                    try:
+                        row[name] = fitted(columns.get(name), feature)
+                    except ValueError as error:
+                        _warn_of_unread(archive, f"the column {name} of {place}", error)
+                yield row
 
 
 def stream_features(shards: list[Path]) -> datasets.Features:
@@ -191,10 +199,21 @@ def columns_features(rows: Iterable[dict[str, Any]]) -> datasets.Features:
 
 
 def fitted(value: Any, feature: Any) -> Any:
-    r"""A value in the type of its column: text, if the column's values had several types."""
-    if feature == datasets.Value("string") and value is not None and not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return value
+    r"""
+    A value in the type of its column: text, if the column's values had several types.
+
+    Raises:
+        ValueError: If it is none of that type. The first samples of a stream decide the type.
+    """
+    if value is None or isinstance(value, dict):
+        return value
+    if feature == datasets.Value("string"):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    with contextlib.suppress(ValueError, OverflowError):
+        found = np.dtype(feature.dtype).type(value)
+        if found == value or str(found) == str(value):
+            return found.item()
+    raise ValueError(f"{value!r} is no {feature.dtype}, as the first ones are")
 
 
 def is_picture(name: str) -> bool:
