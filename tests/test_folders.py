@@ -153,6 +153,24 @@ def test_tables_of_metadata_say_the_labels(make_folder):
     assert images.id2label == {0: "a", 1: "b"} and len(images) + len(validation) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metadata.csv", "file_name, label\n0.png, a\n1.png, b\n2.png, a\n", {0: "a", 1: "b"}),
+        ("metadata.csv", "file_name,Label\n0.png,a\n1.png,b\n2.png,a\n", "'Label', which holds Value('string'), is not used"),
+        ("metadata.jsonl", "".join(f'{{"file_name": "{n}.png", "labels": ["a"]}}\n' for n in range(3)), "'labels', which holds List"),
+    ],
+)  # fmt: skip
+def test_labels_of_a_table_are_used_or_said_to_be_not(make_folder, caplog, name, content, expected):
+    folder = make_folder(*[f"{number}.png" for number in range(3)])
+    (folder / name).write_text(content)
+    images, _ = load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    if isinstance(expected, dict):
+        assert images.id2label == expected and not caplog.text
+    else:
+        assert images.id2label is None and f"no classes: the column {expected}" in caplog.text
+
+
 def test_table_without_further_columns_hides_no_other(make_folder, caplog):
     """A table that names files only comes first here: the test split has no labels."""
     folder = make_folder(*[f"{split}/{number}.png" for split in ("test", "train") for number in range(4)])

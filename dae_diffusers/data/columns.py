@@ -109,10 +109,23 @@ def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | 
                 columns += [column for column in names if isinstance(features.get(column), datasets.Value)]
         if len(columns) > 1:
             raise UserError(f"several columns hold labels: {columns}. Choose one with `label_column`, or `none`.")
+        if not columns:
+            _warn_of_unused(features)
         return columns[0] if columns else None
     if feature_of(features, name) is None or name == image_column:
         raise UserError(f"`label_column` {name!r} is not among the columns {list(features)}; `none`: no labels.")
     return name
+
+
+def _warn_of_unused(features: datasets.Features) -> None:
+    """Warns about a column that is called like labels, but is not used as such."""
+    for column, feature in features.items():
+        if column.strip().lower() in _LABELS[0]:
+            logger.warning(
+                "no classes: the column %r, which holds %s, is not used. Labels are one value for each image, in a column called %s. Pass "
+                "`--label_column` with the name of such a column, or `--label_column none`.",
+                column, feature, " or ".join(map(repr, _LABELS[0])),
+            )  # fmt: skip
 
 
 def class_order(names: Iterable[str]) -> list[str]:

@@ -50,7 +50,8 @@ class Metadata:
             raise ValueError("it is empty")
         file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
-            return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+            table = pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+            return table.rename_columns([name.strip() for name in table.column_names])
         return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)
 
     @classmethod
