@@ -171,6 +171,17 @@ def test_labels_of_a_table_are_used_or_said_to_be_not(make_folder, caplog, name,
         assert images.id2label is None and f"no classes: the column {expected}" in caplog.text
 
 
+def test_zeros_before_a_class_are_kept_and_those_before_a_number_are_not(make_folder):
+    folder = make_folder(*[f"{number}.png" for number in range(3)], "more/0.png")
+    header, rows = "file_name, label,part,angle\n", ["0.png,007,007,007\n", "1.png,7,7,7\n", "2.png,,,\n"]
+    (folder / "metadata.csv").write_text(header + "".join(rows))
+    (folder / "more" / "metadata.csv").write_text(header + "0.png,10,10,10\n")
+    for flags, texts in (({}, {"label"}), ({"label_columns": ["part"]}, {"part"})):
+        found = load_folder(folder, **flags)["train"]
+        for column in ("label", "part", "angle"):
+            assert found[column] == (["007", "7", None, "10"] if column in texts else [7, 7, None, 10])
+
+
 def test_table_without_further_columns_hides_no_other(make_folder, caplog):
     """A table that names files only comes first here: the test split has no labels."""
     folder = make_folder(*[f"{split}/{number}.png" for split in ("test", "train") for number in range(4)])

@@ -21,6 +21,7 @@ Rows = datasets.Dataset | datasets.IterableDataset
 _TEXT = (datasets.Value("string"), datasets.Value("large_string"))
 # Names of columns that hold classes, if no type says so; the second group counts only without one of the first.
 _LABELS = (("label", "labels", "class"), ("cls",))
+LABELS = (*_LABELS[0], *_LABELS[1])
 
 
 def feature_of(features: datasets.Features, column: str) -> Any:

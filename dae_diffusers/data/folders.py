@@ -6,7 +6,8 @@ import os
 import re
 import stat
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from dae_diffusers.data.archives import (
     streamed_samples,
     warn_of_lone_files,
 )
-from dae_diffusers.data.columns import class_order
+from dae_diffusers.data.columns import LABELS, class_order
 from dae_diffusers.data.contents import column_path, packed_path
 from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.data.formats import HEIF_SUFFIXES, INSTALL_HEIF, OTHER_SUFFIXES, SUFFIXES, reads_heif
@@ -80,6 +81,7 @@ def load_folder(
     *,
     streaming: bool = False,
     with_labels: bool = True,
+    label_columns: Sequence[str] = (),
     with_texts: bool = False,
     condition_column: str | None = None,
     flag: str = "train_data_dir",
@@ -97,6 +99,7 @@ def load_folder(
         folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
+        label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
         with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
@@ -144,6 +147,7 @@ def load_folder(
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
+    metadata = [replace(each, label_columns=label_columns or LABELS) for each in metadata]
     names = _names_of(entries)
     files = {entry.file: entry.image for entry in entries}
     named = named_files(metadata, names)

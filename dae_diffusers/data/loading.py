@@ -424,6 +424,7 @@ def _read_source(config: DataConfig) -> _Loaded:
     options = {
         "streaming": config.streaming,
         "with_labels": config.label_column != "none",
+        "label_columns": config.label_columns,
         "with_texts": config.caption_column is not None,
         "condition_column": config.condition_column,
     }

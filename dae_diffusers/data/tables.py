@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -37,10 +37,11 @@ SPLITS = {
 
 @dataclass
 class Metadata:
-    """A metadata table: its path in the folder, and its bytes."""
+    """A metadata table: its path in the folder, its bytes, and the names of columns of classes."""
 
     path: PurePosixPath
     content: bytes
+    label_columns: Collection[str] = ()
 
     @cached_property
     def table(self) -> pa.Table:
@@ -50,8 +51,7 @@ class Metadata:
             raise ValueError("it is empty")
         file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
-            table = pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-            return table.rename_columns([name.strip() for name in table.column_names])
+            return _read_csv(file, self.label_columns)
         return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)
 
     @classmethod
@@ -59,6 +59,22 @@ class Metadata:
         """Reads a metadata table from a ZIP file."""
         with zipfile.ZipFile(archive) as file:
             return cls(place, file.read(member.name))
+
+
+def _read_csv(file: io.BytesIO, label_columns: Collection[str]) -> pa.Table:
+    """The rows of a CSV file. Classes are text if a number among them begins with 0: 007 is another class than 7."""
+    options = {"parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True)}
+    table = pyarrow.csv.read_csv(file, **options)
+    numbers = [each.name for each in table.schema if each.name.strip() in label_columns and each.type == pa.int64()]
+    if numbers:
+        types = dict.fromkeys(numbers, pa.string())
+        options["convert_options"] = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
+        file.seek(0)
+        texts = pyarrow.csv.read_csv(file, **options)
+        for name in numbers:
+            if pc.any(pc.match_substring_regex(texts[name], "^0[0-9]")).as_py():
+                table = table.set_column(table.column_names.index(name), name, texts[name])
+    return table.rename_columns([name.strip() for name in table.column_names])
 
 
 @dataclass
@@ -132,7 +148,7 @@ def read_metadata(
     if not any(part.num_columns for part in parts):
         return described
     try:
-        described.table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        described.table = pa.concat_tables(_alike(parts), promote_options="permissive").combine_chunks()
     except pa.ArrowException as error:
         raise UserError(f"the tables of metadata in {folder} differ: {one_line(error, 300)}.") from None
     if any(found):
@@ -149,6 +165,16 @@ def read_metadata(
             example,
         )
     return described
+
+
+def _alike(tables: list[pa.Table]) -> Iterator[pa.Table]:
+    """The tables, with integers as text in columns that are text in another table."""
+    texts = {each.name for table in tables for each in table.schema if pa.types.is_string(each.type)}
+    for table in tables:
+        for index, each in enumerate(table.schema):
+            if each.name in texts and pa.types.is_integer(each.type):
+                table = table.set_column(index, each.name, table.column(index).cast(pa.string()))
+        yield table
 
 
 def _file_of(
