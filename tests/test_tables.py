@@ -38,8 +38,8 @@ def save_files(folder):
 
 
 @pytest.mark.parametrize(
-    "kind", ["bytes", "struct", "paths", "csv", "csv in brackets", "jsonl", "saved", "saved splits", "train_data_dir"]
-)
+    "kind", ["bytes", "struct", "paths", "csv", "csv in brackets", "jsonl", "saved", "saved splits", "saved as arrow", "saved with its labels as torch", "train_data_dir"]
+)  # fmt: skip
 def test_tables_of_every_kind_are_read(kind, tmp_path):
     folder = tmp_path / ("a [b] *" if "brackets" in kind else "data")
     names = save_files(folder)
@@ -61,6 +61,8 @@ def test_tables_of_every_kind_are_read(kind, tmp_path):
         rows = datasets.Dataset.from_dict({"image": [str(folder / name) for name in names], "label": labels})
         rows = rows.cast_column("image", datasets.Image())
         rows = datasets.DatasetDict({"train": rows}) if "splits" in kind else rows
+        if " as " in kind:
+            rows = rows.with_format(kind.split()[-1], columns=["label"] if "labels" in kind else None)
         folder = tmp_path / "saved"
         rows.save_to_disk(folder)
     if kind == "train_data_dir":

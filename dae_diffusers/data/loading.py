@@ -520,7 +520,7 @@ def _load_saved(folder: Path, config: DataConfig) -> _Loaded:
     """Loads what `save_to_disk` wrote. It stores the paths of files and not their bytes, so the files may lie anywhere."""
     if config.streaming:
         raise UserError(f"{folder} was written by `save_to_disk`, which cannot be streamed: leave `streaming` out.")
-    saved = datasets.load_from_disk(str(folder))
+    saved = datasets.load_from_disk(str(folder)).with_format(None)  # it stores the format too, such as "torch"
     anywhere = Root(folder.absolute().anchor, str(folder.absolute()))
     return _Loaded(saved if isinstance(saved, dict) else {"train": saved}, anywhere, str(folder))
 
