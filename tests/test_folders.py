@@ -153,10 +153,28 @@ def test_tables_of_metadata_say_the_labels(make_folder):
     assert images.id2label == {0: "a", 1: "b"} and len(images) + len(validation) == 2
 
 
+@pytest.mark.parametrize("header", ["file_name,label, label", "file_name,label,label", "file_name,file_name,label"])
+def test_columns_of_one_name_are_said(make_folder, header):
+    folder = make_folder("0.png", "1.png")
+    (folder / "metadata.csv").write_text(f"{header}\n0.png,1,2\n1.png,2,1\n")
+    name = max(header.replace(" ", "").split(","), key=header.count)
+    with pytest.raises(UserError, match=f"metadata.csv cannot be read .it has several columns called '{name}'; remove"):
+        load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+
+
+def test_names_with_backslashes_are_said(make_folder, caplog):
+    folder = make_folder("a/0.png", "a/1.png")
+    (folder / "metadata.csv").write_text("file_name,kind\na\\0.png,x\na\\1.png,y\n")
+    load_folder(folder)
+    assert "such as a\\0.png. Write / between folders, not \\" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("metadata.csv", "file_name, label\n0.png, a\n1.png, b\n2.png, a\n", {0: "a", 1: "b"}),
+        ("metadata.csv", "file_name;label\n0.png;a, c\n1.png;b\n2.png;b\n", {0: "a, c", 1: "b"}),
+        ("metadata.csv", "file_name\tlabel\n0.png\ta\n1.png\tb\n2.png\ta\n", {0: "a", 1: "b"}),
         ("metadata.csv", "file_name,Label\n0.png,a\n1.png,b\n2.png,a\n", "'Label', which holds Value('string'), is not used"),
         ("metadata.jsonl", "".join(f'{{"file_name": "{n}.png", "labels": ["a"]}}\n' for n in range(3)), "'labels', which holds List"),
     ],
@@ -242,7 +260,7 @@ def test_labels_of_a_table_and_of_folders_are_ambiguous(make_folder):
 
 def test_foreign_table_is_named_and_does_not_matter_without_labels(make_folder, caplog):
     folder = make_folder("1.png", "2.png")
-    (folder / "metadata.csv").write_text("id,price\n1,2\n")
+    (folder / "metadata.csv").write_text("id,price,price\n1,2,3\n")
     with pytest.raises(UserError, match="metadata.csv has no column `file_name` .*`label_column none`"):
         load_images(DataConfig(train_data_dir=str(folder), resolution=4))
     train, validation = load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="none"))

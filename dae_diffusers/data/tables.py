@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -62,19 +63,34 @@ class Metadata:
 
 
 def _read_csv(file: io.BytesIO, label_columns: Collection[str]) -> pa.Table:
-    """The rows of a CSV file. Classes are text if a number among them begins with 0: 007 is another class than 7."""
-    options = {"parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True)}
-    table = pyarrow.csv.read_csv(file, **options)
-    numbers = [each.name for each in table.schema if each.name.strip() in label_columns and each.type == pa.int64()]
-    if numbers:
-        types = dict.fromkeys(numbers, pa.string())
-        options["convert_options"] = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
-        file.seek(0)
-        texts = pyarrow.csv.read_csv(file, **options)
-        for name in numbers:
-            if pc.any(pc.match_substring_regex(texts[name], "^0[0-9]")).as_py():
-                table = table.set_column(table.column_names.index(name), name, texts[name])
-    return table.rename_columns([name.strip() for name in table.column_names])
+    """The rows of a CSV file, whose columns commas separate, or else `;` or tabs."""
+    header = file.readline().decode()
+    separator = next((each for each in ",;\t" if each in header), ",")
+    options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)}
+    file.seek(0)
+    table = _with_zeros(pyarrow.csv.read_csv(file, **options), label_columns, file, options)
+    names = [name.strip() for name in table.column_names]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None and "file_name" in names:
+        raise ValueError(f"it has several columns called {twice!r}; remove or rename all but one")
+    return table.rename_columns(names)
+
+
+def _with_zeros(table: pa.Table, label_columns: Collection[str], file: io.BytesIO, options: dict[str, Any]) -> pa.Table:
+    """The table, with classes as text if a number among them begins with 0: 007 is another class than 7."""
+    numbers = [
+        n for n, each in enumerate(table.schema) if each.name.strip() in label_columns and each.type == pa.int64()
+    ]
+    if not numbers:
+        return table
+    types = {table.column_names[number]: pa.string() for number in numbers}
+    convert_options = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
+    file.seek(0)
+    texts = pyarrow.csv.read_csv(file, convert_options=convert_options, **options)
+    for number in numbers:
+        if pc.any(pc.match_substring_regex(texts[number], "^0[0-9]")).as_py():
+            table = table.set_column(number, table.column_names[number], texts[number])
+    return table
 
 
 @dataclass
@@ -140,10 +156,11 @@ def read_metadata(
         parts.append(table.drop_columns("file_name"))
     if missing:
         logger.warning(
-            "%d rows of metadata in %s name files that are not among the images, such as %s",
+            "%d rows of metadata in %s name files that are not among the images, such as %s%s",
             len(missing),
             folder,
             missing[0],
+            ". Write / between folders, not \\" if "\\" in str(missing[0]) else "",
         )
     if not any(part.num_columns for part in parts):
         return described
