@@ -34,7 +34,7 @@ The rule of success was fixed before the first run: the generation distance (gFD
 import argparse
 import itertools
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,11 @@ from claim_tables import (
 )
 from tqdm.auto import tqdm
 
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import read_yaml, run_script
 from dae_diffusers.comparison.experiment import SHARED, Experiment, Trial, check_same_experiment
 from dae_diffusers.comparison.judges import find_features, judge_samples
-from dae_diffusers.comparison.scripts import words_of
+from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.trials import finished_rows, run_trial
-from dae_diffusers.data import DataConfig
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.search.trial import distances
@@ -89,15 +88,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only_summary", action="store_true", help="write the tables from what is finished")
     arguments = parser.parse_args()
     try:
+        as_text = read_yaml(arguments.experiment, str(arguments.experiment))
         experiment = yaml.safe_load(arguments.experiment.read_text())
-        if not isinstance(experiment, dict):
-            raise ValueError(f"{arguments.experiment} is no experiment.")
         experiment |= {name: getattr(arguments, name) for name in ("features", "seeds") if getattr(arguments, name)}
         missing = {*SHARED, "seeds", "budgets", "generators", "conditions"} - set(experiment)
         if missing:
             raise ValueError(f"{arguments.experiment} has no {sorted(missing)}.")
-        experiment["data"] = choose_data(experiment["data"], arguments.data or [], arguments.dataset_name)
-        parse_config(DataConfig, words_of(experiment["data"])).require_source()
+        named = [] if arguments.dataset_name is None else [f"dataset_name={arguments.dataset_name}"]
+        experiment["data"] = choose_data([*(arguments.data or []), *named], as_text["data"])
         for name, options in experiment["conditions"].items():
             baselines = options.get("baselines")
             if baselines is not None and (
@@ -166,22 +164,6 @@ def write_results(experiment: Experiment, output_dir: Path) -> None:
         plot_frontier(chosen_rows, experiment, output_dir / f"frontier-{budget}.png")
         plot_sizes(chosen_rows, experiment, output_dir / f"sizes-{budget}.png")
     print(text)
-
-
-def choose_data(data: dict[str, Any], given: list[str], dataset_name: str | None) -> dict[str, Any]:
-    """The experiment's flags of the data, with those given as `flag=value`; a new source of images replaces the old one."""
-    without_value = [item for item in given if "=" not in item]
-    if without_value:
-        raise ValueError(f"`--data` takes FLAG=VALUE, not {without_value}.")
-    flags = dict(item.partition("=")[::2] for item in given)
-    if dataset_name is not None:
-        flags["dataset_name"] = dataset_name
-    unknown = set(flags) - {field.name for field in fields(DataConfig)}
-    if unknown:
-        raise ValueError(f"`--data` has no {sorted(unknown)}; it takes {[field.name for field in fields(DataConfig)]}.")
-    if {"dataset_name", "train_data_dir"} & set(flags):
-        data = {name: value for name, value in data.items() if name not in ("dataset_name", "train_data_dir")}
-    return {**data, **{name: yaml.safe_load(value) for name, value in flags.items()}}
 
 
 def run_of(row: dict[str, Any]) -> Run:

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import nn
@@ -35,8 +34,9 @@ from tqdm.auto import tqdm
 from dae_diffusers.autoencoders.discriminators import PatchDiscriminator
 from dae_diffusers.autoencoders.loading import load_autoencoder, spatial_factor
 from dae_diffusers.cli import run_script
+from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import draw_latents, pool_labels
 from dae_diffusers.latents.statistics import moments_of, normalize_latents
 from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
@@ -99,15 +99,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=5000, help="images that are trained on, drawn and compared")
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     arguments = parser.parse_args()
-    wrong = [item for item in arguments.data if "=" not in item]
-    if wrong:
-        parser.error(f"`--data` takes FLAG=VALUE, not {wrong}.")
     wrong = [source for source in arguments.sources if source != "noise" and "=" not in source]
     if wrong or all(source == "noise" for source in arguments.sources):
         parser.error(f"`--sources` takes noise and at least one NAME=FOLDER, not {arguments.sources}.")
-    arguments.data = {
-        name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in arguments.data)
-    }
+    try:
+        arguments.data = choose_data(arguments.data)
+    except ConfigError as error:
+        parser.error(str(error))
     return arguments
 
 

@@ -15,9 +15,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dae_diffusers.cli import run_script
+from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.statistics import rank_correlation
 from dae_diffusers.metrics.report import table
@@ -56,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def row_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The search and the full trainings of a seed."""
-    data = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in arguments.data)}
+    data = choose_data(arguments.data)
     config = SearchConfig(
         output_dir=str(arguments.output_dir / f"seed-{seed}"),
         candidates=arguments.candidates,

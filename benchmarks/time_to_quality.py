@@ -25,9 +25,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FlowM
 from matplotlib.figure import Figure
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
+from dae_diffusers.cli import read_yaml
 from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.judges import find_features
-from dae_diffusers.comparison.scripts import launch_script
+from dae_diffusers.comparison.scripts import choose_data, launch_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.engine.log import read_log
 from dae_diffusers.store import read_json, write_atomically, write_json
@@ -187,6 +188,7 @@ def plot(runs: Runs, path: Path) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = yaml.safe_load(arguments.experiment.read_text())
+    experiment["data"] = choose_data([], read_yaml(arguments.experiment, str(arguments.experiment))["data"])
     chosen = arguments.recipes or experiment["recipes"]
     experiment["recipes"] = {name: recipe for name, recipe in experiment["recipes"].items() if name in chosen}
     experiment["judge"] = find_features(experiment["judge"], experiment["data"], arguments.output_dir)

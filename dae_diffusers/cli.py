@@ -23,6 +23,7 @@ import yaml
 from tqdm import std
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.settings import compose, fields_of, flat, without_effect
@@ -75,20 +76,40 @@ def parse_config(
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(config_class, description=description, help_all="--help_all" in argv, prog=prog)
+    is_command = (prog or "").startswith("dae-diffusers") or None
     try:
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
         if _SOURCES & set(_names(argv)):  # other images than the file's
             from_file = [word for word in from_file if not (_SOURCES | {"dataset_config_name"}) & set(_names([word]))]
     except ValueError as error:
-        parser.error(str(error))
+        parser.end(str(error))
     try:
         return compose(config_class, **parser.parse([*from_file, *argv]))
     except ValueError as error:
-        is_command = (prog or "").startswith("dae-diffusers") or None
-        parser.error(
-            as_typed(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]), is_command)
-        )
+        parser.end(as_typed(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]), is_command))
+
+
+def typed_flags(config_class: type, flags: dict[str, Any], where: str) -> dict[str, Any]:
+    r"""
+    Gives values that [`read_yaml`] has read the types of their settings.
+
+    Args:
+        config_class (`type`): The settings class that has these flags.
+        flags (`dict`): Values by flag, as text; None stands for a default of None.
+        where (`str`): Where they stand, for errors.
+
+    Raises:
+        ConfigError: For a value of another type, and a flag that the class does not have.
+    """
+    parser, argv = _Parser(config_class), _to_argv(flags, where, config_class)
+    for action in parser._actions:
+        action.required = False
+    try:
+        values = parser.parse(argv)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return {name: values[name] for name in flags}
 
 
 def _names(argv: list[str]) -> list[str]:
@@ -259,7 +280,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class _Parser(HfArgumentParser):
     """`HfArgumentParser` with a group for each part, a short and a full help, and errors of one line."""
 
-    def __init__(self, config_class: type, description: str, help_all: bool, prog: str | None = None):
+    def __init__(self, config_class: type, description: str = "", help_all: bool = False, prog: str | None = None):
         super().__init__(
             None,
             prog=prog,
@@ -287,6 +308,8 @@ class _Parser(HfArgumentParser):
         for owner, config_field, default in self.passed_over.values():
             self._parse_dataclass_field(self, _with_type(owner, config_field, default))
         for action in self._actions:
+            if action.type is string_to_bool:
+                action.type = _switch
             if action.dest != "help":
                 action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
             if action.option_strings and action.option_strings[0] == f"--no_{action.dest}":
@@ -322,8 +345,17 @@ class _Parser(HfArgumentParser):
         return {name: _expand_home(value) for name, value in vars(namespace).items() if name not in left_out}
 
     def error(self, message: str):
+        raise ConfigError(one_line(message))
+
+    def end(self, message: str):
+        """Ends the process with an error of one line."""
         print(f"{self.prog}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(ConfigError.exit_code)
+
+
+def _switch(text: str) -> bool:
+    """Reads what YAML and argparse take for yes or no."""
+    return string_to_bool({"on": "yes", "off": "no"}.get(text.lower(), text))
 
 
 def _passed_over(config_class: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
@@ -390,30 +422,77 @@ def _find_config(name: str, config_class: type) -> Path:
 def _yaml_to_argv(name: str, config_class: type) -> list[str]:
     """Turns a YAML file into flags, so that its values pass the same checks as those of the command line."""
     path = _find_config(name, config_class)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"`--config` {path} does not exist.") from None
-    except RecursionError:
-        raise ConfigError(f"`--config` {path} is nested too deeply.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"`--config` {path} cannot be read as YAML: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"`--config` {path} must hold `flag: value` lines, but holds a {type(values).__name__}.")
+    return _to_argv(read_yaml(path, f"`--config` {path}"), str(path), config_class)
+
+
+def _to_argv(flags: dict[str, Any], where: str, config_class: type) -> list[str]:
     defaults = {each.name: default for _, each, default in fields_of(config_class)}
     defaults |= {key: default for key, (_, _, default) in _passed_over(config_class).items()}
     argv = []
-    for key, value in values.items():
+    for key, value in flags.items():
         if key not in defaults:
-            raise ConfigError(f"{path}: unknown field `{key}`.{did_you_mean(str(key), list(defaults))} See --help_all.")
+            raise ConfigError(
+                f"{where}: unknown field `{key}`.{did_you_mean(str(key), list(defaults))} See --help_all."
+            )
         if value is None:
             if defaults[key] is not None:
-                raise ConfigError(f"{path}: `{key}` has no value; leave the line out to use the default.")
-        elif isinstance(value, list):
-            if value or defaults[key] != []:
-                argv += [f"--{key}", *map(str, value)]
+                raise ConfigError(f"{where}: `{key}` has no value; leave the line out to use the default.")
         elif isinstance(value, dict):
-            raise ConfigError(f"{path}: `{key}` must be one value or a list, but is a mapping.")
-        else:
+            raise ConfigError(f"{where}: `{key}` must be one value or a list, but is a mapping.")
+        elif not isinstance(value, list):
             argv += [f"--{key}={value}"]
+        elif any(each is None or isinstance(each, (dict, list)) for each in value):
+            raise ConfigError(f"{where}: `{key}` must be a list of values, but is {value}.")
+        elif not value and isinstance(defaults[key], bool):  # a flag without a value is a yes
+            raise ConfigError(f"{where}: `{key}` must be yes or no, but is an empty list.")
+        elif value or defaults[key] != []:
+            argv += [f"--{key}", *map(str, value)]
     return argv
+
+
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    r"""
+    Reads a mapping from a YAML file. Its values are lists, mappings, None, and text as it stands there: 007, 1.10 and no are
+    no numbers and no bool. [`typed_flags`] gives them types.
+
+    Args:
+        path (`Path`): The file.
+        name (`str`): What errors call it.
+
+    Raises:
+        ConfigError: For a file that cannot be read, is no mapping, or holds a key twice.
+    """
+    try:
+        values = load_yaml(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{name} does not exist.") from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply.") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{name} cannot be read as YAML: {one_line(error, 200)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} must hold `flag: value` lines, but holds a {type(values).__name__}.")
+    return values
+
+
+def load_yaml(text: str) -> Any:
+    r"""Reads YAML as [`read_yaml`] does. Raises `yaml.YAMLError`."""
+    return _TextLoader(text).get_single_data()
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Leaves values the text that they are, and refuses a key that stands twice in a mapping."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"`{key.value}` stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node

@@ -17,7 +17,8 @@ from scripts import launched_here, load_benchmark
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.judges import Pixels, Spectrum
-from dae_diffusers.errors import UserError
+from dae_diffusers.comparison.scripts import choose_data
+from dae_diffusers.errors import ConfigError, UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
 RESULTS = EXPERIMENTS.with_name("results")
@@ -226,13 +227,13 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--experiment nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+        ("--experiment nowhere.yaml", "nowhere.yaml does not exist"),
         ("--experiment {experiment} --conditions jonit", "unknown conditions ['jonit']; the experiment has ['joint'"),
-        ("--experiment {experiment} --data resolutoin=32", "`--data` has no ['resolutoin']"),
+        ("--experiment {experiment} --data resolutoin=32", "unknown field `resolutoin`. Did you mean `resolution`?"),
         ("--experiment {experiment} --data resolution=wide", "argument --resolution: invalid int value: 'wide'"),
         ("--experiment {other}", "has no ['features', 'transformer']"),
         ("--experiment {compared}", "`baselines` of linear are ['joint'], but must be two conditions"),
-        ("--experiment {empty}", "is no experiment"),
+        ("--experiment {empty}", "must hold `flag: value` lines, but holds a NoneType"),
         ("--experiment {experiment} --data random_flip", "`--data` takes FLAG=VALUE, not ['random_flip']"),
     ],
 )
@@ -267,20 +268,26 @@ def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_
     assert launched == []
 
 
-def test_data_flags_replace_those_of_the_experiment(benchmark):
+def test_data_flags_replace_those_of_the_experiment():
     data = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
-    assert benchmark.choose_data(data, [], None) == data
-    assert benchmark.choose_data(data, ["resolution=32"], "my/data") == data | {
+    assert choose_data([], data) == data
+    assert choose_data(["resolution=32", "dataset_name=my/data"], data) == data | {
         "dataset_name": "my/data",
         "resolution": 32,
     }
-    assert benchmark.choose_data(data, ["train_data_dir=a=b"], None) == {
+    assert choose_data(["train_data_dir=a=b", "label_column=no", "image_channels=03", "random_flip=on"], data) == {
         "train_data_dir": "a=b",
-        "image_channels": 1,
+        "image_channels": 3,
         "resolution": 16,
+        "label_column": "no",
+        "random_flip": True,
     }
-    with pytest.raises(ValueError, match="`--data` has no .'resolutoin'."):
-        benchmark.choose_data(data, ["resolutoin=32"], None)
+    for words, message in {
+        "resolutoin=32": "unknown field `resolutoin`. Did you mean `resolution`?",
+        "label_column=[a": "`--data` cannot be read",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            choose_data([words], data)
 
 
 @pytest.mark.parametrize("num_seeds", range(2, 17))

@@ -97,6 +97,13 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert parse_config(Whole, []) == compose(Whole)
 
 
+@pytest.mark.parametrize("text", ["007", "1.10", "1_0", "0x1F", "12:30", "2024-01-01", "no", "1e3", ".inf"])
+def test_yaml_values_are_the_text_that_stands_there(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"name: {text}\nflag: off\nwidths: [010, 9]\n")
+    config = parse_config(Whole, ["--config", str(tmp_path / "config.yaml")])
+    assert config == compose(Whole, name=text, flag=False, widths=[10, 9])
+
+
 def test_saved_config_is_read_back(tmp_path):
     config = compose(Whole, steps=3, name="x y: z", widths=[9], flag=False)
     (tmp_path / "config.yaml").write_text(config_text(config))
@@ -244,6 +251,9 @@ def test_wrong_flags_are_answered_in_one_line(argv, message, capsys):
         ("steps: {a: 1}", "is a mapping"),
         ("steps:", "has no value"),
         ("- 1\n- 2", "holds a list"),
+        ("steps: 1\nkind: b\nsteps: 2", "cannot be read as YAML: `steps` stands twice"),
+        ("flag: []", "`flag` must be yes or no, but is an empty list"),
+        ("widths: [1, [2]]", "`widths` must be a list of values"),
         ("steps: [1", "cannot be read as YAML"),
         ("steps: " + 2000 * "[" + 2000 * "]", "is nested too deeply"),
         ("!!python/object/apply:os.system ['touch hacked']", "cannot be read as YAML"),

@@ -126,6 +126,13 @@ def test_candidates_that_do_not_fit_are_left_out_or_stop_the_search(tmp_path):
         read_candidates(SearchConfig(candidates=path), DATA | {"resolution": 15})
 
 
+def test_values_of_candidates_have_the_types_of_their_settings(tmp_path):
+    text = "{autoencoder: {mixed_precision: no, random_flip: off}, candidates: {a: {kl_weight: 1e-4, latent_channels: 02}}}"
+    found = read_candidates(SearchConfig(candidates=written(tmp_path, text)), DATA)
+    shared = {"mixed_precision": "no", "random_flip": False}
+    assert found.autoencoder == shared and found.flags["a"] == shared | {"kl_weight": 1e-4, "latent_channels": 2}
+
+
 def test_candidates_augment_as_they_like(tmp_path):
     content = CANDIDATES | {"autoencoder": CANDIDATES["autoencoder"] | {"random_flip": False}}
     path = written(tmp_path, content | {"candidates": {"a": {"auxiliary_decoder": "none", "random_resized_crop": 0.5}}})
@@ -149,7 +156,7 @@ def test_packaged_candidates_fit(name, resolution, count):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1, 2]", "must be a mapping, but is a list"),
+        ("[1, 2]", "must hold `flag: value` lines, but holds a list"),
         ("a: b: c", "cannot be read"),
         ({"autoencoder": {}}, "must hold `candidates`"),
         ({"candidates": {"a": {"latent_chanels": 4}}}, "a of .* has `latent_chanels`, which is no flag"),
@@ -164,7 +171,8 @@ def test_packaged_candidates_fit(name, resolution, count):
             {"candidates": {"a": {}}, "transformer": {"vae": "x"}},
             "has `vae`, which is no flag that a candidate can set",
         ),
-        ({"candidates": {"a": 4}}, "must be a mapping of flags, but is 4"),
+        ({"candidates": {"a": 4}}, "must be a mapping of flags, but is '4'"),
+        ({"candidates": {"a": {"kl_weight": "x"}}}, "a of .*: argument --kl_weight: invalid float value: 'x'"),
         ({"candidates": {"a": {}}, "transformer": {"modle": 1}}, "transformer of .* has `modle`"),
         ({"candidates": {"a/b": {}}}, "'a/b' is no name"),
         ({"candidates": {"a": {}}, "more": {}}, "it holds .'candidates', 'more'"),

@@ -11,8 +11,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.cli import parse_config, run_script
-from dae_diffusers.errors import UserError, one_line
+import yaml
+
+from dae_diffusers.cli import load_yaml, parse_config, run_script, typed_flags
+from dae_diffusers.data import DataConfig
+from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.training.settings import SCRIPTS
 
 _PACKAGE = "dae_diffusers.training"
@@ -83,6 +86,31 @@ def words_of(flags: dict[str, Any]) -> list[str]:
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def choose_data(given: list[str], data: dict[str, Any] | None = None) -> dict[str, Any]:
+    r"""
+    Checks flags of the images, and gives them their types.
+
+    Args:
+        given (`list[str]`): Flags as `flag=value`, with values as in YAML.
+        data (`dict`, *optional*): Flags that these replace; a new source of images replaces the old one.
+
+    Raises:
+        ConfigError: For other words, unknown flags, and values that are not allowed.
+    """
+    without_value = [item for item in given if "=" not in item]
+    if without_value:
+        raise ConfigError(f"`--data` takes FLAG=VALUE, not {without_value}.")
+    try:
+        flags = {name: load_yaml(value) for name, _, value in (item.partition("=") for item in given)}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"`--data` cannot be read: {one_line(error)}") from None
+    sources = {"dataset_name", "train_data_dir"}
+    chosen = {name: value for name, value in (data or {}).items() if not (name in sources and sources & set(flags))}
+    config = DataConfig(**typed_flags(DataConfig, chosen | flags, "the flags of the images"))
+    config.require_source()
+    return {name: getattr(config, name) for name in chosen | flags}
 
 
 def _launch(name: str, words: list[str], log: Path) -> float:

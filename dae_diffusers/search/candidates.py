@@ -6,10 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dae_diffusers.cli import read_yaml, typed_flags
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.errors import ConfigError, UserError, one_line
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import compose, fields_of
 from dae_diffusers.sizes import words_of_size
@@ -57,14 +56,12 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     unknown = set(content) - {*_PARTS, "candidates"}
     if unknown or not isinstance(content.get("candidates"), dict) or not content["candidates"]:
         raise ConfigError(f"{name} must hold `candidates`, and may hold {', '.join(_PARTS)}; it holds {list(content)}.")
-    found = Candidates(**{part: content.get(part) or {} for part in _PARTS}, flags={})
-    for part, config_class in _PARTS.items():
-        _check_names(f"{part} of {name}", getattr(found, part), config_class)
+    parts = {part: _flags(f"{part} of {name}", content.get(part) or {}, each) for part, each in _PARTS.items()}
+    found = Candidates(**parts, flags={})
     for candidate, flags in content["candidates"].items():
         if not re.fullmatch(r"[\w.-]+", str(candidate)):
             raise ConfigError(f"{name}: {candidate!r} is no name: use letters, digits, `.`, `-` and `_`.")
-        _check_names(f"{candidate} of {name}", flags, TrainDAEConfig)
-        found.flags[str(candidate)] = found.autoencoder | flags
+        found.flags[str(candidate)] = found.autoencoder | _flags(f"{candidate} of {name}", flags, TrainDAEConfig)
     if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):
         found.flags = {"joint": {**found.autoencoder, "auxiliary_decoder": "none"}, **found.flags}
     for candidate in list(found.flags):
@@ -89,16 +86,11 @@ def _load(name: str) -> dict[str, Any]:
         if not path.exists():
             known = ", ".join(sorted(each.stem for each in packaged.glob("*.yaml")))
             raise ConfigError(f"`candidates` {name} is neither a YAML file nor one of {known}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"`candidates` {name} cannot be read: {one_line(error, 200)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"`candidates` {name} must be a mapping, but is a {type(content).__name__}.")
-    return content
+    return read_yaml(path, f"`candidates` {name}")
 
 
-def _check_names(where: str, flags: Any, config_class: type) -> None:
+def _flags(where: str, flags: Any, config_class: type) -> dict[str, Any]:
+    """The flags of a part or a candidate, checked and with their types."""
     if not isinstance(flags, dict):
         raise ConfigError(f"{where} must be a mapping of flags, but is {flags!r}.")
     known = {each.name for _, each, _ in fields_of(config_class)}
@@ -110,6 +102,7 @@ def _check_names(where: str, flags: Any, config_class: type) -> None:
     wrong = [name for name in flags if name in of_images]
     if wrong:
         raise ConfigError(f"{where} has `{wrong[0]}`, but all candidates have the same images: give it to the command.")
+    return typed_flags(config_class, flags, where)
 
 
 def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, Any]) -> str | None:
