@@ -391,17 +391,21 @@ def _expand_home(value: Any) -> Any:
 
 
 def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
-    path, rest, words = None, [], iter(argv)
+    paths, rest, words = [], [], iter(argv)
     for word in words:
         if word == "--config":
-            path = next(words, None)
-            if path is None:
-                raise ConfigError("`--config` needs the path of a YAML file or the name of a recipe.")
+            paths.append(next(words, None))
         elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
+            paths.append(word.removeprefix("--config="))
         else:
             rest.append(word)
-    return path, rest
+    if None in paths:
+        raise ConfigError("`--config` needs the path of a YAML file or the name of a recipe.")
+    if len(paths) > 1:
+        raise ConfigError(
+            f"`--config` is given twice ({', '.join(paths)}). Give one file, and the other flags beside it."
+        )
+    return paths[0] if paths else None, rest
 
 
 def _find_config(name: str, config_class: type) -> Path:

@@ -237,6 +237,7 @@ def test_negative_numbers_with_an_exponent_are_values(tmp_path):
         (["7"], "unexpected argument '7'"),
         (["--config", "/nowhere.yaml"], "does not exist"),
         (["--config"], "needs the path"),
+        (["--config", "a.yaml", "--config=b.yaml"], "`--config` is given twice (a.yaml, b.yaml). Give one file"),
     ],
 )
 def test_wrong_flags_are_answered_in_one_line(argv, message, capsys):
