@@ -529,7 +529,12 @@ def test_options_of_from_pretrained_hold_with_the_package(client, published, tra
     first = api.model_info(REPO).sha
     api.create_tag(REPO, tag="v1")
     push_folder(trained, REPO, revision="next", data_pictures=True)
-    assert client.files(REPO, revision="next").keys() == published.keys()
+    files = client.files(REPO, revision="next")
+    assert files.keys() == published.keys()
+    loads = re.findall(r"from_pretrained\(.*|hf download.*", files["README.md"].decode())
+    assert len(loads) > 3 and all(re.search(r'[ ,-]revision[= ]"next"', each) for each in loads)
+    assert "revision" not in "".join(re.findall(r"```python.*?```", published["README.md"].decode(), re.DOTALL))
+    assert ' custom_revision="next"' in files["README.md"].decode()
     assert api.model_info(REPO, revision="v1").sha == first
     pipe = DAEDiTPipeline.from_pretrained(REPO, revision="v1", variant="fp16", dtype=torch.float16)
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.float16
@@ -1101,6 +1106,12 @@ def test_name_that_is_none_is_said_in_one_line(trained, repo_id, message):
         with pytest.raises(ConfigError, match=message) as error:
             push.PushConfig(folder=str(trained), **words)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [{"revision": "v2"}, {"create_pr": True}])
+def test_space_is_of_the_model_on_main(trained, words):
+    with pytest.raises(ConfigError, match="does not go with `revision` or `create_pr`"):
+        push.PushConfig(folder=str(trained), repo_id=REPO, space=True, **words)
 
 
 def test_result_is_not_exported_into_itself(trained, tmp_path):

@@ -816,6 +816,11 @@ class PushConfig:
             check_repo_id(self.space_id, "space_id")
         if self.data_pictures and self.no_data_pictures:
             raise ConfigError("`data_pictures` and `no_data_pictures` do not go together; leave one out.")
+        if self.space and (self.revision is not None or self.create_pr):
+            raise ConfigError(
+                "`space` makes an app of the model on the branch `main`, so it does not go with `revision` or `create_pr`; push the "
+                "Space when the model is on `main`."
+            )
         if self.export_dir is not None and "/" not in self.repo_id:
             raise ConfigError(f"`export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")
         if self.export_dir is not None and (self.revision is not None or self.create_pr):

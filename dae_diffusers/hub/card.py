@@ -147,6 +147,7 @@ def make_card(
     *,
     license: str | None = None,
     step: int | None = None,
+    revision: str | None = None,
     space_id: str | None = None,
     data_pictures: bool | None = None,
 ) -> ModelCard:
@@ -158,6 +159,7 @@ def make_card(
         repo_id (`str`): `user/name`.
         license (`str`, *optional*): An identifier that the Hub knows, chosen by the author. The card says if there is none.
         step (`int`, *optional*): During training: the number of steps done.
+        revision (`str`, *optional*): The branch that the card is for, and that its code loads; default: `main`.
         space_id (`str`, *optional*): `user/name` of the Space in which the model can be tried.
         data_pictures (`bool`, *optional*): See [`published_pictures`].
 
@@ -216,6 +218,7 @@ def make_card(
         name=repo_id.split("/")[-1],
         license=license,
         step=step,
+        revision=None if revision is None else json.dumps(revision),
         generator=generator,
         pipeline_class=result.index.get("_class_name"),
         call=_example_call(result, generator),
@@ -318,6 +321,7 @@ def repository_files(
     *,
     license: str | None = None,
     step: int | None = None,
+    revision: str | None = None,
     card: bool = True,
     space_id: str | None = None,
     data_pictures: bool | None = None,
@@ -327,7 +331,7 @@ def repository_files(
 
     Args:
         result ([`Result`]): What is published.
-        repo_id, license, step, space_id, data_pictures: As in [`make_card`].
+        repo_id, license, step, revision, space_id, data_pictures: As in [`make_card`].
         card (`bool`, *optional*, defaults to `True`): Whether to write `README.md`.
 
     Returns:
@@ -362,8 +366,8 @@ def repository_files(
     if result.metrics:
         found["metrics.json"] = json.dumps(result.metrics, indent=2).encode()
     if card:
-        options = {"license": license, "step": step, "space_id": space_id, "data_pictures": data_pictures}
-        found["README.md"] = str(make_card(result, repo_id, **options)).encode()
+        options = {"license": license, "step": step, "revision": revision, "space_id": space_id}
+        found["README.md"] = str(make_card(result, repo_id, data_pictures=data_pictures, **options)).encode()
     return found
 
 

@@ -183,6 +183,7 @@ def push_folder(
         repo_id,
         license=license,
         step=step,
+        revision=revision,
         card=not keep_card,
         space_id=space_id,
         data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
