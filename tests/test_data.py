@@ -35,6 +35,15 @@ def test_digits_are_embedded():
     assert -1 <= item["pixel_values"].min() < -0.9 and 0.5 < item["pixel_values"].max() <= 1
 
 
+def test_images_in_a_folder_are_known_as_such(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "faces").mkdir(parents=True)
+    (tmp_path / "digits").mkdir()
+    local = ({"train_data_dir": "data"}, {"dataset_name": "data/faces"}, {"dataset_name": str(tmp_path)})
+    assert all(DataConfig(**each).is_local for each in local)
+    assert not any(DataConfig(**each).is_local for each in ({}, {"dataset_name": "digits"}, {"dataset_name": "a/b"}))
+
+
 def test_class_folders_give_labels_and_a_held_out_part(image_folder):
     config = DataConfig(train_data_dir=str(image_folder), resolution=16, validation_fraction=0.25)
     train, validation = load_images(config)

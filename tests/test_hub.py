@@ -201,7 +201,7 @@ def test_card_says_how_it_was_made(published):
     text = published["README.md"].decode()
     record = json.loads(published["training/train_dae.json"])
     assert record["seconds"] > 0 and record["counts"]["training_images"] == 23
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == torch.__version__ and record["local_data"] is True
     command = re.search(r"```bash\n(accelerate launch .*train_dae .*)\n```", text)[1]
     flags = command.split("train_dae ")[1].split()
     config = parse_config(TrainDAEConfig, flags)
@@ -333,6 +333,18 @@ def test_pictures_of_the_data_are_published_only_if_all_images_are_public(
     shown = {"images/reconstructions.png", *(["images/nearest.png"] if evaluation is not None else [])}
     assert shown & repository_files(result, REPO).keys() == (shown if is_public else set())
     assert shown <= repository_files(result, REPO, data_pictures=True).keys()
+
+
+@pytest.mark.parametrize("part", ["train_dae", "evaluation"])
+def test_run_that_was_moved_away_from_its_images_keeps_them_private(tmp_path, part):
+    name = {"dataset_name": "data/faces"}  # no longer there
+    folder = save_measured_run(tmp_path / "run", evaluation=name, **name)
+    assert not read_result(folder).has_private_data
+    if part == "evaluation":
+        save_evaluation(folder, {"config": name, "local_data": True})
+    else:
+        (folder / "train_dae" / "run.json").write_text('{"local_data": true}')
+    assert read_result(folder).has_private_data
 
 
 def test_data_sets_that_not_everybody_may_read_are_private(client, tmp_path):

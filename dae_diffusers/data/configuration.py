@@ -276,6 +276,13 @@ class DataConfig:
         return self.dataset_name is not None or self.train_data_dir is not None
 
     @property
+    def is_local(self) -> bool:
+        r"""Whether the images are in a folder here, and have no name on the Hub."""
+        return self.train_data_dir is not None or (
+            self.dataset_name not in EMBEDDED and os.path.isdir(self.dataset_name or "")
+        )
+
+    @property
     def size(self) -> tuple[int, int]:
         r"""Height and width of the images, in pixels."""
         return height_and_width(self.resolution)

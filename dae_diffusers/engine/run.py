@@ -227,6 +227,7 @@ class TrainingRun:
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
                 "counts": self.counts,
+                "local_data": self.config.data.is_local,
                 "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
             }
             self._write_record()

@@ -40,7 +40,7 @@ class Script:
         config (`dict`): Its settings, without those of the machine; absolute paths are shortened to their last part.
         record (`dict`): Its `run.json`: command, seconds, hardware, versions, counts. Empty for runs without one.
         validation (`dict`): The last validation values of its log.
-        has_local_data (`bool`): Whether `dataset_name` was a path, which the config may no longer show.
+        has_local_data (`bool`): Whether the images were in a folder, which the config may no longer show.
     """
 
     folder: Path
@@ -311,7 +311,7 @@ def _read_script(folder: Path) -> Script:
             break
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         validation = {**values, "step": row["step"]} if values else validation
-    is_local = _is_local(config.get("dataset_name"), folder)
+    is_local = _is_local(config.get("dataset_name"), folder, record.get("local_data"))
     return Script(folder, _without_paths(config), _without_paths(record), validation, is_local)
 
 
@@ -319,12 +319,19 @@ def _read_evaluation(run: Path) -> Script:
     """The settings of a run's evaluation; none if it was interrupted, or does not say."""
     folder = run / "evaluation"
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-    config = (metrics.get("setting") or {}).get("config") or {}
-    return Script(folder, _without_paths(config), {}, {}, _is_local(config.get("dataset_name"), folder))
+    setting = metrics.get("setting") or {}
+    config = setting.get("config") or {}
+    is_local = _is_local(config.get("dataset_name"), folder, setting.get("local_data"))
+    return Script(folder, _without_paths(config), {}, {}, is_local)
 
 
-def _is_local(name: str | None, folder: Path) -> bool:
-    """Whether a data set is a folder here. A relative one lay where the script was started: somewhere above the run, most likely."""
+def _is_local(name: str | None, folder: Path, noted: bool | None) -> bool:
+    """
+    Whether a data set was a folder, as the run noted. Older runs did not: a relative folder lay where the script was started,
+    somewhere above the run, most likely.
+    """
+    if noted is not None:
+        return noted
     above = (Path(), *folder.resolve().parents)
     return bool(name) and name not in EMBEDDED and (Path(name).is_absolute() or any((p / name).exists() for p in above))
 

@@ -38,6 +38,7 @@ def describe(
     packages += [name for name in ("torchmetrics", "torch-fidelity", "lpips") if find_spec(name.replace("-", "_"))]
     return {
         "config": flat(config),
+        "local_data": config.data.is_local,
         "pipeline": None if pipeline is None else type(pipeline).__name__,
         "autoencoder": None if vae is None else {name: vae.config.get(name) for name in parts},
         "scheduler": None if pipeline is None else scheduler_options(pipeline),
