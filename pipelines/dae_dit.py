@@ -1345,6 +1345,12 @@ def _for_diffusion(scheduler: SchedulerMixin) -> SchedulerMixin:
             "with the settings of the training; for a transformer that does predict velocities, make the pipeline with "
             "`is_flow_matching=True`."
         )
+    if not hasattr(scheduler, "alphas_cumprod"):  # such as EDM's, whose timesteps are ln sigma / 4
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, whose timesteps are not those that a transformer trained for "
+            "diffusion knows: it would ruin the images. Use DDIMScheduler, DPMSolverMultistepScheduler or another one with "
+            "the settings of the training."
+        )
     return scheduler
 
 

@@ -346,6 +346,9 @@ def test_transformer_trained_for_diffusion_has_the_schedulers_of_diffusion(name,
         for other in (pipeline, DAEDiTPipeline(**pipeline.components)):
             with pytest.raises(ValueError, match="trained for diffusion"):
                 other.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+            for edm in (diffusers.EDMEulerScheduler(), diffusers.EDMDPMSolverMultistepScheduler()):
+                with pytest.raises(ValueError, match=f"{type(edm).__name__}, whose timesteps are not those"):
+                    other.scheduler = edm
         with pytest.raises(ValueError, match="trained for diffusion"):
             DAEDiTPipeline.from_pretrained(tmp_path / make.__name__, scheduler=FlowMatchEulerDiscreteScheduler())
 
