@@ -176,6 +176,9 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             return self._image_latents
         if self.is_flow_matching:
             return torch.lerp(self._image_latents, self._noise, float(self.scheduler.sigmas[index]))
+        if type(self.scheduler).__name__ == "KDPM2DiscreteScheduler" and not self.scheduler.state_in_first_order:
+            # Its second call in a step is at a noise level between two steps, which `add_noise` does not know.
+            return self._image_latents + self._noise * self.scheduler.sigmas_interpol[self.scheduler.step_index]
         return self.scheduler.add_noise(
             self._image_latents, self._noise, timesteps[index : index + 1].expand(len(self._noise))
         )

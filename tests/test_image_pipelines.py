@@ -228,6 +228,25 @@ def test_pixels_outside_of_the_mask_stay(scheduler):
     assert_close(seen[-1][0], pipeline.encode_pixels(in_0_1(image))[..., 4:], **EXACT)
 
 
+@pytest.mark.filterwarnings(NUMPY_IN_SCHEDULERS)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_kept_part_has_the_noise_of_the_time_that_the_transformer_is_told(scheduler, strength):
+    pipeline, calls = make_pipeline(DAEDiTInpaintPipeline, "DDIMScheduler"), []
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args[0], kwargs["timestep"][0].item())), with_kwargs=True
+    )
+    image, nothing = in_0_1(picture()), torch.zeros(1, 1, 16, 16)
+    noise, shares = torch.randn(1, 3, 8, 8), pipeline.scheduler.alphas_cumprod
+    draw(pipeline, "cat", image, nothing, strength, latents=noise, guidance_scale=1.0)
+    log_sigmas = ((1 - shares) / shares).log().numpy() / 2
+    for latents, timestep in calls[1:]:  # of the first some schedulers have all noise
+        sigma = np.exp(np.interp(timestep, np.arange(len(log_sigmas)), log_sigmas))
+        expected = (pipeline.encode_pixels(image) + sigma * noise) / (sigma**2 + 1) ** 0.5
+        assert_close(latents, expected.float(), atol=0.02, rtol=0)
+
+
 def test_mask_of_everything_is_a_drawing_and_of_nothing_the_image():
     pipeline, image = make_pipeline(DAEDiTInpaintPipeline), in_0_1(picture())
     assert torch.equal(draw(pipeline, "dog", image, Image.new("L", (16, 16), 255)), draw(make_pipeline(), "dog"))
