@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,7 @@ def field(
     hint: str = "",
     needs: str = "",
     advanced: bool = False,
+    free_text: bool = False,
 ) -> Any:
     r"""
     Defines a field of a settings class.
@@ -43,6 +45,7 @@ def field(
         needs (`str`, *optional*): The setting without which this one has no effect, such as `"streaming"`, or with its value,
             `"lr_scheduler warmup_stable_decay"`; several with " or " between them.
         advanced (`bool`, *optional*, defaults to `False`): Shown by `--help_all` only.
+        free_text (`bool`, *optional*, defaults to `False`): Whether any text is a value, an empty one too.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -51,6 +54,7 @@ def field(
         "hint": hint,
         "needs": needs,
         "advanced": advanced,
+        "free_text": free_text,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -82,10 +86,15 @@ def settings(cls: type[Config]) -> type[Config]:
 
 
 def check_bounds(values: Any) -> None:
-    r"""Raises `ConfigError` for a number of a dataclass that is not finite or not within the bounds of its field."""
+    r"""
+    Raises `ConfigError` for a number of a dataclass that is not finite or not within the bounds of its field, an empty text, and a
+    variable of the shell in a text.
+    """
     for each in dataclasses.fields(values):
         value = getattr(values, each.name)
         for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, str) and not each.metadata.get("free_text"):
+                _check_text(each.name, number)
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
             if isinstance(number, float) and not math.isfinite(number):
@@ -95,6 +104,14 @@ def check_bounds(values: Any) -> None:
                 hint = each.metadata.get("hint")
                 text = f"`{each.name}` is {value}, but must be {_describe(**bounds)}"
                 raise ConfigError(f"{text}; {hint}." if hint else f"{text}.")
+
+
+def _check_text(name: str, text: str) -> None:
+    """A path that the shell has not filled in would be another folder: the current one, or one called `$HOME`."""
+    if not text.strip():
+        raise ConfigError(f"`{name}` is empty. Give a value, or leave it out.")
+    if re.search(r"\$(\w|\{)", text):
+        raise ConfigError(f"`{name}` is {text}, but variables are not filled in here. Write out what it stands for.")
 
 
 def _is_within(number: float, at_least=None, above=None, at_most=None, below=None) -> bool:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import as_typed, parse_config, run_script, with_dashes
 from dae_diffusers.errors import ConfigError, UserError, in_full
+from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.settings import (
     compose,
     config_text,
@@ -108,6 +109,10 @@ def test_saved_config_is_read_back(tmp_path):
     config = compose(Whole, steps=3, name="x y: z", widths=[9], flag=False)
     (tmp_path / "config.yaml").write_text(config_text(config))
     assert parse_config(Whole, [f"--config={tmp_path / 'config.yaml'}"]) == config
+
+
+def test_prompts_may_be_empty_or_hold_dollars():
+    assert SamplingConfig(prompt="").prompt == "" and SamplingConfig(prompt="for $x").prompt == "for $x"
 
 
 @pytest.mark.parametrize("config_class", [TrainDAEConfig, TrainDiTConfig, TrainPriorConfig, CacheLatentsConfig])
@@ -233,6 +238,9 @@ def test_negative_numbers_with_an_exponent_are_values(tmp_path):
         (["--steps", "13", "--kind", "b"], "`--steps` 13 does not go with `--kind b`"),
         (["--rare", "0"], "above 0 and at most 1"),
         (["--rare", "nan"], "must be finite"),
+        (["--name", ""], "`--name` is empty. Give a value, or leave it out."),
+        (["--name=$HOME/runs"], "`--name` is $HOME/runs, but variables are not filled in here"),
+        (["--name", "a/${USER}"], "variables are not filled in"),
         (["--config", "nothing"], "neither a file nor a packaged recipe"),
         (["7"], "unexpected argument '7'"),
         (["--config", "/nowhere.yaml"], "does not exist"),

@@ -1110,7 +1110,7 @@ def upload_to_deaf(folder: Path):
         ("runs/digits/pipeline", "must be `user/name`"),
         ("writer/animals.git", "must be `user/name`"),
         ("-x", "must be `user/name`"),
-        ("", "must be `user/name`"),
+        ("", "is empty"),
     ],
 )
 def test_name_that_is_none_is_said_in_one_line(trained, repo_id, message):

@@ -78,5 +78,8 @@ class SamplingConfig:
         advanced=True,
     )
     prompt: str | None = field(
-        None, "text for a text-to-image pipeline; {label} in it is replaced by the name of a class", advanced=True
+        None,
+        "text for a text-to-image pipeline; {label} in it is replaced by the name of a class",
+        advanced=True,
+        free_text=True,
     )
