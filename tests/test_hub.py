@@ -418,6 +418,30 @@ def test_card_names_sizes_that_are_no_squares(trained):
     assert make_card(result, REPO).content.count("at 96x64 pixels") == 2
 
 
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (["dog", "tabby, cat"], "tabby"),
+        (["Smith, Anna", "Smith, John"], "Smith, John"),
+        (["Smith", "Smith, John"], "Smith, John"),
+        (["a, tabby", "tabby , cat"], "tabby , cat"),
+    ],
+)
+def test_card_names_a_class_that_the_pipeline_knows(trained, names, name):
+    result = read_result(trained)
+    result.index["id2label"] = dict(enumerate(names))
+    assert f'class_labels="{name}", ' in make_card(result, REPO).content
+    pipeline = DAEDiTPipeline.from_pretrained(trained / "pipeline", id2label=result.index["id2label"])
+    assert pipeline.get_label_ids(name) == [1]
+
+
+def test_card_leaves_out_what_is_unknown_of_its_example(trained):
+    result = read_result(trained)
+    result.index["conditions"] = {"age": {"mean": 1.5, "low": 0, "high": 3}, "color": {"labels": ["red", "blue"]}}
+    result.scripts["train_dit"].record["conditions"] = {"age": None, "color": "blue"}
+    assert 'conditions={"color": "blue"}, ' in make_card(result, REPO, data_pictures=True).content
+
+
 def test_card_draws_as_the_pipeline_does_by_default(trained):
     result = read_result(trained)
     assert '"dog", guidance_scale=2.0, num_inference_steps=2' in make_card(result, REPO).content

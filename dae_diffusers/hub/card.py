@@ -483,6 +483,8 @@ def _condition_arguments(result: Result) -> list[str]:
     for name, column in sorted(columns.items()):
         default = column["labels"][0] if "labels" in column else column.get("mean")
         value = known.get(name, default)
+        if value is None and "channels" not in column:  # unknown in that image
+            continue
         text = f'load_image("{name}.png")' if "channels" in column else json.dumps(value, ensure_ascii=False)
         values.append(f"{json.dumps(name, ensure_ascii=False)}: {text}")
     return [f"conditions={{{', '.join(values)}}}"] if values else []
@@ -495,7 +497,7 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
         guidance = _guidance(result) if _is_autoguided(result) else []
         return ", ".join(["num_images_per_label=1", *guidance, *_sampling_options(result, generator)])
     words = [json.dumps(text_encoder["prompt"] or "...", ensure_ascii=False)] if text_encoder else []
-    words += [f"class_labels={json.dumps(names[-1].split(',')[0], ensure_ascii=False)}"] if names else []
+    words += [f"class_labels={json.dumps(_name_of_last(names), ensure_ascii=False)}"] if names else []
     words += conditions
     if generator:
         script = result.scripts.get(generator["script"])
@@ -503,6 +505,13 @@ def _example_call(result: Result, generator: dict[str, Any]) -> str:
         is_guided = script is None or script.config.get("class_dropout_prob") != 0 or _is_autoguided(result)
         words += [] if _is_flow_map(result) else _guidance(result, otherwise=2.0 if is_guided else 1.0)
     return ", ".join([*words, *_sampling_options(result, generator)])
+
+
+def _name_of_last(names: list[str]) -> str:
+    """What to call the last class: the first of its names, if no other class has that one."""
+    first = names[-1].split(",")[0].strip()
+    every = [each.strip() for name in names for each in name.split(",")]
+    return first if every.count(first) == 1 else names[-1]
 
 
 def _guidance(result: Result, otherwise: float = 2.0) -> list[str]:
