@@ -13,7 +13,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -391,6 +391,16 @@ def test_draw_stops_when_its_visitor_has_gone(page_url):
     del job
 
 
+def load_app(model: Path, monkeypatch) -> ModuleType:
+    """The app's module, without a page."""
+    monkeypatch.setenv("MODEL", str(model))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Request=object, Progress=object))
+    specification = importlib.util.spec_from_file_location("app", APP)
+    app = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(app)
+    return app
+
+
 @pytest.mark.parametrize("size", [(16, 24), (24, 16), (70, 40)])
 def test_examples_are_whole_pictures_of_a_model_that_is_no_square(size, tmp_path, monkeypatch):
     make_autoencoder(sample_size=size).to_diffusers().save_pretrained(tmp_path / "vae")
@@ -398,13 +408,17 @@ def test_examples_are_whole_pictures_of_a_model_that_is_no_square(size, tmp_path
     names = {"row_names": ["image", "again"], "column_names": list("abcde")}
     (tmp_path / "images").mkdir()
     image_grid(images, columns=5, **names).save(tmp_path / "images" / "reconstructions.png")
-    monkeypatch.setenv("MODEL", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Request=object, Progress=object))  # no page is built
-    specification = importlib.util.spec_from_file_location("app", APP)
-    app = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(app)
+    app = load_app(tmp_path, monkeypatch)
     whole = [image_grid(images[number : number + 1]).tobytes() for number in (4, 2, 0)]
     assert [Image.open(path).tobytes() for path in app.example_pictures()][:3] == whole
+
+
+def test_sliders_hold_the_defaults_of_the_pipeline(tmp_path, monkeypatch):
+    make_autoencoder().to_diffusers().save_pretrained(tmp_path / "vae")
+    app = load_app(tmp_path, monkeypatch)
+    for default, expected in {None: (1, 8, 2), 0: (0, 8, 0), 1.5: (1, 8, 1.5), 10: (1, 10, 10)}.items():
+        app.PIPE = SimpleNamespace(config={"default_guidance_scale": default})
+        assert app.slider_range("guidance_scale", 1, 8, 2) == expected
 
 
 def test_space_installs_what_every_pipeline_imports():

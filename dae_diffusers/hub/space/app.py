@@ -400,8 +400,11 @@ def condition_input(name, column):
     return picture_input(name, f"condition-{name}")
 
 
-def default_of(option):
-    return None if PIPE is None else PIPE.config.get(f"default_{option}")
+def slider_range(option, low, high, usual):
+    """Lowest, highest and first value of a slider. The pipeline's default, which may be beyond the usual ones, is within."""
+    default = None if PIPE is None else PIPE.config.get(f"default_{option}")
+    first = usual if default is None else default
+    return min(low, first), max(high, first), first
 
 
 def generate_tab():
@@ -419,13 +422,21 @@ def generate_tab():
                 and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS) or IS_AUTOGUIDED)
                 and not IS_FLOW_MAP
             )
-            usual = default_of("guidance_scale") or 2
             guidance = gr.Slider(
-                1, 8, usual, step=0.05, label="Guidance", info="1: none; higher: clearer, less varied", visible=guided
+                *slider_range("guidance_scale", 1, 8, 2),
+                step=0.05,
+                label="Guidance",
+                info="1: none; higher: clearer, less varied",
+                visible=guided,
             )
             stepped = "num_inference_steps" in OPTIONS
-            usual = default_of("num_inference_steps") or (4 if IS_FLOW_MAP else 25)
-            steps = gr.Slider(1, MAX_STEPS, usual, step=1, label="Steps", info="more: slower, finer", visible=stepped)
+            steps = gr.Slider(
+                *slider_range("num_inference_steps", 1, MAX_STEPS, 4 if IS_FLOW_MAP else 25),
+                step=1,
+                label="Steps",
+                info="more: slower, finer",
+                visible=stepped,
+            )
             is_random = gr.Checkbox(True, label="A new seed each time")
             seed = gr.Number(0, precision=0, label="Seed", info="the same seed draws the same pictures")
             with gr.Row():
