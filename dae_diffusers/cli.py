@@ -40,7 +40,7 @@ _SCRIPT = re.compile(
     r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
 )
 REMOVED = "the output folder {} was removed while the script ran. Run the command again."
-_CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
+_CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR)
 
 
 def _own_progress_lock() -> None:

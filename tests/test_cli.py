@@ -366,6 +366,15 @@ def test_shipped_configs_are_valid(path):
     }
 
 
+def test_folder_below_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda config: (tmp_path / "file" / "x").mkdir(parents=True), None)
+    assert exit_info.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: Not a directory: {tmp_path / 'file' / 'x'}. ")
+
+
 def test_output_folder_that_is_removed_meanwhile_is_one_line(tmp_path, capsys):
     def run(config):
         raise RuntimeError("Parent directory does not exist.")  # torch's way to say it
