@@ -383,9 +383,9 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def _label_id(self, label: int | str) -> int:
         if not isinstance(label, str):
-            if not hasattr(label, "__index__"):
+            label_id = whole_number(label)
+            if label_id is None:
                 raise ValueError(f"`{label}` is no class: give names or ids of classes.")
-            label_id = operator.index(label)  # also of numpy and torch
             if not 0 <= label_id <= self.null_class:
                 raise ValueError(
                     f"Class {label_id} is out of range: there are {self.null_class} classes, 0 to "
@@ -924,16 +924,14 @@ class DAEDiTPipeline(DiffusionPipeline):
         num_images_per_label: int,
         output_type: str,
     ):
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        levels = list(guidance_interval) if isinstance(guidance_interval, Iterable) else []
+        if len(levels) != 2 or not all(map(is_number, levels)) or not 0 <= levels[0] <= levels[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, but must be two noise levels, 0 <= low <= high <= 1."
             )
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be finite; 1 is none.")
-        counts = {"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if not is_number(guidance_scale):
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 is none.")
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_label=num_images_per_label)
         self._check_output(output_type)
 
     def _check_texts(self, texts: dict[str, Sequence], class_labels, *, is_guided: bool):
@@ -1026,9 +1024,10 @@ class DAEDiTPipeline(DiffusionPipeline):
         height, width = (
             side * factor if asked is None else asked for asked, side in zip((height, width), sides, strict=True)
         )
+        check_counts(height=height, width=width)
         unit = factor * config.patch_size
         for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % unit:
+            if size % unit:
                 nearest = [max(1, size // unit) * unit, max(1, size // unit) * unit + unit]
                 raise ValueError(
                     f"`{name}` is {size}, but must be a multiple of {unit} (the autoencoder's factor {factor} times "
@@ -1270,6 +1269,26 @@ def _as_wide(*arguments: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor
         {name: F.pad(value, (0, 0) * (value.ndim - 2) + (0, width - value.shape[1])) for name, value in each.items()}
         for each in arguments
     ]
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number, also one of numpy or torch; `None` for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, also one of numpy or torch."""
+    return hasattr(value, "__float__") and math.isfinite(value)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises `ValueError` unless all are whole numbers of at least 1."""
+    for name, value in counts.items():
+        if (whole_number(value) or 0) < 1:
+            raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
 
 
 def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int, str]:

@@ -15,6 +15,7 @@ from dae_diffusers.pipelines.dae_dit import (
     DAEDiTPipeline,
     as_list,
     autoencoder_shape,
+    is_number,
     is_representation_autoencoder,
     pixels_of,
     resized,
@@ -76,9 +77,9 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             image = pipe("cat", image=load_image("dog.png"), strength=0.5).images[0]
             ```
         """
-        if not 0 <= strength <= 1:
+        if not is_number(strength) or not 0 <= strength <= 1:
             raise ValueError(
-                f"`strength` is {strength}, but must lie between 0 (reconstruction) and 1 (the image is ignored)."
+                f"`strength` is {strength!r}, but must lie between 0 (reconstruction) and 1 (the image is ignored)."
             )
         prompt, class_labels = (list(each) if isinstance(each, Iterator) else each for each in (prompt, class_labels))
         height, width = self._image_size(height, width, kwargs.get("latents"))

@@ -11,7 +11,7 @@ import torch
 from diffusers import ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of, whole_number
 
 
 class DAEDiTInterpolationPipeline(DAEDiTPipeline):
@@ -66,8 +66,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             images = pipe(("cat", "dog"), generator=seeds, num_images=9).images
             ```
         """
-        if num_images < 2:
-            raise ValueError(f"`num_images` is {num_images}, but a series has at least 2.")
+        if (whole_number(num_images) or 0) < 2:
+            raise ValueError(f"`num_images` is {num_images!r}, but a series has at least 2.")
         for name in ("num_images_per_label", "num_images_per_prompt"):
             if kwargs.pop(name, None) not in (None, 1):
                 raise ValueError(

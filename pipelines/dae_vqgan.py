@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import operator
 import os
 import sys
@@ -185,9 +186,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
     def _label_id(self, label: int | str) -> int:
         if not isinstance(label, str):
-            if not hasattr(label, "__index__"):
+            label_id = whole_number(label)
+            if label_id is None:
                 raise ValueError(f"`{label}` is no class: give names or ids of classes.")
-            label_id = operator.index(label)  # also of numpy and torch
             if not 0 <= label_id <= self.null_class:
                 raise ValueError(
                     f"Class {label_id} is out of range: there are {self.null_class} classes, 0 to "
@@ -218,12 +219,13 @@ class DAEVQGANPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Iterable[int | str] | None = None,
-        guidance_scale: float = 2.0,
+        guidance_scale: float | None = None,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         use_cache: bool = True,
         output_type: Literal["pil", "np", "numpy", "pt", "codes"] = "pil",
@@ -236,13 +238,14 @@ class DAEVQGANPipeline(DiffusionPipeline):
             class_labels (`int`, `str` or an iterable of both, *optional*):
                 Class ids and names, see `get_label_ids`. Without them, a conditional model generates with its null class
                 and without guidance. An unconditional model takes none.
-            guidance_scale (`float`, defaults to 2.0):
+            guidance_scale (`float`, *optional*, defaults to 2.0):
                 Classifier-free guidance of the logits, `unconditional + guidance_scale * (conditional -
                 unconditional)`. At 1 and below there is no guidance, which halves the work.
             temperature (`float`, defaults to 1.0): Divides the logits; below 1 safer, above 1 more varied.
             top_k (`int`, *optional*): Draw only from this many of the most likely codes.
             top_p (`float`, *optional*): Draw only from the most likely codes that together have this probability, in (0, 1].
             num_images_per_label (`int`, defaults to 1): Images per label, next to each other in the result.
+            num_images_per_prompt (`int`, *optional*): The same, under the name that diffusers has for it.
             generator (`torch.Generator` or `list` of them, *optional*):
                 Source of all draws. With a list of one per image, an image does not depend on the others in its batch.
             use_cache (`bool`, defaults to `True`):
@@ -265,7 +268,10 @@ class DAEVQGANPipeline(DiffusionPipeline):
             ```
         """
         num_codes = self.prior.config.num_codes
-        self._check_choices(temperature, top_k, top_p, num_images_per_label, output_type)
+        guidance_scale = 2.0 if guidance_scale is None else guidance_scale
+        if num_images_per_prompt is not None:
+            num_images_per_label = num_images_per_prompt
+        self._check_choices(guidance_scale, temperature, top_k, top_p, num_images_per_label, output_type)
         label_ids = [self.null_class or 0] if class_labels is None else self.get_label_ids(class_labels)
         if not label_ids:
             raise ValueError("`class_labels` is empty. Pass ids or names, or leave it out for the null class.")
@@ -364,18 +370,44 @@ class DAEVQGANPipeline(DiffusionPipeline):
             )
 
     def _check_choices(
-        self, temperature: float, top_k: int | None, top_p: float | None, num_images_per_label: int, output_type: str
+        self,
+        guidance_scale: float,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        num_images_per_label: int,
+        output_type: str,
     ):
-        if not temperature > 0:
+        if not is_number(guidance_scale):
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 is none.")
+        if not is_number(temperature) or temperature <= 0:
             raise ValueError(
-                f"`temperature` is {temperature}, but must be above 0. For the likeliest codes: `top_k=1`."
+                f"`temperature` is {temperature!r}, but must be above 0. For the likeliest codes: `top_k=1`."
             )
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"`top_p` is {top_p}, but must be above 0 and at most 1.")
-        for name, value in {"top_k": top_k, "num_images_per_label": num_images_per_label}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"`top_p` is {top_p!r}, but must be above 0 and at most 1.")
+        check_counts(num_images_per_label=num_images_per_label, **({} if top_k is None else {"top_k": top_k}))
         self._check_output(output_type)
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number, also one of numpy or torch; `None` for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, also one of numpy or torch."""
+    return hasattr(value, "__float__") and math.isfinite(value)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises `ValueError` unless all are whole numbers of at least 1."""
+    for name, value in counts.items():
+        if (whole_number(value) or 0) < 1:
+            raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
 
 
 def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int, str]:

@@ -189,6 +189,7 @@ def test_each_label_has_its_image(labels, images, per_label, asked):
     ("kwargs", "message"),
     [
         ({"strength": 1.5}, "`strength` is 1.5, but must lie between 0"),
+        ({"strength": "0.5"}, "`strength` is '0.5', but must lie between 0"),
         ({"image": None}, "`image` is a NoneType, but must be a picture"),
         ({"image": []}, "`image` is empty"),
         ({"image": "cat.png"}, "`image` is a str"),
@@ -370,6 +371,7 @@ def test_slerp_keeps_the_norm_of_noise():
     ("kwargs", "message"),
     [
         ({"num_images": 1}, "`num_images` is 1"),
+        ({"num_images": 2.5}, "`num_images` is 2.5"),
         ({"class_labels": [0, 1, 0]}, "`class_labels` holds 3"),
         ({"generator": seeds(0, 1, 2)}, "`generator` holds 3"),
         ({"latents": torch.zeros(3, 3, 8, 8)}, "`latents` holds 3"),

@@ -106,6 +106,13 @@ def test_no_label_is_the_null_class():
     assert torch.equal(draw(pipeline, None), draw(pipeline, 3, guidance_scale=1.0))
 
 
+def test_arguments_of_other_pipelines_mean_the_same():
+    pipeline = make_prior_pipeline()
+    assert torch.equal(draw(pipeline, 0, guidance_scale=None), draw(pipeline, 0, guidance_scale=2.0))
+    same = (draw(pipeline, 0, **{name: 2}) for name in ("num_images_per_prompt", "num_images_per_label"))
+    assert torch.equal(*same)
+
+
 def test_unconditional_model_takes_no_labels():
     pipeline = make_prior_pipeline(num_classes=0, id2label=None)
     assert draw(pipeline, None, num_images_per_label=3).shape == (3, 4, 4)
@@ -122,6 +129,9 @@ def test_unconditional_model_takes_no_labels():
         ({"class_labels": []}, "empty"),
         ({"temperature": 0.0}, "above 0"),
         ({"top_k": 0}, "at least 1"),
+        ({"top_k": 2.5}, "`top_k` is 2.5, but must be a whole number"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"class_labels": torch.tensor(1.0)}, "is no class"),
         ({"top_p": 1.5}, "at most 1"),
         ({"num_images_per_label": 0}, "at least 1"),
         ({"output_type": "jpg"}, "one of"),
