@@ -354,7 +354,7 @@ def test_card_names_the_text_encoder_and_shows_a_prompt(trained):
     prompt = json.loads((trained / "train_dit" / "run.json").read_text())["prompt"]
     assert card.data.pipeline_tag == "text-to-image"
     assert (
-        f'a text encoder (`BertModel`) reads; its weights are in `text_encoder/`, and were not trained here. A prompt: "{prompt}".'
+        f'a text encoder (`BertModel`), whose weights are in `text_encoder/` and were not trained here. A prompt: "{prompt}".'
         in card.text
     )
     assert f'image = pipe("{prompt}", guidance_scale=2.0, num_inference_steps=2).images[0]' in card.text
