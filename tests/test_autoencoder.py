@@ -94,7 +94,9 @@ def test_stage_none_undoes_a_stage(autoencoder):
 @pytest.mark.parametrize("kind", ["none", "dropout"])
 def test_without_a_stage_it_is_its_parent(kind, pixel_values):
     model = make_autoencoder(kind).eval()
+    model.register_to_config(latents_std=[1.0, 2.0, 3.0])  # set since, as statistics are
     parent = model.to_diffusers()
+    assert parent.config.latents_std == [1.0, 2.0, 3.0]
     assert type(parent) is AutoencoderKL
     with torch.no_grad():
         assert torch.equal(model(pixel_values).sample, parent(pixel_values).sample)

@@ -226,6 +226,7 @@ class DecoupledAutoencoderMixin:
         """
         own = self._own_config if self.is_asymmetric else (*self._own_config, *_DECODER_SIZES)
         config = {name: value for name, value in self.config.items() if not name.startswith(own)}
+        config.pop("_use_default_values", None)  # diffusers would forget those that were set since
         for name in ("latents_mean", "latents_std"):  # a VQModel takes note of them, but warns of their absence
             if config.get(name) is None:
                 config.pop(name, None)
