@@ -205,9 +205,9 @@ def without_effect(config: Any) -> list[str]:
 
 
 def _holds(values: dict[str, Any], need: str) -> bool:
-    """Whether a setting is given, or has a value: that of a list if it holds it."""
+    """Whether a setting is given, or has a value: that of a list if it holds it. One that the script lacks is always given."""
     name, _, wanted = need.partition(" ")
-    value = values.get(name)
+    value = values.get(name, wanted or True)
     return wanted in map(str, value if isinstance(value, list) else [value]) if wanted else bool(value)
 
 

@@ -171,11 +171,15 @@ def test_changed_settings_that_lack_what_they_need_are_named_in_a_warning():
     assert code == 0 and "`--rare` has no effect without `--kind b` or `--flag`." in text
 
 
-@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=list(SCRIPTS))
-def test_settings_need_what_the_script_has(config_class):
-    names = {each.name for _, each, _ in fields_of(config_class)}
-    needs = {need for _, each, _ in fields_of(config_class) for need in each.metadata["needs"].split(" or ") if need}
-    assert {need.partition(" ")[0] for need in needs} <= names
+def test_settings_need_settings_that_exist():
+    fields = [each for config_class in SCRIPTS.values() for _, each, _ in fields_of(config_class)]
+    needs = {need for each in fields for need in each.metadata["needs"].split(" or ") if need}
+    assert needs and {need.partition(" ")[0] for need in needs} <= {each.name for each in fields}
+
+
+def test_what_needs_a_setting_that_the_script_lacks_is_no_idle_flag():
+    config = compose(SCRIPTS["ema"], folder="x", length=[0.1], mixed_precision="bf16")
+    assert not without_effect(config)
 
 
 @pytest.mark.parametrize(

@@ -437,7 +437,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     with launched_here() as calls:
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
-        assert "| gFD / best | rank correlation of rung 1 | cost |" in text and "The rule is" in text
+        assert "| gFD / best ↓ | rank correlation of rung 1 | cost |" in text and "The rule is" in text
         benchmark.main(benchmark.parse_arguments())
         assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
         forecast = load_benchmark("forecast")

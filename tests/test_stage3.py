@@ -160,7 +160,8 @@ def test_card_says_what_stage_three_did(fitted):
     card = files["README.md"].decode()
     assert "![Drawn latents, decoded before stage 3 and after it](images/stage3.png)" in card
     assert (
-        "fitted to 12 latents that the generator drew with guidance 1.5" in card and "cannot judge this model" in card
+        "fitted to 12 latents that the generator sampled with guidance 1.5" in card
+        and "must not evaluate this model" in card
     )
 
 
@@ -197,7 +198,7 @@ def test_pool_is_drawn_with_the_guidance_that_there_is_and_the_record_says_so(im
     fits = [read_fit(folder / "pipeline").get("pool_guidance_scale") for folder in folders.values()]
     assert fits == [None, 3.0]
     cards = [repository_files(read_result(folder), "user/name")["README.md"].decode() for folder in folders.values()]
-    assert ["the generator drew, by" in card for card in cards] == [True, False]
+    assert ["the generator sampled, by" in card for card in cards] == [True, False]
     make_random_transformer(num_layers=2).save_pretrained(folder / "pipeline" / "guidance_transformer")
     with pytest.raises(UserError, match="the `guidance_transformer` of `--pipeline` changed since"):
         run(train_dae, flags, **flags_of(folder, image_folder), resume_from_checkpoint="latest")

@@ -178,7 +178,9 @@ def test_plan_holds_exactly_what_shapes_the_auxiliary_decoder_of_this_kind(kind)
         assert (name in plan) == (str(decoders[0]) != str(decoders[1])), name
     assert plan["auxiliary_decoder"] == kind
     if kind != "none":
-        assert StageConfig(stage="2", auxiliary_decoder=kind).plan() == {}  # stage 1 has made it
+        assert StageConfig(stage="2", auxiliary_decoder=kind).plan() == {
+            "keep_latent_channels": None
+        }  # stage 1 has made it
 
 
 def test_epochs_are_passes_over_the_images_whatever_the_batch():
