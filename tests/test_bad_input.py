@@ -79,6 +79,7 @@ def places(tmp_path_factory, image_folder):
     (root / "vae_of_a_pickle" / "diffusion_pytorch_model.safetensors").unlink()
     (root / "vae_of_a_pickle" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     torch.nn.init.constant_(autoencoder.encoder.conv_in.weight, torch.nan)
+    autoencoder.register_to_config(latents_mean=None, latents_std=None)  # they are measured
     autoencoder.to_diffusers().save_pretrained(root / "vae_of_nan")
     vq_model = make_vq_model("vq")
     vq_model.to_diffusers().save_pretrained(root / "vq")
