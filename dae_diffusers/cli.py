@@ -34,7 +34,7 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
-_SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
+SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
     r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
@@ -80,8 +80,8 @@ def parse_config(
     try:
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
-        if _SOURCES & set(_names(argv)):  # other images than the file's
-            from_file = [word for word in from_file if not (_SOURCES | {"dataset_config_name"}) & set(_names([word]))]
+        if SOURCES & set(_names(argv)):  # other images than the file's
+            from_file = [word for word in from_file if not (SOURCES | {"dataset_config_name"}) & set(_names([word]))]
     except ValueError as error:
         parser.end(str(error))
     try:

@@ -504,9 +504,8 @@ def save_pipeline(
 
     def save(folder: Path) -> None:
         pipeline.vae.save_pretrained(folder)
-        write_fit(
-            source, folder, described
-        )  # first, and it names the new weights: it is never left out and never wrong
+        # Put in place first, and it names the new weights: it is never left out and never wrong.
+        write_fit(source, folder, described)
 
     replace_files(source, save)
     return target
