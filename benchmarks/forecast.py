@@ -119,18 +119,19 @@ def of_searches(runs: Path) -> list[Finished]:
     found = []
     for path in sorted(runs.glob("seed-*/full/trials/*/rung-0/result.json")):
         folder, row = path.parents[4], read_json(path)
-        search = read_json(folder / "search.json")
+        search, name = read_json(folder / "search.json"), path.parents[1].name
+        own = search.get("transformers of candidates", {}).get(name, {})
         if "failed" not in row:
             found.append(
                 Finished(
                     comparison=f"{runs.name} {folder.name}",
-                    name=path.parents[1].name,
+                    name=name,
                     seed=search["settings"]["seed"],
                     vae=Path(row["vae"]),
                     row=row,
                     data=search["data"],
                     features=search["judge"].get("features") or str(folder / "features" / "classifier"),
-                    transformer={**search["transformer"], "max_train_steps": row["rung"]["generator_steps"]},
+                    transformer={**search["transformer"], **own, "max_train_steps": row["rung"]["generator_steps"]},
                     num_inference_steps=search["settings"]["num_inference_steps"],
                 )
             )
@@ -147,7 +148,7 @@ def row_of(arguments: argparse.Namespace, finished: Finished) -> dict[str, Any]:
         pilot_steps=arguments.steps,
         num_images=arguments.num_images,
         num_inference_steps=finished.num_inference_steps,
-        **{name: options[name] for name in ("optimizer", "learning_rate") if name in options},
+        **{name: options[name] for name in ("optimizer", "learning_rate", "timestep_shift") if name in options},
     )
     found = measure_pilots(
         str(finished.vae), data, config, arguments.output_dir / finished.comparison / finished.name.replace(" ", "/"),
@@ -161,7 +162,8 @@ def row_of(arguments: argparse.Namespace, finished: Finished) -> dict[str, Any]:
     return {
         "comparison": finished.comparison,
         "name": finished.name,
-        "gFD": distances(row)["gFD"],
+        # Pilots draw without guidance: so does the generator here, where both were measured.
+        "gFD": distances({"generation": row.get("guidance", {}).get("1", row["generation"])})["gFD"],
         "effort": options["max_train_steps"] * row["parameters"],
         "cost": math.fsum(pilot["cpu_seconds"] for pilot in found) / row["generator_cost"]["cpu_seconds"],
         "points": points,

@@ -13,12 +13,16 @@ from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark, run
 
+from dae_diffusers.comparison import trials
+from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
+from dae_diffusers.search.report import full_commands
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import SearchConfig, show_seconds
+from dae_diffusers.search.trial import closest, distances
 from dae_diffusers.search.turned import TURNS
 from dae_diffusers.settings import compose
 from dae_diffusers.store import read_json
@@ -140,6 +144,33 @@ def test_candidates_augment_as_they_like(tmp_path):
     assert not found.flags["a"]["random_flip"] and found.flags["a"]["random_resized_crop"] == 0.5
 
 
+ORDERED = {
+    "ordered-2": {"auxiliary_decoder": "prefix", "keep_latent_channels": 2, "transformer": {"timestep_shift": 2.0}},
+    "ordered-3": {"auxiliary_decoder": "prefix"},
+}
+
+
+def test_candidates_with_fewer_channels_of_one_encoder(tmp_path):
+    found = read_candidates(SearchConfig(candidates=written(tmp_path, CANDIDATES | {"candidates": ORDERED})), DATA)
+    assert list(found.flags) == ["joint", "ordered-2", "ordered-3"] and "transformer" not in found.flags["ordered-2"]
+    assert found.transformer_of("ordered-2") == found.transformer | {"timestep_shift": 2.0}
+    assert found.transformer_of("ordered-3") == found.transformer
+    wrong = {
+        "four": {"auxiliary_decoder": "prefix", "keep_latent_channels": 4},
+        "same": {"auxiliary_decoder": "same", "keep_latent_channels": 2},
+        "patch": {"auxiliary_decoder": "none", "transformer": {"patch_size": 3}},
+        "joint": {"auxiliary_decoder": "none"},
+    }
+    left_out = read_candidates(
+        SearchConfig(candidates=written(tmp_path, CANDIDATES | {"candidates": wrong})), DATA
+    ).left_out
+    assert left_out == {
+        "four": "`keep_latent_channels` is 4, but there are 3 channels.",
+        "same": "`keep_latent_channels` needs `auxiliary_decoder prefix`.",
+        "patch": "latents of 8x8 cannot be cut into patches of 3.",
+    }
+
+
 def test_joint_training_is_always_a_candidate_and_a_published_one_may_be(tmp_path):
     content = CANDIDATES | {"candidates": {"same": {"auxiliary_decoder": "same"}}}
     found = read_candidates(SearchConfig(candidates=written(tmp_path, content), published_vae="some/vae"), DATA)
@@ -174,6 +205,7 @@ def test_packaged_candidates_fit(name, resolution, count):
         ({"candidates": {"a": 4}}, "must be a mapping of flags, but is '4'"),
         ({"candidates": {"a": {"kl_weight": "x"}}}, "a of .*: argument --kl_weight: invalid float value: 'x'"),
         ({"candidates": {"a": {}}, "transformer": {"modle": 1}}, "transformer of .* has `modle`"),
+        ({"candidates": {"a": {"transformer": {"modle": 1}}}}, "transformer of a of .* has `modle`"),
         ({"candidates": {"a/b": {}}}, "'a/b' is no name"),
         ({"candidates": {"a": {}}, "more": {}}, "it holds .'candidates', 'more'"),
     ],
@@ -241,7 +273,7 @@ def test_search_ends_with_a_pipeline_and_a_report(searched):
     assert "dae-diffusers train-dae --dataset_name digits" in text and "dae-diffusers train-dit" in text
     assert not list(folder.rglob("latents"))
     page = (folder / "report.html").read_text()
-    assert "| candidate | rungs | end | PSNR ↑ | rFD ↓ | gFD ↓ | gap ↓ | time |" in text
+    assert "| candidate | rungs | end | PSNR ↑ | rFD ↓ | gFD ↓ | gap ↓ | guidance | time |" in text
     assert "### Reconstruction (rFD) and generation (gap)" in text and "frontier.png" not in page
     assert "http" not in page and page.count("data:image/png;base64,") == 2 + 2 * 2  # two plots, two candidates
     assert page.count("<table>") == page.count("</table>") == 1 and page.count("<pre>") == page.count("</pre>") == 1
@@ -416,10 +448,15 @@ def test_speed_is_measured_before_a_plan(tmp_path):
     assert not (tmp_path / "find" / "plan.json").exists() and not (tmp_path / "find" / "calibration").exists()
 
 
+def test_the_best_guidance_counts():
+    found = [{"gfd_a": value, "gap_a": 1.0} for value in (math.nan, 3.0, 2.0, None)]
+    assert closest(found) is found[2] and closest(found[:1]) is found[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*is larger than the data set")  # batches of the pilots
 def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, capsys):
     benchmark = load_benchmark("search_payoff")
-    content = CANDIDATES | {"candidates": {name: CANDIDATES["candidates"][name] for name in ("joint", "same")}}
+    content = CANDIDATES | {"candidates": {"joint": CANDIDATES["candidates"]["joint"], **ORDERED}}
     command = ["search_payoff", "--candidates", written(tmp_path, content), "--output_dir", f"{tmp_path}/payoff"]
     command += ["--data", *(f"{name}={value}" for name, value in DATA.items()), "--shares", "0.5", "--seeds", "0"]
     command += [
@@ -434,17 +471,42 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     ]
     command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
     monkeypatch.setattr(sys, "argv", command)
+    draw, drawn = trials.draw_samples, []
+    monkeypatch.setattr(trials, "draw_samples", lambda *given: drawn.append(given[1].guidance_scale) or draw(*given))
     with launched_here() as calls:
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
-        assert "| gFD / best ↓ | rank correlation of rung 1 | cost |" in text and "The rule is" in text
+        assert "| gFD / best ↓ | rank correlation of rung 1 | cost | wall time |" in text and "The rule is" in text
         benchmark.main(benchmark.parse_arguments())
         assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
+        assert drawn == [1.0, 1.25] * 6
+        # In the rung and in full, the two candidates share their stage 1. All are drawn with and without guidance.
+        assert sum(name == "train_dae" and path.endswith("stage1") for name, path in calls) == 2
+        folder = tmp_path / "payoff" / "seed-0"
+        for path in folder.rglob("trials/*/rung-0/result.json"):
+            row = read_json(path)
+            gfd = {scale: distances({"generation": found})["gFD"] for scale, found in row["guidance"].items()}
+            assert list(gfd) == ["1", "1.25"] and distances(row)["gFD"] == min(gfd.values())
+            assert row["processor_seconds"] > 0
+            pipeline = path.parent / "generator" / "pipeline"
+            shift = 2.0 if path.parents[1].name == "ordered-2" else 1.0
+            assert read_json(pipeline / "scheduler" / "scheduler_config.json")["flow_shift"] == shift
+            channels = 2 if path.parents[1].name == "ordered-2" else 3
+            assert read_json(pipeline / "vae" / "config.json")["latent_channels"] == channels
+        config = SearchConfig(output_dir=str(folder), candidates=command[2], num_images=12, num_inference_steps=1)
+        config.features, data = (
+            command[-1],
+            choose_data(command[command.index("--data") + 1 : command.index("--shares")]),
+        )
+        first, second, generator = full_commands(Search(config, data, read_candidates(config, data)), "ordered-2")
+        assert first.endswith("--auxiliary_decoder prefix --stage 1 --output_dir runs/ordered")
+        assert second.endswith("--stage 2 --stage1_dir runs/ordered --keep_latent_channels 2 --output_dir runs/best")
+        assert "--vae runs/best/vae" in generator and "--timestep_shift 2.0" in generator
         forecast = load_benchmark("forecast")
         command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]
         monkeypatch.setattr(sys, "argv", [*command, "--widths", "8", "--steps", "1", "--num_images", "12"])
         forecast.main(forecast.parse_arguments())
-        assert "### payoff seed-0: 2 runs" in (tmp_path / "forecast" / "forecast.md").read_text()
+        assert "### payoff seed-0: 3 runs" in (tmp_path / "forecast" / "forecast.md").read_text()
 
 
 # The forecast of benchmarks/forecast.py

@@ -61,13 +61,15 @@ class Ruler:
             "latent_space": latent_metrics(self.vae, held_out, self.extractor, self.accelerator, probe=probe),
         }
 
-    def samples(self, pipeline: Path, folder: Path, vae: AutoencoderKL | None = None) -> dict[str, float]:
+    def samples(
+        self, pipeline: Path, folder: Path, vae: AutoencoderKL | None = None, *, guidance_scale: float = 1.0
+    ) -> dict[str, float]:
         """Draws samples into a folder and compares them with the training images, and with their reconstructions (`gap`)."""
         instead = {} if vae is None else {"vae": vae}
         loaded = DAEDiTPipeline.from_pretrained(pipeline, **instead).to(self.accelerator.device)
         settings = SampleSettings(
             self.experiment["num_images"],
-            1.0,
+            guidance_scale,
             self.experiment["num_inference_steps"],
             seed=1000 + self.seed,
             class_counts=class_counts(loaded, self.train, loaded.null_class),

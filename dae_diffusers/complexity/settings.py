@@ -20,6 +20,9 @@ class ComplexityConfig:
     train_batch_size: int = field(64, "images in a batch of the training", at_least=1, advanced=True)
     optimizer: Literal["adamw", "muon"] = field("adamw", "optimiser of the pilots; use the generator's", advanced=True)
     learning_rate: float = field(1e-3, "peak learning rate of a pilot; `muon` takes about 8e-3", above=0, advanced=True)
+    timestep_shift: float = field(
+        1.0, "noise levels of a pilot: above 1 for more noise; use the generator's", above=0, advanced=True
+    )
     num_images: int = field(2000, "images that a pilot draws, and training images to compare with", at_least=2)
     num_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
     refit_steps: int = field(
@@ -52,6 +55,7 @@ class ComplexityConfig:
             "train_batch_size": self.train_batch_size,
             "optimizer": self.optimizer,
             "learning_rate": self.learning_rate,
+            "timestep_shift": self.timestep_shift,
             "ema_decay": 0.99,
             "max_train_steps": steps,
             "lr_warmup_steps": warmup_of(steps),

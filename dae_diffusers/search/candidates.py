@@ -30,6 +30,7 @@ class Candidates:
     Attributes:
         autoencoder, transformer, judge (`dict`): Flags that all candidates share.
         flags (`dict`): The flags of each candidate by its name; only `vae` for a published autoencoder.
+        own_transformer (`dict`): What a candidate has instead of the shared flags of `transformer`, by name.
         left_out (`dict`): Why candidates do not fit the images, by name.
     """
 
@@ -37,7 +38,12 @@ class Candidates:
     transformer: dict[str, Any]
     judge: dict[str, Any]
     flags: dict[str, dict[str, Any]]
+    own_transformer: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def transformer_of(self, name: str) -> dict[str, Any]:
+        r"""The flags of a candidate's pilots and generator."""
+        return self.transformer | self.own_transformer.get(name, {})
 
 
 def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
@@ -61,11 +67,17 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     for candidate, flags in content["candidates"].items():
         if not re.fullmatch(r"[\w.-]+", str(candidate)):
             raise ConfigError(f"{name}: {candidate!r} is no name: use letters, digits, `.`, `-` and `_`.")
-        found.flags[str(candidate)] = found.autoencoder | _flags(f"{candidate} of {name}", flags, TrainDAEConfig)
+        where = f"{candidate} of {name}"
+        if isinstance(flags, dict) and "transformer" in flags:
+            found.own_transformer[str(candidate)] = _flags(
+                f"transformer of {where}", flags["transformer"], TrainDiTConfig
+            )
+            flags = {key: value for key, value in flags.items() if key != "transformer"}
+        found.flags[str(candidate)] = found.autoencoder | _flags(where, flags, TrainDAEConfig)
     if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):
         found.flags = {"joint": {**found.autoencoder, "auxiliary_decoder": "none"}, **found.flags}
     for candidate in list(found.flags):
-        reason = _misfit(found.flags[candidate], found.transformer, data)
+        reason = _misfit(found.flags[candidate], found.transformer_of(candidate), data)
         if reason is not None and config.on_misfit == "stop":
             raise ConfigError(f"candidate `{candidate}` does not fit: {reason} `on_misfit skip` leaves it out.")
         if reason is not None:
@@ -76,6 +88,11 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     if config.published_vae is not None:
         found.flags["published"] = {"vae": config.published_vae}
     return found
+
+
+def stage1_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    r"""The flags of a candidate that its stage 1 knows. Candidates that have the same ones share it."""
+    return {name: value for name, value in flags.items() if name != "keep_latent_channels"}
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -107,11 +124,17 @@ def _flags(where: str, flags: Any, config_class: type) -> dict[str, Any]:
 
 def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, Any]) -> str | None:
     """Why an autoencoder and its generator do not fit the images, or None."""
+    kept, of_stage1 = flags.get("keep_latent_channels"), stage1_flags(flags)
     try:
-        autoencoder = compose(TrainDAEConfig, **{**data, **flags})
+        autoencoder = compose(TrainDAEConfig, **{**data, **of_stage1})
         generator = compose(TrainDiTConfig, **{**data, **transformer, "vae": "vae"})
     except ConfigError as error:
         return str(error)
+    channels = autoencoder.autoencoder.latent_channels
+    if kept is not None and autoencoder.stages.auxiliary_decoder != "prefix":
+        return "`keep_latent_channels` needs `auxiliary_decoder prefix`."
+    if kept is not None and not 1 <= kept <= channels:
+        return f"`keep_latent_channels` is {kept}, but there are {channels} channels."
     sides = [side // autoencoder.autoencoder.spatial_factor for side in autoencoder.data.size]
     patch = generator.transformer.patch_size or int(generator.transformer.size.partition("/")[2])
     if any(side % patch for side in sides):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dae_diffusers.comparison.scripts import words_of
 from dae_diffusers.metrics.report import table
+from dae_diffusers.search.candidates import stage1_flags
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import show_seconds
 from dae_diffusers.search.trial import distances
@@ -85,11 +86,17 @@ def head_of(search: Search, results: dict[str, list[dict[str, Any]]], winner: st
 def full_commands(search: Search, winner: str) -> list[str]:
     r"""The commands that train the winner at full length."""
     flags, data = search.candidates.flags[winner], shlex.join(words_of(search.data))
-    vae, lines = flags.get("vae"), []
+    vae, lines, kept = flags.get("vae"), [], flags.get("keep_latent_channels")
     if vae is None:
-        vae = "runs/best/vae"
-        lines.append(f"dae-diffusers train-dae {data} {shlex.join(words_of(flags))} --output_dir runs/best")
-    generator = shlex.join(words_of(search.candidates.transformer))
+        vae, words = "runs/best/vae", shlex.join(words_of(stage1_flags(flags)))
+        stages = ["--output_dir runs/best"]
+        if kept is not None:
+            stages = [
+                "--stage 1 --output_dir runs/ordered",
+                f"--stage 2 --stage1_dir runs/ordered --keep_latent_channels {kept} --output_dir runs/best",
+            ]
+        lines += [f"dae-diffusers train-dae {data} {words} {stage}" for stage in stages]
+    generator = shlex.join(words_of(search.candidates.transformer_of(winner)))
     return [*lines, f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best"]
 
 
@@ -105,10 +112,17 @@ def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]
                 "rungs": len(rows),
                 "end": end_of(name, rows, winner),
                 **{key: found.get(key) for key in ("PSNR", "rFD", "gFD", "gap")},
+                "guidance": guidance_of(whole[-1]) if whole else None,
                 "time": show_seconds(math.fsum(row["seconds"] for row in rows)) if rows else None,
             }
         )
     return sorted(lines, key=lambda line: (-line["rungs"], math.inf if line["gFD"] is None else line["gFD"]))
+
+
+def guidance_of(row: dict[str, Any]) -> str | None:
+    r"""The guidance scale of a result that counts: that of the lowest gFD."""
+    scales = [scale for scale, found in row.get("guidance", {}).items() if found == row["generation"]]
+    return scales[0] if scales else None
 
 
 def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
@@ -129,8 +143,8 @@ def notes(search: Search, results: dict[str, list[dict[str, Any]]], winner: str 
         )
         lines.append(f"The judge is a small network that was trained on these images to {of}.")
     lines.append(
-        "gFD is the distance of a pilot's samples to the images, rFD that of reconstructions, gap that of samples to reconstructions. "
-        "One seed: small differences mean little."
+        "gFD is the distance of a pilot's samples to the images, at the best of the measured guidance scales; rFD is that of "
+        "reconstructions, gap that of samples to reconstructions. One seed: small differences mean little."
     )
     if autoencoders_decide([rows for name, rows in results.items() if name != winner]):
         lines.append(

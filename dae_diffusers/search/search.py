@@ -17,7 +17,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
-from dae_diffusers.search.candidates import Candidates
+from dae_diffusers.search.candidates import Candidates, stage1_flags
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner, turns_of
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import FORGOTTEN, CandidateTrial, distances
@@ -26,7 +26,7 @@ from dae_diffusers.store import read_json, read_json_or, replace_folder, write_j
 
 logger = logging.getLogger(__name__)
 
-_FIXED = ("budget", "keep_one_in", "num_images", "num_inference_steps", "train_generator", "seed")
+_FIXED = ("budget", "keep_one_in", "num_images", "guidance_scales", "num_inference_steps", "train_generator", "seed")
 _CALIBRATION = (2, 12, 42)  # steps at which the clock is read; the first reading warms up
 
 
@@ -54,6 +54,7 @@ class Search:
             "data": data,
             "images": {"fingerprints": [split.fingerprint for split in self.images]},
             "candidates": candidates.flags,
+            "transformers of candidates": candidates.own_transformer,
             "transformer": candidates.transformer,
             "judge": candidates.judge if config.features is None else _described(config.features),
             "published_vae": config.published_vae and _described_vae(config.published_vae),
@@ -70,8 +71,8 @@ class Search:
         self.experiment = {
             "data": data,
             "num_images": config.num_images,
+            "guidance_scales": config.guidance_scales if self.images[0].has_classes else [1.0],
             "num_inference_steps": config.num_inference_steps,
-            "transformer": candidates.transformer,
         }
 
     def run(self) -> None:
@@ -152,7 +153,7 @@ class Search:
         name = next((name for name in flags if flags[name].get("auxiliary_decoder") == "none"), next(iter(flags)))
         folder = self.folder / "calibration"
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill
-        trial = CandidateTrial(name, self.candidates.flags[name], self.experiment, folder, self.config.seed)
+        trial = self.trial(name, folder)
         clock = []
         for steps in _CALIBRATION:
             start = time.monotonic()
@@ -185,8 +186,12 @@ class Search:
 
         share(names, self.folder / f"rung-{number}", lambda name: trials[name].result_path(number).exists(), work)
 
-    def trial(self, name: str) -> CandidateTrial:
-        return CandidateTrial(name, self.candidates.flags[name], self.experiment, self.folder, self.config.seed)
+    def trial(self, name: str, folder: Path | None = None) -> CandidateTrial:
+        r"""A candidate, in the folder of the search or in another."""
+        experiment = {**self.experiment, "transformer": self.candidates.transformer_of(name)}
+        flags = self.candidates.flags
+        same = (each for each in flags if stage1_flags(flags[each]) == stage1_flags(flags[name]))
+        return CandidateTrial(name, flags[name], experiment, folder or self.folder, self.config.seed, next(same))
 
     def result(self, name: str, number: int) -> dict[str, Any]:
         return read_json(self.trial(name).result_path(number))

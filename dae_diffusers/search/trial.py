@@ -1,6 +1,7 @@
 """Trains and measures one candidate in one rung."""
 
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.scripts import ScriptError, launch_script
+from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.data import DataConfig
 from dae_diffusers.engine.settings import warmup_of
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.report import draw_reconstructions
+from dae_diffusers.search.candidates import stage1_flags
 from dae_diffusers.search.planning import Rung
 from dae_diffusers.store import read_json_or, write_json
 
@@ -29,15 +32,26 @@ class CandidateTrial:
 
     Args:
         name (`str`), flags (`dict`): The candidate; `flags` has only `vae` for a published autoencoder.
-        experiment (`dict`): What all have in common: `data`, `features`, `num_images`, `num_inference_steps`, `transformer`.
+        experiment (`dict`): `data`, `features`, `num_images`, `guidance_scales` and `num_inference_steps`, which all have in common, and
+            `transformer`.
         folder (`Path`): Of the search.
         seed (`int`): Of the search.
+        stage1_of (`str`, *optional*): The candidate whose stage 1 this one uses; default: its own.
     """
 
-    def __init__(self, name: str, flags: dict[str, Any], experiment: dict[str, Any], folder: Path, seed: int):
+    def __init__(
+        self,
+        name: str,
+        flags: dict[str, Any],
+        experiment: dict[str, Any],
+        folder: Path,
+        seed: int,
+        stage1_of: str | None = None,
+    ):
         self.name, self.flags, self.seed = name, flags, seed
         self.experiment = {**experiment, "generators": {"pilot": {}}}
         self.search_folder, self.folder = folder, folder / "trials" / name
+        self.stage1 = folder / "trials" / (stage1_of or name) / "stage1"
 
     def folder_of(self, rung: int) -> Path:
         return self.folder / f"rung-{rung}"
@@ -50,14 +64,14 @@ class CandidateTrial:
         Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
         A failure is written there too; the time of those that were forgotten counts. Returns what was written.
         """
-        folder, start = self.folder_of(number), time.monotonic()
+        folder, start, processor = self.folder_of(number), time.monotonic(), _processor_seconds()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             row = self._measure(number, rung, with_generator)
         except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
         seconds = time.monotonic() - start + read_json_or(folder / FORGOTTEN, {"seconds": 0.0})["seconds"]
-        row |= {"rung": rung.to_dict(), "seconds": seconds}
+        row |= {"rung": rung.to_dict(), "seconds": seconds, "processor_seconds": _processor_seconds() - processor}
         write_json(self.result_path(number), row)
         return row
 
@@ -83,10 +97,14 @@ class CandidateTrial:
                 lr_warmup_steps=self.experiment["transformer"].get("lr_warmup_steps", warmup_of(rung.generator_steps)),
                 max_train_steps=rung.generator_steps,
             )
-            row["generation"] = ruler.samples(target / "pipeline", target)
+            row["guidance"] = {}
+            has_guidance = self.experiment["transformer"].get("class_dropout_prob") != 0
+            for scale in self.experiment["guidance_scales"] if has_guidance else [1.0]:
+                row["guidance"][f"{scale:g}"] = ruler.samples(target / "pipeline", target, guidance_scale=scale)
+                shutil.rmtree(target / "samples")
+            row["generation"] = closest(list(row["guidance"].values()))
             grids = sorted((target / "train_dit" / "grids").glob("*.png"))
             shutil.copyfile(grids[-1], folder / "samples.png")
-            shutil.rmtree(target / "samples")
             for left in (folder / "latents", target / "train_dit" / "checkpoints"):
                 shutil.rmtree(left, ignore_errors=True)
         bad = [name for name, value in distances(row).items() if not math.isfinite(value)]
@@ -107,16 +125,43 @@ class CandidateTrial:
             launch_script("train_dae", {**flags, **halves, **shared_flags(folder, self.seed)})
             return str(folder / "vae")
         first = {"stage": "1", "stage1_steps": max(1, round(_STAGE1 * steps))}
-        launch_script("train_dae", {**flags, **first, **shared_flags(self.folder / "stage1", self.seed)})
+        self.train_stage1({**stage1_flags(flags), **first, **shared_flags(self.stage1, self.seed)})
         # The encoder has moved on, so that the decoder of the rung before does not fit: it begins again.
         second = {
             "stage": "2",
-            "stage1_dir": str(self.folder / "stage1"),
+            "stage1_dir": str(self.stage1),
             "stage2_steps": max(1, round(_STAGE2 * steps)),
         }
         folder = self.folder_of(number) / "autoencoder"
         launch_script("train_dae", {**flags, **second, **shared_flags(folder, self.seed)})
         return str(folder / "vae")
+
+    def train_stage1(self, flags: dict[str, Any]) -> None:
+        r"""Trains stage 1 to so many steps, unless it has them: candidates that differ in their stage 2 share it."""
+        name = f"{flags['stage1_steps']}-steps"
+        finished = self.stage1 / f"{name}.json"
+
+        def train(_: str) -> None:
+            launch_script("train_dae", flags)
+            write_json(finished, {})
+
+        share([name], self.stage1, lambda _: finished.exists(), train)
+
+
+def _processor_seconds() -> float:
+    """Processor time of this process and of those that it launched."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def closest(generations: list[dict[str, Any]]) -> dict[str, Any]:
+    r"""The samples with the lowest gFD, of those of several guidance scales. One that is not finite is chosen only if all are."""
+
+    def order(generation: dict[str, Any]) -> float:
+        found = distances({"generation": generation})["gFD"]
+        return found if math.isfinite(found) else math.inf
+
+    return min(generations, key=order)
 
 
 def distances(row: dict[str, Any]) -> dict[str, float]:
