@@ -656,3 +656,9 @@ def test_weights_that_diverge_are_neither_saved_nor_exported(script, limit, trai
     assert not (tmp_path / "run" / "pipeline").exists() and not (tmp_path / "run" / "vae").exists()
     for path in (tmp_path / "run").rglob("*.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values()), path
+
+
+@pytest.mark.parametrize(("channels", "said"), [(11, False), (12, True), (16, True)])
+def test_latents_with_as_many_numbers_as_the_images_are_named(channels, said, caplog):
+    train_dit.warn_of_large_latents(DataConfig(dataset_name="digits", resolution=16), channels, (8, 8))
+    assert ("give `--timestep_shift` 2" in caplog.text) == said

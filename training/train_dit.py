@@ -84,6 +84,8 @@ def main(config: TrainDiTConfig) -> None:
     training_images = None if images is None else images[0]
     conditioning = find_conditioning(run, images, vae, train_data, origin)
     size = size_of_latents(config.data, vae)
+    if origin is None and config.flow.timestep_shift is None:
+        warn_of_large_latents(config.data, num_latent_channels(vae), height_and_width(size))
     statistics = measure_statistics(run, vae, train_data, origin)
     transformer = make_transformer(
         origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
@@ -267,6 +269,18 @@ def size_of_latents(data: DataConfig, vae: AutoencoderKL) -> int | list[int]:
     """The side of the latents, or height and width."""
     height, width = (side // spatial_factor(vae) for side in data.size)
     return height if height == width else [height, width]
+
+
+def warn_of_large_latents(data: DataConfig, channels: int, size: tuple[int, int]) -> None:
+    """Says so if latents hold as many numbers as the images, or more: then the default noise levels hide too little."""
+    latents, images = channels * math.prod(size), data.image_channels * math.prod(data.size)
+    if latents >= images:
+        logger.warning(
+            "the latents hold %d numbers and the images %d. Such latents need more noise in training: give `--timestep_shift` 2 for as "
+            "many numbers, 3 to 5 for more. Or train an autoencoder with fewer `--latent_channels`.",
+            latents,
+            images,
+        )
 
 
 def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objective, SchedulerMixin]:
