@@ -35,6 +35,7 @@ _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
+OF_SOURCE = SOURCES | {"dataset_config_name"}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
     r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
@@ -81,7 +82,7 @@ def parse_config(
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
         if SOURCES & set(_names(argv)):  # other images than the file's
-            from_file = [word for word in from_file if not (SOURCES | {"dataset_config_name"}) & set(_names([word]))]
+            from_file = [word for word in from_file if not OF_SOURCE & set(_names([word]))]
     except ValueError as error:
         parser.end(str(error))
     try:

@@ -271,7 +271,7 @@ def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_
 def test_data_flags_replace_those_of_the_experiment():
     data = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
     assert choose_data([], data) == data
-    assert choose_data(["resolution=32", "dataset_name=my/data"], data) == data | {
+    assert choose_data(["resolution=32", "dataset_name=my/data"], data | {"dataset_config_name": "full"}) == data | {
         "dataset_name": "my/data",
         "resolution": 32,
     }

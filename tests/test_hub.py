@@ -896,9 +896,10 @@ def test_component_that_is_a_link_is_published_with_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--revision", "next"], ["--create_pr"]])
-def test_export_refuses_what_only_an_upload_can_do(tmp_path, flags, capsys):
+@pytest.mark.parametrize("other", [["--export_dir", "out"], ["--stage1"]])
+def test_what_is_for_the_main_branch_or_no_branch_is_refused_with_another(tmp_path, flags, other, capsys):
     with pytest.raises(SystemExit):
-        push_script(tmp_path, REPO, "--export_dir", tmp_path / "out", *flags)
+        push_script(tmp_path, REPO, *other, *flags)
     assert "does not go with `--revision` or `--create_pr`" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dae_diffusers.cli import SOURCES, load_yaml, parse_config, run_script, typed_flags
+from dae_diffusers.cli import OF_SOURCE, SOURCES, load_yaml, parse_config, run_script, typed_flags
 from dae_diffusers.data import DataConfig
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.training.settings import SCRIPTS
@@ -106,7 +106,7 @@ def choose_data(given: list[str], data: dict[str, Any] | None = None) -> dict[st
         flags = {name: load_yaml(value) for name, _, value in (item.partition("=") for item in given)}
     except yaml.YAMLError as error:
         raise ConfigError(f"`--data` cannot be read: {one_line(error)}") from None
-    chosen = {name: value for name, value in (data or {}).items() if not (name in SOURCES and SOURCES & set(flags))}
+    chosen = {name: value for name, value in (data or {}).items() if not (name in OF_SOURCE and SOURCES & set(flags))}
     config = DataConfig(**typed_flags(DataConfig, chosen | flags, "the flags of the images"))
     config.require_source()
     return {name: getattr(config, name) for name in chosen | flags}
