@@ -232,7 +232,7 @@ class TransformerConfig:
     )
     model: str | None = field(
         None,
-        "size (DiT-Ti, -XS, -S, -B, -L or -XL) and patch size (/1, /2, /4); default: DiT-S/2, or that of given weights",
+        "size (DiT-Ti, -XS, -S, -B, -L or -XL) and patch size (/1, /2, /4); default: DiT-S/2, or that of pretrained weights",
     )
     patch_size: int | None = field(None, "patch size; default: that of `--model`", at_least=1, advanced=True)
     num_layers: int | None = field(None, "transformer blocks; default: those of `--model`", at_least=1, advanced=True)
@@ -242,7 +242,7 @@ class TransformerConfig:
     attention_head_dim: int | None = field(
         None, "width of a head; default: that of `--model`", at_least=1, advanced=True
     )
-    text_encoder: str | None = field(None, "draw from the captions: a text encoder of transformers (Hub id or folder)")
+    text_encoder: str | None = field(None, "generate from captions: a text encoder of transformers (Hub id or folder)")
     text_encoder_dtype: Literal["float32", "float16", "bfloat16"] = field(
         "float32", "data type of the text encoder and of its hidden states", needs="text_encoder", advanced=True
     )
@@ -274,7 +274,7 @@ class TransformerConfig:
         if len(missing) == 1:
             (other,) = given.keys() - missing
             raise ConfigError(
-                f"`{other}` needs `{missing[0]}`: a transformer draws from captions that a text encoder has encoded. Give both or neither."
+                f"`{other}` needs `{missing[0]}`: a transformer generates from captions that a text encoder has encoded. Give both or neither."
             )
         if not missing:
             data.require_images("`caption_column`")
@@ -286,7 +286,7 @@ class TransformerConfig:
 
     @property
     def depth(self) -> int | None:
-        """Number of blocks; None if it is that of given weights."""
+        """Number of blocks; None if it is that of pretrained weights."""
         is_given = self.pretrained_model_name_or_path is not None and self.model is None
         return self.num_layers or (None if is_given else DIT_LAYERS[self.size.partition("/")[0]])
 
@@ -305,11 +305,11 @@ class FlowMatchingConfig:
     )
     timestep_shift: float | None = field(
         None,
-        "above 1: more noise, in training and in sampling; for large latents; default: 1, or that of given weights",
+        "above 1: more noise, in training and in sampling; for large latents; default: 1, or that of pretrained weights",
         above=0,
         advanced=True,
     )
-    num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
+    num_sample_images: int = field(40, "images of the sample grid at each validation", at_least=1, advanced=True)
     sample_steps: int | None = field(
         None,
         "denoising steps of the grid, and later of the pipeline by default; default: 25, or 4 after distillation",
@@ -330,7 +330,7 @@ class FlowMatchingConfig:
     )
     distill_guidance_scale: float | None = field(
         None,
-        "distill the given transformer into one that draws in 2 to 8 steps, with this guidance scale in it; 1: none",
+        "distill the pretrained transformer into one that samples in 2 to 8 steps, with this guidance scale in it; 1: none",
         at_least=1,
         advanced=True,
     )
@@ -516,7 +516,7 @@ class PriorConfig:
 class PriorSamplesConfig:
     """Samples."""
 
-    num_sample_images: int = field(40, "images of the grid drawn at each validation", at_least=1, advanced=True)
+    num_sample_images: int = field(40, "images of the sample grid at each validation", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
         2.0,
         "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`",
@@ -524,10 +524,10 @@ class PriorSamplesConfig:
         advanced=True,
     )
     sample_temperature: float = field(1.0, "temperature of the grid", above=0, advanced=True)
-    sample_top_k: int | None = field(None, "draw the grid only from the N most likely codes", at_least=1, advanced=True)
+    sample_top_k: int | None = field(None, "sample the grid only from the N most likely codes", at_least=1, advanced=True)
     sample_top_p: float | None = field(
         None,
-        "draw the grid only from the most likely codes that have this probability together",
+        "sample the grid only from the most likely codes that have this probability together",
         above=0,
         at_most=1,
         advanced=True,
@@ -556,9 +556,9 @@ class TrainPriorConfig:
         self.data.refuse_streaming("train_vqgan_prior.py, which encodes every image once")
         if self.data.caption_column is not None:
             raise ConfigError(
-                "`caption_column` does not go with train_vqgan_prior.py, which draws by class: use train_dit.py."
+                "`caption_column` does not go with train_vqgan_prior.py, which generates by class: use train_dit.py."
             )
-        self.data.refuse_conditions("train_vqgan_prior.py, which draws by one class: use train_dit.py")
+        self.data.refuse_conditions("train_vqgan_prior.py, which generates by one class: use train_dit.py")
         check_monitor(self.monitor, self.data)
 
 
@@ -762,7 +762,7 @@ class LengthsConfig:
         at_least=0,
         at_most=MAX_SEED,
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while drawing; default: no")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while sampling; default: no")
 
 
 @settings
@@ -864,7 +864,7 @@ def check_paths(config: Any) -> None:
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
         raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
-    is_resumed = values.get("resume_from_checkpoint") is not None  # the checkpoint holds what came from given weights
+    is_resumed = values.get("resume_from_checkpoint") is not None  # the checkpoint holds what came from pretrained weights
     for name in _PLACES:
         place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith(_PATHS))

@@ -280,7 +280,7 @@ class GeneratedConfig:
 
     generated_loss: Literal["moments", "adversarial"] = field(
         "moments",
-        "moments: mean and covariance of the features; adversarial: a discriminator tells drawn images from training images",
+        "moments: mean and covariance of the features; adversarial: a discriminator tells generated images from training images",
         needs="stage 3",
         advanced=True,
     )
@@ -300,7 +300,7 @@ class GeneratedConfig:
     )
     generated_batch_size: int | None = field(
         None,
-        "`moments`: drawn latents in a batch; default: twice `--train_batch_size`",
+        "`moments`: generated latents in a batch; default: twice `--train_batch_size`",
         at_least=1,
         needs="stage 3",
         advanced=True,
@@ -309,17 +309,17 @@ class GeneratedConfig:
         0.02, "share of the running moments that a step replaces", above=0, at_most=1, needs="stage 3", advanced=True
     )
     pool_size: int = field(
-        8192, "latents that are drawn once, before the first step", at_least=2, needs="stage 3", advanced=True
+        8192, "latents that are generated once, before the first step", at_least=2, needs="stage 3", advanced=True
     )
     pool_guidance_scale: float = field(
         1.5,
-        "guidance with which they are drawn: the one that you will use; 1 is none",
+        "guidance scale with which they are generated: the one that you will use; 1 is none",
         at_least=0,
         needs="stage 3",
         advanced=True,
     )
     pool_inference_steps: int = field(
-        25, "denoising steps with which they are drawn", at_least=1, needs="stage 3", advanced=True
+        25, "denoising steps with which they are generated", at_least=1, needs="stage 3", advanced=True
     )
     max_psnr_drop: float = field(
         2.0,

@@ -23,8 +23,8 @@ class ComplexityConfig:
     timestep_shift: float = field(
         1.0, "noise levels of a pilot: above 1 for more noise; use the generator's", above=0, advanced=True
     )
-    num_images: int = field(2000, "images that a pilot draws, and training images to compare with", at_least=2)
-    num_inference_steps: int = field(25, "denoising steps with which they are drawn", at_least=1, advanced=True)
+    num_images: int = field(2000, "images that a pilot generates, and training images to compare with", at_least=2)
+    num_inference_steps: int = field(25, "denoising steps with which they are generated", at_least=1, advanced=True)
     refit_steps: int = field(
         0, "train the decoder on for so many steps first, the encoder frozen: decoders of several autoencoders become alike",
         at_least=0,

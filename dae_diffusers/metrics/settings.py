@@ -1,4 +1,4 @@
-"""What an evaluation measures, and how it draws images. Needs no torch."""
+"""What an evaluation measures, and how it generates images. Needs no torch."""
 
 from typing import Literal
 
@@ -30,7 +30,7 @@ class EvaluationConfig:
         at_most=MAX_SEED,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        None, "autocast while drawing; default: no", needs="pipeline"
+        None, "autocast while sampling; default: no", needs="pipeline"
     )
 
     def __post_init__(self):
@@ -42,11 +42,11 @@ class EvaluationConfig:
 
 @settings
 class SamplingConfig:
-    """Images that the pipeline draws."""
+    """Images that the pipeline generates."""
 
     num_images: int | None = field(
         None,
-        "images to draw for each setting, and training images to compare with; default: as many as there are training images, at "
+        "images to generate for each setting, and training images to compare with; default: as many as there are training images, at "
         "most 10000",
         at_least=1,
     )
@@ -61,19 +61,19 @@ class SamplingConfig:
         "make the guidance scale and the steps with the lowest distance (for `ema.py`: and the weights) those of the pipeline",
     )
     temperature: float | None = field(
-        None, "temperature, for a pipeline that draws codes; default: its own", above=0, advanced=True
+        None, "temperature, for a pipeline that samples codes; default: its own", above=0, advanced=True
     )
-    top_k: int | None = field(None, "draw only from the N most likely codes", at_least=1, advanced=True)
+    top_k: int | None = field(None, "sample only from the N most likely codes", at_least=1, advanced=True)
     top_p: float | None = field(
         None,
-        "draw only from the most likely codes that have this probability together",
+        "sample only from the most likely codes that have this probability together",
         above=0,
         at_most=1,
         advanced=True,
     )
     label_sampling: Literal["data", "balanced", "random"] = field(
         "data",
-        "labels of the drawn images: each class as often as among the training images, equally often, or at random",
+        "labels of the generated images: each class as often as among the training images, equally often, or at random",
         needs="pipeline",
         advanced=True,
     )

@@ -24,13 +24,13 @@ class SearchConfig:
     published_vae: str | None = field(None, "a published autoencoder (Hub id or folder) as one more candidate")
     on_misfit: Literal["skip", "stop"] = field("skip", "what to do with candidates that do not fit the images")
     keep_one_in: int = field(3, "keep the best 1 in N candidates for the next rung", at_least=2, advanced=True)
-    num_images: int = field(2000, "images that are drawn to judge a pilot", at_least=2, advanced=True)
+    num_images: int = field(2000, "images that are generated to judge a pilot", at_least=2, advanced=True)
     guidance_scales: list[float] = field(
         [1.0, 1.25],
-        "scales of classifier-free guidance with which they are drawn; the best of them counts",
+        "scales of classifier-free guidance with which they are generated; the best of them counts",
         advanced=True,
     )
-    num_inference_steps: int = field(15, "denoising steps with which they are drawn", at_least=1, advanced=True)
+    num_inference_steps: int = field(15, "denoising steps with which they are generated", at_least=1, advanced=True)
     seed: int = field(0, "of weights, data order and held-out images", at_least=0, at_most=MAX_SEED)
 
     def __post_init__(self):
