@@ -264,7 +264,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 @contextmanager
-def launched_here():
+def launched_here(cpu_seconds: float = 1.0):
     """The library's `launch_script` runs a script in this process. Yields the names and output folders of what it ran."""
     calls = []
     known = {script.__name__.rpartition(".")[-1]: script for script in CONFIG_CLASSES}
@@ -273,7 +273,7 @@ def launched_here():
         with without_curves():
             known[name].main(parse_config(CONFIG_CLASSES[known[name]], words_of(flags)))
         calls.append((name, str(flags["output_dir"])))
-        return {"cpu_seconds": 1.0}
+        return {"cpu_seconds": cpu_seconds}
 
     modules = [module for module in list(sys.modules.values()) if hasattr(module, "launch_script")]
     before = {module: module.launch_script for module in modules}

@@ -524,7 +524,9 @@ class PriorSamplesConfig:
         advanced=True,
     )
     sample_temperature: float = field(1.0, "temperature of the grid", above=0, advanced=True)
-    sample_top_k: int | None = field(None, "sample the grid only from the N most likely codes", at_least=1, advanced=True)
+    sample_top_k: int | None = field(
+        None, "sample the grid only from the N most likely codes", at_least=1, advanced=True
+    )
     sample_top_p: float | None = field(
         None,
         "sample the grid only from the most likely codes that have this probability together",
@@ -864,7 +866,9 @@ def check_paths(config: Any) -> None:
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
         raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
-    is_resumed = values.get("resume_from_checkpoint") is not None  # the checkpoint holds what came from pretrained weights
+    is_resumed = (
+        values.get("resume_from_checkpoint") is not None
+    )  # the checkpoint holds what came from pretrained weights
     for name in _PLACES:
         place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith(_PATHS))

@@ -1,7 +1,6 @@
 """Trains and measures one candidate in one rung."""
 
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -51,6 +50,7 @@ class CandidateTrial:
         self.name, self.flags, self.seed = name, flags, seed
         self.experiment = {**experiment, "generators": {"pilot": {}}}
         self.search_folder, self.folder = folder, folder / "trials" / name
+        self.launched_seconds = 0.0
         self.stage1 = folder / "trials" / (stage1_of or name) / "stage1"
 
     def folder_of(self, rung: int) -> Path:
@@ -64,14 +64,20 @@ class CandidateTrial:
         Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
         A failure is written there too; the time of those that were forgotten counts. Returns what was written.
         """
-        folder, start, processor = self.folder_of(number), time.monotonic(), _processor_seconds()
+        folder, start, processor, self.launched_seconds = (
+            self.folder_of(number),
+            time.monotonic(),
+            time.process_time(),
+            0.0,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             row = self._measure(number, rung, with_generator)
         except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
         seconds = time.monotonic() - start + read_json_or(folder / FORGOTTEN, {"seconds": 0.0})["seconds"]
-        row |= {"rung": rung.to_dict(), "seconds": seconds, "processor_seconds": _processor_seconds() - processor}
+        processor = time.process_time() - processor + self.launched_seconds
+        row |= {"rung": rung.to_dict(), "seconds": seconds, "processor_seconds": processor}
         write_json(self.result_path(number), row)
         return row
 
@@ -85,7 +91,7 @@ class CandidateTrial:
         row = {"vae": vae, **ruler.autoencoder()}
         draw_reconstructions(ruler.vae, ruler.validation, folder / "reconstructions.png", count=8)
         if with_generator:
-            cache_latents(self.experiment, vae, folder / "latents", self.seed)
+            self._count(cache_latents(self.experiment, vae, folder / "latents", self.seed))
             target = folder / "generator"
             row |= train_generator(
                 self.experiment,
@@ -97,6 +103,7 @@ class CandidateTrial:
                 lr_warmup_steps=self.experiment["transformer"].get("lr_warmup_steps", warmup_of(rung.generator_steps)),
                 max_train_steps=rung.generator_steps,
             )
+            self._count(row["generator_cost"])
             row["guidance"] = {}
             has_guidance = self.experiment["transformer"].get("class_dropout_prob") != 0
             for scale in self.experiment["guidance_scales"] if has_guidance else [1.0]:
@@ -122,7 +129,7 @@ class CandidateTrial:
         if self.flags.get("auxiliary_decoder") == "none":
             halves = {"stage1_steps": steps // 2, "stage2_steps": steps - steps // 2}
             folder = self.folder / "autoencoder"
-            launch_script("train_dae", {**flags, **halves, **shared_flags(folder, self.seed)})
+            self._count(launch_script("train_dae", {**flags, **halves, **shared_flags(folder, self.seed)}))
             return str(folder / "vae")
         first = {"stage": "1", "stage1_steps": max(1, round(_STAGE1 * steps))}
         self.train_stage1({**stage1_flags(flags), **first, **shared_flags(self.stage1, self.seed)})
@@ -133,7 +140,7 @@ class CandidateTrial:
             "stage2_steps": max(1, round(_STAGE2 * steps)),
         }
         folder = self.folder_of(number) / "autoencoder"
-        launch_script("train_dae", {**flags, **second, **shared_flags(folder, self.seed)})
+        self._count(launch_script("train_dae", {**flags, **second, **shared_flags(folder, self.seed)}))
         return str(folder / "vae")
 
     def train_stage1(self, flags: dict[str, Any]) -> None:
@@ -142,16 +149,14 @@ class CandidateTrial:
         finished = self.stage1 / f"{name}.json"
 
         def train(_: str) -> None:
-            launch_script("train_dae", flags)
+            self._count(launch_script("train_dae", flags))
             write_json(finished, {})
 
         share([name], self.stage1, lambda _: finished.exists(), train)
 
-
-def _processor_seconds() -> float:
-    """Processor time of this process and of those that it launched."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    def _count(self, cost: dict[str, float]) -> None:
+        """Adds the processor time of a script, which is not this process's."""
+        self.launched_seconds += cost["cpu_seconds"]
 
 
 def closest(generations: list[dict[str, Any]]) -> dict[str, Any]:
