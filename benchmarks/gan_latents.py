@@ -204,7 +204,7 @@ def train_gan(
     averaged = torch.optim.swa_utils.AveragedModel(
         generator, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    layers = 2 if images.config.resolution < 32 else 3
+    layers = 2 if min(images.config.size) < 32 else 3
     discriminator = PatchDiscriminator(channels, 32, layers).to(device)
     rate = arguments.learning_rate
     optimizers = [torch.optim.Adam(each.parameters(), rate, betas=(0.5, 0.99)) for each in (generator, discriminator)]

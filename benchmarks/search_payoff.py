@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dae_diffusers.cli import run_script
+from dae_diffusers.comparison.experiment import check_same_settings
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.statistics import rank_correlation
+from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import Rung
@@ -29,7 +31,7 @@ from dae_diffusers.search.trial import distances
 from dae_diffusers.store import read_json, write_atomically
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", default="digits", help="as for find-latents")
     parser.add_argument("--data", nargs="+", required=True, metavar="FLAG=VALUE", help="flags that choose the images")
@@ -42,15 +44,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main(arguments: argparse.Namespace) -> None:
     rows = [row_of(arguments, seed) for seed in arguments.seeds]
+    failed = [
+        f"Seed {row['seed']}: the full training of `{name}` failed and is not in the table: {reason}"
+        for row in rows
+        for name, reason in row.pop("failed").items()
+    ]
     ratio, cost = (math.fsum(row[name] for row in rows) / len(rows) for name in ("gFD / best", "cost"))
     verdict = f"Mean: {ratio:.3f} times the best gFD at {cost:.0%} of the cost. "
     verdict += "The rule is met." if ratio <= 1.05 and cost <= 0.35 else "The rule is not met."
-    text = "\n".join([*table("Does the search pay?", rows), verdict, ""])
+    text = "\n".join([*table("Does the search pay?", rows), verdict, "", *failed])
     write_atomically(arguments.output_dir / "payoff.md", text)
     print(text)
 
@@ -68,7 +75,11 @@ def row_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         seed=seed,
     )
     search = Search(config, data, read_candidates(config, data))
+    lengths = ("autoencoder_steps", "generator_steps", "shares")
+    check_same_settings(search.folder / "lengths.json", {name: getattr(arguments, name) for name in lengths})
     search.experiment["features"] = search.find_judge()
+    search.forget_failures()
+    search.forget_failures(search.folder / "full")
     whole = Rung(1, arguments.autoencoder_steps, arguments.generator_steps)
     rungs = rungs_of(arguments, len(search.candidates.flags), config.keep_one_in)
     chosen = search.choose(rungs)
@@ -88,6 +99,10 @@ def row_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         }
         early = {name: distances(row)["gFD"] for name, row in early.items() if "failed" not in row}
         ranked.append(rank_correlation([early[name] for name in early], [finals[name] for name in early]))
+    failed = {name: row["failed"] for name, row in results.items() if "failed" in row}
+    if chosen in failed or len(finals) < 2:
+        name = chosen if chosen in failed else next(iter(failed))
+        raise UserError(f"the full training of `{name}` failed, so that there is nothing to compare: {failed[name]}")
     best = min(finals, key=finals.get)
     rungs_of_search = [read_json(path) for path in search.folder.glob("trials/*/rung-*/result.json")]
 
@@ -105,6 +120,7 @@ def row_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         **{f"rank correlation of rung {number + 1}": round(value, 2) for number, value in enumerate(ranked)},
         "cost": cost("processor_seconds"),
         "wall time": cost("seconds"),
+        "failed": failed,
     }
 
 

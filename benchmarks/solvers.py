@@ -27,6 +27,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.comparison.experiment import check_same_settings
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -95,6 +96,8 @@ class Bench:
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     r"""Distances of each seed, by solver and evaluations; kept in `solvers.json` one by one."""
     path = Path(arguments.output_dir) / "solvers.json"
+    lists = ("seeds", "evaluations")  # of which there may be more the next time
+    check_same_settings(path.with_name("settings.json"), {k: v for k, v in vars(arguments).items() if k not in lists})
     found = read_json(path) if path.exists() else {}
     bench = None
     jobs = [(name, n, seed) for seed in arguments.seeds for n in arguments.evaluations for name, _ in solvers()]

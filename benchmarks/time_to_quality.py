@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.cli import read_yaml
-from dae_diffusers.comparison.experiment import shared_flags
+from dae_diffusers.comparison.experiment import check_same_settings, shared_flags
 from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.scripts import choose_data, launch_script
 from dae_diffusers.data import DataConfig, load_images
@@ -104,6 +104,9 @@ def seconds_of(experiment: dict[str, Any], name: str, output_dir: Path, repeat: 
 def measure(experiment: dict[str, Any], output_dir: Path) -> Runs:
     """Everything that is not measured yet; kept in `runs.json` piece by piece."""
     path = output_dir / "runs.json"
+    shared = {key: value for key, value in experiment.items() if key not in ("recipes", "seeds", "repeats")}
+    recipes = {f"recipe {name}": recipe for name, recipe in experiment["recipes"].items()}
+    check_same_settings(output_dir / "settings.json", shared | recipes)
     runs = read_json(path) if path.exists() else {"seconds": {}, "curves": {}}
     output_dir.mkdir(parents=True, exist_ok=True)
     for repeat, name in itertools.product(range(experiment["repeats"]), experiment["recipes"]):

@@ -15,6 +15,7 @@ from scripts import in_child, launched_here, run
 
 from dae_diffusers.comparison.scripts import ScriptError, launch_script, work_alone
 from dae_diffusers.comparison.sharing import share
+from dae_diffusers.complexity import pilots
 from dae_diffusers.complexity.pilots import measure_pilots
 from dae_diffusers.complexity.report import complexity_distance, plot_complexity, summarize, to_markdown
 from dae_diffusers.complexity.settings import ComplexityConfig
@@ -75,7 +76,7 @@ def test_finished_pilots_are_not_repeated_and_others_are_added(measured):
         assert [row["validation_loss"] for row in measure_pilots(vae, DATA, TINY, folder)] == [
             row["validation_loss"] for row in rows
         ]
-        assert len(calls) == 3 and not list(folder.glob("pilots/*/latents"))
+        assert len(calls) == 3 and not list(folder.glob("pilots/*/latents*"))
 
 
 def test_pilots_are_measured_again_on_other_held_out_images(measured, image_folder, tmp_path):
@@ -198,6 +199,36 @@ def test_processes_of_a_launcher_work_alone(monkeypatch):
     assert not work_alone()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6" and not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ)
     assert work_alone() and os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+@pytest.mark.parametrize(("visible", "own"), [(None, "1"), ("", ""), ("-1", "-1"), ("0", ConfigError)])
+def test_processes_of_a_launcher_see_the_gpus_that_they_may(visible, own, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": visible}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value) if value is not None else None
+    if own is ConfigError:
+        with pytest.raises(ConfigError, match="more processes were started than `CUDA_VISIBLE_DEVICES` 0 has GPUs"):
+            work_alone()
+    else:
+        work_alone()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+
+
+def test_pilots_keep_their_latents_while_others_in_the_folder_end(measured, tmp_path, monkeypatch):
+    vae, features, _, rows = measured
+    train, other = pilots.train_generator, compose(ComplexityConfig, **changes_of(TINY) | {"widths": [8]})
+
+    def train_after_others(*given, **more):
+        monkeypatch.setattr(pilots, "train_generator", train)
+        measure_pilots(vae, DATA, other, tmp_path, features=features)
+        return train(*given, **more)
+
+    monkeypatch.setattr(pilots, "train_generator", train_after_others)
+    ladder = compose(ComplexityConfig, **changes_of(TINY) | {"widths": [16]})
+    with launched_here():
+        (row,) = measure_pilots(vae, DATA, ladder, tmp_path, features=features)
+    assert distances([row]) == pytest.approx(distances(rows[:1] if rows[0]["width"] == 16 else rows[1:]))
 
 
 def wait_for(condition, log) -> None:

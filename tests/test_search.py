@@ -20,7 +20,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.report import full_commands
-from dae_diffusers.search.search import Search
+from dae_diffusers.search.search import Search, check_enough_images
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import closest, distances
 from dae_diffusers.search.turned import TURNS
@@ -159,11 +159,13 @@ def test_candidates_with_fewer_channels_of_one_encoder(tmp_path):
         "four": {"auxiliary_decoder": "prefix", "keep_latent_channels": 4},
         "same": {"auxiliary_decoder": "same", "keep_latent_channels": 2},
         "patch": {"auxiliary_decoder": "none", "transformer": {"patch_size": 3}},
+        "repa": {"auxiliary_decoder": "none", "transformer": {"repa_model": "x"}},
         "joint": {"auxiliary_decoder": "none"},
     }
     left_out = read_candidates(
         SearchConfig(candidates=written(tmp_path, CANDIDATES | {"candidates": wrong})), DATA
     ).left_out
+    assert left_out.pop("repa").startswith("`repa_model` needs the images")
     assert left_out == {
         "four": "`keep_latent_channels` is 4, but there are 3 channels.",
         "same": "`keep_latent_channels` needs `auxiliary_decoder prefix`.",
@@ -176,6 +178,13 @@ def test_joint_training_is_always_a_candidate_and_a_published_one_may_be(tmp_pat
     found = read_candidates(SearchConfig(candidates=written(tmp_path, content), published_vae="some/vae"), DATA)
     assert list(found.flags) == ["joint", "same", "published"] and found.flags["published"] == {"vae": "some/vae"}
     assert found.flags["joint"]["auxiliary_decoder"] == "none" and found.flags["joint"]["latent_channels"] == 3
+    content = CANDIDATES | {"candidates": {"published": {"auxiliary_decoder": "none"}}}
+    with pytest.raises(ConfigError, match="`published` is the name of that of `published_vae`"):
+        read_candidates(SearchConfig(candidates=written(tmp_path, content), published_vae="some/vae"), DATA)
+    # Also where nothing else fits.
+    content = CANDIDATES | {"candidates": {"coarse": CANDIDATES["candidates"]["coarse"]}}
+    found = read_candidates(SearchConfig(candidates=written(tmp_path, content), published_vae="some/vae"), DATA)
+    assert list(found.flags) == ["published"]
 
 
 @pytest.mark.parametrize(("name", "resolution", "count"), [("default", 64, 12), ("digits", 16, 5)])
@@ -206,6 +215,14 @@ def test_packaged_candidates_fit(name, resolution, count):
         ({"candidates": {"a": {"kl_weight": "x"}}}, "a of .*: argument --kl_weight: invalid float value: 'x'"),
         ({"candidates": {"a": {}}, "transformer": {"modle": 1}}, "transformer of .* has `modle`"),
         ({"candidates": {"a": {"transformer": {"modle": 1}}}}, "transformer of a of .* has `modle`"),
+        (
+            {"candidates": {"a": {"transformer": {"model": "DiT-B/2"}}}},
+            "a of .* has `model`, but all pilots have one size",
+        ),
+        (
+            {"candidates": {"joint": {"auxiliary_decoder": "same"}}},
+            "`joint` is the name of joint training, which is always",
+        ),
         ({"candidates": {"a/b": {}}}, "'a/b' is no name"),
         ({"candidates": {"a": {}}, "more": {}}, "it holds .'candidates', 'more'"),
     ],
@@ -228,6 +245,11 @@ def test_unknown_names_of_candidates_are_answered_with_those_that_exist():
         ({"features": "x", "image_channels": 4}, "4"),
         ({"streaming": True}, "`streaming`"),
         ({"random_crop": True}, "`random_crop`"),
+        (
+            {"continuous_columns": ["angle"]},
+            "`continuous_columns` cannot be used with find_latents.py, whose pilots know",
+        ),
+        ({"caption_column": "text"}, "`caption_column` cannot be used with find_latents.py, whose pilots know classes"),
         ({"keep_one_in": 1}, "`keep_one_in` is 1"),
         ({"dataset_name": None}, "`dataset_name`"),
     ],
@@ -320,7 +342,59 @@ def test_folder_of_another_search_is_refused(searched, tmp_path):
     with pytest.raises(UserError, match="holds another search: its data were"):
         find(folder, candidates)
     with pytest.raises(UserError, match="holds another search: its settings were"):
-        find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", budget="2h")
+        find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", seed=1)
+
+
+def test_budget_may_change_until_it_is_divided(tmp_path, monkeypatch):
+    path = written(tmp_path, CANDIDATES)
+    config = SearchConfig(output_dir=str(tmp_path / "find"), budget="1s", candidates=path, num_images=12)
+    monkeypatch.setattr(Search, "measure_speeds", lambda self: Speeds(0.01, 0.01, 1.0))
+    with pytest.raises(UserError, match="`budget` 1s cannot hold 3 candidates"):
+        Search(config, DATA, read_candidates(config, DATA)).plan()
+    config.budget = "1h"
+    assert Search(config, DATA, read_candidates(config, DATA)).plan()
+    config.budget = "2h"
+    with pytest.raises(UserError, match="holds another search: its `--budget` were 1h, and are 2h now"):
+        Search(config, DATA, read_candidates(config, DATA)).plan()
+    config.num_images = 24
+    with pytest.raises(UserError, match="its settings were {'num_images': 12}, and are {'num_images': 24} now"):
+        Search(config, DATA, read_candidates(config, DATA))
+
+
+def test_results_of_another_run_are_not_replaced(tmp_path):
+    (tmp_path / "find" / "vae").mkdir(parents=True)
+    config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, CANDIDATES))
+    with pytest.raises(UserError, match="holds `vae` of another run, which the result of the search would replace"):
+        Search(config, DATA, read_candidates(config, DATA))
+
+
+@pytest.mark.parametrize(("counts", "num_images"), [((48, 24), 9), ((9, 24), 48), ((48, 1), 48)])
+def test_too_few_images_are_named_before_anything_is_trained(counts, num_images, tmp_path):
+    judge = save_backbone(tmp_path / "judge", "classifier")
+    with pytest.raises(UserError, match="the judge needs at least 10 of the first and the last and 2 of the second"):
+        check_enough_images(judge, *map(range, counts), num_images)
+    check_enough_images(judge, range(48), range(24), 48)
+
+
+def test_guidance_is_measured_where_pilots_have_it(tmp_path, caplog):
+    candidates = {
+        "joint": {"auxiliary_decoder": "none"},
+        "unguided": {"auxiliary_decoder": "none", "transformer": {"class_dropout_prob": 0.0}},
+        "auto": {"auxiliary_decoder": "none", "transformer": {"autoguidance_steps": 1}},
+    }
+    path = written(tmp_path, CANDIDATES | {"candidates": candidates})
+    config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=path, guidance_scales=[1.0, 3.0])
+    search = Search(config, DATA, read_candidates(config, DATA))
+    scales = {name: search.trial(name).experiment["guidance_scales"] for name in candidates}
+    assert scales == {"joint": [1.0, 3.0], "unguided": [1.0], "auto": [1.0, 3.0]}
+    config.output_dir, data = str(tmp_path / "without"), {**DATA, "label_column": "none"}
+    search = Search(config, data, read_candidates(config, data))
+    assert [search.is_guided(name) for name in candidates] == [False, False, True]
+    del search.candidates.flags["auto"]
+    search.find_judge = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        search.run()
+    assert "`--guidance_scales` has no effect: the images have no classes" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -426,11 +500,12 @@ def test_speed_is_measured_on_what_fits(tmp_path, monkeypatch):
     )  # fmt: skip
     candidates = read_candidates(config, DATA)
     del candidates.flags["joint"]  # as if it did not fit the images
-    search, timed = Search(config, DATA, candidates), []
-    monkeypatch.setattr("dae_diffusers.search.search.CandidateTrial", lambda name, *rest: timed.append(name) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    search = Search(config, DATA, candidates)
+    search.experiment["features"] = config.features
+    monkeypatch.setattr("dae_diffusers.search.search._CALIBRATION", (1, 2, 4))
+    with launched_here() as calls:
         search.measure_speeds()
-    assert timed == ["same"]
+    assert "/calibration/trials/same/stage1" in calls[0][1]
 
 
 def test_speed_is_measured_before_a_plan(tmp_path):
@@ -477,6 +552,8 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
         assert "| gFD / best ↓ | rank correlation of rung 1 | cost | wall time |" in text and "The rule is" in text
+        with pytest.raises(UserError, match="holds results of other settings: `generator_steps` was 4 and is 400"):
+            benchmark.main(benchmark.parse_arguments([*command[1:], "--generator_steps", "400"]))
         benchmark.main(benchmark.parse_arguments())
         assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
         assert drawn == [1.0, 1.25] * 6

@@ -643,6 +643,9 @@ class FindLatentsConfig:
     def __post_init__(self):
         check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
         self.data.require_gray_or_rgb("a judge")
+        self.data.refuse_conditions("find_latents.py, whose pilots know classes only")
+        if self.data.caption_column is not None:
+            raise ConfigError("`caption_column` cannot be used with find_latents.py, whose pilots know classes only.")
         self.data.refuse_random_crops("pilots, whose latents are cached")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dae_diffusers.errors import UserError
-from dae_diffusers.store import read_json
+from dae_diffusers.store import read_json, write_json
 
 # What all runs of a folder share.
 SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
@@ -135,6 +135,25 @@ def check_same_experiment(experiment: Experiment, output_dir: Path) -> dict[str,
                 "another `--output_dir`."
             )
     return kept | this
+
+
+def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    r"""
+    Keeps what the results of a folder were made with, in a JSON file.
+
+    Raises:
+        UserError: If the file says something else: results of before would be taken for those of these settings.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    kept = read_json(path) if path.exists() else {}
+    for name in kept.keys() & settings.keys():
+        if kept[name] != settings[name]:
+            raise UserError(
+                f"{path.parent} holds results of other settings: `{name}` was {kept[name]} and is {settings[name]}. Choose another "
+                "`--output_dir`."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, kept | settings)
 
 
 def check_finished(condition: str, needed: list[Path]) -> None:

@@ -44,8 +44,16 @@ def work_alone() -> bool:
     """
     is_first, rank = os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK")
     if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        hides_all = "CUDA_VISIBLE_DEVICES" in os.environ and visible[0] in ("", "-1")
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:
+            os.environ["CUDA_VISIBLE_DEVICES"] = rank
+        elif not hides_all:
+            if int(rank) >= len(visible):
+                raise ConfigError(
+                    f"more processes were started than `CUDA_VISIBLE_DEVICES` {','.join(visible)} has GPUs: each works on one of its own."
+                )
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(rank)]
     for variable in _OF_LAUNCHER:
         os.environ.pop(variable, None)
     return is_first

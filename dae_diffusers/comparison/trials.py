@@ -23,6 +23,7 @@ from dae_diffusers.metrics.evaluation import (
     sample_metrics,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.report import sample_grid
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, draw_samples
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -62,9 +63,18 @@ class Ruler:
         }
 
     def samples(
-        self, pipeline: Path, folder: Path, vae: AutoencoderKL | None = None, *, guidance_scale: float = 1.0
+        self,
+        pipeline: Path,
+        folder: Path,
+        vae: AutoencoderKL | None = None,
+        *,
+        guidance_scale: float = 1.0,
+        grid: Path | None = None,
     ) -> dict[str, float]:
-        """Draws samples into a folder and compares them with the training images, and with their reconstructions (`gap`)."""
+        """
+        Draws samples into a folder and compares them with the training images, and with their reconstructions (`gap`). `grid` is a file
+        for a picture of some of them.
+        """
         instead = {} if vae is None else {"vae": vae}
         loaded = DAEDiTPipeline.from_pretrained(pipeline, **instead).to(self.accelerator.device)
         settings = SampleSettings(
@@ -75,6 +85,9 @@ class Ruler:
             class_counts=class_counts(loaded, self.train, loaded.null_class),
         )
         drawn = draw_samples(loaded, settings, folder / "samples", self.accelerator)
+        if grid is not None:
+            names = loaded.id2label and [loaded.id2label[label] for label in sorted(loaded.id2label)]
+            sample_grid(drawn, settings.labels(loaded.null_class), names, rows=4).save(grid)
         reference = reference_statistics(self.extractor, self.train, cache_dir=self.reference)
         seen = (self.seen.features, self.seen.reconstruction_features)
         return sample_metrics(drawn, self.extractor, reference, *seen, self.accelerator)[0]

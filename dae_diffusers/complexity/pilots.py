@@ -80,13 +80,15 @@ def measure_pilots(
     def are_cached(_: str) -> bool:
         return cached.exists() or all((home / name / "trained.json").exists() for name in config.pilots())
 
-    cached = home / "cached.json"
+    # Runs with other pilots may work in this folder at the same time, and remove theirs.
+    latents = home / f"latents-{fingerprint_of_json(sorted(config.pilots()))}"
+    cached = latents.with_suffix(".json")
     missing = [name for name in config.pilots() if not row_of(name).exists()]
     if missing:
         if config.refit_steps:
             share(["refitted"], home, lambda _: Path(used).exists(), lambda _: _refit(vae, data, config, home, seed))
-        share(["latents"], home, are_cached, lambda _: write_json(
-            cached, cache_latents(experiment, used, home / "latents", seed)
+        share([latents.name], home, are_cached, lambda _: write_json(
+            cached, cache_latents(experiment, used, latents, seed)
         ))  # fmt: skip
     ruler: list[Ruler] = []
 
@@ -95,7 +97,7 @@ def measure_pilots(
         target = home / name
         kept = target / "trained.json"
         if not kept.exists():
-            write_json(kept, train_generator(experiment, name, used, home / "latents", target, pilot_seed))
+            write_json(kept, train_generator(experiment, name, used, latents, target, pilot_seed))
         trained = read_json(kept)
         row = {
             "width": width,
@@ -113,8 +115,8 @@ def measure_pilots(
         shutil.rmtree(target / "train_dit" / "checkpoints", ignore_errors=True)
 
     share(missing, home, lambda name: row_of(name).exists(), measure)
-    (home / "cached.json").unlink(missing_ok=True)
-    shutil.rmtree(home / "latents", ignore_errors=True)
+    cached.unlink(missing_ok=True)
+    shutil.rmtree(latents, ignore_errors=True)
     return [read_json(row_of(name)) for name in config.pilots()]
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image as PILImage
 
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.data import ImageDataset
@@ -206,6 +207,22 @@ def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, coun
     ).save(path)
 
 
+def sample_grid(
+    samples: KeptRows, labels: torch.Tensor | None, class_names: list[str] | None = None, rows: int = 8
+) -> PILImage.Image:
+    r"""A grid of the first samples, a column for each of few classes; the arguments are those of [`save_grids`], and how many rows."""
+    found = (
+        [] if labels is None else [(labels == label).nonzero().flatten()[:rows].tolist() for label in labels.unique()]
+    )
+    columns, column_names, chosen = 10, None, range(min(10 * rows, len(samples)))
+    if 0 < len(found) <= 20:
+        number = min(map(len, found))
+        columns, chosen = len(found), [of_class[n] for n in range(number) for of_class in found]
+        column_names = class_names and [class_names[label] for label in labels.unique()]
+    few = torch.cat([samples[n : n + 1] for n in chosen]).float() / 127.5 - 1
+    return image_grid(few, columns=columns, column_names=column_names)
+
+
 def save_grids(
     folder: Path,
     name: str,
@@ -226,14 +243,7 @@ def save_grids(
         neighbors (`torch.Tensor` of shape `(N,)`): The nearest training image of each sample.
         class_names (`list[str]`, *optional*): By class.
     """
-    found = [] if labels is None else [(labels == label).nonzero().flatten()[:8].tolist() for label in labels.unique()]
-    columns, column_names, chosen = 10, None, range(min(80, len(samples)))
-    if 0 < len(found) <= 20:
-        number = min(map(len, found))
-        columns, chosen = len(found), [of_class[n] for n in range(number) for of_class in found]
-        column_names = class_names and [class_names[label] for label in labels.unique()]
-    few = torch.cat([samples[n : n + 1] for n in chosen]).float() / 127.5 - 1
-    image_grid(few, columns=columns, column_names=column_names).save(folder / f"samples-{name}.png")
+    sample_grid(samples, labels, class_names).save(folder / f"samples-{name}.png")
     few = samples[:12].float() / 127.5 - 1
     nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
     rows = torch.cat([few, nearest])

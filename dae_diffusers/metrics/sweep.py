@@ -69,6 +69,11 @@ def check_options(sampling: SamplingConfig, sampler: Sampler | None) -> None:
             logger.warning("`--%s` has no effect on what a %s draws.", name, type(sampler.pipeline).__name__)
 
 
+def fewest_images(extractor: FeatureExtractor) -> int:
+    r"""The fewest samples that can be measured: density and coverage have a fifth neighbour, a classifier's score has ten parts."""
+    return 6 if extractor.num_classes is None else 10
+
+
 def check_counts(
     sampling: SamplingConfig,
     sampler: Sampler | None,
@@ -90,8 +95,8 @@ def check_counts(
             "there are no images of classes that the pipeline draws, such as %r: use `--label_sampling data`, or give images of all.",
             missing[0],
         )
-    # Distances need two of each; density and coverage compare with the fifth neighbour; the classifier's score has ten parts.
-    needed = 2 if sampler is None else 6 if extractor.num_classes is None else 10
+    # Distances need two of each.
+    needed = 2 if sampler is None or extractor is None else fewest_images(extractor)
     if extractor is not None and (len(validation) < 2 or min(len(train), sampling.num_images) < needed):
         raise UserError(
             f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
@@ -139,10 +144,15 @@ def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
         )
 
 
+def write_defaults(pipeline: Path, **options: float) -> None:
+    r"""Makes options of the call those with which the pipeline in a folder draws by default."""
+    path = pipeline / DAEDiTPipeline.config_name
+    write_json(path, read_json(path) | {f"default_{option}": value for option, value in options.items()})
+
+
 def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
     r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
     best = min(rows, key=lambda row: row[distance])
     chosen = {option: best[option] for option in SWEPT if option in best}
-    path = Path(name) / DAEDiTPipeline.config_name
-    write_json(path, read_json(path) | {f"default_{option}": value for option, value in chosen.items()})
+    write_defaults(Path(name), **chosen)
     logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))

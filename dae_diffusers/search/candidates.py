@@ -19,6 +19,7 @@ _OURS = (
     "stage", "stage1_dir", "stage1_steps", "stage2_steps", "pipeline", "vae", "latent_cache", "max_train_steps", "output_dir", "seed",
     "resume_from_checkpoint",
 )  # fmt: skip
+_SIZE_OF_PILOTS = ("model", "num_layers", "num_attention_heads", "attention_head_dim", "train_batch_size")
 # What a part may say about the images, which are the same for all. A generator's are encoded before.
 _LOADING = {"dataloader_num_workers"}
 _AUGMENTATION = {"random_crop", "random_flip", "random_resized_crop"}
@@ -67,14 +68,27 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     for candidate, flags in content["candidates"].items():
         if not re.fullmatch(r"[\w.-]+", str(candidate)):
             raise ConfigError(f"{name}: {candidate!r} is no name: use letters, digits, `.`, `-` and `_`.")
+        if candidate == "published" and config.published_vae is not None:
+            raise ConfigError(
+                f"{name}: `published` is the name of that of `published_vae`. Give this candidate another."
+            )
         where = f"{candidate} of {name}"
         if isinstance(flags, dict) and "transformer" in flags:
-            found.own_transformer[str(candidate)] = _flags(
-                f"transformer of {where}", flags["transformer"], TrainDiTConfig
-            )
+            own = _flags(f"transformer of {where}", flags["transformer"], TrainDiTConfig)
+            sizes = [each for each in own if each in _SIZE_OF_PILOTS]
+            if sizes:
+                raise ConfigError(
+                    f"{where} has `{sizes[0]}`, but all pilots have one size, so that they can be compared and cost the same. Give it to "
+                    "`transformer` of all."
+                )
+            found.own_transformer[str(candidate)] = own
             flags = {key: value for key, value in flags.items() if key != "transformer"}
         found.flags[str(candidate)] = found.autoencoder | _flags(where, flags, TrainDAEConfig)
     if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):
+        if "joint" in found.flags:
+            raise ConfigError(
+                f"{name}: `joint` is the name of joint training, which is always a candidate. Give this one another, or `auxiliary_decoder: none`."
+            )
         found.flags = {"joint": {**found.autoencoder, "auxiliary_decoder": "none"}, **found.flags}
     for candidate in list(found.flags):
         reason = _misfit(found.flags[candidate], found.transformer_of(candidate), data)
@@ -83,10 +97,10 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
         if reason is not None:
             found.left_out[candidate] = reason
             del found.flags[candidate]
-    if not found.flags:
-        raise UserError(f"no candidate fits the images: {next(iter(found.left_out.values()))}")
     if config.published_vae is not None:
         found.flags["published"] = {"vae": config.published_vae}
+    if not found.flags:
+        raise UserError(f"no candidate fits the images: {next(iter(found.left_out.values()))}")
     return found
 
 
@@ -127,7 +141,8 @@ def _misfit(flags: dict[str, Any], transformer: dict[str, Any], data: dict[str, 
     kept, of_stage1 = flags.get("keep_latent_channels"), stage1_flags(flags)
     try:
         autoencoder = compose(TrainDAEConfig, **{**data, **of_stage1})
-        generator = compose(TrainDiTConfig, **{**data, **transformer, "vae": "vae"})
+        # As it will be trained: from cached latents alone.
+        generator = compose(TrainDiTConfig, **{**transformer, "vae": "vae", "latent_cache": "latents"})
     except ConfigError as error:
         return str(error)
     channels = autoencoder.autoencoder.latent_channels

@@ -15,7 +15,7 @@ from dae_diffusers.metrics.report import table
 from dae_diffusers.search.candidates import stage1_flags
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import show_seconds
-from dae_diffusers.search.trial import distances
+from dae_diffusers.search.trial import distances, guidance_of
 from dae_diffusers.store import read_json, write_atomically
 
 _STYLE = (
@@ -96,7 +96,9 @@ def full_commands(search: Search, winner: str) -> list[str]:
                 f"--stage 2 --stage1_dir runs/ordered --keep_latent_channels {kept} --output_dir runs/best",
             ]
         lines += [f"dae-diffusers train-dae {data} {words} {stage}" for stage in stages]
-    generator = shlex.join(words_of(search.candidates.transformer_of(winner)))
+    measured = [scale for row in results_of(search)[winner] if (scale := guidance_of(row))]
+    guidance = {"sample_guidance_scale": measured[-1]} if measured else {}
+    generator = shlex.join(words_of(guidance | search.candidates.transformer_of(winner)))
     return [*lines, f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best"]
 
 
@@ -117,12 +119,6 @@ def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]
             }
         )
     return sorted(lines, key=lambda line: (-line["rungs"], math.inf if line["gFD"] is None else line["gFD"]))
-
-
-def guidance_of(row: dict[str, Any]) -> str | None:
-    r"""The guidance scale of a result that counts: that of the lowest gFD."""
-    scales = [scale for scale, found in row.get("guidance", {}).items() if found == row["generation"]]
-    return scales[0] if scales else None
 
 
 def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:

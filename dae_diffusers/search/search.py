@@ -13,20 +13,24 @@ from typing import Any
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.sharing import share
-from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
+from dae_diffusers.metrics.sweep import fewest_images
 from dae_diffusers.search.candidates import Candidates, stage1_flags
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner, turns_of
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import FORGOTTEN, CandidateTrial, distances
 from dae_diffusers.search.turned import write_turned
+from dae_diffusers.settings import changes_of
 from dae_diffusers.store import read_json, read_json_or, replace_folder, write_json
 
 logger = logging.getLogger(__name__)
 
-_FIXED = ("budget", "keep_one_in", "num_images", "guidance_scales", "num_inference_steps", "train_generator", "seed")
+_FIXED = ("keep_one_in", "num_images", "guidance_scales", "num_inference_steps", "train_generator", "seed")
+# What other scripts leave in their output folder.
+_RESULTS_OF_OTHERS = ("vae", "pipeline", "stage1", "train_dae", "train_dit")
 _CALIBRATION = (2, 12, 42)  # steps at which the clock is read; the first reading warms up
 
 
@@ -61,33 +65,47 @@ class Search:
             "settings": {name: getattr(config, name) for name in _FIXED},
         }
         path = self.folder / "search.json"
+        others = [name for name in _RESULTS_OF_OTHERS if (self.folder / name).exists()]
+        if others and not path.exists():
+            raise UserError(
+                f"`output_dir` {self.folder} holds `{others[0]}` of another run, which the result of the search would replace. Choose another "
+                "folder."
+            )
         share(["begin"], self.folder, lambda _: path.exists(), lambda _: write_json(path, described))
         before = read_json(path)
         for name, value in described.items():
             if before.get(name, value) != value:  # a folder of an older version says less
-                raise UserError(
-                    f"`output_dir` {self.folder} holds another search: its {name} were {before.get(name)}. Choose another folder."
-                )
+                self.refuse(name, *_difference(before[name], value))
         self.experiment = {
             "data": data,
             "num_images": config.num_images,
-            "guidance_scales": config.guidance_scales if self.images[0].has_classes else [1.0],
             "num_inference_steps": config.num_inference_steps,
         }
 
+    def refuse(self, name: str, before: Any, now: Any) -> None:
+        raise UserError(
+            f"`output_dir` {self.folder} holds another search: its {name} were {before}, and are {now} now. Choose another folder."
+        )
+
     def run(self) -> None:
         r"""Searches until the winner is trained, or goes on with that."""
+        if "guidance_scales" in changes_of(self.config) and not any(map(self.is_guided, self.candidates.flags)):
+            logger.warning("`--guidance_scales` has no effect: the images have no classes, so pilots have no guidance.")
         self.experiment["features"] = self.find_judge()
+        check_enough_images(self.experiment["features"], *self.images, self.config.num_images)
         rungs = self.plan()
         self.forget_failures()
         self.train_winner(self.choose(rungs), rungs)
 
-    def forget_failures(self) -> None:
+    def forget_failures(self, folder: Path | None = None) -> None:
         r"""
         Sets the failures aside of the rung that an earlier start had come to, so that they are tried once more: memory or the disk may have
         been full. Each process does this once, when it starts, so that processes that share the work do not go on for ever.
+
+        Args:
+            folder (`Path`, *optional*): Of the trials; default: that of the search.
         """
-        folders = list(self.folder.glob("trials/*/rung-*"))
+        folders = list((folder or self.folder).glob("trials/*/rung-*"))
         last = max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
         paths = [folder / "result.json" for folder in folders if folder.name == f"rung-{last}"]
         for path in sorted(paths):
@@ -136,6 +154,7 @@ class Search:
             write_json(
                 path,
                 {
+                    "budget": self.config.budget,
                     "speeds": vars(speeds),
                     "rungs": [rung.to_dict() for rung in rungs],
                     "seconds": used,
@@ -144,6 +163,8 @@ class Search:
 
         share(["plan"], self.folder, lambda _: path.exists(), make)
         self.planned = read_json(path)
+        if self.planned.get("budget", self.config.budget) != self.config.budget:
+            self.refuse("`--budget`", self.planned["budget"], self.config.budget)
         self.speeds = Speeds(**self.planned["speeds"])
         return [Rung(**rung) for rung in self.planned["rungs"]]
 
@@ -155,13 +176,13 @@ class Search:
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill
         trial = self.trial(name, folder)
         clock = []
-        for steps in _CALIBRATION:
+        for number, steps in enumerate(_CALIBRATION):
             start = time.monotonic()
-            trial.train_autoencoder(0, steps)
+            trial.train_autoencoder(number, steps)
             clock.append(time.monotonic() - start)
         autoencoder = _per_step(clock)
         clock = []
-        for number, steps in enumerate(_CALIBRATION):
+        for number, steps in enumerate(_CALIBRATION, start=len(_CALIBRATION)):
             start = time.monotonic()
             row = trial.run(number, Rung(1, _CALIBRATION[-1], steps))
             clock.append(time.monotonic() - start)
@@ -188,10 +209,17 @@ class Search:
 
     def trial(self, name: str, folder: Path | None = None) -> CandidateTrial:
         r"""A candidate, in the folder of the search or in another."""
-        experiment = {**self.experiment, "transformer": self.candidates.transformer_of(name)}
+        scales = self.config.guidance_scales if self.is_guided(name) else [1.0]
+        experiment = {**self.experiment, "transformer": self.candidates.transformer_of(name), "guidance_scales": scales}
         flags = self.candidates.flags
         same = (each for each in flags if stage1_flags(flags[each]) == stage1_flags(flags[name]))
         return CandidateTrial(name, flags[name], experiment, folder or self.folder, self.config.seed, next(same))
+
+    def is_guided(self, name: str) -> bool:
+        """Whether guidance changes what a candidate's pilots draw."""
+        flags = self.candidates.transformer_of(name)
+        learns_none = not self.images[0].has_classes or flags.get("class_dropout_prob") == 0
+        return not learns_none or flags.get("autoguidance_steps") is not None
 
     def result(self, name: str, number: int) -> dict[str, Any]:
         return read_json(self.trial(name).result_path(number))
@@ -245,6 +273,25 @@ class Search:
             write_json(finished, {"vae": row["vae"]})
 
         share(["winner"], self.folder, lambda _: finished.exists(), train)
+
+
+def check_enough_images(features: str, train: ImageDataset, validation: ImageDataset, num_images: int) -> None:
+    r"""Raises `UserError`, before anything is trained, if there are fewer images than a judge needs."""
+    extractor = load_feature_extractor(features)
+    needed = fewest_images(extractor)
+    if len(validation) < 2 or min(len(train), num_images) < needed:
+        raise UserError(
+            f"there are {len(train)} training and {len(validation)} validation images, and `num_images` is {num_images}: the judge needs at "
+            f"least {needed} of the first and the last and 2 of the second, and says little below some hundreds."
+        )
+
+
+def _difference(before: Any, now: Any) -> tuple[Any, Any]:
+    """Of two mappings, the parts that are not the same."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return before, now
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return tuple({name: each[name] for name in names if name in each} for each in (before, now))
 
 
 def _per_step(clock: list[float], *, whole: bool = False) -> float:

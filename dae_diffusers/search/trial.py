@@ -15,6 +15,7 @@ from dae_diffusers.data import DataConfig
 from dae_diffusers.engine.settings import warmup_of
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.report import draw_reconstructions
+from dae_diffusers.metrics.sweep import write_defaults
 from dae_diffusers.search.candidates import stage1_flags
 from dae_diffusers.search.planning import Rung
 from dae_diffusers.store import read_json_or, write_json
@@ -105,13 +106,21 @@ class CandidateTrial:
             )
             self._count(row["generator_cost"])
             row["guidance"] = {}
-            has_guidance = self.experiment["transformer"].get("class_dropout_prob") != 0
-            for scale in self.experiment["guidance_scales"] if has_guidance else [1.0]:
-                row["guidance"][f"{scale:g}"] = ruler.samples(target / "pipeline", target, guidance_scale=scale)
+            for scale in self.experiment["guidance_scales"]:
+                grid = folder / f"samples-{scale:g}.png"
+                row["guidance"][f"{scale:g}"] = ruler.samples(
+                    target / "pipeline", target, guidance_scale=scale, grid=grid
+                )
                 shutil.rmtree(target / "samples")
             row["generation"] = closest(list(row["guidance"].values()))
-            grids = sorted((target / "train_dit" / "grids").glob("*.png"))
-            shutil.copyfile(grids[-1], folder / "samples.png")
+            best = guidance_of(row)
+            write_defaults(
+                target / "pipeline",
+                guidance_scale=float(best),
+                num_inference_steps=self.experiment["num_inference_steps"],
+            )
+            for grid in folder.glob("samples-*.png"):
+                grid.replace(folder / "samples.png") if grid.stem == f"samples-{best}" else grid.unlink()
             for left in (folder / "latents", target / "train_dit" / "checkpoints"):
                 shutil.rmtree(left, ignore_errors=True)
         bad = [name for name, value in distances(row).items() if not math.isfinite(value)]
@@ -167,6 +176,12 @@ def closest(generations: list[dict[str, Any]]) -> dict[str, Any]:
         return found if math.isfinite(found) else math.inf
 
     return min(generations, key=order)
+
+
+def guidance_of(row: dict[str, Any]) -> str | None:
+    r"""The guidance scale of a result that counts: that of the lowest gFD. None where none is known."""
+    scales = [scale for scale, found in row.get("guidance", {}).items() if found == row["generation"]]
+    return scales[0] if scales else None
 
 
 def distances(row: dict[str, Any]) -> dict[str, float]:
