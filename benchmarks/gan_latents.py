@@ -286,7 +286,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("weights of the generator")
-    axis.set_ylabel("Fréchet distance to the training images (lower is better)")
+    axis.set_ylabel("FD to the training images ↓")
     axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
