@@ -59,7 +59,9 @@ from dae_diffusers.metrics.sampling import (
     prompts_of_images,
     say_duration,
 )
+from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
+from dae_diffusers.metrics.sweep import swept_settings
 from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate
 
@@ -410,6 +412,16 @@ def test_drawn_classes_are_as_frequent_as_those_of_the_images_and_matched_by_nam
     assert class_counts(pipeline, images, None) is None
     with pytest.raises(UserError, match="knows 3 classes, but the images have a label 3"):
         ids_in_pipeline(pipeline, SimpleNamespace(labels=[3], id2label={3: "elk"}))
+
+
+def test_labels_that_the_images_do_not_give_are_recorded_as_balanced(pipeline, caplog):
+    sampling = SamplingConfig(num_images=4)
+    images = SimpleNamespace(labels=[0, 0, 1], id2label={0: "cat", 1: "dog"}, captions=None)
+    (setting,) = swept_settings(sampling, 0, Sampler(pipeline), images)
+    assert setting.label_sampling == "data" and setting.class_counts[:2] == (2, 1) and not caplog.messages
+    images.labels = None
+    (setting,) = swept_settings(sampling, 0, Sampler(pipeline), images)
+    assert setting.label_sampling == "balanced" and "each class is generated equally often" in caplog.text
 
 
 def test_captions_are_drawn_in_a_mixed_order_with_the_class_of_their_name():

@@ -108,6 +108,10 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
     r"""The settings to measure: one for each combination of the swept options that the pipeline has."""
     is_by_class = sampler.conditions is None and (train.captions is None or sampling.prompt is not None)
     counts = class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None
+    label_sampling = sampling.label_sampling
+    if label_sampling == "data" and is_by_class and counts is None and sampler.num_classes:
+        label_sampling = "balanced"
+        logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
     sweep = [getattr(sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
     of_codes = {}
     if "temperature" in sampler.accepted:
@@ -120,7 +124,7 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
         SampleSettings(
             sampling.num_images,
             *chosen,
-            sampling.label_sampling,
+            label_sampling,
             seed,
             prompts=sampler.prompts,
             classes=sampler.classes,
