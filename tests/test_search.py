@@ -17,10 +17,12 @@ from dae_diffusers.comparison import trials
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.report import full_commands
-from dae_diffusers.search.search import Search, check_enough_images
+from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import closest, distances
 from dae_diffusers.search.turned import TURNS
@@ -370,7 +372,7 @@ def test_results_of_another_run_are_not_replaced(tmp_path):
 
 @pytest.mark.parametrize(("counts", "num_images"), [((48, 24), 9), ((9, 24), 48), ((48, 1), 48)])
 def test_too_few_images_are_named_before_anything_is_trained(counts, num_images, tmp_path):
-    judge = save_backbone(tmp_path / "judge", "classifier")
+    judge = load_feature_extractor(save_backbone(tmp_path / "judge", "classifier"))
     with pytest.raises(UserError, match="the judge needs at least 10 of the first and the last and 2 of the second"):
         check_enough_images(judge, *map(range, counts), num_images)
     check_enough_images(judge, range(48), range(24), 48)

@@ -21,6 +21,7 @@ from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
+from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.store import fingerprint_of_json, read_json, write_json
 
 _VERSION = 2  # raise it when the same inputs give other numbers
@@ -60,7 +61,11 @@ def measure_pilots(
     described = {
         name: value for name, value in vars(config).items() if name not in ("widths", "pilot_steps", "pilot_seeds")
     }
-    images = [split.fingerprint for split in load_images(DataConfig(**data), seed)]
+    splits = load_images(DataConfig(**data), seed)
+    extractor = None if features is None else load_feature_extractor(features)
+    if extractor is not None:
+        check_enough_images(extractor, *splits, config.num_images)
+    images = [split.fingerprint for split in splits]
     key = fingerprint_of_json([_VERSION, model_fingerprint(load_autoencoder(vae)), images, data, described, seed])
     home = folder / "pilots" / key
     experiment = {
@@ -72,7 +77,7 @@ def measure_pilots(
         "generators": {name: config.transformer(*pilot[:2]) for name, pilot in config.pilots().items()},
     }
     used = str(home / "refitted" / "vae") if config.refit_steps else vae
-    judged = home / ("loss" if features is None else load_feature_extractor(features).fingerprint)
+    judged = home / ("loss" if extractor is None else extractor.fingerprint)
 
     def row_of(name: str) -> Path:
         return judged / f"{name}.json"

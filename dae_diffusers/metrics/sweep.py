@@ -74,6 +74,18 @@ def fewest_images(extractor: FeatureExtractor) -> int:
     return 6 if extractor.num_classes is None else 10
 
 
+def check_enough_images(
+    extractor: FeatureExtractor, train: ImageDataset, validation: ImageDataset, num_images: int
+) -> None:
+    r"""Raises `UserError`, before anything is trained, if there are fewer images than a judge of samples needs."""
+    needed = fewest_images(extractor)
+    if len(validation) < 2 or min(len(train), num_images) < needed:
+        raise UserError(
+            f"there are {len(train)} training and {len(validation)} validation images, and `num_images` is {num_images}: the judge needs at "
+            f"least {needed} of the first and the last and 2 of the second, and says little below some hundreds."
+        )
+
+
 def check_counts(
     sampling: SamplingConfig,
     sampler: Sampler | None,

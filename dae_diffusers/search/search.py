@@ -13,11 +13,11 @@ from typing import Any
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.sharing import share
-from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
-from dae_diffusers.metrics.sweep import fewest_images
+from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.search.candidates import Candidates, stage1_flags
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner, turns_of
 from dae_diffusers.search.settings import SearchConfig, show_seconds
@@ -92,7 +92,7 @@ class Search:
         if "guidance_scales" in changes_of(self.config) and not any(map(self.is_guided, self.candidates.flags)):
             logger.warning("`--guidance_scales` has no effect: the images have no classes, so pilots have no guidance.")
         self.experiment["features"] = self.find_judge()
-        check_enough_images(self.experiment["features"], *self.images, self.config.num_images)
+        check_enough_images(load_feature_extractor(self.experiment["features"]), *self.images, self.config.num_images)
         rungs = self.plan()
         self.forget_failures()
         self.train_winner(self.choose(rungs), rungs)
@@ -273,17 +273,6 @@ class Search:
             write_json(finished, {"vae": row["vae"]})
 
         share(["winner"], self.folder, lambda _: finished.exists(), train)
-
-
-def check_enough_images(features: str, train: ImageDataset, validation: ImageDataset, num_images: int) -> None:
-    r"""Raises `UserError`, before anything is trained, if there are fewer images than a judge needs."""
-    extractor = load_feature_extractor(features)
-    needed = fewest_images(extractor)
-    if len(validation) < 2 or min(len(train), num_images) < needed:
-        raise UserError(
-            f"there are {len(train)} training and {len(validation)} validation images, and `num_images` is {num_images}: the judge needs at "
-            f"least {needed} of the first and the last and 2 of the second, and says little below some hundreds."
-        )
 
 
 def _difference(before: Any, now: Any) -> tuple[Any, Any]:
