@@ -197,7 +197,7 @@ def test_card_has_metadata_that_the_hub_reads(published):
     assert "mean" not in values and "num_images" not in values
 
 
-def test_card_says_how_it_was_made(published):
+def test_card_says_how_it_was_made(published, trained):
     text = published["README.md"].decode()
     record = json.loads(published["training/train_dae.json"])
     assert record["seconds"] > 0 and record["counts"]["training_images"] == 23
@@ -208,6 +208,7 @@ def test_card_says_how_it_was_made(published):
     assert config.stages.stage1_steps == 4 and config.autoencoder.block_out_channels == [8, 8]
     assert config.data.resolution == 16
     assert "becomes 8x8x3 latents (factor 2 on each side)" in text
+    assert json.loads(published["training/train_dit.json"])["weights"] == fingerprints_of(trained)
     assert "23 training images" in text and "2 classes: cat, dog" in text
     for picture in re.findall(r"\]\((images/[^)]+)\)", text):
         assert published[picture][:4] == b"\x89PNG"
@@ -597,7 +598,7 @@ def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published,
     save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     shutil.copy(path, tmp_path / "run" / "pipeline" / "vae" / path.name)
     push_folder(tmp_path / "run", REPO, revision="moved", data_pictures=True)  # without `fp16`
-    assert client.files(REPO, revision="moved").keys() == published.keys()
+    assert published.keys() - client.files(REPO, revision="moved").keys() == {"images/samples.png"}  # of the old decoder
     halved = load(client.files(REPO, revision="moved")["vae/diffusion_pytorch_model.fp16.safetensors"])
     for name, value in load_file(path).items():
         assert torch.equal(halved[name], value.half())
@@ -823,14 +824,16 @@ def test_samples_and_numbers_of_a_check_are_of_the_weights(tmp_path):
     assert "Run the script that wrote it again" in result.doubts[0]
 
 
-def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_path):
-    """A decoder that came later was not measured by `train_dae`; the best weights are older than the end of the log."""
-    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_path, part):
+    """Another decoder or generator that came later was not measured; the best weights are older than the end of the log."""
+    folder = save_measured_run(tmp_path / "run", generator={**PUBLIC, "metric_features": "tiny"}, **PUBLIC)
     shutil.copytree(folder / "pipeline" / "vae", folder / "vae")
     (folder / "train_dae" / "log.jsonl").write_text('{"step": 1, "validation/psnr": 20.0}\n')
     rows = [{"step": step, "validation/gfd_tiny": float(step)} for step in (2, 4, 6)]
     (folder / "train_dit" / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (folder / "train_dit" / "run.json").write_text('{"exported_step": 4}')
+    record = {"exported_step": 4, "weights": fingerprints_of(folder)}
+    (folder / "train_dit" / "run.json").write_text(json.dumps(record))
     grids = [folder / "train_dit" / "grids" / f"samples-{step:08d}.png" for step in (2, 4, 6)]
     for grid in grids:
         shutil.copy(folder / "samples.png", grid)
@@ -838,12 +841,20 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     result = read_result(folder)
     assert {each.metric: each.value for each in measurements(result)} == {"psnr": 20.0, "gfd_tiny": 4.0}
     assert "reconstructions.png" in result.pictures and result.pictures["samples.png"][0] == grids[1]
+    assert "The weights are those of step 4" in make_card(result, REPO).content and result.doubts == []
     grids[1].unlink()
     assert "samples.png" not in read_result(folder).pictures
-    change_weights(folder / "pipeline" / "vae")
+    shutil.copy(grids[0], grids[1])
+    change_weights(folder / "pipeline" / part, "decoder" if part == "vae" else "")
     result = read_result(folder)
-    assert [each.metric for each in measurements(result)] == ["gfd_tiny"]
-    assert "reconstructions.png" not in result.pictures
+    assert [each.metric for each in measurements(result)] == ([] if part == "vae" else ["psnr"])
+    assert ("reconstructions.png" in result.pictures) == (part != "vae") and "samples.png" not in result.pictures
+    assert "The weights are those of step" not in make_card(result, REPO).content
+    (doubt,) = result.doubts
+    assert "of other weights" in doubt and f"evaluate --pipeline {folder / 'pipeline'} --dataset_name user/faces" in doubt
+    del record["weights"]  # runs of before do not say of which weights their numbers are
+    (folder / "train_dit" / "run.json").write_text(json.dumps(record))
+    assert "gfd_tiny" in {each.metric for each in measurements(read_result(folder))}
 
 
 def test_autoencoder_that_was_trained_again_does_not_describe_an_older_pipeline(tmp_path):

@@ -114,6 +114,7 @@ def check_pipeline(folder: Path, kind: str, generator: dict[str, torch.Tensor]) 
 def test_stage_two_that_ends_last_makes_the_pipeline(kind, generated, finished):
     assert not (generated[kind] / "pipeline").exists()
     check_pipeline(finished[kind], kind, waiting(generated[kind], kind))
+    assert not any("other weights" in doubt for doubt in read_result(finished[kind]).doubts)
     assert not (finished[kind] / "train_dae" / NEWEST).exists()
 
 

@@ -18,6 +18,7 @@ from dae_diffusers.autoencoders.loading import (
 )
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import UserError
+from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
@@ -96,6 +97,8 @@ class GrowingAutoencoder:
         if run.accelerator.is_main_process and is_whole:
             save_result(run, pipeline, monitor)
         elif run.accelerator.is_main_process:
+            trained = {name: part for name, part in pipeline.components.items() if name != "vae"}
+            run.note(weights=weights_by_part(trained))  # the decoder comes later
             is_whole = self.save_waiting(pipeline)
         run.finish("pipeline" if is_whole else None)
 

@@ -41,6 +41,7 @@ class Script:
         record (`dict`): Its `run.json`: command, seconds, hardware, versions, counts. Empty for runs without one.
         validation (`dict`): The last validation values of its log.
         has_local_data (`bool`): Whether the images were in a folder, which the config may no longer show.
+        has_other_weights (`bool`): Whether what it measured and drew is not of the weights that are published.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Script:
     record: dict[str, Any]
     validation: dict[str, float]
     has_local_data: bool = False
+    has_other_weights: bool = False
 
     @property
     def names_images(self) -> bool:
@@ -265,6 +267,7 @@ def _describe(result: Result, *, is_run: bool) -> Result:
             continue
         result.scripts.setdefault(path.name, _read_script(path))
     _leave_out_other_encoder(result)
+    _leave_out_other_generator(result)
     result.metrics = _read_metrics(result)
     result.pictures = _find_pictures(result)
     if "evaluation" in result.metrics or "nearest.png" in result.pictures:
@@ -283,6 +286,24 @@ def _leave_out_other_encoder(result: Result) -> None:
             f"{script.folder} is not published: it trained another encoder than that in {result.vae}. Train the generator again to "
             "publish both."
         )
+
+
+def _leave_out_other_generator(result: Result) -> None:
+    """Leaves out what the training of a generator measured and drew, if `ema`, stage 3 or `assemble` have changed the pipeline since."""
+    for name in _GENERATOR_SCRIPTS:
+        script = result.scripts.get(name)
+        weights = None if script is None else script.record.get("weights")
+        if not weights or not _differing_parts(result, weights):
+            continue
+        if script.validation or latest_grid(script.folder, "samples-*.png"):
+            features = script.config.get("metric_features")
+            again = _evaluate_command(result, {"features": features}, is_of_samples=True) if features else ""
+            result.doubts.append(
+                f"the numbers and samples of {script.folder} are not published: they are of other weights than those in "
+                f"{result.pipeline}{f', which `{again}` measures' if again else ''}."
+            )
+        script.validation, script.has_other_weights = {}, True
+        script.record.pop("exported_step", None)
 
 
 def _has_own_autoencoder(result: Result) -> bool:
@@ -488,7 +509,9 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
 
 
 def _grid_of_weights(script: Script) -> Path | None:
-    """The samples that a script drew last, or with `--export best` at the step whose weights are published."""
+    """The samples that a script drew last, or with `--export best` at the step whose weights are published, if they are of these."""
+    if script.has_other_weights:
+        return None
     step = script.record.get("exported_step")
     return latest_grid(script.folder, "samples-*.png" if step is None else f"samples-{step:08d}.png")
 

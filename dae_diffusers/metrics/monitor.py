@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
@@ -236,5 +237,6 @@ def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDi
         if best is not None:
             pipeline, step = type(pipeline).from_pretrained(best), monitor.state["step"]
             run.note(exported_step=step)
+    run.note(weights=weights_by_part(pipeline.components))
     pipeline.save_pretrained(target)
     logger.info("saved %s%s", target, "" if step is None else f", the weights of step {step}")
