@@ -598,7 +598,8 @@ def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published,
     save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     shutil.copy(path, tmp_path / "run" / "pipeline" / "vae" / path.name)
     push_folder(tmp_path / "run", REPO, revision="moved", data_pictures=True)  # without `fp16`
-    assert published.keys() - client.files(REPO, revision="moved").keys() == {"images/samples.png"}  # of the old decoder
+    missing = published.keys() - client.files(REPO, revision="moved").keys()
+    assert missing == {"images/samples.png"}  # of the old decoder
     halved = load(client.files(REPO, revision="moved")["vae/diffusion_pytorch_model.fp16.safetensors"])
     for name, value in load_file(path).items():
         assert torch.equal(halved[name], value.half())
@@ -624,6 +625,18 @@ def test_weights_of_another_form_are_stale():
     assert stale_weights(published, shards) == ["vae/a.safetensors", "vae/a.fp16.safetensors"]
     assert stale_weights(shards, published) == shards[:3]
     assert stale_weights(published, published) == []
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"])
+def test_weights_that_nobody_would_load_are_refused(tmp_path, name):
+    folder = save_run(tmp_path / "run", None)
+    vae = folder / "pipeline" / "vae"
+    shutil.copy(vae / "diffusion_pytorch_model.safetensors", vae / name)
+    assert read_result(folder).pipeline  # beside those that are loaded
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    for place in (folder, vae):
+        with pytest.raises(UserError, match=f"vae has its weights in {name}, but must have them in safetensors files"):
+            read_result(place)
+
 
 
 def test_what_an_earlier_pipeline_leaves_is_stale():
@@ -851,7 +864,8 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     assert ("reconstructions.png" in result.pictures) == (part != "vae") and "samples.png" not in result.pictures
     assert "The weights are those of step" not in make_card(result, REPO).content
     (doubt,) = result.doubts
-    assert "of other weights" in doubt and f"evaluate --pipeline {folder / 'pipeline'} --dataset_name user/faces" in doubt
+    assert "of other weights" in doubt
+    assert f"evaluate --pipeline {folder / 'pipeline'} --dataset_name user/faces" in doubt
     del record["weights"]  # runs of before do not say of which weights their numbers are
     (folder / "train_dit" / "run.json").write_text(json.dumps(record))
     assert "gfd_tiny" in {each.metric for each in measurements(read_result(folder))}

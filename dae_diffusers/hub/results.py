@@ -160,7 +160,8 @@ def read_result(folder: str | Path) -> Result:
         [`Result`]: With a pipeline, an autoencoder or both.
 
     Raises:
-        UserError: If there is neither, or a pipeline's folder lacks the code that it needs to load elsewhere.
+        UserError: If there is neither, a pipeline's folder lacks the code that it needs to load elsewhere, or a model's the weights
+            that are loaded by default.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -168,6 +169,7 @@ def read_result(folder: str | Path) -> Result:
     if (folder / PIPELINE_INDEX).exists():
         pipeline, run = folder, folder.resolve().parent
     elif (folder / "config.json").exists():
+        _check_weights([folder])
         return _describe(Result(folder.resolve().parent, None, folder), is_run=False)
     else:
         pipeline, run = folder / "pipeline", folder
@@ -178,10 +180,12 @@ def read_result(folder: str | Path) -> Result:
                 f"{folder} holds nothing that can be published: neither pipeline/{PIPELINE_INDEX} nor vae/config.json. "
                 "Give the output folder of a finished training run."
             )
+        _check_weights([vae])
         return _describe(Result(run, None, vae), is_run=True)
     result = Result(run, pipeline, pipeline / "vae" if (pipeline / "vae").is_dir() else None)
     result.index = read_json(pipeline / PIPELINE_INDEX)
     _check_code(result)
+    _check_weights([pipeline / name for name, value in result.index.items() if isinstance(value, list)])
     return _describe(result, is_run=pipeline != folder)
 
 
@@ -235,6 +239,22 @@ def _check_code(result: Result) -> None:
             f"{result.pipeline} lacks {' and '.join(missing)}, the code with which it loads where only diffusers is "
             "installed. Load it with its pipeline class and save it again with `save_pretrained`."
         )
+
+
+def _check_weights(models: list[Path]) -> None:
+    """Refuses models whose weights `from_pretrained` would not find: the Hub may still have others of the names that it looks for."""
+    for folder in models:
+        names = {path.name for path in folder.glob("*model*")}
+        found = sorted(name for name in names if name.endswith((".bin", ".safetensors")))
+        wanted = [
+            f"{each}.safetensors{end}" for each in ("diffusion_pytorch_model", "model") for end in ("", ".index.json")
+        ]
+        if found and names.isdisjoint(wanted):
+            raise UserError(
+                f"{folder} has its weights in {found[0]}, but must have them in safetensors files without a variant in their names. "
+                "Load the model as it is, with its `variant`, and save it again with `save_pretrained(folder)` alone. `push --fp16` adds "
+                "half precision."
+            )
 
 
 def _is_stock(class_name: Any) -> bool:
