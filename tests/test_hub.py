@@ -605,26 +605,26 @@ def test_pushing_other_weights_leaves_no_old_ones_beside_them(client, published,
         assert torch.equal(halved[name], value.half())
 
 
-def test_pipeline_keeps_its_encoder_when_an_autoencoder_alone_is_pushed(client, tmp_path):
-    folder = save_run(tmp_path / "run", None)
+def test_pipeline_keeps_its_encoder_when_an_autoencoder_alone_is_pushed(client, tmp_path, caplog):
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    save_evaluation(folder, {"weights": fingerprints_of(folder)})
     push_folder(folder, "writer/whole")
     shutil.copytree(folder / "pipeline" / "vae", tmp_path / "vae")
     change_weights(tmp_path / "vae", "decoder")
+    (tmp_path / "train_dae").mkdir()
+    (tmp_path / "train_dae" / "config.yaml").write_text(yaml.safe_dump(PUBLIC))
+    (tmp_path / "train_dae" / "log.jsonl").write_text('{"step": 1, "validation/psnr": 20.0}\n')
+    whole = client.files("writer/whole")
     push_folder(tmp_path / "vae", "writer/whole")  # a better decoder of the same latents
     before = client.files("writer/whole")
+    assert {name for name in whole if whole[name] != before.get(name)} == {"vae/diffusion_pytorch_model.safetensors"}
+    assert "its card and metrics.json stay" in caplog.text
     change_weights(tmp_path / "vae", "encoder")
     with pytest.raises(UserError, match="writer/whole holds a pipeline with another encoder"):
         push_folder(tmp_path / "vae", "writer/whole")
     assert client.files("writer/whole") == before and "model_index.json" in before
     push_folder(tmp_path / "vae", "writer/other")
 
-
-def test_weights_of_another_form_are_stale():
-    published = ["README.md", "vae/a.safetensors", "vae/a.fp16.safetensors", "vae/config.json", "other/b.safetensors"]
-    shards = ["vae/a-1-of-2.safetensors", "vae/a-2-of-2.safetensors", "vae/a.safetensors.index.json", "README.md"]
-    assert stale_weights(published, shards) == ["vae/a.safetensors", "vae/a.fp16.safetensors"]
-    assert stale_weights(shards, published) == shards[:3]
-    assert stale_weights(published, published) == []
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"])
 def test_weights_that_nobody_would_load_are_refused(tmp_path, name):
@@ -638,6 +638,13 @@ def test_weights_that_nobody_would_load_are_refused(tmp_path, name):
             read_result(place)
 
 
+def test_weights_of_another_form_are_stale():
+    published = ["README.md", "vae/a.safetensors", "vae/a.fp16.safetensors", "vae/config.json", "other/b.safetensors"]
+    shards = ["vae/a-1-of-2.safetensors", "vae/a-2-of-2.safetensors", "vae/a.safetensors.index.json", "README.md"]
+    assert stale_weights(published, shards) == ["vae/a.safetensors", "vae/a.fp16.safetensors"]
+    assert stale_weights(shards, published) == shards[:3]
+    assert stale_weights(published, published) == []
+
 
 def test_what_an_earlier_pipeline_leaves_is_stale():
     pipeline = ["model_index.json", "vae/config.json", "training/train_dit.yaml"]
@@ -649,7 +656,9 @@ def test_what_an_earlier_pipeline_leaves_is_stale():
     ]
     own = ["training/notes.yaml", "training/notes.json", "notes/metrics.json"]
     assert set(stale_files([*pipeline, *earlier, *own], pipeline)) == set(earlier)
-    assert stale_files([*pipeline, *earlier, *own], ["vae/config.json"]) == []  # the pipeline stays
+    assert (
+        stale_files([*pipeline, *earlier, *own, "images/nearest.png"], ["vae/config.json"]) == []
+    )  # the pipeline stays
 
 
 def test_pushing_again_keeps_the_license_and_makes_no_empty_commit(client, published, trained):

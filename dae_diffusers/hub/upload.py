@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import repository_files, without_origin
-from dae_diffusers.hub.results import DATA_PICTURES, NUMBERS, PICTURES, Result, is_leftover, read_result
+from dae_diffusers.hub.results import NUMBERS, PICTURES, Result, is_leftover, read_result
 from dae_diffusers.store import have_other_encoders
 
 logger = logging.getLogger(__name__)
@@ -178,19 +178,26 @@ def push_folder(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     license = license or published_license(repo_id, revision)
+    published = api.list_repo_files(repo_id, revision=revision)
+    is_decoder_of_pipeline = result.pipeline is None and "model_index.json" in published
+    if is_decoder_of_pipeline:
+        _check_encoder(api, repository, result.vae, revision)
+        logger.warning(
+            "%s holds a pipeline: its card and metrics.json stay, and tell of the decoder that it had. Push the whole pipeline to renew them.",
+            repository,
+        )
     files = repository_files(
         result,
         repo_id,
         license=license,
         step=step,
         revision=revision,
-        card=not keep_card,
+        card=not (keep_card or is_decoder_of_pipeline),
         space_id=space_id,
         data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
     )
-    published = api.list_repo_files(repo_id, revision=revision)
-    if "model_index.json" in published and "model_index.json" not in files:
-        _check_encoder(api, repository, result.vae, revision)
+    if is_decoder_of_pipeline:
+        files.pop("metrics.json", None)
     is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
     with tempfile.TemporaryDirectory() as temporary:
         if fp16 or (not is_sharded and any(name.endswith(".fp16.safetensors") for name in published)):
@@ -501,7 +508,9 @@ def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
 
 def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
     r"""Pictures that an earlier push has published and this one leaves out: they show images of the data set, or other weights."""
-    names = PICTURES if "model_index.json" in files else DATA_PICTURES
+    names = (
+        PICTURES if "model_index.json" in files else ("reconstructions.png",)
+    )  # those of a pipeline stay with its card
     pictures = [f"images/{name}" for name in names]
     is_result = "metrics.json" in files or any(name.startswith(("vae/", "images/")) for name in files)
     return [name for name in published if is_result and name in pictures and name not in files]
