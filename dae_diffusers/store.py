@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _HEADER = "kept"  # the entry of a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.(?P<host>\w+)-(?P<process>\d+)\.tmp$")
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_|pytorch_)?model[.-].*(safetensors|bin)(\.index.*)?"
+)  # and indexes, of any variant
 _OLD_SECONDS = 24 * 3600  # after so long without a write, a temporary file of another machine is a leftover
 _UNREADABLE = (
     ValueError,
@@ -147,7 +150,8 @@ def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
 
 def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
     r"""
-    Puts new files in the place of those of the same names in a folder, one by one: each is there at every instant, old or new.
+    Puts the new files of a model in the place of those of the same names in its folder, one by one: each is there at every instant,
+    old or new. Weights of other names, such as half-precision copies of the old ones, are removed; other files stay.
 
     Args:
         folder (`Path`): The folder, which exists.
@@ -156,9 +160,13 @@ def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
     temporary = folder / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)
-    for path in sorted(temporary.iterdir()):
+    new = sorted(temporary.iterdir())
+    for path in new:
         os.replace(path, folder / path.name)
     temporary.rmdir()
+    for name in {path.name for path in folder.iterdir()} - {path.name for path in new}:
+        if _WEIGHTS.fullmatch(name):
+            (folder / name).unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -98,8 +98,14 @@ def test_weights_of_the_training_are_kept_however_often_others_are_chosen(traine
     trained_weights = load_file(trained / TRANSFORMER)
     run(ema, "--length 0.05 0.1", folder=trained)
     sources = {length: trained / "ema" / f"length-{length:g}" / "transformer" for length in (0.05, 0.1)}
+    halved, note = (
+        trained / "pipeline" / "transformer" / name for name in ("diffusion_pytorch_model.fp16.safetensors", "note")
+    )
+    shutil.copy(trained / TRANSFORMER, halved)
+    note.touch()
     for length, source in sources.items():
         put_into_pipeline(trained, "transformer", source, length)
+        assert not halved.exists() and note.exists()
         assert_same_weights(weights(trained / "pipeline" / "transformer"), weights(source))
         assert_same_weights(weights(trained / "transformer_before_ema"), trained_weights)
     again = {name: value + 1 for name, value in trained_weights.items()}  # the training went on
