@@ -202,6 +202,27 @@ def test_decoder_of_another_encoder_is_refused(generated, finished, tmp_path, ca
         assemble.main(parse_config(AssembleConfig, ["--pipeline", str(tmp_path / "vae"), "--vae", "x"]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_decoder_replaces_the_autoencoder_alone(kind, finished, larger, tmp_path):
+    shutil.copytree(finished[kind] / "pipeline", tmp_path / "pipeline")
+    vae = tmp_path / "pipeline" / "vae"
+    shutil.copy(next(vae.glob("*.safetensors")), vae / "diffusion_pytorch_model.fp16.safetensors")
+    (tmp_path / "pipeline" / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
+    arguments = ["--pipeline", str(tmp_path), "--vae", str(larger[kind] / "vae")]
+    for _ in range(2):  # the second time changes nothing
+        assemble.main(parse_config(AssembleConfig, arguments))
+    changed = {path for path, content in before.items() if not path.exists() or path.read_bytes() != content}
+    assert {path for path in changed if path.parent != vae} == {tmp_path / "pipeline" / "model_index.json"}
+    assert not (vae / "diffusion_pytorch_model.fp16.safetensors").exists()
+    assert_same_weights(weights(tmp_path / "vae_before_assemble"), weights(finished[kind] / "vae"))
+    for path in ("model_index.json", "vae/config.json"):
+        found, expected = (json.loads((folder / "pipeline" / path).read_text()) for folder in (tmp_path, larger[kind]))
+        assert {**found, "_name_or_path": None} == {**expected, "_name_or_path": None}
+    pipeline = KINDS[kind][3].from_pretrained(tmp_path / "pipeline")
+    assert type(pipeline.vae) is CLASSES[kind][0]
+
+
 def test_unfinished_decoder_is_neither_published_nor_measured_while_training():
     argv = "--vae x --train_data_dir x --push_to_hub --hub_strategy every_save --metric_features x".split()
     config = parse_config(CONFIG_CLASSES[train_dit], argv)

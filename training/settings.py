@@ -741,7 +741,9 @@ class AssembleConfig:
     pipeline: str = field(help="folder of the pipeline, or the output folder that holds it")
     vae: str = field(help="folder or Hub id of the autoencoder with the decoder")
     output_dir: str | None = field(
-        None, "the result goes into `pipeline/` of this folder; default: the pipeline's decoder is replaced"
+        None,
+        "the result goes into `pipeline/` of this folder; default: the pipeline's decoder is replaced, and the autoencoder before "
+        "stays beside the pipeline in `vae_before_assemble`",
     )
 
 

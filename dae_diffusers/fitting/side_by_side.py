@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,19 @@ from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import STATISTICS, set_statistics
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
-from dae_diffusers.store import have_other_encoders, replace_folder
+from dae_diffusers.store import (
+    have_other_encoders,
+    read_json,
+    replace_folder,
+    weights_fingerprint,
+    weights_fingerprint_of,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
 WAITING = "pipeline_waiting"  # in the output folder: a finished generator whose decoder still trains
+REPLACED = "vae_before_assemble"  # beside the pipeline: the autoencoder that another decoder replaced
 NEWEST = "newest_decoder"  # in the folder of train_dae: the decoder of stage 2 at its last validation
 
 
@@ -184,7 +193,7 @@ def assemble(pipeline_folder: Path, vae_folder: str | Path, target: Path) -> Non
     Args:
         pipeline_folder (`Path`): The pipeline.
         vae_folder (`str` or `Path`): The autoencoder, in a folder or on the Hub.
-        target (`Path`): Where to write the result. It may be the pipeline's folder.
+        target (`Path`): Where to write the result. In the pipeline's own folder only the autoencoder is replaced, and kept in [`REPLACED`].
 
     Raises:
         UserError: If the two have different encoders or codebooks, the generator cannot draw with such a decoder, or one of them
@@ -204,15 +213,30 @@ def assemble(pipeline_folder: Path, vae_folder: str | Path, target: Path) -> Non
         raise UserError(
             f"the decoder of {vae_folder} does not fit the generator of {pipeline_folder}. {problem}"
         ) from None
-    fit = read_fit(vae_folder)
+    fit, part = read_fit(vae_folder), target / "vae"
+    is_same_folder = target.resolve() == pipeline_folder.resolve()
 
     def save(folder: Path) -> None:
-        pipeline.save_pretrained(folder)
+        model, saved = (pipeline.vae, folder) if is_same_folder else (pipeline, folder / "vae")
+        model.save_pretrained(folder)
         if fit:
-            write_fit(folder / "vae", folder / "vae", fit)
+            write_fit(saved, saved, fit)
 
-    replace_folder(target, save)
-    logger.info("saved %s, with the decoder of %s", target, vae_folder)
+    if not is_same_folder:
+        replace_folder(target, save)
+        logger.info("saved %s, with the decoder of %s", target, vae_folder)
+        return
+    kept = target.resolve().with_name(REPLACED)
+    if weights_fingerprint_of(part) != weights_fingerprint(
+        vae.state_dict().values()
+    ):  # else the command was given again
+        replace_folder(kept, partial(shutil.copytree, part))
+    replace_folder(part, save)
+    module = type(vae).__module__  # of diffusers, or of a file that lies beside the weights
+    library = "diffusers" if module.startswith("diffusers.") else module.rpartition(".")[2]
+    index = read_json(target / DiffusionPipeline.config_name)
+    write_json(target / DiffusionPipeline.config_name, {**index, "vae": [library, type(vae).__name__]})
+    logger.info("%s now has the decoder of %s; the autoencoder before is in %s", part, vae_folder, kept)
 
 
 def with_statistics_of(known: ModelMixin, vae: ModelMixin) -> ModelMixin:
