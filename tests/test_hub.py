@@ -443,6 +443,21 @@ def test_card_leaves_out_what_is_unknown_of_its_example(trained):
     assert 'conditions={"color": "blue"}, ' in make_card(result, REPO, data_pictures=True).content
 
 
+def test_card_of_a_stock_pipeline_loads_it_with_diffusers_and_has_no_space(tmp_path):
+    folder = save_run(tmp_path / "run", {0: "cat", 1: "dog"})
+    (folder / "pipeline" / "pipeline.py").unlink()
+    index = json.loads((folder / "pipeline" / "model_index.json").read_text())
+    (folder / "pipeline" / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}))
+    text = make_card(read_result(folder), REPO).content
+    snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert snippet == f'from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained("{REPO}")\n'
+    assert "custom_pipeline" not in text and "The code in this repository" not in text
+    with pytest.raises(
+        UserError, match="is a DiTPipeline, but the app of the Space draws only with DAEDiTPipeline and"
+    ):
+        push_script(folder, REPO, "--space", "--export_dir", tmp_path / "out")
+
+
 def test_card_draws_as_the_pipeline_does_by_default(trained):
     result = read_result(trained)
     assert '"dog", guidance_scale=2.0, num_inference_steps=2' in make_card(result, REPO).content

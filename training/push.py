@@ -28,6 +28,8 @@ EXAMPLE = "the caption or conditions of an image, as an example"
 def main(config: PushConfig) -> None:
     show_messages()
     result = results.read_result(config.folder)  # what is wrong with the folder is said before the Hub is asked
+    if config.space:
+        upload.check_space(result)
     if config.export_dir is not None:
         export(config, result)
         return

@@ -221,6 +221,7 @@ def make_card(
         revision=None if revision is None else json.dumps(revision),
         generator=generator,
         pipeline_class=result.index.get("_class_name"),
+        has_code=result.pipeline is not None and (result.pipeline / "pipeline.py").exists(),
         call=_example_call(result, generator),
         vae_class=result.vae_config.get("_class_name"),
         vae_code=_vae_code(result),

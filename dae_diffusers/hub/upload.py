@@ -35,7 +35,7 @@ from huggingface_hub.utils import (
 from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.hub.card import repository_files, without_origin
+from dae_diffusers.hub.card import GENERATORS, repository_files, without_origin
 from dae_diffusers.hub.results import NUMBERS, PICTURES, Result, is_leftover, read_result
 from dae_diffusers.store import have_other_encoders
 
@@ -313,6 +313,21 @@ def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     repository = _repository(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
     _commit(api, repository.repo_id, space_files(model_id), message="Upload the app", repo_type="space")
     return str(repository)
+
+
+def check_space(result: Result) -> None:
+    r"""
+    Raises `UserError` if the app of a Space cannot draw with a model.
+
+    Args:
+        result ([`~dae_diffusers.hub.results.Result`]): The model.
+    """
+    class_name = result.index.get("_class_name")
+    if result.pipeline is not None and class_name not in GENERATORS:
+        raise UserError(
+            f"`space`: {result.pipeline} is a {class_name}, but the app of the Space draws only with {' and '.join(GENERATORS)}. Push it "
+            "without `--space`."
+        )
 
 
 def space_files(model_id: str) -> dict[str, bytes]:
