@@ -458,6 +458,17 @@ def test_card_of_a_stock_pipeline_loads_it_with_diffusers_and_has_no_space(tmp_p
         push_script(folder, REPO, "--space", "--export_dir", tmp_path / "out")
 
 
+def test_images_that_are_no_pictures_are_drawn_as_arrays_and_have_no_space(tmp_path):
+    folder = save_run(tmp_path / "run", None)
+    assert "output_type" not in make_card(read_result(folder), REPO).content
+    path = folder / "pipeline" / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 4, "out_channels": 4}))
+    call = 'pipe(num_images_per_label=1, num_inference_steps=25, output_type="np").images[0]'
+    assert make_card(read_result(folder), REPO).content.count(call) == 2
+    with pytest.raises(UserError, match="have 4 channels, but the app of the Space shows pictures of 1 or 3"):
+        push_script(folder, REPO, "--space", "--export_dir", tmp_path / "out")
+
+
 def test_card_draws_as_the_pipeline_does_by_default(trained):
     result = read_result(trained)
     assert '"dog", guidance_scale=2.0, num_inference_steps=2' in make_card(result, REPO).content

@@ -222,7 +222,7 @@ def make_card(
         generator=generator,
         pipeline_class=result.index.get("_class_name"),
         has_code=result.pipeline is not None and (result.pipeline / "pipeline.py").exists(),
-        call=_example_call(result, generator),
+        call=_example_call(result, generator) + ("" if makes_pictures(result) else ', output_type="np"'),
         vae_class=result.vae_config.get("_class_name"),
         vae_code=_vae_code(result),
         latent=_latent_description(result),
@@ -424,6 +424,11 @@ def _vae_code(result: Result) -> str | None:
     """The file beside the autoencoder's weights that holds its class, where that is not diffusers' own."""
     names = (result.vae_config.get("auto_map") or {}).values()
     return next((f"{name.partition('.')[0]}.py" for name in names), None)
+
+
+def makes_pictures(result: Result) -> bool:
+    r"""Whether the model's images have the channels of pictures: one or three. False without an autoencoder's config."""
+    return bool(result.vae_config) and autoencoder_shape(result.vae_config).image_channels in (1, 3)
 
 
 def _latent_description(result: Result) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from huggingface_hub.utils import (
 from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.hub.card import GENERATORS, repository_files, without_origin
+from dae_diffusers.hub.card import GENERATORS, makes_pictures, repository_files, without_origin
 from dae_diffusers.hub.results import NUMBERS, PICTURES, Result, is_leftover, read_result
 from dae_diffusers.store import have_other_encoders
 
@@ -327,6 +327,11 @@ def check_space(result: Result) -> None:
         raise UserError(
             f"`space`: {result.pipeline} is a {class_name}, but the app of the Space draws only with {' and '.join(GENERATORS)}. Push it "
             "without `--space`."
+        )
+    if not makes_pictures(result):
+        raise UserError(
+            f"`space`: the images of {result.vae} have {result.vae_config.get('in_channels')} channels, but the app of the Space shows "
+            "pictures of 1 or 3. Push it without `--space`."
         )
 
 
