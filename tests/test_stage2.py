@@ -419,6 +419,10 @@ def test_decoder_of_twice_the_size_serves_the_latents_of_the_same_encoder(
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("cat").images[0].size == (32, 32) and pipeline.vae_scale_factor == 4
     assert_same_weights(load_file(tmp_path / KINDS[kind][4]), waiting(generated[kind], kind))
+    other = shutil.copytree(generated[kind], tmp_path / "other")  # whose images were half as large
+    assemble.main(parse_config(AssembleConfig, ["--pipeline", str(other), "--vae", str(tmp_path / "vae")]))
+    card = repository_files(read_result(other), "user/larger")["README.md"].decode()
+    assert "An image of 32x32x3 becomes 8x8x3 latents (factor 4 on each side" in card
     if kind == "kl":
         assert pipeline("cat", height=16, width=48, num_inference_steps=1).images[0].size == (48, 16)
         latents = torch.randn(1, 3, 24, 24)

@@ -437,7 +437,8 @@ def _latent_description(result: Result) -> dict[str, Any]:
         return {}
     shape = autoencoder_shape(config)
     statistics = zip(config.get("latents_mean") or (), config.get("latents_std") or (), strict=True)
-    size = (result.data_script.config.get("resolution") if result.data_script else None) or shape.side
+    resolution = result.data_script.config.get("resolution") if result.data_script else None
+    size = [side * shape.factor for side in _drawn_latents(result)] or resolution or shape.side
     return {
         "channels": shape.latent_channels,
         "factor": shape.factor,
@@ -447,6 +448,15 @@ def _latent_description(result: Result) -> dict[str, Any]:
         "statistics": [] if is_representation_autoencoder(config) else list(statistics),
         "codes": config.get("num_vq_embeddings"),
     }
+
+
+def _drawn_latents(result: Result) -> list[int]:
+    """Height and width of the latents that the generator draws; empty without one, or if its config does not tell."""
+    for part, name in (("transformer", "sample_size"), ("prior", "grid_size")):
+        path = None if result.pipeline is None else result.pipeline / part / "config.json"
+        if path is not None and path.exists() and (size := read_json(path).get(name)):
+            return list(height_and_width(size))
+    return []
 
 
 def _class_names(result: Result) -> list[str]:
