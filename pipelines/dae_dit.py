@@ -612,7 +612,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             class_labels (`int`, `str` or an iterable of both, *optional*):
                 Class ids and names, see `get_label_ids`. Without them, a model with classes generates with its null class. A model
                 without classes takes none. With several kinds of classes also a mapping, `{"shape": "cat", "color": ["red", "blue"]}`.
-                With neither labels nor prompts nor conditions there is no guidance, unless there is a `guidance_transformer`.
+                With neither labels nor prompts (also negative ones) nor conditions there is no guidance, unless there is a
+                `guidance_transformer`.
             conditions (mapping, *optional*):
                 What else to draw from, by name, one value for all images or a list of one per image: names or numbers of classes,
                 numbers in their own units, and a picture, array or tensor for an image, as in
@@ -685,7 +686,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         }
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         texts |= {name: value for name, value in embeds.items() if value is not None}
-        has_condition = class_labels is not None or "prompt" in texts or "prompt_embeds" in texts
+        has_condition = class_labels is not None or bool(texts)
         has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
         self._guidance_scale, self._interrupt = guidance_scale, False  # a callback may change both
         needs_negative = has_condition and self.do_classifier_free_guidance and self.guidance_transformer is None

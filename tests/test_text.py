@@ -270,6 +270,9 @@ def test_prompts_embeddings_and_labels_mean_the_same_in_every_form(encoders):
         asked = {"prompt": "a dog", "class_labels": 1, "negative_prompt": "blue", "guidance_scale": 3} | change
         assert not torch.equal(sample(pipeline, **asked), expected)
     assert torch.equal(sample(pipeline, "a dog", negative_prompt=""), sample(pipeline, "a dog"))
+    away = sample(pipeline, negative_prompt="blue", guidance_scale=3)  # from the empty text
+    assert torch.equal(away, sample(pipeline, "", negative_prompt="blue", guidance_scale=3))
+    assert not torch.equal(away, sample(pipeline, guidance_scale=3))
     assert torch.equal(sample(pipeline), sample(pipeline, "", guidance_scale=1))
     generators = [torch.Generator().manual_seed(n) for n in range(4)]
     images = sample(pipeline, ["a big red apple", "blue"], num_images_per_prompt=2, generator=generators)
