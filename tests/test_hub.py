@@ -1141,6 +1141,18 @@ def test_nothing_goes_to_a_public_repository_that_must_be_private(client, traine
     push_script(trained / "vae", "writer/open", "--license", "mit", "--private")
 
 
+def test_space_with_another_app_stays(client, tmp_path):
+    folder, api = save_run(tmp_path / "run", None), HfApi()
+    push_script(folder, "writer/own", "--license", "mit", "--space")
+    push_script(folder, "writer/own", "--license", "mit", "--space")  # of an earlier push
+    api.create_repo("writer/theirs", repo_type="space", space_sdk="gradio")
+    api.upload_file(repo_id="writer/theirs", repo_type="space", path_in_repo="app.py", path_or_fileobj=b"print(1)")
+    with pytest.raises(UserError, match="writer/theirs exists and has another app.*`--space_id`"):
+        push_script(folder, "writer/theirs", "--license", "mit", "--space")
+    assert "README.md" not in api.list_repo_files("writer/theirs", repo_type="space")
+    assert "model_index.json" not in api.list_repo_files("writer/theirs")  # said before
+
+
 def test_space_of_a_private_model_is_private_without_a_flag(client, trained, caplog):
     HfApi().create_repo("writer/hidden", private=True)
     with caplog.at_level(logging.INFO):

@@ -44,6 +44,8 @@ def main(config: PushConfig) -> None:
         is_private = upload.is_private(repo_id)
         announce(result, repo_id, with_pictures, is_private=is_private)
         space_id = (config.space_id or repo_id) if config.space else None
+        if config.space:
+            upload.check_app(space_id)  # before the model is pushed, whose card names its Space
         address = upload.push_folder(
             config.folder,
             repo_id,

@@ -45,6 +45,7 @@ STAGE1_BRANCH = "stage1"
 # Seconds without a byte after which a request fails; the client retries an upload a few times. By default it waits forever.
 CHECK_SECONDS = 15.0  # whether the Hub is there
 UPLOAD_SECONDS = 60.0
+_OF_OUR_APP = b"draw by class, look"  # in its description, since the first version
 # Folders of our pipelines.
 _PARTS = ("transformer", "guidance_transformer", "prior", "scheduler", "vae", "text_encoder", "tokenizer")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
@@ -307,12 +308,27 @@ def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
 
     Returns:
         `str`: Its address.
+
+    Raises:
+        UserError: If there is a Space of this name with another app, or it must be private and is not.
     """
     api = HfApi()
     private = private or is_private(model_id)
     repository = _repository(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
+    check_app(repository.repo_id)
     _commit(api, repository.repo_id, space_files(model_id), message="Upload the app", repo_type="space")
     return str(repository)
+
+
+def check_app(space_id: str) -> None:
+    r"""Raises `UserError` if there is a Space of this name, `user/name`, with another app than ours."""
+    api, kind = HfApi(), {"repo_type": "space"}
+    if not api.file_exists(space_id, "app.py", **kind):
+        return
+    if _OF_OUR_APP not in Path(api.hf_hub_download(space_id, "app.py", **kind)).read_bytes():
+        raise UserError(
+            f"the Space {space_id} exists and has another app, which an upload would replace. Name another one with `--space_id`."
+        )
 
 
 def check_space(result: Result) -> None:
