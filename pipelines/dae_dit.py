@@ -256,7 +256,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         if (
             type(self).__module__.rpartition(".")[2].startswith(f"{FAMILY}_")
         ):  # a model's folder is the same, whichever pipeline saves it
-            return DAEDiTPipeline(**self.components).save_pretrained(save_directory, *args, **kwargs)
+            return DAEDiTPipeline.from_pipe(self).save_pretrained(save_directory, *args, **kwargs)
         for part in TRANSFORMERS:
             model = unwrap_module(getattr(self, part))
             if model is not None and not isinstance(model, ModelMixin):

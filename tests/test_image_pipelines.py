@@ -393,15 +393,16 @@ folder, image, mask, *again = sys.argv[1:]
 images = {}
 for place in (folder, *again):
     for kind in ("img2img", "inpaint", "interpolate"):
-        pipe = DiffusionPipeline.from_pretrained(place, custom_pipeline=f"dae_dit_{kind}", trust_remote_code=True)
+        code = f"{place}/dae_dit_{kind}.py" if place == folder else f"dae_dit_{kind}"
+        pipe = DiffusionPipeline.from_pretrained(place, custom_pipeline=code, trust_remote_code=True)
         pipe.set_progress_bar_config(disable=True)
         given = {"img2img": {"image": torch.load(image)}, "interpolate": {"num_images": 2}}
         given["inpaint"] = {**given["img2img"], "mask_image": torch.load(mask)}
         generator = torch.Generator().manual_seed(0)
         images[place, kind] = pipe("dog", generator=generator, num_inference_steps=2, output_type="pt", **given[kind]).images
         if place == folder:
-            pipe.save_pretrained(again[0])
-torch.save(images, again[-1] + ".pt")
+            pipe.save_pretrained(f"again-{kind}")
+torch.save(images, "again.pt")
 """
 
 
@@ -427,10 +428,12 @@ def test_pipelines_load_what_another_has_saved_with_our_package_and_with_diffuse
         }
     torch.save(image, tmp_path / "image.pt")
     torch.save(mask, tmp_path / "mask.pt")
-    words = [str(tmp_path / name) for name in ("plain", "image.pt", "mask.pt", "again")]
+    words = [str(tmp_path / name) for name in ("plain", "image.pt", "mask.pt", "again-img2img")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment["OMP_NUM_THREADS"] = "1"  # as here: sums of another order differ in the last bit
     subprocess.run([sys.executable, "-c", WITHOUT_OUR_PACKAGE, *words], check=True, env=environment, cwd=tmp_path)
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert all({path.name for path in (tmp_path / f"again-{kind}").iterdir()} == names for kind in KINDS)
     found = torch.load(tmp_path / "again.pt")
     assert len(found) == 6
     for (_, kind), images in found.items():
