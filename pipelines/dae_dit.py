@@ -1131,7 +1131,10 @@ def pixels_of(
     if hasattr(image, "getbands"):
         return _of_picture(image, name, mode, background)
     is_array = not isinstance(image, torch.Tensor)
-    pixels = torch.tensor(image) if is_array else image
+    if is_array:  # torch takes neither mirrored arrays nor foreign byte orders
+        image = image.__array__()
+        image = torch.from_numpy(image.astype(image.dtype.newbyteorder("="), order="C"))
+    pixels = image
     if pixels.ndim not in (2, 3, 4):
         raise ValueError(f"`{name}` has the shape {tuple(pixels.shape)}, which is no image and no batch of images.")
     if is_array and pixels.ndim > 2:
@@ -1203,8 +1206,8 @@ def _classes(name: str, column: Mapping[str, list[str]], values: list) -> torch.
                 n for n, label in enumerate(labels) if label.strip().casefold() == value.strip().casefold()
             ]
         else:
-            number = len(labels) if value is None else operator.index(value)
-            found = [number] if 0 <= number <= len(labels) else []
+            number = len(labels) if value is None else whole_number(value)
+            found = [number] if number is not None and 0 <= number <= len(labels) else []
         if len(found) != 1:
             nearest = difflib.get_close_matches(str(value), labels, n=5, cutoff=0)
             raise ValueError(

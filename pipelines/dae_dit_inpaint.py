@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 
-from dae_diffusers.pipelines.dae_dit import PACKAGE  # noqa: F401, diffusers copies only what a file imports itself
+from dae_diffusers.pipelines.dae_dit import whole_number  # diffusers copies only what a file imports itself
 from dae_diffusers.pipelines.dae_dit_img2img import DAEDiTImg2ImgPipeline, as_list, pixels_of
 
 
@@ -73,8 +73,10 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
             ```
         """
         blend_width = self.vae_scale_factor if blend_width is None else blend_width
-        if blend_width < 0:
-            raise ValueError(f"`blend_width` is {blend_width}, but must be 0 (a hard edge) or a number of pixels.")
+        if (whole := whole_number(blend_width)) is None or whole < 0:
+            raise ValueError(
+                f"`blend_width` is {blend_width!r}, but must be 0 (a hard edge) or a whole number of pixels."
+            )
         self._check_output(output_type)
         height, width = self._image_size(height, width, kwargs.get("latents"))
         pixels, mask = self.prepare_images(image, height, width), self.prepare_masks(mask_image, height, width)

@@ -47,7 +47,7 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             prompt, class_labels, conditions (*optional*):
                 The text, class or condition of all images, or (as a list) those of the first and the last; see [`DAEDiTPipeline`].
             num_images (`int`, defaults to 8): Images of the series, both ends included; at least 2.
-            generator (`torch.Generator` or `list` of two, *optional*):
+            generator (`torch.Generator` or two of them, *optional*):
                 Source of the noise of all images, or of the first and of the last. Noise that a scheduler adds in its steps is
                 for all but the last image that of the first.
             latents (`torch.Tensor` of shape `(1, C, h, w)` or `(2, C, h, w)`, *optional*): That noise, instead of drawing it.
@@ -84,7 +84,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             for name, value in conditions.items()
         }
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-        generators = generator if isinstance(generator, list) else [generator]
+        generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+        self._check_generators(None if generator is None else generators, len(generators))
         given = {"prompt": prompts, "class_labels": label_ids, "generator": generators}
         given |= ends | ({} if latents is None else {"latents": latents})
         for name, values in given.items():
@@ -93,8 +94,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
                     f"`{name}` holds {len(values)}, but a series has one for all images, or two for its ends."
                 )
         device = self._execution_device
+        shape = self._latent_shape(height, width, latents)
         if latents is None:
-            shape = self._latent_shape(height, width, None)
             latents = torch.cat([randn_tensor((1, *shape), each, device, torch.float32) for each in generators])
         self._shares = torch.linspace(0, 1, num_images, device=device)
         self._last = {} if len(set(label_ids)) == 1 else {"class_labels": torch.tensor(label_ids[1:], device=device)}
@@ -103,6 +104,7 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
             self._last |= dict(zip(names, self.encode_prompt(prompts[1], device=device), strict=False))
         if any(len(values) == 2 for values in ends.values()):
             last = {name: values[-1] for name, values in ends.items()}
+            height, width = (side * self.vae_scale_factor for side in shape[1:])
             self._last |= self.encode_conditions(last, height=height, width=width)
         self._is_conditional = any(values[-1] is not None for values in (prompts, *ends.values()))
         return super().__call__(

@@ -204,6 +204,7 @@ def test_conditions_mean_the_same_in_every_form():
         ({"conditions": [1, 2]}, "`conditions` is a list, but must map names to values. This pipeline draws from `angle`, `color`"),
         ({"conditions": {"color": "gren"}}, "`gren` is none of the 2 classes of `color`. Nearest: "),
         ({"conditions": {"color": 3}}, "`3` is none of the 2 classes of `color`"),
+        ({"conditions": {"color": 1.0}}, "`1.0` is none of the 2 classes of `color`"),
         ({"conditions": {"angle": "30"}}, "`angle` is '30', but must be a number"),
         ({"conditions": {"angle": float("nan")}}, "`angle` is nan, but must be finite; None stands for unknown"),
         ({"conditions": {"angle": [1, 2], "color": ["red"] * 3}}, "`conditions` has 2 of `angle` and 3 of others"),
@@ -278,6 +279,17 @@ def test_pipelines_made_from_it_take_conditions():
             assert_close(
                 drawn[end], sample(pipeline, conditions={"angle": value}, guidance_scale=3)[0], atol=1e-4, rtol=1e-4
             )
+
+
+def test_a_series_between_images_has_the_size_of_its_latents():
+    series = DAEDiTInterpolationPipeline.from_pipe(make_pipeline({"mask": {"channels": 1, "value_range": None}}))
+    series.set_progress_bar_config(disable=True)
+    options = {
+        "conditions": {"mask": list(torch.rand(2, 1, 24, 16))},
+        "latents": torch.randn(1, 3, 12, 8),
+        "num_images": 2,
+    }
+    assert torch.equal(sample(series, **options), sample(series, **options, height=24, width=16))
 
 
 def test_result_draws_from_conditions_in_all_three_ways(trained):

@@ -134,6 +134,8 @@ def test_images_come_in_every_form_that_the_pipeline_gives():
     expected = draw(pipeline, "cat", image, 0.5)
     for same in (
         array,
+        array[:, ::-1].copy()[:, ::-1],  # mirrored in memory
+        (array / 255.0).astype(">f4"),
         array[None] / 255.0,
         in_0_1(image),
         in_0_1(image)[0],
@@ -292,6 +294,8 @@ def test_masks_come_in_every_form_and_several():
         ({"mask_image": None}, "`mask_image` is a NoneType"),
         ({"mask_image": [left_half()] * 3, "image": [picture()] * 2}, "3 masks for 2 images"),
         ({"blend_width": -1}, "`blend_width` is -1"),
+        ({"blend_width": 2.5}, "`blend_width` is 2.5, but must be 0"),
+        ({"blend_width": "3"}, "`blend_width` is '3', but must be 0"),
         ({"output_type": "jpg"}, "`output_type` is 'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\]"),
     ],
@@ -374,6 +378,7 @@ def test_slerp_keeps_the_norm_of_noise():
         ({"num_images": 2.5}, "`num_images` is 2.5"),
         ({"class_labels": [0, 1, 0]}, "`class_labels` holds 3"),
         ({"generator": seeds(0, 1, 2)}, "`generator` holds 3"),
+        ({"generator": [0, 1]}, "`generator` is 0, but must be"),
         ({"latents": torch.zeros(3, 3, 8, 8)}, "`latents` holds 3"),
         ({"num_images_per_prompt": 2}, "each call draws one series"),
     ],
@@ -472,6 +477,6 @@ def test_prompts_serve_in_the_place_of_classes(tmp_path):
         draw(pipes["img2img"], ["a cat", "a dog"], [image] * 3)
     part = draw(pipes["inpaint"], "a cat", image, left_half())
     assert_close(part[..., 8:], image[..., 8:], atol=1e-6, rtol=0)
-    series = draw(pipes["interpolate"], ("a red apple", "a dog"), generator=seeds(0, 1), num_images=3, **options)
+    series = draw(pipes["interpolate"], ("a red apple", "a dog"), generator=(*seeds(0, 1),), num_images=3, **options)
     assert_close(series[:1], drawn, **EXACT)
     assert_close(series[2:], draw(plain, "a dog", seed=1, **options), **EXACT)
