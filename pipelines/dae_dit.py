@@ -1374,7 +1374,28 @@ def _for_diffusion(scheduler: SchedulerMixin) -> SchedulerMixin:
             "diffusion knows: it would ruin the images. Use DDIMScheduler, DPMSolverMultistepScheduler or another one with "
             "the settings of the training."
         )
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    needed = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    is_other = needed != ["model_output", "timestep", "sample"]
+    if is_other or _adds_noise(scheduler):
+        reason = f"whose steps need {', '.join(needed)}" if is_other else "which goes from images to noise"
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, {reason}: it cannot draw here. Use DDIMScheduler, "
+            "DPMSolverMultistepScheduler or another one with the settings of the training."
+        )
     return scheduler
+
+
+def _adds_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is for inversion: its timesteps ascend."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(20)
+    except Exception:  # of one that takes only few steps
+        return False
+    return bool(scheduler.timesteps[0] < scheduler.timesteps[-1])
 
 
 def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:

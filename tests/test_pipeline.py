@@ -349,6 +349,12 @@ def test_transformer_trained_for_diffusion_has_the_schedulers_of_diffusion(name,
             for edm in (diffusers.EDMEulerScheduler(), diffusers.EDMDPMSolverMultistepScheduler()):
                 with pytest.raises(ValueError, match=f"{type(edm).__name__}, whose timesteps are not those"):
                     other.scheduler = edm
+            for wrong, reason in (
+                ("DDIMInverse", "which goes from images to noise"),
+                ("RePaint", "original_image, mask"),
+            ):
+                with pytest.raises(ValueError, match=f"{wrong}Scheduler, .*{reason}: it cannot draw here"):
+                    other.scheduler = getattr(diffusers, f"{wrong}Scheduler")()
         with pytest.raises(ValueError, match="trained for diffusion"):
             DAEDiTPipeline.from_pretrained(tmp_path / make.__name__, scheduler=FlowMatchEulerDiscreteScheduler())
 
