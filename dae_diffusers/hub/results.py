@@ -492,8 +492,9 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
 
     if result.pipeline is not None:
         samples: Path | None = result.folder / "samples.png"
-        if (result.folder / "metrics.json").exists() and "check" not in result.metrics:
-            samples = None  # the same script drew it
+        is_of_others = any(script.has_other_weights for script in result.scripts.values())
+        if "check" not in result.metrics and (is_of_others or (result.folder / "metrics.json").exists()):
+            samples = None  # the script of the check drew it, or it is a copy of a grid of the training
         if samples is None or not samples.exists():
             grids = [_grid_of_weights(script) for script in result.scripts.values()]
             samples = next((grid for grid in grids if grid is not None), samples)
