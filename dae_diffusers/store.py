@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 _HEADER = "kept"  # the entry of a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.(?P<host>\w+)-(?P<process>\d+)\.tmp$")
-_WEIGHTS = re.compile(
-    r"(diffusion_pytorch_|pytorch_)?model[.-].*(safetensors|bin)(\.index.*)?"
-)  # and indexes, of any variant
+# Files of weights and their indexes, of any variant.
+_WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model[.-].*(safetensors|bin)(\.index.*)?")
 _OLD_SECONDS = 24 * 3600  # after so long without a write, a temporary file of another machine is a leftover
 _UNREADABLE = (
     ValueError,

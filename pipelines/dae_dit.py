@@ -253,9 +253,8 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`vae` is a {type(self.vae).__name__}, whose code cannot be saved in the folder. "
                 "Set `pipe.vae = pipe.vae.to_diffusers()` before saving."
             )
-        if (
-            type(self).__module__.rpartition(".")[2].startswith(f"{FAMILY}_")
-        ):  # a model's folder is the same, whichever pipeline saves it
+        # A model's folder is the same, whichever pipeline saves it.
+        if type(self).__module__.rpartition(".")[2].startswith(f"{FAMILY}_"):
             return DAEDiTPipeline.from_pipe(self).save_pretrained(save_directory, *args, **kwargs)
         for part in TRANSFORMERS:
             model = unwrap_module(getattr(self, part))

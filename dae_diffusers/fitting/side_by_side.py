@@ -227,9 +227,8 @@ def assemble(pipeline_folder: Path, vae_folder: str | Path, target: Path) -> Non
         logger.info("saved %s, with the decoder of %s", target, vae_folder)
         return
     kept = target.resolve().with_name(REPLACED)
-    if weights_fingerprint_of(part) != weights_fingerprint(
-        vae.state_dict().values()
-    ):  # else the command was given again
+    # They are equal if the command was given again.
+    if weights_fingerprint_of(part) != weights_fingerprint(vae.state_dict().values()):
         replace_folder(kept, partial(shutil.copytree, part))
     replace_folder(part, save)
     module = type(vae).__module__  # of diffusers, or of a file that lies beside the weights

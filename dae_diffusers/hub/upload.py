@@ -544,9 +544,8 @@ def stale_parts(published: Iterable[str], files: Iterable[str]) -> list[str]:
 
 def stale_pictures(published: Iterable[str], files: Iterable[str]) -> list[str]:
     r"""Pictures that an earlier push has published and this one leaves out: they show images of the data set, or other weights."""
-    names = (
-        PICTURES if "model_index.json" in files else ("reconstructions.png",)
-    )  # those of a pipeline stay with its card
+    # Those of a pipeline stay with its card.
+    names = PICTURES if "model_index.json" in files else ("reconstructions.png",)
     pictures = [f"images/{name}" for name in names]
     is_result = "metrics.json" in files or any(name.startswith(("vae/", "images/")) for name in files)
     return [name for name in published if is_result and name in pictures and name not in files]
