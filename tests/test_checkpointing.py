@@ -200,6 +200,27 @@ def test_rotation_removes_only_what_this_run_has_saved(accelerator, tmp_path, ca
     assert resumed.newest()[1]["step"] == 4
 
 
+def test_checkpoints_ahead_of_where_a_run_begins_are_set_aside_until_the_next_save(accelerator, tmp_path, caplog):
+    train(accelerator, 0)
+    Checkpointer(accelerator, tmp_path / "other").save(5)
+    checkpointer = Checkpointer(accelerator, tmp_path)
+    for step in (2, 4, 6):
+        checkpointer.save(step)
+    shutil.copytree(tmp_path / "other" / "checkpoint-00000005", tmp_path / "checkpoint-00000005")
+    shutil.rmtree(tmp_path / "other")
+
+    resumed = Checkpointer(accelerator, tmp_path)
+    resumed.newest(str(tmp_path / "checkpoint-00000002"))
+    resumed.set_aside_after(2)
+    abandoned = [f"abandoned-checkpoint-{step:08d}" for step in (4, 6)]
+    assert names(tmp_path) == [*abandoned, "checkpoint-00000002", "checkpoint-00000005"]
+    assert f"checkpoint-00000006 is renamed to {abandoned[1]}: the run continues from step 2" in caplog.text
+    assert resumed.newest()[1]["step"] == 2
+    assert resumed.newest(str(tmp_path / abandoned[1]))[1]["step"] == 6
+    resumed.save(3)
+    assert names(tmp_path) == [f"checkpoint-{step:08d}" for step in (2, 3, 5)]
+
+
 def test_checkpoints_of_another_run_alone_are_gone_on_from(accelerator, tmp_path):
     train(accelerator, 0)
     Checkpointer(accelerator, tmp_path).save(5)

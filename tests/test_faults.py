@@ -175,17 +175,19 @@ def test_damaged_last_checkpoint_is_reported_and_the_one_before_used(damage, ref
     assert f"{last} is damaged" in text and f"resuming from {before}" in text
 
 
-def test_checkpoints_ahead_of_the_one_resumed_from_never_win(reference, image_folder, tmp_path):
+@pytest.mark.parametrize(("line", "left"), [(1, "checkpoint-00000006"), (2, "checkpoint-00000007")])
+def test_checkpoints_ahead_of_the_one_resumed_from_never_win(line, left, reference, image_folder, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     first, *ahead = checkpoints(reference)
     assert first == "checkpoint-00000006" and ahead == ["checkpoint-00000008"]
     chosen = tmp_path / "run" / "train_dae" / "checkpoints" / first
     flags = BARE_DAE + " --checkpointing_steps 1 --checkpoints_total_limit 1"
     options = {"train_data_dir": image_folder, "output_dir": tmp_path / "run"}
-    hooked = functools.partial(killed_at, "in the middle of a line of the log", 2)  # step 8: after saving step 7
+    # In step 7, before anything is saved, and in step 8, after saving step 7.
+    hooked = functools.partial(killed_at, "in the middle of a line of the log", line)
     code, text = in_child(lambda: hooked(lambda: start(flags, resume_from_checkpoint=chosen, **options)))
     assert code == -signal.SIGKILL, text
-    assert checkpoints(tmp_path / "run") == ["checkpoint-00000007"]
+    assert checkpoints(tmp_path / "run") == [left]
     assert_resumes(reference, tmp_path / "run", image_folder, flags)
 
 

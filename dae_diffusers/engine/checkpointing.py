@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _TEMPORARY = "tmp-"
+_ABANDONED = "abandoned-"  # before the name of a checkpoint ahead of the one that the run went on from
 _BESIDE = (".owner", "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
 _NAME = re.compile(rf"{_PREFIX}(\d{{8,}})")
 _LEFTOVER = re.compile(rf"{_TEMPORARY}(old-)?{_PREFIX}\d{{8,}}")
@@ -236,6 +237,23 @@ class Checkpointer:
             reverse=True,
         )
 
+    def set_aside_after(self, step: int) -> None:
+        r"""
+        Renames this run's checkpoints of later steps, so that `latest` never returns to them; the next save removes them. All processes
+        call it when a run begins, once it has loaded its own.
+        """
+        if self.accelerator.is_main_process:
+            for ahead in find_checkpoints(self.folder):
+                if _step_of(ahead) > step and self._is_ours(ahead):
+                    aside = ahead.with_name(f"{_ABANDONED}{ahead.name}")
+                    logger.warning(
+                        "%s is renamed to %s: the run continues from step %d, so it is not part of this run. The next save removes it.",
+                        *(ahead, aside.name, step),
+                    )
+                    shutil.rmtree(aside, ignore_errors=True)
+                    ahead.rename(aside)
+        self.accelerator.wait_for_everyone()
+
     def load(self, path: Path, *, averages: dict[str, EMAModel] | None = None) -> None:
         r"""
         Restores the prepared objects and the averages. All processes call it, after preparing the same objects.
@@ -285,6 +303,9 @@ class Checkpointer:
         for ahead in checkpoints[position + 1 :]:
             logger.warning("removing %s: the run continued from an earlier step, so it is not part of this run.", ahead)
             self._discard(ahead)
+        for aside in self.folder.glob(f"{_ABANDONED}{_PREFIX}*"):
+            if (_read_manifest(aside) or {}).get("run") == self._run:
+                shutil.rmtree(aside, ignore_errors=True)
         if self.total_limit is not None:
             for old in checkpoints[: max(0, position + 1 - self.total_limit)]:
                 self._discard(old)

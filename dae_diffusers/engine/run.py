@@ -216,10 +216,14 @@ class TrainingRun:
         return Start(path, step, state)
 
     def begin(self, step: int) -> None:
-        r"""Writes the run's settings and opens its log at `step`, unless that has been done. All processes call it."""
+        r"""
+        Sets aside what a resumed run has left behind after `step`, writes the run's settings and opens its log at `step`, unless that
+        has been done. All processes call it.
+        """
         if self._record is not None:
             return
         self._record = {}
+        self.checkpointer.set_aside_after(step)
         if self.accelerator.is_main_process:
             write_atomically(self.folder / "config.yaml", config_text(self.config))
             self._record = {
