@@ -1,5 +1,7 @@
 """Post-hoc EMA: averages of any length are made of snapshots of two, whatever happened to the training."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -259,9 +261,20 @@ def test_two_processes_store_what_one_does(inputs, tmp_path):
 
 
 def test_snapshots_after_the_checkpoint_are_no_part_of_the_run(trained, inputs, tmp_path, caplog):
-    resume(train_dit, FLAGS.replace("_steps 2", "_steps 3"), trained, tmp_path / "run", 2, ("pipeline",), **inputs)
-    assert list(snapshots_of(tmp_path / "run")) == [2, 3, 6]
+    # The first new snapshot is later than the old ones of steps 4 and 6.
+    flags = FLAGS.replace("_steps 2", "_steps 8").replace("--max_train_steps 6", "--max_train_steps 8")
+    resume(train_dit, flags, trained, tmp_path / "run", 2, ("pipeline",), **inputs)
+    assert list(snapshots_of(tmp_path / "run")) == [2, 8]
     assert "step-00000004.safetensors: the run continued from an earlier step" in caplog.text
+
+
+def test_a_run_that_begins_again_has_only_its_own_snapshots(trained, inputs, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for done in ("pipeline", "train_dit/checkpoints"):
+        shutil.rmtree(tmp_path / "run" / done)
+    flags = FLAGS.replace("_steps 2", "_steps 9") + " --resume_from_checkpoint latest"
+    run(train_dit, flags.replace("--max_train_steps 6", "--max_train_steps 7"), output_dir=tmp_path / "run", **inputs)
+    assert list(snapshots_of(tmp_path / "run")) == [7]
 
 
 def test_resumed_run_keeps_what_it_began_with(trained, inputs, tmp_path):

@@ -111,6 +111,8 @@ class Loop:
         r"""Yields the steps that are left, on the batches of a data set. Before the first, the run's settings are written."""
         run, settings = self.run, self.run.config.run
         run.begin(self.step)
+        if self.post_hoc is not None:
+            self.post_hoc.begin(self.step)
         per_step = self.accelerator.num_processes * run.config.optimization.gradient_accumulation_steps
         self.microbatch = self.step * per_step + self.accelerator.process_index
         self.batches = run.batches.over(dataset, self.step * per_step)

@@ -11,7 +11,13 @@ from dae_diffusers.engine.dry_run import gib
 from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.engine.post_hoc_ema.power_function import decay_at, exponent_of
 from dae_diffusers.engine.post_hoc_ema.settings import PostHocEMAConfig
-from dae_diffusers.engine.post_hoc_ema.snapshots import LENGTHS, STORED_DTYPE, keep_snapshot, snapshots_folder
+from dae_diffusers.engine.post_hoc_ema.snapshots import (
+    LENGTHS,
+    STORED_DTYPE,
+    keep_snapshot,
+    remove_snapshots_after,
+    snapshots_folder,
+)
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.engine.sharding import whole_tensor
 
@@ -62,6 +68,11 @@ class PostHocAverages:
         self.by_name = {f"ema_{length:g}": average for length, average in self.averages.items()}
         if run.accelerator.is_main_process:
             self._say_size(steps)
+
+    def begin(self, step: int) -> None:
+        r"""Removes snapshots of an earlier try after `step`. Call it before the first step, on all processes."""
+        if self.run.accelerator.is_main_process:
+            remove_snapshots_after(self.folder, step)
 
     def step(self) -> None:
         r"""Follows the weights. Call it after each update."""

@@ -33,8 +33,7 @@ def snapshots_folder(run_folder: Path) -> Path:
 
 def keep_snapshot(folder: Path, step: int, last_step: int, averages: dict[float, dict[str, torch.Tensor]]) -> None:
     r"""
-    Writes the snapshot of a step, whole or not at all. Snapshots of later steps are removed: the run went on from an earlier checkpoint, so they
-    are no part of it.
+    Writes the snapshot of a step, whole or not at all.
 
     Args:
         folder (`Path`): The folder of the snapshots.
@@ -45,12 +44,16 @@ def keep_snapshot(folder: Path, step: int, last_step: int, averages: dict[float,
         OSError: If it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {_key(length, name): value for length, weights in averages.items() for name, value in weights.items()}
+    keep_tensors(folder / f"step-{step:08d}.safetensors", tensors, {"step": step, "last_step": last_step})
+
+
+def remove_snapshots_after(folder: Path, step: int) -> None:
+    r"""Removes the snapshots of steps after `step`, where a run begins: they are no part of it."""
     for later, path in find_snapshots(folder).items():
         if later > step:
             logger.warning("removing %s: the run continued from an earlier step, so it is not part of this run.", path)
             path.unlink()
-    tensors = {_key(length, name): value for length, weights in averages.items() for name, value in weights.items()}
-    keep_tensors(folder / f"step-{step:08d}.safetensors", tensors, {"step": step, "last_step": last_step})
 
 
 def find_snapshots(folder: Path) -> dict[int, Path]:
