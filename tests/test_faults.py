@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -544,3 +546,24 @@ def test_lock_outlives_no_release(tmp_path):
     assert in_child(take)[0] == 7
     lock.release()
     assert in_child(take)[0] == 0
+
+
+@pytest.mark.parametrize(("bad_steps", "ends"), [(range(20), False), (range(99), True), (range(0, 99, 2), True)])
+def test_gradient_that_no_loss_scale_makes_finite_ends_the_run(bad_steps, ends, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer, scaler = torch.optim.AdamW([weight]), torch.amp.GradScaler("cpu")
+    accelerator = SimpleNamespace(
+        device=weight.device, num_processes=1, mixed_precision="fp16", distributed_type=None, scaler=scaler
+    )
+    guard = NonFiniteGuard(accelerator, 0, tmp_path)
+    expected = pytest.raises(UserError, match="`gradient norm` became inf at step .* has fallen to 0.00098; .*bf16")
+    with expected if ends else nullcontext():
+        for step in range(99):
+            loss = (weight - weight.detach()).sqrt().sum() if step in bad_steps else weight.sum()
+            guard.watch(loss, step + 1, step)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            assert guard.allows(torch.nn.utils.clip_grad_norm_([weight], 1.0))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()

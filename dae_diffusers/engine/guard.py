@@ -13,6 +13,9 @@ from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Of fp16. It begins at 65536, and each gradient that is not finite halves it: one that overflows below this is not finite by itself.
+_MIN_LOSS_SCALE = 1e-3
+
 
 class NonFiniteGuard:
     r"""
@@ -61,7 +64,8 @@ class NonFiniteGuard:
         Whether the optimiser may step. All processes call it, between the backward pass and the step.
 
         Args:
-            gradient_norm (`torch.Tensor`): Scalar. With fp16 it may be infinite: loss scaling skips such steps.
+            gradient_norm (`torch.Tensor`): Scalar. With fp16 it may be infinite: loss scaling skips such steps, until the scale is so
+                small that it cannot be the cause.
             name (`str`, *optional*): Name of the gradient, for the message.
 
         Raises:
@@ -78,6 +82,7 @@ class NonFiniteGuard:
         if self.accelerator.num_processes > 1:
             num_bad = self.accelerator.reduce(num_bad, reduction="sum")
         if not int(num_bad):
+            self._check_loss_scale(gradient_norm, name)
             return True
         if self._skipped_step != self._step:  # the discriminator of a step already left out does not count
             self.skipped += 1
@@ -89,6 +94,16 @@ class NonFiniteGuard:
             )
             return False
         raise UserError(f"{what}; {self._advice()}")
+
+    def _check_loss_scale(self, gradient_norm: torch.Tensor, name: str) -> None:
+        if self.accelerator.mixed_precision != "fp16" or self.accelerator.scaler is None:
+            return
+        if (
+            not torch.isfinite(whole_tensor(gradient_norm))
+            and (scale := self.accelerator.scaler.get_scale()) < _MIN_LOSS_SCALE
+        ):
+            what = self._describe([], gradient_norm, name)
+            raise UserError(f"{what}, though the loss scale of fp16 has fallen to {scale:.2g}; {self._advice()}")
 
     def _advice(self) -> str:
         """What became of the weights, and what to do; fp16 and DeepSpeed do not take `skip_nonfinite`."""
