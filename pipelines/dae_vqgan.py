@@ -471,9 +471,9 @@ def _draw_codes(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, 
         is_behind[:, 0] = False  # a share may be too small for float32
         probabilities[is_behind] = 0
     reached = probabilities.cumsum(dim=-1)
-    # Rounding may put a draw at the very end, behind the last code that is allowed.
+    # Rounding may put a draw at the very end, behind the last code that is allowed. None is allowed if logits are NaN: that is no index.
     rank = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1).minimum((probabilities > 0).sum(dim=-1) - 1)
-    return codes.gather(1, rank[:, None])[:, 0]
+    return codes.gather(1, rank.clamp(min=0)[:, None])[:, 0]
 
 
 def _name_code_of(pipeline: DiffusionPipeline) -> None:

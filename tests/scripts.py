@@ -63,6 +63,11 @@ BARE_DIT = _DIT + (
     " --logging_steps 1 --validation_steps 9 --checkpointing_steps 2 --num_sample_images 2 --sample_steps 1"
 )
 DIVERGING = " --learning_rate 1e38 --lr_warmup_steps 0 --validation_steps 99"
+# What the guard says if a validation follows the first update that diverges.
+DIVERGED_AT_VALIDATION = [
+    ("1e38", "the model of step 1 cannot be validated: .*Lower `learning_rate`, and continue"),
+    ("1e20", "became .*Lower `learning_rate`.*`resume_from_checkpoint latest`"),
+]
 TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 PRIOR = "pipeline/prior/model.safetensors"
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"

@@ -323,12 +323,24 @@ def test_other_decoder_and_other_folder(generators, image_folder, backbone, tmp_
     DAEDiTPipeline.from_pretrained(tmp_path / "new" / "pipeline")
 
 
-def test_reconstructions_that_fall_too_far_leave_the_pipeline_alone(generators, image_folder, backbone, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--stage3_learning_rate 0.3", "PSNR of reconstructions fell from .* The pipeline is as it was"),
+        (
+            "--stage3_learning_rate 1e20 --lr_warmup_steps 0 --generated_weight 0",
+            "reconstruction at the validation of step 1 became NaN",
+        ),
+    ],
+)
+def test_reconstructions_that_fall_too_far_leave_the_pipeline_alone(
+    more, message, generators, image_folder, backbone, tmp_path
+):
     folder = tmp_path / "fit"
     shutil.copytree(generators[DAEDiTPipeline], folder)
     before = weights(folder / "pipeline" / "vae")
-    more = " --max_psnr_drop 0 --stage3_learning_rate 0.3 --l1_weight 1e-6 --mse_weight 0 --validation_steps 2"
-    with pytest.raises(UserError, match="PSNR of reconstructions fell from .* The pipeline is as it was"):
+    more = f" --max_psnr_drop 0 --l1_weight 1e-6 --mse_weight 0 --validation_steps 1 {more}"
+    with pytest.raises(UserError, match=message):
         run(train_dae, FIT + more, **flags_of(folder, image_folder), feature_model=backbone)
     assert_same_weights(before, weights(folder / "pipeline" / "vae"))
     assert not (folder / KEPT_VAE).exists() and read_fit(folder / "pipeline") == {}

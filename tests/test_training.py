@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from scripts import (
     BARE_DAE,
     CONFIG_CLASSES,
+    DIVERGED_AT_VALIDATION,
     DIVERGING,
     TINY_DAE,
     TINY_DIT,
@@ -645,6 +646,16 @@ def test_compiled_networks_train_as_others_do(trained, image_folder, tmp_path, m
         run(train_dit, TINY_DIT + " --compile", train_data_dir=image_folder, output_dir=tmp_path, vae=trained / "vae")
         transformers = [weights(folder / "pipeline" / "transformer") for folder in (trained, tmp_path)]
         assert_same_weights(*transformers, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "message"), DIVERGED_AT_VALIDATION)
+def test_divergence_that_a_validation_meets_first_says_what_to_do(rate, message, image_folder, tmp_path):
+    flags = (
+        BARE_DAE.replace("--validation_steps 9", "--validation_steps 1")
+        + f" --lr_warmup_steps 0 --learning_rate {rate}"
+    )
+    with pytest.raises(UserError, match=message):
+        run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path)
 
 
 @pytest.mark.parametrize(("script", "limit"), [(train_dit, 1), (train_dit, 2), (train_dae, 1)])

@@ -14,6 +14,7 @@ from models import make_autoencoder, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import (
+    DIVERGED_AT_VALIDATION,
     DIVERGING,
     TINY_DAE,
     TINY_DIT,
@@ -281,6 +282,16 @@ def test_resumed_prior_equals_an_uninterrupted_one(trained, with_prior, image_fo
     assert_same_weights(prior_weights(with_prior), prior_weights(tmp_path / "run"))
     logs = [(folder / "train_vqgan_prior" / "log.jsonl").read_text() for folder in (with_prior, tmp_path / "run")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(("rate", "message"), DIVERGED_AT_VALIDATION)
+def test_prior_whose_divergence_a_validation_meets_first_says_what_to_do(
+    rate, message, trained, image_folder, tmp_path
+):
+    flags = TINY_PRIOR.replace("--validation_steps 4", "--validation_steps 1")
+    flags += f" --lr_warmup_steps 0 --learning_rate {rate}"
+    with pytest.raises(UserError, match=message):
+        run(train_vqgan_prior, flags, train_data_dir=image_folder, vae=trained / "vae", output_dir=tmp_path)
 
 
 def test_prior_that_diverges_is_neither_saved_nor_exported(trained, image_folder, tmp_path):

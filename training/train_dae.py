@@ -302,7 +302,8 @@ def prefixes_of(model) -> list[int]:
 def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[str, float]:
     """
     PSNR, also with the first channels of the latents alone where they are ordered, mean absolute error, use of the codebook and
-    diagnostics of the latents over the validation images, and a grid of originals above reconstructions.
+    diagnostics of the latents over the validation images, and a grid of originals above reconstructions. Raises `UserError` if latents
+    or reconstructions are not finite.
     """
     accelerator = run.accelerator
     psnr, l1, shown = [], [], {}
@@ -320,6 +321,7 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         if counts is not None:
             counts += torch.bincount(latent.codes.flatten(), minlength=len(counts))
         mean, std = (latent.mean, latent.std) if counts is None else (latent.latents, None)
+        run.guard.check_validation(step, latents=mean, reconstruction=reconstruction)
         if model.stage == 1:  # stage 2 leaves the latents as they are
             diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
             diagnostics.add(mean, std)

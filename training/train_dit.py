@@ -168,6 +168,7 @@ def main(config: TrainDiTConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective, conditioning)
+                run.guard.check_validation(loop.step, loss=value)
                 newest = autoencoder.newest(of_same_size=config.data.condition_column is not None)
                 draw_samples(run, pipeline_of(model, vae=newest), loop.step, images)
             step.write({"validation/loss": value})

@@ -81,6 +81,7 @@ def main(config: TrainPriorConfig) -> None:
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, validation_codes)
+                run.guard.check_validation(loop.step, loss=value)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None:

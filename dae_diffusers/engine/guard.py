@@ -95,6 +95,15 @@ class NonFiniteGuard:
             return False
         raise UserError(f"{what}; {self._advice()}")
 
+    def check_validation(self, step: int, **values: torch.Tensor | float) -> None:
+        r"""Raises `UserError` if a value of the validation after `step` updates is not finite: one of them has spoilt the weights."""
+        for name, value in values.items():
+            if not torch.isfinite(torch.as_tensor(value)).all():
+                name = name.replace("_", " ")
+                raise UserError(
+                    f"the {name} at the validation of step {step} became NaN or infinite: training has diverged. {self._way_out()}"
+                )
+
     def _check_loss_scale(self, gradient_norm: torch.Tensor, name: str) -> None:
         if self.accelerator.mixed_precision != "fp16" or self.accelerator.scaler is None:
             return
@@ -114,11 +123,14 @@ class NonFiniteGuard:
             if is_deepspeed
             else "the weights were left as they were before this update"
         )
-        other = ", or use `mixed_precision bf16`," if is_fp16 else ""
         skip = "" if is_fp16 or is_deepspeed else " `skip_nonfinite N` skips up to N such updates."
+        return f"{weights}. {self._way_out()}{skip}"
+
+    def _way_out(self) -> str:
+        other = ", or use `mixed_precision bf16`," if self.accelerator.mixed_precision == "fp16" else ""
         return (
-            f"{weights}. Lower `learning_rate`{other} and continue from the last checkpoint in {self.folder / 'checkpoints'} with "
-            f"`resume_from_checkpoint latest`.{skip}"
+            f"Lower `learning_rate`{other} and continue from the last checkpoint in {self.folder / 'checkpoints'} with "
+            "`resume_from_checkpoint latest`."
         )
 
     def _describe(self, watched: list, gradient_norm: torch.Tensor, name: str) -> str:
@@ -132,16 +144,21 @@ class NonFiniteGuard:
 
 
 def raise_if_not_finite_weights(
-    weights: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], what: str, accelerator: Accelerator | None = None
+    weights: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
+    what: str,
+    accelerator: Accelerator | None = None,
+    *,
+    cannot_be: str = "saved",
 ) -> None:
     r"""
-    Refuses weights that are not finite. Call it before weights are saved or exported.
+    Refuses weights that are not finite. Call it before weights are saved, exported or validated.
 
     Args:
         weights (`torch.nn.Module` or pairs of name and `torch.Tensor`): The weights to check.
         what (`str`): What they belong to, for the message, such as `"the transformer"`.
         accelerator ([`~accelerate.Accelerator`], *optional*): Give it if each process has a part or a copy of the weights. Then
             all processes call this function, and all raise.
+        cannot_be (`str`, *optional*): What was about to be done with them, for the message.
 
     Raises:
         UserError: If a weight is NaN or infinite; names it.
@@ -159,6 +176,6 @@ def raise_if_not_finite_weights(
         found = gather_object(found)
     if found:
         raise UserError(
-            f"{what} cannot be saved: {len(set(found))} of its weights are not finite, such as `{found[0]}`. Earlier files are "
-            "unchanged. Lower `learning_rate`, and continue from the last checkpoint with `resume_from_checkpoint` latest."
+            f"{what} cannot be {cannot_be}: {len(set(found))} of its weights are not finite, such as `{found[0]}`. Earlier files are "
+            "unchanged. Lower `learning_rate`, and continue from the last checkpoint with `resume_from_checkpoint latest`."
         )

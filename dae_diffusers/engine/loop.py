@@ -152,8 +152,14 @@ class Loop:
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
-        r"""Gives the whole model with averaged weights in eval mode, inside the `with` block. All processes enter it."""
+        r"""
+        Gives the whole model with averaged weights in eval mode, inside the `with` block. All processes enter it, and all raise
+        `UserError` if a weight is not finite.
+        """
         with ema_weights(self.ema, self.parameters):
+            raise_if_not_finite_weights(
+                self.model, f"the model of step {self.step}", self.accelerator, cannot_be="validated"
+            )
             model = whole_model(self.model, self.accelerator)
             was_training = model.training
             yield model.eval()

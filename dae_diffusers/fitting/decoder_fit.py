@@ -371,7 +371,7 @@ class DecoderFit:
             UserError: If reconstructions have lost more than `max_psnr_drop`.
         """
         psnr, lowest = values["validation/psnr"], self.before["psnr"] - self.settings.max_psnr_drop
-        if psnr < lowest:
+        if not psnr >= lowest:  # also if it is NaN
             raise UserError(
                 f"the PSNR of reconstructions fell from {self.before['psnr']:.2f} to {psnr:.2f} dB, by more than `max_psnr_drop` "
                 f"{self.settings.max_psnr_drop}. The pipeline is as it was. Lower `generated_weight` or `stage3_learning_rate`, or train "
