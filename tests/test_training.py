@@ -210,6 +210,12 @@ def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_pa
     assert (tmp_path / TRANSFORMER).exists() and len(list(checkpoints.iterdir())) == 2
 
 
+def test_flag_wins_over_the_launchers_number_of_microbatches(trained, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")  # as some files of `accelerate launch` set it
+    run(train_dit, TINY_DIT, train_data_dir=image_folder, vae=trained / "vae", output_dir=tmp_path)
+    assert_same_weights(load_file(trained / TRANSFORMER), load_file(tmp_path / TRANSFORMER))
+
+
 def test_finished_run_goes_on_with_more_steps_by_the_schedule_of_the_new_length(trained, image_folder, tmp_path):
     flags = TINY_DIT.replace("--max_train_steps 6", "--max_train_steps 9")
     options = {"train_data_dir": image_folder, "vae": trained / "vae"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
@@ -382,7 +382,10 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
         accelerator = Accelerator(
             kwargs_handlers=[PROCESS_GROUP],
             mixed_precision=config.optimization.mixed_precision,
-            gradient_accumulation_steps=config.optimization.gradient_accumulation_steps,
+            # As a plugin, which `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` does not replace.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.optimization.gradient_accumulation_steps
+            ),
             step_scheduler_with_optimizer=False,  # a step is one optimiser update, whatever the process count
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=str(folder)),
