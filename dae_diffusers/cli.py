@@ -36,6 +36,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ou
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
 OF_SOURCE = SOURCES | {"dataset_config_name"}
+# Of a training's length: passes replace steps. Those of the two stages stay beside passes, whose shares they say.
+_PASSES, _STEPS = "num_train_epochs", {"max_train_steps", "stage3_steps"}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
     r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
@@ -82,7 +84,8 @@ def parse_config(
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
         if SOURCES & set(_names(argv)):  # other images than the file's
-            from_file = [word for word in from_file if not OF_SOURCE & set(_names([word]))]
+            from_file = _without(OF_SOURCE, from_file)
+        from_file = _with_one_length(from_file, set(_names(argv)))
     except ValueError as error:
         parser.end(str(error))
     try:
@@ -116,6 +119,21 @@ def typed_flags(config_class: type, flags: dict[str, Any], where: str) -> dict[s
 def _names(argv: list[str]) -> list[str]:
     """The names of the flags among the words of a command line."""
     return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+
+
+def _without(names: set[str], argv: list[str]) -> list[str]:
+    return [word for word in argv if not names & set(_names([word]))]
+
+
+def _with_one_length(from_file: list[str], typed: set[str]) -> list[str]:
+    """The flags of a file without a training's length that the command line replaces. Raises `ConfigError` if that has two."""
+    if _PASSES in typed and (both := sorted(_STEPS & typed)):
+        raise ConfigError(
+            f"`--{_PASSES}` and `--{both[0]}` both say how long to train, in passes over the images and in steps. Give one of them."
+        )
+    if _STEPS & typed:
+        return _without({_PASSES}, from_file)
+    return _without(_STEPS, from_file) if _PASSES in typed else from_file
 
 
 def with_dashes(message: str, flags: Iterable[str]) -> str:

@@ -354,6 +354,17 @@ def test_images_on_the_command_line_replace_those_of_the_file(tmp_path):
     assert config.data.resolution == 32
 
 
+def test_a_typed_length_replaces_the_other_one_of_the_file(tmp_path, capsys):
+    path, source = tmp_path / "config.yaml", ["--dataset_name", "digits", "--vae", "v"]
+    path.write_text("num_train_epochs: 2.5\nmax_train_steps: 70\n")
+    for typed, expected in (("", (2.5, 70)), ("--max_train_steps=9", (None, 9)), ("--num_train_epochs=3", (3, 10000))):
+        config = parse_config(TrainDiTConfig, ["--config", str(path), *source, *typed.split()])
+        assert (config.optimization.num_train_epochs, config.transformer.max_train_steps) == expected
+    with pytest.raises(SystemExit):
+        parse_config(TrainDiTConfig, [*source, "--num_train_epochs", "3", "--max_train_steps", "9"])
+    assert "`--num_train_epochs` and `--max_train_steps` both say how long to train" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
     config_classes = {"dit": TrainDiTConfig, "prior": TrainPriorConfig}

@@ -197,16 +197,21 @@ def test_epochs_are_passes_over_the_images_whatever_the_batch():
 def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_path):
     # 23 training images in batches of 4: a pass has 6 steps, rounded.
     options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path, "num_train_epochs": 1}
-    run(train_dit, TINY_DIT.replace("--max_train_steps 6", "--max_train_steps 99"), **options)
+    flags = TINY_DIT.replace("--max_train_steps 6", "")
+    run(train_dit, flags, **options)
     assert_same_weights(load_file(trained / TRANSFORMER), load_file(tmp_path / TRANSFORMER))
+    with pytest.raises(
+        UserError, match="Leave out `num_train_epochs` 0.5, which says so, and give `max_train_steps` of at"
+    ):
+        run(train_dit, flags, resume_from_checkpoint="latest", **{**options, "num_train_epochs": 0.5})
     # With other images in a step, the steps that are left would be other passes; the same number of them goes on.
     shutil.rmtree(tmp_path / "pipeline")
     checkpoints = tmp_path / "train_dit" / "checkpoints"
     shutil.rmtree(checkpoints / "checkpoint-00000006")
     options |= {"resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match="with 4 images in a step, but now they are 2, .*they were `max_train_steps 6`"):
-        run(train_dit, f"{TINY_DIT} --train_batch_size 2", **options)
-    run(train_dit, f"{TINY_DIT} --train_batch_size 2 --gradient_accumulation_steps 2", **options)
+        run(train_dit, f"{flags} --train_batch_size 2", **options)
+    run(train_dit, f"{flags} --train_batch_size 2 --gradient_accumulation_steps 2", **options)
     assert (tmp_path / TRANSFORMER).exists() and len(list(checkpoints.iterdir())) == 2
 
 

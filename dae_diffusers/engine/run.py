@@ -189,7 +189,7 @@ class TrainingRun:
                 )
         if self.config.optimization.num_train_epochs is not None:
             check_passes(self._plan, plan_before or {}, path)
-        check_plan(self._plan, plan_before, step, path)
+        check_plan(self._plan, plan_before, step, path, self.config.optimization.num_train_epochs)
         for name in sorted((inputs.keys() ^ inputs_before.keys()) - set(may_lack)):
             was, now = ("without", "has") if name in inputs else ("with", "lacks")
             raise UserError(
@@ -425,7 +425,9 @@ def check_passes(plan: dict[str, Any], before: dict[str, Any], checkpoint: Path)
         )
 
 
-def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, checkpoint: Path) -> None:
+def check_plan(
+    plan: dict[str, Any], before: dict[str, Any] | None, step: int, checkpoint: Path, num_epochs: float | None = None
+) -> None:
     r"""
     Checks that a run may continue from a checkpoint: with the same settings, the same steps of finished stages, and at least as
     many steps of the current stage as the checkpoint has done.
@@ -435,6 +437,7 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
         before (`dict`, *optional*): The plan of the checkpoint; None if it does not record one.
         step (`int`): Optimiser steps that the checkpoint has done.
         checkpoint (`Path`): The checkpoint, for the message.
+        num_epochs (`float`, *optional*): The passes that the steps come from, for the message.
 
     Raises:
         UserError: If it may not. The message says what the checkpoint has done, and what may change.
@@ -455,6 +458,10 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
         raise UserError(
             f"{checkpoint} began with `{began}`, but this run begins with `{begins}`. Train in another `output_dir`."
         )
+    give, go_on = "Give", "Continue"
+    if num_epochs is not None:
+        leave_out = f"Leave out `num_train_epochs` {num_epochs:g}, which says so, and"
+        give, go_on = f"{leave_out} give `{{}}` of", f"{leave_out} continue"
     first = 0  # step at which a stage begins
     for position, (name, number) in enumerate(steps.items()):
         planned, is_last = before["steps"].get(name, number), position == len(steps) - 1
@@ -462,12 +469,12 @@ def check_plan(plan: dict[str, Any], before: dict[str, Any] | None, step: int, c
             if number != planned:
                 raise UserError(
                     f"{checkpoint} has done {step} steps and has finished the stage of `{name}` {planned}, but now it is {number}. "
-                    f"Continue with {planned}, since only an unfinished stage may get more steps, or train in another `output_dir`."
+                    f"{go_on} with {planned}, since only an unfinished stage may get more steps, or train in another `output_dir`."
                 )
         elif first <= step and number < step - first:
             raise UserError(
-                f"{checkpoint} has done {step} steps, {step - first} of them of `{name}`, but now `{name}` is {number}. Give at "
-                f"least {step - first} to continue, or train in another `output_dir`."
+                f"{checkpoint} has done {step} steps, {step - first} of them of `{name}`, but now `{name}` is {number}. "
+                f"{give.format(name)} at least {step - first} to continue, or train in another `output_dir`."
             )
         first += number
 
