@@ -114,6 +114,19 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, image_folder, tmp_path
         assert expected.replace(str(trained), "") == resumed.replace(str(tmp_path / "run"), "")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--no_l2_normalize_codes", "was trained with `l2_normalize_codes` True, but now it is False"),
+        ("--quantizer vq", "was trained with `quantizer` ema, but now it is vq"),
+    ],
+)
+def test_resuming_with_another_quantizer_is_refused(change, message, trained, image_folder):
+    flags = f"{TINY_VQ} {change} --resume_from_checkpoint latest"
+    with pytest.raises(UserError, match=message):
+        run(train_dae, flags, train_data_dir=image_folder, output_dir=trained)
+
+
 @pytest.mark.parametrize("flags", ["--stage 2", "--quantizer vq", "--quantizer vq --auxiliary_decoder none"])
 def test_training_starts_from_a_published_codebook(flags, trained, image_folder, tmp_path):
     flags = f"{TINY_VQ} --learning_rate 1e-9 --pretrained_model_name_or_path {trained / 'vae'} {flags}"
@@ -301,6 +314,12 @@ def test_prior_that_diverges_is_neither_saved_nor_exported(trained, image_folder
     assert not (tmp_path / "pipeline").exists()
     for path in (tmp_path / "train_vqgan_prior" / "checkpoints").rglob("*.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values()), path
+
+
+def test_resuming_a_prior_with_another_size_is_refused(trained, with_prior, image_folder):
+    options = {"train_data_dir": image_folder, "vae": trained / "vae", "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="was trained with `resolution` 16, but now it is 32. Continue with 16"):
+        run(train_vqgan_prior, TINY_PRIOR + " --resolution 32", output_dir=with_prior, **options)
 
 
 def test_prior_sees_images_in_the_range_of_its_autoencoder(trained, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.building import make_autoencoder, stage1_folder
+from dae_diffusers.autoencoders.building import make_autoencoder, settings_beside_weights, stage1_folder
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
@@ -140,9 +140,10 @@ def find_start(
     """Checks that the plan fits the checkpoint, and returns where to begin."""
     stages = run.config.stages
     more = given_autoencoder(run.config, model) if fit is None else fit.inputs()
+    plan = stages.plan() | model.decoder_sizes | settings_beside_weights(model) if fit is None else fit.plan()
     return run.find_start(
         inputs={"the training images": images.fingerprint, **more},
-        plan=stages.plan() | model.decoder_sizes | held_out_settings(images) if fit is None else fit.plan(),
+        plan=plan | held_out_settings(images),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),

@@ -169,6 +169,19 @@ def _warn_of_sizes(config: Any, given: ModelMixin) -> None:
             logger.warning("`--%s` has no effect: the given autoencoder has %s.", name, own[name])
 
 
+def settings_beside_weights(model: ModelMixin) -> dict[str, Any]:
+    """The settings, by their flags, that change what the same weights compute: no checkpoint fails to load because of them."""
+    settings = {"norm_num_groups": model.config.get("norm_num_groups")}
+    if is_vq(model):
+        levels = model.config.quantizer_fsq_levels
+        settings |= {
+            "quantizer": model.config.quantizer_type,
+            "fsq_levels": None if levels is None else list(levels),
+            "l2_normalize_codes": model.config.quantizer_l2_normalize,
+        }
+    return settings
+
+
 def decoder_sizes_of(config: Any, model: ModelMixin) -> dict[str, Any]:
     """The decoder's size for the encoder of a trained model, if it is to have its own."""
     sizes = config.autoencoder.decoder_sizes(model.config.block_out_channels, model.config.norm_num_groups)

@@ -166,7 +166,7 @@ class TrainingRun:
 
         Args:
             inputs (`dict[str, str]`): Fingerprints of the run's inputs, such as its images, by name.
-            plan (`dict`): Settings that determine the model, by name; a resumed run must have the same.
+            plan (`dict`): Settings that determine the model, by name; a resumed run must have the same, and images of the same size.
             counts (`dict[str, int]`): Numbers for `run.json` and the model card, such as `training_images`.
             steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
             may_lack (`Collection[str]`, *optional*): Names of inputs that checkpoints of earlier versions do not know.
@@ -175,6 +175,7 @@ class TrainingRun:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
         self._inputs, self.counts = inputs, counts
+        plan = {**plan, "resolution": self.config.data.resolution}
         self._plan = {"settings": plan, "steps": steps, "images_per_step": self.images_per_step}
         if self.resumed is None:
             return Start()
@@ -447,9 +448,11 @@ def check_plan(
     for name, value in before["settings"].items():
         if name in settings and settings[name] != value:
             was, again = (
-                (f"without `{name}`", "without it") if value is None else (f"with `{name}` {value}", f"with {value}")
+                (f"without `{name}`", "without it")
+                if value is None
+                else (f"with `{name}` {_as_typed(value)}", f"with {_as_typed(value)}")
             )
-            now = "left out" if settings[name] is None else settings[name]
+            now = "left out" if settings[name] is None else _as_typed(settings[name])
             raise UserError(
                 f"{checkpoint} was trained {was}, but now it is {now}. Continue {again}, or train in another `output_dir`."
             )
@@ -477,6 +480,10 @@ def check_plan(
                 f"{give.format(name)} at least {step - first} to continue, or train in another `output_dir`."
             )
         first += number
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _seconds_before(path: Path) -> float:
