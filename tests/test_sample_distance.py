@@ -17,7 +17,7 @@ from scripts import (
 )
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
-from dae_diffusers.errors import ConfigError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.training import train_dit, train_vqgan_prior
 
 NAME = "validation/gfd_judge"
@@ -149,3 +149,10 @@ def test_wrong_settings_are_refused(flags, message, inputs, capsys):
         bare = {name: value for name, value in inputs.items() if name != "metric_features"}
         run(train_dit, f"{TINY_DIT} {flags}", output_dir="unused", **bare)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*larger than the data set")
+def test_a_single_image_is_too_few_to_compare_with_and_nothing_is_trained(inputs, tmp_path):
+    with pytest.raises(UserError, match="`metric_features` .* needs 2 or more, but there is 1"):
+        run(train_dit, f"{FLAGS} --max_train_samples 1", output_dir=tmp_path, **inputs)
+    assert not (tmp_path / "train_dit" / "log.jsonl").exists()

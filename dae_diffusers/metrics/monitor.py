@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -210,10 +211,18 @@ def make_monitor(
         start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
         options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
         after (`int`, *optional*), options_until (`dict`, *optional*): As `after` and `settings_until` of [`SampleDistance`].
+
+    Raises:
+        UserError: As [`SampleDistance`], and if there are too few training images to compare with.
     """
     config, count = run.config, run.config.monitor.metric_images
     if config.monitor.metric_features is None or run.dry_run is not None:
         return None
+    if len(images) < 2:
+        raise UserError(
+            f"`metric_features` compares samples with the training images, of which it needs 2 or more, but there is {len(images)}. Give "
+            "more images, or leave it out."
+        )
     drawn = prompts_of_images(images, count)
     drawn = drawn or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
     settings = SampleSettings(count, seed=config.run.seed, **options, **drawn)
