@@ -323,6 +323,16 @@ def test_other_decoder_and_other_folder(generators, image_folder, backbone, tmp_
     DAEDiTPipeline.from_pretrained(tmp_path / "new" / "pipeline")
 
 
+def test_cached_latents_go_when_the_fit_is_done(generators, image_folder, backbone, tmp_path, monkeypatch):
+    folder, write, written = tmp_path / "fit", train_dae.write_latent_cache, []
+    shutil.copytree(generators[DAEDiTPipeline], folder)
+    monkeypatch.setattr(
+        train_dae, "write_latent_cache", lambda *args, **more: written.append(args[0]) or write(*args, **more)
+    )
+    run(train_dae, FIT + " --max_train_samples 6", **flags_of(folder, image_folder), feature_model=backbone)
+    assert written == [folder / "train_dae_stage3" / "latents"] and not written[0].exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

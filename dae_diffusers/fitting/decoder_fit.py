@@ -408,6 +408,7 @@ class DecoderFit:
         described |= {"before": self.before, "after": self.now, "started_from": self.started_from}
         if self.accelerator.is_main_process:
             folder = save_pipeline(self.run.output_dir, self.pipeline, model, described)
+            shutil.rmtree(self.run.folder / "latents", ignore_errors=True)  # those of the training images
             logger.info("saved %s; the autoencoder as it was is in %s", folder, self.run.output_dir / KEPT_VAE)
             logger.info(
                 "PSNR of held-out reconstructions: %.2f -> %.2f dB. Distance of drawn images in the statistics that were matched: "
