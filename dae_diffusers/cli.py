@@ -189,7 +189,11 @@ def run_script(run: Callable[[Config], None], config: Config) -> None:
 
 
 def show_messages(is_main: bool = True) -> None:
-    r"""Shows the log messages of the scripts, of other than the main process only errors, without the small talk of libraries."""
+    r"""
+    Shows the log messages and warnings of the scripts, of other than the main process only errors, without the small talk of libraries.
+    """
+    if not is_main:
+        warnings.simplefilter("ignore")
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
     for chatty in ("httpx", "httpx2", "accelerate"):  # the Hub's client has two names, by its version
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -341,8 +341,10 @@ def test_more_processes_than_images_is_no_reason_to_wait_forever(script, places,
     flags = SCRIPTS[script][1].replace("_steps 4", "_steps 1")
     autoencoder = {} if script == "train_dae" else {"vae": places / ("vq" if "vq" in script else "vae")}
     options = {"train_data_dir": places / "two", "output_dir": tmp_path, **autoencoder}
-    for code, text in in_two_processes(lambda: start(flags, script=SCRIPTS[script][0], **options)):
-        assert code == 0, text
+    (code, first), (second_code, second) = in_two_processes(lambda: start(flags, script=SCRIPTS[script][0], **options))
+    assert code == second_code == 0, first + second
+    for once in (": validation/", "images repeat within a batch"):
+        assert (once in first) == script.startswith("train") and once not in second
 
 
 def test_error_of_one_of_two_processes_ends_both_in_a_line_each(places, tmp_path):

@@ -128,7 +128,7 @@ class Loop:
                 step.check_whole()
                 heartbeat.beat(self.step)
                 if text := forecast.after(self.step):
-                    self.progress.write(text)
+                    self.show(text)
                 if run.dry_run is not None and run.dry_run.has_seen(self):
                     self._save_checkpoint()
                     break
@@ -177,6 +177,11 @@ class Loop:
     def stop(self) -> None:
         r"""Makes the present step the last one. Call it in the loop's body, on all processes."""
         self.last_step = self.step
+
+    def show(self, text: str) -> None:
+        r"""Shows a line above the progress bar, on the main process: a bar that is switched off writes it, too."""
+        if self.accelerator.is_main_process:
+            self.progress.write(text)
 
     def _save_checkpoint(self) -> None:
         self.run.save_checkpoint(self.step, averages=self.averages, **self.state)
@@ -258,7 +263,7 @@ class Step:
         loop = self.loop
         loop.run.log.write(values, loop.step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        loop.progress.write(f"step {loop.step}: {shown}")
+        loop.show(f"step {loop.step}: {shown}")
 
     def check_whole(self) -> None:
         r"""Raises `RuntimeError` if the loop's body left out a micro-batch or its backward pass."""
