@@ -83,13 +83,16 @@ def parse_config(
     try:
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
+        is_recipe = path is not None and _find_config(path, config_class) != Path(path).expanduser()
         if SOURCES & set(_names(argv)):  # other images than the file's
             from_file = _without(OF_SOURCE, from_file)
         from_file = _with_one_length(from_file, set(_names(argv)))
     except ValueError as error:
         parser.end(str(error))
     try:
-        return compose(config_class, **parser.parse([*from_file, *argv]))
+        config = compose(config_class, **parser.parse([*from_file, *argv]))
+        config.from_recipe = set(_names(from_file)) - set(_names(argv)) if is_recipe else set()
+        return config
     except ValueError as error:
         parser.end(as_typed(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]), is_command))
 

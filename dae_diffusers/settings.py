@@ -43,7 +43,7 @@ def field(
         at_least, above, at_most, below (`float`, *optional*): Bounds of a number, or of each number in a list. None is allowed.
         hint (`str`, *optional*): What to do instead of giving a value outside these bounds.
         needs (`str`, *optional*): The setting without which this one has no effect, such as `"streaming"`, or with its value,
-            `"lr_scheduler warmup_stable_decay"`; several with " or " between them.
+            `"lr_scheduler warmup_stable_decay"`; several with " or " between them, and " and " between such groups.
         advanced (`bool`, *optional*, defaults to `False`): Shown by `--help_all` only.
         free_text (`bool`, *optional*, defaults to `False`): Whether any text is a value, an empty one too.
     """
@@ -190,14 +190,21 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def without_effect(config: Any) -> list[str]:
-    r"""Says in a sentence for each setting that is missing which changed settings have no effect without it."""
+    r"""
+    Says in a sentence for each setting that is missing which changed settings have no effect without it. Those that a packaged recipe has
+    changed are left out: it serves all stages.
+    """
     idle: dict[str, list[str]] = {}
     values = flat(config)
     known = values | getattr(config, "known", dict)()
+    from_recipe = getattr(config, "from_recipe", ())
     for _, each, default in fields_of(type(config)) if values else ():
-        needs = each.metadata.get("needs")
-        if needs and values[each.name] != default and not any(_holds(known, need) for need in needs.split(" or ")):
-            idle.setdefault(needs, []).append(each.name)
+        if values[each.name] == default or each.name in from_recipe:
+            continue
+        groups = filter(None, each.metadata.get("needs", "").split(" and "))
+        missing = [needs for needs in groups if not any(_holds(known, need) for need in needs.split(" or "))]
+        if missing:
+            idle.setdefault(missing[0], []).append(each.name)
     return [
         f"`{'`, `'.join(names)}` {'has' if len(names) == 1 else 'have'} no effect without `{needs.replace(' or ', '` or `')}`."
         for needs, names in idle.items()

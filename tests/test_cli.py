@@ -1,6 +1,7 @@
 """A config from flags and YAML; a mistake is one line and an exit code."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_changed_settings_that_lack_what_they_need_are_named_in_a_warning():
 
 def test_settings_need_settings_that_exist():
     fields = [each for config_class in SCRIPTS.values() for _, each, _ in fields_of(config_class)]
-    needs = {need for each in fields for need in each.metadata["needs"].split(" or ") if need}
+    needs = {need for each in fields for need in re.split(" or | and ", each.metadata["needs"]) if need}
     assert needs and {need.partition(" ")[0] for need in needs} <= {each.name for each in fields}
 
 
@@ -197,6 +198,31 @@ def test_what_needs_a_setting_that_the_script_lacks_is_no_idle_flag():
         ("train-dae", "--stage 3 --pipeline x --feature_model y --noise_tau 0.5 --pool_size 9", ""),
         ("train-dae", "--auxiliary_dropout 0.1 --auxiliary_decoder prefix", "`auxiliary_dropout` has no effect without `auxiliary_decoder dropout`."),
         ("train-dae", "--vf_weight 1", "`vf_weight` has no effect without `vf_model`."),
+        ("train-dae", "--stage 1 --adversarial_weight 0.1", "`adversarial_weight` has no effect without `stage 2` or `stage 3` or `auxiliary_decoder none`."),
+        ("train-dae", "--stage 1 --stage2_steps 9", "`stage2_steps` has no effect without `stage 2` or `auxiliary_decoder none`."),
+        ("train-dae", "--stage 1 --config cifar10_small_gan", ""),
+        ("train-dae", "--stage 2 --stage1_dir x --config digits --stage1_steps 9", "`stage1_steps` has no effect without `stage 1`."),
+        ("train-dae", "--auxiliary_decoder none --stage1_steps 9 --stage2_steps 9 --adversarial_weight 0.1", ""),
+        ("train-dae", "--autoencoder vq --kl_weight 1", "`kl_weight` has no effect without `autoencoder kl`."),
+        (
+            "train-dae",
+            "--autoencoder vq --quantizer fsq --fsq_levels 8 8 --latent_channels 9 --codebook_size 99",
+            "`latent_channels`, `codebook_size` have no effect without `quantizer ema` or `quantizer vq`.",
+        ),
+        ("train-dae", "--autoencoder vq --quantizer vq --codebook_warmup_steps 7", "`codebook_warmup_steps` has no effect without `quantizer ema`."),
+        ("train-dae", "--stage 3 --pipeline x --learning_rate 1e-4", "`learning_rate` has no effect without `stage 1` or `stage 2`."),
+        (
+            "train-dae",
+            "--stage 3 --pipeline x --generated_loss adversarial --generated_batch_size 7 --moments_share 0.5",
+            "`generated_batch_size`, `moments_share` have no effect without `generated_loss moments`.",
+        ),
+        ("train-dit", "--learning_rate 1e-4 --lr_warmup_steps 9", ""),
+        (
+            "train-dit",
+            "--lr_scheduler constant --lr_warmup_steps 9",
+            "`lr_warmup_steps` has no effect without `lr_scheduler constant_with_warmup` or `lr_scheduler linear` or `lr_scheduler cosine` or "
+            "`lr_scheduler warmup_stable_decay`.",
+        ),
         ("train-dit", "--repa_weight 1 --lr_decay_share 0.5 --lr_scheduler warmup_stable_decay", "`repa_weight` has no effect without `repa_model`."),
         ("train-dit", "--class_dropout_prob 0 --autoguidance_steps 9 --sample_guidance_scale 1.5", ""),
         ("evaluate", "--guidance_scales 1 2", "`guidance_scales` has no effect without `pipeline`."),

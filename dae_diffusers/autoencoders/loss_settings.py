@@ -14,7 +14,9 @@ class LossConfig:
 
     l1_weight: float = field(1.0, "weight of the mean absolute error", at_least=0, advanced=True)
     mse_weight: float = field(1.0, "weight of the mean squared error", at_least=0, advanced=True)
-    kl_weight: float = field(1e-4, "weight of the KL divergence per latent (stage 1)", at_least=0, needs="stage 1")
+    kl_weight: float = field(
+        1e-4, "weight of the KL divergence per latent (stage 1)", at_least=0, needs="stage 1 and autoencoder kl"
+    )
     perceptual_model: str | None = field(None, "vision model of the perceptual loss, or `lpips`; default: none")
     perceptual_weight: float = field(
         1.0,
@@ -30,7 +32,12 @@ class LossConfig:
         needs="perceptual_model",
         advanced=True,
     )
-    adversarial_weight: float = field(0.0, "weight of the real decoder's adversarial loss; 0: none", at_least=0)
+    adversarial_weight: float = field(
+        0.0,
+        "weight of the real decoder's adversarial loss; 0: none",
+        at_least=0,
+        needs="stage 2 or stage 3 or auxiliary_decoder none",
+    )
     stage1_adversarial_weight: float = field(
         0.0, "weight of the adversarial loss in stage 1", at_least=0, needs="stage 1", advanced=True
     )

@@ -16,6 +16,7 @@ _STRENGTHS = {
     "narrow": "auxiliary_channel_multiplier",
     "shallow": "auxiliary_layers_per_block",
 }
+_WITH_CODEBOOK = "quantizer ema or quantizer vq"  # the codes of fsq are a grid
 
 
 @settings
@@ -49,7 +50,7 @@ class AutoencoderConfig:
         "`--stage 2`) makes images of twice the sides",
         advanced=True,
     )
-    latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1)
+    latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1, needs=_WITH_CODEBOOK)
     norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True)
     mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True)
 
@@ -112,10 +113,10 @@ class CodebookConfig:
         "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)",
         advanced=True,
     )
-    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", advanced=True)
-    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", advanced=True)
+    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", needs=_WITH_CODEBOOK, advanced=True)
+    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", needs=_WITH_CODEBOOK, advanced=True)
     codebook_warmup_steps: int = field(
-        100, "steps without quantisation, before k-means sets the codes (`ema`)", advanced=True
+        100, "steps without quantisation, before k-means sets the codes (`ema`)", needs="quantizer ema", advanced=True
     )
     fsq_levels: list[int] = field(
         [], "levels of each channel, such as 8 5 5 5; they give the size and dimension (`fsq`)", advanced=True
@@ -187,11 +188,12 @@ class StageConfig:
         needs="auxiliary_decoder shallow",
         advanced=True,
     )
-    stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1)
+    stage1_steps: int = field(4000, "optimiser steps of stage 1", at_least=1, needs="stage 1")
     stage2_steps: int = field(
         2000,
         "optimiser steps of stage 2; each takes 0.7 to 0.9 times as long as a joint step",
         at_least=1,
+        needs="stage 2 or auxiliary_decoder none",
     )
     stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, needs="stage 3", advanced=True)
     warm_start_decoder: bool = field(
@@ -302,11 +304,16 @@ class GeneratedConfig:
         None,
         "`moments`: generated latents in a batch; default: twice `--train_batch_size`",
         at_least=1,
-        needs="stage 3",
+        needs="stage 3 and generated_loss moments",
         advanced=True,
     )
     moments_share: float = field(
-        0.02, "share of the running moments that a step replaces", above=0, at_most=1, needs="stage 3", advanced=True
+        0.02,
+        "share of the running moments that a step replaces",
+        above=0,
+        at_most=1,
+        needs="stage 3 and generated_loss moments",
+        advanced=True,
     )
     pool_size: int = field(
         8192, "latents that are generated once, before the first step", at_least=2, needs="stage 3", advanced=True

@@ -6,6 +6,7 @@ from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
 MAX_SEED = 2**32 - 1  # numpy's
+_WITH_WARMUP = ("constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
 
 
 @settings
@@ -17,7 +18,7 @@ class OptimizationConfig:
     num_train_epochs: float | None = field(
         None, "train for X passes over the images instead of a number of steps", above=0
     )
-    learning_rate: float = field(1e-3, "peak learning rate", above=0)
+    learning_rate: float = field(1e-3, "peak learning rate", above=0, needs="stage 1 or stage 2")
     optimizer: Literal["adamw", "muon"] = field(
         "adamw", "muon: for the matrices of a transformer's blocks, and AdamW for all other weights", advanced=True
     )
@@ -33,7 +34,11 @@ class OptimizationConfig:
         advanced=True,
     )
     lr_warmup_steps: int = field(
-        100, "steps over which the learning rate rises (not with `constant`)", at_least=0, advanced=True
+        100,
+        "steps over which the learning rate rises (not with `constant`)",
+        at_least=0,
+        needs=" or ".join(f"lr_scheduler {name}" for name in _WITH_WARMUP),
+        advanced=True,
     )
     adam_beta1: float = field(0.9, "AdamW's first decay", at_least=0, below=1, advanced=True)
     adam_beta2: float = field(0.99, "AdamW's second decay", at_least=0, below=1, advanced=True)
