@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -17,7 +18,7 @@ from dae_diffusers.autoencoders.loading import encode_moments, load_autoencoder
 from dae_diffusers.data import DataConfig, MicrobatchSampler, load_images, make_pass_loader, resize_and_crop
 from dae_diffusers.data.buckets import Buckets, spread_shapes
 from dae_diffusers.errors import ConfigError
-from dae_diffusers.latents.cache import CachedLatents
+from dae_diffusers.latents.cache import CachedLatents, follow_cache, image_identity
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, preview, train_dae, train_dit
@@ -225,6 +226,34 @@ def test_other_buckets_are_refused_where_a_run_goes_on(trained, mixed, tmp_path,
             **{**flags, "output_dir": trained},
         )
     assert "the training images changed" in capsys.readouterr().err
+
+
+def test_one_bucket_of_another_shape_is_not_that_of_the_resolution(trained, mixed, tmp_path, capsys, monkeypatch):
+    for split in ("train", "test"):
+        for number in range(4):  # all wide
+            (tmp_path / "wide" / split).mkdir(parents=True, exist_ok=True)
+            shutil.copy(mixed / "train" / ("cat", "dog")[number % 2] / f"{number:02d}.png", tmp_path / "wide" / split)
+    flags = {"train_data_dir": str(tmp_path / "wide"), "resolution": 16}
+    cut, wide = (load_images(DataConfig(**flags, aspect_buckets=shapes))[0] for shapes in ([], SHAPES))
+    assert wide.buckets.sizes == ((8, 32),) and wide.fingerprint != cut.fingerprint
+    assert image_identity(wide)["buckets"] == [[8, 32, 4]] and image_identity(cut)["buckets"] == []
+    flags, cache = {"train_data_dir": tmp_path / "wide", "vae": trained / "vae"}, tmp_path / "latents"
+    run(cache_latents, "--dtype float32" + FLAGS, output_dir=cache, **flags)
+    assert CachedLatents(cache / "train").buckets == wide.buckets
+    data = DataConfig()
+    follow_cache(data, CachedLatents(cache / "train"))
+    assert data.shapes == [(8, 32), (16, 16)]
+    run(
+        train_dit, TINY_DIT + " --max_train_steps 1", vae=trained / "vae", latent_cache=cache, output_dir=tmp_path / "a"
+    )
+    with pytest.raises(SystemExit):
+        start(TINY_DIT, train_dit, latent_cache=cache, output_dir=tmp_path / "b", **flags)
+    assert "does not fit: " in capsys.readouterr().err
+    monkeypatch.setattr(Buckets, "record", lambda self, size: [])  # as caches of earlier versions have it
+    run(cache_latents, "--dtype float32" + FLAGS, output_dir=tmp_path / "old", **flags)
+    with pytest.raises(SystemExit):
+        start(TINY_DIT, train_dit, latent_cache=tmp_path / "old", output_dir=tmp_path / "c", **flags)
+    assert "have the size 4x16, but those of `--vae` have 8x8" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("error")

@@ -366,13 +366,14 @@ def load_data(
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
-    size, cached = height_and_width(size_of_latents(config.data, vae)), caches[1].latent_shape[1:]
-    if size != cached:
-        raise UserError(
-            f"the latents of {config.transformer.latent_cache} have the size {words_of_size(cached)}, but those of `vae` have "
-            f"{words_of_size(size)} for images of {words_of_size(config.data.size)} pixels. Give the autoencoder of the cache; "
-            "`dae-diffusers assemble` adds another decoder afterwards."
-        )
+    for cache, pixels in zip(caches, (caches[0].buckets.sizes[0], config.data.size), strict=True):
+        size, cached = tuple(side // spatial_factor(vae) for side in pixels), cache.latent_shape[1:]
+        if size != cached:
+            raise UserError(
+                f"the latents of {cache.folder} have the size {words_of_size(cached)}, but those of `vae` have "
+                f"{words_of_size(size)} for images of {words_of_size(pixels)} pixels. Give the autoencoder of the cache, or make the "
+                "cache again; `dae-diffusers assemble` adds another decoder afterwards."
+            )
     return caches, images
 
 

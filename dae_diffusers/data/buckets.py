@@ -64,9 +64,9 @@ class Buckets:
         kept = [(size, count) for size, count in zip(sizes, counts, strict=True) if count]
         return cls(*map(tuple, zip(*kept, strict=True)))
 
-    def record(self) -> list[list[int]]:
-        r"""Height, width and count of each bucket, for files and fingerprints; empty for a single bucket."""
-        if len(self.sizes) == 1:
+    def record(self, size: tuple[int, int]) -> list[list[int]]:
+        r"""Height, width and count of each bucket, for files and fingerprints; empty for a single bucket of the resolution's size."""
+        if self.sizes == (tuple(size),):
             return []
         return [[*size, count] for size, count in zip(self.sizes, self.counts, strict=True)]
 

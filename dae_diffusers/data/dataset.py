@@ -133,7 +133,7 @@ class ImageDataset(BatchDataset):
         yield str(len(self))
         yield np.asarray(self.labels if self.labels is not None else [], dtype=np.int64)
         yield encoded_sizes(self.rows, self.image_column, self.root)
-        if record := self._buckets.record():
+        if record := self._buckets.record(self.config.size):
             yield np.asarray(record)
         for index in np.unique(np.linspace(0, len(self) - 1, num=min(64, len(self))).astype(int)):
             try:

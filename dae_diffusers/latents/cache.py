@@ -220,12 +220,16 @@ def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
     data.settle(made.resolution, made.image_channels)
     if data.has_source:
         return
+    shapes = [tuple(shape) for *shape, _ in made.buckets]
+    size = height_and_width(made.resolution)
+    if shapes and size not in shapes:  # no training image has it, but those of validation do
+        shapes.append(size)
     known = {
         "resolution": made.resolution,
         "image_channels": made.image_channels,
         "random_flip": made.flips,
         "value_range": list(made.value_range),
-        "aspect_buckets": [side for *shape, _ in made.buckets for side in shape],
+        "aspect_buckets": [side for shape in shapes for side in shape],
     }
     defaults = {each.name: default for _, each, default in fields_of(DataConfig)} | known
     unused = [
@@ -410,7 +414,7 @@ def image_identity(images: ImageDataset) -> dict[str, Any]:
         "image_channels": config.image_channels,
         "flips": config.random_flip,
         "value_range": list(images.value_range or []),
-        "buckets": images.buckets.record(),
+        "buckets": images.buckets.record(config.size),
     }
 
 
