@@ -1,6 +1,7 @@
 """Data sets that are tables: what holds images and labels, which files they may name, and what is said when they fail."""
 
 import os
+from pathlib import PurePosixPath
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from test_data import encoded
 
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
 
@@ -71,6 +73,35 @@ def test_tables_of_every_kind_are_read(kind, tmp_path):
         train, values = load(folder)
         assert values == list(range(6))
     assert train.id2label == {0: "a", 1: "b"}
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("training_set/train", "training_set/validation"),
+        ("training/train", "training/val"),
+        ("train/0", "test/0"),
+        ("a/train_1", "b/training/val_1"),
+        ("train/data-00000-of-00001", "test/data-00000-of-00001"),
+        ("train-00000-of-00001", "test-00000-of-00001"),
+        ("images", "test"),
+    ],
+)
+def test_name_of_a_table_says_its_split_before_its_folder_does(train, validation, tmp_path, caplog):
+    for number, name in enumerate((train, validation)):
+        write((tmp_path / name).parent, (tmp_path / name).name, image=PICTURES[2 * number : 2 * number + 2])
+    splits = load_tables(tmp_path, [PurePosixPath(f"{name}.parquet") for name in (train, validation)], streaming=False)
+    for number, rows in enumerate((splits.pop("train"), *splits.values())):
+        assert rows["image"] == PICTURES[2 * number : 2 * number + 2]
+    assert ("1 of 2 tables" in caplog.text) == (train == "images")
+
+
+def test_table_of_several_splits_is_refused_beside_others(tmp_path):
+    write(tmp_path, "train_val", image=PICTURES)
+    assert load(tmp_path)[1] == list(range(6))
+    write(tmp_path, "train", image=PICTURES)
+    with pytest.raises(UserError, match="train_val.parquet names several splits .train, validation.. Rename"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["link.png", "../secret.png", "{secret}", "file://{secret}", "/dev/zero", "pipe.png"])

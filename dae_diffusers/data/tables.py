@@ -248,10 +248,10 @@ def load_tables(
     folder: Path, tables: list[PurePosixPath], *, streaming: bool
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     r"""
-    Loads a folder of tables of one kind. A word in their names or folders gives the split.
+    Loads a folder of tables of one kind. A word in their names gives the split, or else one in their nearest folder that has one.
 
     Raises:
-        UserError: If there are tables of several kinds.
+        UserError: If there are tables of several kinds, or one whose name has the words of several splits.
     """
     kinds = sorted({TABLES[path.suffix.lower()] for path in tables})
     if "parquet" in kinds:  # a `stats.json` beside shards is no data
@@ -261,14 +261,7 @@ def load_tables(
             f"{folder} holds tables of several kinds: {', '.join(map(str, tables[:5]))}. Move all but one kind to other folders."
         )
     tables = [path for path in tables if TABLES[path.suffix.lower()] == kinds[0]]
-    named = [re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem) for path in tables]
-    if all(named):
-        splits = [match[1].replace("-", "_") for match in named]
-    else:
-        words = [
-            {SPLITS[word] for word in re.findall("[a-z]+", str(path).lower()) if word in SPLITS} for path in tables
-        ]
-        splits = [found.pop() if len(found) == 1 else "train" for found in words]
+    splits = _splits_of(tables, folder)
     if "train" not in splits and len(set(splits)) == 1:
         splits = ["train"] * len(tables)
     data_files: dict[str, list[str]] = {}
@@ -279,3 +272,36 @@ def load_tables(
         split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
         for split, paths in data_files.items()
     }
+
+
+def _splits_of(tables: list[PurePosixPath], folder: Path) -> list[str]:
+    """The split of each table; folders that all tables share say nothing."""
+    shared = PurePosixPath(os.path.commonpath([path.parent for path in tables]))
+    shards = [re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem) for path in tables]
+    splits, unsaid = [], []
+    for path, shard in zip(tables, shards, strict=True):
+        found = _splits_in(path.stem)
+        if all(shards) and (found or path.parent == shared):
+            splits.append(shard[1].replace("-", "_"))
+            continue
+        for name in reversed(path.parent.relative_to(shared).parts):
+            found = found or _splits_in(name)
+        if len(found) > 1 and len(tables) > 1:
+            raise UserError(
+                f"the path of the table {folder / path} names several splits ({', '.join(sorted(found))}). Rename the file, so that its "
+                "name has the word of one split, or move it elsewhere."
+            )
+        if len(found) != 1:
+            unsaid.append(path)
+        splits.append(found.pop() if len(found) == 1 else "train")
+    if unsaid and len(unsaid) < len(tables):
+        logger.warning(
+            "the names of %d of %d tables in %s say no split, such as %s: they hold training images",
+            len(unsaid), len(tables), folder, unsaid[0],
+        )  # fmt: skip
+    return splits
+
+
+def _splits_in(name: str) -> set[str]:
+    """The splits whose words are in a name."""
+    return {SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS}
