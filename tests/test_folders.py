@@ -71,6 +71,10 @@ def write_shard(path, size):
         (["test/1.png", "dev/2.png"], {"train": ["dev", "test"]}),
         (["data/train/a/1.png", "data/train/b/2.png", "data/test/b/3.png"], {"train": ["a", "b"], "test": ["b"]}),
         (["all/images/a/1.png", "all/images/b/2.png"], {"train": ["a", "b"]}),
+        (["train/train/a/1.png", "train/train/b/2.png", "test/test/b/3.png"], {"train": ["a", "b"], "test": ["b"]}),
+        (["train/x/y/a/1.png", "train/x/y/b/2.png", "test/x/y/b/3.png"], {"train": ["a", "b"], "test": ["b"]}),
+        (["train/images/1.png", "test/images/2.png"], {"train": None, "test": None}),
+        (["train/a/1.png", "test/b/2.png"], {"train": ["a"], "test": ["b"]}),
     ],
 )
 def test_layout_says_splits_and_classes(make_folder, names, expected):
@@ -372,11 +376,13 @@ def test_table_beside_archives_names_one_of_them(tmp_path):
         load_folder(tmp_path)
 
 
-def test_splits_in_archives(tmp_path):
-    for split in ("train", "test"):
-        pack(tmp_path / f"{split}.zip", {f"{name}/{split}.png": picture(1) for name in "ab"})
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_splits_in_archives(tmp_path, is_twice):
+    for split in ("train", "val"):
+        inside = f"{split}/" if is_twice else ""
+        pack(tmp_path / f"{split}.zip", {f"{inside}{name}/{split}.png": picture(1) for name in "ab"})
     splits = load_folder(tmp_path)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "test": 2}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "validation": 2}
     assert splits["train"].features["label"].names == ["a", "b"]
 
 

@@ -458,7 +458,7 @@ def _rows_of(
         rows = splits.setdefault(split_folders.get(place.parts[0], "train"), [])
         rows += [(place, entry, number) for number in described.rows.get(entry.file, [None])]
     has_labels = with_labels and not any("cls" in entry.columns for entry in entries)
-    labels = _classes_of(splits, bool(split_folders), folder, shared, found) if has_labels else {}
+    labels = _classes_of(splits, _level_of_classes(places, split_folders), folder, shared, found) if has_labels else {}
     columns = columns_features(entry.columns for entry in entries)
     columns = {name: feature for name, feature in columns.items() if name != "image"}
     loaded = {}
@@ -513,13 +513,30 @@ def _load_described(folder: Path, files: list[PurePosixPath]) -> Splits:
     return datasets.load_dataset("imagefolder", data_files=data_files)
 
 
+def _level_of_classes(places: list[PurePosixPath], split_folders: dict[str, str]) -> int:
+    """
+    How many folders lie above those of classes: none, or that of the split and those below it that all its images share, if these are
+    called alike in all splits (`train/images`, `test/images`) or like the split (`train/train`).
+    """
+    level = 1 if split_folders else 0
+    while split_folders:
+        names: dict[str, set[str]] = {}
+        for place in places:
+            names.setdefault(place.parts[0], set()).add(place.parts[level] if len(place.parts) > level + 1 else "")
+        every = set().union(*names.values())
+        is_split = all({SPLITS.get(name.lower()) for name in of} == {split_folders[top]} for top, of in names.items())
+        if "" in every or any(len(of) > 1 for of in names.values()) or (len(every) > 1 and not is_split):
+            break
+        level += 1
+    return level
+
+
 def _classes_of(
-    splits: dict[str, list[tuple[PurePosixPath, Entry, Any]]], has_split_folders: bool, folder: Path, shared: PurePosixPath, found: Survey
+    splits: dict[str, list[tuple[PurePosixPath, Entry, Any]]], below: int, folder: Path, shared: PurePosixPath, found: Survey
 ) -> dict[str, tuple[list[str], list[int]]]:  # fmt: skip
     """
-    Classes and labels of each split: the first folder, or the first one below the split's folder. Empty with fewer than two classes.
+    Classes and labels of each split: the folder with this number of others above it. Empty with fewer than two classes.
     """
-    below = 1 if has_split_folders else 0
     names = {
         split: [place.parts[below] if len(place.parts) > 1 + below else "" for place, *_ in rows]
         for split, rows in splits.items()
