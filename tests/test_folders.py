@@ -240,6 +240,19 @@ def test_links_lead_to_images_once(make_folder, tmp_path):
                 part[number]
 
 
+@pytest.mark.parametrize(
+    ("links", "classes"),
+    [({"latest": "v2"}, ["v1", "v2"]), ({"v1/latest": "../v2"}, ["v1", "v2"]), ({"new": "../real", "old": "../real"}, ["new", "v1", "v2"])],
+)  # fmt: skip
+def test_links_to_folders_that_are_read_already_are_said(make_folder, caplog, links, classes):
+    folder = make_folder("v1/1.png", "v2/2.png", "../real/3.png")
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    rows = load_folder(folder)["train"]
+    assert rows.features["label"].names == classes and len(rows) == len(classes)
+    assert f"1 {list(links)[-1].split('/')[-1]} (linked folders that are read already" in caplog.text
+
+
 def test_captions_beside_classes_are_both_there(make_folder, caplog):
     folder = make_folder("apple/1.png", "apple/2.png", "pear/1.png", "pear/2.png")
     lines = [{"file_name": f"{name}/1.png", "text": f"a red {name}"} for name in ("apple", "pear", "plum")]

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
 _IN_UNSEEN = "in folders whose names begin with . or __"
+_READ_ALREADY = "linked folders that are read already: copy them if they are meant to count twice"
 
 Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
 
@@ -143,7 +144,8 @@ def load_folder(
             "Parquet, CSV and JSON tables are read."
         )
     if found.left_out:
-        is_loss = any(_is_image(path) or path.suffix.lower() in TABLES for path in found.left_out)
+        is_loss = _READ_ALREADY in found.left_out.values()
+        is_loss |= any(_is_image(path) or path.suffix.lower() in TABLES for path in found.left_out)
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
@@ -182,20 +184,14 @@ def _check_kinds(folder: Path, places: list[PurePosixPath]) -> None:
 
 def survey(folder: Path) -> Survey:
     r"""
-    Lists the files in a folder. Hidden folders are skipped, their images count as left out; each linked folder counts once.
+    Lists the files in a folder. Hidden folders are skipped, their images count as left out. Each folder counts once, whatever links lead
+    to it.
     """
-    found, visited = Survey(), {os.path.realpath(folder)}
-    for root, folders, names in os.walk(folder, followlinks=True):
-        inside = PurePosixPath(Path(root).relative_to(folder).as_posix())
+    found = Survey()
+    for root, inside, folders, names in _walk(folder, found):
         for name in [name for name in folders if name.startswith(_UNSEEN)]:
             folders.remove(name)
             found.left_out.update(dict.fromkeys(_images_below(folder, inside / name), _IN_UNSEEN))
-        folders.sort()
-        for name in [name for name in folders if os.path.islink(os.path.join(root, name))]:
-            target = os.path.realpath(os.path.join(root, name))
-            if target in visited:
-                folders.remove(name)
-            visited.add(target)
         for name in names:
             path = inside / name
             suffix = path.suffix.lower()
@@ -221,6 +217,23 @@ def survey(folder: Path) -> Survey:
     for kind in (found.pictures, found.arrays, found.archives, found.metadata, found.tables):
         kind.sort(key=str)  # as `datasets` has them
     return found
+
+
+def _walk(folder: Path, found: Survey) -> Iterator[tuple[str, PurePosixPath, list[str], list[str]]]:
+    """As `os.walk`, with the path inside the folder. Links are followed last, if they lead to folders that no other way leads to."""
+    waiting, visited = [str(folder)], set()
+    for start in waiting:
+        for root, folders, names in os.walk(start, followlinks=True):
+            inside, target = PurePosixPath(Path(root).relative_to(folder).as_posix()), os.path.realpath(root)
+            if target in visited:
+                folders.clear()
+                found.left_out[inside] = _READ_ALREADY
+                continue
+            visited.add(target)
+            yield root, inside, folders, names  # whoever takes it removes folders that are not to be seen
+            links = [name for name in sorted(folders) if os.path.islink(os.path.join(root, name))]
+            waiting += [os.path.join(root, name) for name in links]
+            folders[:] = sorted(set(folders).difference(links))
 
 
 def _images_below(folder: Path, inside: PurePosixPath) -> list[PurePosixPath]:
