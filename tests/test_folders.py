@@ -9,6 +9,8 @@ import zipfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pictures import encoded
@@ -191,6 +193,16 @@ def test_labels_of_a_table_are_used_or_said_to_be_not(make_folder, caplog, name,
         assert images.id2label == expected and not caplog.text
     else:
         assert images.id2label is None and f"no classes: the column {expected}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+@pytest.mark.parametrize("flags", [{}, {"condition_column": "mask"}])
+def test_columns_of_text_of_a_parquet_table_are_text(make_folder, kind, flags):
+    folder = make_folder("0.png", "1.png", "masks/0.png", "masks/1.png")
+    columns = {"file_name": ["0.png", "1.png"], "mask": ["masks/0.png", "masks/1.png"]}
+    pq.write_table(pa.table(columns, pa.schema(dict.fromkeys(columns, kind))), folder / "metadata.parquet")
+    rows = load_folder(folder, **flags)["train"]
+    assert len(rows) == 2 and isinstance(rows.features["mask"], datasets.Image) == bool(flags)
 
 
 def test_zeros_before_a_class_are_kept_and_those_before_a_number_are_not(make_folder):

@@ -53,13 +53,20 @@ class Metadata:
         file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
             return _read_csv(file, self.label_columns)
-        return pq.read_table(file) if suffix == ".parquet" else pyarrow.json.read_json(file)
+        return _with_strings(pq.read_table(file)) if suffix == ".parquet" else pyarrow.json.read_json(file)
 
     @classmethod
     def of_member(cls, place: PurePosixPath, archive: Path, member) -> "Metadata":
         """Reads a metadata table from a ZIP file."""
         with zipfile.ZipFile(archive) as file:
             return cls(place, file.read(member.name))
+
+
+def _with_strings(table: pa.Table) -> pa.Table:
+    """The table, with all columns of text of one type; pandas writes large strings."""
+    others = (pa.large_string(), pa.string_view())
+    types = [pa.field(each.name, pa.string()) if each.type in others else each for each in table.schema]
+    return table.cast(pa.schema(types))
 
 
 def _read_csv(file: io.BytesIO, label_columns: Collection[str]) -> pa.Table:
