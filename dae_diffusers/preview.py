@@ -47,7 +47,9 @@ def look(images: ImageDataset | StreamedImages, seed: int, indices: Iterable[int
     r"""Reads images with the augmentation of their first pass: those of the indices, or the first of a stream."""
     if isinstance(images, StreamedImages):
         for rows in ImageStream(images, 1, seed=seed, max_samples=LOOKED_AT):
-            batch = images.__getitems__(rows)
+            batch = images.read(rows)
+            if batch is None:
+                continue
             label = int(batch["class_labels"][0]) if "class_labels" in batch else None
             yield Seen(images.whole(rows[0]), batch["pixel_values"][0], label)
         return

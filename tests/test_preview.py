@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import save_autoencoder
+from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.cli import parse_config
@@ -109,6 +110,17 @@ def test_streams_are_counted_as_far_as_they_were_read(tmp_path):
     chosen = of_each_class(train, 0, 2)
     assert {label: len(each) for label, each in chosen.items()} == {0: 2, 1: 2}
     assert f"(of the first {len(looked)})" in counts(train, validation, looked)
+
+
+def test_bad_images_of_a_stream_are_passed_over(tmp_path):
+    images = [encoded(Image.new("RGB", (8, 8), (number, 0, 0))) for number in range(8)]
+    images[5] = b"damaged"
+    datasets.Dataset.from_dict({"image": images}).to_parquet(tmp_path / "train.parquet")
+    config = DataConfig(
+        dataset_name=str(tmp_path), streaming=True, resolution=8, on_bad_image="skip", max_validation_samples=2
+    )
+    train, _ = load_images(config)
+    assert len(list(look(train, 0))) == 5
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -101,12 +101,19 @@ class StreamedImages(BatchDataset):
         r"""As in [`ImageDataset`]."""
         return self._reader.value_range
 
-    @without_warnings()
     def __getitems__(self, rows: list[StreamedRow]) -> dict[str, torch.Tensor]:
+        batch = self.read(rows)
+        if batch is None:
+            raise UserError(f"all {len(rows)} images of a batch are bad, the last of them {rows[-1].name}.")
+        return batch
+
+    @without_warnings()
+    def read(self, rows: list[StreamedRow]) -> dict[str, torch.Tensor] | None:
+        r"""The batch of some rows; None if all their images are bad and may be skipped."""
         images = [self._read(row) for row in rows]
         good = [index for index, pixels in enumerate(images) if pixels is not None]
         if not good:
-            raise UserError(f"all {len(rows)} images of a batch are bad, the last of them {rows[-1].name}.")
+            return None
         # A bad image's place is taken by the next good one.
         chosen = [next((g for g in good if g >= index), good[0]) for index in range(len(rows))]
         rows = [rows[index] for index in chosen]
