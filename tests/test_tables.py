@@ -75,6 +75,14 @@ def test_tables_of_every_kind_are_read(kind, tmp_path):
     assert train.id2label == {0: "a", 1: "b"}
 
 
+def test_words_for_nothing_are_texts_in_a_csv(tmp_path):
+    words, names = ["None", "NA", "null", "nan", "n/a", ""], save_files(tmp_path)
+    lines = [f"{name},{word},{number or ''}" for number, (name, word) in enumerate(zip(names, words, strict=True))]
+    (tmp_path / "all.csv").write_text("\n".join(["image,text,angle", *lines]))
+    rows = load_tables(tmp_path, [PurePosixPath("all.csv")], streaming=False)["train"]
+    assert rows["text"] == [*words[:5], None] and rows["angle"] == [None, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("train", "validation"),
     [

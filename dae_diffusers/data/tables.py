@@ -274,7 +274,9 @@ def load_tables(
     data_files: dict[str, list[str]] = {}
     for split, path in zip(splits, tables, strict=True):
         data_files.setdefault(split, []).append(glob.escape(str(folder.absolute() / path)))
-    options = {"sep": "\t"} if all(path.suffix.lower() == ".tsv" for path in tables) else {}
+    options = {"keep_default_na": False, "na_values": [""]} if kinds == ["csv"] else {}  # "None" and "NA" are texts
+    if all(path.suffix.lower() == ".tsv" for path in tables):
+        options["sep"] = "\t"
     return {  # each by itself: a split may lack the labels
         split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
         for split, paths in data_files.items()
