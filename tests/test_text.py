@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -30,6 +31,7 @@ from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.generators.take_over import take_over
 from dae_diffusers.generators.text import Captions, encode_once, load_text_encoder
@@ -516,6 +518,24 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
     )
     with pytest.raises(UserError, match="'text' holds no text in the split 'train'"):
         load(empty, "text")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_images_of_one_name_share_their_text(tmp_path, caplog, is_packed):
+    for name in ("a", "b"):
+        for suffix in ("png", "jpg"):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.{suffix}")
+    (tmp_path / "a.txt").write_text("an a")
+    (tmp_path / "b.TXT").write_text("a b")
+    (tmp_path / "c.txt").write_text("")
+    if is_packed:
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for path in sorted(tmp_path.glob("?.*")):
+                archive.write(path, path.name)
+                path.unlink()
+    caplog.set_level("INFO")
+    assert load_folder(tmp_path, with_texts=True)["train"]["txt"] == ["an a", "an a", "a b", "a b"]
+    assert "1 .txt (no images)" in caplog.text and ".TXT" not in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "cp1252"])

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import datasets
 import pyarrow as pa
 
 from dae_diffusers.data.archives import (
+    Member,
     columns_features,
     fitted,
     is_picture,
@@ -25,7 +26,7 @@ from dae_diffusers.data.archives import (
     warn_of_lone_files,
 )
 from dae_diffusers.data.columns import LABELS, class_order
-from dae_diffusers.data.contents import column_path, packed_path
+from dae_diffusers.data.contents import column_path, packed_path, read_content
 from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.data.formats import HEIF_SUFFIXES, INSTALL_HEIF, OTHER_SUFFIXES, SUFFIXES, reads_heif
 from dae_diffusers.data.tables import (
@@ -101,7 +102,8 @@ def load_folder(
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
         label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
-        with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`.
+        with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`. Several
+            images of that name share it.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
@@ -126,17 +128,20 @@ def load_folder(
             (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
         ]
         found.left_out.update(others)
+        texts = _texts_by_image(found.left_out) if with_texts else {}
         entries = [
             Entry(
                 path,
                 {"bytes": None, "path": column_path(str(folder.absolute() / path))},
-                _text_beside(folder, path, found) if with_texts else {},
+                _text_beside(folder, texts.get(path.with_suffix(""))),
                 path,
             )
             for path in pictures + arrays
         ]
+        for path in pictures + arrays:
+            found.left_out.pop(texts.get(path.with_suffix("")), None)
     elif found.archives:
-        entries, packed = _packed_entries(folder, found)
+        entries, packed = _packed_entries(folder, found, with_texts)
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
         raise UserError(
@@ -268,15 +273,23 @@ def _is_image(path: PurePosixPath) -> bool:
     )
 
 
-def _text_beside(folder: Path, path: PurePosixPath, found: Survey) -> dict[str, str]:
+def _texts_by_image(paths: Iterable[PurePosixPath]) -> dict[PurePosixPath, PurePosixPath]:
+    """The `.txt` of each path without its suffix."""
+    return {path.with_suffix(""): path for path in paths if path.suffix.lower() == ".txt"}
+
+
+def _text_beside(folder: Path, text: PurePosixPath | None) -> dict[str, str]:
     """The column `txt` of an image; empty if no text lies beside it."""
-    text = path.with_suffix(".txt")
-    if found.left_out.pop(text, None) is None or _is_special(str(folder / text)):
+    if text is None or _is_special(str(folder / text)):
         return {}
+    return _caption(str(folder / text), (folder / text).read_bytes)
+
+
+def _caption(name: str, read: Callable[[], bytes]) -> dict[str, str]:
     try:
-        return {"txt": decode_text((folder / text).read_bytes())}
+        return {"txt": decode_text(read())}
     except ValueError as error:
-        raise UserError(f"the caption {folder / text} cannot be read: {error}.") from None
+        raise UserError(f"the caption {name} cannot be read: {error}.") from None
 
 
 def _listed(left_out: dict[PurePosixPath, str], before: str) -> str:
@@ -335,20 +348,26 @@ def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
     return [path.parent for path in archives]
 
 
-def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Metadata]]:
-    """The images in archives, and the metadata tables in or beside these."""
+def _packed_entries(folder: Path, found: Survey, with_texts: bool) -> tuple[list[Entry], list[Metadata]]:
+    """The images in archives, with the texts beside them, and the metadata tables in or beside these."""
     entries, metadata, shards, folders = [], [], [], _archive_folders(found.archives)
     if _split_folders(found.archives, folder):
         folders = [path.parent for path in found.archives]
     for path, inside in zip(found.archives, folders, strict=True):
         archive = folder.absolute() / path
-        members, used = members_of(archive), set()
+        members, used, texts = members_of(archive), set(), {}
         if path in found.shards:
             shards.append((archive, members))
             for place, columns in samples_of(archive, members):
                 name = f"{place}.image"
                 entries.append(Entry(inside / name, columns.get("image"), columns, path / name))
             used = {member for member in members if is_picture(member.name)}
+        elif with_texts:
+            by_place = {member.place: member for member in members}
+            texts = {image: by_place[text] for image, text in _texts_by_image(by_place).items()}
+            images = {member.place.with_suffix("") for member in members if is_picture(member.name)}
+            texts = {image: text for image, text in texts.items() if image in images}
+            used = set(texts.values())
         for member in members:
             place = inside / member.place
             is_unseen = any(part.startswith(_UNSEEN) for part in member.place.parts)
@@ -357,8 +376,9 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
             elif is_unseen:
                 found.left_out[place] = _IN_UNSEEN
             elif is_picture(member.name):
-                image = {"bytes": None, "path": packed_path(str(archive), member.name, member.size, member.offset)}
-                entries.append(Entry(place, image, {}, path / member.place))
+                image, text = _packed(archive, member), texts.get(member.place.with_suffix(""))
+                columns = {} if text is None else _packed_text(archive, text)
+                entries.append(Entry(place, image, columns, path / member.place))
             elif member.place.name in METADATA and path not in found.shards:
                 metadata.append(Metadata.of_member(path / member.place, archive, member))
             elif member.place.name in METADATA:
@@ -367,6 +387,16 @@ def _packed_entries(folder: Path, found: Survey) -> tuple[list[Entry], list[Meta
                 found.left_out[place] = _reason(place)
     warn_of_lone_files(shards)
     return entries, metadata
+
+
+def _packed(archive: Path, member: Member) -> dict[str, Any]:
+    """The value of an image column for a member of an archive."""
+    return {"bytes": None, "path": packed_path(str(archive), member.name, member.size, member.offset)}
+
+
+def _packed_text(archive: Path, text: Member) -> dict[str, str]:
+    """The column `txt` of an image in an archive."""
+    return _caption(f"{text.name} of {archive}", lambda: read_content(_packed(archive, text)) if text.size else b"")
 
 
 def load_shards(shards: dict[str, list[Path]], *, streaming: bool = False) -> Splits:
