@@ -104,6 +104,27 @@ def test_name_of_a_table_says_its_split_before_its_folder_does(train, validation
     assert ("1 of 2 tables" in caplog.text) == (train == "images")
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["valid"], 1), (["dev", "test"], 1), (["test", "dev"], 2), (["eval"], 1), (["extra", "test"], 2), (["extra"], 0)],
+)
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_split_of_a_usual_name_is_that_of_validation(names, expected, is_saved, tmp_path, caplog):
+    caplog.set_level("INFO")
+    splits = {name: PICTURES[2 * number : 2 * number + 2] for number, name in enumerate(["train", *names])}
+    if is_saved:
+        features = datasets.Features({"image": datasets.Image()})
+        rows = {name: datasets.Dataset.from_dict({"image": some}, features) for name, some in splits.items()}
+        datasets.DatasetDict(rows).save_to_disk(tmp_path)
+    for name, some in ({} if is_saved else splits).items():
+        write(tmp_path, f"{name}-00000-of-00001", image=some)
+    _, validation = load_images(DataConfig(dataset_name=str(tmp_path), resolution=8))
+    value = round((float(validation[0]["pixel_values"][0, 0, 0]) + 1) * 127.5) // 40
+    assert value // 2 == expected
+    unused = sorted(name for number, name in enumerate(names) if number + 1 != expected)
+    assert (f"splits that are not used: {', '.join(unused)}" in caplog.text) == bool(unused)
+
+
 def test_table_of_several_splits_is_refused_beside_others(tmp_path):
     write(tmp_path, "train_val", image=PICTURES)
     assert load(tmp_path)[1] == list(range(6))

@@ -37,7 +37,7 @@ from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_sh
 from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
-from dae_diffusers.data.tables import load_tables
+from dae_diffusers.data.tables import SPLITS, load_tables
 from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import fingerprint
@@ -83,6 +83,9 @@ def load_images(
     splits = loaded.splits
     validation_name = _validation_split(config, splits)
     train = splits[config.train_split]
+    unused = sorted(set(splits) - {config.train_split, validation_name})
+    if unused:
+        logger.info("splits that are not used: %s", ", ".join(unused))
     validation = None if validation_name in (None, config.train_split) else splits[validation_name]
     if config.value_range and value_range and config.value_range != value_range:
         logger.warning(
@@ -395,7 +398,8 @@ def _validation_split(config: DataConfig, splits: dict) -> str | None:
                 f"`validation_split` {config.validation_split!r} does not exist; the splits are {list(splits)}."
             )
         return config.validation_split
-    return next((name for name in ("validation", "val", "test") if name in splits and name != config.train_split), None)
+    usual = [name for name, kind in SPLITS.items() if kind != "train"]  # those of validation come before those of test
+    return next((name for name in usual if name in splits and name != config.train_split), None)
 
 
 def _load_splits(config: DataConfig) -> _Loaded:
