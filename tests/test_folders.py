@@ -216,6 +216,37 @@ def test_zeros_before_a_class_are_kept_and_those_before_a_number_are_not(make_fo
             assert found[column] == (["007", "7", None, "10"] if column in texts else [7, 7, None, 10])
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["1e1", "2e1"], None),
+        (["2020-01-01", "2020-01-02"], None),
+        (["12:30:00", "13:00:00"], None),
+        (["1.0", "1.1"], None),
+        (["1.0", "2.0"], [1.0, 2.0]),
+        (["-1", "10"], [-1, 10]),
+        (["True", "false"], [True, False]),
+    ],
+)
+def test_classes_and_captions_are_as_they_are_written(make_folder, values, expected):
+    folder = make_folder("0.png", "1.png")
+    rows = [f"{number}.png,{value},{value}\n" for number, value in enumerate(values)]
+    (folder / "metadata.csv").write_text("file_name,label,text\n" + "".join(rows))
+    found = load_folder(folder, caption_column="text")["train"]
+    assert found["label"] == (expected or values) and found["text"] == values
+
+
+def test_texts_of_json_that_look_like_dates_are_texts(make_folder):
+    folder, date = make_folder("0.png", "1.png"), "2020-01-01"
+    rows = [
+        {"file_name": f"{n}.png", "label": date, "texts": [date], "more": {"date": date, "size": n}} for n in range(2)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_folder(folder)["train"]
+    for name in ("label", "texts", "more"):
+        assert found[name] == [row[name] for row in rows]
+
+
 def test_table_without_further_columns_hides_no_other(make_folder, caplog):
     """A table that names files only comes first here: the test split has no labels."""
     folder = make_folder(*[f"{split}/{number}.png" for split in ("test", "train") for number in range(4)])

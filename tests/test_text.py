@@ -534,7 +534,7 @@ def test_images_of_one_name_share_their_text(tmp_path, caplog, is_packed):
                 archive.write(path, path.name)
                 path.unlink()
     caplog.set_level("INFO")
-    assert load_folder(tmp_path, with_texts=True)["train"]["txt"] == ["an a", "an a", "a b", "a b"]
+    assert load_folder(tmp_path, caption_column="txt")["train"]["txt"] == ["an a", "an a", "a b", "a b"]
     assert "1 .txt (no images)" in caplog.text and ".TXT" not in caplog.text
 
 

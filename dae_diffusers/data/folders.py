@@ -84,7 +84,7 @@ def load_folder(
     streaming: bool = False,
     with_labels: bool = True,
     label_columns: Sequence[str] = (),
-    with_texts: bool = False,
+    caption_column: str | None = None,
     condition_column: str | None = None,
     flag: str = "train_data_dir",
 ) -> Splits:
@@ -102,8 +102,8 @@ def load_folder(
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
         label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
-        with_texts (`bool`, *optional*): Whether a `.txt` beside an image, of the same name, is read into the column `txt`. Several
-            images of that name share it.
+        caption_column (`str`, *optional*): A column of texts. If it is given, a `.txt` beside an image, of the same name, is read into the
+            column `txt`. Several images of that name share it.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
@@ -128,7 +128,7 @@ def load_folder(
             (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
         ]
         found.left_out.update(others)
-        texts = _texts_by_image(found.left_out) if with_texts else {}
+        texts = {} if caption_column is None else _texts_by_image(found.left_out)
         entries = [
             Entry(
                 path,
@@ -141,7 +141,7 @@ def load_folder(
         for path in pictures + arrays:
             found.left_out.pop(texts.get(path.with_suffix("")), None)
     elif found.archives:
-        entries, packed = _packed_entries(folder, found, with_texts)
+        entries, packed = _packed_entries(folder, found, caption_column is not None)
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
         raise UserError(
@@ -154,7 +154,9 @@ def load_folder(
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
-    metadata = [replace(each, label_columns=label_columns or LABELS) for each in metadata]
+    metadata = [
+        replace(each, label_columns=label_columns or LABELS, caption_column=caption_column) for each in metadata
+    ]
     names = _names_of(entries)
     files = {entry.file: entry.image for entry in entries}
     named = named_files(metadata, names)

@@ -429,7 +429,7 @@ def _read_source(config: DataConfig) -> _Loaded:
         "streaming": config.streaming,
         "with_labels": config.label_column != "none",
         "label_columns": config.label_columns,
-        "with_texts": config.caption_column is not None,
+        "caption_column": config.caption_column,
         "condition_column": config.condition_column,
     }
     if config.train_data_dir is not None:

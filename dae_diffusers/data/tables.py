@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Suffixes to what `datasets` calls them.
 TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_WHOLE = r"^\s*-?(0|[1-9][0-9]*)(\.0*)?\s*$"  # a class that is a number
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Names of folders, and words in the names of files, to splits.
@@ -38,11 +39,12 @@ SPLITS = {
 
 @dataclass
 class Metadata:
-    """A metadata table: its path in the folder, its bytes, and the names of columns of classes."""
+    """A metadata table: its path in the folder, its bytes, and the names of columns of classes and of captions."""
 
     path: PurePosixPath
     content: bytes
     label_columns: Collection[str] = ()
+    caption_column: str | None = None
 
     @cached_property
     def table(self) -> pa.Table:
@@ -52,8 +54,8 @@ class Metadata:
             raise ValueError("it is empty")
         file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
-            return _read_csv(file, self.label_columns)
-        return _with_strings(pq.read_table(file)) if suffix == ".parquet" else pyarrow.json.read_json(file)
+            return _read_csv(file, self.label_columns, self.caption_column)
+        return _with_strings(pq.read_table(file)) if suffix == ".parquet" else _read_json(file)
 
     @classmethod
     def of_member(cls, place: PurePosixPath, archive: Path, member) -> "Metadata":
@@ -69,13 +71,13 @@ def _with_strings(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema(types))
 
 
-def _read_csv(file: io.BytesIO, label_columns: Collection[str]) -> pa.Table:
+def _read_csv(file: io.BytesIO, label_columns: Collection[str], caption_column: str | None) -> pa.Table:
     """The rows of a CSV file, whose columns commas separate, or else `;` or tabs."""
     header = file.readline().decode()
     separator = next((each for each in ",;\t" if each in header), ",")
     options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)}
     file.seek(0)
-    table = _with_zeros(pyarrow.csv.read_csv(file, **options), label_columns, file, options)
+    table = _as_written(pyarrow.csv.read_csv(file, **options), label_columns, caption_column, file, options)
     names = [name.strip() for name in table.column_names]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None and "file_name" in names:
@@ -83,21 +85,54 @@ def _read_csv(file: io.BytesIO, label_columns: Collection[str]) -> pa.Table:
     return table.rename_columns(names)
 
 
-def _with_zeros(table: pa.Table, label_columns: Collection[str], file: io.BytesIO, options: dict[str, Any]) -> pa.Table:
-    """The table, with classes as text if a number among them begins with 0: 007 is another class than 7."""
-    numbers = [
-        n for n, each in enumerate(table.schema) if each.name.strip() in label_columns and each.type == pa.int64()
-    ]
-    if not numbers:
+def _as_written(
+    table: pa.Table, label_columns: Collection[str], caption_column: str | None, file: io.BytesIO, options: dict[str, Any]
+) -> pa.Table:  # fmt: skip
+    """
+    The table, with captions as text. Classes are text too, unless they are bools or whole numbers without zeros before them: 007 is
+    another class than 7, 1e1 is a name, and so is a date.
+    """
+    columns = {
+        number: each
+        for number, each in enumerate(table.schema)
+        if each.name.strip() in {*label_columns, caption_column} and not pa.types.is_string(each.type)
+    }
+    if not columns:
         return table
-    types = {table.column_names[number]: pa.string() for number in numbers}
+    types = {each.name: pa.string() for each in columns.values()}
     convert_options = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
     file.seek(0)
     texts = pyarrow.csv.read_csv(file, convert_options=convert_options, **options)
-    for number in numbers:
-        if pc.any(pc.match_substring_regex(texts[number], "^0[0-9]")).as_py():
-            table = table.set_column(number, table.column_names[number], texts[number])
+    for number, each in columns.items():
+        keeps = pa.types.is_null(each.type)
+        if each.name.strip() != caption_column:
+            keeps |= pa.types.is_boolean(each.type)
+            keeps |= pc.all(pc.match_substring_regex(texts[number], _WHOLE)).as_py() is not False
+        if not keeps:
+            table = table.set_column(number, each.name, texts[number])
     return table
+
+
+def _read_json(file: io.BytesIO) -> pa.Table:
+    """The rows of a JSON file. Texts that look like dates stay texts."""
+    table = pyarrow.json.read_json(file)
+    texts = [pa.field(each.name, _without_times(each.type)) for each in table.schema]
+    texts = [each for each in texts if each.type != table.schema.field(each.name).type]
+    if not texts:
+        return table
+    file.seek(0)
+    return pyarrow.json.read_json(file, parse_options=pyarrow.json.ParseOptions(explicit_schema=pa.schema(texts)))
+
+
+def _without_times(kind: pa.DataType) -> pa.DataType:
+    """The type with text for times, also inside lists and fields."""
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_without_times(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(each.name, _without_times(each.type)) for each in kind])
+    return kind
 
 
 @dataclass
