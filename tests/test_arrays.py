@@ -594,3 +594,20 @@ def test_16_bit_gray_and_8_bit_colour_pictures_become_rgb_together(first, tmp_pa
     seen = [images[n]["pixel_values"][:, 0, 0] for images in (train, validation) for n in range(len(images))]
     colours = sorted(tuple(((each + 1) * 127.5).round().int().tolist()) for each in seen)
     assert colours == [(200, 0, 255)] * 3 + [(200, 200, 200)] * 3
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "message"),
+    [
+        (Image.new("F", (8, 8), 0.5), 3, r"shape \(8, 8, 1\).* if all images are gray, give `image_channels 1`"),
+        (Image.new("CMYK", (8, 8)), 4, "its four channels are CMYK; save it as RGB or RGBA, or as `.npy`"),
+    ],
+)
+def test_pictures_with_other_channels_are_refused_with_advice(tmp_path, image, channels, message):
+    for number in range(2):
+        image.save(tmp_path / f"{number}.tif")
+    with pytest.raises(UserError, match=message):
+        config = DataConfig(
+            train_data_dir=str(tmp_path), resolution=8, image_channels=channels, value_range=[0.0, 255.0]
+        )
+        load_images(config)[0][0]

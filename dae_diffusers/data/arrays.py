@@ -106,6 +106,10 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
         array = load_npy(item)
     elif isinstance(item, bytes):
         image = open_picture(item)
+        if image.mode == "CMYK":  # four channels, as RGBA has
+            raise ValueError(
+                "its four channels are CMYK; save it as RGB or RGBA, or as `.npy` to keep them as they are"
+            )
         is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
         array = np.asarray(decode_picture(image))
         array = array.view(np.uint32) if is_unsigned else array
@@ -118,7 +122,9 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
     if array.ndim == 3 and array.shape[-1] != channels and array.shape[0] == channels:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] != channels or 0 in array.shape:
-        raise ValueError(f"it has the shape {array.shape}, but must be (H, W, {channels}) or ({channels}, H, W)")
+        is_gray = array.ndim == 3 and 1 in (array.shape[0], array.shape[-1])
+        hint = "; if all images are gray, give `image_channels 1`" if is_gray else ""
+        raise ValueError(f"it has the shape {array.shape}, but must be (H, W, {channels}) or ({channels}, H, W){hint}")
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError("it holds NaN or infinite values")
