@@ -1,6 +1,7 @@
 """Data sets that are tables: what holds images and labels, which files they may name, and what is said when they fail."""
 
 import os
+import re
 from pathlib import PurePosixPath
 
 import datasets
@@ -214,6 +215,32 @@ def test_labels_in_a_field_of_a_column(tmp_path):
     assert load(folder, label_column="json.label")[0].id2label == {0: "a", 1: "b"}
     with pytest.raises(UserError, match="`label_column` 'json.kind' is not among"):
         load(folder, label_column="json.kind")
+
+
+@pytest.mark.parametrize(
+    ("labels", "of_test", "message"),
+    [
+        (
+            [0, 1] * 3,
+            ["a", "b"],
+            "holds integers for the training images, but texts for those of validation. Write the classes",
+        ),
+        ([0.0, 1.0, None, 1.0, 0.0, 1.0], [0.0, 1.0], "holds none in 1 of 6 rows of the split 'train'. Remove"),
+        ([0.0, 1.0, float("nan"), 1.0, 0.0, 1.0], [0.0, 1.0], "holds none in 1 of 6 rows of the split 'train'. Remove"),
+        ([0.0, 0.5, 1.0, 1.0, 0.0, 1.0], [0.0, 1.0], "such as 0.5; `none`"),
+        (
+            ["a", "b", "a", None, "a", "b"],
+            None,
+            "none in 1 of 1 rows of the held-out part of the split 'train'. Remove",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_said(labels, of_test, message, tmp_path):
+    folder = write(tmp_path, image=PICTURES, label=pa.array(labels))
+    if of_test is not None:
+        write(tmp_path, "test", image=PICTURES[:2], label=of_test)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_images(DataConfig(dataset_name=folder, resolution=8), 3)  # a seed that holds out the image without a label
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -164,6 +165,8 @@ def class_values(rows: datasets.Dataset, column: str, train: datasets.Features) 
 
 
 def _class_of(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
     return class_name(value) or None if isinstance(value, str) else value
 
 
@@ -210,7 +213,7 @@ def label_names(
     value2id = None
     if all(isinstance(value, bool) for value in values):
         return {0: "False", 1: "True"}, {False: 0, True: 1}
-    if all(isinstance(value, float) and value.is_integer() for value in values):
+    if all(map(_is_whole, values)):
         value2id = {value: int(value) for value in values}
         values = set(value2id.values())
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
@@ -223,10 +226,24 @@ def label_names(
     if all(isinstance(value, str) for value in values):
         names = _distinct(class_order(values))
         return dict(enumerate(names)), {value: index for index, value in enumerate(names)}
+    words = {int: "integers", float: "decimal numbers", bool: "truth values", str: "texts"}
+    kinds = [
+        sorted({words.get(type(value), "other values") for value in map(_class_of, some) if value is not None})
+        for some in (of_train, of_validation)
+    ]
+    if kinds[1] and kinds[0] != kinds[1]:
+        raise UserError(
+            f"`label_column` {column!r} holds {' and '.join(kinds[0])} for the training images, but {' and '.join(kinds[1])} for those of "
+            "validation. Write the classes alike in both; `none`: no labels."
+        )
+    odd = next((value for value in values if not isinstance(value, (int, str)) and not _is_whole(value)), None)
     raise UserError(
-        f"`label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as "
-        f"{next((value for value in values if not isinstance(value, (int, str))), None)!r}; `none`: no labels."
+        f"`label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as {odd!r}; `none`: no labels."
     )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
@@ -235,10 +252,16 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 
 def label_ids(
-    values: list, value2id: dict | None, id2label: dict[int, str], column: str, split: str | None = None
+    values: list,
+    value2id: dict | None,
+    id2label: dict[int, str],
+    column: str,
+    split: str | None = None,
+    *,
+    is_held_out: bool = False,
 ) -> list[int]:
     r"""
-    The class ids of a column.
+    The class ids of a column, in a split or in a part of the training split that is held out.
 
     Raises:
         UserError: For values that are no labels, such as the -1 of an unlabelled split; the message names the split.
@@ -246,13 +269,14 @@ def label_ids(
     ids = [value if value2id is None else value2id.get(value, value) for value in values]
     bad = [value for value in ids if not isinstance(value, int) or not 0 <= value < len(id2label)]
     if bad:
-        place = f"{len(bad)} of {len(ids)} rows" + ("" if split is None else f" of the split {split!r}")
+        part = "the held-out part of " if is_held_out else ""
+        place = f"{len(bad)} of {len(ids)} rows" + ("" if split is None else f" of {part}the split {split!r}")
         problem = f"holds {bad[0]}, but labels must lie in 0..{len(id2label) - 1}: {place}."
         if isinstance(bad[0], str):
             problem = f"holds {bad[0]!r}, which is no class of the training images: {place}."
         if bad[0] is None:
             problem = f"must hold integers or strings without gaps, but holds none in {place}."
-        if len(bad) == len(ids):
+        if len(bad) == len(ids) and not is_held_out:
             problem += " `validation_split train` holds out a part of the training images instead."
         raise UserError(
             f"`label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`label_column none`)."

@@ -77,7 +77,11 @@ def conditions_of(
         id2label, value2id = label_names(train, validation, column)
         names[column] = list(id2label.values())
         for found, (split, rows) in zip(labels, splits, strict=True):
-            found[column] = label_ids(class_values(rows, column, train.features), value2id, id2label, column, split)
+            values, is_held_out = (
+                class_values(rows, column, train.features),
+                rows is validation and split == splits[0][0],
+            )
+            found[column] = label_ids(values, value2id, id2label, column, split, is_held_out=is_held_out)
     return [
         ConditionColumns(
             found,

@@ -118,7 +118,8 @@ def load_images(
         labels = None
         if label_column is not None:
             values = class_values(rows, label_column, train.features)
-            labels = label_ids(values, value2id, id2label, label_column, name)
+            is_held_out = bool(result) and name == config.train_split
+            labels = label_ids(values, value2id, id2label, label_column, name, is_held_out=is_held_out)
         captions = None
         if config.caption_column is not None:
             captions = captions_of(rows, config.caption_column, name)
@@ -331,7 +332,8 @@ def _streamed(
     if label_column is not None:
         name = validation_name or config.train_split
         values = class_values(kept, label_column, train.features)
-        labels = label_ids(values, _ids_of_names(train.features, label_column), id2label, label_column, name)
+        value2id, is_held_out = _ids_of_names(train.features, label_column), validation is None
+        labels = label_ids(values, value2id, id2label, label_column, name, is_held_out=is_held_out)
     validation_images = ImageDataset(
         kept,
         config,
