@@ -126,7 +126,7 @@ def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
         return f"failed: {rows[-1]['failed'].partition('. ')[0].partition(';')[0]}"
     if winner is None:
         return "not finished"
-    return "the winner" if name == winner else f"dropped after rung {len(rows)}: others had a lower gFD"
+    return "the winner" if name == winner else f"dropped after rung {len(rows)}"
 
 
 def notes(search: Search, results: dict[str, list[dict[str, Any]]], winner: str | None) -> list[str]:
