@@ -298,6 +298,10 @@ def test_search_ends_with_a_pipeline_and_a_report(searched):
     assert not list(folder.rglob("latents"))
     page = (folder / "report.html").read_text()
     assert "| candidate | rungs | end | PSNR ↑ | rFD ↓ | gFD ↓ | gap ↓ | guidance | time |" in text
+    rung = read_json(folder / "trials" / winner / "rung-1" / "result.json")
+    assert f"| {winner} | 2 | the winner | {distances(rung)['PSNR']:.5g} |" in text  # in the rung of the others
+    last = read_json(folder / "trials" / winner / "rung-2" / "result.json")
+    assert f"Its last measurement: PSNR {distances(last)['PSNR']:.4g}," in text
     assert "### Reconstruction (rFD) and generation (gap)" in text and "frontier.png" not in page
     assert "http" not in page and page.count("data:image/png;base64,") == 2 + 2 * 2  # two plots, two candidates
     assert page.count("<table>") == page.count("</table>") == 1 and page.count("<pre>") == page.count("</pre>") == 1

@@ -103,22 +103,28 @@ def full_commands(search: Search, winner: str) -> list[str]:
 
 
 def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    r"""A line for each candidate, the furthest first: how far it came, why it stopped, and its numbers."""
+    r"""A line for each candidate, the furthest first: how far it came, why it stopped, and its numbers in its last rung."""
     winner, lines = winner_of(search), []
-    for name, rows in results.items():
+    for name, every in results.items():
+        rows = in_rungs(every)
         whole = [row for row in rows if "failed" not in row and "gFD" in distances(row)]
         found = distances(whole[-1]) if whole else {}
         lines.append(
             {
                 "candidate": name,
                 "rungs": len(rows),
-                "end": end_of(name, rows, winner),
+                "end": end_of(name, every, winner),
                 **{key: found.get(key) for key in ("PSNR", "rFD", "gFD", "gap")},
                 "guidance": guidance_of(whole[-1]) if whole else None,
-                "time": show_seconds(math.fsum(row["seconds"] for row in rows)) if rows else None,
+                "time": show_seconds(math.fsum(row["seconds"] for row in every)) if every else None,
             }
         )
     return sorted(lines, key=lambda line: (-line["rungs"], math.inf if line["gFD"] is None else line["gFD"]))
+
+
+def in_rungs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    r"""The results of a candidate that can be compared with the others': without the winner's own training, which is longer."""
+    return [row for row in rows if row["rung"]["candidates"] > 1] or rows
 
 
 def end_of(name: str, rows: list[dict[str, Any]], winner: str | None) -> str:
@@ -140,7 +146,8 @@ def notes(search: Search, results: dict[str, list[dict[str, Any]]], winner: str 
         lines.append(f"The judge is a small network that was trained on these images to {of}.")
     lines.append(
         "gFD is the distance of a pilot's samples to the images, at the best of the measured guidance scales; rFD is that of "
-        "reconstructions, gap that of samples to reconstructions. One seed: small differences mean little."
+        "reconstructions, gap that of samples to reconstructions. The table has them after the candidate's last rung. One seed: small "
+        "differences mean little."
     )
     if autoencoders_decide([rows for name, rows in results.items() if name != winner]):
         lines.append(
@@ -158,11 +165,12 @@ def autoencoders_decide(candidates: list[list[dict[str, Any]]]) -> bool:
 
 
 def frontier(results: dict[str, list[dict[str, Any]]], winner: str | None) -> Figure:
-    r"""rFD against the generator's own error (`gap`), a point for each candidate at its last rung."""
+    r"""rFD against the generator's own error (`gap`), a point for each candidate in its last rung."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for number, (name, rows) in enumerate(results.items()):
-        whole = [distances(row) for row in rows if "failed" not in row and "gap" in distances(row)]
+        found = map(distances, in_rungs(rows))
+        whole = [each for each in found if "gap" in each]
         if whole:
             axis.scatter(
                 whole[-1]["rFD"], whole[-1]["gap"], color=f"C{number % 10}", marker="*" if name == winner else "o",
