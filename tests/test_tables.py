@@ -84,6 +84,14 @@ def test_words_for_nothing_are_texts_in_a_csv(tmp_path):
     assert rows["text"] == [*words[:5], None] and rows["angle"] == [None, 1, 2, 3, 4, 5]
 
 
+def test_words_for_nothing_among_numbers_are_none_in_a_csv(tmp_path):
+    cells = ["1.5", "NA", "nan", "", "-2e1", "null"]
+    lines = [f"{name},{cell}" for name, cell in zip(save_files(tmp_path), cells, strict=True)]
+    (tmp_path / "all.csv").write_text("\n".join(["image,angle", *lines]))
+    rows = load_tables(tmp_path, [PurePosixPath("all.csv")], streaming=False)["train"]
+    assert rows["angle"] == [1.5, None, None, None, -20.0, None]
+
+
 @pytest.mark.parametrize(
     ("train", "validation"),
     [

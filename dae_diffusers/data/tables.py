@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Suffixes to what `datasets` calls them.
 TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_NUMBER = r"^\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
+_NO_NUMBER = ["NA", "N/A", "n/a", "<NA>", "NaN", "nan", "-NaN", "-nan", "NULL", "null", "None"]  # as pandas has them
 _WHOLE = r"^\s*-?(0|[1-9][0-9]*)(\.0*)?\s*$"  # a class that is a number
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -312,10 +314,25 @@ def load_tables(
     options = {"keep_default_na": False, "na_values": [""]} if kinds == ["csv"] else {}  # "None" and "NA" are texts
     if all(path.suffix.lower() == ".tsv" for path in tables):
         options["sep"] = "\t"
-    return {  # each by itself: a split may lack the labels
+    loaded = {  # each by itself: a split may lack the labels
         split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
         for split, paths in data_files.items()
     }
+    return (
+        {split: _with_numbers(rows) for split, rows in loaded.items()} if kinds == ["csv"] and not streaming else loaded
+    )
+
+
+def _with_numbers(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows of a CSV file, with columns of numbers as such where some cells hold a word for no number."""
+    for name in [name for name, feature in rows.features.items() if str(feature.dtype).endswith("string")]:
+        texts = rows.data.column(name)
+        is_number = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
+        is_missing = pc.or_(pc.is_null(texts), pc.is_in(texts, value_set=pa.array(_NO_NUMBER, texts.type)))
+        if pc.any(is_number).as_py() and pc.all(pc.or_(is_number, is_missing)).as_py():
+            numbers = pc.if_else(is_number, pc.utf8_trim_whitespace(texts), None).cast(pa.float64())
+            rows = rows.remove_columns(name).add_column(name, numbers.to_pylist(), feature=datasets.Value("float64"))
+    return rows
 
 
 def _splits_of(tables: list[PurePosixPath], folder: Path) -> list[str]:
