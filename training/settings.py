@@ -871,9 +871,8 @@ def check_paths(config: Any) -> None:
     folder = values.get("train_data_dir")
     if folder is not None and not os.path.isdir(folder):
         raise UserError(f"`train_data_dir` {folder} is not a folder. Give a folder of images{in_full(folder)}.")
-    is_resumed = (
-        values.get("resume_from_checkpoint") is not None
-    )  # the checkpoint holds what came from pretrained weights
+    # The checkpoint of a resumed run holds what came from pretrained weights.
+    is_resumed = values.get("resume_from_checkpoint") is not None
     for name in _PLACES:
         place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
         is_path = place is not None and (place.count("/") > 1 or place.startswith(_PATHS))

@@ -127,14 +127,7 @@ def check_same_experiment(experiment: Experiment, output_dir: Path) -> dict[str,
         not_trained_with = ("baselines", "budgets", "generators", "steps")  # the steps are in the folder's name
         this[f"condition {name}"] = {key: value for key, value in options.items() if key not in not_trained_with}
     this |= {f"generator {name}": options for name, options in experiment["generators"].items()}
-    this = json.loads(json.dumps(this))
-    for name in kept.keys() & this.keys():
-        if kept[name] != this[name]:
-            raise UserError(
-                f"{output_dir} holds runs of another experiment: `{name}` was {kept[name]} and is {this[name]}. Choose "
-                "another `--output_dir`."
-            )
-    return kept | this
+    return _with_kept(kept, this, f"{output_dir} holds runs of another experiment")
 
 
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -144,16 +137,20 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: If the file says something else: results of before would be taken for those of these settings.
     """
-    settings = json.loads(json.dumps(settings, default=str))
     kept = read_json(path) if path.exists() else {}
-    for name in kept.keys() & settings.keys():
-        if kept[name] != settings[name]:
-            raise UserError(
-                f"{path.parent} holds results of other settings: `{name}` was {kept[name]} and is {settings[name]}. Choose another "
-                "`--output_dir`."
-            )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, kept | settings)
+    write_json(path, _with_kept(kept, settings, f"{path.parent} holds results of other settings"))
+
+
+def _with_kept(kept: dict[str, Any], this: dict[str, Any], conflict: str) -> dict[str, Any]:
+    """What was kept, and this, as JSON holds it. Raises `UserError` with the words of a conflict if they contradict each other."""
+    this = json.loads(json.dumps(this, default=str))
+    for name in kept.keys() & this.keys():
+        if kept[name] != this[name]:
+            raise UserError(
+                f"{conflict}: `{name}` was {kept[name]} and is {this[name]}. Choose another `--output_dir`."
+            )
+    return kept | this
 
 
 def check_finished(condition: str, needed: list[Path]) -> None:

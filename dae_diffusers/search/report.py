@@ -49,11 +49,12 @@ def write_report(search: Search) -> None:
 
 def results_of(search: Search) -> dict[str, list[dict[str, Any]]]:
     r"""The results of each candidate, rung after rung, as far as they exist."""
-    found = {}
-    for name in search.candidates.flags:
-        paths = sorted(search.trial(name).folder.glob("rung-*/result.json"))
-        found[name] = [read_json(path) for path in paths]
-    return found
+    return {name: rows_of(search, name) for name in search.candidates.flags}
+
+
+def rows_of(search: Search, name: str) -> list[dict[str, Any]]:
+    r"""The results of a candidate, rung after rung, as far as they exist."""
+    return [read_json(path) for path in sorted(search.trial(name).folder.glob("rung-*/result.json"))]
 
 
 def winner_of(search: Search) -> str | None:
@@ -96,7 +97,7 @@ def full_commands(search: Search, winner: str) -> list[str]:
                 f"--stage 2 --stage1_dir runs/ordered --keep_latent_channels {kept} --output_dir runs/best",
             ]
         lines += [f"dae-diffusers train-dae {data} {words} {stage}" for stage in stages]
-    measured = [scale for row in results_of(search)[winner] if (scale := guidance_of(row))]
+    measured = [scale for row in rows_of(search, winner) if (scale := guidance_of(row))]
     guidance = {"sample_guidance_scale": measured[-1]} if measured else {}
     generator = shlex.join(words_of(guidance | search.candidates.transformer_of(winner)))
     return [*lines, f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best"]

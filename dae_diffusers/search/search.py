@@ -92,7 +92,6 @@ class Search:
         if "guidance_scales" in changes_of(self.config) and not any(map(self.is_guided, self.candidates.flags)):
             logger.warning("`--guidance_scales` has no effect: the images have no classes, so pilots have no guidance.")
         self.experiment["features"] = self.find_judge()
-        check_enough_images(load_feature_extractor(self.experiment["features"]), *self.images, self.config.num_images)
         rungs = self.plan()
         self.forget_failures()
         self.train_winner(self.choose(rungs), rungs)
@@ -170,7 +169,8 @@ class Search:
 
     def measure_speeds(self) -> Speeds:
         """Times a few steps of joint training, or of the first candidate where that does not fit, and of a generator on its latents."""
-        flags = self.candidates.flags
+        judge, flags = load_feature_extractor(self.experiment["features"]), self.candidates.flags
+        check_enough_images(judge, *self.images, self.config.num_images)
         name = next((name for name in flags if flags[name].get("auxiliary_decoder") == "none"), next(iter(flags)))
         folder = self.folder / "calibration"
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill

@@ -65,20 +65,22 @@ class CandidateTrial:
         Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
         A failure is written there too; the time of those that were forgotten counts. Returns what was written.
         """
-        folder, start, processor, self.launched_seconds = (
-            self.folder_of(number),
-            time.monotonic(),
-            time.process_time(),
-            0.0,
-        )
+        folder, start, processor = self.folder_of(number), time.monotonic(), time.process_time()
+        self.launched_seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         try:
             row = self._measure(number, rung, with_generator)
         except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             row = {"failed": error.reason if isinstance(error, ScriptError) else one_line(error, 300)}
-        seconds = time.monotonic() - start + read_json_or(folder / FORGOTTEN, {"seconds": 0.0})["seconds"]
-        processor = time.process_time() - processor + self.launched_seconds
-        row |= {"rung": rung.to_dict(), "seconds": seconds, "processor_seconds": processor}
+        before = read_json_or(folder / FORGOTTEN, {})
+        row |= {
+            "rung": rung.to_dict(),
+            "seconds": time.monotonic() - start + before.get("seconds", 0.0),
+            "processor_seconds": time.process_time()
+            - processor
+            + self.launched_seconds
+            + before.get("processor_seconds", 0.0),
+        }
         write_json(self.result_path(number), row)
         return row
 
