@@ -140,7 +140,7 @@ class StopSignal:
 
 def resuming_command(argv: list[str] | None = None) -> str:
     r"""
-    The command that the user typed, with `--resume_from_checkpoint latest`.
+    The command that the user typed, with `--resume_from_checkpoint latest` and what the environment tells accelerate about CPUs.
 
     Args:
         argv (`list[str]`, *optional*): The command; defaults to that of `dae-diffusers`, of the launcher or of Python.
@@ -153,7 +153,9 @@ def resuming_command(argv: list[str] | None = None) -> str:
             next(words, None)
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
-    return shlex.join([*kept, "--resume_from_checkpoint", "latest"])
+    on_cpus = os.environ.get("ACCELERATE_USE_CPU")
+    start = f"ACCELERATE_USE_CPU={shlex.quote(on_cpus)} " if on_cpus else ""
+    return start + shlex.join([*kept, "--resume_from_checkpoint", "latest"])
 
 
 def _typed_command() -> list[str]:

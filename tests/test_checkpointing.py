@@ -353,7 +353,8 @@ def test_same_signal_from_terminal_and_launcher_is_one_wish_and_a_later_one_kill
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_last_line_says_what_was_saved_and_how_to_go_on(accelerator, capsys):
+def test_last_line_says_what_was_saved_and_how_to_go_on(accelerator, capsys, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     with pytest.raises(SystemExit), StopSignal(accelerator) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         stop.exit(step=436, command=resuming_command(["dae-diffusers", "train-dae", "--output_dir", "my run"]))
@@ -362,6 +363,8 @@ def test_last_line_says_what_was_saved_and_how_to_go_on(accelerator, capsys):
     )
     for given in (["--resume_from_checkpoint", "x"], ["--resume_from_checkpoint=x"]):
         assert resuming_command(["a", *given, "b"]) == "a b --resume_from_checkpoint latest"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # without it, accelerate would start one process
+    assert resuming_command(["a"]) == "ACCELERATE_USE_CPU=true a --resume_from_checkpoint latest"
 
 
 @pytest.mark.parametrize(

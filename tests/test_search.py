@@ -27,7 +27,7 @@ from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import closest, distances
 from dae_diffusers.search.turned import TURNS
 from dae_diffusers.settings import compose
-from dae_diffusers.store import read_json
+from dae_diffusers.store import read_json, write_json
 from dae_diffusers.training import find_latents, train_classifier
 from dae_diffusers.training.settings import FindLatentsConfig, TrainClassifierConfig
 
@@ -345,9 +345,9 @@ def test_finished_search_repeats_nothing_and_an_interrupted_one_ends_alike(searc
 
 def test_folder_of_another_search_is_refused(searched, tmp_path):
     folder, candidates = searched
-    with pytest.raises(UserError, match="holds another search: its data were"):
+    with pytest.raises(UserError, match="holds another search; data:"):
         find(folder, candidates)
-    with pytest.raises(UserError, match="holds another search: its settings were"):
+    with pytest.raises(UserError, match="holds another search; settings:"):
         find(folder, candidates, label_column="none", published_vae=folder.parent / "rgb", seed=1)
 
 
@@ -360,10 +360,10 @@ def test_budget_may_change_until_it_is_divided(tmp_path, monkeypatch):
     config.budget = "1h"
     assert Search(config, DATA, read_candidates(config, DATA)).plan()
     config.budget = "2h"
-    with pytest.raises(UserError, match="holds another search: its `--budget` were 1h, and are 2h now"):
+    with pytest.raises(UserError, match="holds another search; `--budget`: 1h before, 2h now"):
         Search(config, DATA, read_candidates(config, DATA)).plan()
     config.num_images = 24
-    with pytest.raises(UserError, match="its settings were {'num_images': 12}, and are {'num_images': 24} now"):
+    with pytest.raises(UserError, match="settings: {'num_images': 12} before, {'num_images': 24} now"):
         Search(config, DATA, read_candidates(config, DATA))
 
 
@@ -418,15 +418,31 @@ def test_rungs_take_the_time_that_the_plan_gives_them(workers, tmp_path):
     assert 3400 < search.seconds_used() - seconds <= 3600
 
 
+def test_settings_may_change_until_the_budget_is_divided(tmp_path):
+    """Those of the first command may be what stopped it: its judge is of other images then."""
+    config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, CANDIDATES), num_images=12)
+    first = Search(config, DATA, read_candidates(config, DATA))
+    (first.folder / "features").mkdir()
+    Search(config, DATA, read_candidates(config, DATA))  # the same goes on with its judge
+    assert (first.folder / "features").exists()
+    data = DATA | {"on_bad_image": "skip"}
+    Search(config, data, read_candidates(config, data))
+    assert not (first.folder / "features").exists()
+    assert read_json(first.folder / "search.json")["data"] == data
+    write_json(first.folder / "plan.json", PLAN)
+    with pytest.raises(UserError, match="another search; data: {'on_bad_image': 'skip'} before"):
+        Search(config, DATA, read_candidates(config, DATA))
+
+
 def test_judge_that_was_trained_again_is_another_search(tmp_path):
     judge = save_backbone(tmp_path / "judge", "classifier")
     config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, CANDIDATES), features=judge)
     candidates = read_candidates(config, DATA)
-    Search(config, DATA, candidates)
+    write_json(Search(config, DATA, candidates).folder / "plan.json", {})
     Search(config, DATA, candidates)  # the same goes on
     weights = next((tmp_path / "judge").glob("*.safetensors"))
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="holds another search: its judge were"):
+    with pytest.raises(UserError, match="holds another search; judge:"):
         Search(config, DATA, candidates)
 
 
@@ -441,15 +457,16 @@ def test_images_and_published_autoencoders_that_changed_are_another_search(image
     )
     candidates = read_candidates(config, data)
     path = Search(config, data, candidates).folder / "search.json"
+    write_json(path.with_name("plan.json"), {})
     Search(config, data, candidates)  # the same goes on
     weights = next((tmp_path / "vae").glob("*.safetensors"))
     kept = weights.read_bytes()
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="holds another search: its published_vae were"):
+    with pytest.raises(UserError, match="holds another search; published_vae:"):
         Search(config, data, candidates)
     weights.write_bytes(kept)
     next((tmp_path / "images" / "cat").iterdir()).unlink()
-    with pytest.raises(UserError, match="holds another search: its images were"):
+    with pytest.raises(UserError, match="holds another search; images:"):
         Search(config, data, candidates)
     path.write_text(json.dumps({name: value for name, value in read_json(path).items() if name != "images"}))
     Search(config, data, candidates)  # a folder of before, which does not know them
@@ -584,7 +601,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         )
         first, second, generator = full_commands(Search(config, data, read_candidates(config, data)), "ordered-2")
         assert first.endswith("--auxiliary_decoder prefix --stage 1 --output_dir runs/ordered")
-        assert second.endswith("--stage 2 --stage1_dir runs/ordered --keep_latent_channels 2 --output_dir runs/best")
+        assert "prefix" not in second and second.endswith("--stage 2 --stage1_dir runs/ordered --keep_latent_channels 2 --output_dir runs/best")
         assert "--vae runs/best/vae" in generator and "--timestep_shift 2.0" in generator
         forecast = load_benchmark("forecast")
         command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]

@@ -502,10 +502,15 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
         for n in range(3):  # the fourth has none
             (folder / f"{n}.txt").write_text(f"number {n}\n")
 
+    def both(folder: Path) -> None:
+        write_table(folder, "jsonl", rows)
+        (folder / "0.txt").write_bytes(b"\xff\xff\x00 no text, which nobody asked for")
+
+    assert load(make(both), "text") == one
     beside = make(texts)
     assert load(beside, "txt") == one | {"3": [""]}
     assert "have no caption: their text is empty" in caplog.text
-    with pytest.raises(UserError, match="'text' is not among the columns .*; columns with text are \\['txt'\\]"):
+    with pytest.raises(UserError, match="'text' is not among the columns .*; columns with text are \\[\\]. A .txt"):
         load(beside, "text")
     assert load_images(DataConfig(train_data_dir=str(beside), resolution=8))[0].captions is None
     sides = {".txt": "number {}", ".json": '{{"all": ["{0}", "so {0}"], "size": 3}}'}

@@ -102,8 +102,8 @@ def load_folder(
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
         label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
-        caption_column (`str`, *optional*): A column of texts. If it is given, a `.txt` beside an image, of the same name, is read into the
-            column `txt`. Several images of that name share it.
+        caption_column (`str`, *optional*): A column of texts. `"txt"`: the `.txt` beside each image, of the same name, which several
+            images of that name share.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
@@ -128,7 +128,7 @@ def load_folder(
             (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
         ]
         found.left_out.update(others)
-        texts = {} if caption_column is None else _texts_by_image(found.left_out)
+        texts = _texts_by_image(found.left_out) if caption_column == "txt" else {}
         entries = [
             Entry(
                 path,
@@ -141,7 +141,7 @@ def load_folder(
         for path in pictures + arrays:
             found.left_out.pop(texts.get(path.with_suffix("")), None)
     elif found.archives:
-        entries, packed = _packed_entries(folder, found, caption_column is not None)
+        entries, packed = _packed_entries(folder, found, caption_column == "txt")
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
         raise UserError(

@@ -89,14 +89,15 @@ def full_commands(search: Search, winner: str) -> list[str]:
     flags, data = search.candidates.flags[winner], shlex.join(words_of(search.data))
     vae, lines, kept = flags.get("vae"), [], flags.get("keep_latent_channels")
     if vae is None:
-        vae, words = "runs/best/vae", shlex.join(words_of(stage1_flags(flags)))
-        stages = ["--output_dir runs/best"]
+        vae, first = "runs/best/vae", stage1_flags(flags)
+        stages = [(first, "--output_dir runs/best")]
         if kept is not None:
+            second = {name: value for name, value in first.items() if name != "auxiliary_decoder"}
             stages = [
-                "--stage 1 --output_dir runs/ordered",
-                f"--stage 2 --stage1_dir runs/ordered --keep_latent_channels {kept} --output_dir runs/best",
+                (first, "--stage 1 --output_dir runs/ordered"),
+                (second, f"--stage 2 --stage1_dir runs/ordered --keep_latent_channels {kept} --output_dir runs/best"),
             ]
-        lines += [f"dae-diffusers train-dae {data} {words} {stage}" for stage in stages]
+        lines += [f"dae-diffusers train-dae {data} {shlex.join(words_of(given))} {rest}" for given, rest in stages]
     measured = [scale for row in rows_of(search, winner) if (scale := guidance_of(row))]
     guidance = {"sample_guidance_scale": measured[-1]} if measured else {}
     generator = shlex.join(words_of(guidance | search.candidates.transformer_of(winner)))

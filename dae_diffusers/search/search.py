@@ -1,5 +1,6 @@
 """The search: rung after rung, from all candidates to one, and the winner's training."""
 
+import json
 import logging
 import math
 import shutil
@@ -71,7 +72,17 @@ class Search:
                 f"`output_dir` {self.folder} holds `{others[0]}` of another run, which the result of the search would replace. Choose another "
                 "folder."
             )
-        share(["begin"], self.folder, lambda _: path.exists(), lambda _: write_json(path, described))
+        plan = self.folder / "plan.json"
+
+        def is_begun(_: str) -> bool:
+            # Until the budget is divided, nothing is lost: what was wrong with the settings may have stopped the search.
+            return path.exists() and (plan.exists() or read_json(path) == json.loads(json.dumps(described)))
+
+        def begin(_: str) -> None:
+            shutil.rmtree(self.folder / "features", ignore_errors=True)  # a judge of other settings
+            write_json(path, described)
+
+        share(["begin"], self.folder, is_begun, begin)
         before = read_json(path)
         for name, value in described.items():
             if before.get(name, value) != value:  # a folder of an older version says less
@@ -84,7 +95,7 @@ class Search:
 
     def refuse(self, name: str, before: Any, now: Any) -> None:
         raise UserError(
-            f"`output_dir` {self.folder} holds another search: its {name} were {before}, and are {now} now. Choose another folder."
+            f"`output_dir` {self.folder} holds another search; {name}: {before} before, {now} now. Choose another folder."
         )
 
     def run(self) -> None:
