@@ -601,7 +601,8 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         )
         first, second, generator = full_commands(Search(config, data, read_candidates(config, data)), "ordered-2")
         assert first.endswith("--auxiliary_decoder prefix --stage 1 --output_dir runs/ordered")
-        assert "prefix" not in second and second.endswith("--stage 2 --stage1_dir runs/ordered --keep_latent_channels 2 --output_dir runs/best")
+        again = "--stage 2 --stage1_dir runs/ordered --keep_latent_channels 2 --output_dir runs/best"
+        assert "prefix" not in second and second.endswith(again)
         assert "--vae runs/best/vae" in generator and "--timestep_shift 2.0" in generator
         forecast = load_benchmark("forecast")
         command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]
