@@ -677,72 +677,48 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
         prompt, class_labels = self._told_apart(prompt, class_labels)
         class_labels, conditions = self._by_column(class_labels, conditions)
-        texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         texts = {
-            name: list(value) if isinstance(value, list | tuple) else [value]
-            for name, value in texts.items()
-            if value is not None
+            "prompt": _listed(prompt),
+            "negative_prompt": _listed(negative_prompt),
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
         }
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        texts |= {name: value for name, value in embeds.items() if value is not None}
+        texts = {name: value for name, value in texts.items() if value is not None}
+        masks = {
+            "prompt_embeds_mask": prompt_embeds_mask,
+            "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+        }
         has_condition = class_labels is not None or bool(texts)
         has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
         self._guidance_scale, self._interrupt = guidance_scale, False  # a callback may change both
         needs_negative = has_condition and self.do_classifier_free_guidance and self.guidance_transformer is None
         self._check_texts(texts, class_labels, is_guided=needs_negative)
-        label_ids = self._resolve_labels(class_labels)
+
         shape = self._latent_shape(height, width, latents)
+        label_ids = self._resolve_labels(class_labels)
         sides = {"height": shape[1] * self.vae_scale_factor, "width": shape[2] * self.vae_scale_factor}
-        conditional = self.encode_conditions(conditions, **sides)  # arguments of the transformer
-        unconditional = self.encode_conditions(**sides) if self.conditions else {}
+        encoded = self.encode_conditions(conditions, **sides)
         counts = {name: len(value) for name, value in {"class_labels": label_ids, **texts}.items()}
-        counts["conditions"] = max(map(len, conditional.values()), default=1)
-        count = max(counts.values())
-        if set(counts.values()) - {1, count}:
+        counts["conditions"] = max(map(len, encoded.values()), default=1)
+        if set(counts.values()) - {1, max(counts.values())}:
             raise ValueError(
                 f"`{'`, `'.join(counts)}` number {list(counts.values())}; give as many of each, or one for all."
             )
-        batch_size = count * num_images_per_label
+        batch_size = max(counts.values()) * num_images_per_label
         self._check_generators(generator, batch_size)
-        shape = (batch_size, *shape)
-        device = self._execution_device
-
-        # Latents and the scheduler's arithmetic stay in float32, whatever the dtype of the models.
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif getattr(latents, "shape", None) != shape:
-            raise ValueError(
-                f"`latents` has shape {tuple(getattr(latents, 'shape', ()))}, but labels, size and models ask for {shape}."
-            )
-        else:
-            latents = torch.as_tensor(latents).to(device, torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = self._starting_latents(latents, (batch_size, *shape), generator)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents, timesteps = self._begin(latents)
         self._num_timesteps = len(timesteps)
         noise_levels = [level / self.scheduler.config.num_train_timesteps for level in timesteps.tolist()]
         ends = self._ends_of_steps(timesteps, batch_size)
+        nothing = self.encode_conditions(**sides) if self.conditions else {}
+        arguments = self._with_texts_and_labels(encoded, nothing, texts | masks, label_ids)
+        conditional, unconditional = (_repeated(each, batch_size, num_images_per_label) for each in arguments)
+        low, high = guidance_interval
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
-
-        if self.takes_text:
-            masks = {
-                "prompt_embeds_mask": prompt_embeds_mask,
-                "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
-            }
-            encoded = self.encode_prompt(**texts, **masks, device=device)
-            wide = _as_wide(
-                *({} if part is None else _text_arguments(part, mask) for part, mask in (encoded[:2], encoded[2:]))
-            )
-            conditional, unconditional = conditional | wide[0], unconditional | wide[1]
-        if self.null_class is not None:
-            conditional["class_labels"] = torch.tensor(label_ids, device=device)
-            unconditional["class_labels"] = torch.tensor([self.null_class], device=device)
-        for arguments in (conditional, unconditional):
-            for name, value in arguments.items():
-                repeats = batch_size if len(value) == 1 else num_images_per_label
-                arguments[name] = value.repeat_interleave(repeats, 0)
-        low, high = guidance_interval
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, (timestep, end, noise_level) in enumerate(zip(timesteps, ends, noise_levels, strict=True)):
@@ -753,14 +729,12 @@ class DAEDiTPipeline(DiffusionPipeline):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
                 is_guided = self.do_classifier_free_guidance and low <= noise_level <= high
                 if is_guided and self.guidance_transformer is not None:
-                    prediction = self._predict(model_input, timestep, conditional | end)
-                    baseline = self._predict(model_input, timestep, conditional | end, self.guidance_transformer)
-                    prediction = self._guided(prediction, baseline)
+                    baseline = self._predict(model_input, timestep, conditional, self.guidance_transformer)
+                    prediction = self._guided(self._predict(model_input, timestep, conditional), baseline)
                 elif is_guided and has_condition:
-                    both = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
-                    doubled = torch.cat((model_input, model_input))
-                    prediction, baseline = self._predict(doubled, timestep, both | end).chunk(2)
-                    prediction = self._guided(prediction, baseline)
+                    doubled = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
+                    predictions = self._predict(torch.cat((model_input, model_input)), timestep, doubled)
+                    prediction = self._guided(*predictions.chunk(2))
                 else:
                     prediction = self._predict(model_input, timestep, conditional | end)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_kwargs)[0]
@@ -839,6 +813,36 @@ class DAEDiTPipeline(DiffusionPipeline):
             return function(torch.float32)
         finally:
             self.vae.to(torch.float16)
+
+    def _starting_latents(self, latents: torch.Tensor | None, shape: tuple[int, ...], generator) -> torch.Tensor:
+        """Standard normal noise, given or drawn. Like the scheduler's arithmetic, it is float32 whatever the dtype of the models."""
+        device = self._execution_device
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        given = tuple(getattr(latents, "shape", ()))
+        if given != shape:
+            raise ValueError(f"`latents` has shape {given}, but labels, size and models ask for {shape}.")
+        return torch.as_tensor(latents).to(device, torch.float32)
+
+    def _with_texts_and_labels(
+        self,
+        conditional: dict[str, torch.Tensor],
+        unconditional: dict[str, torch.Tensor],
+        texts: dict[str, Any],
+        label_ids: list[int | None],
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The transformer's arguments with those of texts and classes, and the same for the null class and the negative texts."""
+        device = self._execution_device
+        if self.takes_text:
+            encoded = self.encode_prompt(**texts, device=device)
+            wide = _as_wide(
+                *({} if part is None else _text_arguments(part, mask) for part, mask in (encoded[:2], encoded[2:]))
+            )
+            conditional, unconditional = conditional | wide[0], unconditional | wide[1]
+        if self.null_class is not None:
+            conditional = conditional | {"class_labels": torch.tensor(label_ids, device=device)}
+            unconditional = unconditional | {"class_labels": torch.tensor([self.null_class], device=device)}
+        return conditional, unconditional
 
     def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents of the first step, from standard normal noise, and the timesteps that remain; `set_timesteps` came before."""
@@ -1259,6 +1263,21 @@ def fitted(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if pixels.shape[2:] == (height, width) or len(pixels.unique()) > FEW_VALUES:
         return resized(pixels, height, width)
     return F.interpolate(pixels, (height, width), mode="nearest-exact")
+
+
+def _listed(texts: Any) -> Any:
+    """Texts as a list; None stays."""
+    return texts if texts is None else list(texts) if isinstance(texts, list | tuple) else [texts]
+
+
+def _repeated(
+    arguments: dict[str, torch.Tensor], batch_size: int, num_images_per_label: int
+) -> dict[str, torch.Tensor]:
+    """A transformer's arguments for each image of a batch: one for all, or those of each label."""
+    return {
+        name: value.repeat_interleave(batch_size if len(value) == 1 else num_images_per_label, 0)
+        for name, value in arguments.items()
+    }
 
 
 def _text_arguments(embeds: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
