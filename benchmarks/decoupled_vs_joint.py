@@ -54,7 +54,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import read_yaml, run_script
 from dae_diffusers.comparison.experiment import SHARED, Experiment, Trial, check_same_experiment
-from dae_diffusers.comparison.judges import find_features, judge_samples
+from dae_diffusers.comparison.judges import find_features, judge_samples, load_judge
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.trials import finished_rows, run_trial
 from dae_diffusers.errors import ConfigError, UserError
@@ -121,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     kept = check_same_experiment(experiment, output_dir)
     if not arguments.only_summary:
-        check_judge(experiment, output_dir, kept)
+        check_judges(experiment, arguments.conditions, output_dir, kept)
         # Seed by seed, so that an interrupted benchmark has complete pairs.
         todo = itertools.product(arguments.budgets, experiment["seeds"], arguments.conditions)
         for budget, seed, condition in tqdm(list(todo), desc="Autoencoders", unit="run"):
@@ -139,8 +139,17 @@ def main(arguments: argparse.Namespace) -> None:
     write_results(experiment, output_dir)
 
 
-def check_judge(experiment: Experiment, output_dir: Path, kept: dict[str, Any]) -> None:
-    """Finds the features, and keeps what the runs have in common."""
+def check_judges(experiment: Experiment, conditions: list[str], output_dir: Path, kept: dict[str, Any]) -> None:
+    """Finds the features and the other models that the runs need, and keeps what the runs have in common."""
+    options = [experiment["conditions"][name] for name in conditions]
+    models = {each[name] for each in options for name in ("perceptual_model", "feature_model") if name in each}
+    for name in [*experiment.get("judges", []), *sorted(models - {"lpips"})]:
+        try:
+            load_judge(name, experiment["data"].get("image_channels", 3))
+        except UserError as error:
+            raise UserError(
+                f"{error} The experiment's file says how to make it. Or choose other `judges` or `--conditions`."
+            ) from None
     experiment["features"] = find_features(experiment["features"], experiment["data"], output_dir)
     fingerprint = load_feature_extractor(experiment["features"]).fingerprint
     if kept.setdefault("fingerprint of the features", fingerprint) != fingerprint:

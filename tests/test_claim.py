@@ -209,6 +209,15 @@ def test_benchmark_trains_each_run_once_and_writes_tables(benchmark, launched, i
     assert "linear" not in (tmp_path / "claim" / "results.md").read_text()
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT | {"features": {}}, sort_keys=False))
 
+    # A judge that does not exist is named before anything is trained.
+    lacking = EXPERIMENT | {"features": {}, "judges": ["pixels", "runs/rotations"]}
+    (tmp_path / "lacking.yaml").write_text(yaml.safe_dump(lacking, sort_keys=False))
+    arguments = benchmark.parse_arguments()
+    arguments.experiment, arguments.output_dir = lacking, tmp_path / "lacking"
+    with pytest.raises(UserError, match="runs/rotations.* The experiment's file says how to make it"):
+        benchmark.main(arguments)
+    assert launched == []
+
     # Interrupted after the autoencoder was saved, before its cost was.
     folder = tmp_path / "claim" / "linear" / "2+2" / "seed-0"
     for name in ("cost", "autoencoder"):

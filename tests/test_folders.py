@@ -332,7 +332,7 @@ def test_first_lines_say_what_is_there_and_what_was_left_out(make_folder, caplog
     folder = make_folder(*names, "cat/7.heic", "cat/8.heic", "owl/1.heic", "owl/2.mov", "table.csv", "cat/.9.png")
     caplog.set_level("INFO")
     load_images(DataConfig(train_data_dir=str(folder), resolution=4, validation_fraction=0.1))
-    assert '3 .heic (they need `pip install "dae-diffusers[heif]"`)' in caplog.text
+    assert "3 .heic (they need `pip install pillow-heif`)" in caplog.text
     assert "1 .mov (no images)" in caplog.text and "1 .png (hidden)" in caplog.text and "1 .csv" in caplog.text
     assert "no class 'owl'" in caplog.text
     assert f"11 training and 1 validation images (held out) from {folder}, split train, column image" in caplog.text

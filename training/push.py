@@ -5,8 +5,8 @@ Publish a trained model on the Hugging Face Hub: weights, code, model card, pict
     python training/push.py runs/digits user/digits --license cc-by-4.0 --private --fp16 --space
     python training/push.py runs/digits user/digits --export_dir look-first
 
-The first argument is the output folder of a training run, or a pipeline's folder. The second is the repository.
-`dae-diffusers push runs/digits user/digits` does the same. First log in with `hf auth login`.
+The first argument is the output folder of a training run, or a pipeline's folder. The second is the repository. First log in with
+`hf auth login`.
 """
 
 import logging

@@ -305,7 +305,7 @@ class FlowMatchingConfig:
     )
     timestep_shift: float | None = field(
         None,
-        "above 1: more noise, in training and in sampling; for large latents; default: 1, or that of pretrained weights",
+        "above 1: more noise, in training and in sampling; for latents that hold more numbers than the images; default: 1, or that of pretrained weights",
         above=0,
         advanced=True,
     )

@@ -67,6 +67,16 @@ def find_features(features: str | dict[str, Any], data: dict[str, Any], output_d
     return str(folder)
 
 
+def load_judge(name: str, channels: int) -> torch.nn.Module:
+    r"""
+    A judge by its name: `pixels`, `spectrum` or a vision model, for images of so many channels.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    return _WITHOUT_NETWORK[name](channels) if name in _WITHOUT_NETWORK else load_feature_extractor(name)
+
+
 def judge_samples(trial: Trial, generators: list[str]) -> None:
     r"""Fréchet distances of samples to the training images by each judge and at each guidance, into `judged.json`."""
     experiment, folder, origin = trial.experiment, trial.folder, trial.origin.folder
@@ -80,10 +90,7 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
         accelerator = Accelerator()
         train = load_images(DataConfig(**experiment["data"]), trial.seed)[0]
         channels = train.config.image_channels
-        judges = {
-            name: _WITHOUT_NETWORK[name](channels) if name in _WITHOUT_NETWORK else load_feature_extractor(name)
-            for name in names
-        }
+        judges = {name: load_judge(name, channels) for name in names}
         references = {
             name: reference_statistics(judge, train, cache_dir=trial.output_dir / "reference")
             for name, judge in judges.items()

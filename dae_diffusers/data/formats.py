@@ -19,7 +19,7 @@ SUFFIXES = frozenset(
     ".pgm .png .pnm .ppm .psd .qoi .ras .rgb .rgba .sgi .tga .tif .tiff .webp .xbm".split()
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-INSTALL_HEIF = 'pip install "dae-diffusers[heif]"'
+INSTALL_HEIF = "pip install pillow-heif"
 # Pictures that other programs read. If one is left out, the user should be warned.
 OTHER_SUFFIXES = frozenset(
     ".3fr .ai .arw .blp .cr2 .cr3 .dcm .dng .emf .eps .erf .exr .gbr .grib .hdf .hdr .icns .im .jxl .jxr .mpo .nef .nii .orf .pcd "
