@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageClassification,
     ImageProcessingMixin,
     PreTrainedModel,
+    ViTModel,
 )
 from transformers.utils import ModelOutput
 
@@ -48,7 +49,7 @@ class FrozenBackbone(AlwaysEval):
 
     def __init__(self, model: PreTrainedModel, *, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.model = model.base_model.eval().requires_grad_(False)
+        self.model = backbone_of(model).eval().requires_grad_(False)
         self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -144,10 +145,14 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
     """
     try:
         # Without the flag, transformers would ask on a terminal.
-        architectures = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).architectures or []
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        architectures = config.architectures or []
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
         is_classifier = any(architecture.endswith("ForImageClassification") for architecture in architectures)
-        model, loading = (AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(
+        model_class = AutoModelForImageClassification if is_classifier else AutoModel
+        if config.model_type == "vit_mae":  # a ViT whose own class hides patches at random
+            model_class = ViTModel
+        model, loading = model_class.from_pretrained(
             name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
     except pickle.UnpicklingError:
@@ -169,7 +174,33 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
     missing = [key for key in loading["missing_keys"] if not (has_class_token(model) and "pooler" in key)]
     if missing:
         raise UserError(f"{name_or_path!r} lacks weights, so its features would be random: {sorted(missing)[:5]}.")
-    return model, _preprocessing_of(processor)
+    preprocessing = _preprocessing_of(processor)
+    _check_features(name_or_path, model, preprocessing["size"])
+    return model, preprocessing
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    r"""A vision model without its classification head, if it has one."""
+    # Elsewhere `base_model` may be a part of the backbone, such as the encoder of DINOv3.
+    return model.base_model if type(model).__name__.endswith("ForImageClassification") else model
+
+
+@torch.no_grad()
+def _check_features(name: str, model: PreTrainedModel, size: tuple[int, int]) -> None:
+    """Raises `UserError` for a model that needs more than pixels, or whose features are random."""
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        first, second = (model.eval()(pixel_values=images)[0] for _ in range(2))
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{name!r} is a {type(model).__name__}, which does not work with images alone: {one_line(error, 200)}. Choose another vision "
+            "model, such as facebook/dinov2-base."
+        ) from None
+    if not torch.equal(first, second):
+        raise UserError(
+            f"{name!r} is a {type(model).__name__}, whose features of the same image differ from call to call. Choose another vision model, "
+            "such as facebook/dinov2-base."
+        )
 
 
 def load_inception() -> nn.Module:
@@ -214,6 +245,8 @@ def has_class_token(model: PreTrainedModel) -> bool:
 
 def _preprocessing_of(processor: dict[str, Any]) -> dict[str, Any]:
     """Size, mean and std from a `preprocessor_config.json` of any age."""
+    if processor.get("do_flip_channel_order"):
+        raise UserError("the image processor swaps red and blue (`do_flip_channel_order`), which is not supported.")
     crops = processor.get("do_center_crop", False) and "crop_size" in processor
     size = processor.get("crop_size" if crops else "size")
     if isinstance(size, dict):

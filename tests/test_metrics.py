@@ -23,11 +23,15 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     ViTModel,
 )
 
@@ -55,6 +59,7 @@ from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statis
 from dae_diffusers.store import kept_of
 from dae_diffusers.training import train_classifier
 from dae_diffusers.training.settings import TrainClassifierConfig
+from dae_diffusers.vision import load_backbone
 
 PREPROCESSING = {"size": (16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -130,15 +135,41 @@ def test_classifier_gives_the_logits_of_its_own_forward(resnet_folder):
         (ViTModel, ViTConfig(**VIT, intermediate_size=16)),
         (ViTForImageClassification, ViTConfig(**VIT, intermediate_size=16, num_labels=3)),
         (Dinov2Model, Dinov2Config(**VIT, mlp_ratio=2)),
+        # Its `base_model` is its encoder, whose output is not normalised.
+        (DINOv3ViTModel, DINOv3ViTConfig(**VIT | {"hidden_size": 8}, intermediate_size=16, num_register_tokens=2)),
     ],
 )
 def test_vision_transformers_give_their_class_token(tmp_path, model_class, config):
     model, images = model_class(config), random_images()
     extractor = load_feature_extractor(save_model(tmp_path, model))
+    backbone = model.eval().vit if hasattr(model, "classifier") else model.eval()
     with torch.no_grad():
-        outputs = model.eval().base_model(pixel_values=prepare_images(images, **PREPROCESSING))
+        outputs = backbone(pixel_values=prepare_images(images, **PREPROCESSING))
     torch.testing.assert_close(extractor(images), outputs.last_hidden_state[:, 0])
     assert extractor.num_classes == (3 if hasattr(model, "classifier") else None)
+    assert load_backbone(str(tmp_path)).patch_features(images).shape == (5, config.hidden_size, 2, 2)
+
+
+def test_masked_autoencoders_see_the_whole_image(tmp_path):
+    """Their own class hides three quarters of the patches, others in each call."""
+    config = ViTMAEConfig(**VIT, intermediate_size=16, decoder_hidden_size=8, decoder_num_attention_heads=1)
+    extractor, images = load_feature_extractor(save_model(tmp_path, ViTMAEForPreTraining(config))), random_images()
+    assert torch.equal(extractor(images), extractor(images))
+    assert load_backbone(str(tmp_path)).patch_features(images).shape == (5, config.hidden_size, 2, 2)
+
+
+def test_models_that_are_no_ruler_are_refused(tmp_path, monkeypatch):
+    save_model(tmp_path, ViTModel(ViTConfig(**VIT, intermediate_size=16)))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="ViTModel, whose features .* differ from call"):
+        patch.setattr(ViTModel, "forward", lambda self, pixel_values: (torch.rand(1, 5, 8),))
+        load_feature_extractor(str(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="does not work with images alone: .*no_mask"):
+        patch.setattr(ViTModel, "forward", lambda self, pixel_values, no_mask: None)
+        load_backbone(str(tmp_path))
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_flip_channel_order": True}))
+    with pytest.raises(UserError, match="swaps red and blue"):
+        load_feature_extractor(str(tmp_path))
 
 
 def test_only_the_vision_half_of_clip_is_used(tmp_path):

@@ -32,6 +32,7 @@ from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_files, replace_folder, weights_of
+from dae_diffusers.vision import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -521,8 +522,8 @@ def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): The judge.
     """
     fit = read_fit(name_or_path)
-    model = getattr(extractor.model, "base_model", None)
-    if fit.get("feature_weights") and model is not None and fit["feature_weights"] == fingerprint(weights_of(model)):
+    weights = fit.get("feature_weights")
+    if weights and weights == fingerprint(weights_of(backbone_of(extractor.model))):
         raise UserError(
             f"the decoder of {name_or_path} was fitted in the features of {extractor.name} (stage 3), which cannot judge it. Choose other "
             "`features`, best of another kind."

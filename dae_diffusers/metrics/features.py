@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dae_diffusers.store import fingerprint
-from dae_diffusers.vision import AlwaysEval, has_class_token, load_inception, load_vision_model, short_name
+from dae_diffusers.vision import AlwaysEval, backbone_of, has_class_token, load_inception, load_vision_model, short_name
 
 
 class FeatureExtractor(AlwaysEval):
@@ -115,13 +115,13 @@ class BackboneFeatureExtractor(FeatureExtractor):
     def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         backbone_outputs = []
         # Heads use different outputs of the backbone: the hook takes both from the model's own forward.
-        hook = self.model.base_model.register_forward_hook(lambda *call: backbone_outputs.append(call[-1]))
+        hook = backbone_of(self.model).register_forward_hook(lambda *call: backbone_outputs.append(call[-1]))
         try:
             output = self.model(pixel_values=prepare_images(images, **self._preprocessing))
         finally:
             hook.remove()
         logits = getattr(output, "logits", None)
-        features = _pooled(self.model.base_model, backbone_outputs[0])
+        features = _pooled(backbone_of(self.model), backbone_outputs[0])
         # Cloned, so that kept class tokens do not keep all hidden states alive.
         return features.float().clone(), None if logits is None else logits.float()
 
@@ -218,7 +218,7 @@ def _to_rgb_levels(images: torch.Tensor) -> torch.Tensor:
 
 def _pooled(backbone: PreTrainedModel, output: Any) -> torch.Tensor:
     hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
-    if has_class_token(backbone):
+    if has_class_token(backbone) and hidden.ndim == 3:
         return hidden[:, 0]  # (B, N, D) -> (B, D). ViT's pooler is often untrained
     if pooled is not None:
         return pooled.flatten(1)  # (B, D, 1, 1) or (B, D) -> (B, D)
