@@ -26,7 +26,6 @@ from dae_diffusers.data import ImageDataset, StreamedImages, count_images, descr
 from dae_diffusers.data.arrays import read_value_range, save_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
-from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import STARTED_FROM, DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
@@ -77,8 +76,7 @@ def main(config: TrainDAEConfig) -> None:
             continue
         run.log.mark(f"end of stage {stage}", first_step)
 
-    if run.dry_run is not None:
-        run.end_dry_run()
+    if run.end_dry_run():
         return
     if config.stages.stage != "1":
         finish_autoencoder(run, model, train_images)
@@ -117,9 +115,7 @@ def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset |
 def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> dict[int, int]:
     """Number of optimiser steps of each stage."""
     config = run.config
-    num_images = None if config.data.streaming else len(images)
-    total = steps_of(None, config.optimization.num_train_epochs, num_images, run.images_per_step)
-    stage_steps = config.stages.stage_steps(total)
+    stage_steps = config.stages.stage_steps(run.num_steps(None, images))
     if config.autoencoder.autoencoder == "vq" and config.codebook.quantizer == "ema":
         config.check_warmup(stage_steps)
     losses = config.losses

@@ -30,7 +30,6 @@ from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
-from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.generators.autoguidance import WeakerWeights
@@ -96,10 +95,7 @@ def main(config: TrainDiTConfig) -> None:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
     alignment = make_representation_alignment(config.alignment, transformer, accelerator, config.run.seed)
-    num_images = None if config.data.streaming else len(train_data)
-    steps = steps_of(
-        config.transformer.max_train_steps, config.optimization.num_train_epochs, num_images, run.images_per_step
-    )
+    steps = run.num_steps(config.transformer.max_train_steps, train_data)
     given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
     plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
     plan |= {**config.data.condition_columns(), "distill_guidance_scale": config.flow.distill_guidance_scale}
@@ -174,8 +170,7 @@ def main(config: TrainDiTConfig) -> None:
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
-    if run.dry_run is not None:
-        run.end_dry_run()
+    if run.end_dry_run():
         return
     if accelerator.is_main_process:
         run.note(**conditioning.example())

@@ -26,7 +26,6 @@ from dae_diffusers.data import ImageDataset, count_images, describe_size, load_i
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
-from dae_diffusers.engine.settings import steps_of
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
@@ -48,8 +47,7 @@ def main(config: TrainPriorConfig) -> None:
         name = config.prior.vae
         images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
     prior = make_prior(config, vae, images[0])
-    epochs = config.optimization.num_train_epochs
-    steps = steps_of(config.prior.max_train_steps, epochs, len(images[0]), run.images_per_step)
+    steps = run.num_steps(config.prior.max_train_steps, images[0])
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = encode_once(run, vae, images)
     monitor = make_monitor(run, images[0], vae, start, sampling_options(config))
@@ -86,8 +84,7 @@ def main(config: TrainPriorConfig) -> None:
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
-    if run.dry_run is not None:
-        run.end_dry_run()
+    if run.end_dry_run():
         return
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 

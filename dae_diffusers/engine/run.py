@@ -28,7 +28,7 @@ from dae_diffusers.engine.distributed import PROCESS_GROUP, describe_hardware, s
 from dae_diffusers.engine.dry_run import DryRun
 from dae_diffusers.engine.guard import NonFiniteGuard
 from dae_diffusers.engine.log import RunLog, read_log
-from dae_diffusers.engine.settings import RunConfig
+from dae_diffusers.engine.settings import RunConfig, steps_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
@@ -126,6 +126,11 @@ class TrainingRun:
         r"""Images that one optimiser step sees, over all processes."""
         optimization = self.config.optimization
         return optimization.train_batch_size * optimization.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def num_steps(self, max_steps: int | None, images: Dataset) -> int | None:
+        r"""Optimiser steps that the settings ask for: passes over the training images, or else `max_steps`; see [`steps_of`]."""
+        num_images = None if self.config.data.streaming else len(images)
+        return steps_of(max_steps, self.config.optimization.num_train_epochs, num_images, self.images_per_step)
 
     @property
     def last_step(self) -> int:
@@ -330,13 +335,19 @@ class TrainingRun:
         elif self._publisher is not None:
             logger.warning("nothing is pushed yet: the decoder is not finished. Then use `dae-diffusers push`.")
 
-    def end_dry_run(self) -> None:
-        r"""Says what the whole run would take, and removes the temporary folder. All processes call it."""
+    def end_dry_run(self) -> bool:
+        r"""
+        Ends a dry run: says what the whole run would take, and removes the temporary folder. Returns whether it was one; if not, nothing
+        happens. All processes call it.
+        """
+        if self.dry_run is None:
+            return False
         if self.accelerator.is_main_process:
             self.dry_run.report(self)
         self.accelerator.end_training()
         self._lock.release()
         self.dry_run.close()
+        return True
 
     def _write_record(self) -> None:
         """Writes `run.json`: how the result was made, for the model card. The time adds up over interruptions."""
