@@ -29,7 +29,7 @@ from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.fitting.decoder_fit import KEPT_VAE, check_judge, draw_latents
+from dae_diffusers.fitting.decoder_fit import KEPT_VAE, draw_latents
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
@@ -37,6 +37,7 @@ from dae_diffusers.losses.moments import moment_distance
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.metrics.sweep import check_judge
 from dae_diffusers.training import train_dae
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")

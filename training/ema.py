@@ -23,29 +23,18 @@ from diffusers import DiffusionPipeline
 
 from dae_diffusers.autoencoders.loading import settle_images
 from dae_diffusers.cli import parse_config, run_script, show_messages
-from dae_diffusers.data import load_images
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
 from dae_diffusers.errors import UserError, in_full
-from dae_diffusers.fitting.decoder_fit import check_judge
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.evaluation import image_features, sample_metrics
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.report import plot_lengths, table
-from dae_diffusers.metrics.sampling import Sampler, autoencoder_of, draw_samples, image_sides, load_pipeline
+from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_sides, load_pipeline
 from dae_diffusers.metrics.statistics import reference_statistics
-from dae_diffusers.metrics.sweep import (
-    MAX_DRAWN_IMAGES,
-    check_counts,
-    check_guidance,
-    check_options,
-    set_defaults,
-    swept_settings,
-    take_columns,
-    what_to_draw,
-)
+from dae_diffusers.metrics.sweep import check_guidance, load_and_check, set_defaults, swept_settings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.store import replace_folder, write_atomically, write_json
 from dae_diffusers.training.settings import EMAConfig, with_flags
@@ -154,15 +143,8 @@ def measure(
     """A row for each length, None for the pipeline as it is, and each setting of guidance and steps."""
     name, sampling, seed = str(Path(config.lengths.folder) / "pipeline"), config.sampling, config.lengths.seed
     check_guidance(sampling, name, pipeline)
-    check_judge(name, extractor)
     settle_images(config, autoencoder_of(pipeline), side=image_sides(pipeline))
-    take_columns(config.data, pipeline)
-    with accelerator.main_process_first():
-        train, validation = load_images(config.data, seed, value_range=pipeline.config.get("value_range"), model=name)
-    sampling.num_images = sampling.num_images or min(MAX_DRAWN_IMAGES, len(train))
-    sampler = Sampler(pipeline, **what_to_draw(sampling, train, pipeline))
-    check_options(sampling, sampler)
-    check_counts(sampling, sampler, extractor, train, validation)
+    train, _, sampler = load_and_check(config, seed, pipeline, extractor, accelerator, name=name)
     work = {"batch_size": config.lengths.batch_size, "num_workers": config.data.dataloader_num_workers}
     some = train.choose(sampling.num_images)
     features = image_features(some, extractor, accelerator, folder=output_dir / "parts", **work)

@@ -21,12 +21,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config, run_script, show_messages
-from dae_diffusers.data import ImageDataset, load_images
-from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import name_of_setting
-from dae_diffusers.fitting.decoder_fit import check_judge
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.evaluation import (
@@ -55,15 +53,11 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.sweep import (
-    MAX_DRAWN_IMAGES,
-    check_counts,
     check_guidance,
-    check_options,
     check_takes_defaults,
+    load_and_check,
     set_defaults,
     swept_settings,
-    take_columns,
-    what_to_draw,
 )
 from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.store import write_atomically, write_json
@@ -99,21 +93,10 @@ def main(config: EvaluateConfig) -> None:
         if config.evaluation.features is None
         else load_feature_extractor(config.evaluation.features, accelerator.device)
     )
-    vae_path = config.evaluation.vae
-    if extractor is not None:
-        for name in filter(None, (config.evaluation.pipeline, vae_path)):
-            check_judge(name, extractor)
-    take_columns(config.data, pipeline)
-    value_range = read_value_range(vae_path) if vae_path else pipeline.config.get("value_range")
-    with accelerator.main_process_first():
-        train, validation = load_images(
-            config.data, config.evaluation.seed, value_range=value_range, model=config.evaluation.pipeline or vae_path
-        )
-    config.sampling.num_images = config.sampling.num_images or min(MAX_DRAWN_IMAGES, len(train))
-    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(config.sampling, train, pipeline))
-    check_options(config.sampling, sampler)
-    check_counts(config.sampling, sampler, extractor, train, validation)
-
+    of = config.evaluation
+    train, validation, sampler = load_and_check(
+        config, of.seed, pipeline, extractor, accelerator, name=of.pipeline, vae=of.vae
+    )
     some = train.choose(config.sampling.num_images)
     results, held_out, seen = {}, None, None
     if vae is not None:

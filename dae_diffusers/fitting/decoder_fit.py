@@ -23,7 +23,6 @@ from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMomen
 from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.metrics.sampling import draws_of, ids_in_pipeline, image_sides, load_pipeline, scheduler_options
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
@@ -32,7 +31,6 @@ from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_files, replace_folder, weights_of
-from dae_diffusers.vision import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -511,23 +509,6 @@ def save_pipeline(
 
     replace_files(source, save)
     return target
-
-
-def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
-    r"""
-    Raises `UserError` if a decoder was fitted in the features that are to judge it.
-
-    Args:
-        name_or_path (`str`): A pipeline or an autoencoder, in a folder or on the Hub.
-        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): The judge.
-    """
-    fit = read_fit(name_or_path)
-    weights = fit.get("feature_weights")
-    if weights and weights == fingerprint(weights_of(backbone_of(extractor.model))):
-        raise UserError(
-            f"the decoder of {name_or_path} was fitted in the features of {extractor.name} (stage 3), which cannot judge it. Choose other "
-            "`features`, best of another kind."
-        )
 
 
 def _latents_fingerprint_in(folder: Path) -> str | None:

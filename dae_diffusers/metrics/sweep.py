@@ -5,16 +5,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from dae_diffusers.data import DataConfig, ImageDataset
+from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.errors import UserError
+from dae_diffusers.fit_record import read_fit
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
 from dae_diffusers.settings import changes_of
-from dae_diffusers.store import read_json, write_json
+from dae_diffusers.store import fingerprint, read_json, weights_of, write_json
+from dae_diffusers.vision import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +26,49 @@ logger = logging.getLogger(__name__)
 SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
 
 # Images that are drawn for each setting if no number is given, unless there are fewer training images.
-MAX_DRAWN_IMAGES = 10_000
+_MAX_DRAWN_IMAGES = 10_000
+
+
+def load_and_check(
+    config: Any,
+    seed: int,
+    pipeline: DiffusionPipeline | None,
+    extractor: FeatureExtractor | None,
+    accelerator: Accelerator,
+    *,
+    name: str | None,
+    vae: str | None = None,
+) -> tuple[ImageDataset, ImageDataset, Sampler | None]:
+    r"""
+    Loads the images of an evaluation and makes what draws the samples, once all has been found to fit together. All processes call it.
+
+    Args:
+        config: A composed settings class with the parts `data`, whose size is settled, and `sampling`, which gets its `num_images` here.
+        seed (`int`): Chooses the held-out images.
+        pipeline (`DiffusionPipeline`, *optional*): What draws; None if only an autoencoder is measured.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`], *optional*): The judge.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        name (`str` or `None`): Folder or Hub id of the pipeline.
+        vae (`str`, *optional*): That of the autoencoder, if it is given on its own.
+
+    Returns:
+        `tuple`: Training images, held-out images, and the sampler, None without a pipeline.
+
+    Raises:
+        UserError: If the judge is partial, an option means nothing to the pipeline, or there are too few images.
+    """
+    data, sampling = config.data, config.sampling
+    for each in filter(None, (name, vae)) if extractor is not None else ():
+        check_judge(each, extractor)
+    take_columns(data, pipeline)
+    value_range = read_value_range(vae) if vae else pipeline.config.get("value_range")
+    with accelerator.main_process_first():
+        train, validation = load_images(data, seed, value_range=value_range, model=name or vae)
+    sampling.num_images = sampling.num_images or min(_MAX_DRAWN_IMAGES, len(train))
+    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(sampling, train, pipeline))
+    check_options(sampling, sampler)
+    check_counts(sampling, sampler, extractor, train, validation)
+    return train, validation, sampler
 
 
 def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
@@ -55,6 +101,23 @@ def check_guidance(sampling: SamplingConfig, name: str | None, pipeline: Diffusi
         raise UserError(
             f"{name} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
             "`num_inference_steps 1 2 4 8` shows what steps change."
+        )
+
+
+def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
+    r"""
+    Raises `UserError` if a decoder was fitted in the features that are to judge it.
+
+    Args:
+        name_or_path (`str`): A pipeline or an autoencoder, in a folder or on the Hub.
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): The judge.
+    """
+    fit = read_fit(name_or_path)
+    weights = fit.get("feature_weights")
+    if weights and weights == fingerprint(weights_of(backbone_of(extractor.model))):
+        raise UserError(
+            f"the decoder of {name_or_path} was fitted in the features of {extractor.name} (stage 3), which cannot judge it. Choose other "
+            "`features`, best of another kind."
         )
 
 
