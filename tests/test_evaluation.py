@@ -37,6 +37,7 @@ from dae_diffusers.metrics.distances import (
     precision_recall,
 )
 from dae_diffusers.metrics.evaluation import (
+    TrainingFeatures,
     encode_images,
     evaluation_inputs,
     latent_metrics,
@@ -107,9 +108,7 @@ def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
     metrics, neighbors = sample_metrics(
         samples,
         extractor,
-        FeatureStatistics.of(encoded.features),
-        encoded.features,
-        encoded.reconstruction_features,
+        TrainingFeatures(FeatureStatistics.of(encoded.features), encoded.features, encoded.reconstruction_features),
         accelerator,
     )
     real = encoded.features
@@ -319,9 +318,8 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     pixels = torch.stack([images[n]["pixel_values"] for n in range(len(images))])
     samples = ((pixels + 1) * 127.5).round().to(torch.uint8)
     reference = FeatureStatistics.of(encoded.features)
-    metrics, neighbors = sample_metrics(
-        samples, extractor, reference, encoded.features, encoded.reconstruction_features, accelerator
-    )
+    training = TrainingFeatures(reference, encoded.features, encoded.reconstruction_features)
+    metrics, neighbors = sample_metrics(samples, extractor, training, accelerator)
     expected_gap = frechet_distance(reference, FeatureStatistics.of(encoded.reconstruction_features))
     assert neighbors.tolist() == list(range(len(images)))
     assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1

@@ -29,7 +29,7 @@ from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_fol
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
-from dae_diffusers.metrics.evaluation import image_features, sample_metrics
+from dae_diffusers.metrics.evaluation import TrainingFeatures, image_features, sample_metrics
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.report import plot_lengths, table
 from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_sides, load_pipeline
@@ -152,6 +152,7 @@ def measure(
     reference = reference_statistics(
         extractor, train, cache_dir=output_dir / "reference", disable_progress=hide, **work
     )
+    training = TrainingFeatures(reference, features)
     shape = (config.data.image_channels, *config.data.size)
     rows = []
     for length in itertools.chain([None], candidates):  # a candidate changes the weights when its turn comes
@@ -164,8 +165,9 @@ def measure(
                 image_shape=shape,
                 batch_size=work["batch_size"],
             )
-            judged = (samples, extractor, reference, features, None, accelerator)
-            metrics, _ = sample_metrics(*judged, batch_size=work["batch_size"], folder=output_dir / "parts")
+            metrics, _ = sample_metrics(
+                samples, extractor, training, accelerator, batch_size=work["batch_size"], folder=output_dir / "parts"
+            )
             drawn = {"guidance_scale": settings.guidance_scale, "num_inference_steps": settings.num_inference_steps}
             rows.append({"length": length, **drawn, "num_images": settings.num_images, **metrics})
     return rows

@@ -29,6 +29,7 @@ from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
+    TrainingFeatures,
     codebook_use,
     encode_images,
     evaluation_inputs,
@@ -102,15 +103,15 @@ def main(config: EvaluateConfig) -> None:
     if vae is not None:
         results, held_out, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
     drawn: list[KeptRows] = []
-    of_train = ()
+    training = None
     if sampler is not None:
-        results["generation"], drawn, of_train = evaluate_samples(
+        results["generation"], drawn, training = evaluate_samples(
             config, sampler, vae, train, some, seen, extractor, accelerator
         )
     if extractor is not None:
         sweep = [] if sampler is None else swept_settings(config.sampling, config.evaluation.seed, sampler, train)
         results |= keep_values(
-            lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, of_train, accelerator),
+            lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, training, accelerator),
             accelerator,
             folder=folder / "parts",
             of=["real images", *(evaluation_inputs(vae, images, extractor) for images in (train, validation, some))]
@@ -208,7 +209,7 @@ def evaluate_samples(
     seen: EncodedImages | None,
     extractor: FeatureExtractor,
     accelerator: Accelerator,
-) -> tuple[list[dict[str, Any]], list[KeptRows], tuple]:
+) -> tuple[list[dict[str, Any]], list[KeptRows], TrainingFeatures]:
     """
     Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also returns the
     samples of each setting, and the features of training images that they were compared with.
@@ -216,12 +217,12 @@ def evaluate_samples(
     folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
     work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
     if seen is None:
-        features = image_features(some, extractor, accelerator, folder=folder / "parts", **work)
-        reconstruction_features = None
+        features = [image_features(some, extractor, accelerator, folder=folder / "parts", **work)]
     else:
-        features, reconstruction_features = seen.features, seen.reconstruction_features
+        features = [seen.features, seen.reconstruction_features]
     hide = not accelerator.is_local_main_process
     reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
+    training = TrainingFeatures(reference, *features)
     shape = (config.data.image_channels, *config.data.size)
     rows, every, sweep = [], [], swept_settings(config.sampling, config.evaluation.seed, sampler, train)
     say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
@@ -231,8 +232,9 @@ def evaluate_samples(
         )
 
         def compare(samples=samples) -> dict[str, Any]:
-            judged = (samples, extractor, reference, features, reconstruction_features, accelerator)
-            metrics, neighbors = sample_metrics(*judged, batch_size=batch_size, folder=folder / "parts")
+            metrics, neighbors = sample_metrics(
+                samples, extractor, training, accelerator, batch_size=batch_size, folder=folder / "parts"
+            )
             return {"metrics": metrics, "neighbors": neighbors.tolist()}
 
         drawn = generation_inputs(sampler.pipeline, settings, accelerator)
@@ -256,7 +258,7 @@ def evaluate_samples(
             names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
             labels = settings.labels(sampler.num_classes) if is_by_class else None
             save_grids(folder, name, samples, labels, some, torch.tensor(compared["neighbors"]), names)
-    return rows, every, (reference, features, reconstruction_features)
+    return rows, every, training
 
 
 def measure_real_images(
@@ -266,7 +268,7 @@ def measure_real_images(
     held_out: EncodedImages | None,
     extractor: FeatureExtractor,
     drawn: list[KeptRows],
-    of_train: tuple,
+    training: TrainingFeatures | None,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
@@ -279,7 +281,7 @@ def measure_real_images(
             sample_features(each, extractor, accelerator, batch_size=batch_size, folder=parts)["features"]
             for each in drawn
         ]
-        of_samples = yardstick.of_samples(features, *of_train)
+        of_samples = yardstick.of_samples(features, training)
         floor |= {"generation": of_samples} if of_samples else {}
     return {"judge": yardstick.judge(), "floor": floor}
 

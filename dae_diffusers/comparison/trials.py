@@ -17,6 +17,7 @@ from dae_diffusers.comparison.experiment import Experiment, Trial, check_finishe
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.evaluation import (
+    TrainingFeatures,
     encode_images,
     latent_metrics,
     reconstruction_metrics,
@@ -89,8 +90,8 @@ class Ruler:
             names = loaded.id2label and [loaded.id2label[label] for label in sorted(loaded.id2label)]
             sample_grid(drawn, settings.labels(loaded.null_class), names, rows=4).save(grid)
         reference = reference_statistics(self.extractor, self.train, cache_dir=self.reference)
-        seen = (self.seen.features, self.seen.reconstruction_features)
-        return sample_metrics(drawn, self.extractor, reference, *seen, self.accelerator)[0]
+        training = TrainingFeatures(reference, self.seen.features, self.seen.reconstruction_features)
+        return sample_metrics(drawn, self.extractor, training, self.accelerator)[0]
 
 
 def run_trial(trial: Trial, generators: list[str]) -> None:

@@ -52,6 +52,23 @@ class EncodedImages:
     diagnostics: LatentDiagnostics
 
 
+@dataclass(frozen=True)
+class TrainingFeatures:
+    r"""
+    What samples are compared with, in the features of an extractor.
+
+    Attributes:
+        reference ([`~dae_diffusers.metrics.statistics.FeatureStatistics`]): Statistics of all training images.
+        images (`torch.Tensor` of shape `(M, D)`): Features of some training images.
+        reconstructions (`torch.Tensor` of shape `(M, D)` or `None`): Features of the reconstructions of these images. None without an
+            autoencoder; then there is no `gap`.
+    """
+
+    reference: FeatureStatistics
+    images: torch.Tensor
+    reconstructions: torch.Tensor | None = None
+
+
 @torch.no_grad()
 def encode_images(
     vae: ModelMixin,
@@ -269,23 +286,19 @@ def sample_features(
 
 
 def feature_metrics(
-    features: torch.Tensor,
-    extractor: FeatureExtractor,
-    reference: FeatureStatistics,
-    train_features: torch.Tensor,
-    train_reconstruction_features: torch.Tensor | None,
+    features: torch.Tensor, extractor: FeatureExtractor, training: TrainingFeatures
 ) -> dict[str, float]:
     r"""
     Compares features of images, `(N, D)`, with those of training images; see [`sample_metrics`]. Precision, recall, density and
     coverage compare as many of both: of training images a fixed random choice, because data may be sorted by class.
     """
     statistics = FeatureStatistics.of(features)
-    metrics = {extractor.distance_name("g"): frechet_distance(statistics, reference)}
-    if train_reconstruction_features is not None:
-        metrics["gap"] = frechet_distance(statistics, FeatureStatistics.of(train_reconstruction_features))
-    metrics["kernel_distance"] = kernel_distance(features, train_features)
-    count = min(len(features), len(train_features))
-    real = train_features[choose_indices(len(train_features), count)]
+    metrics = {extractor.distance_name("g"): frechet_distance(statistics, training.reference)}
+    if training.reconstructions is not None:
+        metrics["gap"] = frechet_distance(statistics, FeatureStatistics.of(training.reconstructions))
+    metrics["kernel_distance"] = kernel_distance(features, training.images)
+    count = min(len(features), len(training.images))
+    real = training.images[choose_indices(len(training.images), count)]
     metrics["precision"], metrics["recall"] = precision_recall(real, features[:count])
     metrics["density"], metrics["coverage"] = density_coverage(real, features[:count])
     return metrics
@@ -295,9 +308,7 @@ def feature_metrics(
 def sample_metrics(
     samples: torch.Tensor | KeptRows,
     extractor: FeatureExtractor,
-    reference: FeatureStatistics,
-    train_features: torch.Tensor,
-    train_reconstruction_features: torch.Tensor | None,
+    training: TrainingFeatures,
     accelerator: Accelerator,
     *,
     batch_size: int = 64,
@@ -309,10 +320,7 @@ def sample_metrics(
     Args:
         samples (`torch.Tensor` or [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Feature extractor.
-        reference ([`FeatureStatistics`]): Statistics of all training images.
-        train_features (`torch.Tensor` of shape `(M, D)`): Features of some training images.
-        train_reconstruction_features (`torch.Tensor` of shape `(M, D)` or `None`): Features of the reconstructions of these images.
-            None without an autoencoder; then there is no `gap`.
+        training ([`TrainingFeatures`]): What they are compared with.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         batch_size (`int`, *optional*): Images at once, per process.
         folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation can continue.
@@ -322,15 +330,14 @@ def sample_metrics(
         `gap` is the Fréchet distance to the *reconstructions* of training images. A decoder that blurs shrinks it too.
         Precision, recall, density and coverage compare `min(N, M)` of both.
     """
-
     gathered = sample_features(samples, extractor, accelerator, batch_size=batch_size, folder=folder)
     features = gathered["features"]
-    metrics = feature_metrics(features, extractor, reference, train_features, train_reconstruction_features)
+    metrics = feature_metrics(features, extractor, training)
     if "logits" in gathered:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))  # parts must mix the classes
         name = "inception_score" if extractor.name == "inception" else f"classifier_score_{extractor.name}"
         metrics[name] = inception_score(gathered["logits"][order].softmax(dim=1))[0]
-    return metrics, nearest_neighbors(features, train_features)[1][:, 0]
+    return metrics, nearest_neighbors(features, training.images)[1][:, 0]
 
 
 def _fingerprint_of_rows(rows: torch.Tensor | KeptRows) -> str:

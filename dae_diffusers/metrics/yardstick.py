@@ -11,7 +11,7 @@ from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.latents.diagnostics import linear_probe_accuracy
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.evaluation import EncodedImages, feature_metrics, image_features
+from dae_diffusers.metrics.evaluation import EncodedImages, TrainingFeatures, feature_metrics, image_features
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.statistics import FeatureStatistics
 
@@ -71,29 +71,20 @@ class Yardstick:
         name = self.extractor.distance_name("r")
         return {"num_images": len(self.held_out), name: floor, "i" + name[1:]: floor}
 
-    def of_samples(
-        self,
-        samples: list[torch.Tensor],
-        reference: FeatureStatistics,
-        train_features: torch.Tensor,
-        train_reconstruction_features: torch.Tensor | None,
-    ) -> dict[str, Any]:
+    def of_samples(self, samples: list[torch.Tensor], training: TrainingFeatures) -> dict[str, Any]:
         r"""
         The metrics of held-out images in the place of samples (`real`), and of equally many samples (`samples`, a row for each
         setting). Empty if there are too few.
 
         Args:
             samples (`list[torch.Tensor]` of shape `(N, D)`): Features of the samples of each setting.
-            reference, train_features, train_reconstruction_features: As in [`~dae_diffusers.metrics.evaluation.feature_metrics`].
+            training ([`~dae_diffusers.metrics.evaluation.TrainingFeatures`]): What they were compared with.
         """
-        number = min(len(self.held_out), len(train_features), *map(len, samples))
+        number = min(len(self.held_out), len(training.images), *map(len, samples))
         if number < _FEWEST:
             return {}
         sets = [self.held_out[choose_indices(len(self.held_out), number)], *(features[:number] for features in samples)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            real, *rows = (
-                feature_metrics(each, self.extractor, reference, train_features, train_reconstruction_features)
-                for each in sets
-            )
+            real, *rows = (feature_metrics(each, self.extractor, training) for each in sets)
         return {"num_images": number, "real": real, "samples": rows}
