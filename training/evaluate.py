@@ -12,6 +12,8 @@ there, under a hash of what they depend on. You can remove these folders at the 
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +100,21 @@ def main(config: EvaluateConfig) -> None:
     train, validation, sampler = load_and_check(
         config, of.seed, pipeline, extractor, accelerator, name=of.pipeline, vae=of.vae
     )
-    some = train.choose(config.sampling.num_images)
+    evaluation = Evaluation(
+        config, accelerator, extractor, vae, train, validation, some=train.choose(config.sampling.num_images)
+    )
     results, held_out, seen = {}, None, None
     if vae is not None:
-        results, held_out, seen = evaluate_autoencoder(config, vae, some, validation, extractor, accelerator)
+        results, held_out, seen = evaluation.of_autoencoder()
     drawn: list[KeptRows] = []
     training = None
     if sampler is not None:
-        results["generation"], drawn, training = evaluate_samples(
-            config, sampler, vae, train, some, seen, extractor, accelerator
-        )
+        results["generation"], drawn, training = evaluation.of_samples(sampler, seen)
     if extractor is not None:
         sweep = [] if sampler is None else swept_settings(config.sampling, config.evaluation.seed, sampler, train)
-        results |= keep_values(
-            lambda: measure_real_images(config, train, validation, held_out, extractor, drawn, training, accelerator),
-            accelerator,
-            folder=folder / "parts",
-            of=["real images", *(evaluation_inputs(vae, images, extractor) for images in (train, validation, some))]
+        results |= evaluation.keep(
+            lambda: evaluation.of_real_images(held_out, drawn, training),
+            ["real images", *evaluation.inputs(train, validation, evaluation.some)]
             + [generation_inputs(sampler.pipeline, settings, accelerator) for settings in sweep],
         )
 
@@ -152,138 +152,149 @@ def has_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def evaluate_autoencoder(
-    config: EvaluateConfig,
-    vae: ModelMixin,
-    some: ImageDataset,
-    validation: ImageDataset,
-    extractor: FeatureExtractor | None,
-    accelerator: Accelerator,
-) -> tuple[dict[str, Any], EncodedImages, EncodedImages]:
-    """Measures reconstruction, latent space and codebook; also returns how it encodes the held-out and `some` training images."""
-    folder = Path(config.evaluation.output_dir)
-    work = {
-        "batch_size": config.evaluation.batch_size,
-        "num_workers": config.data.dataloader_num_workers,
-        "folder": folder / "parts",
-    }
-    shape = (config.data.image_channels, *config.data.size)
-    lpips_net = None if config.evaluation.lpips_net == "none" else config.evaluation.lpips_net
-    measures = image_measures(shape, lpips_net=lpips_net, device=accelerator.device)
-    held_out = encode_images(vae, validation, accelerator, extractor=extractor, measures=measures, **work)
-    judge = None if config.evaluation.pipeline is None else extractor
-    seen = encode_images(
-        vae, some, accelerator, extractor=judge, measures={}, description="Encoding training images", **work
-    )
-    probe = None
-    if some.labels is not None:
-        probe = (seen.latents, torch.tensor(some.labels), torch.tensor(validation.labels))
-    results: dict[str, Any] = {
-        "reconstruction": reconstruction_metrics(held_out, extractor),
-        "latent_space": keep_values(
-            lambda: latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
-            accelerator,
-            folder=folder / "parts",
-            of=["latent_space", [evaluation_inputs(vae, images, extractor) for images in (validation, some)]],
-        ),
-    }
-    if is_vq(vae):
-        results["codebook"] = {
-            f"{split}_{name}": value
-            for split, encoded in (("validation", held_out), ("train", seen))
-            for name, value in codebook_use(vae, encoded, accelerator, batch_size=config.evaluation.batch_size).items()
-        }
-    if accelerator.is_main_process:
-        plot_latent_space(held_out.diagnostics, folder / "latent_space.png")
-        draw_reconstructions(vae, validation, folder / "reconstructions.png")
-    accelerator.wait_for_everyone()
-    return results, held_out, seen
-
-
-def evaluate_samples(
-    config: EvaluateConfig,
-    sampler: Sampler,
-    vae: ModelMixin | None,
-    train: ImageDataset,
-    some: ImageDataset,
-    seen: EncodedImages | None,
-    extractor: FeatureExtractor,
-    accelerator: Accelerator,
-) -> tuple[list[dict[str, Any]], list[KeptRows], TrainingFeatures]:
+@dataclass(frozen=True)
+class Evaluation:
     """
-    Measures samples: a row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also returns the
-    samples of each setting, and the features of training images that they were compared with.
+    What is measured, and with what. The judge, `extractor`, and the autoencoder may be missing; `some` are as many training images as are
+    drawn.
     """
-    folder, batch_size = Path(config.evaluation.output_dir), config.evaluation.batch_size
-    work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
-    if seen is None:
-        features = [image_features(some, extractor, accelerator, folder=folder / "parts", **work)]
-    else:
-        features = [seen.features, seen.reconstruction_features]
-    hide = not accelerator.is_local_main_process
-    reference = reference_statistics(extractor, train, cache_dir=folder / "reference", disable_progress=hide, **work)
-    training = TrainingFeatures(reference, *features)
-    shape = (config.data.image_channels, *config.data.size)
-    rows, every, sweep = [], [], swept_settings(config.sampling, config.evaluation.seed, sampler, train)
-    say_duration(sampler, sweep, folder / "samples", accelerator, batch_size)
-    for settings in sweep:
-        samples = draw_samples(
-            sampler.pipeline, settings, folder / "samples", accelerator, image_shape=shape, batch_size=batch_size
-        )
 
-        def compare(samples=samples) -> dict[str, Any]:
-            metrics, neighbors = sample_metrics(
-                samples, extractor, training, accelerator, batch_size=batch_size, folder=folder / "parts"
-            )
-            return {"metrics": metrics, "neighbors": neighbors.tolist()}
+    config: EvaluateConfig
+    accelerator: Accelerator
+    extractor: FeatureExtractor | None
+    vae: ModelMixin | None
+    train: ImageDataset
+    validation: ImageDataset
+    some: ImageDataset
 
-        drawn = generation_inputs(sampler.pipeline, settings, accelerator)
-        compared = keep_values(
-            compare,
-            accelerator,
-            folder=folder / "parts",
-            of=["generation", *(evaluation_inputs(vae, images, extractor) for images in (train, some)), drawn],
-        )
-        given = {
-            name: value
-            for name, value in settings.given().items()
-            if name not in ("prompts", "classes", "conditions", "class_counts")
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.evaluation.output_dir)
+
+    @property
+    def parts(self) -> Path:
+        """Where finished parts are kept."""
+        return self.folder / "parts"
+
+    @property
+    def work(self) -> dict[str, int]:
+        return {
+            "batch_size": self.config.evaluation.batch_size,
+            "num_workers": self.config.data.dataloader_num_workers,
         }
-        rows.append(given | compared["metrics"])
-        every.append(samples)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.config.data.image_channels, *self.config.data.size)
+
+    def inputs(self, *splits: ImageDataset) -> list[dict[str, Any]]:
+        """What measurements on some images depend on."""
+        return [evaluation_inputs(self.vae, images, self.extractor) for images in splits]
+
+    def keep(self, measure: Callable[[], dict[str, Any]], of: list[Any]) -> dict[str, Any]:
+        """The numbers that `measure` gives, kept under what they depend on."""
+        return keep_values(measure, self.accelerator, folder=self.parts, of=of)
+
+    def of_autoencoder(self) -> tuple[dict[str, Any], EncodedImages, EncodedImages]:
+        """Reconstruction, latent space and codebook; also how the held-out and `some` training images are encoded."""
+        config, vae, extractor, accelerator = self.config.evaluation, self.vae, self.extractor, self.accelerator
+        lpips_net = None if config.lpips_net == "none" else config.lpips_net
+        measures = image_measures(self.image_shape, lpips_net=lpips_net, device=accelerator.device)
+        work = {**self.work, "folder": self.parts}
+        held_out = encode_images(vae, self.validation, accelerator, extractor=extractor, measures=measures, **work)
+        judge = None if config.pipeline is None else extractor
+        seen = encode_images(
+            vae, self.some, accelerator, extractor=judge, measures={}, description="Encoding training images", **work
+        )
+        probe = None
+        if self.some.labels is not None:
+            probe = (seen.latents, torch.tensor(self.some.labels), torch.tensor(self.validation.labels))
+        results: dict[str, Any] = {
+            "reconstruction": reconstruction_metrics(held_out, extractor),
+            "latent_space": self.keep(
+                lambda: latent_metrics(vae, held_out, extractor, accelerator, probe=probe),
+                ["latent_space", self.inputs(self.validation, self.some)],
+            ),
+        }
+        if is_vq(vae):
+            results["codebook"] = {
+                f"{split}_{name}": value
+                for split, encoded in (("validation", held_out), ("train", seen))
+                for name, value in codebook_use(vae, encoded, accelerator, batch_size=config.batch_size).items()
+            }
         if accelerator.is_main_process:
-            name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
-            id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
-            is_by_class = sampler.conditions is None and train.captions is None
-            names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
-            labels = settings.labels(sampler.num_classes) if is_by_class else None
-            save_grids(folder, name, samples, labels, some, torch.tensor(compared["neighbors"]), names)
-    return rows, every, training
+            plot_latent_space(held_out.diagnostics, self.folder / "latent_space.png")
+            draw_reconstructions(vae, self.validation, self.folder / "reconstructions.png")
+        accelerator.wait_for_everyone()
+        return results, held_out, seen
 
+    def of_samples(
+        self, sampler: Sampler, seen: EncodedImages | None
+    ) -> tuple[list[dict[str, Any]], list[KeptRows], TrainingFeatures]:
+        """
+        A row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also the samples of each setting,
+        and the features of training images that they were compared with.
+        """
+        train, extractor, accelerator = self.train, self.extractor, self.accelerator
+        batch_size, samples_folder = self.work["batch_size"], self.folder / "samples"
+        if seen is None:
+            features = [image_features(self.some, extractor, accelerator, folder=self.parts, **self.work)]
+        else:
+            features = [seen.features, seen.reconstruction_features]
+        cache = {"cache_dir": self.folder / "reference", "disable_progress": not accelerator.is_local_main_process}
+        training = TrainingFeatures(reference_statistics(extractor, train, **cache, **self.work), *features)
+        rows, every = [], []
+        sweep = swept_settings(self.config.sampling, self.config.evaluation.seed, sampler, train)
+        say_duration(sampler, sweep, samples_folder, accelerator, batch_size)
+        for settings in sweep:
+            samples = draw_samples(
+                *(sampler.pipeline, settings, samples_folder, accelerator),
+                image_shape=self.image_shape,
+                batch_size=batch_size,
+            )
 
-def measure_real_images(
-    config: EvaluateConfig,
-    train: ImageDataset,
-    validation: ImageDataset,
-    held_out: EncodedImages | None,
-    extractor: FeatureExtractor,
-    drawn: list[KeptRows],
-    training: TrainingFeatures | None,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
-    parts, batch_size = Path(config.evaluation.output_dir) / "parts", config.evaluation.batch_size
-    work = {"batch_size": batch_size, "num_workers": config.data.dataloader_num_workers}
-    yardstick = Yardstick(extractor, train, validation, accelerator, held_out=held_out, folder=parts, **work)
-    floor = {} if held_out is None else {"reconstruction": yardstick.of_reconstructions()}
-    if drawn:
-        features = [
-            sample_features(each, extractor, accelerator, batch_size=batch_size, folder=parts)["features"]
-            for each in drawn
-        ]
-        of_samples = yardstick.of_samples(features, training)
-        floor |= {"generation": of_samples} if of_samples else {}
-    return {"judge": yardstick.judge(), "floor": floor}
+            def compare(samples=samples) -> dict[str, Any]:
+                metrics, neighbors = sample_metrics(
+                    samples, extractor, training, accelerator, batch_size=batch_size, folder=self.parts
+                )
+                return {"metrics": metrics, "neighbors": neighbors.tolist()}
+
+            drawn = generation_inputs(sampler.pipeline, settings, accelerator)
+            compared = self.keep(compare, ["generation", *self.inputs(train, self.some), drawn])
+            given = {
+                name: value
+                for name, value in settings.given().items()
+                if name not in ("prompts", "classes", "conditions", "class_counts")
+            }
+            rows.append(given | compared["metrics"])
+            every.append(samples)
+            if accelerator.is_main_process:
+                name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
+                id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
+                is_by_class = sampler.conditions is None and train.captions is None
+                names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
+                labels = settings.labels(sampler.num_classes) if is_by_class else None
+                neighbors = torch.tensor(compared["neighbors"])
+                save_grids(self.folder, name, samples, labels, self.some, neighbors, names)
+        return rows, every, training
+
+    def of_real_images(
+        self, held_out: EncodedImages | None, drawn: list[KeptRows], training: TrainingFeatures | None
+    ) -> dict[str, Any]:
+        """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
+        yardstick = Yardstick(
+            *(self.extractor, self.train, self.validation, self.accelerator),
+            held_out=held_out,
+            folder=self.parts,
+            **self.work,
+        )
+        floor = {} if held_out is None else {"reconstruction": yardstick.of_reconstructions()}
+        if drawn:
+            keep = {"batch_size": self.work["batch_size"], "folder": self.parts}
+            features = [sample_features(each, self.extractor, self.accelerator, **keep)["features"] for each in drawn]
+            of_samples = yardstick.of_samples(features, training)
+            floor |= {"generation": of_samples} if of_samples else {}
+        return {"judge": yardstick.judge(), "floor": floor}
 
 
 if __name__ == "__main__":
