@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
-import errno
 import logging
 import os
 import re
@@ -25,12 +23,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from dae_diffusers.errors import ConfigError, UserError, one_line
+from dae_diffusers.errors import REMOVED, ConfigError, UserError, did_you_mean, one_line, storage_problem
 from dae_diffusers.settings import compose, fields_of, flat, without_effect
 
 Config = TypeVar("Config")
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say it
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
@@ -42,8 +39,6 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 _SCRIPT = re.compile(
     r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|train_[a-z_]+)\.py\b"
 )
-REMOVED = "the output folder {} was removed while the script ran. Run the command again."
-_CANNOT_WRITE = (*_DISK_IS_FULL, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR)
 
 
 def _own_progress_lock() -> None:
@@ -216,20 +211,6 @@ def _keep_interrupts() -> None:
         sys.unraisablehook = end_at_once
 
 
-def storage_problem(error: Exception) -> str | None:
-    r"""The reason if the disk kept a file from being written, else None. safetensors and torch wrap the system's error."""
-    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
-    for number in _DISK_IS_FULL:
-        if os.strerror(number) in str(error):
-            return os.strerror(number)
-    if isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("PytorchStreamWriter", "unexpected pos")
-    ):
-        return "a file could not be written whole; the disk is probably full"
-    return None
-
-
 def _message_of(error: Exception) -> str | None:
     """One line for what a user can repair; None for anything else."""
     text = str(error)
@@ -276,12 +257,6 @@ def _lost_folder(error: Exception, output_dir: str | None) -> str | None:
     elif not any(words in text for words in _LOST_FOLDER):
         return None
     return None if folder.exists() else REMOVED.format(folder)
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    r"""`" Did you mean `x`?"`, or the empty string when nothing known resembles `word`."""
-    matches = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -11,7 +11,7 @@ import warnings
 from importlib.resources import files
 
 from dae_diffusers import __version__
-from dae_diffusers.errors import one_line
+from dae_diffusers.errors import did_you_mean, one_line
 
 _ALONE = {"assemble", "preview", "push"}  # no training: runs as a plain Python process
 _USAGE = """usage: dae-diffusers [flags of accelerate launch] SCRIPT [flags of the script]
@@ -56,8 +56,6 @@ def _main(argv: list[str]) -> None:
         return
     name = next((word for word in argv if word.replace("_", "-") in scripts), None)
     if name is None:
-        from dae_diffusers.cli import did_you_mean  # not needed where all is well
-
         word = next((word for word in argv if not word.startswith("-")), argv[0])
         known = did_you_mean(word, list(scripts)) or f" There are {', '.join(scripts)}."
         _refuse(f"no script is called {word!r}.{known}")

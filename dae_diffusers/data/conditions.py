@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import datasets
 
-from dae_diffusers.cli import did_you_mean
 from dae_diffusers.data.columns import class_values, column_values, feature_of, label_ids, label_names
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

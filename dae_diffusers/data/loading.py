@@ -12,7 +12,6 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 
-from dae_diffusers.cli import did_you_mean
 from dae_diffusers.data.arrays import RANGES, decode_array, find_depth
 from dae_diffusers.data.columns import (
     Rows,
@@ -38,7 +37,7 @@ from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import SPLITS, load_tables
-from dae_diffusers.errors import UserError, in_full, one_line
+from dae_diffusers.errors import UserError, did_you_mean, in_full, one_line
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.store import fingerprint
 

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from dae_diffusers.cli import REMOVED, storage_problem
 from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.engine.sharding import whole_tensor
-from dae_diffusers.errors import ConfigError, UserError, one_line
+from dae_diffusers.errors import REMOVED, ConfigError, UserError, one_line, storage_problem
 from dae_diffusers.store import sha256_of
 
 logger = logging.getLogger(__name__)
