@@ -7,18 +7,22 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from models import make_autoencoder, make_plain_vq_model, save_backbone
 from PIL import Image
 from scripts import in_child, launched_here, run
 
 from dae_diffusers.comparison.scripts import ScriptError, launch_script, work_alone
 from dae_diffusers.comparison.sharing import share
+from dae_diffusers.comparison.trials import Ruler
 from dae_diffusers.complexity import pilots
 from dae_diffusers.complexity.pilots import measure_pilots
 from dae_diffusers.complexity.report import complexity_distance, plot_complexity, summarize, to_markdown
 from dae_diffusers.complexity.settings import ComplexityConfig
+from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.settings import changes_of, compose
 from dae_diffusers.training import complexity
@@ -178,6 +182,8 @@ def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(
         ({"seed": -1}, "`seed` is -1"),
         ({"streaming": True}, "`streaming`"),
         ({"random_crop": True}, "`random_crop`"),
+        ({"caption_column": "text"}, "`caption_column` cannot be used with complexity.py"),
+        ({"continuous_columns": ["angle"]}, "`continuous_columns` cannot be used with complexity.py"),
         ({"features": "x", "image_channels": 4}, "is 4, but `features` takes images of 1 or 3 channels"),
         ({"dataset_name": None}, "`dataset_name`"),
     ],
@@ -185,6 +191,21 @@ def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(
 def test_flags_are_checked(change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         compose(MeasureComplexityConfig, **{"vae": "x", "dataset_name": "digits", **change})
+
+
+def test_ruler_measures_in_the_range_of_the_autoencoder_and_in_float32(tmp_path, monkeypatch):
+    """Whatever precision accelerate was configured for: trainings and reconstructions have none of it."""
+    for number in range(8):
+        Image.fromarray(np.full((16, 16), 4000 * number, np.uint16)).save(tmp_path / f"{number}.png")
+    vae = tmp_path / "vae"
+    make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers().save_pretrained(vae)
+    save_value_range([0.0, 30000.0], tmp_path / "vae")
+    data = {"train_data_dir": str(tmp_path), "resolution": 16, "image_channels": 1, "validation_fraction": 0.25}
+    features = save_backbone(tmp_path / "judge", "resnet")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    ruler = Ruler({"data": data, "features": features, "num_images": 6}, vae, 0, tmp_path / "reference")
+    assert ruler.train.value_range == [0, 30000] and ruler.accelerator.mixed_precision == "no"
 
 
 def test_images_must_fit_the_autoencoder(tmp_path):

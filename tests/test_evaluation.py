@@ -47,7 +47,7 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, keep_values
-from dae_diffusers.metrics.report import few_images_lines, plot_sweep
+from dae_diffusers.metrics.report import few_images_lines, plot_sweep, sample_grid
 from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
@@ -62,7 +62,7 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.metrics.sweep import swept_settings
+from dae_diffusers.metrics.sweep import swept_settings, what_to_draw
 from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate
 
@@ -163,6 +163,24 @@ def test_samples_depend_on_their_number_alone(pipeline, tmp_path):
     parts = draw_samples(pipeline, settings, tmp_path / "b", accelerator, batch_size=3, chunk_size=4)[:]
     assert whole.shape == (10, 3, 16, 16) and whole.dtype == torch.uint8
     assert (whole.int() - parts.int()).abs().max() <= 1  # rounding of other batch sizes
+    with pytest.raises(UserError, match=r"draws images of the shape \(3, 16, 16\), .* have \(3, 8, 8\)"):
+        draw_samples(pipeline, settings, tmp_path / "a", accelerator, batch_size=10, image_shape=(3, 8, 8))
+
+
+def test_small_batches_are_drawn_in_one_call(pipeline, monkeypatch, tmp_path):
+    """Rounding makes sixteen of each batch, of which all count."""
+    original, counts = DAEDiTPipeline.__call__, []
+    counted = wraps(original)(lambda self, **k: counts.append(len(k["class_labels"])) or original(self, **k))
+    monkeypatch.setattr(DAEDiTPipeline, "__call__", counted)
+    draw_samples(pipeline, SampleSettings(32, 1.0, 1), tmp_path, Accelerator(), batch_size=4)
+    assert counts == [16, 16]
+
+
+def test_classes_of_a_grid_have_their_own_names(tmp_path):
+    """Pipelines may name some of their classes only."""
+    samples, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 4, 7] * 2)
+    grids = [sample_grid(samples, labels, names) for names in ({4: "dog", 7: "elk"}, {0: "0", 4: "dog", 7: "elk"}, {})]
+    assert grids[0].tobytes() == grids[1].tobytes() != grids[2].tobytes()
 
 
 def test_samples_do_not_depend_on_the_range_that_images_are_given_back_in(pipeline, tmp_path):
@@ -422,12 +440,26 @@ def test_labels_that_the_images_do_not_give_are_recorded_as_balanced(pipeline, c
     assert setting.label_sampling == "balanced" and "each class is generated equally often" in caplog.text
 
 
+def test_captions_mean_nothing_to_a_pipeline_without_text(pipeline):
+    given = {
+        "labels": [0] * 9 + [1],
+        "id2label": {0: "cat", 1: "dog"},
+        "captions": [["a cat"]] * 10,
+        "conditions": None,
+    }
+    images = type("Images", (), {"__len__": lambda self: 10, **given})()
+    sampling = SamplingConfig(num_images=10)
+    sampler = Sampler(pipeline, **what_to_draw(sampling, images, pipeline))
+    (setting,) = swept_settings(sampling, 0, sampler, images)
+    assert torch.bincount(setting.labels(sampler.num_classes)).tolist() == [9, 1]
+
+
 def test_captions_are_drawn_in_a_mixed_order_with_the_class_of_their_name():
     labels = [0] * 30 + [1] * 30
     captions = [[f"a {'cat' if label == 0 else 'dog'}"] for label in labels]
     given = {"labels": labels, "id2label": {0: "cat", 1: "dog"}, "captions": captions, "conditions": None}
     images = type("Images", (), {"__len__": lambda self: 60, **given})()
-    pipeline = SimpleNamespace(id2label={0: "dog", 1: "cat", 2: "owl"}, null_class=3)
+    pipeline = SimpleNamespace(id2label={0: "dog", 1: "cat", 2: "owl"}, null_class=3, takes_text=True)
     found = prompts_of_images(images, 20, pipeline)
     assert {*zip(found["prompts"], found["classes"], strict=True)} == {("a cat", 1), ("a dog", 0)}
     assert 5 < sum(prompt == "a cat" for prompt in found["prompts"]) < 15  # not the first class alone

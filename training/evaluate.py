@@ -58,6 +58,7 @@ from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.sweep import (
     check_guidance,
     check_takes_defaults,
+    is_by_class,
     load_and_check,
     set_defaults,
     swept_settings,
@@ -271,11 +272,9 @@ class Evaluation:
             if accelerator.is_main_process:
                 name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
                 id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
-                is_by_class = sampler.conditions is None and train.captions is None
-                names = [id2label[label] for label in sorted(id2label)] if is_by_class else None
-                labels = settings.labels(sampler.num_classes) if is_by_class else None
+                labels = settings.labels(sampler.num_classes) if is_by_class(self.config.sampling, sampler) else None
                 neighbors = torch.tensor(compared["neighbors"])
-                save_grids(self.folder, name, samples, labels, self.some, neighbors, names)
+                save_grids(self.folder, name, samples, labels, self.some, neighbors, id2label)
         return rows, every, training
 
     def of_real_images(

@@ -630,6 +630,7 @@ class MeasureComplexityConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.latent_space.features, "complexity.py, which chooses images")
+        refuse_all_but_classes(self.data, "complexity.py, whose pilots know classes only")
         self.data.refuse_random_crops("pilots, whose latents are cached")
 
 
@@ -643,10 +644,15 @@ class FindLatentsConfig:
     def __post_init__(self):
         check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
         self.data.require_gray_or_rgb("a judge")
-        self.data.refuse_conditions("find_latents.py, whose pilots know classes only")
-        if self.data.caption_column is not None:
-            raise ConfigError("`caption_column` cannot be used with find_latents.py, whose pilots know classes only.")
+        refuse_all_but_classes(self.data, "find_latents.py, whose pilots know classes only")
         self.data.refuse_random_crops("pilots, whose latents are cached")
+
+
+def refuse_all_but_classes(data: DataConfig, reason: str) -> None:
+    """Raises `ConfigError` for images with captions or conditions. The reason begins with what does not go with them."""
+    data.refuse_conditions(reason)
+    if data.caption_column is not None:
+        raise ConfigError(f"`caption_column` cannot be used with {reason}.")
 
 
 def check_measured_data(data: DataConfig, features: str | None, script: str) -> None:
@@ -704,6 +710,7 @@ class TrainClassifierConfig:
         self.data.require_source()
         self.data.require_one_shape("this script")
         self.data.refuse_streaming("this script; leave it out")
+        refuse_all_but_classes(self.data, "train_classifier.py, which learns classes only")
         self.data.require_gray_or_rgb("a classifier")
         if self.training.max_shift >= min(self.data.size):
             raise ConfigError(

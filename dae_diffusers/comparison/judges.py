@@ -87,7 +87,7 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
         judged = read_json(path) if path.exists() else {}
         if all(set(names) <= judged.get(scale, {}).keys() for scale in scales):
             continue
-        accelerator = Accelerator()
+        accelerator = Accelerator(mixed_precision="no")
         train = load_images(DataConfig(**experiment["data"]), trial.seed)[0]
         channels = train.config.image_channels
         judges = {name: load_judge(name, channels) for name in names}

@@ -16,6 +16,7 @@ from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.experiment import Experiment, Trial, check_finished, shared_flags
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.metrics.evaluation import (
     TrainingFeatures,
     encode_images,
@@ -46,8 +47,9 @@ class Ruler:
 
     def __init__(self, experiment: Experiment, vae: Path | str, seed: int, reference: Path):
         self.experiment, self.seed, self.reference = experiment, seed, reference
-        self.accelerator = Accelerator()
-        self.train, self.validation = load_images(DataConfig(**experiment["data"]), seed)
+        self.accelerator = Accelerator(mixed_precision="no")  # whatever accelerate was configured for
+        data = DataConfig(**experiment["data"])
+        self.train, self.validation = load_images(data, seed, value_range=read_value_range(str(vae)))
         self.some = self.train.choose(experiment["num_images"])
         self.extractor = load_feature_extractor(experiment["features"], self.accelerator.device)
         self.vae = load_autoencoder(str(vae)).eval().to(self.accelerator.device)
@@ -87,8 +89,7 @@ class Ruler:
         )
         drawn = draw_samples(loaded, settings, folder / "samples", self.accelerator)
         if grid is not None:
-            names = loaded.id2label and [loaded.id2label[label] for label in sorted(loaded.id2label)]
-            sample_grid(drawn, settings.labels(loaded.null_class), names, rows=4).save(grid)
+            sample_grid(drawn, settings.labels(loaded.null_class), loaded.id2label, rows=4).save(grid)
         reference = reference_statistics(self.extractor, self.train, cache_dir=self.reference)
         training = TrainingFeatures(reference, self.seen.features, self.seen.reconstruction_features)
         return sample_metrics(drawn, self.extractor, training, self.accelerator)[0]

@@ -19,9 +19,10 @@ from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
-from dae_diffusers.metrics.sweep import check_enough_images
+from dae_diffusers.metrics.sweep import check_enough_images, check_judge
 from dae_diffusers.store import fingerprint_of_json, read_json, write_json
 
 _VERSION = 2  # raise it when the same inputs give other numbers
@@ -61,12 +62,15 @@ def measure_pilots(
     described = {
         name: value for name, value in vars(config).items() if name not in ("widths", "pilot_steps", "pilot_seeds")
     }
-    splits = load_images(DataConfig(**data), seed)
+    value_range = read_value_range(vae)
+    splits = load_images(DataConfig(**data), seed, value_range=value_range)
     extractor = None if features is None else load_feature_extractor(features)
     if extractor is not None:
+        check_judge(vae, extractor)
         check_enough_images(extractor, *splits, config.num_images)
     images = [split.fingerprint for split in splits]
-    key = fingerprint_of_json([_VERSION, model_fingerprint(load_autoencoder(vae)), images, data, described, seed])
+    of = [_VERSION, model_fingerprint(load_autoencoder(vae)), images, data, described, seed]
+    key = fingerprint_of_json(of if value_range is None else [*of, value_range])
     home = folder / "pilots" / key
     experiment = {
         "data": data,

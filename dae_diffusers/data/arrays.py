@@ -223,7 +223,8 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
     The range that [`save_value_range`] wrote beside an autoencoder, or that its pipeline has; None if there is none.
 
     Args:
-        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of a folder that has one in `vae/` or `stage1/`.
+        name_or_path (`str` or `None`): Folder or Hub id of an autoencoder, or of a folder that has one in `vae/` or `stage1/`; also the
+            folder `vae` of a pipeline.
 
     Raises:
         UserError: If a file is damaged.
@@ -232,9 +233,10 @@ def read_value_range(name_or_path: str | None) -> list[float] | None:
         return None
     places = ("", "vae/", "stage1/")  # the first with an autoencoder counts: others may be left of an earlier run
     place = next((each for each in places if find_file(name_or_path, f"{each}config.json")), "")
-    for name in ("model_index.json", f"{place}{_RANGE_FILE}"):
-        path = find_file(name_or_path, name)
-        if path is None:
+    folder = Path(name_or_path)
+    around = folder.absolute().parent / "model_index.json" if folder.is_dir() and folder.name == "vae" else None
+    for path in (*(find_file(name_or_path, name) for name in ("model_index.json", f"{place}{_RANGE_FILE}")), around):
+        if path is None or not path.exists():
             continue
         try:
             value_range = json.loads(path.read_text()).get("value_range")

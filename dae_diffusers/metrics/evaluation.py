@@ -110,10 +110,11 @@ def encode_images(
             pixel_values = pad_batch(batch["pixel_values"].to(accelerator.device))
             mean, std = encode_moments(vae, pixel_values)
             check_finite(mean)
-            reconstruction = decode_latents(vae, mean).float().clamp(-1, 1)
-            check_finite(reconstruction, "reconstructions of the autoencoder")
             values = {"latents": mean}
-            values |= {name: measure(reconstruction, pixel_values) for name, measure in measures.items()}
+            if measures or extractor is not None:
+                reconstruction = decode_latents(vae, mean).float().clamp(-1, 1)
+                check_finite(reconstruction, "reconstructions of the autoencoder")
+                values |= {name: measure(reconstruction, pixel_values) for name, measure in measures.items()}
             if std.any():  # a posterior
                 values["std"] = std
             if extractor is not None:

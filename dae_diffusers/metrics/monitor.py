@@ -19,8 +19,8 @@ from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
-from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, prompts_of_images
-from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, image_pixels, prompts_of_images
+from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, padded_size, reference_statistics
 from dae_diffusers.store import fingerprint_of_json, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,11 @@ class SampleDistance:
         start, run = time.monotonic(), self.run
         if self.reference is None:
             self.reference = reference_statistics(
-                self.extractor, self.images, cache_dir=run.folder / "reference", disable_progress=False
+                self.extractor,
+                self.images,
+                cache_dir=run.folder / "reference",
+                num_workers=run.config.data.dataloader_num_workers,
+                disable_progress=not run.accelerator.is_main_process,
             )
         settings = self.settings_until if step < self.after else self.settings
         statistics = FeatureStatistics.of(self._features(pipeline, settings))
@@ -170,7 +174,7 @@ class SampleDistance:
     def _features(self, pipeline: DiffusionPipeline, settings: SampleSettings) -> torch.Tensor:
         """Of all samples, `(N, D)`, on the CPU of each process."""
         accelerator = self.run.accelerator
-        size = self.run.config.optimization.train_batch_size
+        size = padded_size(self.run.config.optimization.train_batch_size, image_pixels(pipeline))
         batches = image_batches(pipeline, settings, accelerator, size)
 
         def extract(chunk: range) -> dict[str, torch.Tensor]:

@@ -208,7 +208,7 @@ def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, coun
 
 
 def sample_grid(
-    samples: KeptRows, labels: torch.Tensor | None, class_names: list[str] | None = None, rows: int = 8
+    samples: KeptRows, labels: torch.Tensor | None, id2label: dict[int, str] | None = None, rows: int = 8
 ) -> PILImage.Image:
     r"""A grid of the first samples, a column for each of few classes; the arguments are those of [`save_grids`], and how many rows."""
     found = (
@@ -218,7 +218,7 @@ def sample_grid(
     if 0 < len(found) <= 20:
         number = min(map(len, found))
         columns, chosen = len(found), [of_class[n] for n in range(number) for of_class in found]
-        column_names = class_names and [class_names[label] for label in labels.unique()]
+        column_names = id2label and [id2label.get(label, str(label)) for label in labels.unique().tolist()]
     few = torch.cat([samples[n : n + 1] for n in chosen]).float() / 127.5 - 1
     return image_grid(few, columns=columns, column_names=column_names)
 
@@ -230,7 +230,7 @@ def save_grids(
     labels: torch.Tensor | None,
     train: ImageDataset,
     neighbors: torch.Tensor,
-    class_names: list[str] | None = None,
+    id2label: dict[int, str] | None = None,
 ) -> None:
     r"""
     Saves a grid of samples, a column for each of few classes, and a grid of twelve samples above their nearest training images.
@@ -241,9 +241,9 @@ def save_grids(
         labels (`torch.Tensor` of shape `(N,)`, *optional*): The class of each sample.
         train ([`~dae_diffusers.data.ImageDataset`]): The images that `neighbors` count.
         neighbors (`torch.Tensor` of shape `(N,)`): The nearest training image of each sample.
-        class_names (`list[str]`, *optional*): By class.
+        id2label (`dict[int, str]`, *optional*): Names of the classes.
     """
-    sample_grid(samples, labels, class_names).save(folder / f"samples-{name}.png")
+    sample_grid(samples, labels, id2label).save(folder / f"samples-{name}.png")
     few = samples[:12].float() / 127.5 - 1
     nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
     rows = torch.cat([few, nearest])

@@ -187,7 +187,7 @@ class Sampler:
         check_conditions(getattr(pipeline, "conditions", {}), conditions)
         self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         self.num_classes: int | None = None
-        takes_text = getattr(pipeline, "takes_text", "prompt" in self.accepted)
+        takes_text = _takes_text(pipeline)
         if not takes_text:
             self.accepted.discard("prompt")
         has_rows = takes_text or conditions is not None
@@ -299,18 +299,21 @@ def draw_samples(
     """
     batches = image_batches(pipeline, settings, accelerator, batch_size)
 
+    def check_shape(shape: torch.Size) -> None:
+        if image_shape is not None and tuple(shape) != tuple(image_shape):
+            raise UserError(
+                f"the pipeline draws images of the shape {tuple(shape)}, but the images to compare with have {tuple(image_shape)}. Set "
+                "`image_channels` and `resolution` to those of the pipeline."
+            )
+
     def draw(chunk: range) -> dict[str, torch.Tensor]:
         parts = []
         for output, count in batches(chunk):
-            if image_shape is not None and tuple(output.shape[1:]) != tuple(image_shape):
-                raise UserError(
-                    f"the pipeline draws images of the shape {tuple(output.shape[1:])}, but the images to compare with have "
-                    f"{tuple(image_shape)}. Set `image_channels` and `resolution` to those of the pipeline."
-                )
+            check_shape(output.shape[1:])
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         return {"images": torch.cat(parts)}
 
-    return keep_rows(
+    images = keep_rows(
         draw,
         settings.num_images,
         accelerator,
@@ -320,6 +323,8 @@ def draw_samples(
         description="Drawing",
         load=False,
     )["images"]
+    check_shape(images[:1].shape[1:])  # of those that were kept
+    return images
 
 
 def say_duration(
@@ -402,10 +407,11 @@ def draws_of(
     The batches in which a chunk is drawn: how many images to keep, the numbers of those to draw, and a random generator for each, a
     function of `(seed, stream, number)`. The last number is repeated up to [`~dae_diffusers.metrics.statistics.padded_size`].
     """
-    image_pixels = _image_pixels(pipeline)
+    pixels = image_pixels(pipeline)
+    batch_size = padded_size(batch_size, pixels)  # so many are computed in any case
     for first in range(chunk.start, chunk.stop, batch_size):
         count = min(batch_size, chunk.stop - first)
-        numbers = torch.arange(first, first + padded_size(count, image_pixels)).clamp(max=first + count - 1).tolist()
+        numbers = torch.arange(first, first + padded_size(count, pixels)).clamp(max=first + count - 1).tolist()
         yield count, numbers, [torch.Generator().manual_seed(derived_seed(seed, stream, n)) for n in numbers]
 
 
@@ -435,8 +441,8 @@ def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
     return {name: value for name, value in pipeline.scheduler.config.items() if name == "_class_name" or name[0] != "_"}
 
 
-def _image_pixels(pipeline: DiffusionPipeline) -> int:
-    """Pixels of an image that the pipeline draws; a small number if its components do not tell."""
+def image_pixels(pipeline: DiffusionPipeline) -> int:
+    r"""Pixels of an image that a pipeline draws; a small number if its components do not tell."""
     height, width = image_sides(pipeline) or (1, 1)
     return height * width
 
@@ -488,23 +494,29 @@ def prompts_of_images(
     Args:
         images ([`~dae_diffusers.data.ImageDataset`]): The images.
         count (`int`): How many of them.
-        pipeline (`DiffusionPipeline`, *optional*): The classes are as it numbers them; default: as the images do.
+        pipeline (`DiffusionPipeline`, *optional*): The classes are as it numbers them; default: as the images do. If it takes no text,
+            captions do not count.
         to_show (`bool`, *optional*): Take them evenly over the classes and in their order, not at random. The random choice is always
             the same, and each beginning of it is one.
 
     Raises:
         UserError: If the pipeline has fewer classes than the images.
     """
-    if images.captions is None and images.conditions is None:
+    captions = images.captions if pipeline is None or _takes_text(pipeline) else None
+    if captions is None and images.conditions is None:
         return {}
     chosen = images.spread(count) if to_show else np.random.default_rng(0).permutation(len(images))[:count].tolist()
-    found = {} if images.captions is None else {"prompts": tuple(images.captions[n][0] for n in chosen)}
+    found = {} if captions is None else {"prompts": tuple(captions[n][0] for n in chosen)}
     found |= {} if images.conditions is None else {"conditions": ConditionValues(images, chosen)}
     if images.labels is None:
         return found
     has_classes = getattr(pipeline, "null_class", None) is not None
     labels = ids_in_pipeline(pipeline, images) if has_classes else images.labels
     return found | {"classes": tuple(labels[n] for n in chosen)}
+
+
+def _takes_text(pipeline: DiffusionPipeline) -> bool:
+    return getattr(pipeline, "takes_text", "prompt" in inspect.signature(type(pipeline).__call__).parameters)
 
 
 def prompts_of(prompt: str | None, id2label: dict[int, str] | None) -> tuple[str, ...] | None:

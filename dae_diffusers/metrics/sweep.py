@@ -61,7 +61,7 @@ def load_and_check(
     for each in filter(None, (name, vae)) if extractor is not None else ():
         check_judge(each, extractor)
     take_columns(data, pipeline)
-    value_range = read_value_range(vae) if vae else pipeline.config.get("value_range")
+    value_range = read_value_range(vae) or (pipeline and pipeline.config.get("value_range"))
     with accelerator.main_process_first():
         train, validation = load_images(data, seed, value_range=value_range, model=name or vae)
     sampling.num_images = sampling.num_images or min(_MAX_DRAWN_IMAGES, len(train))
@@ -179,12 +179,17 @@ def check_counts(
         )
 
 
+def is_by_class(sampling: SamplingConfig, sampler: Sampler) -> bool:
+    r"""Whether samples are drawn from classes, or from a text for each, and not from captions or conditions of the images."""
+    return sampler.conditions is None and (sampler.prompts is None or sampling.prompt is not None)
+
+
 def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train: ImageDataset) -> list[SampleSettings]:
     r"""The settings to measure: one for each combination of the swept options that the pipeline has."""
-    is_by_class = sampler.conditions is None and (train.captions is None or sampling.prompt is not None)
-    counts = class_counts(sampler.pipeline, train, sampler.num_classes) if is_by_class else None
+    by_class = is_by_class(sampling, sampler)
+    counts = class_counts(sampler.pipeline, train, sampler.num_classes) if by_class else None
     label_sampling = sampling.label_sampling
-    if label_sampling == "data" and is_by_class and counts is None and sampler.num_classes:
+    if label_sampling == "data" and by_class and counts is None and sampler.num_classes:
         label_sampling = "balanced"
         logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
     sweep = [getattr(sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
