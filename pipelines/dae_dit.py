@@ -74,7 +74,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     It does everything that [`DiTPipeline`] does, and returns the same images for the same weights, DDIM, seed and steps. In
     addition it supports any number of classes or none, class names, prompts, flow matching and the usual schedulers, rectangular images,
     guidance over part of the noise levels, autoencoders with latent statistics, and grayscale. To decode many or large
-    images in little memory, call `pipe.vae.enable_slicing()` or `pipe.vae.enable_tiling()`.
+    images in little memory, call `pipe.vae.enable_slicing()` or `pipe.vae.enable_tiling()` (a `VQModel` has neither).
 
     Args:
         transformer ([`DAEDiTTransformer2DModel`] or [`DiTTransformer2DModel`]): Predicts from normalised latents.
@@ -157,6 +157,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             guidance_transformer=guidance_transformer,
         )
+        _make_tiles_square(vae)
         self.id2label = _names_by_id(id2label)
         self.value_range = value_range
         self.conditions, self.label_column = dict(conditions or {}), label_column
@@ -452,7 +453,10 @@ class DAEDiTPipeline(DiffusionPipeline):
                 )
             if embeds is None and self.text_encoder is not None:
                 texts = [text or ""] if text is None or isinstance(text, str) else list(text)
-                embeds, mask = encode_texts(self.tokenizer, self.text_encoder, texts, device)
+                # Offloading moves the encoder for a call; otherwise it may lie on the CPU while the transformer trains on a GPU.
+                is_moved = any(hasattr(self.text_encoder, hook) for hook in ("_hf_hook", "_diffusers_hook"))
+                where = device if is_moved or self.text_encoder.device.type == "meta" else self.text_encoder.device
+                embeds, mask = encode_texts(self.tokenizer, self.text_encoder, texts, where)
             if embeds is not None:
                 mask = torch.ones(embeds.shape[:2]) if mask is None else mask
                 embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, 0)
@@ -846,6 +850,10 @@ class DAEDiTPipeline(DiffusionPipeline):
 
     def _begin(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents of the first step, from standard normal noise, and the timesteps that remain; `set_timesteps` came before."""
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(
+                0
+            )  # many steps can have the same first timestep twice, by which it would be searched
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0), self.scheduler.timesteps
 
     def _ends_of_steps(self, timesteps: torch.Tensor, batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -1325,6 +1333,14 @@ def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int
 def _settings_of(model: torch.nn.Module) -> dict:
     """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
     return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
+
+
+def _make_tiles_square(vae: ModelMixin | None) -> None:
+    """Gives an autoencoder of images that are no squares tiles that diffusers can work with: squares of the shorter side."""
+    sides = getattr(vae, "tile_sample_min_size", None)
+    if isinstance(sides, list | tuple):
+        factor = sides[0] // vae.tile_latent_min_size
+        vae.tile_sample_min_size, vae.tile_latent_min_size = min(sides), min(sides) // factor
 
 
 def _is_named(model: object, name: str) -> bool:

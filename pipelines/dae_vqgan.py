@@ -50,6 +50,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         value_range (`list` of two numbers, *optional*):
             Lowest and highest value of the original images if they were not 8-bit pictures; `output_type="np"` gives
             images in this range.
+        default_guidance_scale (`float`, *optional*): Guidance of a call that names none; default: 2.
 
     Raises:
         `ValueError`: If the prior was trained on the codes of another model.
@@ -65,6 +66,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         vae: VQModel,
         id2label: dict[int, str] | dict[str, str] | list[str] | None = None,
         value_range: list[float] | None = None,
+        default_guidance_scale: float | None = None,
     ):
         super().__init__()
         known = _settings_of(prior)
@@ -73,8 +75,12 @@ class DAEVQGANPipeline(DiffusionPipeline):
         self.register_modules(prior=prior, vae=vae)
         self.id2label = _names_by_id(id2label)
         self.value_range = value_range
-        self.register_to_config(id2label=self.id2label or None, value_range=value_range)
-        known.update(id2label=self.id2label or None, value_range=value_range)
+        if default_guidance_scale is None:
+            default_guidance_scale = known.get("default_guidance_scale")
+        kept = {"id2label": self.id2label or None, "value_range": value_range}
+        kept["default_guidance_scale"] = default_guidance_scale
+        self.register_to_config(**kept)
+        known.update(kept)
         _check_codes(prior, vae)
         widths = vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels
         self.vae_scale_factor = 2 ** (len(widths) - 1)
@@ -238,7 +244,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
             class_labels (`int`, `str` or an iterable of both, *optional*):
                 Class ids and names, see `get_label_ids`. Without them, a conditional model generates with its null class
                 and without guidance. An unconditional model takes none.
-            guidance_scale (`float`, *optional*, defaults to 2.0):
+            guidance_scale (`float`, *optional*, defaults to that of the pipeline's config, `default_guidance_scale`, else 2.0):
                 Classifier-free guidance of the logits, `unconditional + guidance_scale * (conditional -
                 unconditional)`. At 1 and below there is no guidance, which halves the work.
             temperature (`float`, defaults to 1.0): Divides the logits; below 1 safer, above 1 more varied.
@@ -268,7 +274,10 @@ class DAEVQGANPipeline(DiffusionPipeline):
             ```
         """
         num_codes = self.prior.config.num_codes
-        guidance_scale = 2.0 if guidance_scale is None else guidance_scale
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if guidance_scale is None:
+            guidance_scale = 2.0
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
         self._check_choices(guidance_scale, temperature, top_k, top_p, num_images_per_label, output_type)

@@ -76,6 +76,12 @@ def make_like_flux():
     return AutoencoderKL(**config, scaling_factor=0.3611, shift_factor=0.1159)
 
 
+def make_with_a_scale():
+    """Statistics that scale latents to a deviation of 0.5, as Playground 2.5 has them; and not those of these images."""
+    statistics = {"latents_mean": [0.5] * 4, "latents_std": [3.0] * 4}
+    return AutoencoderKL(**{**TINY_AUTOENCODER, "latent_channels": 4}, scaling_factor=0.5, **statistics)
+
+
 def make_rae_with_statistics():
     random = torch.Generator().manual_seed(0)
     mean, std = torch.randn(64, 4, 4, generator=random), torch.rand(64, 4, 4, generator=random) + 0.5
@@ -87,6 +93,7 @@ KINDS = {
     "AutoencoderTiny": (make_tiny, 4, 4),
     "AsymmetricAutoencoderKL": (make_asymmetric, 4, 2),
     "AutoencoderKL like Flux": (make_like_flux, 16, 2),
+    "AutoencoderKL with a scale": (make_with_a_scale, 4, 2),
     "AutoencoderRAE": (lambda: AutoencoderRAE(**RAE), 64, 4),
     "AutoencoderRAE with statistics": (make_rae_with_statistics, 64, 4),
 }
@@ -146,6 +153,13 @@ def test_latents_are_normal_and_the_pipeline_undoes_it(kind, trained):
         statistics.add(normalize_latents(mean, pipe.vae), std * (ones - zeros))
         assert_close(statistics.mean, torch.zeros(latents.shape[1]).double(), atol=1e-3, rtol=0)
         assert_close(statistics.std, torch.ones(latents.shape[1]).double(), atol=1e-3, rtol=0)
+
+
+def test_its_statistics_are_measured_once(trained, image_folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dit, "write_latent_statistics", None)
+        more = {"vae": trained / "given", "latent_cache": trained / "latents", "resume_from_checkpoint": "latest"}
+        run(train_dit, BARE_DIT, train_data_dir=image_folder, resolution=16, output_dir=trained / "run", **more)
 
 
 def test_its_card_tells_its_class_and_latents(kind, trained):

@@ -30,6 +30,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import load_generator
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder, assemble
 from dae_diffusers.generators.conditions import CONDITION_ARGUMENTS, Conditions, statistics_of
+from dae_diffusers.generators.take_over import OldConditions, take_over
 from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
@@ -144,6 +145,14 @@ def test_unknown_conditions_add_nothing_and_neither_do_those_of_a_new_model():
     parts = [*new.attribute_embeds, *(each.linear_2 for each in new.continuous_embeds), new.condition_embed]
     assert all(part.weight.grad.abs().max() > 0 for part in parts)
     assert not new.attribute_embeds[0].weight.grad[-1].any()
+
+
+def test_new_layer_of_a_condition_image_is_said():
+    old, sizes = random_transformer(condition_channels=5), {"sample_size": 8, "in_channels": 3, "rows": None}
+    for patch_size, is_new in ((2, False), (1, True)):
+        new, changes = take_over(old, **sizes, patch_size=patch_size, conditions=OldConditions(image_channels=5))
+        assert ("the layer of its condition image is new" in changes) == is_new
+        assert new.condition_embed.weight.any() != is_new
 
 
 @pytest.mark.parametrize(

@@ -803,3 +803,19 @@ def test_pipeline_file_needs_torch_and_diffusers_alone():
         nodes = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, (ast.Import, ast.ImportFrom))]
     modules = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
     assert {module.partition(".")[0] for module in modules} - sys.stdlib_module_names == {"torch", "diffusers"}
+
+
+def test_many_steps_at_high_noise_levels_end():
+    """Timesteps are whole numbers for the solver, so that the first may stand there twice."""
+    scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5)
+    images = sample(make_pipeline(scheduler=scheduler), num_inference_steps=250, guidance_scale=1)
+    assert images.isfinite().all()
+
+
+def test_images_that_are_no_squares_are_decoded_in_tiles():
+    whole = make_pipeline(make_transformer(sample_size=(8, 16)), make_vae(sample_size=[16, 32]))
+    latents = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    expected = whole.decode_latents(latents)
+    whole.vae.enable_tiling()
+    found = whole.decode_latents(latents)
+    assert found.shape == expected.shape and 0 < (found - expected).abs().mean() < expected.std()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline, VQModel
-from models import make_autoencoder, make_vq_model
+from models import TINY_AUTOENCODER, make_autoencoder, make_vq_model
 from safetensors.torch import load_file
 from scripts import (
     CONFIG_CLASSES,
@@ -26,6 +26,7 @@ from scripts import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from dae_diffusers import DAEAsymmetricAutoencoderKL, DAEAsymmetricVQModel, DAEDiTPipeline, DAEVQGANPipeline
+from dae_diffusers.autoencoders import building
 from dae_diffusers.autoencoders.fewer_channels import first_latent_channels
 from dae_diffusers.autoencoders.loading import encode_moments, load_autoencoder, spatial_factor
 from dae_diffusers.autoencoders.settings import AutoencoderConfig
@@ -36,6 +37,7 @@ from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.fitting.side_by_side import NEWEST, WAITING, GrowingAutoencoder, join_waiting, save_newest
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
+from dae_diffusers.settings import compose
 from dae_diffusers.training import assemble, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import AssembleConfig, TrainDAEConfig
 
@@ -452,6 +454,21 @@ def test_decoder_of_another_size_starts_from_a_published_autoencoder_where_it_fi
     assert torch.equal(model.decoder.conv_out.weight, vae.decoder.conv_out.weight)
     same = type(model).from_diffusers(vae)
     assert_same_weights(same.to_diffusers().state_dict(), vae.state_dict())
+
+
+MOVQ = {**TINY_AUTOENCODER, "num_vq_embeddings": 16, "norm_type": "spatial", "block_out_channels": (32, 32)}
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq with spatial norms"])
+def test_stage_two_of_a_published_autoencoder_has_no_auxiliary_decoder(kind, tmp_path, pixel_values):
+    vae = make_autoencoder("none").to_diffusers() if kind == "kl" else VQModel(**MOVQ)
+    vae.save_pretrained(tmp_path)
+    given = {"train_data_dir": "x", "pretrained_model_name_or_path": str(tmp_path), "stage": "2"}
+    model = building.make_autoencoder(compose(TrainDAEConfig, **given, autoencoder=kind.split()[0]))
+    assert model.auxiliary_decoder is None
+    model.set_stage(2)
+    model(pixel_values).sample.mean().backward()
+    assert model.encoder.conv_in.weight.grad is None and model.decoder.conv_in.weight.grad is not None
 
 
 @pytest.mark.parametrize(

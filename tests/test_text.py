@@ -7,12 +7,14 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from device import DEVICE, OnDevice, WithoutFloat64
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from models import make_autoencoder, make_random_transformer, save_autoencoder, save_backbone, save_text_encoder
 from PIL import Image
@@ -33,6 +35,7 @@ from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.generators.conditioning import Conditioning
 from dae_diffusers.generators.take_over import take_over
 from dae_diffusers.generators.text import Captions, encode_once, load_text_encoder
 from dae_diffusers.generators.warm_start import WarmStart
@@ -283,6 +286,28 @@ def test_prompts_embeddings_and_labels_mean_the_same_in_every_form(encoders):
     for wrong in ({"prompt_embeds": encoded[0]}, {}):
         with pytest.raises(ValueError, match=r"a mask of a prompt has the shape \(1, 99\)"):
             sample(pipeline, class_labels=1, prompt_embeds_mask=torch.ones(1, 99), **wrong)
+
+
+def test_classes_and_texts_are_left_out_together_and_alone():
+    """A call may then name one of them, as the Space does whose prompt is empty."""
+    captions = SimpleNamespace(dropped=lambda batch, is_dropped: {"has_text": ~is_dropped})
+    conditioning, latents = Conditioning(null_class=2, dropout=0.25, captions=captions), torch.zeros(4000, 1, 1, 1)
+    batch = {"class_labels": torch.zeros(4000, dtype=torch.int64), "encoder_hidden_states": latents}
+    given = conditioning.with_dropout(batch, latents)
+    kept = torch.stack((given["class_labels"] != 2, given["has_text"])).int()
+    shares = torch.bincount(2 * kept[0] + kept[1], minlength=4) / 4000  # nothing, the text, the class, both
+    assert_close(shares, torch.tensor([0.297, 0.141, 0.141, 0.422]), atol=0.03, rtol=0)
+    nothing = conditioning.nothing(batch, latents)
+    assert (nothing["class_labels"] == 2).all() and not nothing["has_text"].any()
+
+
+def test_texts_are_encoded_where_their_encoder_lies(encoders):
+    """While a transformer trains on a GPU, its text encoder waits on the CPU."""
+    pipeline = make_pipeline(encoders())
+    expected = pipeline.encode_prompt("a dog", device="cpu")[0]
+    with WithoutFloat64():
+        found = pipeline.encode_prompt("a dog", device=DEVICE)[0]
+    assert isinstance(found, OnDevice) and torch.equal(found.values, expected)
 
 
 def test_prompts_are_encoded_without_the_other_models(encoders, tmp_path):

@@ -37,6 +37,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.latents.codes import CodeGrids, codes_of
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.pipelines.dae_vqgan import code_fingerprint
+from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDAEConfig, TrainPriorConfig
 
@@ -267,6 +268,9 @@ def test_prior_is_saved_as_a_pipeline_that_draws_by_class_name(trained, with_pri
     pipeline = DAEVQGANPipeline.from_pretrained(with_prior / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert [image.size for image in pipeline(["cat", 1]).images] == [(16, 16)] * 2
+    assert pipeline.config.default_guidance_scale == 2
+    untaught = compose(TrainPriorConfig, train_data_dir="x", vae="y", class_dropout_prob=0.0)
+    assert train_vqgan_prior.sampling_options(untaught)["guidance_scale"] == 1
     assert pipeline.prior.config.code_fingerprint == code_fingerprint(VQModel.from_pretrained(trained / "vae"))
     assert (with_prior / "train_vqgan_prior" / "grids" / "samples-00000006.png").exists()
     assert (with_prior / "train_vqgan_prior" / "curves.png").stat().st_size > 1000

@@ -33,6 +33,18 @@ def test_cache_changes_no_code(guidance_scale):
     assert len(codes[0].unique()) > 4
 
 
+def test_pipeline_keeps_its_guidance(tmp_path):
+    pipeline = make_prior_pipeline()
+    default, guided, plain = (
+        draw(pipeline, [0, 1, 2] * 4, **given) for given in ({}, {"guidance_scale": 2}, {"guidance_scale": 1})
+    )
+    assert torch.equal(default, guided) and not torch.equal(default, plain)
+    DAEVQGANPipeline(pipeline.prior, pipeline.vae, default_guidance_scale=1.0).save_pretrained(tmp_path)
+    pipeline = DAEVQGANPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipeline, [0, 1, 2] * 4), plain)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_likeliest_codes_are_those_of_the_guided_logits(guidance_scale):
     pipeline = make_prior_pipeline()

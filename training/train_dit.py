@@ -57,7 +57,7 @@ from dae_diffusers.latents.statistics import (
 from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.metrics.sampling import prompts_of_images
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, is_representation_autoencoder
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
@@ -199,12 +199,18 @@ def denoising_loss(
 
 def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
     """
-    Gives the autoencoder the statistics of its latents that given weights know, or measures them if it has none, and returns what its
-    config says then.
+    Gives the autoencoder the statistics of its latents that the checkpoint or given weights know, or measures them if it has none, and
+    returns what its config says then. Published ones that scale latents to another deviation than 1 do not count.
     """
+    kept = None if run.resumed is None else run.resumed[1]["state"].get("latent_statistics")
+    if kept is not None:
+        set_statistics(vae, kept)
+        return kept
     is_settled = origin is not None and origin.settles_statistics(vae)
-    if not is_settled and not has_latent_statistics(vae) and run.dry_run is None:
-        logger.info("%s has no latent statistics: computing them over the training data", run.config.transformer.vae)
+    is_scaled = vae.config.get("scaling_factor", 1.0) != 1 and not is_representation_autoencoder(vae.config)
+    is_known = has_latent_statistics(vae) and not is_scaled
+    if not is_settled and not is_known and run.dry_run is None:
+        logger.info("computing the statistics of %s over the training data", run.config.transformer.vae)
         loader = run.pass_loader(data, num_workers=run.config.data.dataloader_num_workers)
         write_latent_statistics(vae, loader, run.accelerator)
     return {name: vae.config[name] for name in STATISTICS if name in vae.config}

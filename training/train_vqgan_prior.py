@@ -51,7 +51,13 @@ def main(config: TrainPriorConfig) -> None:
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = encode_once(run, vae, images)
     monitor = make_monitor(run, images[0], vae, start, sampling_options(config))
-    pipeline_of = partial(DAEVQGANPipeline, vae=vae, id2label=train_codes.id2label, value_range=images[0].value_range)
+    pipeline_of = partial(
+        DAEVQGANPipeline,
+        vae=vae,
+        id2label=train_codes.id2label,
+        value_range=images[0].value_range,
+        default_guidance_scale=sampling_options(config)["guidance_scale"],
+    )
     if config.optimization.gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0.
         getattr(prior, "activation_checkpointing_enable", prior.gradient_checkpointing_enable)()

@@ -71,7 +71,7 @@ def make_autoencoder(config: Any, trained: AutoencoderKL | VQModel | None = None
 
 
 def load_published(config: Any, model_class: type, diffusers_class: type) -> DAEAutoencoderKL | DAEVQModel:
-    """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder."""
+    """Loads the autoencoder `pretrained_model_name_or_path`, with a fresh auxiliary decoder if a stage 1 follows."""
     name = config.autoencoder.pretrained_model_name_or_path
     vae = load_autoencoder(name)
     if type(vae) in TUNED:
@@ -85,7 +85,11 @@ def load_published(config: Any, model_class: type, diffusers_class: type) -> DAE
         )
     sizes = decoder_sizes_of(config, vae)
     try:
-        model = model_class.from_diffusers(vae, **config.stages.auxiliary_settings(), **sizes)
+        # Stage 2 has no use for an auxiliary decoder.
+        auxiliary = (
+            {"auxiliary_decoder_type": "none"} if config.stages.stage == "2" else config.stages.auxiliary_settings()
+        )
+        model = model_class.from_diffusers(vae, **auxiliary, **sizes)
     except ValueError as error:  # an auxiliary decoder that does not fit this architecture
         raise UserError(str(error)) from None
     return settled(config, model, vae)

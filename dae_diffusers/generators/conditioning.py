@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -77,21 +77,39 @@ class Conditioning:
         return found
 
     def with_dropout(self, batch: Batch, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        r"""What a batch is drawn from, as arguments of the transformer: nothing for a share of the samples, which is drawn here."""
+        r"""
+        What a batch is drawn from, as arguments of the transformer: nothing for a share of the samples, which is drawn here. Where texts
+        stand beside classes or conditions, the same share has no text, and another has no class, so that a call may name one alone.
+        """
         if not any(name in batch for name in DRAWN_FROM):
             return {}
-        return self._without(batch, torch.rand(len(latents), device=latents.device) < self.dropout)
+
+        def chosen() -> torch.Tensor:
+            return torch.rand(len(latents), device=latents.device) < self.dropout
+
+        everything = chosen()
+        has_others = "class_labels" in batch or self.conditions is not None
+        if self.captions is None or not has_others:
+            return self._without(batch, everything)
+        return self._without(batch, everything, no_class=chosen(), no_text=chosen())
 
     def nothing(self, batch: Batch, latents: torch.Tensor) -> dict[str, torch.Tensor]:
         r"""What stands for nothing, for all samples of a batch."""
         return self._without(batch, torch.ones(len(latents), dtype=torch.bool, device=latents.device))
 
-    def _without(self, batch: Batch, is_dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _without(
+        self,
+        batch: Batch,
+        is_dropped: torch.Tensor,
+        *,
+        no_class: torch.Tensor | Literal[False] = False,
+        no_text: torch.Tensor | Literal[False] = False,
+    ) -> dict[str, torch.Tensor]:
         given = {}
         if "class_labels" in batch:
-            given["class_labels"] = torch.where(is_dropped, self.null_class, batch["class_labels"])
+            given["class_labels"] = torch.where(is_dropped | no_class, self.null_class, batch["class_labels"])
         if self.captions is not None:
-            given |= self.captions.dropped(batch, is_dropped)
+            given |= self.captions.dropped(batch, is_dropped | no_text)
         if self.conditions is not None:
             given |= self.conditions.dropped(batch, is_dropped, self.dropout)
         return given

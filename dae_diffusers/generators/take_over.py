@@ -141,6 +141,9 @@ def take_over(
         changes.append(f"first and last layer are new (latents of {now}, before: {was})")
     elif outputs != in_channels:
         changes.append("its learned variance is left out")
+    image = "condition_embed.weight"
+    if conditions.has_same_image and image in taken and taken[image].shape != state[image].shape:
+        changes.append("the layer of its condition image is new")
     if has_new_text:
         changes.append("its text is new" if width else "text is new")
     elif width and cross_attention_dim is None:

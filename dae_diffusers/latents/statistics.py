@@ -1,6 +1,7 @@
 """Per-channel statistics of the latents, and the normalisation by them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -177,9 +178,17 @@ def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
         return vae._normalize_latents(latents) * config.scaling_factor
     if not has_latent_statistics(vae):
         return (latents - (config.get("shift_factor") or 0.0)) * config.get("scaling_factor", 1.0)
-    mean = torch.tensor(config.latents_mean, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-    std = torch.tensor(config.latents_std, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+    mean, std = (
+        _by_channel(tuple(values), latents.device, latents.dtype)
+        for values in (config.latents_mean, config.latents_std)
+    )
     return (latents - mean) * config.get("scaling_factor", 1.0) / std
+
+
+@lru_cache(maxsize=16)
+def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A number for each channel, `(1, C, 1, 1)`; kept, because each copy to a GPU holds it up."""
+    return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
 
 
 def has_latent_statistics(vae: ModelMixin) -> bool:
