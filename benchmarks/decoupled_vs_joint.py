@@ -52,13 +52,14 @@ from claim_tables import (
 )
 from tqdm.auto import tqdm
 
-from dae_diffusers.cli import read_yaml, run_script
+from dae_diffusers.cli import read_yaml
 from dae_diffusers.comparison.experiment import SHARED, Experiment, Trial, check_same_experiment
 from dae_diffusers.comparison.judges import find_features, judge_samples, load_judge
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.trials import finished_rows, run_trial
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.script import run_script
 from dae_diffusers.search.trial import distances
 from dae_diffusers.store import write_atomically, write_json
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.cli import run_script
 from dae_diffusers.comparison.statistics import rank_correlation
 from dae_diffusers.comparison.trials import finished_rows
 from dae_diffusers.complexity.pilots import measure_pilots
@@ -28,6 +27,7 @@ from dae_diffusers.complexity.report import complexity_distance, distance_name
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
+from dae_diffusers.script import run_script
 from dae_diffusers.search.trial import distances
 from dae_diffusers.store import read_json, write_atomically, write_json
 

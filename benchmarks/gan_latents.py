@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.discriminators import PatchDiscriminator
 from dae_diffusers.autoencoders.loading import load_autoencoder, spatial_factor
-from dae_diffusers.cli import run_script
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.errors import ConfigError, UserError
@@ -47,6 +46,7 @@ from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.script import run_script
 from dae_diffusers.store import keep_row, kept_rows, write_atomically
 
 

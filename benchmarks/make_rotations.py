@@ -11,8 +11,8 @@ than a classifier of the generator's own data: a gain that only the classifier s
 import argparse
 from pathlib import Path
 
-from dae_diffusers.cli import run_script
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.script import run_script
 from dae_diffusers.search.turned import write_turned
 
 

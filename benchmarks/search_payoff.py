@@ -16,13 +16,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.cli import run_script
 from dae_diffusers.comparison.experiment import check_same_settings
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.statistics import rank_correlation
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
+from dae_diffusers.script import run_script
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import Rung
 from dae_diffusers.search.search import Search

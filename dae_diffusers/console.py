@@ -83,7 +83,8 @@ def find_scripts() -> dict[str, str]:
 
 def _check_arguments(script: str, flags: list[str]) -> None:
     """Checks the arguments before anything slow, such as torch, is loaded."""
-    from dae_diffusers.cli import as_typed, parse_config, run_script
+    from dae_diffusers.cli import parse_config
+    from dae_diffusers.script import as_typed, run_script
     from dae_diffusers.training.settings import SCRIPTS, check_paths, with_flags
 
     text = (files("dae_diffusers.training") / f"{script.replace('-', '_')}.py").read_text(encoding="utf-8")

@@ -23,9 +23,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config
 from dae_diffusers.comparison.scripts import words_of
 from dae_diffusers.engine import log as runlog
+from dae_diffusers.script import run_script
 from dae_diffusers.training import (
     cache_latents,
     complexity,

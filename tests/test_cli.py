@@ -17,9 +17,10 @@ import yaml
 from scripts import in_child
 from tqdm.auto import tqdm
 
-from dae_diffusers.cli import as_typed, parse_config, run_script, with_dashes
+from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.metrics.settings import SamplingConfig
+from dae_diffusers.script import as_typed, run_script, with_dashes
 from dae_diffusers.settings import (
     compose,
     config_text,

@@ -22,12 +22,12 @@ from scripts import BARE_DAE, BARE_DIT, checkpoints, in_child, in_two_processes,
 
 from dae_diffusers import data, locks
 from dae_diffusers.autoencoders import objective
-from dae_diffusers.cli import _message_of, run_script
 from dae_diffusers.engine import checkpointing, loop
 from dae_diffusers.engine import log as runlog
 from dae_diffusers.engine.batches import TrainingBatches
 from dae_diffusers.engine.guard import NonFiniteGuard
 from dae_diffusers.errors import UserError
+from dae_diffusers.script import _message_of, run_script
 from dae_diffusers.training import train_dae, train_dit
 
 

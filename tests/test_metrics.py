@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import dae_diffusers.metrics.distances as distances
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import (
@@ -56,6 +56,7 @@ from dae_diffusers.metrics.image_quality import (
 )
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
+from dae_diffusers.script import run_script
 from dae_diffusers.store import kept_of
 from dae_diffusers.training import train_classifier
 from dae_diffusers.training.settings import TrainClassifierConfig

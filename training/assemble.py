@@ -10,10 +10,11 @@ The encoders are compared by their weights. The generator, the scheduler and the
 import shutil
 from pathlib import Path
 
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import WAITING, assemble
 from dae_diffusers.hub.results import PIPELINE_INDEX
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.training.settings import AssembleConfig
 
 

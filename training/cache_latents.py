@@ -15,13 +15,14 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import write_latent_cache
 from dae_diffusers.locks import take_folder
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.training.settings import CacheLatentsConfig
 
 logger = logging.getLogger(__name__)

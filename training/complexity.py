@@ -12,10 +12,11 @@ import logging
 from pathlib import Path
 
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.comparison.scripts import work_alone
 from dae_diffusers.complexity.pilots import measure_pilots
 from dae_diffusers.complexity.report import complexity_distance, plot_complexity, summarize, to_markdown
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import MeasureComplexityConfig

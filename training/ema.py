@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from dae_diffusers.autoencoders.loading import settle_images
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
@@ -36,6 +36,7 @@ from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_s
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.sweep import check_guidance, load_and_check, set_defaults, swept_settings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import replace_folder, write_atomically, write_json
 from dae_diffusers.training.settings import EMAConfig, with_flags
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
@@ -64,6 +64,7 @@ from dae_diffusers.metrics.sweep import (
     swept_settings,
 )
 from dae_diffusers.metrics.yardstick import Yardstick
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 

@@ -16,8 +16,9 @@ import os
 import diffusers.utils.logging
 import transformers.utils.logging
 
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.comparison.scripts import work_alone
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.report import write_report
 from dae_diffusers.search.search import Search

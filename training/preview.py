@@ -12,12 +12,13 @@ import logging
 from pathlib import Path
 
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
 from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, look, of_each_class, sizes
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically
 from dae_diffusers.training.settings import PreviewConfig
 

@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dae_diffusers.cli import parse_config, run_script, show_messages
+from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import UserError
 from dae_diffusers.hub import card, results, upload
+from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.training.settings import PushConfig, with_flags
 
 logger = logging.getLogger(__name__)

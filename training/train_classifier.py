@@ -24,13 +24,14 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
+from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import TrainClassifierConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -21,7 +21,7 @@ from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spati
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range, save_value_range
 from dae_diffusers.engine.loop import Loop
@@ -41,6 +41,7 @@ from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import write_latent_statistics
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
+from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import TrainDAEConfig
 
 logger = logging.getLogger(__name__)

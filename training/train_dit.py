@@ -25,7 +25,7 @@ from dae_diffusers.autoencoders.loading import (
     settle_images,
     spatial_factor,
 )
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
@@ -59,6 +59,7 @@ from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.metrics.sampling import prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, is_representation_autoencoder
 from dae_diffusers.randomness import derived_seed
+from dae_diffusers.script import run_script
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.training.settings import TrainDiTConfig

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dae_diffusers.autoencoders.loading import is_vq, settle_images, spatial_factor
-from dae_diffusers.cli import parse_config, run_script
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
@@ -31,6 +31,7 @@ from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
+from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import TrainPriorConfig
 
 logger = logging.getLogger(__name__)

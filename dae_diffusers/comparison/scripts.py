@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from dae_diffusers.cli import OF_SOURCE, SOURCES, load_yaml, parse_config, run_script, typed_flags
+from dae_diffusers.cli import OF_SOURCE, SOURCES, load_yaml, parse_config, typed_flags
 from dae_diffusers.data import DataConfig
 from dae_diffusers.errors import ConfigError, UserError, one_line
+from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import SCRIPTS
 
 _PACKAGE = "dae_diffusers.training"
