@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTInterpolationPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import spatial_factor
-from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.data import DataConfig, condition_images, load_images
 from dae_diffusers.data.conditions import numbers_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import load_generator
@@ -34,6 +34,7 @@ from dae_diffusers.generators.take_over import OldConditions, take_over
 from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
+from dae_diffusers.pipelines import dae_dit
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
@@ -467,6 +468,10 @@ def test_condition_and_image_stay_aligned(tmp_path, geometry):
     mask, red = pixels_of_condition(batch), batch["pixel_values"][:, :1]
     assert set(mask.unique().tolist()) == {-1, 1} and mask.shape[1] == 1
     assert ((mask > 0) == (red > 0.0))[(red.abs() > 0.06)].all()
+
+
+def test_data_and_pipeline_take_the_same_images_for_masks():
+    assert condition_images.FEW_VALUES == dae_dit.FEW_VALUES
 
 
 def test_condition_of_many_values_is_smooth_and_one_of_few_keeps_them(tmp_path):

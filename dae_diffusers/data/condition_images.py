@@ -14,10 +14,11 @@ from dae_diffusers.data.contents import Root, read_content
 from dae_diffusers.data.dataset import ImageDataset
 from dae_diffusers.data.formats import open_picture
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.pipelines.dae_dit import FEW_VALUES
 
 logger = logging.getLogger(__name__)
 
+# Up to which an image counts as a mask, whose values must not be mixed; a test compares it with the pipeline's.
+FEW_VALUES = 16
 _GRAY_MODES = ("1", "L", "LA", "La", "F")
 
 
