@@ -26,6 +26,11 @@ def share(names: list[str], folder: Path, is_done: Callable[[str], bool], work: 
             time.sleep(_POLL_SECONDS)
 
 
+def do_once(name: str, folder: Path, is_done: Callable[[], bool], work: Callable[[], None]) -> None:
+    r"""Does a single job, unless it is done, or waits until another process has done it; see [`share`]."""
+    share([name], folder, lambda _: is_done(), lambda _: work())
+
+
 def _take(name: str, folder: Path, is_done: Callable[[str], bool], work: Callable[[str], None]) -> bool:
     """Whether this process got the job."""
     claim = folder / "claims" / name

@@ -10,12 +10,13 @@ Decoders differ in what they lose. With `refit_steps` each autoencoder's decoder
 """
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.scripts import launch_script
-from dae_diffusers.comparison.sharing import share
+from dae_diffusers.comparison.sharing import do_once, share
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.complexity.settings import ComplexityConfig
 from dae_diffusers.data import DataConfig, load_images
@@ -86,20 +87,25 @@ def measure_pilots(
     def row_of(name: str) -> Path:
         return judged / f"{name}.json"
 
-    def are_cached(_: str) -> bool:
-        return cached.exists() or all((home / name / "trained.json").exists() for name in config.pilots())
-
     # Runs with other pilots may work in this folder at the same time, and remove theirs.
     latents = home / f"latents-{fingerprint_of_json(sorted(config.pilots()))}"
     cached = latents.with_suffix(".json")
+
+    def are_cached() -> bool:
+        return cached.exists() or all((home / name / "trained.json").exists() for name in config.pilots())
+
     missing = [name for name in config.pilots() if not row_of(name).exists()]
     if missing:
         if config.refit_steps:
-            share(["refitted"], home, lambda _: Path(used).exists(), lambda _: _refit(vae, data, config, home, seed))
-        share([latents.name], home, are_cached, lambda _: write_json(
-            cached, cache_latents(experiment, used, latents, seed)
-        ))  # fmt: skip
-    ruler: list[Ruler] = []
+            do_once("refitted", home, Path(used).exists, lambda: _refit(vae, data, config, home, seed))
+        do_once(
+            *(latents.name, home, are_cached),
+            lambda: write_json(cached, cache_latents(experiment, used, latents, seed)),
+        )
+
+    @cache
+    def ruler() -> Ruler:
+        return Ruler(experiment, used, seed, reference or folder / "reference")
 
     def measure(name: str) -> None:
         width, steps, pilot_seed = config.pilots()[name]
@@ -116,9 +122,7 @@ def measure_pilots(
         }
         row |= {each: trained[each] for each in ("parameters", "validation_loss")}
         if features is not None:
-            if not ruler:
-                ruler.append(Ruler(experiment, used, seed, reference or folder / "reference"))
-            row |= ruler[0].samples(target / "pipeline", target)
+            row |= ruler().samples(target / "pipeline", target)
         judged.mkdir(exist_ok=True)
         write_json(row_of(name), row)
         shutil.rmtree(target / "train_dit" / "checkpoints", ignore_errors=True)

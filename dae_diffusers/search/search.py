@@ -13,7 +13,7 @@ from typing import Any
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.judges import find_features
-from dae_diffusers.comparison.sharing import share
+from dae_diffusers.comparison.sharing import do_once, share
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -74,15 +74,15 @@ class Search:
             )
         plan = self.folder / "plan.json"
 
-        def is_begun(_: str) -> bool:
+        def is_begun() -> bool:
             # Until the budget is divided, nothing is lost: what was wrong with the settings may have stopped the search.
             return path.exists() and (plan.exists() or read_json(path) == json.loads(json.dumps(described)))
 
-        def begin(_: str) -> None:
+        def begin() -> None:
             shutil.rmtree(self.folder / "features", ignore_errors=True)  # a judge of other settings
             write_json(path, described)
 
-        share(["begin"], self.folder, is_begun, begin)
+        do_once("begin", self.folder, is_begun, begin)
         before = read_json(path)
         for name, value in described.items():
             if before.get(name, value) != value:  # a folder of an older version says less
@@ -139,7 +139,7 @@ class Search:
             return self.config.features
         folder, flags = self.folder / "features" / "classifier", {**self.candidates.judge, "seed": self.config.seed}
 
-        def train(_: str) -> None:
+        def train() -> None:
             data = self.data
             if not self.images[0].has_classes:  # self-supervised: it tells by how much an image is turned
                 turned = self.folder / "features" / "turned"
@@ -149,14 +149,14 @@ class Search:
             find_features(flags, data, self.folder)
             shutil.rmtree(self.folder / "features" / "turned", ignore_errors=True)
 
-        share(["judge"], self.folder, lambda _: (folder / "results.json").exists(), train)
+        do_once("judge", self.folder, (folder / "results.json").exists, train)
         return str(folder)
 
     def plan(self) -> list[Rung]:
         """The rungs, planned once from how fast training is here."""
         path = self.folder / "plan.json"
 
-        def make(_: str) -> None:
+        def make() -> None:
             speeds = self.measure_speeds()
             used = time.monotonic() - self.began  # the judge's training included
             count = len(self.candidates.flags)
@@ -171,7 +171,7 @@ class Search:
                 },
             )
 
-        share(["plan"], self.folder, lambda _: path.exists(), make)
+        do_once("plan", self.folder, path.exists, make)
         self.planned = read_json(path)
         if self.planned.get("budget", self.config.budget) != self.config.budget:
             self.refuse("`--budget`", self.planned["budget"], self.config.budget)
@@ -260,17 +260,17 @@ class Search:
         """The rest of the budget for the winner, whose result becomes `vae/`, and `pipeline/` if that is wanted."""
         path, number, with_generator = self.folder / "winner.json", len(rungs), self.config.train_generator
 
-        def decide(_: str) -> None:
+        def decide() -> None:
             left = self.config.seconds - self.seconds_used()
             rung = plan_winner(left, self.speeds, rungs[-1] if rungs else None, with_generator)
             write_json(path, {"name": name, "rung": rung.to_dict()})
 
-        share(["decide"], self.folder, lambda _: path.exists(), decide)
+        do_once("decide", self.folder, path.exists, decide)
         rung, trial = Rung(**read_json(path)["rung"]), self.trial(name)
         logger.info("the winner is %s: %d steps of its autoencoder", name, rung.autoencoder_steps)
         finished = self.folder / "finished.json"
 
-        def train(_: str) -> None:
+        def train() -> None:
             if not trial.result_path(number).exists():
                 trial.run(number, rung, with_generator=with_generator)
             row = self.result(name, number)
@@ -283,7 +283,7 @@ class Search:
                 replace_folder(self.folder / "pipeline", partial(shutil.copytree, pipeline))
             write_json(finished, {"vae": row["vae"]})
 
-        share(["winner"], self.folder, lambda _: finished.exists(), train)
+        do_once("winner", self.folder, finished.exists, train)
 
 
 def _difference(before: Any, now: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
 from dae_diffusers.comparison.experiment import shared_flags
 from dae_diffusers.comparison.scripts import ScriptError, launch_script
-from dae_diffusers.comparison.sharing import share
+from dae_diffusers.comparison.sharing import do_once
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.data import DataConfig
 from dae_diffusers.engine.settings import warmup_of
@@ -159,11 +159,11 @@ class CandidateTrial:
         name = f"{flags['stage1_steps']}-steps"
         finished = self.stage1 / f"{name}.json"
 
-        def train(_: str) -> None:
+        def train() -> None:
             self._count(launch_script("train_dae", flags))
             write_json(finished, {})
 
-        share([name], self.stage1, lambda _: finished.exists(), train)
+        do_once(name, self.stage1, finished.exists, train)
 
     def _count(self, cost: dict[str, float]) -> None:
         """Adds the processor time of a script, which is not this process's."""
