@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from PIL.Image import Image
 
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.building import make_autoencoder, settings_beside_weights, stage1_folder
@@ -304,9 +305,9 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
     or reconstructions are not finite.
     """
     accelerator = run.accelerator
-    psnr, l1, shown = [], [], {}
-    fewer = {count: [] for count in prefixes_of(model)}
-    chosen = images.spread(10)
+    fewer = {f"psnr_first_{count}": count for count in prefixes_of(model)}
+    of_images = {name: [] for name in ("psnr", "l1", *fewer)}
+    chosen, shown = images.spread(10), {}
     number = accelerator.process_index  # of the image in the data set: a pass deals them out one by one
     counts = diagnostics = None
     if is_vq(model):
@@ -323,28 +324,24 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         if model.stage == 1:  # stage 2 leaves the latents as they are
             diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
             diagnostics.add(mean, std)
-        psnr += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
+        of_images["psnr"] += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
         decoded = mean if counts is None else latent.straight_through  # what the auxiliary decoder gets
-        for count, values in fewer.items():
+        for name, count in fewer.items():
             with accelerator.autocast():
                 first = keep_prefixes(decoded, torch.full((len(decoded),), count, device=decoded.device))
-                values += peak_signal_to_noise_ratio(model.auxiliary_decoder(first).float(), pixel_values).tolist()
-        l1 += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
+                from_first = model.auxiliary_decoder(first).float()
+                of_images[name] += peak_signal_to_noise_ratio(from_first, pixel_values).tolist()
+        of_images["l1"] += (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).tolist()
         for pair in zip(pixel_values.cpu(), reconstruction.cpu(), strict=True):
             if number in chosen:
                 shown[number] = pair
             number += accelerator.num_processes
     shown = dict(gather_object(list(shown.items())))
     if accelerator.is_main_process:
-        rows = [shown[n][row] for row in range(2) for n in chosen]
-        names = {"row_names": ["image", "reconstruction"], "column_names": images.class_names_of(chosen)}
-        grid = image_grid(torch.stack(rows), columns=len(chosen), **names)
+        grid = reconstruction_grid([shown[n] for n in chosen], images.class_names_of(chosen))
         run.log.write_grid(f"reconstruction-stage{model.stage}", grid, step)
-    psnr, l1 = gather_object(psnr), gather_object(l1)
-    values = {"validation/psnr": math.fsum(psnr) / len(psnr), "validation/l1": math.fsum(l1) / len(l1)}
-    for count, each in fewer.items():
-        each = gather_object(each)
-        values[f"validation/psnr_first_{count}"] = math.fsum(each) / len(each)
+    of_images = {name: gather_object(values) for name, values in of_images.items()}
+    values = {f"validation/{name}": math.fsum(each) / len(each) for name, each in of_images.items()}
     if counts is not None:
         metrics = codebook_metrics(accelerator.reduce(counts, reduction="sum"))
         values |= {f"validation/{name}": value for name, value in metrics.items()}
@@ -353,6 +350,12 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         scalars = sum(parts[1:], start=parts[0]).scalars()
         values |= {f"latents/{name}": value for name, value in scalars.items()}
     return values
+
+
+def reconstruction_grid(pairs: list[tuple[torch.Tensor, torch.Tensor]], names: list[str] | None) -> Image:
+    """Originals above reconstructions."""
+    rows = torch.stack([pair[row] for row in range(2) for pair in pairs])
+    return image_grid(rows, columns=len(pairs), row_names=["image", "reconstruction"], column_names=names)
 
 
 if __name__ == "__main__":
