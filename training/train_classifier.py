@@ -32,20 +32,21 @@ from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.script import run_script
-from dae_diffusers.training.settings import TrainClassifierConfig
+from dae_diffusers.training.settings import ClassifierConfig, TrainClassifierConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
 
 def main(config: TrainClassifierConfig) -> None:
-    output_dir = Path(config.training.output_dir)
+    training = config.training
+    output_dir = Path(training.output_dir)
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
     lock = take_folder(output_dir, accelerator)
-    set_seed(config.training.seed)
+    set_seed(training.seed)
     with accelerator.main_process_first():
-        train_images, test_images = load_images(config.data, config.training.seed)
+        train_images, test_images = load_images(config.data, training.seed)
     if not train_images.has_classes:
         seen = "no labels to learn from" if train_images.id2label is None else "training images of one class only"
         raise UserError(
@@ -54,29 +55,18 @@ def main(config: TrainClassifierConfig) -> None:
         )
 
     side = config.classifier.input_size or 2 * max(config.data.size)
-    model = ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=max(1, config.classifier.hidden_sizes[0] // 2),  # the stem works on the largest maps
-            hidden_sizes=config.classifier.hidden_sizes,
-            depths=config.classifier.depths,
-            layer_type="basic",
-            id2label=train_images.id2label,
-            label2id={name: label for label, name in train_images.id2label.items()},
-        )
-    ).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
-    )
+    model = make_classifier(config.classifier, train_images.id2label)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     lr_scheduler = get_scheduler(
         "cosine",
         optimizer,
-        num_warmup_steps=config.training.train_steps // 10,
-        num_training_steps=config.training.train_steps,
+        num_warmup_steps=training.train_steps // 10,
+        num_training_steps=training.train_steps,
     )
     loader = make_training_loader(
         train_images,
-        batch_size=config.training.train_batch_size,
-        seed=config.training.seed,
+        batch_size=training.train_batch_size,
+        seed=training.seed,
         num_workers=config.data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -84,15 +74,13 @@ def main(config: TrainClassifierConfig) -> None:
 
     model.train()
     start = time.monotonic()
-    progress = tqdm(
-        total=config.training.train_steps, unit="step", mininterval=10, disable=not accelerator.is_main_process
-    )
-    for step, batch in zip(range(config.training.train_steps), loader, strict=False):
-        seed_microbatch(config.training.seed, step * accelerator.num_processes + accelerator.process_index)
-        pixel_values = random_shift(batch["pixel_values"], config.training.max_shift)
+    progress = tqdm(total=training.train_steps, unit="step", mininterval=10, disable=not accelerator.is_main_process)
+    for step, batch in zip(range(training.train_steps), loader, strict=False):
+        seed_microbatch(training.seed, step * accelerator.num_processes + accelerator.process_index)
+        pixel_values = random_shift(batch["pixel_values"], training.max_shift)
         inputs = prepare_images(pixel_values, size=(side, side), mean=MEAN, std=STD)
         logits = model(pixel_values=inputs.contiguous(memory_format=torch.channels_last)).logits
-        loss = F.cross_entropy(logits.float(), batch["class_labels"], label_smoothing=config.training.label_smoothing)
+        loss = F.cross_entropy(logits.float(), batch["class_labels"], label_smoothing=training.label_smoothing)
         if not torch.isfinite(loss):
             raise UserError(f"`loss` became {loss.item()} at step {step + 1}. Lower `--learning_rate`.")
         accelerator.backward(loss)
@@ -104,28 +92,48 @@ def main(config: TrainClassifierConfig) -> None:
     progress.close()
     seconds = time.monotonic() - start
 
-    state = accelerator.unwrap_model(model, keep_fp32_wrapper=False).state_dict()
-    if not all(value.isfinite().all() for value in state.values()):
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise UserError("the weights became NaN or infinite; nothing is saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(output_dir)
-        processor = ViTImageProcessor(
-            size={"height": side, "width": side}, resample=3, image_mean=list(MEAN), image_std=list(STD)
-        )
-        processor.save_pretrained(output_dir)
+        save_classifier(model, side, output_dir)
         extractor = load_feature_extractor(str(output_dir), accelerator.device)  # what users will get
         results = {
-            "test_accuracy": round(accuracy(extractor, test_images, config.training.train_batch_size), 4),
+            "test_accuracy": round(accuracy(extractor, test_images, training.train_batch_size), 4),
             "num_test_images": len(test_images),
             "num_train_images": len(train_images),
             "num_parameters": sum(parameter.numel() for parameter in extractor.parameters()),
-            "train_steps": config.training.train_steps,
+            "train_steps": training.train_steps,
             "train_seconds": round(seconds, 1),
         }
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results))
     accelerator.wait_for_everyone()
     lock.release()
+
+
+def make_classifier(settings: ClassifierConfig, id2label: dict[int, str]) -> ResNetForImageClassification:
+    """A new ResNet for these classes."""
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=max(1, settings.hidden_sizes[0] // 2),  # the stem works on the largest maps
+            hidden_sizes=settings.hidden_sizes,
+            depths=settings.depths,
+            layer_type="basic",
+            id2label=id2label,
+            label2id={name: label for label, name in id2label.items()},
+        )
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def save_classifier(model: ResNetForImageClassification, side: int, folder: Path) -> None:
+    """Saves the weights, and beside them how images are prepared: resized to `side`, as in training."""
+    model.save_pretrained(folder)
+    processor = ViTImageProcessor(
+        size={"height": side, "width": side}, resample=3, image_mean=list(MEAN), image_std=list(STD)
+    )
+    processor.save_pretrained(folder)
 
 
 def random_shift(pixel_values: torch.Tensor, max_shift: int) -> torch.Tensor:
