@@ -6,8 +6,9 @@ from accelerate import Accelerator
 from models import save_backbone
 from torch.testing import assert_close
 
-from dae_diffusers.autoencoders.adversary import AdversarialSettings, AdversarialTraining
+from dae_diffusers.autoencoders.adversary import AdversarialTraining
 from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
+from dae_diffusers.autoencoders.loss_settings import LossConfig
 from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.errors import UserError
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
@@ -108,12 +109,6 @@ def test_augmentation_moves_and_cuts_and_keeps_the_gradient():
     assert torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
 
 
-def test_weight_has_a_start_and_a_ramp():
-    settings = AdversarialSettings(0.5, generator_start=10, ramp_steps=5)
-    assert [settings.weight_at(step) for step in (9, 10, 12, 14, 100)] == [0, 0.1, pytest.approx(0.3), 0.5, 0.5]
-    assert AdversarialSettings(0.5).weight_at(0) == 0.5
-
-
 @pytest.fixture
 def adversary():
     torch.manual_seed(0)
@@ -121,8 +116,14 @@ def adversary():
     discriminator = PatchDiscriminator(1, 8, 2)
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-3)
     discriminator, optimizer = accelerator.prepare(discriminator, optimizer)
-    settings = AdversarialSettings(0.5, use_augmentation=False, adaptive_weight_cap=1e4)
-    return AdversarialTraining(accelerator, discriminator, optimizer, settings)
+    settings = LossConfig(adaptive_weight_cap=1e4)
+    return AdversarialTraining(accelerator, discriminator, optimizer, settings, weight=0.5)
+
+
+def test_weight_has_a_start_and_a_ramp(adversary):
+    assert adversary.weight_at(0) == 0.5
+    adversary.settings = LossConfig(adversarial_start=10, adversarial_ramp_steps=5)
+    assert [adversary.weight_at(step) for step in (9, 10, 12, 14, 100)] == [0, 0.1, pytest.approx(0.3), 0.5, 0.5]
 
 
 def test_adaptive_weight_is_the_ratio_of_the_gradients(adversary):
@@ -168,7 +169,7 @@ def test_discriminator_learns_to_tell_noise_from_stripes(adversary):
 
 
 def test_discriminator_tells_images_from_slightly_blurred_ones(adversary):
-    assert not AdversarialSettings(0.5).use_augmentation  # which would hide them
+    assert not adversary.augments  # which would hide them
     generator = torch.Generator().manual_seed(0)
     accuracies = []
     for step in range(80):

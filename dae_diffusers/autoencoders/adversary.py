@@ -3,18 +3,18 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from dae_diffusers.autoencoders.discriminators import BackboneDiscriminator, PatchDiscriminator
+from dae_diffusers.autoencoders.loss_settings import LossConfig
 from dae_diffusers.engine.optimization import make_optimizer
 from dae_diffusers.engine.precision import loss_scale
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
-from dae_diffusers.losses.adversarial import AdversarialLossType, augment, discriminator_loss, generator_loss
+from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.vision import load_backbone
 
@@ -22,36 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Outside of these, the gradient of a discriminator tells the decoder little.
 LOWEST_ACCURACY, HIGHEST_ACCURACY = 0.6, 0.98
-
-
-@dataclass(frozen=True)
-class AdversarialSettings:
-    r"""
-    Attributes:
-        weight (`float`): Weight of the adversarial term, multiplied by the adaptive weight.
-        loss_type (`str`): `hinge` or `non_saturating`.
-        discriminator_start (`int`): Step of the stage at which the discriminator begins to learn.
-        generator_start (`int`): Step at which the adversarial term switches on.
-        ramp_steps (`int`): Steps over which the weight then rises from 0.
-        adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the two gradients' norms at the
-            decoder's last layer; 0: no adaptive weight.
-        use_augmentation (`bool`): Whether the discriminator sees images through
-            [`~dae_diffusers.losses.adversarial.augment`]. It hides the small differences between an image and its reconstruction.
-    """
-
-    weight: float
-    loss_type: AdversarialLossType = "hinge"
-    discriminator_start: int = 0
-    generator_start: int = 0
-    ramp_steps: int = 0
-    adaptive_weight_cap: float = 100.0
-    use_augmentation: bool = False
-
-    def weight_at(self, step: int) -> float:
-        r"""Weight of the adversarial term in the update from `step` to `step + 1`."""
-        if step < self.generator_start:
-            return 0.0
-        return self.weight * min(1.0, (step - self.generator_start + 1) / max(1, self.ramp_steps))
 
 
 class AdversarialTraining:
@@ -65,7 +35,10 @@ class AdversarialTraining:
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         discriminator (`nn.Module`): Maps images to logits, prepared by `accelerator`.
         optimizer (`torch.optim.Optimizer`): The discriminator's optimiser, prepared by `accelerator`.
-        settings ([`AdversarialSettings`]): Weights and schedule.
+        settings ([`~dae_diffusers.autoencoders.loss_settings.LossConfig`]): Kind and schedule of the adversarial loss.
+        weight (`float`): Weight of the adversarial term, multiplied by the adaptive weight.
+        augments (`bool`, *optional*): Whether the discriminator sees images through [`~dae_diffusers.losses.adversarial.augment`], which
+            hides the small differences between an image and its reconstruction; default: as the settings say.
         max_grad_norm (`float`): Bound of the discriminator's gradient norm.
         allows_step (`Callable`, *optional*): Called with the norm of the discriminator's gradient and its name; where it
             gives False, the optimiser does not step.
@@ -76,7 +49,10 @@ class AdversarialTraining:
         accelerator: Accelerator,
         discriminator: nn.Module,
         optimizer: torch.optim.Optimizer,
-        settings: AdversarialSettings,
+        settings: LossConfig,
+        *,
+        weight: float,
+        augments: bool | None = None,
         max_grad_norm: float = 1.0,
         allows_step: Callable[[torch.Tensor, str], bool] | None = None,
     ):
@@ -84,10 +60,19 @@ class AdversarialTraining:
         self.discriminator = discriminator
         self.optimizer = optimizer
         self.settings = settings
+        self.weight = weight
+        self.augments = settings.discriminator_augmentation if augments is None else augments
         self.max_grad_norm = max_grad_norm
         self.allows_step = allows_step
         self.parameters = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
         self._has_warned = False
+
+    def weight_at(self, step: int) -> float:
+        r"""Weight of the adversarial term in the update from `step` to `step + 1`."""
+        start, ramp_steps = self.settings.adversarial_start, self.settings.adversarial_ramp_steps
+        if step < start:
+            return 0.0
+        return self.weight * min(1.0, (step - start + 1) / max(1, ramp_steps))
 
     def generator_term(
         self, reconstruction: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor, step: int
@@ -105,9 +90,9 @@ class AdversarialTraining:
             step (`int`): Optimiser steps of the stage that are done.
 
         Returns:
-            The term, or None before `generator_start`, and what to log.
+            The term, or None before `adversarial_start`, and what to log.
         """
-        weight = self.settings.weight_at(step)
+        weight = self.weight_at(step)
         if weight == 0:
             return None, {}
         # Frozen and unwrapped: its parameters get no gradient here, so there is nothing for DDP to average.
@@ -116,7 +101,7 @@ class AdversarialTraining:
             parameter.requires_grad_(False)
         with self.accelerator.autocast():
             logits = discriminator(self._view(reconstruction))
-        loss = generator_loss(logits, self.settings.loss_type)
+        loss = generator_loss(logits, self.settings.adversarial_loss)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         logs = {"adversarial_loss": loss}
@@ -145,7 +130,7 @@ class AdversarialTraining:
         images = torch.cat([self._view(pixel_values), self._view(reconstruction.detach())])
         with self.accelerator.autocast():
             logits_real, logits_fake = self.discriminator(images).float().chunk(2)
-        loss = discriminator_loss(logits_real, logits_fake, self.settings.loss_type)
+        loss = discriminator_loss(logits_real, logits_fake, self.settings.adversarial_loss)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -163,7 +148,7 @@ class AdversarialTraining:
     def warn_if_unbalanced(self, means: dict[str, float], step: int) -> None:
         r"""Warns once if the logged means show that the discriminator has won, or that it cannot discriminate."""
         accuracy = means.get("train/discriminator_accuracy")
-        if accuracy is None or self._has_warned or step < self.settings.generator_start + 100:
+        if accuracy is None or self._has_warned or step < self.settings.adversarial_start + 100:
             return
         if accuracy > HIGHEST_ACCURACY:
             reason, advice = "has won", "lower `--discriminator_learning_rate` or `--adversarial_weight`"
@@ -171,7 +156,7 @@ class AdversarialTraining:
             reason = "cannot discriminate"
             advice = "raise `--discriminator_learning_rate`, let it learn longer first (`--adversarial_start`), " + (
                 "leave out `--discriminator_augmentation`"
-                if self.settings.use_augmentation
+                if self.augments
                 else "or leave out the adversarial loss if you cannot tell the images apart either"
             )
         else:
@@ -189,7 +174,7 @@ class AdversarialTraining:
         )
 
     def _view(self, images: torch.Tensor) -> torch.Tensor:
-        return augment(images.float()) if self.settings.use_augmentation else images
+        return augment(images.float()) if self.augments else images
 
 
 def make_adversary(
@@ -223,16 +208,10 @@ def make_adversary(
         weight_decay=0.0,
     )
     discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
-    settings = AdversarialSettings(
-        weight,
-        losses.adversarial_loss,
-        losses.discriminator_start,
-        losses.adversarial_start,
-        losses.adversarial_ramp_steps,
-        losses.adaptive_weight_cap,
-        losses.discriminator_augmentation if augments is None else augments,
-    )
-    max_grad_norm = config.optimization.max_grad_norm
     return AdversarialTraining(
-        run.accelerator, discriminator, optimizer, settings, max_grad_norm, allows_step=run.guard.allows
+        *(run.accelerator, discriminator, optimizer, losses),
+        weight=weight,
+        augments=augments,
+        max_grad_norm=config.optimization.max_grad_norm,
+        allows_step=run.guard.allows,
     )
