@@ -1,6 +1,5 @@
-"""Aligns latents of an autoencoder (VF loss) or hidden states of a transformer (REPA) with the features of a frozen vision model."""
+"""Aligns hidden states of a transformer with the features of a frozen vision model (REPA)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,96 +7,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from dae_diffusers.engine.precision import loss_scale
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.losses.adaptive_weight import adaptive_weight
-from dae_diffusers.losses.alignment import (
-    marginal_cosine_loss,
-    marginal_distance_matrix_loss,
-    representation_alignment_loss,
-)
+from dae_diffusers.losses.alignment import representation_alignment_loss
 from dae_diffusers.losses.resizing import resize
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.vision import FrozenBackbone, load_backbone
-
-
-@dataclass(frozen=True)
-class LatentAlignmentSettings:
-    r"""
-    Settings of the VF loss. The defaults come from public re-implementations, except the cap.
-
-    Attributes:
-        weight (`float`): Weight of the term, multiplied by the adaptive weight.
-        cosine_margin, distance_margin (`float`): Margins of the two losses.
-        adaptive_weight_cap (`float`): Upper bound of the adaptive weight, the ratio of the gradients' norms at the encoder's
-            last layer; 0: no adaptive weight.
-    """
-
-    weight: float = 0.1
-    cosine_margin: float = 0.5
-    distance_margin: float = 0.25
-    adaptive_weight_cap: float = 100.0
-
-
-class LatentAlignment:
-    r"""
-    The VF loss of VA-VAE: [`marginal_cosine_loss`] plus [`marginal_distance_matrix_loss`] between linearly projected latents
-    and the features of the same images in a frozen vision model.
-
-    Both losses see the projected latents. The projection trains with the autoencoder: put its
-    parameters into the same optimiser, and both models into `accelerator.accumulate`.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
-        backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The vision model, on the accelerator's device.
-        projection (`nn.Module`): Latents `(B, C, h, w)` to `(B, D, h, w)`, prepared by `accelerator`.
-        settings ([`LatentAlignmentSettings`]): Weights and margins.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        backbone: FrozenBackbone,
-        projection: nn.Module,
-        settings: LatentAlignmentSettings,
-    ):
-        self.accelerator = accelerator
-        self.backbone = backbone
-        self.projection = projection
-        self.settings = settings
-
-    def term(
-        self, latents: torch.Tensor, pixel_values: torch.Tensor, other_loss: torch.Tensor, last_layer: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        r"""
-        Computes the weighted term of the autoencoder's loss.
-
-        It costs a forward pass of the backbone, a 1x1 convolution and the distance matrices; with the adaptive weight also a
-        second backward pass through these and through the decoder, which leads from `other_loss` to the encoder.
-
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents with their graph.
-            pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images that they encode, unmasked, in [-1, 1].
-            other_loss (`torch.Tensor`): Scalar: the reconstruction loss that the term is balanced with.
-            last_layer (`torch.Tensor`): The encoder's last weight.
-
-        Returns:
-            The term, and what to log.
-        """
-        with self.accelerator.autocast():
-            features = self.backbone.patch_features(pixel_values)
-        features = resize(features, tuple(latents.shape[2:]))
-        projected = self.projection(latents)
-        cosine = marginal_cosine_loss(projected, features, self.settings.cosine_margin)
-        distance = marginal_distance_matrix_loss(projected, features, self.settings.distance_margin)
-        loss = cosine + distance
-        logs = {"vf_cosine_loss": cosine, "vf_distance_loss": distance}
-        if self.settings.adaptive_weight_cap > 0:
-            cap, scale = self.settings.adaptive_weight_cap, loss_scale(self.accelerator)
-            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
-            logs["vf_adaptive_weight"] = adaptive
-            loss = adaptive * loss
-        return self.settings.weight * loss, logs
 
 
 class RepresentationAlignment:

@@ -11,7 +11,9 @@ from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, log_of, res
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
-from dae_diffusers.alignment import LatentAlignment, LatentAlignmentSettings, RepresentationAlignment, make_projector
+from dae_diffusers.alignment import RepresentationAlignment, make_projector
+from dae_diffusers.autoencoders.alignment import LatentAlignment
+from dae_diffusers.autoencoders.settings import RegularizationConfig
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.losses.alignment import (
     marginal_cosine_loss,
@@ -112,14 +114,14 @@ def alignment(backbone_folder):
     torch.manual_seed(0)
     backbone = load_backbone(backbone_folder)
     projection = torch.nn.Conv2d(3, backbone.patch_feature_dim, 1, bias=False)
-    settings = LatentAlignmentSettings(weight=0.5, cosine_margin=0, distance_margin=0, adaptive_weight_cap=1e4)
+    settings = RegularizationConfig(vf_weight=0.5, vf_cosine_margin=0, vf_distance_margin=0, vf_adaptive_weight_cap=1e4)
     accelerator = Accelerator()
     return LatentAlignment(accelerator, backbone, accelerator.prepare(projection), settings)
 
 
 @pytest.mark.parametrize("cap", [0.0, 1e-4, 1e4])
 def test_vf_weight_is_the_capped_ratio_of_the_gradients(alignment, pixel_values, cap):
-    alignment.settings = LatentAlignmentSettings(0.5, 0, 0, cap)
+    alignment.settings.vf_adaptive_weight_cap = cap
     model = make_autoencoder()
     model.set_stage(1)
     reconstruction, posterior = model(pixel_values, return_dict=False)

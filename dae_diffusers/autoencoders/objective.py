@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from dae_diffusers.alignment import LatentAlignment, LatentAlignmentSettings
 from dae_diffusers.autoencoders.adversary import make_adversary
+from dae_diffusers.autoencoders.alignment import make_latent_alignment
 from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
-from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
+from dae_diffusers.autoencoders.loading import is_vq, spatial_factor
 from dae_diffusers.autoencoders.perceptual import load_perceptual_loss
 from dae_diffusers.autoencoders.quantizers import Quantization
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
@@ -17,7 +17,6 @@ from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.losses.autoencoder import kl_loss, reconstruction_loss
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
 from dae_diffusers.losses.regularizers import perturb
-from dae_diffusers.randomness import derived_seed
 from dae_diffusers.vision import load_backbone
 
 
@@ -143,20 +142,6 @@ class AutoencoderObjective:
         if codebook.quantizer == "vq":
             terms["codebook_loss"] = (1.0, codebook_loss(latent.quantized, latent.latents))
         return terms
-
-
-def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel) -> LatentAlignment | None:
-    r"""The VF loss with its projection, or None in stage 2 and without `vf_model`."""
-    config = run.config.regularization
-    if config.vf_model is None or model.stage != 1:
-        return None
-    backbone = load_backbone(config.vf_model).to(run.accelerator.device)
-    torch.manual_seed(derived_seed(run.config.run.seed, 8))  # the same weights however many processes drew before
-    projection = torch.nn.Conv2d(num_latent_channels(model), backbone.patch_feature_dim, 1, bias=False)
-    settings = LatentAlignmentSettings(
-        config.vf_weight, config.vf_cosine_margin, config.vf_distance_margin, config.vf_adaptive_weight_cap
-    )
-    return LatentAlignment(run.accelerator, backbone, run.accelerator.prepare(projection), settings)
 
 
 def check_vision_models(config: Any, stages: list[int]) -> None:
