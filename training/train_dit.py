@@ -30,6 +30,7 @@ from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.generators.autoguidance import WeakerWeights
@@ -457,9 +458,10 @@ def draw_samples(
     """Draws the grid of samples at a validation, from captions and conditions of validation images where there are any."""
     config, flow = run.config, run.config.flow
     shown = {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5), to_show=True)
-    run.log.write_samples(
+    if not run.accelerator.is_main_process:
+        return
+    grid = draw_sample_grid(
         pipeline,
-        step,
         num_classes=pipeline.null_class,
         num_images=flow.num_sample_images,
         batch_size=config.optimization.train_batch_size,
@@ -467,6 +469,7 @@ def draw_samples(
         **sampling_options(config, before_weaker=pipeline.guidance_transformer is None),
         **shown,
     )
+    run.log.write_grid("samples", grid, step)
 
 
 def sampling_options(config: TrainDiTConfig, *, before_weaker: bool = False) -> dict[str, Any]:

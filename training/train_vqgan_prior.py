@@ -26,6 +26,7 @@ from dae_diffusers.data import ImageDataset, count_images, describe_size, load_i
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
@@ -179,16 +180,18 @@ def make_prior(config: TrainPriorConfig, vae: VQModel, images: ImageDataset) -> 
 
 def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> None:
     """Draws the grid of samples at a validation."""
+    if not run.accelerator.is_main_process:
+        return
     config = run.config
-    run.log.write_samples(
+    grid = draw_sample_grid(
         pipeline,
-        step,
         num_classes=pipeline.prior.config.num_classes or None,
         num_images=config.samples.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
         **sampling_options(config),
     )
+    run.log.write_grid("samples", grid, step)
 
 
 def sampling_options(config: TrainPriorConfig) -> dict[str, Any]:

@@ -3,21 +3,17 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dae_diffusers.data.condition_values import as_call, in_words
-from dae_diffusers.plots import image_grid, plot_curves
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.plots import plot_curves
 from dae_diffusers.store import read_rows, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -102,79 +98,6 @@ class RunLog:
         for tracker in list(self.accelerator.trackers):
             self._guard(lambda tracker=tracker: _log_image(tracker, name, grid, step), tracker)
 
-    def write_samples(
-        self,
-        pipeline: DiffusionPipeline,
-        step: int,
-        *,
-        num_classes: int | None,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        prompts: Sequence[str] | None = None,
-        classes: Sequence[int] | None = None,
-        conditions: Sequence[dict[str, Any]] | None = None,
-        **options: Any,
-    ) -> None:
-        r"""
-        Draws a grid from the same noise every time, a column for each class or a row for each prompt or condition, on the main process.
-
-        Args:
-            pipeline (`DiffusionPipeline`): Takes `class_labels`, `num_images_per_label`, `generator` and `output_type`.
-            step (`int`): Optimiser steps done.
-            num_classes (`int` or `None`): Number of classes; None without labels.
-            num_images, batch_size (`int`): Images in the grid, and images drawn at once.
-            seed (`int`): Seed of the run.
-            prompts (sequence of `str`, *optional*): For a pipeline that draws from text.
-            classes (sequence of `int`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
-            conditions (sequence of `dict`, *optional*): What else to draw from, in each row.
-            options: Other arguments of the pipeline's call.
-        """
-        if not self.accelerator.is_main_process:
-            return
-        labels = None if num_classes is None else [n % num_classes for n in range(num_images)]
-        columns = num_classes if num_classes is not None and num_classes <= 20 else None
-        names = getattr(pipeline, "id2label", None) if columns is not None else None
-        row_names = None
-        given = {"prompt": prompts, "class_labels": classes, "conditions": conditions}
-        given = {name: values for name, values in given.items() if values is not None}
-        if prompts is not None or conditions is not None:
-            count = len(conditions if prompts is None else prompts)
-            columns, names = max(1, num_images // count), None
-            num_images = columns * count
-            row_names = [_row_name(pipeline, {name: values[n] for name, values in given.items()}) for n in range(count)]
-            given = {name: [value for value in values for _ in range(columns)] for name, values in given.items()}
-        elif labels is not None:
-            given = {"class_labels": labels}
-        generators = [torch.Generator().manual_seed(derived_seed(seed, 4, n)) for n in range(num_images)]
-        pipeline.set_progress_bar_config(disable=True)
-        images = []
-        for start in range(0, num_images, batch_size):
-            chosen = slice(start, start + batch_size)
-            arguments = {name: values[chosen] for name, values in given.items()}
-            if "conditions" in arguments:
-                arguments["conditions"] = as_call(arguments["conditions"])
-            images.append(
-                pipeline(
-                    **{"class_labels": None, **arguments},
-                    num_images_per_label=1 if arguments else len(generators[chosen]),
-                    generator=generators[chosen],
-                    output_type="pt",
-                    **options,
-                ).images
-            )
-        images = torch.cat(images) * 2 - 1
-        pictures = [value for row in conditions or () for value in row.values() if isinstance(value, torch.Tensor)]
-        if pictures:  # each before the images that were drawn from it
-            images, columns = _after(pictures, images), columns + 1
-        grid = image_grid(
-            images,
-            columns=columns,
-            column_names=[names[key] for key in sorted(names)] if names else None,
-            row_names=row_names,
-        )
-        self.write_grid("samples", grid, step)
-
     def draw_curves(self) -> None:
         r"""Draws `curves.png` from the whole log."""
         if self.accelerator.is_main_process:
@@ -222,28 +145,6 @@ class RunLog:
 def read_log(folder: Path) -> list[dict[str, float]]:
     r"""The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
     return read_rows(folder / "log.jsonl", step=int)
-
-
-def _after(pictures: list[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """Images `(N, C, H, W)` in [-1, 1], each row of them behind a picture `(c, h, w)` in [0, 1]."""
-    channels = images.shape[1]
-    pictures = 2 * torch.stack(pictures).to(images) - 1
-    pictures = F.interpolate(pictures, images.shape[2:], mode="nearest-exact")
-    if pictures.shape[1] != channels:
-        pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    rows = images.unflatten(0, (len(pictures), -1))
-    return torch.cat((pictures[:, None], rows), dim=1).flatten(0, 1)
-
-
-def _row_name(pipeline: DiffusionPipeline, row: dict[str, Any]) -> str:
-    """What a row of a grid is drawn from, in words: a prompt, or a class, and conditions."""
-    names = getattr(pipeline, "id2label", None) or {}
-    first = row["prompt"] if "prompt" in row else names.get(row.get("class_labels"))
-    return _short(", ".join(filter(None, (first, in_words(row.get("conditions", {}))))))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 32 else f"{text[:29]}..."
 
 
 def _log_image(tracker, name: str, image: Image.Image, step: int) -> None:
