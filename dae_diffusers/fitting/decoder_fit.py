@@ -160,9 +160,7 @@ def draw_latents(
 
 
 @torch.no_grad()
-def decoder_inputs(
-    pipeline: DAEDiTPipeline | DAEVQGANPipeline, latents: torch.Tensor, batch_size: int = 64
-) -> torch.Tensor:
+def decoder_inputs(pipeline: DAEDiTPipeline | DAEVQGANPipeline, latents: torch.Tensor) -> torch.Tensor:
     r"""
     Drawn latents as the decoder gets them when the pipeline decodes: `vae.decode` of an autoencoder with a codebook quantises those
     of a [`~dae_diffusers.DAEDiTPipeline`] first; those of a [`~dae_diffusers.DAEVQGANPipeline`] are the codes' vectors already.
@@ -170,7 +168,6 @@ def decoder_inputs(
     Args:
         pipeline: On its device.
         latents (`torch.Tensor` of shape `(N, C, h, w)`): What [`draw_latents`] returns.
-        batch_size (`int`, *optional*): Latents at once.
 
     Returns:
         `torch.Tensor` of the same shape: On the CPU.
@@ -178,7 +175,7 @@ def decoder_inputs(
     if isinstance(pipeline, DAEVQGANPipeline) or not is_vq(pipeline.vae):
         return latents
     vae = pipeline.vae
-    return torch.cat([vae.quantize(part.to(vae.device))[0].cpu() for part in latents.split(batch_size)])
+    return torch.cat([vae.quantize(part.to(vae.device))[0].cpu() for part in latents.split(64)])
 
 
 def generator_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module:

@@ -13,6 +13,7 @@ import torch
 from dae_diffusers.losses.resizing import resize
 
 _MIN_SCALE = 0.25  # of a `SpatialTransform`
+_MASKED_PATCH = 4  # pixels of a side
 
 
 def mask_patches(pixel_values: torch.Tensor, ratio: float, patch_size: int) -> torch.Tensor:
@@ -132,7 +133,6 @@ def perturb(
     factor: int,
     *,
     mask_ratio: float = 0.0,
-    mask_patch_size: int = 4,
     latent_denoising: float = 0.0,
     equivariance: float = 0.0,
     noise_tau: float = 0.0,
@@ -145,7 +145,7 @@ def perturb(
         pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): The images.
         stage (`int`): 1, 2 or 3.
         factor (`int`): Pixels of an image per latent, along a side.
-        mask_ratio, mask_patch_size: As in [`mask_patches`].
+        mask_ratio (`float`): `ratio` of [`mask_patches`]; 0: none.
         latent_denoising (`float`): `noise_scale` of [`interpolate_with_noise`]; 0: none.
         equivariance (`float`): Share of micro-batches with a [`SpatialTransform`].
         noise_tau (`float`): `tau` of [`add_noise`]; 0: none.
@@ -153,7 +153,7 @@ def perturb(
     inputs, targets, steps = pixel_values, pixel_values, []
     if stage == 1:
         if mask_ratio > 0:
-            inputs = mask_patches(pixel_values, mask_ratio, mask_patch_size)
+            inputs = mask_patches(pixel_values, mask_ratio, _MASKED_PATCH)
         if equivariance > 0 and torch.rand(()).item() < equivariance:
             size = pixel_values.shape[2] // factor, pixel_values.shape[3] // factor
             transform = SpatialTransform.draw(size, factor)

@@ -189,14 +189,14 @@ def evaluation_inputs(
 
 @torch.no_grad()
 def decode_features(
-    vae: ModelMixin, latents: torch.Tensor, extractor: FeatureExtractor, accelerator: Accelerator, batch_size: int = 64
+    vae: ModelMixin, latents: torch.Tensor, extractor: FeatureExtractor, accelerator: Accelerator
 ) -> torch.Tensor:
     r"""Features of decoded raw latents, `(N, C, h, w)` to `(N, D)`. The processes share the work."""
     image_pixels = latents[0, 0].numel() * spatial_factor(vae) ** 2
 
     def extract(chunk: range) -> dict[str, torch.Tensor]:
         features = []
-        for part in latents[chunk.start : chunk.stop].split(batch_size):
+        for part in latents[chunk.start : chunk.stop].split(64):
             images = decode_latents(vae, pad_batch(part.to(accelerator.device), image_pixels)).float().clamp(-1, 1)
             features.append(extractor(images)[: len(part)].cpu())
         return {"features": torch.cat(features)}
