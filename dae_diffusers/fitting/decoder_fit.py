@@ -21,6 +21,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.latents.cache import autoencoder_fingerprint
+from dae_diffusers.latents.statistics import STATISTICS
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
@@ -146,10 +147,7 @@ def draw_latents(
         "generator": model_fingerprint(generator_of(pipeline)),
         **({} if guide is None else {"guide": model_fingerprint(guide)}),
         "autoencoder": latents_fingerprint(pipeline.vae),
-        "statistics": {
-            name: pipeline.vae.config.get(name)
-            for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-        },
+        "statistics": {name: pipeline.vae.config.get(name) for name in STATISTICS},
         "scheduler": scheduler_options(pipeline),
         "labels": None if labels is None else fingerprint([labels]),
         "options": {**options, "seed": [seed, stream]},

@@ -38,7 +38,7 @@ from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 logger = logging.getLogger(__name__)
 
 _SIZES = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
-_INDEX = "model_index.json"
+_INDEX = DiffusionPipeline.config_name
 
 
 @dataclass
