@@ -73,14 +73,18 @@ def make_lr_scheduler(
     return get_scheduler(config.lr_scheduler, optimizer, **steps)
 
 
+def has_fast_averages(accelerator: Accelerator) -> bool:
+    r"""Whether moving averages can follow all parameters at once (`foreach`): the spread tensors of FSDP lack these functions."""
+    return accelerator.distributed_type != DistributedType.FSDP
+
+
 def make_ema(
     config: OptimizationConfig, parameters: list[torch.nn.Parameter], accelerator: Accelerator
 ) -> EMAModel | None:
     r"""Makes the moving averages of prepared parameters; None without `use_ema`."""
     if not config.use_ema:
         return None
-    is_spread = accelerator.distributed_type == DistributedType.FSDP  # such tensors lack the fast functions
-    return EMAModel(parameters, decay=config.ema_decay, foreach=not is_spread)
+    return EMAModel(parameters, decay=config.ema_decay, foreach=has_fast_averages(accelerator))
 
 
 @contextmanager

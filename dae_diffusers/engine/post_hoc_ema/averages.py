@@ -4,11 +4,11 @@ import logging
 
 import psutil
 import torch
-from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 
 from dae_diffusers.engine.dry_run import gib
 from dae_diffusers.engine.guard import raise_if_not_finite_weights
+from dae_diffusers.engine.optimization import has_fast_averages
 from dae_diffusers.engine.post_hoc_ema.power_function import decay_at, exponent_of
 from dae_diffusers.engine.post_hoc_ema.settings import PostHocEMAConfig
 from dae_diffusers.engine.post_hoc_ema.snapshots import (
@@ -63,8 +63,8 @@ class PostHocAverages:
         named = run.accelerator.unwrap_model(model).named_parameters()
         trained = {name: value for name, value in named if value.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
-        is_spread = run.accelerator.distributed_type == DistributedType.FSDP  # such tensors lack the fast functions
-        self.averages = {each: PowerFunctionEMA(self.parameters, each, foreach=not is_spread) for each in LENGTHS}
+        foreach = has_fast_averages(run.accelerator)
+        self.averages = {each: PowerFunctionEMA(self.parameters, each, foreach=foreach) for each in LENGTHS}
         self.by_name = {f"ema_{length:g}": average for length, average in self.averages.items()}
         if run.accelerator.is_main_process:
             self._say_size(steps)
