@@ -10,6 +10,7 @@ from torch.nn.functional import normalize, pad
 
 from dae_diffusers.autoencoders.settings import QuantizerType, check_quantizer
 from dae_diffusers.losses.codebook import codebook_loss, commitment_loss
+from dae_diffusers.losses.processes import num_processes, sum_over_processes
 
 _KMEANS_ITERATIONS = 10
 _CHUNK = 4096  # vectors that are compared with the whole codebook at once
@@ -196,7 +197,7 @@ class CodebookQuantizer(nn.Module):
             return
         counts, sums, vectors = zip(*self._noted, strict=True)
         self._noted.clear()
-        counts, sums = (_sum_over_processes(torch.stack(values).sum(0)) for values in (counts, sums))
+        counts, sums = (sum_over_processes(torch.stack(values).sum(0)) for values in (counts, sums))
         self._remember(_in_order_of_microbatches(vectors))
         self.num_updates += 1
         num_updates = int(self.num_updates)
@@ -265,22 +266,12 @@ def _count_and_sum(vectors: torch.Tensor, codes: torch.Tensor, num_codes: int) -
     return counts, sums
 
 
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    if _num_processes() > 1:
-        dist.all_reduce(values)
-    return values
-
-
 def _in_order_of_microbatches(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     The vectors `(S, C)` of each of this process's micro-batches to `(sum of S, C)` of all processes, ordered as one process would.
     `S` may differ from micro-batch to micro-batch.
     """
-    if _num_processes() > 1:
+    if num_processes() > 1:
         sizes = _of_all_processes(torch.tensor([len(part) for part in parts], device=parts[0].device))
         padded = torch.stack([pad(part, (0, 0, 0, int(sizes.max()) - len(part))) for part in parts])
         found = zip(_of_all_processes(padded).flatten(0, 1), sizes.flatten().tolist(), strict=True)
@@ -290,6 +281,6 @@ def _in_order_of_microbatches(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _of_all_processes(values: torch.Tensor) -> torch.Tensor:
     """`(A, ...)` values of this process to `(A, P, ...)` of all."""
-    found = [torch.empty_like(values) for _ in range(_num_processes())]
+    found = [torch.empty_like(values) for _ in range(num_processes())]
     dist.all_gather(found, values.contiguous())
     return torch.stack(found, dim=1)
