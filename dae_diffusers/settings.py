@@ -106,6 +106,11 @@ def check_bounds(values: Any) -> None:
                 raise ConfigError(f"{text}; {hint}." if hint else f"{text}.")
 
 
+def check_again(config: Any) -> None:
+    r"""Runs the checks of a settings class once more, after values have changed. Raises as its constructor does."""
+    config.__post_init__()
+
+
 def _check_text(name: str, text: str) -> None:
     """A path that the shell has not filled in would be another folder: the current one, or one called `$HOME`."""
     if not text.strip():

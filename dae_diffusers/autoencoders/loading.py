@@ -14,6 +14,7 @@ from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape, is_representation_autoencoder
+from dae_diffusers.settings import check_again
 from dae_diffusers.sizes import height_and_width, nearest_multiples, words_of_size
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ def settle_images(
     data.settle_buckets(shape.factor * max(2, patch_size))  # so that a cache fits generators of patch size 1 and 2
     for size in data.shapes[: len(data.aspect_buckets)]:
         check_image_size(vae, channels=data.image_channels, size=size, patch_size=patch_size, field="aspect_buckets")
-    config.__post_init__()
+    check_again(config)
 
 
 def check_image_size(
