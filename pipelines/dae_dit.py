@@ -136,19 +136,19 @@ class DAEDiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         known = {} if transformer is None else _settings_of(transformer)
-        defaults = {
+        kept = {
+            "id2label": id2label,
+            "value_range": value_range,
+            "is_flow_matching": is_flow_matching,
+            "conditions": conditions,
+            "label_column": label_column,
             "default_guidance_scale": default_guidance_scale,
             "default_num_inference_steps": default_num_inference_steps,
         }
-        defaults = {name: known.get(name) if value is None else value for name, value in defaults.items()}
-        conditions = known.get("conditions") if conditions is None else conditions
-        label_column = known.get("label_column") if label_column is None else label_column
-        id2label = known.get("id2label") if id2label is None else id2label
-        value_range = known.get("value_range") if value_range is None else value_range
-        is_flow_matching = known.get("is_flow_matching") if is_flow_matching is None else is_flow_matching
-        if is_flow_matching is None:
-            is_flow_matching = _is_named(transformer, TRANSFORMER) or _is_for_flow_matching(scheduler)
-        self.is_flow_matching = is_flow_matching
+        kept = {name: known.get(name) if value is None else value for name, value in kept.items()}
+        if kept["is_flow_matching"] is None:
+            kept["is_flow_matching"] = _is_named(transformer, TRANSFORMER) or _is_for_flow_matching(scheduler)
+        self.is_flow_matching = kept["is_flow_matching"]
         self.register_modules(
             transformer=transformer,
             vae=vae,
@@ -158,11 +158,10 @@ class DAEDiTPipeline(DiffusionPipeline):
             guidance_transformer=guidance_transformer,
         )
         _make_tiles_square(vae)
-        self.id2label = _names_by_id(id2label)
-        self.value_range = value_range
-        self.conditions, self.label_column = dict(conditions or {}), label_column
-        kept = {"id2label": self.id2label or None, "value_range": value_range, "is_flow_matching": is_flow_matching}
-        kept |= {"conditions": self.conditions or None, "label_column": label_column, **defaults}
+        self.id2label = _names_by_id(kept["id2label"])
+        self.value_range, self.label_column = kept["value_range"], kept["label_column"]
+        self.conditions = dict(kept["conditions"] or {})
+        kept |= {"id2label": self.id2label or None, "conditions": self.conditions or None}
         self.register_to_config(**kept)
         known.update(kept)
         if transformer is None or vae is None:  # left out, to encode prompts alone
