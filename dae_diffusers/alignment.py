@@ -28,15 +28,23 @@ class RepresentationAlignment:
         backbone ([`~dae_diffusers.vision.FrozenBackbone`]): The vision model, on the accelerator's device.
         projector (`nn.Module`): Maps hidden states `(B, N, dim)` to `(B, N, D)`, prepared by `accelerator`.
         block (`nn.Module`): Returns hidden states `(B, N, dim)`, the positions row by row.
+        token (`int`): Side of a position, in pixels.
         weight (`float`): Weight of the term.
     """
 
     def __init__(
-        self, accelerator: Accelerator, backbone: FrozenBackbone, projector: nn.Module, block: nn.Module, weight: float
+        self,
+        accelerator: Accelerator,
+        backbone: FrozenBackbone,
+        projector: nn.Module,
+        block: nn.Module,
+        token: int,
+        weight: float,
     ):
         self.accelerator = accelerator
         self.backbone = backbone
         self.projector = projector
+        self.token = token
         self.weight = weight
         self._hidden_states: torch.Tensor | None = None
         block.register_forward_hook(self._record)
@@ -45,7 +53,7 @@ class RepresentationAlignment:
         if torch.is_grad_enabled():  # not when samples are drawn
             self._hidden_states = output
 
-    def term(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def term(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         r"""
         Computes the weighted term of the transformer's loss. Call it after the transformer.
 
@@ -53,12 +61,12 @@ class RepresentationAlignment:
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 1 or 3, H, W)`): The images behind the latents, in [-1, 1].
-            grid (`tuple[int, int]`): Rows and columns of the transformer's positions.
 
         Returns:
             The term, and what to log.
         """
         hidden_states, self._hidden_states = self._hidden_states, None
+        grid = tuple(side // self.token for side in pixel_values.shape[2:])
         with self.accelerator.autocast():
             features = self.backbone.patch_features(pixel_values)
         projected = self.projector(hidden_states).transpose(1, 2).unflatten(2, grid)
@@ -78,7 +86,7 @@ def make_projector(hidden_dim: int, projector_dim: int, feature_dim: int) -> nn.
 
 
 def make_representation_alignment(
-    config: Any, transformer: nn.Module, accelerator: Accelerator, seed: int
+    config: Any, transformer: nn.Module, token: int, accelerator: Accelerator, seed: int
 ) -> RepresentationAlignment | None:
     r"""
     Makes REPA with its projector, prepared by `accelerator`; None without `repa_model`.
@@ -86,6 +94,7 @@ def make_representation_alignment(
     Args:
         config: Settings with `repa_model`, `repa_weight`, `repa_layer` and `repa_projector_dim`.
         transformer ([`~dae_diffusers.DAEDiTTransformer2DModel`]): The transformer, not prepared yet.
+        token (`int`): Side of the transformer's positions, in pixels.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         seed (`int`): Seed of the run.
 
@@ -106,5 +115,5 @@ def make_representation_alignment(
     dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     projector = make_projector(dim, config.repa_projector_dim, backbone.patch_feature_dim)
     return RepresentationAlignment(
-        accelerator, backbone, accelerator.prepare(projector), blocks[layer - 1], config.repa_weight
+        accelerator, backbone, accelerator.prepare(projector), blocks[layer - 1], token, config.repa_weight
     )

@@ -277,7 +277,7 @@ def representation_alignment(backbone_folder):
         backbone = load_backbone(backbone_folder)
         torch.manual_seed(1)
         projector = make_projector(16, 12, backbone.patch_feature_dim)
-        return RepresentationAlignment(Accelerator(), backbone, projector, transformer.transformer_blocks[1], 0.5)
+        return RepresentationAlignment(Accelerator(), backbone, projector, transformer.transformer_blocks[1], 4, 0.5)
 
     return align
 
@@ -303,7 +303,7 @@ def test_repa_is_of_its_block_however_the_transformer_runs(
     for _ in range(2):  # a second step sees nothing of the first
         transformer.zero_grad()
         velocity = model(latents, timestep, return_dict=False)[0]
-        term, logs = alignment.term(pixel_values, (4, 4))
+        term, logs = alignment.term(pixel_values)
         (velocity.square().mean() + term).backward()
 
     reference, outputs = make_transformer(), []
@@ -324,7 +324,7 @@ def test_repa_reaches_the_blocks_up_to_its_own(representation_alignment, pixel_v
     transformer(torch.randn(2, 3, 8, 8), torch.tensor(500.0))
     with torch.no_grad():  # drawing samples in between changes nothing
         transformer(torch.randn(5, 3, 8, 8), torch.tensor(500.0))
-    alignment.term(pixel_values, (4, 4))[0].backward()
+    alignment.term(pixel_values)[0].backward()
     reached = [block.ff.down_proj.weight.grad is not None for block in transformer.transformer_blocks]
     assert reached == [True, True, False]
     assert all(parameter.grad.any() for parameter in alignment.projector.parameters())

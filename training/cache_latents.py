@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import load_images
-from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import write_latent_cache
@@ -37,7 +36,7 @@ def main(config: CacheLatentsConfig) -> None:
     vae = as_plain(load_any_autoencoder(cache.vae, takes_stage1=True)).to(accelerator.device)
     settle_images(config, vae)
     with accelerator.main_process_first():
-        splits = load_images(data, cache.seed, value_range=read_value_range(cache.vae), model=cache.vae)
+        splits = load_images(data, cache.seed, model=cache.vae)
     for name, images in zip(("train", "validation"), splits, strict=True):
         try:
             write_latent_cache(

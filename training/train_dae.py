@@ -24,7 +24,7 @@ from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
-from dae_diffusers.data.arrays import read_value_range, save_value_range
+from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
@@ -107,9 +107,7 @@ def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset |
     """Training and validation images, in the range of values that a trained model knows."""
     config = run.config
     with run.accelerator.main_process_first():
-        train, validation = load_images(
-            config.data, config.run.seed, value_range=read_value_range(starts_from), model=starts_from
-        )
+        train, validation = load_images(config.data, config.run.seed, model=starts_from)
     logger.info("%s, %d validation images", describe_size(train), len(validation))
     return train, validation
 

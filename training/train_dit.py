@@ -12,7 +12,7 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -27,7 +27,6 @@ from dae_diffusers.autoencoders.loading import (
 )
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
-from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
@@ -71,6 +70,14 @@ logger = logging.getLogger(__name__)
 Objective = FlowMatching | FlowMap | Diffusion
 
 
+class TrainingData(NamedTuple):
+    """Training and validation data: images or their cached latents. And both as images, None if only latents are given."""
+
+    train: Dataset
+    validation: Dataset
+    images: tuple[Dataset, ImageDataset] | None
+
+
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
     accelerator = run.accelerator
@@ -81,28 +88,15 @@ def main(config: TrainDiTConfig) -> None:
     origin = find_origin(run)
     architecture = architecture_of(config, origin)
     objective, scheduler = make_objective(run, origin)
-    (train_data, validation_data), images = load_data(run, vae, architecture["patch_size"])
-    training_images = None if images is None else images[0]
-    conditioning = find_conditioning(run, images, vae, train_data, origin)
-    size = size_of_latents(config.data, vae)
-    if origin is None and config.flow.timestep_shift is None:
-        warn_of_large_latents(config.data, num_latent_channels(vae), height_and_width(size))
-    statistics = measure_statistics(run, vae, train_data, origin)
-    transformer = make_transformer(
-        origin, architecture, vae, train_data, size, conditioning, flow_map=isinstance(objective, FlowMap)
-    )
-    if isinstance(objective, FlowMap):
-        set_teachers(run, objective, origin)
-    if config.optimization.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    run.compile_blocks(transformer.transformer_blocks)
-    alignment = make_representation_alignment(config.alignment, transformer, accelerator, config.run.seed)
-    steps = run.num_steps(config.transformer.max_train_steps, train_data)
-    given = config.transformer.pretrained_model_name_or_path or (origin and origin.name)
-    plan = {"pretrained_model_name_or_path": given, "caption_column": config.data.caption_column, **architecture}
-    plan |= {**config.data.condition_columns(), "distill_guidance_scale": config.flow.distill_guidance_scale}
-    plan["post_hoc_ema"] = config.post_hoc.post_hoc_ema or None
-    start = find_start(run, vae, transformer, train_data, steps, plan, conditioning, objective)
+    data = load_data(run, vae, architecture["patch_size"])
+    conditioning = find_conditioning(run, data, vae, origin)
+    statistics = measure_statistics(run, vae, data.train, origin)
+    transformer = prepare_transformer(run, origin, architecture, vae, data, conditioning, objective)
+    token = spatial_factor(vae) * architecture["patch_size"]
+    alignment = make_representation_alignment(config.alignment, transformer, token, accelerator, config.run.seed)
+    steps = run.num_steps(config.transformer.max_train_steps, data.train)
+    plan = plan_of(config, architecture, origin)
+    start = find_start(run, vae, transformer, data.train, steps, plan, conditioning, objective)
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     statistics = start.state.get("latent_statistics", statistics)
     set_statistics(vae, statistics)
@@ -110,8 +104,8 @@ def main(config: TrainDiTConfig) -> None:
     parts = {
         "vae": vae,
         "scheduler": scheduler,
-        "id2label": train_data.id2label,
-        "value_range": train_data.value_range,
+        "id2label": data.train.id2label,
+        "value_range": data.train.value_range,
         "is_flow_matching": not isinstance(objective, Diffusion),
         **conditioning.pipeline_kwargs(),
     }
@@ -123,7 +117,7 @@ def main(config: TrainDiTConfig) -> None:
 
     monitor = make_monitor(
         run,
-        training_images,
+        data.images and data.images[0],
         vae,
         start,
         sampling_options(config),
@@ -147,18 +141,16 @@ def main(config: TrainDiTConfig) -> None:
             **({} if conditioning.conditions is None else {"conditions": conditioning.conditions.config}),
         },
     )
-    data = train_data
+    train_data = data.train
     if alignment is not None and isinstance(train_data, CachedLatents):
-        data = ImagesWithLatents(training_images, train_data)
-    data, validation_data = conditioning.beside(data, validation_data)
-    for step in loop.over(data):
+        train_data = ImagesWithLatents(data.images[0], train_data)
+    train_data, validation_data = conditioning.beside(train_data, data.validation)
+    for step in loop.over(train_data):
         for batch in step:
             loss = denoising_loss(run, loop.model, batch, vae, objective, conditioning)
             step.add(loss=loss)
             if alignment is not None:
-                token = spatial_factor(vae) * architecture["patch_size"]  # its side in pixels
-                grid = [side // token for side in batch["pixel_values"].shape[2:]]
-                term, values = alignment.term(batch["pixel_values"], grid)
+                term, values = alignment.term(batch["pixel_values"])
                 step.add(**values)
                 loss = loss + term
             step.backward(loss)
@@ -168,7 +160,7 @@ def main(config: TrainDiTConfig) -> None:
                 value = validation_loss(run, model, vae, validation_data, objective, conditioning)
                 run.guard.check_validation(loop.step, loss=value)
                 newest = autoencoder.newest(of_same_size=config.data.condition_column is not None)
-                draw_samples(run, pipeline_of(model, vae=newest), loop.step, images)
+                draw_samples(run, pipeline_of(model, vae=newest), loop.step, data.images)
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of)
@@ -235,6 +227,41 @@ def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[st
     return given if origin is None else origin.architecture(given)
 
 
+def plan_of(config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None) -> dict[str, Any]:
+    """The settings that a run must keep when it goes on."""
+    return {
+        "pretrained_model_name_or_path": config.transformer.pretrained_model_name_or_path or (origin and origin.name),
+        "caption_column": config.data.caption_column,
+        **architecture,
+        **config.data.condition_columns(),
+        "distill_guidance_scale": config.flow.distill_guidance_scale,
+        "post_hoc_ema": config.post_hoc.post_hoc_ema or None,
+    }
+
+
+def prepare_transformer(
+    run: TrainingRun,
+    origin: WarmStart | None,
+    architecture: dict[str, int],
+    vae: AutoencoderKL,
+    data: TrainingData,
+    conditioning: Conditioning,
+    objective: Objective,
+) -> ModelMixin:
+    """The transformer as the settings want it, with what the objective needs besides."""
+    config, size = run.config, size_of_latents(run.config.data, vae)
+    if origin is None and config.flow.timestep_shift is None:
+        warn_of_large_latents(config.data, num_latent_channels(vae), height_and_width(size))
+    is_flow_map = isinstance(objective, FlowMap)
+    transformer = make_transformer(origin, architecture, vae, data.train, size, conditioning, is_flow_map)
+    if is_flow_map:
+        set_teachers(run, objective, origin)
+    if config.optimization.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    run.compile_blocks(transformer.transformer_blocks)
+    return transformer
+
+
 def make_transformer(
     origin: WarmStart | None,
     architecture: dict[str, int],
@@ -242,7 +269,7 @@ def make_transformer(
     data: Dataset,
     size: int | list[int],
     conditioning: Conditioning,
-    flow_map: bool = False,
+    flow_map: bool,
 ) -> ModelMixin:
     """A transformer for latents of this size, drawn from these captions and conditions: a new one, or the given one."""
     channels, more = num_latent_channels(vae), conditioning.transformer_kwargs()
@@ -350,10 +377,8 @@ def find_start(
     )
 
 
-def load_data(
-    run: TrainingRun, vae: AutoencoderKL, patch_size: int
-) -> tuple[tuple[Dataset, Dataset], tuple[Dataset, ImageDataset] | None]:
-    """Training and validation data (cached latents or images), and both as images, or None if only their latents are given."""
+def load_data(run: TrainingRun, vae: AutoencoderKL, patch_size: int) -> TrainingData:
+    """The images, or their cached latents, once it is known that they fit the autoencoder."""
     config, images, caches = run.config, None, None
     if config.transformer.latent_cache is not None:
         folders = [Path(config.transformer.latent_cache) / split for split in ("train", "validation")]
@@ -363,9 +388,9 @@ def load_data(
     if config.data.has_source:
         with run.accelerator.main_process_first():
             name = config.transformer.vae
-            images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
+            images = load_images(config.data, config.run.seed, model=name)
     if caches is None:
-        return images, images
+        return TrainingData(*images, images)
     fingerprint = autoencoder_fingerprint(vae)
     for index, cache in enumerate(caches):
         cache.check(autoencoder=fingerprint, images=None if images is None else images[index])
@@ -377,20 +402,16 @@ def load_data(
                 f"{words_of_size(size)} for images of {words_of_size(pixels)} pixels. Give the autoencoder of the cache, or make the "
                 "cache again; `dae-diffusers assemble` adds another decoder afterwards."
             )
-    return caches, images
+    return TrainingData(*caches, images)
 
 
 def find_conditioning(
-    run: TrainingRun,
-    images: tuple[Dataset, ImageDataset] | None,
-    vae: AutoencoderKL,
-    data: Dataset,
-    origin: WarmStart | None,
+    run: TrainingRun, data: TrainingData, vae: AutoencoderKL, origin: WarmStart | None
 ) -> Conditioning:
     """What the images are drawn from: classes, captions and further columns."""
-    captions, conditions = encode_captions(run, images), find_conditions(run, images, vae, origin)
+    captions, conditions = encode_captions(run, data.images), find_conditions(run, data.images, vae, origin)
     dropout = run.config.transformer.class_dropout_prob
-    return Conditioning(len(data.id2label or ()), dropout, captions, conditions)
+    return Conditioning(len(data.train.id2label or ()), dropout, captions, conditions)
 
 
 def encode_captions(run: TrainingRun, images: tuple[Dataset, ImageDataset] | None) -> Captions | None:

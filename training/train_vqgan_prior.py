@@ -23,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dae_diffusers.autoencoders.loading import is_vq, settle_images, spatial_factor
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
-from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
@@ -47,7 +46,7 @@ def main(config: TrainPriorConfig) -> None:
     vae = autoencoder.vae
     with accelerator.main_process_first():
         name = config.prior.vae
-        images = load_images(config.data, config.run.seed, value_range=read_value_range(name), model=name)
+        images = load_images(config.data, config.run.seed, model=name)
     prior = make_prior(config, vae, images[0])
     steps = run.num_steps(config.prior.max_train_steps, images[0])
     start = find_start(run, prior, images[0], steps)

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 
-from dae_diffusers.data.arrays import RANGES, decode_array, find_depth
+from dae_diffusers.data.arrays import RANGES, decode_array, find_depth, read_value_range
 from dae_diffusers.data.columns import (
     Rows,
     captions_of,
@@ -66,10 +66,10 @@ def load_images(
     Args:
         config ([`DataConfig`]): What to load.
         seed (`int`, *optional*): Chooses the held-out images if the data have no validation split.
-        value_range (`list[float]`, *optional*): Range of the autoencoder that will see the images
-            ([`~dae_diffusers.data.arrays.read_value_range`]); the range in `config` comes first. Without either, the depth of pictures
-            gives the range, or it is measured.
-        model (`str`, *optional*): Folder of a trained model. If its training has held out other images, this is said.
+        value_range (`list[float]`, *optional*): Range of the autoencoder that will see the images; default: that of `model`
+            ([`~dae_diffusers.data.arrays.read_value_range`]). The range in `config` comes first. Without any, the depth of pictures gives
+            the range, or it is measured.
+        model (`str`, *optional*): A trained model, in a folder or on the Hub. If its training has held out other images, this is said.
 
     Returns:
         Training and validation images, with the same `id2label` and `value_range`. With `config.streaming` the training images
@@ -78,6 +78,7 @@ def load_images(
     Raises:
         UserError: For a data set, split or column that does not exist, empty splits and unusable labels.
     """
+    value_range = value_range or read_value_range(model)
     loaded = _load_splits(config)
     splits = loaded.splits
     validation_name = _validation_split(config, splits)
