@@ -310,18 +310,9 @@ class DAEDiTPipeline(DiffusionPipeline):
             module, class_name = cls.load_config(folder).get(part) or (None, None)
             if part in kwargs or str(module).partition(".")[0] != PACKAGE:
                 continue
-            options = ("dtype", "torch_dtype", "device_map", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
-            model_kwargs = {name: kwargs[name] for name in options if name in kwargs}
-            for name, value in model_kwargs.items():
-                if isinstance(value, dict):  # a dtype for each component
-                    model_kwargs[name] = value.get(part, value.get("default"))
-            if is_balanced:
-                # Which device it goes to is known only when diffusers has all parts; and diffusers never asks
-                # `trust_remote_code` when it measures them.
-                del model_kwargs["device_map"]
-            variant = kwargs.get("variant")
-            if variant is not None and any(f".{variant}." in file.name for file in folder.glob(f"{part}/*")):
-                model_kwargs["variant"] = variant
+            # With `balanced`, which device it goes to is known only when diffusers has all parts; and diffusers never asks
+            # `trust_remote_code` when it measures them.
+            model_kwargs = _loading_options(part, folder, kwargs, *([] if is_balanced else ["device_map"]))
             transformer_class = getattr(importlib.import_module(module), class_name)
             own[part] = functools.partial(transformer_class.from_pretrained, folder, subfolder=part, **model_kwargs)
         kwargs |= {part: load() for part, load in own.items()}
@@ -1503,19 +1494,25 @@ def _name_code_of(pipeline: DiffusionPipeline) -> None:
         pipeline.register_to_config(vae=(module, vae_class.__name__))
 
 
+def _loading_options(part: str, folder: Path, kwargs: dict, *more: str) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` of a pipeline, and `more`, that a part in a folder is loaded with."""
+    names = ("dtype", "torch_dtype", "disable_mmap", "low_cpu_mem_usage", "use_safetensors", *more)
+    options = {name: kwargs[name] for name in names if name in kwargs}
+    for name, value in options.items():
+        if isinstance(value, dict):  # a dtype for each component
+            options[name] = value.get(part, value.get("default"))
+    variant = kwargs.get("variant")
+    if variant is not None and any(f".{variant}." in file.name for file in folder.glob(f"{part}/*")):
+        options["variant"] = variant
+    return options
+
+
 def _own_autoencoder(pipeline_class: type[DiffusionPipeline], folder: Path, kwargs: dict) -> dict[str, ModelMixin]:
     """The autoencoder of a folder, with its class from the installed package, if it is not one of diffusers' own."""
     module, class_name = pipeline_class.load_config(folder).get("vae", (None, None))
     if "vae" in kwargs or module != ASYMMETRIC:
         return {}
-    options = ("dtype", "torch_dtype", "disable_mmap", "low_cpu_mem_usage", "use_safetensors")
-    model_kwargs = {name: kwargs[name] for name in options if name in kwargs}
-    for name, value in model_kwargs.items():
-        if isinstance(value, dict):  # a dtype for each component
-            model_kwargs[name] = value.get("vae", value.get("default"))
-    variant = kwargs.get("variant")
-    if variant is not None and any(f".{variant}." in file.name for file in folder.glob("vae/*")):
-        model_kwargs["variant"] = variant
+    model_kwargs = _loading_options("vae", folder, kwargs)
     own = importlib.import_module(f"{PACKAGE}.{ASYMMETRIC}")
     sys.modules.setdefault(module, own)  # diffusers checks the class of what it gets by the name in the index
     return {"vae": getattr(own, class_name).from_pretrained(folder, subfolder="vae", **model_kwargs)}
