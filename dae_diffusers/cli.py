@@ -24,7 +24,7 @@ Config = TypeVar("Config")
 
 SOURCES = {"dataset_name", "train_data_dir"}  # of images: one replaces the other
 OF_SOURCE = SOURCES | {"dataset_config_name"}
-# Of a training's length: passes replace steps. Those of the two stages stay beside passes, whose shares they say.
+# `num_train_epochs` replaces these. `stage1_steps` and `stage2_steps` stay: beside passes they say how the stages share them.
 _PASSES, _STEPS = "num_train_epochs", {"max_train_steps", "stage3_steps"}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 

@@ -196,8 +196,8 @@ def flat(config: Any) -> dict[str, Any]:
 
 def without_effect(config: Any) -> list[str]:
     r"""
-    Says in a sentence for each setting that is missing which changed settings have no effect without it. Those that a packaged recipe has
-    changed are left out: it serves all stages.
+    A sentence for each missing setting, with the changed settings that have no effect without it. Settings of a packaged recipe do not
+    count, because one recipe serves all stages.
     """
     idle: dict[str, list[str]] = {}
     values = flat(config)
@@ -217,7 +217,9 @@ def without_effect(config: Any) -> list[str]:
 
 
 def _holds(values: dict[str, Any], need: str) -> bool:
-    """Whether a setting is given, or has a value: that of a list if it holds it. One that the script lacks is always given."""
+    """
+    Whether `need` is met: `name` is set, or `name value` has that value (a list: holds it). A setting that this script lacks counts as met.
+    """
     name, _, wanted = need.partition(" ")
     value = values.get(name, wanted or True)
     return wanted in map(str, value if isinstance(value, list) else [value]) if wanted else bool(value)

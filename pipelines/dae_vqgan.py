@@ -24,8 +24,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import unwrap_module
 from transformers import DynamicCache, PreTrainedModel
 
-# diffusers runs the code of every local folder in one module, and looks for the only pipeline there. So names that differ between
-# the two kinds of pipelines are attributes of the class.
+# diffusers loads the code of every local folder into one module, and expects one class of pipelines there. So the other kind's class
+# goes, and what differs between the kinds is kept on the class.
 globals().pop("DAEDiTPipeline", None)
 
 PACKAGE = "dae_diffusers"

@@ -247,7 +247,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """The names as they are compared, in the order of the names as they are written, which numbers of before follow."""
+    """Normalised names without repeats, in the order of the raw ones, so that the numbers of classes stay those of earlier versions."""
     return list(dict.fromkeys(map(class_name, names)))
 
 

@@ -13,7 +13,7 @@ from dae_diffusers.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Of fp16. It begins at 65536, and each gradient that is not finite halves it: one that overflows below this is not finite by itself.
+# The scale of the loss in fp16 begins at 65536 and halves at each overflow. A gradient that overflows below this is itself not finite.
 _MIN_LOSS_SCALE = 1e-3
 
 

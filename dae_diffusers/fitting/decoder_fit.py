@@ -469,8 +469,8 @@ def save_pipeline(
     folder: Path, pipeline: DAEDiTPipeline | DAEVQGANPipeline, model: ModelMixin, described: dict[str, Any]
 ) -> Path:
     r"""
-    Puts a fitted decoder into `<folder>/pipeline`; the autoencoder as it was stays in `<folder>/vae_before_stage3`, unless its decoder had
-    been fitted, too: then the one before that.
+    Puts a fitted decoder into `<folder>/pipeline`. The autoencoder from before stage 3 stays in `<folder>/vae_before_stage3`, also when its
+    decoder is fitted again.
 
     A kill at any moment leaves a whole pipeline: with the decoder before, or with the new one.
 
@@ -499,7 +499,7 @@ def save_pipeline(
 
     def save(folder: Path) -> None:
         pipeline.vae.save_pretrained(folder)
-        # Put in place first, and it names the new weights: it is never left out and never wrong.
+        # Put in place before the weights: after a kill it names others than there are, and is not used.
         write_fit(source, folder, described)
 
     replace_files(source, save)

@@ -28,7 +28,7 @@ class _Layout(NamedTuple):
 
 class OldConditions(NamedTuple):
     """
-    Where a transformer's conditions are in an old one.
+    The place in the old transformer of each condition of the new one.
 
     Attributes:
         attributes: For each attribute the old one's place, or None if it is new, and for each of its classes the old number or None.

@@ -73,7 +73,7 @@ class CacheIdentity:
     buckets: list[list[int]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        r"""What files say of it. Without buckets they say what they said before there were any."""
+        r"""The identity as files store it. Empty `buckets` are left out, so that caches from before there were buckets stay valid."""
         return {name: value for name, value in vars(self).items() if name != "buckets" or value}
 
     def images(self) -> Buckets:

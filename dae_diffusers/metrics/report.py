@@ -108,7 +108,7 @@ def judge_lines(results: dict[str, Any]) -> list[str]:
 
 
 def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[str, Any]]:
-    r"""The rows of samples, each followed by the row of as many samples as there are real images; and the row of those."""
+    r"""The rows of samples; after each, the same of only as many samples as there are held-out images; last, the held-out images."""
     if not rows or not floor:
         return rows
     names = [name for name in rows[0] if name not in floor["real"]]

@@ -41,7 +41,7 @@ class SampleSettings:
         guidance_scale (`float` or `None`): Classifier-free guidance; 1 is none. None for a pipeline that has none.
         num_inference_steps (`int` or `None`): Denoising steps; None for a pipeline that has none.
         label_sampling (`str`): `data` (each class as often as `class_counts` say), `balanced` (each class equally often) or `random`
-            (uniformly). The first two are exact up to one image, and so is every beginning of them.
+            (uniformly). In the first two, any number of first samples has the right shares, up to one image.
         seed (`int`): Seed of labels and noise.
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without

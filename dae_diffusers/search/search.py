@@ -109,8 +109,8 @@ class Search:
 
     def forget_failures(self, folder: Path | None = None) -> None:
         r"""
-        Sets the failures aside of the rung that an earlier start had come to, so that they are tried once more: memory or the disk may have
-        been full. Each process does this once, when it starts, so that processes that share the work do not go on for ever.
+        Moves failed results of the newest rung aside, so that this start tries them once more: memory or the disk may have been full. Each
+        process does this once, when it starts, so that processes that share the work do not go on for ever.
 
         Args:
             folder (`Path`, *optional*): Of the trials; default: that of the search.
