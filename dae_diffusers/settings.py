@@ -69,7 +69,8 @@ def part(**defaults: Any) -> Any:
 @dataclass_transform(field_specifiers=(field, part))
 def settings(cls: type[Config]) -> type[Config]:
     r"""
-    Makes a class a dataclass that checks the bounds of its fields before its own `__post_init__`.
+    Makes a class a dataclass that checks the bounds of its fields before its own `__post_init__`. Its `from_recipe` names the settings
+    that come from a packaged recipe, for [`without_effect`]; [`~dae_diffusers.cli.parse_config`] fills it in.
 
     Raises:
         ConfigError: From the constructor, for a value out of its bounds; names the field.
@@ -82,6 +83,7 @@ def settings(cls: type[Config]) -> type[Config]:
             own_check(self)
 
     cls.__post_init__ = __post_init__
+    cls.from_recipe = frozenset()
     return dataclass(cls)
 
 
@@ -202,9 +204,8 @@ def without_effect(config: Any) -> list[str]:
     idle: dict[str, list[str]] = {}
     values = flat(config)
     known = values | getattr(config, "known", dict)()
-    from_recipe = getattr(config, "from_recipe", ())
     for _, each, default in fields_of(type(config)) if values else ():
-        if values[each.name] == default or each.name in from_recipe:
+        if values[each.name] == default or each.name in config.from_recipe:
             continue
         groups = filter(None, each.metadata.get("needs", "").split(" and "))
         missing = [needs for needs in groups if not any(_holds(known, need) for need in needs.split(" or "))]
