@@ -16,6 +16,8 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.engine.post_hoc_ema.choosing import put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import find_snapshots, snapshots_folder
 from dae_diffusers.errors import UserError
+from dae_diffusers.hub.card import make_card
+from dae_diffusers.hub.results import read_result
 from dae_diffusers.training import ema, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import EMAConfig, with_flags
 
@@ -108,6 +110,8 @@ def test_weights_of_the_training_are_kept_however_often_others_are_chosen(traine
         assert not halved.exists() and note.exists()
         assert_same_weights(weights(trained / "pipeline" / "transformer"), weights(source))
         assert_same_weights(weights(trained / "transformer_before_ema"), trained_weights)
+        said = f"The weights are an average over the training, of length {length:g} (post-hoc EMA)."
+        assert said in str(make_card(read_result(trained), "user/model"))
     again = {name: value + 1 for name, value in trained_weights.items()}  # the training went on
     save_file(again, trained / TRANSFORMER)
     put_into_pipeline(trained, "transformer", sources[0.1], 0.1)

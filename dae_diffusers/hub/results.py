@@ -14,7 +14,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.store import have_other_encoders, read_json, read_rows, weights_fingerprint_of
+from dae_diffusers.store import have_other_encoders, read_json, read_json_or, read_rows, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -97,6 +97,15 @@ class Result:
     def decoder_fit(self) -> dict[str, Any]:
         r"""How stage 3 fitted the pipeline's decoder to its generator; empty where it did not."""
         return {} if self.pipeline is None else _without_paths(read_fit(self.pipeline))
+
+    @property
+    def average_length(self) -> float | None:
+        r"""The length of the average whose weights `dae-diffusers ema` put into the pipeline; None if they are those of the training."""
+        for part in ("transformer", "prior") if self.pipeline is not None else ():
+            record = read_json_or(self.folder / f"{part}_before_ema" / "ema.json", {})
+            if record and record.get("weights") == weights_fingerprint_of(self.pipeline / part):
+                return record.get("length")
+        return None
 
     @property
     def data_script(self) -> Script | None:
