@@ -102,8 +102,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             A weaker version of the transformer: trained for fewer steps, or smaller. Guidance then leads away from it instead of from
             images without class or text, so that models without either have guidance, too. Source: autoguidance, Karras et al., 2024,
             https://huggingface.co/papers/2406.02507.
-        default_guidance_scale (`float`, *optional*), default_num_inference_steps (`int`, *optional*):
-            How a call draws that says nothing else; default: 4, or 2 with a `guidance_transformer`, in 50 steps.
+        default_guidance_scale (`float`, *optional*), default_num_inference_steps (`int`, *optional*), default_velocity_scale (`float`,
+            *optional*): How a call draws that says nothing else; default: 4, or 2 with a `guidance_transformer`, in 50 steps, and 1.
 
     Raises:
         `ValueError`: If the transformer and the autoencoder differ in latent channels, the transformer and the text encoder in the
@@ -133,6 +133,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         guidance_transformer: ModelMixin | None = None,
         default_guidance_scale: float | None = None,
         default_num_inference_steps: int | None = None,
+        default_velocity_scale: float | None = None,
     ):
         super().__init__()
         known = {} if transformer is None else _settings_of(transformer)
@@ -144,6 +145,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             "label_column": label_column,
             "default_guidance_scale": default_guidance_scale,
             "default_num_inference_steps": default_num_inference_steps,
+            "default_velocity_scale": default_velocity_scale,
         }
         kept = {name: known.get(name) if value is None else value for name, value in kept.items()}
         if kept["is_flow_matching"] is None:
@@ -578,6 +580,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        velocity_scale: float | None = None,
         num_inference_steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -620,6 +623,9 @@ class DAEDiTPipeline(DiffusionPipeline):
                 Noise levels with guidance, from 0 (clean) to 1 (noise), bounds included: sigma for flow
                 matching, else timestep / number of training timesteps. Source: Kynkäänniemi et al., 2024,
                 https://huggingface.co/papers/2404.07724.
+            velocity_scale (`float`, *optional*):
+                Multiplies what a transformer of flow matching predicts. A little above 1 (1.03 to 1.1), samples are sharper at no cost.
+                Default: that of the pipeline's config, `default_velocity_scale`; else 1.
             num_inference_steps (`int`, *optional*):
                 Steps of the scheduler. Default: that of the pipeline's config, `default_num_inference_steps`; else 50.
             height, width (`int`, *optional*): Image size in pixels; by default what the transformer was trained on.
@@ -662,7 +668,15 @@ class DAEDiTPipeline(DiffusionPipeline):
             guidance_scale = 4.0 if self.guidance_transformer is None else 2.0
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps or 50
+        if velocity_scale is None:
+            velocity_scale = self.config.default_velocity_scale or 1.0
         self._check_choices(guidance_scale, guidance_interval, num_inference_steps, num_images_per_label, output_type)
+        if not is_number(velocity_scale) or velocity_scale <= 0:
+            raise ValueError(
+                f"`velocity_scale` is {velocity_scale!r}, but must be a number above 0; 1 changes nothing."
+            )
+        if velocity_scale != 1 and not self.is_flow_matching:
+            raise ValueError("`velocity_scale` is for flow matching, but this pipeline is for diffusion. Leave it out.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -731,6 +745,8 @@ class DAEDiTPipeline(DiffusionPipeline):
                     prediction = self._guided(*predictions.chunk(2))
                 else:
                     prediction = self._predict(model_input, timestep, conditional | end)
+                if velocity_scale != 1:
+                    prediction = velocity_scale * prediction
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_kwargs)[0]
 
                 if callback_on_step_end is not None:

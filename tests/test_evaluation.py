@@ -62,7 +62,7 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.metrics.sweep import swept_settings, what_to_draw
+from dae_diffusers.metrics.sweep import check_options, set_defaults, swept_settings, what_to_draw
 from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate
 
@@ -438,6 +438,23 @@ def test_labels_that_the_images_do_not_give_are_recorded_as_balanced(pipeline, c
     images.labels = None
     (setting,) = swept_settings(sampling, 0, Sampler(pipeline), images)
     assert setting.label_sampling == "balanced" and "each class is generated equally often" in caplog.text
+
+
+def test_velocity_scale_is_measured_and_becomes_the_default(pipeline, images, tmp_path):
+    sampling = SamplingConfig(num_images=4, velocity_scale=1.1)
+    (setting,) = swept_settings(sampling, 0, Sampler(pipeline), images)
+    assert setting.call_kwargs()["velocity_scale"] == 1.1
+    pipeline.save_pretrained(tmp_path)
+    set_defaults(str(tmp_path), [{"gfd_x": 1.0, **setting.given()}], "gfd_x")
+    again = DAEDiTPipeline.from_pretrained(tmp_path)
+    (setting,) = swept_settings(SamplingConfig(num_images=4), 0, Sampler(again), images)
+    assert setting.velocity_scale == 1.1  # so that samples which are kept of another scale do not count
+    (setting,) = swept_settings(SamplingConfig(num_images=4), 0, Sampler(pipeline), images)
+    assert "velocity_scale" not in setting.given()
+    check_options(sampling, Sampler(again))
+    again.is_flow_matching = False
+    with pytest.raises(UserError, match="`--velocity_scale` means nothing to DAEDiTPipeline"):
+        check_options(sampling, Sampler(again))
 
 
 def test_captions_mean_nothing_to_a_pipeline_without_text(pipeline):

@@ -819,3 +819,25 @@ def test_images_that_are_no_squares_are_decoded_in_tiles():
     whole.vae.enable_tiling()
     found = whole.decode_latents(latents)
     assert found.shape == expected.shape and 0 < (found - expected).abs().mean() < expected.std()
+
+
+def test_velocity_is_scaled_by_the_call_or_by_default(tmp_path):
+    pipeline = make_pipeline()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def drawn(pipeline, **options) -> torch.Tensor:
+        """One step of Euler, which is linear in the velocity."""
+        options = {"latents": noise, "num_inference_steps": 1, "output_type": "latent", "guidance_scale": 2} | options
+        return sample(pipeline, **options)
+
+    plain = drawn(pipeline)
+    torch.testing.assert_close(drawn(pipeline, velocity_scale=1.5) - noise, 1.5 * (plain - noise))
+    assert torch.equal(drawn(pipeline, velocity_scale=1), plain)
+    make_pipeline(default_velocity_scale=1.5).save_pretrained(tmp_path)
+    saved = DAEDiTPipeline.from_pretrained(tmp_path)
+    assert torch.equal(drawn(saved), drawn(pipeline, velocity_scale=1.5))
+    for wrong in (0, "much", float("nan")):
+        with pytest.raises(ValueError, match="`velocity_scale` is .*, but must be a number above 0"):
+            drawn(pipeline, velocity_scale=wrong)
+    with pytest.raises(ValueError, match="`velocity_scale` is for flow matching"):
+        drawn(make_pipeline(scheduler=diffusers.DDIMScheduler(), is_flow_matching=False), velocity_scale=1.1)

@@ -44,6 +44,7 @@ class SampleSettings:
             (uniformly). In the first two, any number of first samples has the right shares, up to one image.
         seed (`int`): Seed of labels and noise.
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
+        velocity_scale (`float`, *optional*): For a pipeline of flow matching; None is its default.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
@@ -60,6 +61,7 @@ class SampleSettings:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    velocity_scale: float | None = None
     prompts: tuple[str, ...] | None = None
     classes: tuple[int, ...] | None = None
     conditions: ConditionValues | None = None
@@ -72,7 +74,7 @@ class SampleSettings:
 
     def call_kwargs(self) -> dict[str, Any]:
         r"""The arguments of the pipeline's call that are the same for every image."""
-        names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p")
+        names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p", "velocity_scale")
         return {name: value for name, value in self.given().items() if name in names}
 
     def labels(self, num_classes: int | None) -> torch.Tensor | None:
@@ -190,6 +192,8 @@ class Sampler:
         takes_text = _takes_text(pipeline)
         if not takes_text:
             self.accepted.discard("prompt")
+        if not getattr(pipeline, "is_flow_matching", False):
+            self.accepted.discard("velocity_scale")
         has_rows = takes_text or conditions is not None
         has_classes = has_rows and getattr(pipeline, "null_class", None) is not None
         if "num_images_per_label" in self.accepted and not has_rows:

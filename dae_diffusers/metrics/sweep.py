@@ -123,7 +123,7 @@ def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
 
 def check_options(sampling: SamplingConfig, sampler: Sampler | None) -> None:
     r"""Raises `UserError` for an option that the pipeline does not have."""
-    for name in ("prompt", "temperature", "top_k", "top_p"):
+    for name in ("prompt", "temperature", "top_k", "top_p", "velocity_scale"):
         if getattr(sampling, name) is not None and (sampler is None or name not in sampler.accepted):
             whom = "an autoencoder" if sampler is None else type(sampler.pipeline).__name__
             raise UserError(f"`--{name}` means nothing to {whom}; leave it out.")
@@ -193,13 +193,10 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
         label_sampling = "balanced"
         logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
     sweep = [getattr(sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
-    of_codes = {}
-    if "temperature" in sampler.accepted:
-        of_codes = {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+    others = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "velocity_scale")}
+    if others["velocity_scale"] is None:  # by name, because kept samples are known by their settings
+        others["velocity_scale"] = sampler.pipeline.config.get("default_velocity_scale")
+    others = {name: value for name, value in others.items() if name in sampler.accepted}
     return [
         SampleSettings(
             sampling.num_images,
@@ -210,7 +207,7 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
             classes=sampler.classes,
             conditions=sampler.conditions,
             class_counts=counts,
-            **of_codes,
+            **others,
         )
         for chosen in itertools.product(*sweep)
     ]
@@ -237,6 +234,6 @@ def write_defaults(pipeline: Path, **options: float) -> None:
 def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
     r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
     best = min(rows, key=lambda row: row[distance])
-    chosen = {option: best[option] for option in SWEPT if option in best}
+    chosen = {option: best[option] for option in (*SWEPT, "velocity_scale") if option in best}
     write_defaults(Path(name), **chosen)
     logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))
