@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 import venv
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -650,6 +651,13 @@ def test_pipeline_keeps_its_encoder_when_an_autoencoder_alone_is_pushed(client, 
         push_folder(tmp_path / "vae", "writer/whole")
     assert client.files("writer/whole") == before and "model_index.json" in before
     push_folder(tmp_path / "vae", "writer/other")
+    shutil.rmtree(tmp_path / "vae")
+    config = json.loads((shutil.copytree(folder / "pipeline" / "vae", tmp_path / "vae") / "config.json").read_text())
+    for factor, message in ((1.00001, None), (1.1, "has other `scaling_factor` than .* `dae-diffusers assemble`")):
+        config["scaling_factor"] *= factor
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+        with nullcontext() if message is None else pytest.raises(UserError, match=message):
+            push_folder(tmp_path / "vae", "writer/whole")
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"])

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -37,7 +39,8 @@ from safetensors.torch import load_file, save_file
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import GENERATORS, makes_pictures, repository_files, without_origin
 from dae_diffusers.hub.results import NUMBERS, PICTURES, Result, is_leftover, read_result
-from dae_diffusers.store import have_other_encoders
+from dae_diffusers.latents.statistics import STATISTICS
+from dae_diffusers.store import have_other_encoders, read_json_or
 
 logger = logging.getLogger(__name__)
 
@@ -237,14 +240,28 @@ def shows_public_images(result: Result) -> bool:
 
 
 def _check_encoder(api: HfApi, repository: RepoUrl, vae: Path, revision: str | None) -> None:
-    """Refuses an autoencoder alone whose latents the generator in the repository does not know."""
-    wanted = {"allow_patterns": "vae/*.safetensors*", "ignore_patterns": "*.fp16*"}
+    """Refuses an autoencoder alone whose latents, or their statistics, the generator in the repository does not know."""
+    wanted = {"allow_patterns": ["vae/*.safetensors*", "vae/config.json"], "ignore_patterns": "*.fp16*"}
     theirs = Path(api.snapshot_download(repository.repo_id, revision=revision, **wanted)) / "vae"
     if have_other_encoders(theirs, vae):
         raise UserError(
             f"{repository} holds a pipeline with another encoder than that of {vae}, whose latents its generator does not know. "
             "Push the autoencoder to another repository or branch (`--revision`), or push a whole pipeline."
         )
+    configs = [read_json_or(folder / "config.json", {}) for folder in (theirs, vae)]
+    other = next((name for name in STATISTICS if _differ(*(config.get(name) for config in configs))), None)
+    if other is not None:
+        raise UserError(
+            f"{repository} holds a pipeline whose autoencoder has other `{other}` than {vae}, by which its generator's latents would be "
+            "decoded wrongly. Put the decoder into the pipeline with `dae-diffusers assemble`, and push that."
+        )
+
+
+def _differ(first: Any, second: Any) -> bool:
+    """Whether numbers differ by more than another machine's rounding."""
+    if None in (first, second) or np.shape(first) != np.shape(second):
+        return first != second
+    return not np.allclose(first, second, rtol=1e-3, atol=1e-3)
 
 
 def _is_public(name: str) -> bool:
