@@ -77,7 +77,7 @@ def make_random_transformer(**config) -> DAEDiTTransformer2DModel:
 def save_autoencoder(folder: Path) -> Path:
     """Saves what a user would have trained: without the auxiliary decoder, with statistics of the latents."""
     autoencoder = make_autoencoder()
-    autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
+    autoencoder.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3, scaling_factor=1.0)
     autoencoder.to_diffusers().save_pretrained(folder)
     return folder
 

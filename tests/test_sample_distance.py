@@ -28,7 +28,7 @@ def inputs(tmp_path_factory, image_folder):
     folder = tmp_path_factory.mktemp("inputs")
     judge = save_backbone(folder / "judge", "classifier")
     vae = load_autoencoder(str(save_autoencoder(folder / "vae")))
-    vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[0.5] * 3)
+    vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[0.5] * 3, scaling_factor=1.0)
     vae.save_pretrained(folder / "vae")
     return {"train_data_dir": image_folder, "vae": folder / "vae", "metric_features": judge}
 

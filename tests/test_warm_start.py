@@ -285,7 +285,7 @@ def test_what_does_not_fit_the_weights_is_named(places):
     data = {"dataset_name": "digits", "image_channels": 1, "vae": "x", "pretrained_model_name_or_path": "y"}
     config = compose(TrainDiTConfig, **data, repa_model="z", repa_layer=3)
     with pytest.raises(UserError, match="`repa_layer` is 3, but the transformer has blocks 1 to 2"):
-        make_representation_alignment(config.alignment, make_transformer("stock"), Accelerator(cpu=True), 0)
+        make_representation_alignment(config.alignment, make_transformer("stock"), 4, Accelerator(cpu=True), 0)
 
 
 def test_folder_of_a_transformer_counts_as_its_pipeline_and_a_folder_alone_has_numbers_for_names(places, tmp_path):
