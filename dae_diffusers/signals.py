@@ -153,8 +153,8 @@ def resuming_command(argv: list[str] | None = None) -> str:
             next(words, None)
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
-    on_cpus = os.environ.get("ACCELERATE_USE_CPU")
-    start = f"ACCELERATE_USE_CPU={shlex.quote(on_cpus)} " if on_cpus else ""
+    is_on_cpus = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and "--cpu" not in kept
+    start = "ACCELERATE_USE_CPU=true " if is_on_cpus else ""
     return start + shlex.join([*kept, "--resume_from_checkpoint", "latest"])
 
 

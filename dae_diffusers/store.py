@@ -79,6 +79,8 @@ def fingerprint_of_json(value: Any) -> str:
 
 # The children of an autoencoder that make the latents or codes that a generator learns.
 LATENT_PARTS = ("encoder", "quant_conv", "quantize")
+# What an autoencoder's config says of its latents, for generators.
+STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 
 
 def weights_of(model: "torch.nn.Module", children: tuple[str, ...] | None = None) -> Iterator[Any]:

@@ -149,11 +149,11 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
         architectures = config.architectures or []
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
         is_classifier = any(architecture.endswith("ForImageClassification") for architecture in architectures)
-        model_class = AutoModelForImageClassification if is_classifier else AutoModel
-        if config.model_type == "vit_mae":  # a ViT whose own class hides patches at random
-            model_class = ViTModel
+        model_class, more = AutoModelForImageClassification if is_classifier else AutoModel, {}
+        if config.model_type == "vit_mae":  # a ViT whose own class hides patches at random, and without a pooler
+            model_class, more = ViTModel, {"add_pooling_layer": False}
         model, loading = model_class.from_pretrained(
-            name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+            name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **more
         )
     except pickle.UnpicklingError:
         raise UserError(
@@ -192,11 +192,13 @@ def _check_features(name: str, model: PreTrainedModel, size: tuple[int, int]) ->
     try:
         first, second = (model.eval()(pixel_values=images)[0] for _ in range(2))
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        if "memory" in str(error):
+            raise
         raise UserError(
             f"{name!r} is a {type(model).__name__}, which does not work with images alone: {one_line(error, 200)}. Choose another vision "
             "model, such as facebook/dinov2-base."
         ) from None
-    if not torch.equal(first, second):
+    if not torch.allclose(first, second, equal_nan=True):
         raise UserError(
             f"{name!r} is a {type(model).__name__}, whose features of the same image differ from call to call. Choose another vision model, "
             "such as facebook/dinov2-base."

@@ -624,7 +624,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 matching, else timestep / number of training timesteps. Source: Kynkäänniemi et al., 2024,
                 https://huggingface.co/papers/2404.07724.
             velocity_scale (`float`, *optional*):
-                Multiplies what a transformer of flow matching predicts. A little above 1 (1.03 to 1.1), samples are sharper at no cost.
+                Multiplies what a transformer of flow matching predicts. With little or no guidance, 1.03 to 1.05 makes samples sharper.
                 Default: that of the pipeline's config, `default_velocity_scale`; else 1.
             num_inference_steps (`int`, *optional*):
                 Steps of the scheduler. Default: that of the pipeline's config, `default_num_inference_steps`; else 50.

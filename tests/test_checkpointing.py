@@ -365,6 +365,9 @@ def test_last_line_says_what_was_saved_and_how_to_go_on(accelerator, capsys, mon
         assert resuming_command(["a", *given, "b"]) == "a b --resume_from_checkpoint latest"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # without it, accelerate would start one process
     assert resuming_command(["a"]) == "ACCELERATE_USE_CPU=true a --resume_from_checkpoint latest"
+    assert resuming_command(["a", "--cpu"]) == "a --cpu --resume_from_checkpoint latest"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # as accelerate leaves it
+    assert resuming_command(["a"]) == "a --resume_from_checkpoint latest"
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,8 @@ def test_new_layer_of_a_condition_image_is_said():
         new, changes = take_over(old, **sizes, patch_size=patch_size, conditions=OldConditions(image_channels=5))
         assert ("the layer of its condition image is new" in changes) == is_new
         assert new.condition_embed.weight.any() != is_new
+    without, changes = take_over(old, **sizes, patch_size=2)  # it is dropped, as a resumed run does again
+    assert without.condition_embed is None and changes == []
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,7 @@ def test_masked_autoencoders_see_the_whole_image(tmp_path):
     config = ViTMAEConfig(**VIT, intermediate_size=16, decoder_hidden_size=8, decoder_num_attention_heads=1)
     extractor, images = load_feature_extractor(save_model(tmp_path, ViTMAEForPreTraining(config))), random_images()
     assert torch.equal(extractor(images), extractor(images))
+    assert load_feature_extractor(str(tmp_path)).fingerprint == extractor.fingerprint
     assert load_backbone(str(tmp_path)).patch_features(images).shape == (5, config.hidden_size, 2, 2)
 
 

@@ -2,21 +2,25 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
-from scripts import launched_here, load_benchmark, run
+from scripts import in_child, launched_here, load_benchmark, run
 
 from dae_diffusers.comparison import trials
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.locks import FolderLock
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.search.candidates import read_candidates
@@ -426,6 +430,20 @@ def test_settings_may_change_until_the_budget_is_divided(tmp_path):
     Search(config, DATA, read_candidates(config, DATA))  # the same goes on with its judge
     assert (first.folder / "features").exists()
     data = DATA | {"on_bad_image": "skip"}
+    (first.folder / "claims" / "judge").mkdir()
+
+    def train_judge() -> None:
+        lock = FolderLock(first.folder / "claims" / "judge")
+        time.sleep(60)
+        lock.release()
+
+    process = in_child(train_judge, wait=False)
+    while not (first.folder / "claims" / "judge" / ".owner").exists():
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="another search is at work"):
+        Search(config, data, read_candidates(config, data))
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     Search(config, data, read_candidates(config, data))
     assert not (first.folder / "features").exists()
     assert read_json(first.folder / "search.json")["data"] == data

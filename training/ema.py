@@ -170,6 +170,8 @@ def measure(
                 samples, extractor, training, accelerator, batch_size=work["batch_size"], folder=output_dir / "parts"
             )
             drawn = {"guidance_scale": settings.guidance_scale, "num_inference_steps": settings.num_inference_steps}
+            if settings.velocity_scale is not None:
+                drawn["velocity_scale"] = settings.velocity_scale
             rows.append({"length": length, **drawn, "num_images": settings.num_images, **metrics})
     return rows
 

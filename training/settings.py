@@ -248,7 +248,7 @@ class TransformerConfig:
     )
     class_dropout_prob: float = field(
         0.1,
-        "share of samples without label, caption and conditions, for guidance",
+        "share of samples without label, caption and conditions, for guidance; with captions and others, the same share without one of them",
         at_least=0,
         below=1,
         hint="for a model without classes, use `label_column none`",

@@ -47,7 +47,6 @@ from dae_diffusers.latents.cache import (
     open_latent_cache,
 )
 from dae_diffusers.latents.statistics import (
-    STATISTICS,
     has_latent_statistics,
     moments_of,
     normalize_latents,
@@ -62,6 +61,7 @@ from dae_diffusers.randomness import derived_seed
 from dae_diffusers.script import run_script
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
+from dae_diffusers.store import STATISTICS
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 

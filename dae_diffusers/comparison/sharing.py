@@ -31,6 +31,17 @@ def do_once(name: str, folder: Path, is_done: Callable[[], bool], work: Callable
     share([name], folder, lambda _: is_done(), lambda _: work())
 
 
+def is_at_work(name: str, folder: Path) -> bool:
+    r"""Whether a process is doing a job now."""
+    if not (folder / "claims" / name).exists():
+        return False
+    try:
+        FolderLock(folder / "claims" / name).release()
+    except UserError:
+        return True
+    return False
+
+
 def _take(name: str, folder: Path, is_done: Callable[[str], bool], work: Callable[[str], None]) -> bool:
     """Whether this process got the job."""
     claim = folder / "claims" / name

@@ -21,7 +21,6 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.latents.cache import autoencoder_fingerprint
-from dae_diffusers.latents.statistics import STATISTICS
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
@@ -31,7 +30,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.store import LATENT_PARTS, fingerprint, replace_files, replace_folder, weights_of
+from dae_diffusers.store import LATENT_PARTS, STATISTICS, fingerprint, replace_files, replace_folder, weights_of
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,11 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
-from dae_diffusers.latents.statistics import STATISTICS, set_statistics
+from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.metrics.monitor import SampleDistance, save_result
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.store import (
+    STATISTICS,
     have_other_encoders,
     read_json,
     replace_folder,

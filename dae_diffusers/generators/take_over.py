@@ -142,7 +142,8 @@ def take_over(
     elif outputs != in_channels:
         changes.append("its learned variance is left out")
     image = "condition_embed.weight"
-    if conditions.has_same_image and image in taken and taken[image].shape != state[image].shape:
+    has_both = conditions.has_same_image and image in taken and image in state
+    if has_both and taken[image].shape != state[image].shape:
         changes.append("the layer of its condition image is new")
     if has_new_text:
         changes.append("its text is new" if width else "text is new")

@@ -30,9 +30,9 @@ from dae_diffusers.generators.take_over import (
     without_label_dropout,
 )
 from dae_diffusers.latents.cache import autoencoder_fingerprint
-from dae_diffusers.latents.statistics import STATISTICS, set_statistics
+from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
-from dae_diffusers.store import weights_fingerprint
+from dae_diffusers.store import STATISTICS, weights_fingerprint
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)

@@ -39,8 +39,7 @@ from safetensors.torch import load_file, save_file
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import GENERATORS, makes_pictures, repository_files, without_origin
 from dae_diffusers.hub.results import NUMBERS, PICTURES, Result, is_leftover, read_result
-from dae_diffusers.latents.statistics import STATISTICS
-from dae_diffusers.store import have_other_encoders, read_json_or
+from dae_diffusers.store import STATISTICS, have_other_encoders, read_json_or
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +260,7 @@ def _differ(first: Any, second: Any) -> bool:
     """Whether numbers differ by more than another machine's rounding."""
     if None in (first, second) or np.shape(first) != np.shape(second):
         return first != second
-    return not np.allclose(first, second, rtol=1e-3, atol=1e-3)
+    return not np.allclose(first, second, rtol=1e-3, atol=1e-3 * np.abs(first).max())
 
 
 def _is_public(name: str) -> bool:

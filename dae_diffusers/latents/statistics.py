@@ -15,9 +15,6 @@ from dae_diffusers.autoencoders.loading import encode_moments, num_latent_channe
 from dae_diffusers.errors import UserError
 from dae_diffusers.pipelines.dae_dit import is_representation_autoencoder
 
-# What an autoencoder's config says of them.
-STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-
 
 @dataclass
 class LatentStatistics:
@@ -90,7 +87,7 @@ class LatentStatistics:
 
 
 def set_statistics(vae: ModelMixin, values: dict[str, Any]) -> None:
-    r"""Gives an autoencoder's config these values of [`STATISTICS`], and an `AutoencoderRAE` also the tensors that it computes with."""
+    r"""Gives an autoencoder's config these values of [`~dae_diffusers.store.STATISTICS`], and an `AutoencoderRAE` also the tensors that it computes with."""
     vae.register_to_config(**values)
     if is_representation_autoencoder(vae.config):
         for name in ("latents_mean", "latents_std"):
@@ -188,7 +185,8 @@ def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """A number for each channel, `(1, C, 1, 1)`; kept, because each copy to a GPU holds it up."""
-    return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+    with torch.inference_mode(False):  # it may be kept from drawing to training
+        return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
 
 
 def has_latent_statistics(vae: ModelMixin) -> bool:

@@ -108,6 +108,8 @@ class BackboneFeatureExtractor(FeatureExtractor):
             f"8-bit, bicubic with antialiasing to {size[0]}x{size[1]} without cropping, "
             f"mean {tuple(mean)}, std {tuple(std)}"
         )
+        if backbone_of(model) is not model.base_model:
+            self.description += ", its own output"  # earlier versions took that of a part of it
         features, logits = self._run(torch.zeros(1, 3, *size))
         self.feature_dim = features.shape[1]
         self.num_classes = None if logits is None else logits.shape[1]

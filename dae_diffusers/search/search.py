@@ -13,7 +13,7 @@ from typing import Any
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.judges import find_features
-from dae_diffusers.comparison.sharing import do_once, share
+from dae_diffusers.comparison.sharing import do_once, is_at_work, share
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -79,6 +79,11 @@ class Search:
             return path.exists() and (plan.exists() or read_json(path) == json.loads(json.dumps(described)))
 
         def begin() -> None:
+            busy = [name for name in ("judge", "plan") if path.exists() and is_at_work(name, self.folder)]
+            if busy:
+                raise UserError(
+                    f"another search is at work in `output_dir` {self.folder}, with other settings. Wait for it, or choose another folder."
+                )
             shutil.rmtree(self.folder / "features", ignore_errors=True)  # a judge of other settings
             write_json(path, described)
 
