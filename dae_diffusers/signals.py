@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 
 # SIGHUP: the terminal is closed. Windows has none.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
@@ -153,7 +154,7 @@ def resuming_command(argv: list[str] | None = None) -> str:
             next(words, None)
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
-    is_on_cpus = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and "--cpu" not in kept
+    is_on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") and "--cpu" not in kept
     start = "ACCELERATE_USE_CPU=true " if is_on_cpus else ""
     return start + shlex.join([*kept, "--resume_from_checkpoint", "latest"])
 

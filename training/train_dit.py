@@ -97,9 +97,6 @@ def main(config: TrainDiTConfig) -> None:
     steps = run.num_steps(config.transformer.max_train_steps, data.train)
     plan = plan_of(config, architecture, origin)
     start = find_start(run, vae, transformer, data.train, steps, plan, conditioning, objective)
-    # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
-    statistics = start.state.get("latent_statistics", statistics)
-    set_statistics(vae, statistics)
     weaker = WeakerWeights(run, transformer, start.step, steps)
     parts = {
         "vae": vae,
@@ -196,6 +193,7 @@ def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, orig
     Gives the autoencoder the statistics of its latents that the checkpoint or given weights know, or measures them if it has none, and
     returns what its config says then. Published ones that scale latents to another deviation than 1 do not count.
     """
+    # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
     kept = None if run.resumed is None else run.resumed[1]["state"].get("latent_statistics")
     if kept is not None:
         set_statistics(vae, kept)

@@ -126,10 +126,9 @@ def draw_latents(
     options: dict[str, Any] = {"output_type": "codes"}
     if not is_codes:
         options = {"output_type": "latent", "num_inference_steps": num_inference_steps}
-        if (
-            pipeline.config.get("default_velocity_scale") is not None
-        ):  # by name, because kept latents are known by their options
-            options["velocity_scale"] = pipeline.config.default_velocity_scale
+        # Given by name, because kept latents are known by their options.
+        scale = pipeline.config.get("default_velocity_scale")
+        options |= {} if scale is None else {"velocity_scale": scale}
     guide = guide_of(pipeline)
     if labels is not None or guide is not None:
         options["guidance_scale"] = guidance_scale
