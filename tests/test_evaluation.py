@@ -105,13 +105,16 @@ def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
     samples = samples.clamp(0, 255).round().to(torch.uint8)
     with torch.no_grad():
         features, logits = extractor.features_and_logits(samples.float() / 127.5 - 1)
-    metrics, neighbors = sample_metrics(
+    metrics, nearest = sample_metrics(
         samples,
         extractor,
         TrainingFeatures(FeatureStatistics.of(encoded.features), encoded.features, encoded.reconstruction_features),
         accelerator,
     )
     real = encoded.features
+    between, among = torch.cdist(features, real), torch.cdist(real, real).fill_diagonal_(torch.inf)
+    closest = between.argmin(dim=1)
+    authentic = between.amin(dim=1) > among.amin(dim=1)[closest]
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     expected = {
         extractor.distance_name("g"): frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(real)),
@@ -119,11 +122,14 @@ def test_metrics_stand_under_their_own_names(images, extractor, pipeline):
         "kernel_distance": kernel_distance(features, real),
         **dict(zip(("precision", "recall"), precision_recall(real, features), strict=True)),
         **dict(zip(("density", "coverage"), density_coverage(real, features), strict=True)),
+        "authenticity": authentic.double().mean().item(),
         f"classifier_score_{extractor.name}": inception_score(logits[order].softmax(dim=1))[0],
     }
     assert metrics == pytest.approx(expected, rel=1e-4)
     assert len({round(value, 6) for value in expected.values()}) >= 6  # else a mix-up would not show
-    assert neighbors.tolist() == torch.cdist(features, real).argmin(dim=1).tolist()
+    assert 0 < expected["authenticity"] < 1
+    assert nearest.indices.tolist() == closest.tolist()
+    assert [sample for sample, _ in nearest.most_alike(3)] == nearest.ratios.argsort()[:3].tolist()
 
     between = interpolate_to_neighbors(encoded.latents, normalize_latents(encoded.latents, pipeline.vae))
     with torch.no_grad():
@@ -337,9 +343,10 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     samples = ((pixels + 1) * 127.5).round().to(torch.uint8)
     reference = FeatureStatistics.of(encoded.features)
     training = TrainingFeatures(reference, encoded.features, encoded.reconstruction_features)
-    metrics, neighbors = sample_metrics(samples, extractor, training, accelerator)
+    metrics, nearest = sample_metrics(samples, extractor, training, accelerator)
     expected_gap = frechet_distance(reference, FeatureStatistics.of(encoded.reconstruction_features))
-    assert neighbors.tolist() == list(range(len(images)))
+    assert nearest.indices.tolist() == list(range(len(images)))
+    assert metrics["authenticity"] == 0
     assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1
     distance = next(value for name, value in metrics.items() if name.startswith("gfd_"))
     assert distance == pytest.approx(0, abs=1e-6)

@@ -1,7 +1,10 @@
 """The distance of samples while a generator trains: kept weights, early end, resumed and distributed runs."""
 
+from pathlib import Path
+
 import pytest
 from models import make_plain_vq_model, save_autoencoder, save_backbone
+from safetensors.torch import load_file
 from scripts import (
     PRIOR,
     TINY_DIT,
@@ -132,11 +135,26 @@ def test_a_prior_is_measured_too(inputs, tmp_path):
     assert list(distances(tmp_path, "train_vqgan_prior")) == [3, 6] and (tmp_path / PRIOR).exists()
 
 
+def test_without_features_the_validation_loss_decides(inputs, tmp_path, caplog):
+    make_plain_vq_model().save_pretrained(tmp_path / "vae")
+    images = {"train_data_dir": inputs["train_data_dir"], "vae": tmp_path / "vae", "output_dir": tmp_path}
+    flags = f"{TINY_PRIOR} --learning_rate 1 --max_train_steps 20 --validation_steps 1 --export best --early_stopping_patience 2"
+    run(train_vqgan_prior, flags, **images)
+    found = {
+        row["step"]: row["validation/loss"] for row in log_of(tmp_path, "train_vqgan_prior") if "validation/loss" in row
+    }
+    best = min(found, key=found.get)
+    assert max(found) == best + 2 < 20
+    kept = tmp_path / "train_vqgan_prior" / "best" / f"step-{best}" / Path(PRIOR).relative_to("pipeline")
+    assert_same_weights(load_file(kept), load_file(tmp_path / PRIOR))
+    assert (
+        f"was {found[best]:.4g} at step {best}. The model begins to learn its training images by heart" in caplog.text
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--export best", "`--export best` needs a distance"),
-        ("--early_stopping_patience 3", "`--early_stopping_patience` needs a distance"),
         ("--metric_features judge --streaming", "`--streaming` does not go with `--metric_features`"),
         (
             "--metric_features judge --image_channels 4",

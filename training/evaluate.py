@@ -116,7 +116,7 @@ def main(config: EvaluateConfig) -> None:
         sweep = [] if sampler is None else swept_settings(config.sampling, config.evaluation.seed, sampler, train)
         results |= evaluation.keep(
             lambda: evaluation.of_real_images(held_out, drawn, training),
-            ["real images", *evaluation.inputs(train, validation, evaluation.some)]
+            ["real images, with authenticity", *evaluation.inputs(train, validation, evaluation.some)]
             + [generation_inputs(sampler.pipeline, settings, accelerator) for settings in sweep],
         )
 
@@ -256,13 +256,13 @@ class Evaluation:
             )
 
             def compare(samples=samples) -> dict[str, Any]:
-                metrics, neighbors = sample_metrics(
+                metrics, nearest = sample_metrics(
                     samples, extractor, training, accelerator, batch_size=batch_size, folder=self.parts
                 )
-                return {"metrics": metrics, "neighbors": neighbors.tolist()}
+                return {"metrics": metrics, "most_alike": nearest.most_alike()}
 
             drawn = generation_inputs(sampler.pipeline, settings, accelerator)
-            compared = self.keep(compare, ["generation", *self.inputs(train, self.some), drawn])
+            compared = self.keep(compare, ["generation, with authenticity", *self.inputs(train, self.some), drawn])
             given = {
                 name: value
                 for name, value in settings.given().items()
@@ -274,8 +274,7 @@ class Evaluation:
                 name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
                 id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
                 labels = settings.labels(sampler.num_classes) if is_by_class(self.config.sampling, sampler) else None
-                neighbors = torch.tensor(compared["neighbors"])
-                save_grids(self.folder, name, samples, labels, self.some, neighbors, id2label)
+                save_grids(self.folder, name, samples, labels, self.some, compared["most_alike"], id2label)
         return rows, every, training
 
     def of_real_images(

@@ -353,21 +353,20 @@ class MonitorConfig:
         2000, "measure every N steps, and at the end", at_least=1, needs="metric_features", advanced=True
     )
     export: Literal["last", "best"] = field(
-        "last", "weights of the pipeline: the last, or those with the smallest distance", advanced=True
+        "last",
+        "weights of the pipeline: the last, or those with the smallest distance, without `--metric_features` the lowest validation loss",
+        advanced=True,
     )
     early_stopping_patience: int | None = field(
-        None, "stop after N measurements in a row that bring nothing better", at_least=1, advanced=True
+        None,
+        "stop after N measurements in a row, without `--metric_features` N validations, that bring nothing better",
+        at_least=1,
+        advanced=True,
     )
 
-    def __post_init__(self):
-        if self.metric_features is not None:
-            return
-        for name, is_set in (
-            ("export best", self.export == "best"),
-            ("early_stopping_patience", self.early_stopping_patience is not None),
-        ):
-            if is_set:
-                raise ConfigError(f"`{name}` needs a distance to compare: give `metric_features`.")
+    @property
+    def looks_for_best(self) -> bool:
+        return self.export == "best" or self.early_stopping_patience is not None
 
     def check_decoder(self, is_finished: bool) -> None:
         """Checks that distances of different steps are those of the same decoder."""

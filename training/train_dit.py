@@ -152,6 +152,7 @@ def main(config: TrainDiTConfig) -> None:
                 loss = loss + term
             step.backward(loss)
         weaker.follow(loop)
+        value = None
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, vae, validation_data, objective, conditioning)
@@ -160,7 +161,7 @@ def main(config: TrainDiTConfig) -> None:
                 draw_samples(run, pipeline_of(model, vae=newest), loop.step, data.images)
             step.write({"validation/loss": value})
         if monitor is not None:
-            monitor.follow(loop, step, pipeline_of)
+            monitor.follow(loop, step, pipeline_of, value)
     if run.end_dry_run():
         return
     if accelerator.is_main_process:

@@ -83,6 +83,7 @@ def main(config: TrainPriorConfig) -> None:
             loss = code_losses(loop.model, batch["codes"], labels, vae.config.num_vq_embeddings).mean()
             step.add(loss=loss)
             step.backward(loss)
+        value = None
         if step.validates:
             with loop.averaged() as model:
                 value = validation_loss(run, model, validation_codes)
@@ -90,7 +91,7 @@ def main(config: TrainPriorConfig) -> None:
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None:
-            monitor.follow(loop, step, pipeline_of)
+            monitor.follow(loop, step, pipeline_of, value)
     if run.end_dry_run():
         return
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)

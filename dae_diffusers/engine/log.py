@@ -38,6 +38,7 @@ class RunLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._marks: dict[str, int] = {}
+        self._has_warned = False
 
     def begin(self, step: int, tracker_project: str, settings: dict[str, Any]) -> None:
         r"""Drops the rows after `step` from an earlier log, and starts the trackers."""
@@ -87,6 +88,22 @@ class RunLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         for tracker in list(self.accelerator.trackers):
             self._guard(lambda tracker=tracker: tracker.log(values, step=step), tracker)
+
+    def check_overfitting(self, loss: float, step: int) -> None:
+        r"""Warns once if the validation loss has risen for good: the model learns its training images by heart."""
+        rows = read_log(self.folder)
+        losses = [(row["validation/loss"], row["step"]) for row in rows if "validation/loss" in row]
+        lowest, then = min(losses, default=(loss, step))
+        trained = [row["train/loss"] for row in rows if "train/loss" in row and row["step"] >= then]
+        if self._has_warned or loss < 1.05 * lowest or trained[-1:] > trained[:1]:  # if both rise, it diverges
+            return
+        self._has_warned = True
+        logger.warning(
+            "step %d: the validation loss is %.4g, but was %.4g at step %d. The model begins to learn its training images by heart, and "
+            "samples will repeat them. Stop (`early_stopping_patience`) and keep the weights of then (`export best`), or use more images, "
+            "`random_flip` or a smaller model: docs/planning.md, \"Overfitting\".",
+            step, loss, lowest, then,
+        )  # fmt: skip
 
     def write_grid(self, name: str, grid: Image.Image, step: int) -> None:
         r"""Saves a picture as `grids/<name>-<step>.png` and shows it in every tracker that can."""

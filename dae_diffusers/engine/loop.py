@@ -262,6 +262,8 @@ class Step:
         r"""Logs the values of a validation and shows them above the progress bar."""
         loop = self.loop
         loop.run.log.write(values, loop.step)
+        if "validation/loss" in values and loop.accelerator.is_main_process:
+            loop.run.log.check_overfitting(values["validation/loss"], loop.step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         loop.show(f"step {loop.step}: {shown}")
 

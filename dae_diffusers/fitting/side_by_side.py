@@ -23,7 +23,7 @@ from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import set_statistics
-from dae_diffusers.metrics.monitor import SampleDistance, save_result
+from dae_diffusers.metrics.monitor import Monitor, best_or_last
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.store import (
     STATISTICS,
@@ -94,22 +94,26 @@ class GrowingAutoencoder:
             self._origin = origin
         return with_statistics_of(self.vae, vae).to(self.device)
 
-    def finish(self, run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:
+    def finish(self, run: TrainingRun, pipeline: DiffusionPipeline, monitor: Monitor | None) -> None:
         r"""
         Saves the pipeline of a generator that is trained, whole or [`WAITING`], and finishes its run. All processes call it.
 
         Args:
             run ([`~dae_diffusers.engine.run.TrainingRun`]): The generator's.
             pipeline (`DiffusionPipeline`): With the last weights.
-            monitor ([`~dae_diffusers.metrics.monitor.SampleDistance`], *optional*): What measured its samples.
+            monitor ([`~dae_diffusers.metrics.monitor.Monitor`], *optional*): What has looked for the best weights.
         """
         is_whole = self.is_finished
-        if run.accelerator.is_main_process and is_whole:
-            save_result(run, pipeline, monitor)
-        elif run.accelerator.is_main_process:
-            trained = {name: part for name, part in pipeline.components.items() if name != "vae"}
-            run.note(weights=weights_by_part(trained))  # the decoder comes later
-            is_whole = self.save_waiting(pipeline)
+        if run.accelerator.is_main_process:
+            pipeline = best_or_last(run, pipeline, monitor)
+            parts = weights_by_part(pipeline.components)
+            if is_whole:
+                run.note(weights=parts)
+                pipeline.save_pretrained(run.output_dir / "pipeline")
+                logger.info("saved %s", run.output_dir / "pipeline")
+            else:
+                run.note(weights={name: of for name, of in parts.items() if name != "vae"})  # the decoder comes later
+                is_whole = self.save_waiting(pipeline)
         run.finish("pipeline" if is_whole else None)
 
     def save_waiting(self, pipeline: DiffusionPipeline) -> bool:

@@ -62,6 +62,7 @@ METRICS = {
     "recall": ("Recall", "share of training images near samples"),
     "density": ("Density", "samples, higher is better"),
     "coverage": ("Coverage", "samples, at most 1"),
+    "authenticity": ("Authenticity", "share of samples that are no near copies; compare with that of real images"),
     "inception_score": ("Inception score", "samples, higher is better"),
     "class_agreement": ("Class agreement", "share of samples that a classifier assigns to the requested class"),
 }

@@ -1,8 +1,9 @@
 """The measurements of `training/evaluate.py`: of an autoencoder, of its latent space, and of images that a pipeline has drawn."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -67,6 +68,29 @@ class TrainingFeatures:
     reference: FeatureStatistics
     images: torch.Tensor
     reconstructions: torch.Tensor | None = None
+
+    @cached_property
+    def spacing(self) -> torch.Tensor:
+        r"""Squared distance of each image to its nearest other one, `(M,)`."""
+        return nearest_neighbors(self.images)[0][:, 0]
+
+
+class Nearest(NamedTuple):
+    r"""
+    The training image that is nearest to each sample, in the features of an extractor.
+
+    Attributes:
+        indices (`torch.Tensor` of shape `(N,)`): Its number.
+        ratios (`torch.Tensor` of shape `(N,)`): The squared distance to it, divided by its own squared distance to its nearest other
+            training image: 0 for a copy. A sample with more than 1 is authentic.
+    """
+
+    indices: torch.Tensor
+    ratios: torch.Tensor
+
+    def most_alike(self, count: int = 12) -> list[tuple[int, int]]:
+        r"""The numbers of the samples that are most like a copy, with those of their training images, most alike first."""
+        return [(sample, int(self.indices[sample])) for sample in self.ratios.argsort(stable=True)[:count].tolist()]
 
 
 @torch.no_grad()
@@ -288,10 +312,13 @@ def sample_features(
 
 def feature_metrics(
     features: torch.Tensor, extractor: FeatureExtractor, training: TrainingFeatures
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Nearest]:
     r"""
     Compares features of images, `(N, D)`, with those of training images; see [`sample_metrics`]. Precision, recall, density and
     coverage compare as many of both: of training images a fixed random choice, because data may be sorted by class.
+
+    Source of `authenticity`, the share of authentic samples: Alaa et al., 2022, https://huggingface.co/papers/2102.08921, here in the
+    features themselves instead of a hypersphere learnt from them.
     """
     statistics = FeatureStatistics.of(features)
     metrics = {extractor.distance_name("g"): frechet_distance(statistics, training.reference)}
@@ -302,7 +329,12 @@ def feature_metrics(
     real = training.images[choose_indices(len(training.images), count)]
     metrics["precision"], metrics["recall"] = precision_recall(real, features[:count])
     metrics["density"], metrics["coverage"] = density_coverage(real, features[:count])
-    return metrics
+    distances, indices = (each[:, 0] for each in nearest_neighbors(features, training.images))
+    ratios = torch.nan_to_num(
+        distances / training.spacing[indices], nan=0.0, posinf=torch.inf
+    )  # 0 / 0: a copy of one of two equals
+    metrics["authenticity"] = (ratios > 1).double().mean().item()
+    return metrics, Nearest(indices, ratios)
 
 
 @torch.no_grad()
@@ -314,7 +346,7 @@ def sample_metrics(
     *,
     batch_size: int = 64,
     folder: Path | None = None,
-) -> tuple[dict[str, float], torch.Tensor]:
+) -> tuple[dict[str, float], Nearest]:
     r"""
     Compares samples with the training images.
 
@@ -327,18 +359,18 @@ def sample_metrics(
         folder (`Path`, *optional*): Where to keep features, so that an interrupted evaluation can continue.
 
     Returns:
-        `tuple[dict, torch.Tensor]`: The metrics, and for each sample the number of its nearest training image, `(N,)`.
+        `tuple[dict, Nearest]`: The metrics, and the training image that is nearest to each sample.
         `gap` is the Fréchet distance to the *reconstructions* of training images. A decoder that blurs shrinks it too.
         Precision, recall, density and coverage compare `min(N, M)` of both.
     """
     gathered = sample_features(samples, extractor, accelerator, batch_size=batch_size, folder=folder)
     features = gathered["features"]
-    metrics = feature_metrics(features, extractor, training)
+    metrics, nearest = feature_metrics(features, extractor, training)
     if "logits" in gathered:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))  # parts must mix the classes
         name = "inception_score" if extractor.name == "inception" else f"classifier_score_{extractor.name}"
         metrics[name] = inception_score(gathered["logits"][order].softmax(dim=1))[0]
-    return metrics, nearest_neighbors(features, training.images)[1][:, 0]
+    return metrics, nearest
 
 
 def _fingerprint_of_rows(rows: torch.Tensor | KeptRows) -> str:

@@ -15,7 +15,6 @@ from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
-from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
@@ -26,48 +25,27 @@ from dae_diffusers.store import fingerprint_of_json, replace_folder
 logger = logging.getLogger(__name__)
 
 
-class SampleDistance:
+class Monitor:
     r"""
-    Measures how far samples are from the training images at every `metric_steps` steps, and keeps the best pipeline in
-    `<folder>/best/step-<N>`. The samples of a step depend on the weights and the run's seed alone, so that the number of processes
-    and interruptions change nothing.
+    Keeps the best pipeline of a run in `<folder>/best/step-<N>`, by a number that [`follow`] finds. All processes call its methods.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
-        images ([`~dae_diffusers.data.ImageDataset`]): The training images.
-        vae ([`~diffusers.ModelMixin`]): Decodes the samples.
-        settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
+        measure (`str`): A fingerprint of what the number depends on.
         state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
-        after (`int`, *optional*): Measurements up to this step are logged, but do not count for the best and for patience: their
-            pipelines lack what comes at this step, such as a weaker transformer that guides.
-        settings_until (`SampleSettings`, *optional*): How samples are drawn before that step; default: `settings`.
+        after (`int`, *optional*): Numbers up to this step do not count for the best and for patience: their pipelines lack what comes at
+            this step, such as a weaker transformer that guides.
 
     Attributes:
-        state (`dict`): `step` and `distance` of the best measurement, `worse`, how many were made since, and `measure`, a fingerprint of
-            what is measured. It changes in place: save it with each checkpoint.
-
-    Raises:
-        UserError: If the features cannot be loaded or do not take such images.
+        name (`str`): What is measured, as the log calls it.
+        state (`dict`): `step` and `distance`, the number, of the best pipeline, `worse`, how many numbers came since, and `measure`. It
+            changes in place: save it with each checkpoint.
     """
 
-    def __init__(
-        self,
-        run: TrainingRun,
-        images: ImageDataset,
-        vae: ModelMixin,
-        settings: SampleSettings,
-        state: dict[str, Any] | None = None,
-        *,
-        after: int = 0,
-        settings_until: SampleSettings | None = None,
-    ):
-        self.run, self.config, self.settings = run, run.config.monitor, settings
-        self.after, self.settings_until = after, settings_until or settings
-        self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
-        self.extractor = load_feature_extractor(self.config.metric_features, run.accelerator.device)
-        self.name = f"validation/{self.extractor.distance_name('g')}"
-        described = [self.extractor.fingerprint, self.images.fingerprint, model_fingerprint(vae), settings.given()]
-        measure = fingerprint_of_json(described + [after] * (after > 0))
+    name: str
+
+    def __init__(self, run: TrainingRun, measure: str, state: dict[str, Any] | None = None, *, after: int = 0):
+        self.run, self.config, self.after = run, run.config.monitor, after
         if state is not None and state.get("measure", measure) != measure:
             logger.warning(
                 "what is measured has changed since the checkpoint (`metric_features`, `metric_images`, the autoencoder or how samples "
@@ -87,42 +65,140 @@ class SampleDistance:
                 "`early_stopping_patience` %d is used up since step %s, so no step follows. Give a larger one, or leave it out, to go on.",
                 self.config.early_stopping_patience, self.state["step"],
             )  # fmt: skip
-        self.reference: FeatureStatistics | None = None
-        self._started, self._spent = time.monotonic(), 0.0
 
     @property
     def is_exhausted(self) -> bool:
-        r"""Whether the last `early_stopping_patience` measurements brought nothing better."""
+        r"""Whether the last `early_stopping_patience` numbers brought nothing better."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.state["worse"] >= patience
 
-    def follow(self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline]) -> None:
+    def best_pipeline(self) -> Path | None:
+        r"""The folder of the best pipeline so far."""
+        return None if self.state["step"] is None else self._folder_of(self.state["step"])
+
+    def report(self) -> None:
+        r"""Says what was best, if anything was measured."""
+        if self.state["step"] is not None:
+            what = self.name.partition("/")[2]
+            logger.info("%s was smallest at step %d: %.4g", what, self.state["step"], self.state["distance"])
+
+    def follow(
+        self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline], loss: float | None
+    ) -> None:
         r"""
-        Measures if a measurement is due, and ends the loop if patience is. Call it in each step of the loop, on all processes.
+        Looks at each step of the loop, and ends the loop if patience is used up.
 
         Args:
             loop ([`~dae_diffusers.engine.loop.Loop`]), step ([`~dae_diffusers.engine.loop.Step`]): The present ones.
             pipeline_of (`Callable`): Makes the pipeline of a model.
+            loss (`float`, *optional*): The validation loss, if the step validates.
         """
-        if not step.is_last and loop.step % self.config.metric_steps:
-            return
-        with loop.averaged() as model:
-            step.write(self.measure(pipeline_of(model), loop.step))
+        raise NotImplementedError
+
+    def _compare(self, loop: Loop, pipeline: DiffusionPipeline, number: float) -> None:
+        """Keeps a pipeline that is better than all before."""
+        if loop.step > self.after:
+            if self.state["distance"] is None or number < self.state["distance"]:
+                if self.run.accelerator.is_main_process:
+                    self._keep(pipeline, loop.step)
+                self.state.update(step=loop.step, distance=number, worse=0)
+            else:
+                self.state["worse"] += 1
+        self.run.accelerator.wait_for_everyone()
         if self.is_exhausted:
             logger.info("step %d: `early_stopping_patience` is used up, so the run ends.", loop.step)
             loop.stop()
 
+    def _folder_of(self, step: int) -> Path:
+        return self.run.folder / "best" / f"step-{step}"
+
+    def _keep(self, pipeline: DiffusionPipeline, step: int) -> None:
+        """Saves a pipeline whole or not at all. The one before stays until then: an older checkpoint may still name it."""
+        folder = self.run.folder / "best"
+        kept = {f"step-{self.state['step']}", f"step-{step}"}
+        for old in folder.glob("step-*"):
+            if old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+        replace_folder(self._folder_of(step), pipeline.save_pretrained)
+
+
+class ValidationLoss(Monitor):
+    r"""The pipeline with the lowest validation loss, from before the model learns its training images by heart."""
+
+    name = "validation/loss"
+
+    def follow(
+        self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline], loss: float | None
+    ) -> None:
+        if loss is not None:
+            with loop.averaged() as model:
+                self._compare(loop, pipeline_of(model), loss)
+
+
+class SampleDistance(Monitor):
+    r"""
+    Measures how far samples are from the training images at every `metric_steps` steps. The samples of a step depend on the weights and
+    the run's seed alone, so that the number of processes and interruptions change nothing.
+
+    Args:
+        run, state, after: As [`Monitor`].
+        images ([`~dae_diffusers.data.ImageDataset`]): The training images.
+        vae ([`~diffusers.ModelMixin`]): Decodes the samples.
+        settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
+        settings_until (`SampleSettings`, *optional*): How samples are drawn up to step `after`; default: `settings`.
+
+    Raises:
+        UserError: If the features cannot be loaded or do not take such images.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        images: ImageDataset,
+        vae: ModelMixin,
+        settings: SampleSettings,
+        state: dict[str, Any] | None = None,
+        *,
+        after: int = 0,
+        settings_until: SampleSettings | None = None,
+    ):
+        self.settings, self.settings_until = settings, settings_until or settings
+        self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
+        self.extractor = load_feature_extractor(run.config.monitor.metric_features, run.accelerator.device)
+        self.name = f"validation/{self.extractor.distance_name('g')}"
+        described = [self.extractor.fingerprint, self.images.fingerprint, model_fingerprint(vae), settings.given()]
+        super().__init__(run, fingerprint_of_json(described + [after] * (after > 0)), state, after=after)
+        self.reference: FeatureStatistics | None = None
+        self._started, self._spent = time.monotonic(), 0.0
+
+    def follow(
+        self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline], loss: float | None
+    ) -> None:
+        if not step.is_last and loop.step % self.config.metric_steps:
+            return
+        with loop.averaged() as model:
+            pipeline = pipeline_of(model)
+            distance = self.measure(pipeline, loop.step)
+            step.write({self.name: distance})
+            self._compare(loop, pipeline, distance)
+
+    def report(self) -> None:
+        super().report()
+        if self.state["step"] is not None:
+            share = self._spent / max(time.monotonic() - self._started, 1e-9)
+            logger.info("measuring took %.0f %% of the time", 100 * share)
+
     @torch.no_grad()
-    def measure(self, pipeline: DiffusionPipeline, step: int) -> dict[str, float]:
+    def measure(self, pipeline: DiffusionPipeline, step: int) -> float:
         r"""
-        Draws samples and measures them; a pipeline that is the best so far is saved. All processes call it.
+        Draws samples and measures them.
 
         Args:
             pipeline (`DiffusionPipeline`): With averaged weights, on its device.
             step (`int`): Optimiser steps done.
 
         Returns:
-            `dict[str, float]`: The distance, as it is logged.
+            `float`: The distance.
         """
         start, run = time.monotonic(), self.run
         if self.reference is None:
@@ -136,40 +212,8 @@ class SampleDistance:
         settings = self.settings_until if step < self.after else self.settings
         statistics = FeatureStatistics.of(self._features(pipeline, settings))
         distance = frechet_distance(statistics, self.reference)
-        if step > self.after:
-            self._compare(pipeline, step, distance)
-        run.accelerator.wait_for_everyone()
         self._spent += time.monotonic() - start
-        return {self.name: distance}
-
-    def best_pipeline(self) -> Path | None:
-        r"""The folder of the best pipeline so far."""
-        return None if self.state["step"] is None else self._folder_of(self.state["step"])
-
-    def _folder_of(self, step: int) -> Path:
-        return self.run.folder / "best" / f"step-{step}"
-
-    def report(self) -> None:
-        r"""Says what was best and what the measurements cost, if there were any."""
-        if self.state["step"] is None:
-            return
-        share = self._spent / max(time.monotonic() - self._started, 1e-9)
-        logger.info(
-            "%s was smallest at step %d: %.4g; measuring took %.0f %% of the time",
-            self.name.partition("/")[2],
-            self.state["step"],
-            self.state["distance"],
-            100 * share,
-        )
-
-    def _compare(self, pipeline: DiffusionPipeline, step: int, distance: float) -> None:
-        """Keeps a pipeline that is better than all before."""
-        if self.state["distance"] is None or distance < self.state["distance"]:
-            if self.run.accelerator.is_main_process:
-                self._keep(pipeline, step)
-            self.state.update(step=step, distance=distance, worse=0)
-        else:
-            self.state["worse"] += 1
+        return distance
 
     def _features(self, pipeline: DiffusionPipeline, settings: SampleSettings) -> torch.Tensor:
         """Of all samples, `(N, D)`, on the CPU of each process."""
@@ -185,15 +229,6 @@ class SampleDistance:
             extract, settings.num_images, accelerator, folder=None, of=None, chunk_size=size, description="Drawing"
         )["features"]
 
-    def _keep(self, pipeline: DiffusionPipeline, step: int) -> None:
-        """Saves a pipeline whole or not at all. The one before stays until then: an older checkpoint may still name it."""
-        folder = self.run.folder / "best"
-        kept = {f"step-{self.state['step']}", f"step-{step}"}
-        for old in folder.glob("step-*"):
-            if old.name not in kept:
-                shutil.rmtree(old, ignore_errors=True)
-        replace_folder(self._folder_of(step), pipeline.save_pretrained)
-
 
 def make_monitor(
     run: TrainingRun,
@@ -204,9 +239,10 @@ def make_monitor(
     *,
     after: int = 0,
     options_until: dict[str, Any] | None = None,
-) -> SampleDistance | None:
+) -> Monitor | None:
     r"""
-    What measures samples while a generator trains; None without `metric_features`.
+    What looks for the best weights while a generator trains: by the distance of samples with `metric_features`, else by the validation
+    loss, and then only if `export` or `early_stopping_patience` asks for it.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): See [`SampleDistance`].
@@ -214,14 +250,18 @@ def make_monitor(
         vae ([`~diffusers.ModelMixin`]): Decodes the samples.
         start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
         options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
-        after (`int`, *optional*), options_until (`dict`, *optional*): As `after` and `settings_until` of [`SampleDistance`].
+        after (`int`, *optional*), options_until (`dict`, *optional*): As `after` of [`Monitor`] and `settings_until` of [`SampleDistance`].
 
     Raises:
         UserError: As [`SampleDistance`], and if there are too few training images to compare with.
     """
     config, count = run.config, run.config.monitor.metric_images
-    if config.monitor.metric_features is None or run.dry_run is not None:
+    if run.dry_run is not None:
         return None
+    if config.monitor.metric_features is None:
+        measure = fingerprint_of_json(["validation loss", model_fingerprint(vae), after])
+        state = start.state.get("monitor")
+        return ValidationLoss(run, measure, state, after=after) if config.monitor.looks_for_best else None
     if len(images) < 2:
         raise UserError(
             f"`metric_features` compares samples with the training images, of which it needs 2 or more, but there is {len(images)}. Give "
@@ -234,22 +274,21 @@ def make_monitor(
     return SampleDistance(run, images, vae, settings, start.state.get("monitor"), after=after, settings_until=until)
 
 
-def save_result(run: TrainingRun, pipeline: DiffusionPipeline, monitor: SampleDistance | None) -> None:
+def best_or_last(run: TrainingRun, pipeline: DiffusionPipeline, monitor: Monitor | None) -> DiffusionPipeline:
     r"""
-    Saves `<output_dir>/pipeline`: the pipeline with the last weights, or with `export best` the one with the smallest distance.
+    The pipeline that a run makes: with the last weights, or with `export best` the best ones. Says and notes which.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): The run.
         pipeline (`DiffusionPipeline`): With the last weights.
-        monitor ([`SampleDistance`], *optional*): What measured the samples.
+        monitor ([`Monitor`], *optional*): What has looked for the best.
     """
-    target, step = run.output_dir / "pipeline", None
-    if monitor is not None:
-        monitor.report()
-        best = monitor.best_pipeline() if monitor.config.export == "best" else None
-        if best is not None:
-            pipeline, step = type(pipeline).from_pretrained(best), monitor.state["step"]
-            run.note(exported_step=step)
-    run.note(weights=weights_by_part(pipeline.components))
-    pipeline.save_pretrained(target)
-    logger.info("saved %s%s", target, "" if step is None else f", the weights of step {step}")
+    if monitor is None:
+        return pipeline
+    monitor.report()
+    best = monitor.best_pipeline() if monitor.config.export == "best" else None
+    if best is None:
+        return pipeline
+    run.note(exported_step=monitor.state["step"])
+    logger.info("the pipeline has the weights of step %d", monitor.state["step"])
+    return type(pipeline).from_pretrained(best)

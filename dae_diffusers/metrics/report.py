@@ -1,6 +1,7 @@
 """The report of an evaluation: its settings, tables and pictures."""
 
 import importlib.metadata
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             "Compare only equal numbers of images.",
             "",
         ]
+    lines += copies_lines(results.get("generation", []), floor.get("generation", {}))
     lines += few_images_lines(setting, results)
     shown = {
         "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
@@ -121,6 +123,25 @@ def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[s
             )
     real = {**dict.fromkeys(rows[0]), **floor["real"], "num_images": floor["num_images"]}
     return [*shown, {"images": "**real**", **real}]
+
+
+def copies_lines(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[str]:
+    r"""A warning below the tables if samples lie much nearer to training images than held-out images do."""
+    if not rows or not floor:
+        return []
+    real, number = floor["real"]["authenticity"], floor["num_images"]
+    lowest = min(row["authenticity"] for row in rows)
+    chance = 3 * math.sqrt(
+        max(real * (1 - real), 0.25 / number) / number
+    )  # three standard deviations of a share of `number` images
+    if lowest >= min(0.8 * real, real - chance):
+        return []
+    return [
+        f"**Warning:** the model repeats training images: {lowest:.0%} of its samples are authentic, but {real:.0%} of held-out real images. "
+        "Its distances are too good by that. Look at `nearest-*.png`; more images, fewer steps or a smaller model help "
+        '(docs/planning.md, "Overfitting").',
+        "",
+    ]
 
 
 def few_images_lines(setting: dict[str, Any], results: dict[str, Any]) -> list[str]:
@@ -229,22 +250,23 @@ def save_grids(
     samples: KeptRows,
     labels: torch.Tensor | None,
     train: ImageDataset,
-    neighbors: torch.Tensor,
+    pairs: list[tuple[int, int]],
     id2label: dict[int, str] | None = None,
 ) -> None:
     r"""
-    Saves a grid of samples, a column for each of few classes, and a grid of twelve samples above their nearest training images.
+    Saves a grid of samples, a column for each of few classes, and a grid of those that are most like a training image, above it.
 
     Args:
         folder (`Path`), name (`str`): Where to: `samples-<name>.png` and `nearest-<name>.png`.
         samples ([`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
         labels (`torch.Tensor` of shape `(N,)`, *optional*): The class of each sample.
-        train ([`~dae_diffusers.data.ImageDataset`]): The images that `neighbors` count.
-        neighbors (`torch.Tensor` of shape `(N,)`): The nearest training image of each sample.
+        train ([`~dae_diffusers.data.ImageDataset`]): Training images.
+        pairs (`list[tuple[int, int]]`): Numbers of samples and of the training images below them, as
+            [`~dae_diffusers.metrics.evaluation.Nearest.most_alike`] gives them.
         id2label (`dict[int, str]`, *optional*): Names of the classes.
     """
     sample_grid(samples, labels, id2label).save(folder / f"samples-{name}.png")
-    few = samples[:12].float() / 127.5 - 1
-    nearest = torch.stack([train[number]["pixel_values"] for number in neighbors[: len(few)].tolist()])
-    rows = torch.cat([few, nearest])
-    image_grid(rows, columns=len(few), row_names=["sample", "nearest"]).save(folder / f"nearest-{name}.png")
+    alike = torch.cat([samples[sample : sample + 1] for sample, _ in pairs]).float() / 127.5 - 1
+    nearest = torch.stack([train[image]["pixel_values"] for _, image in pairs])
+    rows = torch.cat([alike, nearest])
+    image_grid(rows, columns=len(pairs), row_names=["sample", "nearest"]).save(folder / f"nearest-{name}.png")

@@ -86,5 +86,5 @@ class Yardstick:
         sets = [self.held_out[choose_indices(len(self.held_out), number)], *(features[:number] for features in samples)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            real, *rows = (feature_metrics(each, self.extractor, training) for each in sets)
+            real, *rows = (feature_metrics(each, self.extractor, training)[0] for each in sets)
         return {"num_images": number, "real": real, "samples": rows}
