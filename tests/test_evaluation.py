@@ -6,7 +6,6 @@ import math
 from functools import wraps
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -47,7 +46,7 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, keep_values
-from dae_diffusers.metrics.report import few_images_lines, plot_sweep, sample_grid
+from dae_diffusers.metrics.report import copies_lines, few_images_lines, plot_sweep, sample_grid
 from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
@@ -63,6 +62,7 @@ from dae_diffusers.metrics.sampling import (
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import check_options, set_defaults, swept_settings, what_to_draw
+from dae_diffusers.metrics.yardstick import as_in_training
 from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate
 
@@ -529,9 +529,9 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
     assert {row["num_images"] for row in results["generation"]} == {len(images)}  # as many as training images
     floor, held_out = results["floor"]["generation"], load_images(images.config)[1]
     features = [extractor(torch.stack([each["pixel_values"] for each in split])) for split in (held_out, images)]
-    number = min(map(len, features))
-    chosen = features[0][np.sort(np.random.default_rng(0).permutation(len(features[0]))[:number])]
-    expected = frechet_distance(*map(FeatureStatistics.of, (chosen, features[1])))
+    chosen = as_in_training(images, held_out, min(map(len, features)))
+    number = len(chosen)
+    expected = frechet_distance(*map(FeatureStatistics.of, (features[0][chosen], features[1])))
     assert floor["num_images"] == number
     assert floor["real"][extractor.distance_name("g")] == pytest.approx(expected, rel=1e-5)
     assert [row.keys() for row in floor["samples"]] == [floor["real"].keys()] * 2
@@ -545,6 +545,38 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
         "samples-steps-2.png",
         "sweep.png",
     ]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "limit", "expected"),
+    [
+        ([0] * 30 + [1] * 10, [0, 1] * 10, 20, [10, 3]),  # three to one, and no more of class 0 than there are
+        ([0] * 30 + [1] * 10, [0, 1] * 10, 8, [6, 2]),
+        ([0] * 30 + [1] * 10, [0] * 2 + [1] * 20, 22, [2, 20]),  # too few of class 0: as they are
+        (None, [0] * 5, 3, [3]),
+    ],
+)
+def test_real_images_have_the_classes_of_training(train, held_out, limit, expected):
+    names = {0: "cat", 1: "dog"}
+    given, others = (SimpleNamespace(labels=train, id2label=names), MeasuredLabels(held_out))
+    chosen = as_in_training(given, others, limit)
+    assert torch.tensor(held_out)[chosen].bincount().tolist() == expected and chosen == sorted(set(chosen))
+
+
+class MeasuredLabels(SimpleNamespace):
+    def __init__(self, labels):
+        super().__init__(labels=labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.57, False), (0.5, False), (0.34, True)])
+def test_a_model_that_copies_is_named(share, warns):
+    rows = [{"authenticity": 0.6}, {"authenticity": share}]
+    lines = copies_lines(rows, {"num_images": 297, "real": {"authenticity": 0.57}})
+    assert bool(lines) == warns and (not warns or "34% of its samples are authentic, but 57%" in lines[0])
+    assert copies_lines(rows, {}) == []
 
 
 def test_autoencoder_of_a_pipeline_is_one_that_can_be_measured(pipeline):

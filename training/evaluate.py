@@ -116,7 +116,7 @@ def main(config: EvaluateConfig) -> None:
         sweep = [] if sampler is None else swept_settings(config.sampling, config.evaluation.seed, sampler, train)
         results |= evaluation.keep(
             lambda: evaluation.of_real_images(held_out, drawn, training),
-            ["real images, with authenticity", *evaluation.inputs(train, validation, evaluation.some)]
+            ["real images, in proportion", *evaluation.inputs(train, validation, evaluation.some)]
             + [generation_inputs(sampler.pipeline, settings, accelerator) for settings in sweep],
         )
 

@@ -75,11 +75,18 @@ def to_markdown(results: dict[str, Any]) -> str:
     if floor:
         lines += [
             "Real images: held-out real images take the place of reconstructions (compared with as many training images) or of samples "
-            "(compared with the same images as samples). If your distance is no larger, this judge cannot tell your images from real ones. "
+            "(compared with the same images as samples, each class as often as in training if there are enough). If your distance is no larger, this judge cannot tell your images from real ones. "
             "Compare only equal numbers of images.",
             "",
         ]
     lines += copies_lines(results.get("generation", []), floor.get("generation", {}))
+    number = setting["train_images"]["number"]
+    compared = min([row["num_images"] for row in results.get("generation", [])], default=number)
+    if compared < number:
+        lines += [
+            f"Authenticity and `nearest-*.png` look at {compared} of {number} training images: copies of others are not seen.",
+            "",
+        ]
     lines += few_images_lines(setting, results)
     shown = {
         "training images": "{number} ({fingerprint})".format(**setting["train_images"]),

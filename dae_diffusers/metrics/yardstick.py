@@ -13,6 +13,7 @@ from dae_diffusers.latents.diagnostics import linear_probe_accuracy
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import EncodedImages, TrainingFeatures, feature_metrics, image_features
 from dae_diffusers.metrics.features import FeatureExtractor
+from dae_diffusers.metrics.sampling import in_proportion
 from dae_diffusers.metrics.statistics import FeatureStatistics
 
 _FEWEST = 6  # density looks at the fifth neighbour
@@ -74,17 +75,42 @@ class Yardstick:
     def of_samples(self, samples: list[torch.Tensor], training: TrainingFeatures) -> dict[str, Any]:
         r"""
         The metrics of held-out images in the place of samples (`real`), and of equally many samples (`samples`, a row for each
-        setting). Empty if there are too few.
+        setting). Empty if there are too few. Real images have no `gap`: it would count what the autoencoder loses.
 
         Args:
             samples (`list[torch.Tensor]` of shape `(N, D)`): Features of the samples of each setting.
             training ([`~dae_diffusers.metrics.evaluation.TrainingFeatures`]): What they were compared with.
         """
-        number = min(len(self.held_out), len(training.images), *map(len, samples))
+        limit = min(len(self.held_out), len(training.images), *map(len, samples))
+        chosen = as_in_training(self.train, self.validation, limit)
+        number = len(chosen)
         if number < _FEWEST:
             return {}
-        sets = [self.held_out[choose_indices(len(self.held_out), number)], *(features[:number] for features in samples)]
+        sets = [self.held_out[chosen], *(features[:number] for features in samples)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             real, *rows = (feature_metrics(each, self.extractor, training)[0] for each in sets)
+        real.pop("gap", None)
         return {"num_images": number, "real": real, "samples": rows}
+
+
+def as_in_training(train: ImageDataset, held_out: ImageDataset, limit: int) -> list[int]:
+    r"""
+    The numbers of at most `limit` held-out images, each class as often as in training, as samples have them. Without classes, or if that
+    leaves less than half, any `limit` images.
+    """
+    plain = choose_indices(len(held_out), limit).tolist()
+    if train.labels is None or len(train.id2label) < 2:
+        return plain
+    labels, num_classes = torch.tensor(held_out.labels), len(train.id2label)
+    shares = torch.tensor(train.labels).bincount(minlength=num_classes)
+    there = labels.bincount(minlength=num_classes)
+    number = min(limit, int((there / shares)[shares > 0].min() * shares.sum()) + 1)
+    while number >= max(1, limit / 2):
+        wanted = in_proportion(shares.tolist(), number).bincount(minlength=num_classes)
+        if (wanted <= there).all():
+            places = [(labels == label).nonzero().flatten() for label in range(num_classes)]
+            chosen = [of[choose_indices(len(of), count)] for of, count in zip(places, wanted.tolist(), strict=True)]
+            return torch.cat(chosen).sort().values.tolist()
+        number -= 1
+    return plain
