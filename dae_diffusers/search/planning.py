@@ -7,7 +7,7 @@ from typing import Any
 from dae_diffusers.errors import UserError
 from dae_diffusers.search.settings import show_seconds
 
-MIN_STEPS = 100  # fewer steps rank latent spaces at random: benchmarks/results/forecast.md
+MIN_STEPS = 100  # fewer steps rank latent spaces at random, and more can, too: benchmarks/results/forecast.md
 _SHARE = 0.5  # of the budget for choosing; the winner gets the rest
 
 
