@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -146,10 +147,17 @@ class DAEVQGANPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
             kwargs: As in [`DiffusionPipeline.from_pretrained`], for example `dtype` or `revision`.
+
+        Raises:
+            `ValueError`: If there is no such folder, and it cannot be a repository's name.
         """
         name_or_path = str(pretrained_model_name_or_path)
         if "custom_pipeline" in kwargs or not importlib.util.find_spec(PACKAGE):
             return super().from_pretrained(name_or_path, **kwargs)
+        if not os.path.isdir(name_or_path) and name_or_path.count("/") > 1:
+            raise ValueError(
+                f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path."
+            )
         folder = Path(name_or_path if os.path.isdir(name_or_path) else cls.download(name_or_path, **kwargs))
         pipeline = super().from_pretrained(folder, **{**kwargs, **_own_autoencoder(cls, folder, kwargs)})
         pipeline.register_to_config(_name_or_path=name_or_path)
@@ -327,7 +335,18 @@ class DAEVQGANPipeline(DiffusionPipeline):
         """
         # These are code vectors already; only `lookup_from_codebook` would take them for indices.
         lookup = self.vae.config.lookup_from_codebook
-        return self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
+        images = self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
+        if self.vae.dtype != torch.float16 or images.isfinite().all():
+            return images
+        warnings.warn(
+            "numbers inside `vae` exceed the range of float16, so it works in float32. Load it in float32 or bfloat16.",
+            stacklevel=3,
+        )
+        self.vae.to(torch.float32)
+        try:
+            return self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
+        finally:
+            self.vae.to(torch.float16)
 
     @torch.no_grad()
     def code_vectors(self, codes: torch.Tensor) -> torch.Tensor:

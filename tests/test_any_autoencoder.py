@@ -26,7 +26,7 @@ from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.latents.statistics import LatentStatistics, normalize_latents
 from dae_diffusers.settings import compose
-from dae_diffusers.store import weights_fingerprint_of
+from dae_diffusers.store import STATISTICS, weights_fingerprint_of
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
@@ -193,6 +193,11 @@ def test_its_decoder_is_trained_on_and_its_class_stays(kind, image_folder, tmp_p
     run(train_dae, flags.replace("--checkpointing_steps 2", ""), output_dir=tmp_path / "run", **more)
     before, after = (load_autoencoder(str(tmp_path / folder)) for folder in ("given", "run"))
     assert type(after) is type(before) and type(after).__name__ == kind
+    assert after.config.sample_size == 16
+    for name in STATISTICS if before.config.get("scaling_factor", 1.0) != 1 else ():
+        assert after.config.get(name) == before.config.get(
+            name
+        )  # the latents are the same, and so are those who know them
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
     assert {name.partition(".")[0] for name in changed} <= {"decoder", "post_quant_conv"} and len(changed) > 10
     assert not any("condition_encoder" in name or name.endswith(("running_mean", "running_var")) for name in changed)
@@ -207,7 +212,7 @@ def test_its_decoder_is_trained_on_and_its_class_stays(kind, image_folder, tmp_p
             (decode_latents(vae, encode_moments(vae, pixels)[0]) - pixels).abs().mean() for vae in (before, after)
         ]
     assert errors[1] < 0.9 * errors[0]
-    assert after.config.latents_mean is not None
+    assert after.config.get("latents_mean") is not None or after.config.scaling_factor != 1
     assert f"from diffusers import {kind}" in str(make_card(read_result(tmp_path / "run"), "user/model"))
 
 

@@ -203,6 +203,22 @@ def test_saved_pipeline_returns_in_every_precision(tmp_path):
     assert type(VQModel.from_pretrained(tmp_path, subfolder="vae")) is VQModel
 
 
+def test_decoder_beyond_the_range_of_float16_draws_no_black_images():
+    pipeline = make_prior_pipeline()
+    pipeline.vae.decoder.conv_in.register_forward_hook(lambda _, inputs, found: found * 1e7)
+    codes = torch.arange(16).view(1, 4, 4) % pipeline.vae.config.num_vq_embeddings
+    expected = pipeline.decode_codes(codes)
+    pipeline.vae.half()
+    with pytest.warns(UserWarning, match="exceed the range of float16"):
+        torch.testing.assert_close(pipeline.decode_codes(codes).float(), expected, atol=1e-2, rtol=1e-2)
+    assert pipeline.vae.dtype == torch.float16
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(ValueError, match="`runs/x/pipeline` is neither a folder nor a Hub repository"):
+        DAEVQGANPipeline.from_pretrained("runs/x/pipeline")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pipeline_saved_with_half_the_bits_returns_with_all(tmp_path, dtype):
     make_prior_pipeline().save_pretrained(tmp_path / "whole")

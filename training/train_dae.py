@@ -260,8 +260,9 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         metrics = codebook_metrics(count_codes(vae, run.pass_loader(images, num_workers=num_workers), run.accelerator))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("over all training images: %s", shown)
-    source = cached_latents(run, vae, images) or images
-    write_latent_statistics(vae, run.pass_loader(source, num_workers=num_workers), run.accelerator)
+    if not keeps_latents(run.config, vae):
+        source = cached_latents(run, vae, images) or images
+        write_latent_statistics(vae, run.pass_loader(source, num_workers=num_workers), run.accelerator)
     if run.accelerator.is_main_process:
         vae.save_pretrained(run.output_dir / "vae")
         save_value_range(images.value_range, run.output_dir / "vae")
@@ -276,6 +277,16 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         shutil.rmtree(run.folder / "latents", ignore_errors=True)
         shutil.rmtree(run.folder / NEWEST, ignore_errors=True)
         join_waiting(run.output_dir, [run.output_dir])
+
+
+def keeps_latents(config: TrainDAEConfig, vae) -> bool:
+    """
+    Whether the latents are those of a given autoencoder with statistics, which generators and stock pipelines that were trained on them
+    know.
+    """
+    if config.autoencoder.pretrained_model_name_or_path is None or config.stages.stage != "2":
+        return False
+    return vae.config.get("latents_mean") is not None or vae.config.get("scaling_factor", 1.0) != 1
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:

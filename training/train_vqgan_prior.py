@@ -60,8 +60,8 @@ def main(config: TrainPriorConfig) -> None:
         default_guidance_scale=sampling_options(config)["guidance_scale"],
     )
     if config.optimization.gradient_checkpointing:
-        # transformers renames it between 5.0 and 6.0.
-        getattr(prior, "activation_checkpointing_enable", prior.gradient_checkpointing_enable)()
+        is_renamed = hasattr(prior, "activation_checkpointing_enable")  # by transformers, between 5.0 and 6.0
+        getattr(prior, "activation_checkpointing_enable" if is_renamed else "gradient_checkpointing_enable")()
     run.compile_blocks(prior.model.layers)
     loop = Loop(
         run,

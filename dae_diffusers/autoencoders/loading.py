@@ -239,7 +239,12 @@ def settle_images(
     known = side or shape.side
     data.settle(known or DEFAULT_RESOLUTION, shape.image_channels)
     if given is None:
-        logger.info("images have %s pixels, as the trained model knows them", words_of_size(data.size))
+        why = (
+            "as the trained model knows them"
+            if known
+            else "the default: the trained model does not say; `--resolution` sets it"
+        )
+        logger.info("images have %s pixels, %s", words_of_size(data.size), why)
     elif known and height_and_width(known) != data.size:
         logger.info(
             "`--resolution` is %s, but the trained model knows images of %s pixels",

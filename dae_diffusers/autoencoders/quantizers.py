@@ -138,8 +138,9 @@ class CodebookQuantizer(nn.Module):
         batch, _, height, width = latents.shape
         vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
         with torch.autocast(latents.device.type, enabled=False):
-            distances = torch.cdist(vectors, self.codebook.detach().float())
-        return distances.argmin(dim=1).view(batch, height, width)
+            codebook = self.codebook.detach().float()
+            codes = torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in vectors.split(_CHUNK)])
+        return codes.view(batch, height, width)
 
     def get_codebook_entry(self, indices: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
         r"""Code vectors by index, as in diffusers: viewed as `shape` `(B, h, w, C)` and returned as `(B, C, h, w)`."""

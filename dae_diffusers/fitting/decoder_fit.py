@@ -321,7 +321,7 @@ class DecoderFit:
             term, values = self.adversary.generator_term(decoded, other_loss, last_layer, step)
             return term, {f"generated_{name}": value for name, value in values.items()}
         with self.accelerator.autocast():
-            features = self.features(decoded)
+            features = self.features(decoded.clamp(-1, 1))  # as people will see them
         distance = self.moments(features, step)
         weight = adaptive_weight(other_loss, distance, last_layer, cap=1e4, scale=loss_scale(self.accelerator))
         values = {"generated_distance": distance, "generated_adaptive_weight": weight}

@@ -80,7 +80,10 @@ class ImageStatistics(AlwaysEval):
             hidden = hidden.flatten(2).float()
             parts += [hidden.mean(dim=2), (hidden.var(dim=2, correction=0) + 1e-6).sqrt()]
         features = torch.cat(parts, dim=1)
-        return features if self.projection is None else features @ self.projection.to(features.device)
+        if self.projection is None:
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ self.projection.to(features.device)
 
 
 def log_spectrum(images: torch.Tensor, num_rings: int, *, floor: float = 1e-5) -> torch.Tensor:
@@ -101,7 +104,8 @@ def log_spectrum(images: torch.Tensor, num_rings: int, *, floor: float = 1e-5) -
     columns = torch.fft.rfftfreq(images.shape[3], device=images.device)
     rings = ((rows[:, None].square() + columns.square()).sqrt() * 2 * num_rings).long().clamp(max=num_rings - 1)
     members = F.one_hot(rings.flatten(), num_rings).float()
-    mean = power.flatten(2) @ (members / members.sum(dim=0).clamp(min=1))
+    with torch.autocast(images.device.type, enabled=False):  # the power of a bright image exceeds float16
+        mean = power.flatten(2) @ (members / members.sum(dim=0).clamp(min=1))
     return (mean + floor).log()
 
 
