@@ -1,5 +1,6 @@
 """What the layout of a folder says of splits and classes."""
 
+import errno
 import io
 import json
 import math
@@ -281,6 +282,22 @@ def test_links_lead_to_images_once(make_folder, tmp_path):
         for part in (images, validation):
             for number in range(len(part)):
                 part[number]
+
+
+def test_folder_that_cannot_be_read_is_named(make_folder, monkeypatch):
+    folder, scandir = make_folder("cat/1.png", "dog/2.png", "owl/3.png", "lost+found/4.png"), os.scandir
+
+    def refusing(path):
+        if str(path).endswith(unreadable):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    unreadable = "lost+found"
+    assert load_folder(folder)["train"].features["label"].names == ["cat", "dog", "owl"]
+    unreadable = "dog"
+    with pytest.raises(UserError, match="/dog cannot be read .Permission denied.*permissions"):
+        load_folder(folder)
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def _walk(folder: Path, found: Survey) -> Iterator[tuple[str, PurePosixPath, lis
     """As `os.walk`, with the path inside the folder. Links are followed last, if they lead to folders that no other way leads to."""
     waiting, visited = [str(folder)], set()
     for start in waiting:
-        for root, folders, names in os.walk(start, followlinks=True):
+        for root, folders, names in os.walk(start, onerror=_refuse, followlinks=True):
             inside, target = PurePosixPath(Path(root).relative_to(folder).as_posix()), os.path.realpath(root)
             if target in visited:
                 folders.clear()
@@ -241,6 +241,15 @@ def _walk(folder: Path, found: Survey) -> Iterator[tuple[str, PurePosixPath, lis
             links = [name for name in sorted(folders) if os.path.islink(os.path.join(root, name))]
             waiting += [os.path.join(root, name) for name in links]
             folders[:] = sorted(set(folders).difference(links))
+
+
+def _refuse(error: OSError) -> None:
+    """Raises `UserError` for a folder that cannot be listed. Of a disk's own `lost+found` nobody expects images."""
+    if os.path.basename(error.filename) != "lost+found":
+        raise UserError(
+            f"the folder {error.filename} cannot be read ({error.strerror}), so its images would be missing. Change its permissions, or "
+            "move it elsewhere."
+        ) from None
 
 
 def _images_below(folder: Path, inside: PurePosixPath) -> list[PurePosixPath]:
