@@ -28,6 +28,7 @@ from dae_diffusers.data.arrays import (
     save_value_range,
 )
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.randomness import derived_seed
 from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
@@ -355,6 +356,20 @@ def test_exif_rotation_is_applied_to_arrays():
     expected = np.rot90(np.asarray(image), -1)[..., None]
     for format in ("png", "tiff"):
         np.testing.assert_array_equal(decode_array(encoded(image, format, exif=exif), channels=1), expected)
+
+
+@pytest.mark.parametrize("rest", ["good", "too deep"])
+def test_errors_name_the_row_in_the_file_not_that_of_the_shuffled_part(rest, tmp_path):
+    items = [png_of(np.full((8, 8, 3), 300, np.uint16)) if rest == "too deep" else encoded(Image.new("L", (8, 8)))] * 12
+    items[7] = b"no picture" if rest == "good" else items[7]
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": item, "path": None} for item in items]})
+    rows.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "train.parquet")
+    config = DataConfig(dataset_name=str(tmp_path), resolution=8, image_channels=1, validation_fraction=0.1)
+    first = np.random.default_rng(derived_seed(0, 2)).permutation(12)[1]
+    row = 7 if rest == "good" else first
+    with pytest.raises(UserError, match=f"the image row {row} of the dataset cannot be"):
+        for part in load_images(config):
+            part.__getitems__(list(range(len(part))))
 
 
 @pytest.mark.parametrize("content", ["png", "tiff", "pixmap", "png, 4 channels"])

@@ -83,7 +83,9 @@ class ImageDataset(BatchDataset):
         self.beside: ImageDataset | None = None
         self._given_depth = depth
         self.root = root
-        self.depth = depth or find_first_depth((row[image_column] for row in self.rows), config, root)
+        self.depth = depth or find_first_depth(
+            (row[image_column] for row in self.rows), config, root, name_of=self.name_of
+        )
         self._reader = ImageReader(config, self.depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
         self._buckets = buckets or Buckets.single(len(rows), config.size)
@@ -173,7 +175,7 @@ class ImageDataset(BatchDataset):
 
     def name_of(self, index: int) -> str:
         r"""The image's file name, where it has one, else its row."""
-        return name_of_row(self.rows[index][self.image_column], index)
+        return name_in(self.rows, self.image_column, index)
 
     def in_buckets(self, sizes: Sequence[tuple[int, int]]) -> "ImageDataset":
         r"""The images bucket after bucket: each in the one of `sizes` (heights and widths) whose proportions are nearest."""
@@ -317,6 +319,12 @@ def spread_over_classes(labels: Sequence[int], count: int) -> list[int]:
 def _evenly(count: int, limit: int) -> np.ndarray:
     """At most `limit` ascending numbers below `count`, evenly spaced."""
     return np.arange(min(count, limit)) * count // max(1, min(count, limit))
+
+
+def name_in(rows: datasets.Dataset, column: str, index: int) -> str:
+    r"""The file name of an image of chosen rows, where it has one, else its row before they were chosen."""
+    row = index if rows._indices is None else rows._indices.column(0)[index].as_py()
+    return name_of_row(rows[index][column], row)
 
 
 def encoded_sizes(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 
 from dae_diffusers.data.configuration import DataConfig
-from dae_diffusers.data.contents import Root, content_hash, name_of_row
-from dae_diffusers.data.dataset import encoded_sizes
+from dae_diffusers.data.contents import Root, content_hash
+from dae_diffusers.data.dataset import encoded_sizes, name_in
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def warn_of_copies(train: datasets.Dataset, validation: datasets.Dataset, column
         logger.warning(
             "%d of %d held-out images are copies of training images, such as %s: validation sees what was trained on. Remove the "
             "copies, or give a `--validation_split` without them.",
-            len(copies), len(validation), name_of_row(parts[1][copies[0]][column], copies[0]),
+            len(copies), len(validation), name_in(parts[1], column, copies[0]),
         )  # fmt: skip
 
 

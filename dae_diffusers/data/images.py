@@ -293,7 +293,13 @@ def count_pages(data: bytes) -> int:
 
 
 @without_warnings()
-def find_first_depth(items: Iterable[Any], config: DataConfig, root: Root | None = None) -> Depth | None:
+def find_first_depth(
+    items: Iterable[Any],
+    config: DataConfig,
+    root: Root | None = None,
+    *,
+    name_of: Callable[[int], str] | None = None,
+) -> Depth | None:
     r"""
     The depth ([`~dae_diffusers.data.arrays.find_depth`]) of the first image, or with `--on_bad_image skip` of the first that
     is not damaged. None if there is none; reading the image reports that later.
@@ -305,7 +311,8 @@ def find_first_depth(items: Iterable[Any], config: DataConfig, root: Root | None
         try:
             return find_depth(read_content(item, root))
         except LossyDepthError as error:
-            raise UserError(f"the image {name_of_row(item, index)} cannot be read as it is: {error}.") from None
+            name = name_of_row(item, index) if name_of is None else name_of(index)
+            raise UserError(f"the image {name} cannot be read as it is: {error}.") from None
         except Exception:
             if config.on_bad_image == "raise":
                 return None
