@@ -476,6 +476,14 @@ def test_links_in_a_tar_are_the_files_they_lead_to(tmp_path, caplog, streaming):
     assert "2 links in " in caplog.text and "such as b/4.png to ../../1.png" in caplog.text
 
 
+def test_pictures_of_a_run_in_the_folder_are_not_trained_on(make_folder, caplog):
+    folder = make_folder("cat/1.png", "dog/2.png", "runs/mine/.owner", "runs/mine/stage1/grid.png", ".owner")
+    rows = load_folder(folder)["train"]
+    assert rows.features["label"].names == ["cat", "dog"] and len(rows) == 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("1 .png (in the output folder of a run" in text for text in warnings)
+
+
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_classes_that_are_not_seen_are_said(tmp_path, caplog, is_packed):
     pictures = {f"{name}/{number}.png": picture(number) for name in ("a", "b", ".net") for number in range(2)}

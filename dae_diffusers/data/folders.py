@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
 _IN_UNSEEN = "in folders whose names begin with . or __"
+_OF_A_RUN = "in the output folder of a run, which has a file .owner: its own pictures are not trained on"
 _READ_ALREADY = "linked folders that are read already: copy them if they are meant to count twice"
 
 Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
@@ -191,11 +192,15 @@ def _check_kinds(folder: Path, places: list[PurePosixPath]) -> None:
 
 def survey(folder: Path) -> Survey:
     r"""
-    Lists the files in a folder. Hidden folders are skipped, their images count as left out. Each folder counts once, whatever links lead
-    to it.
+    Lists the files in a folder. Hidden folders and those of runs are skipped, their images count as left out. Each folder counts once,
+    whatever links lead to it.
     """
     found = Survey()
     for root, inside, folders, names in _walk(folder, found):
+        if ".owner" in names and inside != PurePosixPath():
+            folders.clear()
+            found.left_out.update(dict.fromkeys(_images_below(folder, inside), _OF_A_RUN))
+            continue
         for name in [name for name in folders if name.startswith(_UNSEEN)]:
             folders.remove(name)
             found.left_out.update(dict.fromkeys(_images_below(folder, inside / name), _IN_UNSEEN))
