@@ -480,8 +480,25 @@ def test_pictures_of_a_run_in_the_folder_are_not_trained_on(make_folder, caplog)
     folder = make_folder("cat/1.png", "dog/2.png", "runs/mine/.owner", "runs/mine/stage1/grid.png", ".owner")
     rows = load_folder(folder)["train"]
     assert rows.features["label"].names == ["cat", "dog"] and len(rows) == 2
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any("1 .png (in the output folder of a run" in text for text in warnings)
+    assert any("1 .png (in the output folder of a run" in text for text in warnings_of(caplog))
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("lost", ["owl.zip", "owl"])
+def test_classes_that_are_archives_or_dead_links_are_warned_of(make_folder, caplog, lost):
+    folder = make_folder("cat/1.png", "dog/2.png")
+    load_folder(folder)
+    assert not warnings_of(caplog)
+    if lost == "owl":
+        (folder / lost).symlink_to("nowhere")
+    else:
+        pack(folder / lost, {"1.png": picture(3)})
+    load_folder(folder)
+    reason = "links that lead nowhere" if lost == "owl" else "archives beside folders of images"
+    assert any(f"({reason}" in text for text in warnings_of(caplog))
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

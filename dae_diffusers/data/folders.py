@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 _UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
 _IN_UNSEEN = "in folders whose names begin with . or __"
 _OF_A_RUN = "in the output folder of a run, which has a file .owner: its own pictures are not trained on"
+_DEAD = "links that lead nowhere"
+_BESIDE_CLASSES = "archives beside folders of images: unpack them"
 _READ_ALREADY = "linked folders that are read already: copy them if they are meant to count twice"
 
 Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
@@ -124,7 +126,17 @@ def load_folder(
         )
     metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
     if pictures or arrays:
-        others = [(path, "archives beside images") for path in found.archives]
+        folders = {path.parent for path in pictures + arrays}
+        beside = {each.parent for each in folders if each.name}
+        others = [
+            (
+                path,
+                _BESIDE_CLASSES
+                if path.parent in beside and path.with_suffix("") not in folders
+                else "archives beside images",
+            )
+            for path in found.archives
+        ]
         others += [
             (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
         ]
@@ -150,7 +162,7 @@ def load_folder(
             "Parquet, CSV and JSON tables are read."
         )
     if found.left_out:
-        is_loss = _READ_ALREADY in found.left_out.values()
+        is_loss = not {_READ_ALREADY, _DEAD, _BESIDE_CLASSES}.isdisjoint(found.left_out.values())
         is_loss |= any(_is_image(path) or path.suffix.lower() in TABLES for path in found.left_out)
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
@@ -218,7 +230,8 @@ def survey(folder: Path) -> Survey:
             elif suffix in TABLES:
                 kind = found.tables
             else:
-                found.left_out[path] = _reason(path)
+                is_dead = not name.startswith(".") and not os.path.exists(os.path.join(root, name))
+                found.left_out[path] = _DEAD if is_dead else _reason(path)
                 continue
             if name.startswith("."):
                 found.left_out[path] = "hidden"
