@@ -438,6 +438,13 @@ def test_table_in_an_archive_describes_that_archive(tmp_path):
     assert load_folder(tmp_path)["train"]["text"] == [f"{part}-{number}" for part in range(2) for number in range(3)]
 
 
+def test_table_beside_archives_that_is_not_read_is_named(tmp_path, caplog):
+    pack(tmp_path / "images.zip", {"1.png": picture(1), "2.png": picture(2)})
+    (tmp_path / "train.csv").write_text("file_name,label\n1.png,cat\n2.png,dog\n")
+    load_folder(tmp_path)
+    assert any("1 .csv (a table beside images is read as `metadata.csv`" in text for text in warnings_of(caplog))
+
+
 def test_table_beside_archives_names_one_of_them(tmp_path):
     for part in range(2):
         pack(tmp_path / f"part-{part}.zip", {f"{name}.png": picture(part) for name in ("same", f"only{part}")})

@@ -48,6 +48,7 @@ _IN_UNSEEN = "in folders whose names begin with . or __"
 _OF_A_RUN = "in the output folder of a run, which has a file .owner: its own pictures are not trained on"
 _DEAD = "links that lead nowhere"
 _BESIDE_CLASSES = "archives beside folders of images: unpack them"
+_NO_METADATA = "a table beside images is read as `metadata.csv` with a column `file_name`"
 _READ_ALREADY = "linked folders that are read already: copy them if they are meant to count twice"
 
 Splits = dict[str, datasets.Dataset | datasets.IterableDataset]
@@ -137,9 +138,7 @@ def load_folder(
             )
             for path in found.archives
         ]
-        others += [
-            (path, "a table beside images is read as `metadata.csv` with a column `file_name`") for path in found.tables
-        ]
+        others += [(path, _NO_METADATA) for path in found.tables]
         found.left_out.update(others)
         texts = _texts_by_image(found.left_out) if caption_column == "txt" else {}
         entries = [
@@ -154,6 +153,7 @@ def load_folder(
         for path in pictures + arrays:
             found.left_out.pop(texts.get(path.with_suffix("")), None)
     elif found.archives:
+        found.left_out.update(dict.fromkeys(found.tables, _NO_METADATA))
         entries, packed = _packed_entries(folder, found, caption_column == "txt")
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
