@@ -356,6 +356,13 @@ def test_first_lines_say_what_is_there_and_what_was_left_out(make_folder, caplog
     assert "column label has 2 classes: cat " in caplog.text
 
 
+def test_held_out_images_that_are_not_used_are_counted(make_folder, caplog):
+    folder = make_folder(*[f"{number}.png" for number in range(10)])
+    caplog.set_level("INFO")
+    load_images(DataConfig(train_data_dir=str(folder), resolution=4, validation_fraction=0.4, max_validation_samples=1))
+    assert "3 held-out images are not used" in caplog.text
+
+
 def test_folder_without_images_says_what_it_holds(make_folder):
     with pytest.raises(UserError, match="holds no images: 1 .heic .*pip install.*, 1 .txt .*`.tar` and `.zip`"):
         load_images(DataConfig(train_data_dir=str(make_folder("a/1.heic", "a/notes.txt")), resolution=4))

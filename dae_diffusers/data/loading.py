@@ -106,6 +106,9 @@ def load_images(
         _require_labels(validation, label_column, validation_name)
     if config.max_train_samples is not None:
         train = train.select(choose_indices(len(train), config.max_train_samples))
+    num_unused = len(validation) - config.max_validation_samples
+    if num_unused > 0 and validation_name in (None, config.train_split):
+        logger.info("%d held-out images are not used: `--max_validation_samples` allows no more", num_unused)
     validation = validation.select(choose_indices(len(validation), config.max_validation_samples))
     for name, rows in ((config.train_split, train), (validation_name, validation)):
         if len(rows) == 0:
