@@ -18,7 +18,7 @@ from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.data import DataConfig, archives, load_images, make_pass_loader
-from dae_diffusers.data.columns import label_names
+from dae_diffusers.data.columns import column_values, label_names
 from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import UserError
@@ -264,6 +264,13 @@ def test_column_of_lists_is_no_class():
     rows = datasets.Dataset.from_dict({"tags": [["a"], ["b", "c"]]})
     with pytest.raises(UserError, match="not one class for each image"):
         label_names(rows, rows, "tags")
+
+
+def test_columns_are_read_at_once_not_row_by_row(monkeypatch):
+    rows = datasets.Dataset.from_dict({"a": [1, None, 3], "json": [{"b": "x"}, {"b": None}, {"b": "z"}]})
+    monkeypatch.setattr(datasets.arrow_dataset.Column, "__iter__", None)
+    chosen = rows.select([2, 0, 1])
+    assert column_values(chosen, "a") == [3, 1, None] and column_values(chosen, "json.b") == ["z", "x", None]
 
 
 def test_links_lead_to_images_once(make_folder, tmp_path):

@@ -144,11 +144,11 @@ def class_name(name: str) -> str:
 def column_values(rows: datasets.Dataset, column: str) -> list:
     r"""The values of a column or of a field of one; empty if the split has none."""
     if column in rows.features:
-        return list(rows[column])
+        return rows[column][:]
     if feature_of(rows.features, column) is None:
         return []
     flat = rows.select_columns([name for name, feature in rows.features.items() if isinstance(feature, dict)]).flatten()
-    return list(flat[column]) if column in flat.features else []
+    return flat[column][:] if column in flat.features else []
 
 
 def class_values(rows: datasets.Dataset, column: str, train: datasets.Features) -> list:
