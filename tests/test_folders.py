@@ -18,7 +18,7 @@ from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.data import DataConfig, archives, load_images, make_pass_loader
-from dae_diffusers.data.columns import column_values, label_names
+from dae_diffusers.data.columns import column_values, find_image_column, label_names
 from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import UserError
@@ -264,6 +264,13 @@ def test_column_of_lists_is_no_class():
     rows = datasets.Dataset.from_dict({"tags": [["a"], ["b", "c"]]})
     with pytest.raises(UserError, match="not one class for each image"):
         label_names(rows, rows, "tags")
+
+
+def test_column_of_lists_of_pixels_is_pointed_to():
+    rows = datasets.Dataset.from_dict({"pixels": [[[0, 1], [2, 3]]], "label": [0]})
+    with pytest.raises(UserError, match=r"Lists of pixels are read if you name their column; .*'pixels'"):
+        find_image_column(rows, None)
+    assert find_image_column(rows, "pixels") == "pixels"
 
 
 def test_columns_are_read_at_once_not_row_by_row(monkeypatch):

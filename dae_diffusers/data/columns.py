@@ -90,7 +90,11 @@ def find_image_column(rows: Rows, name: str | None, flag: str = "image_column") 
         return "image"  # the picture of a webdataset's sample, whatever its suffix
     feature = None if name is None else feature_of(features, name)
     if feature is None or (name not in features and isinstance(rows, datasets.IterableDataset)):
-        raise UserError(f"`{flag}` is {name!r}, but the columns are {list(features)}; columns with images are {found}.")
+        lists = [column for column, each in features.items() if isinstance(each, (datasets.List, datasets.LargeList))]
+        hint = f" Lists of pixels are read if you name their column; those of lists are {lists}." if lists else ""
+        raise UserError(
+            f"`{flag}` is {name!r}, but the columns are {list(features)}; columns with images are {found}.{hint}"
+        )
     if (
         isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
         or _holds_files(feature)
