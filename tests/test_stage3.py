@@ -7,6 +7,7 @@ import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +27,11 @@ from scripts import assert_same_weights, in_both_processes, in_child, load_bench
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.autoencoders.loading import load_autoencoder
+from dae_diffusers.autoencoders.settings import GeneratedConfig
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.fitting.decoder_fit import KEPT_VAE, draw_latents
+from dae_diffusers.fitting.decoder_fit import KEPT_VAE, as_the_pipeline_draws, draw_latents
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening, log_spectrum
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
@@ -524,3 +526,12 @@ def test_two_processes_fit_together(generators, image_folder, backbone, tmp_path
     moments = load_file(folder / "train_dae_stage3" / "checkpoints" / "checkpoint-00000004" / "model.safetensors")
     assert moments["second"].abs().sum() > 0
     assert read_fit(folder / "pipeline")["after"]["psnr"] > 0
+
+
+def test_pool_is_drawn_as_the_pipeline_draws():
+    pipeline = SimpleNamespace(config={"default_guidance_scale": 1.0, "default_num_inference_steps": None})
+    drawn = as_the_pipeline_draws(GeneratedConfig(), pipeline)
+    assert (drawn.pool_guidance_scale, drawn.pool_inference_steps) == (1.0, 25)
+    given = as_the_pipeline_draws(GeneratedConfig(pool_guidance_scale=3.0, pool_inference_steps=4), pipeline)
+    assert (given.pool_guidance_scale, given.pool_inference_steps) == (3.0, 4)
+    assert as_the_pipeline_draws(GeneratedConfig(), SimpleNamespace(config={})).pool_guidance_scale == 1.5

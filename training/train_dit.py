@@ -11,6 +11,7 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def denoising_loss(
     conditioning: Conditioning,
 ) -> torch.Tensor:
     """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
-    with run.accelerator.autocast():
+    with encoding(run):
         mean, std = (moment.float() for moment in moments_of(batch, vae, run.accelerator.device))
     latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
     noise = torch.randn_like(latents)
@@ -187,6 +188,11 @@ def denoising_loss(
     if isinstance(objective, FlowMap):
         given["unconditional"] = conditioning.nothing(batch, latents)
     return objective.loss(model, latents, noise, levels, **given).mean()
+
+
+def encoding(run: TrainingRun) -> AbstractContextManager:
+    """The precision of the encoder. In fp16 it stays float32: numbers inside Stable Diffusion XL's exceed that range."""
+    return nullcontext() if run.accelerator.mixed_precision == "fp16" else run.accelerator.autocast()
 
 
 def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, origin: WarmStart | None) -> dict[str, Any]:
@@ -457,7 +463,7 @@ def validation_loss(
     )
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
-        with run.accelerator.autocast():
+        with encoding(run):
             mean, _ = moments_of(batch, vae, run.accelerator.device)
         latents = normalize_latents(mean.float(), vae)
         mine = slice(start, start + len(latents) * step, step)

@@ -318,15 +318,19 @@ class GeneratedConfig:
     pool_size: int = field(
         8192, "latents that are generated once, before the first step", at_least=2, needs="stage 3", advanced=True
     )
-    pool_guidance_scale: float = field(
-        1.5,
-        "guidance scale with which they are generated: the one that you will use; 1 is none",
+    pool_guidance_scale: float | None = field(
+        None,
+        "guidance scale with which they are generated: the one that you will use; 1 is none; default: the pipeline's, else 1.5",
         at_least=0,
         needs="stage 3",
         advanced=True,
     )
-    pool_inference_steps: int = field(
-        25, "denoising steps with which they are generated", at_least=1, needs="stage 3", advanced=True
+    pool_inference_steps: int | None = field(
+        None,
+        "denoising steps with which they are generated; default: the pipeline's, else 25",
+        at_least=1,
+        needs="stage 3",
+        advanced=True,
     )
     max_psnr_drop: float = field(
         2.0,

@@ -4,6 +4,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
+from dae_diffusers.autoencoders.settings import GeneratedConfig
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.precision import loss_scale
 from dae_diffusers.engine.run import Start, TrainingRun
@@ -199,6 +201,18 @@ def _decoder_size(vae: ModelMixin) -> dict[str, Any]:
     return {"groups": groups, **{name: value.shape for name, value in vae.state_dict().items()}}
 
 
+def as_the_pipeline_draws(settings: GeneratedConfig, pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> GeneratedConfig:
+    r"""The settings with the pipeline's own guidance and steps, where none are given."""
+    config = pipeline.config
+    given = {
+        "pool_guidance_scale": (settings.pool_guidance_scale, config.get("default_guidance_scale"), 1.5),
+        "pool_inference_steps": (settings.pool_inference_steps, config.get("default_num_inference_steps"), 25),
+    }
+    return replace(
+        settings, **{name: next(each for each in found if each is not None) for name, found in given.items()}
+    )
+
+
 class DecoderFit:
     r"""
     What stage 3 adds to a decoder's loss: how far its images of drawn latents are, as a whole, from the training images.
@@ -214,7 +228,7 @@ class DecoderFit:
     """
 
     def __init__(self, run: TrainingRun, pipeline: DAEDiTPipeline | DAEVQGANPipeline, images: ImageDataset):
-        config, settings = run.config, run.config.generated
+        config, settings = run.config, as_the_pipeline_draws(run.config.generated, pipeline)
         self.run, self.settings, self.accelerator = run, settings, run.accelerator
         self.pipeline, self.images = pipeline, images
         self.labels = pool_labels(pipeline, images, settings.pool_size, config.run.seed)
