@@ -617,11 +617,14 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
             command[-1],
             choose_data(command[command.index("--data") + 1 : command.index("--shares")]),
         )
-        first, second, generator = full_commands(Search(config, data, read_candidates(config, data)), "ordered-2")
+        search = Search(config, data, read_candidates(config, data))
+        first, second, generator, evaluation = full_commands(search, "ordered-2")
         assert first.endswith("--auxiliary_decoder prefix --stage 1 --output_dir runs/ordered")
         again = "--stage 2 --stage1_dir runs/ordered --keep_latent_channels 2 --output_dir runs/best"
         assert "prefix" not in second and second.endswith(again)
         assert "--vae runs/best/vae" in generator and "--timestep_shift 2.0" in generator
+        # What short pilots wanted is not what it will want.
+        assert "guidance" not in generator and "--guidance_scales 1 1.25 1.5 2 --set_defaults" in evaluation
         forecast = load_benchmark("forecast")
         command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]
         monkeypatch.setattr(sys, "argv", [*command, "--widths", "8", "--steps", "1", "--num_images", "12"])

@@ -98,10 +98,17 @@ def full_commands(search: Search, winner: str) -> list[str]:
                 (second, f"--stage 2 --stage1_dir runs/ordered --keep_latent_channels {kept} --output_dir runs/best"),
             ]
         lines += [f"dae-diffusers train-dae {data} {shlex.join(words_of(given))} {rest}" for given, rest in stages]
-    measured = [scale for row in rows_of(search, winner) if (scale := guidance_of(row))]
-    guidance = {"sample_guidance_scale": measured[-1]} if measured else {}
-    generator = shlex.join(words_of(guidance | search.candidates.transformer_of(winner)))
-    return [*lines, f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best"]
+    generator = shlex.join(words_of(search.candidates.transformer_of(winner)))
+    lines.append(f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best")
+    if any(
+        guidance_of(row) for row in rows_of(search, winner)
+    ):  # pilots want more guidance than what is trained to the end
+        features = shlex.quote(search.config.features or str(search.folder / "features" / "classifier"))
+        lines.append(
+            f"dae-diffusers evaluate {data} --pipeline runs/best/pipeline --features {features} --guidance_scales 1 1.25 1.5 2 "
+            "--set_defaults --output_dir runs/best/evaluation"
+        )
+    return lines
 
 
 def table_of_candidates(search: Search, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
