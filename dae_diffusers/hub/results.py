@@ -532,7 +532,7 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
             evaluation / "sweep.png" if is_swept else None,
             "Distance to the training images over guidance and steps",
         )
-        add("nearest.png", nearest[0] if nearest else None, "Samples above their nearest training images")
+        add("nearest.png", nearest[0] if nearest else None, "The samples most like a training image, above it")
     for name, script in result.scripts.items():
         add(f"{name}_curves.png", script.folder / "curves.png", _SCRIPTS[name])
     return pictures
