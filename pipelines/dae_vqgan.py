@@ -82,10 +82,15 @@ class DAEVQGANPipeline(DiffusionPipeline):
         kept["default_guidance_scale"] = default_guidance_scale
         self.register_to_config(**kept)
         known.update(kept)
-        _check_codes(prior, vae)
-        widths = vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels
-        self.vae_scale_factor = 2 ** (len(widths) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def __setattr__(self, name: str, value):
+        if name == "vae" and value is not None:
+            if (prior := getattr(self, "prior", None)) is not None:
+                _check_codes(prior, value)
+            widths = value.config.get("decoder_block_out_channels") or value.config.block_out_channels
+            self.vae_scale_factor = 2 ** (len(widths) - 1)
+            self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DAEVQGANPipeline":

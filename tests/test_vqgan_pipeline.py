@@ -171,6 +171,9 @@ def test_prior_refuses_the_codes_of_another_model():
     with pytest.raises(ValueError, match="another VQ model") as error:
         DAEVQGANPipeline(prior, make_plain_vq_model(seed=1))
     assert "\n" not in str(error.value)
+    pipeline = DAEVQGANPipeline(prior, vae)
+    with pytest.raises(ValueError, match="another VQ model"):
+        pipeline.vae = make_plain_vq_model(seed=1)
     with pytest.raises(ValueError, match="another VQ model"):
         DAEVQGANPipeline(prior.half(), make_plain_vq_model(num_vq_embeddings=8).half())
 

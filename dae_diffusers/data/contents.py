@@ -182,7 +182,7 @@ def _read_path(path: str, root: Root | None) -> bytes:
         return _limited(file)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=128)  # to open one reads its directory
 def _zip_file(path: str, process: int) -> zipfile.ZipFile:
     """Opens a ZIP file, once per process: processes that share an open file would move each other's position in it."""
     return zipfile.ZipFile(path)
