@@ -13,6 +13,8 @@ from dae_diffusers.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
+OWNER = ".owner"  # in the output folder of each run: who holds its lock
+
 
 class FolderLock:
     r"""
@@ -35,7 +37,7 @@ class FolderLock:
         self._key = (os.getpid(), (folder / ".lock").resolve())
         if self._key in self._held:
             return
-        owner = folder / ".owner"  # a separate file, because on Windows other processes cannot read a locked one
+        owner = folder / OWNER  # a separate file, because on Windows other processes cannot read a locked one
         lock = _make_lock(self._key[1])
         try:
             lock.acquire(blocking=False)

@@ -302,11 +302,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
         name_or_path = str(pretrained_model_name_or_path)
-        if not os.path.isdir(name_or_path) and name_or_path.count("/") > 1:
-            raise ValueError(
-                f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path."
-            )
-        folder = Path(name_or_path if os.path.isdir(name_or_path) else cls.download(name_or_path, **kwargs))
+        folder = _folder_of(cls, name_or_path, kwargs)
         own = {}  # transformers of the package's class, and how to load them
         for part in TRANSFORMERS:
             module, class_name = cls.load_config(folder).get(part) or (None, None)
@@ -1521,6 +1517,15 @@ def _loading_options(part: str, folder: Path, kwargs: dict, *more: str) -> dict[
     if variant is not None and any(f".{variant}." in file.name for file in folder.glob(f"{part}/*")):
         options["variant"] = variant
     return options
+
+
+def _folder_of(pipeline_class: type[DiffusionPipeline], name_or_path: str, kwargs: dict[str, Any]) -> Path:
+    """The folder of a pipeline, downloaded from the Hub if it is there."""
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    if name_or_path.count("/") > 1:
+        raise ValueError(f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path.")
+    return Path(pipeline_class.download(name_or_path, **kwargs))
 
 
 def _own_autoencoder(pipeline_class: type[DiffusionPipeline], folder: Path, kwargs: dict) -> dict[str, ModelMixin]:

@@ -15,7 +15,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,11 +159,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         name_or_path = str(pretrained_model_name_or_path)
         if "custom_pipeline" in kwargs or not importlib.util.find_spec(PACKAGE):
             return super().from_pretrained(name_or_path, **kwargs)
-        if not os.path.isdir(name_or_path) and name_or_path.count("/") > 1:
-            raise ValueError(
-                f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path."
-            )
-        folder = Path(name_or_path if os.path.isdir(name_or_path) else cls.download(name_or_path, **kwargs))
+        folder = _folder_of(cls, name_or_path, kwargs)
         pipeline = super().from_pretrained(folder, **{**kwargs, **_own_autoencoder(cls, folder, kwargs)})
         pipeline.register_to_config(_name_or_path=name_or_path)
         return pipeline
@@ -340,16 +336,23 @@ class DAEVQGANPipeline(DiffusionPipeline):
         """
         # These are code vectors already; only `lookup_from_codebook` would take them for indices.
         lookup = self.vae.config.lookup_from_codebook
-        images = self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
-        if self.vae.dtype != torch.float16 or images.isfinite().all():
-            return images
+        vectors = self.code_vectors(codes)
+        return self._in_enough_range(
+            lambda dtype: self.vae.decode(vectors.to(dtype), force_not_quantize=not lookup).sample
+        )
+
+    def _in_enough_range(self, function: Callable[[torch.dtype], torch.Tensor]) -> torch.Tensor:
+        """What the autoencoder makes in its data type; in float32 if numbers exceed float16, as those of Stable Diffusion XL's do."""
+        found = function(self.vae.dtype)
+        if self.vae.dtype != torch.float16 or found.isfinite().all():
+            return found
         warnings.warn(
             "numbers inside `vae` exceed the range of float16, so it works in float32. Load it in float32 or bfloat16.",
-            stacklevel=3,
+            stacklevel=4,
         )
         self.vae.to(torch.float32)
         try:
-            return self.vae.decode(self.code_vectors(codes), force_not_quantize=not lookup).sample
+            return function(torch.float32)
         finally:
             self.vae.to(torch.float16)
 
@@ -528,6 +531,15 @@ def _loading_options(part: str, folder: Path, kwargs: dict, *more: str) -> dict[
     if variant is not None and any(f".{variant}." in file.name for file in folder.glob(f"{part}/*")):
         options["variant"] = variant
     return options
+
+
+def _folder_of(pipeline_class: type[DiffusionPipeline], name_or_path: str, kwargs: dict[str, Any]) -> Path:
+    """The folder of a pipeline, downloaded from the Hub if it is there."""
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    if name_or_path.count("/") > 1:
+        raise ValueError(f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path.")
+    return Path(pipeline_class.download(name_or_path, **kwargs))
 
 
 def _own_autoencoder(pipeline_class: type[DiffusionPipeline], folder: Path, kwargs: dict) -> dict[str, ModelMixin]:

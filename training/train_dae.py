@@ -39,7 +39,7 @@ from dae_diffusers.latents.cache import (
 )
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
-from dae_diffusers.latents.statistics import write_latent_statistics
+from dae_diffusers.latents.statistics import has_latent_statistics, write_latent_statistics
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
 from dae_diffusers.script import run_script
@@ -286,7 +286,7 @@ def keeps_latents(config: TrainDAEConfig, vae) -> bool:
     """
     if config.autoencoder.pretrained_model_name_or_path is None or config.stages.stage != "2":
         return False
-    return vae.config.get("latents_mean") is not None or vae.config.get("scaling_factor", 1.0) != 1
+    return has_latent_statistics(vae) or vae.config.get("scaling_factor", 1.0) != 1
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:

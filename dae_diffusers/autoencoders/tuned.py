@@ -94,9 +94,8 @@ def _copied(model: ModelMixin, target: type[ModelMixin]) -> ModelMixin:
     known = inspect.signature(target.__init__).parameters
     copy = target.from_config({name: value for name, value in model.config.items() if name in known})
     copy.load_state_dict(model.state_dict())
-    if (
-        "sample_size" in model.config and "sample_size" not in known
-    ):  # those of AutoencoderTiny and AutoencoderDC have it from here
+    # AutoencoderTiny and AutoencoderDC take none.
+    if "sample_size" in model.config and "sample_size" not in known:
         copy.register_to_config(sample_size=model.config.sample_size)
     return copy
 

@@ -40,12 +40,13 @@ from dae_diffusers.data.tables import (
     read_metadata,
 )
 from dae_diffusers.errors import UserError
+from dae_diffusers.locks import OWNER
 
 logger = logging.getLogger(__name__)
 
 _UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
 _IN_UNSEEN = "in folders whose names begin with . or __"
-_OF_A_RUN = "in the output folder of a run, which has a file .owner: its own pictures are not trained on"
+_OF_A_RUN = f"in the output folder of a run, which has a file {OWNER}: its own pictures are not trained on"
 _DEAD = "links that lead nowhere"
 _BESIDE_CLASSES = "archives beside folders of images: unpack them"
 _NO_METADATA = "a table beside images is read as `metadata.csv` with a column `file_name`"
@@ -129,17 +130,10 @@ def load_folder(
     if pictures or arrays:
         folders = {path.parent for path in pictures + arrays}
         beside = {each.parent for each in folders if each.name}
-        others = [
-            (
-                path,
-                _BESIDE_CLASSES
-                if path.parent in beside and path.with_suffix("") not in folders
-                else "archives beside images",
-            )
-            for path in found.archives
-        ]
-        others += [(path, _NO_METADATA) for path in found.tables]
-        found.left_out.update(others)
+        for path in found.archives:
+            is_class = path.parent in beside and path.with_suffix("") not in folders
+            found.left_out[path] = _BESIDE_CLASSES if is_class else "archives beside images"
+        found.left_out.update(dict.fromkeys(found.tables, _NO_METADATA))
         texts = _texts_by_image(found.left_out) if caption_column == "txt" else {}
         entries = [
             Entry(
@@ -209,7 +203,7 @@ def survey(folder: Path) -> Survey:
     """
     found = Survey()
     for root, inside, folders, names in _walk(folder, found):
-        if ".owner" in names and inside != PurePosixPath():
+        if OWNER in names and inside != PurePosixPath():
             folders.clear()
             found.left_out.update(dict.fromkeys(_images_below(folder, inside), _OF_A_RUN))
             continue

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.engine.sharding import whole_tensor
 from dae_diffusers.errors import REMOVED, ConfigError, UserError, one_line, storage_problem
+from dae_diffusers.locks import OWNER
 from dae_diffusers.store import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _PREFIX = "checkpoint-"
 _MANIFEST = "checkpoint.json"
 _TEMPORARY = "tmp-"
 _ABANDONED = "abandoned-"  # before the name of a checkpoint ahead of the one that the run went on from
-_BESIDE = (".owner", "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
+_BESIDE = (OWNER, "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
 _NAME = re.compile(rf"{_PREFIX}(\d{{8,}})")
 _LEFTOVER = re.compile(rf"{_TEMPORARY}(old-)?{_PREFIX}\d{{8,}}")
 

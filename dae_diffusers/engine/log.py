@@ -91,11 +91,13 @@ class RunLog:
 
     def check_overfitting(self, loss: float, step: int) -> None:
         r"""Warns once if the validation loss has risen for good: the model learns its training images by heart."""
+        if self._has_warned:
+            return
         rows = read_log(self.folder)
         losses = [(row["validation/loss"], row["step"]) for row in rows if "validation/loss" in row]
         lowest, then = min(losses, default=(loss, step))
         trained = [row["train/loss"] for row in rows if "train/loss" in row and row["step"] >= then]
-        if self._has_warned or loss < 1.05 * lowest or trained[-1:] > trained[:1]:  # if both rise, it diverges
+        if loss < 1.05 * lowest or trained[-1:] > trained[:1]:  # if both rise, it diverges
             return
         self._has_warned = True
         logger.warning(

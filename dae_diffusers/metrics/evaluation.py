@@ -330,9 +330,8 @@ def feature_metrics(
     metrics["precision"], metrics["recall"] = precision_recall(real, features[:count])
     metrics["density"], metrics["coverage"] = density_coverage(real, features[:count])
     distances, indices = (each[:, 0] for each in nearest_neighbors(features, training.images))
-    ratios = torch.nan_to_num(
-        distances / training.spacing[indices], nan=0.0, posinf=torch.inf
-    )  # 0 / 0: a copy of one of two equals
+    ratios = distances / training.spacing[indices]
+    ratios[distances == 0] = 0  # a copy, also of one of two equals
     metrics["authenticity"] = (ratios > 1).double().mean().item()
     return metrics, Nearest(indices, ratios)
 
