@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -106,7 +105,7 @@ class Check:
             process.wait(seconds)
             return True
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # a training saves
+            process.terminate()  # a training saves; a job in the background of a shell would not hear Ctrl-C
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:

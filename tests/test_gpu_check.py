@@ -29,10 +29,11 @@ def test_part_that_fails_or_needs_too_long_does_not_stop_the_others(check, gpu_c
     made = check("--device", "cpu")
     assert made.run("good", ["-c", "print('seen')"], log="log.txt", seconds=60)
     assert not made.failed
-    saves = "import signal, time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
+    saves = "import signal, time\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+    saves += "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
     assert not made.run("long", ["-c", saves], log="log.txt", seconds=5)
     monkeypatch.setattr(gpu_check, "GRACE", 0.5)
-    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
     assert not made.run("deaf", ["-c", deaf], log="log.txt", seconds=1)
     assert not made.failed  # a training goes on the next time
     assert not made.run("bad", ["-c", "raise SystemExit(3)"], log="log.txt", seconds=60)
