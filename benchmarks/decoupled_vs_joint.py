@@ -54,7 +54,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import read_yaml
 from dae_diffusers.comparison.experiment import SHARED, Experiment, Trial, check_same_experiment
-from dae_diffusers.comparison.judges import find_features, judge_samples, load_judge
+from dae_diffusers.comparison.judges import find_features, judge_samples
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.trials import finished_rows, run_trial
 from dae_diffusers.errors import ConfigError, UserError
@@ -146,7 +146,7 @@ def check_judges(experiment: Experiment, conditions: list[str], output_dir: Path
     models = {each[name] for each in options for name in ("perceptual_model", "feature_model") if name in each}
     for name in [*experiment.get("judges", []), *sorted(models - {"lpips"})]:
         try:
-            load_judge(name, experiment["data"].get("image_channels", 3))
+            load_feature_extractor(name, channels=experiment["data"].get("image_channels", 3))
         except UserError as error:
             raise UserError(
                 f"{error} The experiment's file says how to make it. Or choose other `judges` or `--conditions`."

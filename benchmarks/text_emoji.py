@@ -19,11 +19,11 @@ from PIL import Image
 from text_digits import draw_prompts, save_text_encoder
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.comparison.judges import Pixels
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.metrics.distances import nearest_neighbors
 from dae_diffusers.metrics.evaluation import image_features
+from dae_diffusers.metrics.features import PixelFeatures
 from dae_diffusers.plots import image_grid
 
 PROMPTS = (
@@ -85,7 +85,7 @@ def train(arguments: argparse.Namespace) -> None:
 @torch.no_grad()
 def nearest(drawn: torch.Tensor, train: ImageDataset) -> list[int]:
     """The training image that is nearest to each drawn one, by pixels of images shrunk to 8 x 8."""
-    judge = Pixels()
+    judge = PixelFeatures()
     return nearest_neighbors(judge(drawn), image_features(train, judge, Accelerator()))[1].flatten().tolist()
 
 

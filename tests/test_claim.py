@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.comparison.judges import Pixels, Spectrum
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.metrics.features import PixelFeatures, SpectrumFeatures
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
 RESULTS = EXPERIMENTS.with_name("results")
@@ -514,7 +514,7 @@ def test_recipes_are_trained_on_the_same_latents(image_folder, tmp_path, monkeyp
     assert not started and text.endswith(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("judge", [Pixels, Spectrum])
+@pytest.mark.parametrize("judge", [PixelFeatures, SpectrumFeatures])
 def test_judges_without_a_network_take_gray_images_too(judge):
     gray, colored = (judge(channels)(torch.rand(2, channels, 16, 16)) for channels in (1, 3))
     assert (gray.shape[1], colored.shape[1]) == (judge(1).feature_dim, judge(3).feature_dim)

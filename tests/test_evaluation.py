@@ -351,13 +351,17 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     distance = next(value for name, value in metrics.items() if name.startswith("gfd_"))
     assert distance == pytest.approx(0, abs=1e-6)
     assert metrics["gap"] == pytest.approx(expected_gap, rel=1e-4)
+    # A copy of an image that the other metrics do not look at is a copy too.
+    others = TrainingFeatures(reference, encoded.features[:6], copied=encoded.features)
+    metrics, nearest = sample_metrics(samples, extractor, others, accelerator)
+    assert metrics["authenticity"] == 0 and nearest.indices.tolist() == list(range(len(images)))
 
 
 def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder, pipeline, tmp_path):
     """The script itself, on 1,797 real digits, to 1e-6."""
     vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
     DAEDiTPipeline(pipeline.transformer, vae, pipeline.scheduler).save_pretrained(tmp_path / "pipeline")
-    flags = "--dataset_name digits --num_images 100 --num_inference_steps 2"
+    flags = "--dataset_name digits --num_images 100 --num_inference_steps 2 --num_drawings 2 --more_features pixels"
     results = []
     for processes, batch_size in ((1, 64), (1, 1), (2, 7)):
         folder = tmp_path / f"{processes}-{batch_size}"
@@ -372,6 +376,27 @@ def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder
     assert len(expected[0]) >= 3 and len(expected[1]) >= 8 and len(expected[2]) >= 8
     for result in results[1:]:
         assert [dict(numbers_in(result[part])) for part in parts] == [pytest.approx(e, rel=1e-6) for e in expected]
+    (row,), floor = results[0]["generation"], results[0]["floor"]
+    (distance,) = (
+        {name for name in row if name.startswith("gfd_")}
+        - {"gfd_pixels", "gfd_pixels_sd"}
+        - {name for name in row if name.endswith("_sd")}
+    )
+    assert row["num_drawings"] == 2 and 0 < row[f"{distance}_sd"] < row[distance] and row["gfd_pixels_sd"] > 0
+    # The second judge measures what it measures alone, on the drawing with the given seed and on one more.
+    alone = tmp_path / "alone"
+    flags = flags.replace("--num_drawings 2 --more_features pixels", "--features pixels")
+    succeed(launch("evaluate", flags, pipeline=tmp_path / "pipeline", output_dir=alone))
+    alone = json.loads((alone / "metrics.json").read_text())
+    first = alone["generation"][0]["gfd_pixels"]
+    assert abs(first - row["gfd_pixels"]) == pytest.approx(row["gfd_pixels_sd"] / 2**0.5, rel=1e-4)
+    assert floor["generation"]["real"]["gfd_pixels"] == pytest.approx(
+        alone["floor"]["generation"]["real"]["gfd_pixels"]
+    )
+    assert floor["reconstruction"]["rfd_pixels"] == pytest.approx(alone["floor"]["reconstruction"]["rfd_pixels"])
+    assert results[0]["reconstruction"]["rfd_pixels"] == pytest.approx(alone["reconstruction"]["rfd_pixels"])
+    text = (tmp_path / "1-64" / "metrics.md").read_text()
+    assert f"{row[distance]:.4g} ± {row[f'{distance}_sd']:.2g}" in text and "_sd" not in text
 
 
 def numbers_in(value, path=""):

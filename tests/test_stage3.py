@@ -32,9 +32,10 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.fitting.decoder_fit import KEPT_VAE, as_the_pipeline_draws, draw_latents
-from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening, log_spectrum
+from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
+from dae_diffusers.image_spectrum import log_spectrum
 from dae_diffusers.losses.moments import moment_distance
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor

@@ -31,10 +31,17 @@ from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.evaluation import TrainingFeatures, image_features, sample_metrics
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
-from dae_diffusers.metrics.report import plot_lengths, table
+from dae_diffusers.metrics.report import plot_lengths, table, with_deviation
 from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_sides, load_pipeline
 from dae_diffusers.metrics.statistics import reference_statistics
-from dae_diffusers.metrics.sweep import check_guidance, load_and_check, set_defaults, swept_settings
+from dae_diffusers.metrics.sweep import (
+    check_guidance,
+    drawings_of,
+    load_and_check,
+    over_drawings,
+    set_defaults,
+    swept_settings,
+)
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import replace_folder, write_atomically, write_json
@@ -116,13 +123,14 @@ def compare(
     accelerator: Accelerator,
 ) -> None:
     """Measures the pipeline as it is and with each average, and reports which is best."""
-    extractor = load_feature_extractor(config.lengths.features, accelerator.device)
+    settle_images(config, autoencoder_of(pipeline), side=image_sides(pipeline))
+    extractor = load_feature_extractor(config.lengths.features, accelerator.device, channels=config.data.image_channels)
     rows = measure(config, pipeline, candidates, extractor, output_dir, accelerator)
     distance = extractor.distance_name("g")
     best = min(rows, key=lambda row: row[distance])
     if accelerator.is_main_process:
         shown = [{"weights": words_of(row), **{k: v for k, v in row.items() if k != "length"}} for row in rows]
-        text = "\n".join(table("Lengths of the averaged weights", shown))
+        text = "\n".join(table("Lengths of the averaged weights", [with_deviation(row) for row in shown]))
         write_atomically(output_dir / "ema.md", text)
         write_json(output_dir / "ema.json", {"rows": rows, "features": extractor.fingerprint})
         plot_lengths(rows, distance, output_dir / "lengths.png")
@@ -144,7 +152,6 @@ def measure(
     """A row for each length, None for the pipeline as it is, and each setting of guidance and steps."""
     name, sampling, seed = str(Path(config.lengths.folder) / "pipeline"), config.sampling, config.lengths.seed
     check_guidance(sampling, name, pipeline)
-    settle_images(config, autoencoder_of(pipeline), side=image_sides(pipeline))
     train, _, sampler = load_and_check(config, seed, pipeline, extractor, accelerator, name=name)
     work = {"batch_size": config.lengths.batch_size, "num_workers": config.data.dataloader_num_workers}
     some = train.choose(sampling.num_images)
@@ -158,17 +165,16 @@ def measure(
     rows = []
     for length in itertools.chain([None], candidates):  # a candidate changes the weights when its turn comes
         for settings in swept_settings(sampling, seed, sampler, train):
-            samples = draw_samples(
-                pipeline,
-                settings,
-                output_dir / "samples",
-                accelerator,
-                image_shape=shape,
-                batch_size=work["batch_size"],
-            )
-            metrics, _ = sample_metrics(
-                samples, extractor, training, accelerator, batch_size=work["batch_size"], folder=output_dir / "parts"
-            )
+            each = []
+            for drawing in drawings_of(settings, sampling.num_drawings):
+                at_once = {"batch_size": work["batch_size"]}
+                samples = draw_samples(
+                    pipeline, drawing, output_dir / "samples", accelerator, image_shape=shape, **at_once
+                )
+                each.append(
+                    sample_metrics(samples, extractor, training, accelerator, folder=output_dir / "parts", **at_once)[0]
+                )
+            metrics = over_drawings(each, extractor.distance_name("g"))
             drawn = {"guidance_scale": settings.guidance_scale, "num_inference_steps": settings.num_inference_steps}
             if settings.velocity_scale is not None:
                 drawn["velocity_scale"] = settings.velocity_scale

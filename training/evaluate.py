@@ -11,9 +11,10 @@ Give the same command again to continue an interrupted evaluation: finished part
 there, under a hash of what they depend on. You can remove these folders at the end.
 """
 
+import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.locks import take_folder
+from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     TrainingFeatures,
@@ -47,6 +49,7 @@ from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import describe, draw_reconstructions, plot_sweep, save_grids, to_markdown
 from dae_diffusers.metrics.sampling import (
     Sampler,
+    SampleSettings,
     autoencoder_of,
     draw_samples,
     generation_inputs,
@@ -54,12 +57,15 @@ from dae_diffusers.metrics.sampling import (
     load_pipeline,
     say_duration,
 )
-from dae_diffusers.metrics.statistics import reference_statistics
+from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
 from dae_diffusers.metrics.sweep import (
     check_guidance,
+    check_judge,
     check_takes_defaults,
+    drawings_of,
     is_by_class,
     load_and_check,
+    over_drawings,
     set_defaults,
     swept_settings,
 )
@@ -93,12 +99,10 @@ def main(config: EvaluateConfig) -> None:
         config.data.settle(*[] if sides is None else [sides])
     else:
         settle_images(config, vae.eval(), side=sides)
-    extractor = (
-        None
-        if config.evaluation.features is None
-        else load_feature_extractor(config.evaluation.features, accelerator.device)
-    )
     of = config.evaluation
+    extractor, *others = [*load_judges(config, accelerator.device)] or [None]
+    for name, judge in itertools.product(filter(None, (of.pipeline, of.vae)), others):
+        check_judge(name, judge)
     train, validation, sampler = load_and_check(
         config, of.seed, pipeline, extractor, accelerator, name=of.pipeline, vae=of.vae
     )
@@ -108,20 +112,22 @@ def main(config: EvaluateConfig) -> None:
     results, held_out, seen = {}, None, None
     if vae is not None:
         results, held_out, seen = evaluation.of_autoencoder()
-    drawn: list[KeptRows] = []
+    drawn: list[list[KeptRows]] = []
     training = None
     if sampler is not None:
         results["generation"], drawn, training = evaluation.of_samples(sampler, seen)
     if extractor is not None:
         sweep = [] if sampler is None else swept_settings(config.sampling, config.evaluation.seed, sampler, train)
         results |= evaluation.keep(
-            lambda: evaluation.of_real_images(held_out, drawn, training),
-            ["real images, in proportion", *evaluation.inputs(train, validation, evaluation.some)]
+            lambda: evaluation.of_real_images(held_out, [drawings[0] for drawings in drawn], training),
+            ["real images, copies of all", *evaluation.inputs(train, validation, evaluation.some)]
             + [generation_inputs(sampler.pipeline, settings, accelerator) for settings in sweep],
         )
+    for judge in others:
+        replace(evaluation, extractor=judge).add_distances(results, drawn)
 
     if accelerator.is_main_process:
-        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator)
+        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator, others)
         write_atomically(folder / "metrics.md", to_markdown(results))
         if len(results.get("generation", [])) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
@@ -131,6 +137,21 @@ def main(config: EvaluateConfig) -> None:
             set_defaults(config.evaluation.pipeline, results["generation"], extractor.distance_name("g"))
     accelerator.end_training()
     lock.release()
+
+
+def load_judges(config: EvaluateConfig, device: torch.device) -> Iterator[FeatureExtractor]:
+    """The feature extractors of `--features` and `--more_features`."""
+    names = [] if config.evaluation.features is None else [config.evaluation.features]
+    known = {}
+    for name in [*names, *(config.evaluation.more_features or [])]:
+        judge = load_feature_extractor(name, device, channels=config.data.image_channels)
+        column = judge.distance_name("g")
+        if column in known:
+            raise UserError(
+                f"the judges {known[column]} and {name} would share the column {column}: rename the folder of one of them."
+            )
+        known[column] = name
+        yield judge
 
 
 def choose_autoencoder(
@@ -232,61 +253,127 @@ class Evaluation:
 
     def of_samples(
         self, sampler: Sampler, seen: EncodedImages | None
-    ) -> tuple[list[dict[str, Any]], list[KeptRows], TrainingFeatures]:
+    ) -> tuple[list[dict[str, Any]], list[list[KeptRows]], TrainingFeatures]:
         """
         A row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also the samples of each setting,
-        and the features of training images that they were compared with.
+        by drawing, and the features of training images that they were compared with.
         """
-        train, extractor, accelerator = self.train, self.extractor, self.accelerator
-        batch_size, samples_folder = self.work["batch_size"], self.folder / "samples"
-        if seen is None:
-            features = [image_features(self.some, extractor, accelerator, folder=self.parts, **self.work)]
-        else:
-            features = [seen.features, seen.reconstruction_features]
-        cache = {"cache_dir": self.folder / "reference", "disable_progress": not accelerator.is_local_main_process}
-        training = TrainingFeatures(reference_statistics(extractor, train, **cache, **self.work), *features)
+        training, number = self.training_features(seen), self.config.sampling.num_drawings
         rows, every = [], []
-        sweep = swept_settings(self.config.sampling, self.config.evaluation.seed, sampler, train)
-        say_duration(sampler, sweep, samples_folder, accelerator, batch_size)
+        sweep = swept_settings(self.config.sampling, self.config.evaluation.seed, sampler, self.train)
+        all_drawings = [each for settings in sweep for each in drawings_of(settings, number)]
+        say_duration(sampler, all_drawings, self.folder / "samples", self.accelerator, self.work["batch_size"])
         for settings in sweep:
-            samples = draw_samples(
-                *(sampler.pipeline, settings, samples_folder, accelerator),
-                image_shape=self.image_shape,
-                batch_size=batch_size,
-            )
-
-            def compare(samples=samples) -> dict[str, Any]:
-                metrics, nearest = sample_metrics(
-                    samples, extractor, training, accelerator, batch_size=batch_size, folder=self.parts
-                )
-                return {"metrics": metrics, "most_alike": nearest.most_alike()}
-
-            drawn = generation_inputs(sampler.pipeline, settings, accelerator)
-            compared = self.keep(compare, ["generation, with authenticity", *self.inputs(train, self.some), drawn])
+            measured = [self.of_drawing(sampler, each, training) for each in drawings_of(settings, number)]
             given = {
                 name: value
                 for name, value in settings.given().items()
                 if name not in ("prompts", "classes", "conditions", "class_counts")
             }
-            rows.append(given | compared["metrics"])
-            every.append(samples)
-            if accelerator.is_main_process:
+            given |= {"num_drawings": number} if number > 1 else {}
+            metrics = [compared["metrics"] for compared, _ in measured]
+            rows.append(given | over_drawings(metrics, self.extractor.distance_name("g")))
+            every.append([samples for _, samples in measured])
+            if self.accelerator.is_main_process:
                 name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
-                id2label = getattr(sampler.pipeline, "id2label", None) or train.id2label or {}
+                id2label = getattr(sampler.pipeline, "id2label", None) or self.train.id2label or {}
                 labels = settings.labels(sampler.num_classes) if is_by_class(self.config.sampling, sampler) else None
-                save_grids(self.folder, name, samples, labels, self.some, compared["most_alike"], id2label)
+                compared, samples = measured[0]
+                save_grids(self.folder, name, samples, labels, self.copied, compared["most_alike"], id2label)
         return rows, every, training
 
-    def of_real_images(
-        self, held_out: EncodedImages | None, drawn: list[KeptRows], training: TrainingFeatures | None
-    ) -> dict[str, Any]:
-        """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
-        yardstick = Yardstick(
+    @property
+    def copied(self) -> ImageDataset:
+        """The training images of which copies are looked for."""
+        return self.train.choose(MAX_REFERENCE_IMAGES)
+
+    def training_features(self, seen: EncodedImages | None) -> TrainingFeatures:
+        """What samples are compared with. One pass over the training images, and none if `some` are all."""
+        keep = {"folder": self.parts, **self.work}
+        if seen is None:
+            of_some = [image_features(self.some, self.extractor, self.accelerator, **keep)]
+        else:
+            of_some = [seen.features, seen.reconstruction_features]
+        copied = of_some[0]
+        if len(self.some) < len(self.copied):
+            copied = image_features(self.copied, self.extractor, self.accelerator, **keep)
+        is_whole = len(copied) == len(self.train)
+        return TrainingFeatures(FeatureStatistics.of(copied) if is_whole else self.reference(), *of_some, copied=copied)
+
+    def reference(self) -> FeatureStatistics:
+        """Statistics of all training images."""
+        hide = not self.accelerator.is_local_main_process
+        cache = {"cache_dir": self.folder / "reference", "disable_progress": hide}
+        return reference_statistics(self.extractor, self.train, **cache, **self.work)
+
+    def of_drawing(
+        self, sampler: Sampler, settings: SampleSettings, training: TrainingFeatures
+    ) -> tuple[dict[str, Any], KeptRows]:
+        """The metrics of one drawing and its samples that are most like a training image; and the samples."""
+        samples = draw_samples(
+            *(sampler.pipeline, settings, self.folder / "samples", self.accelerator),
+            image_shape=self.image_shape,
+            batch_size=self.work["batch_size"],
+        )
+
+        def compare() -> dict[str, Any]:
+            work = {"batch_size": self.work["batch_size"], "folder": self.parts}
+            metrics, nearest = sample_metrics(samples, self.extractor, training, self.accelerator, **work)
+            return {"metrics": metrics, "most_alike": nearest.most_alike()}
+
+        drawn = generation_inputs(sampler.pipeline, settings, self.accelerator)
+        inputs = ["generation, copies of all", *self.inputs(self.train, self.some), drawn]
+        return self.keep(compare, inputs), samples
+
+    def add_distances(self, results: dict[str, Any], drawn: list[list[KeptRows]]) -> None:
+        """Adds the judge's distances of reconstructions and samples, and of real images in their place, to results of another judge."""
+        keep = {"batch_size": self.work["batch_size"], "folder": self.parts}
+        floor = results["floor"]
+        if self.vae is not None:
+            held_out = encode_images(
+                self.vae,
+                self.validation,
+                self.accelerator,
+                extractor=self.extractor,
+                measures={},
+                **self.work,
+                folder=self.parts,
+            )
+            name, yardstick = self.extractor.distance_name("r"), self.yardstick(held_out)
+            results["reconstruction"] |= reconstruction_metrics(held_out, self.extractor)
+            floor["reconstruction"][name] = yardstick.of_reconstructions()[name]
+        if not drawn:
+            return
+        name, reference = self.extractor.distance_name("g"), self.reference()
+        features = [
+            [sample_features(each, self.extractor, self.accelerator, **keep)["features"] for each in drawings]
+            for drawings in drawn
+        ]
+        for row, drawings in zip(results["generation"], features, strict=True):
+            distances = [frechet_distance(FeatureStatistics.of(each), reference) for each in drawings]
+            row |= over_drawings([{name: distance} for distance in distances], name)
+        if "generation" in floor:
+            yardstick = self.yardstick(None if self.vae is None else held_out)
+            real, samples = yardstick.distances(
+                [drawings[0] for drawings in features], reference, floor["generation"]["num_images"]
+            )
+            floor["generation"]["real"][name] = real
+            for row, distance in zip(floor["generation"]["samples"], samples, strict=True):
+                row[name] = distance
+
+    def yardstick(self, held_out: EncodedImages | None) -> Yardstick:
+        return Yardstick(
             *(self.extractor, self.train, self.validation, self.accelerator),
             held_out=held_out,
             folder=self.parts,
             **self.work,
         )
+
+    def of_real_images(
+        self, held_out: EncodedImages | None, drawn: list[KeptRows], training: TrainingFeatures | None
+    ) -> dict[str, Any]:
+        """What held-out images reach in the place of reconstructions and samples (`floor`), and how good the judge is."""
+        yardstick = self.yardstick(held_out)
         floor = {} if held_out is None else {"reconstruction": yardstick.of_reconstructions()}
         if drawn:
             keep = {"batch_size": self.work["batch_size"], "folder": self.parts}

@@ -24,7 +24,7 @@ from dae_diffusers.engine.settings import MAX_SEED, OptimizationConfig, RunConfi
 from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.hub.names import check_repo_id
 from dae_diffusers.hub.settings import HubConfig
-from dae_diffusers.metrics.settings import EvaluationConfig, SamplingConfig
+from dae_diffusers.metrics.settings import ANY_CHANNELS, JUDGES_WITHOUT_NETWORK, EvaluationConfig, SamplingConfig
 from dae_diffusers.search.settings import SearchConfig
 from dae_diffusers.settings import field, flat, part, settings
 from dae_diffusers.sizes import nearest_multiples
@@ -383,7 +383,8 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
         return
     data.require_images("`metric_features`")
     data.refuse_streaming("`metric_features`: evaluate afterwards, with `dae-diffusers evaluate`")
-    data.require_gray_or_rgb("`metric_features`")
+    if monitor.metric_features not in JUDGES_WITHOUT_NETWORK:
+        data.require_gray_or_rgb("`metric_features`", ANY_CHANNELS)
 
 
 def check_conditions(data: DataConfig) -> None:
@@ -602,7 +603,8 @@ class EvaluateConfig:
     sampling: SamplingConfig = part()
 
     def __post_init__(self):
-        check_measured_data(self.data, self.evaluation.features, "evaluate.py, which counts every image once")
+        for features in [self.evaluation.features, *(self.evaluation.more_features or [])]:
+            check_measured_data(self.data, features, "evaluate.py, which counts every image once")
         if self.sampling.set_defaults and self.evaluation.pipeline is None:
             raise ConfigError("`set_defaults` needs the `pipeline` that gets them.")
 
@@ -613,7 +615,8 @@ class LatentSpaceConfig:
 
     vae: str = field(help="folder or Hub id of the autoencoder")
     features: str | None = field(
-        None, "`inception`, or a vision model (Hub id or folder), for gFD; default: only the pilots' loss is measured"
+        None,
+        "`inception`, a vision model (Hub id or folder), `pixels` or `spectrum`, for gFD; default: only the pilots' loss is measured",
     )
     output_dir: str = field("runs/my-model/complexity", "folder for the results")
     seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
@@ -642,7 +645,8 @@ class FindLatentsConfig:
 
     def __post_init__(self):
         check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
-        self.data.require_gray_or_rgb("a judge")
+        if self.search.features not in JUDGES_WITHOUT_NETWORK:
+            self.data.require_gray_or_rgb("a judge with a network", ANY_CHANNELS)
         refuse_all_but_classes(self.data, "find_latents.py, whose pilots know classes only")
         self.data.refuse_random_crops("pilots, whose latents are cached")
 
@@ -659,8 +663,8 @@ def check_measured_data(data: DataConfig, features: str | None, script: str) -> 
     data.require_source()
     data.require_one_shape(script)
     data.refuse_streaming(f"{script}; leave it out")
-    if features is not None:
-        data.require_gray_or_rgb("`features`")
+    if features not in (None, *JUDGES_WITHOUT_NETWORK):
+        data.require_gray_or_rgb("`features`", ANY_CHANNELS)
 
 
 @settings
@@ -766,7 +770,7 @@ class LengthsConfig:
     output_dir: str | None = field(None, "folder for the pipelines and the table; default: `ema/` in the run's")
     features: str | None = field(
         None,
-        "`inception`, or a vision model (Hub id or folder), to compare the lengths by gFD; default: nothing is measured",
+        "`inception`, a vision model (Hub id or folder), `pixels` or `spectrum`, to compare the lengths by gFD; default: nothing is measured",
     )
     batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
     seed: int = field(
@@ -864,7 +868,7 @@ SCRIPTS = {
 
 # Settings that name a folder or something on the Hub, which has one slash at most.
 _PLACES = (
-    "vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "published_vae", "text_encoder", "features",
+    "vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "published_vae", "text_encoder", "features", "more_features",
     "metric_features", "feature_model", "perceptual_model", "discriminator_model", "vf_model", "repa_model",
 )  # fmt: skip
 # What begins so is no name on the Hub: the scripts write into `runs/` by default.
@@ -880,12 +884,13 @@ def check_paths(config: Any) -> None:
     # The checkpoint of a resumed run holds what came from pretrained weights.
     is_resumed = values.get("resume_from_checkpoint") is not None
     for name in _PLACES:
-        place = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
-        is_path = place is not None and (place.count("/") > 1 or place.startswith(_PATHS))
-        if is_path and not os.path.exists(place):
-            raise UserError(
-                f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id{in_full(place)}."
-            )
+        given = None if is_resumed and name == "pretrained_model_name_or_path" else values.get(name)
+        for place in given if isinstance(given, list) else filter(None, [given]):
+            is_path = place.count("/") > 1 or place.startswith(_PATHS)
+            if is_path and not os.path.exists(place):
+                raise UserError(
+                    f"`{name}` {place} does not exist. Give the folder that an earlier step has written, or a Hub id{in_full(place)}."
+                )
 
 
 # Flags that words may stand for, if they come first.

@@ -1,4 +1,4 @@
-"""Judges of samples: vision models, a classifier trained on the images, and two that need no network."""
+"""Judges of samples: feature extractors, and a classifier trained on the images."""
 
 import contextlib
 import os
@@ -14,42 +14,12 @@ from dae_diffusers.comparison.experiment import Trial
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.fitting.decoder_fit import draw_latents
-from dae_diffusers.fitting.image_statistics import log_spectrum
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.store import read_json, write_json
-
-
-class Pixels(torch.nn.Module):
-    """A judge without a network: images of so many channels, shrunk to 8x8 pixels."""
-
-    name, fingerprint = "pixels", "pixels-8"
-
-    def __init__(self, channels: int = 3):
-        super().__init__()
-        self.feature_dim = 64 * channels
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
-
-
-class Spectrum(torch.nn.Module):
-    """A judge without a network: the logarithm of an image's power in 8 rings of spatial frequency, for each of so many channels."""
-
-    name, fingerprint = "spectrum", "spectrum-8-ortho"
-
-    def __init__(self, channels: int = 3):
-        super().__init__()
-        self.feature_dim = 8 * channels
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return log_spectrum(images, 8, floor=1e-3 / images[0, 0].numel()).flatten(1)
-
-
-_WITHOUT_NETWORK = {"pixels": Pixels, "spectrum": Spectrum}
 
 
 def find_features(features: str | dict[str, Any], data: dict[str, Any], output_dir: Path) -> str:
@@ -67,16 +37,6 @@ def find_features(features: str | dict[str, Any], data: dict[str, Any], output_d
     return str(folder)
 
 
-def load_judge(name: str, channels: int) -> torch.nn.Module:
-    r"""
-    A judge by its name: `pixels`, `spectrum` or a vision model, for images of so many channels.
-
-    Raises:
-        UserError: If there is no such model.
-    """
-    return _WITHOUT_NETWORK[name](channels) if name in _WITHOUT_NETWORK else load_feature_extractor(name)
-
-
 def judge_samples(trial: Trial, generators: list[str]) -> None:
     r"""Fréchet distances of samples to the training images by each judge and at each guidance, into `judged.json`."""
     experiment, folder, origin = trial.experiment, trial.folder, trial.origin.folder
@@ -90,7 +50,7 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
         accelerator = Accelerator(mixed_precision="no")
         train = load_images(DataConfig(**experiment["data"]), trial.seed)[0]
         channels = train.config.image_channels
-        judges = {name: load_judge(name, channels) for name in names}
+        judges = {name: load_feature_extractor(name, channels=channels) for name in names}
         references = {
             name: reference_statistics(judge, train, cache_dir=trial.output_dir / "reference")
             for name, judge in judges.items()

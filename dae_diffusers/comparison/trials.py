@@ -51,7 +51,9 @@ class Ruler:
         data = DataConfig(**experiment["data"])
         self.train, self.validation = load_images(data, seed, value_range=read_value_range(str(vae)))
         self.some = self.train.choose(experiment["num_images"])
-        self.extractor = load_feature_extractor(experiment["features"], self.accelerator.device)
+        self.extractor = load_feature_extractor(
+            experiment["features"], self.accelerator.device, channels=self.train.config.image_channels
+        )
         self.vae = load_autoencoder(str(vae)).eval().to(self.accelerator.device)
         self.seen = encode_images(self.vae, self.some, self.accelerator, extractor=self.extractor, measures={})
 

@@ -65,7 +65,7 @@ def measure_pilots(
     }
     value_range = read_value_range(vae)
     splits = load_images(DataConfig(**data), seed, value_range=value_range)
-    extractor = None if features is None else load_feature_extractor(features)
+    extractor = None if features is None else load_feature_extractor(features, channels=splits[0].config.image_channels)
     if extractor is not None:
         check_judge(vae, extractor)
         check_enough_images(extractor, *splits, config.num_images)

@@ -242,11 +242,11 @@ class DataConfig:
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
             )
 
-    def require_gray_or_rgb(self, taker: str) -> None:
-        """Raises `ConfigError` for images of another number of channels than 1 or 3, which `taker` needs."""
+    def require_gray_or_rgb(self, taker: str, instead: str = "") -> None:
+        """Raises `ConfigError` for images of another number of channels than 1 or 3, which `taker` needs. `instead`: what would do."""
         if self.image_channels not in (None, 1, 3):
             raise ConfigError(
-                f"`image_channels` is {self.image_channels}, but {taker} takes images of 1 or 3 channels, gray or RGB."
+                f"`image_channels` is {self.image_channels}, but {taker} takes images of 1 or 3 channels, gray or RGB.{instead}"
             )
 
     @property

@@ -108,13 +108,20 @@ def measurements(result: Result) -> list[Measurement]:
         split = None if images is None else images.config.get(split)
         for metric, value in values.items():
             base = next((each for each in METRICS if metric == each or metric.startswith(f"{each}_")), None)
-            if base is None or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if (
+                base is None
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or metric.endswith("_sd")
+            ):
                 continue
             name, meaning = METRICS[base]
             extractor = metric.removeprefix(base).removeprefix("_")
             name = f"{name} ({extractor})" if extractor else name
             floor_value = (floor or {}).get(metric)
-            found.setdefault(metric, Measurement(metric, value, name, meaning, setting, images, split, floor_value))
+            deviation = values.get(f"{metric}_sd")
+            of = setting if deviation is None else {**setting, "sd": round(deviation, 5)}
+            found.setdefault(metric, Measurement(metric, value, name, meaning, of, images, split, floor_value))
 
     evaluation = result.metrics.get("evaluation", {})
     number = evaluation.get("setting", {}).get("validation_images", {}).get("number")
@@ -612,7 +619,7 @@ def _early(result: Result, generator: dict[str, Any], step: int | None) -> str |
 
 def _setting_of(values: dict[str, Any]) -> dict[str, Any]:
     names = ("num_images", "guidance_scale", "num_inference_steps", "velocity_scale", "label_sampling", "seed")
-    names += ("classifier_accuracy_on_real_test_digits",)
+    names += ("num_drawings", "classifier_accuracy_on_real_test_digits")
     return {name: values[name] for name in names if name in values}
 
 

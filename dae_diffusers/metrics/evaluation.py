@@ -1,7 +1,6 @@
 """The measurements of `training/evaluate.py`: of an autoencoder, of its latent space, and of images that a pipeline has drawn."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,16 +62,24 @@ class TrainingFeatures:
         images (`torch.Tensor` of shape `(M, D)`): Features of some training images.
         reconstructions (`torch.Tensor` of shape `(M, D)` or `None`): Features of the reconstructions of these images. None without an
             autoencoder; then there is no `gap`.
+        copied (`torch.Tensor` of shape `(K, D)`, *optional*): Features of the training images of which copies are looked for; default:
+            `images`.
     """
 
     reference: FeatureStatistics
     images: torch.Tensor
     reconstructions: torch.Tensor | None = None
+    copied: torch.Tensor | None = None
 
-    @cached_property
-    def spacing(self) -> torch.Tensor:
-        r"""Squared distance of each image to its nearest other one, `(M,)`."""
-        return nearest_neighbors(self.images)[0][:, 0]
+    def nearest(self, features: torch.Tensor) -> "Nearest":
+        r"""The training image that is nearest to each row of features, `(N, D)`."""
+        images = self.images if self.copied is None else self.copied
+        distances, indices = (each[:, 0] for each in nearest_neighbors(features, images))
+        unique, places = indices.unique(return_inverse=True)
+        spacing = nearest_neighbors(images[unique], images, num_neighbors=2)[0][:, 1]  # the first is the image itself
+        ratios = distances / spacing[places]
+        ratios[distances == 0] = 0  # a copy, also of one of two equals
+        return Nearest(indices, ratios)
 
 
 class Nearest(NamedTuple):
@@ -329,11 +336,9 @@ def feature_metrics(
     real = training.images[choose_indices(len(training.images), count)]
     metrics["precision"], metrics["recall"] = precision_recall(real, features[:count])
     metrics["density"], metrics["coverage"] = density_coverage(real, features[:count])
-    distances, indices = (each[:, 0] for each in nearest_neighbors(features, training.images))
-    ratios = distances / training.spacing[indices]
-    ratios[distances == 0] = 0  # a copy, also of one of two equals
-    metrics["authenticity"] = (ratios > 1).double().mean().item()
-    return metrics, Nearest(indices, ratios)
+    nearest = training.nearest(features)
+    metrics["authenticity"] = (nearest.ratios > 1).double().mean().item()
+    return metrics, nearest
 
 
 @torch.no_grad()

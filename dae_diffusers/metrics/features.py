@@ -1,4 +1,4 @@
-"""Feature extractors: any vision model of Hugging Face, or Inception, behind one interface."""
+"""Feature extractors: any vision model of Hugging Face, Inception, or plain statistics, behind one interface."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from dae_diffusers.image_spectrum import log_spectrum
 from dae_diffusers.store import fingerprint
 from dae_diffusers.vision import AlwaysEval, backbone_of, has_class_token, load_inception, load_vision_model, short_name
 
@@ -151,7 +152,49 @@ class InceptionFeatureExtractor(FeatureExtractor):
         return self.model(_to_rgb_levels(images).to(torch.uint8))
 
 
-def load_feature_extractor(name_or_path: str, device: torch.device | str = "cpu") -> FeatureExtractor:
+class _Statistics(FeatureExtractor):
+    """Features without a network, for images of any number of channels, on the images' device."""
+
+    num_classes = None
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.feature_dim = self.numbers_per_channel * channels
+
+    fingerprint: str  # these features depend on nothing else
+    numbers_per_channel: int
+
+    def _run(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        with torch.autocast(images.device.type, enabled=False):
+            return self._features_and_logits(images.float())
+
+
+class PixelFeatures(_Statistics):
+    r"""An image of `channels` channels, shrunk to 8x8 pixels: sees colours, brightness and where they are."""
+
+    name, fingerprint, numbers_per_channel = "pixels", "pixels-8", 64
+    description = "8x8 pixels, each the mean of its part of the image"
+
+    def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return F.adaptive_avg_pool2d(images, 8).flatten(1), None
+
+
+class SpectrumFeatures(_Statistics):
+    r"""The logarithm of an image's power in 8 rings of spatial frequency, for each of `channels` channels: sees sharpness and noise."""
+
+    name, fingerprint, numbers_per_channel = "spectrum", "spectrum-8-ortho", 8
+    description = "logarithm of the power in 8 rings of spatial frequency"
+
+    def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return log_spectrum(images, 8, floor=1e-3 / images[0, 0].numel()).flatten(1), None
+
+
+WITHOUT_NETWORK = {extractor.name: extractor for extractor in (PixelFeatures, SpectrumFeatures)}
+
+
+def load_feature_extractor(
+    name_or_path: str, device: torch.device | str = "cpu", *, channels: int = 3
+) -> FeatureExtractor:
     r"""
     Loads a feature extractor.
 
@@ -161,8 +204,9 @@ def load_feature_extractor(name_or_path: str, device: torch.device | str = "cpu"
 
     Args:
         name_or_path (`str`): `inception`, or a vision backbone on the Hub, such as `facebook/dinov2-base`, or in a
-            local folder.
+            local folder; or `pixels` or `spectrum`, which need no network.
         device (`torch.device`, *optional*): Where it computes.
+        channels (`int`, *optional*): Channels of the images, for `pixels` and `spectrum`. The others take 1 or 3.
 
     Returns:
         [`FeatureExtractor`]: In eval mode, float32.
@@ -171,6 +215,8 @@ def load_feature_extractor(name_or_path: str, device: torch.device | str = "cpu"
         UserError: If the model or its image processor does not exist, is no vision model, or lacks weights.
         ImportError: For `inception` without `torch-fidelity`.
     """
+    if name_or_path in WITHOUT_NETWORK:
+        return WITHOUT_NETWORK[name_or_path](channels)
     if name_or_path == "inception":
         return InceptionFeatureExtractor().to(device)
     model, preprocessing = load_vision_model(name_or_path)

@@ -165,7 +165,9 @@ class SampleDistance(Monitor):
     ):
         self.settings, self.settings_until = settings, settings_until or settings
         self.images = images.in_one_shape().choose(MAX_REFERENCE_IMAGES)
-        self.extractor = load_feature_extractor(run.config.monitor.metric_features, run.accelerator.device)
+        self.extractor = load_feature_extractor(
+            run.config.monitor.metric_features, run.accelerator.device, channels=images.config.image_channels
+        )
         self.name = f"validation/{self.extractor.distance_name('g')}"
         described = [self.extractor.fingerprint, self.images.fingerprint, model_fingerprint(vae), settings.given()]
         super().__init__(run, fingerprint_of_json(described + [after] * (after > 0)), state, after=after)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
 from dae_diffusers.metrics.sampling import scheduler_options
+from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES
 from dae_diffusers.plots import image_grid, scale_axis
 from dae_diffusers.settings import flat
 
@@ -33,8 +35,9 @@ def describe(
     validation: ImageDataset,
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
+    others: Sequence[FeatureExtractor] = (),
 ) -> dict[str, Any]:
-    r"""Everything that the numbers depend on; `config` is the script's settings class."""
+    r"""Everything that the numbers depend on; `config` is the script's settings class, `others` are further judges."""
     parts = ("_class_name", "latent_channels", "block_out_channels")
     packages = ["dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"]
     packages += [name for name in ("torchmetrics", "torch-fidelity", "lpips") if find_spec(name.replace("-", "_"))]
@@ -52,6 +55,7 @@ def describe(
             "fingerprint": extractor.fingerprint,
             "dim": extractor.feature_dim,
         },
+        "more_features": {each.name: each.fingerprint for each in others},
         "train_images": {"number": len(train), "fingerprint": train.fingerprint},
         "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
         "num_processes": accelerator.num_processes,
@@ -71,7 +75,8 @@ def to_markdown(results: dict[str, Any]) -> str:
             if isinstance(v, (int, float))
         ]
         lines.append("")
-    lines += table("Generation", with_floor(results.get("generation", []), floor.get("generation", {})))
+    rows = with_floor(results.get("generation", []), floor.get("generation", {}))
+    lines += table("Generation", [with_deviation(row) for row in rows])
     if floor:
         lines += [
             "Real images: held-out real images take the place of reconstructions (compared with as many training images) or of samples "
@@ -81,8 +86,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         ]
     lines += copies_lines(results.get("generation", []), floor.get("generation", {}))
     number = setting["train_images"]["number"]
-    compared = min([row["num_images"] for row in results.get("generation", [])], default=number)
-    if compared < number:
+    compared = MAX_REFERENCE_IMAGES
+    if compared < number and results.get("generation"):
         lines += [
             f"Authenticity and `nearest-*.png` look at {compared} of {number} training images: copies of others are not seen.",
             "",
@@ -120,7 +125,9 @@ def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[s
     r"""The rows of samples; after each, the same of only as many samples as there are held-out images; last, the held-out images."""
     if not rows or not floor:
         return rows
-    names = [name for name in rows[0] if name not in floor["real"]]
+    of_all = ("num_drawings", "inception_score", "classifier_score")
+    names = [name for name in rows[0] if name not in floor["real"] and not name.startswith(of_all)]
+    names = [name for name in names if not name.endswith("_sd")]
     shown = [{"images": "samples", **row} for row in rows]
     for row, few in zip(rows, floor["samples"], strict=True):
         if row["num_images"] != floor["num_images"]:
@@ -130,6 +137,15 @@ def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[s
             )
     real = {**dict.fromkeys(rows[0]), **floor["real"], "num_images": floor["num_images"]}
     return [*shown, {"images": "**real**", **real}]
+
+
+def with_deviation(row: dict[str, Any]) -> dict[str, Any]:
+    r"""A row with its standard deviations behind their means, instead of in columns of their own."""
+    joined = {}
+    for name, value in row.items():
+        deviation = row.get(f"{name}_sd")
+        joined[name] = value if deviation is None else f"{value:.4g} ± {deviation:.2g}"
+    return {name: value for name, value in joined.items() if not name.endswith("_sd")}
 
 
 def copies_lines(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[str]:
@@ -176,7 +192,10 @@ def _to_cell(value: Any) -> str:
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
-    r"""Draws the distance against guidance, a line for each number of steps; or against steps, if there is only one guidance scale."""
+    r"""
+    Draws the distance against guidance, a line for each number of steps; or against steps, if there is only one guidance scale. Bars
+    are standard deviations over drawings, if there are several.
+    """
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
     legends = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
@@ -184,9 +203,12 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     if len({row.get("guidance_scale") for row in rows}) == 1:
         across, along = along, across
     for value in dict.fromkeys(row.get(across) for row in rows):
-        points = sorted((row[along], row[distance]) for row in rows if row.get(across) == value)
+        points = sorted(
+            (row[along], row[distance], row.get(f"{distance}_sd", 0)) for row in rows if row.get(across) == value
+        )
         label = None if value is None else legends[across].format(value)
-        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        places, distances, deviations = zip(*points, strict=True)
+        axis.errorbar(places, distances, deviations if any(deviations) else None, marker="o", capsize=3, label=label)
     scale_axis(axis, [row[distance] for row in rows])
     axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
     axis.set_ylabel(with_arrow(distance))

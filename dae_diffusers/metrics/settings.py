@@ -6,6 +6,10 @@ from dae_diffusers.engine.settings import MAX_SEED
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
+# Feature extractors of images with any number of channels.
+JUDGES_WITHOUT_NETWORK = ("pixels", "spectrum")
+ANY_CHANNELS = " The judges `pixels` and `spectrum` take any number of channels."
+
 
 @settings
 class EvaluationConfig:
@@ -16,7 +20,14 @@ class EvaluationConfig:
         None, "folder or Hub id of a diffusers pipeline; default: only the autoencoder is measured"
     )
     features: str | None = field(
-        None, "`inception`, or a vision model (Hub id or folder), for rFD and gFD; default: neither is measured"
+        None,
+        "`inception`, a vision model (Hub id or folder), or without a network `pixels` or `spectrum`, for rFD and gFD; default: neither "
+        "is measured",
+    )
+    more_features: list[str] | None = field(
+        None,
+        "further judges, which add a column with their distance: what several of different kinds see does not hang on one of them",
+        needs="features",
     )
     output_dir: str = field("runs/my-model/evaluation", "folder for the results")
     batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
@@ -38,6 +49,9 @@ class EvaluationConfig:
             raise ConfigError("give `vae` or `pipeline` (or both): there is nothing to evaluate.")
         if self.pipeline is not None and self.features is None:
             raise ConfigError("`pipeline` needs `features`, such as `inception` or facebook/dinov2-base.")
+        judges = [self.features, *(self.more_features or [])]
+        if len(set(judges)) < len(judges):
+            raise ConfigError(f"each judge of `features` and `more_features` counts once, but they are {judges}.")
 
 
 @settings
@@ -49,6 +63,12 @@ class SamplingConfig:
         "images to generate for each setting, and training images to compare with; default: as many as there are training images, at "
         "most 10000",
         at_least=1,
+    )
+    num_drawings: int = field(
+        1,
+        "draw each setting N times, with other noise each time: the numbers are means, and `_sd` tells how much chance moves the distance",
+        at_least=1,
+        needs="pipeline",
     )
     guidance_scales: list[float] = field(
         [1.0], "one or more scales of classifier-free guidance to measure", needs="pipeline"

@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
-from dae_diffusers.metrics.settings import SamplingConfig
+from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.randomness import derived_seed
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import fingerprint, read_json, weights_of, write_json
 from dae_diffusers.vision import backbone_of
@@ -113,6 +116,14 @@ def check_judge(name_or_path: str | Path, extractor: FeatureExtractor) -> None:
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): The judge.
     """
     fit = read_fit(name_or_path)
+    if extractor.name in JUDGES_WITHOUT_NETWORK:
+        if fit:
+            logger.warning(
+                "the decoder of %s was fitted in statistics of pixels and spectrum (stage 3), so %s judges it too kindly.",
+                name_or_path,
+                extractor.name,
+            )
+        return
     weights = fit.get("feature_weights")
     if weights and weights == fingerprint(weights_of(backbone_of(extractor.model))):
         raise UserError(
@@ -211,6 +222,24 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
         )
         for chosen in itertools.product(*sweep)
     ]
+
+
+def drawings_of(settings: SampleSettings, number: int) -> list[SampleSettings]:
+    r"""The same setting with `number` seeds of noise, its own first."""
+    seeds = [settings.seed, *(derived_seed(settings.seed, 17, drawing) for drawing in range(1, number))]
+    return [replace(settings, seed=seed) for seed in seeds]
+
+
+def over_drawings(rows: list[dict[str, float]], distance: str) -> dict[str, float]:
+    r"""The means of each metric over drawings of one setting; of several, also `<distance>_sd`, the standard deviation of one drawing."""
+    if len(rows) == 1:
+        return rows[0]
+    means = {}
+    for name in rows[0]:
+        means[name] = statistics.mean(row[name] for row in rows)
+        if name == distance:
+            means[f"{name}_sd"] = statistics.stdev(row[name] for row in rows)
+    return means
 
 
 def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:

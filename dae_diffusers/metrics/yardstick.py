@@ -81,17 +81,32 @@ class Yardstick:
             samples (`list[torch.Tensor]` of shape `(N, D)`): Features of the samples of each setting.
             training ([`~dae_diffusers.metrics.evaluation.TrainingFeatures`]): What they were compared with.
         """
-        limit = min(len(self.held_out), len(training.images), *map(len, samples))
-        chosen = as_in_training(self.train, self.validation, limit)
-        number = len(chosen)
+        limit = min(len(training.images), *map(len, samples))
+        sets = self._of_one_size(samples, limit)
+        number = len(sets[0])
         if number < _FEWEST:
             return {}
-        sets = [self.held_out[chosen], *(features[:number] for features in samples)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             real, *rows = (feature_metrics(each, self.extractor, training)[0] for each in sets)
         real.pop("gap", None)
         return {"num_images": number, "real": real, "samples": rows}
+
+    def distances(
+        self, samples: list[torch.Tensor], reference: FeatureStatistics, limit: int
+    ) -> tuple[float, list[float]]:
+        r"""The Fréchet distances to the training images, of at most `limit` held-out images and of equally many samples of each setting."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            real, *rows = (
+                frechet_distance(FeatureStatistics.of(each), reference) for each in self._of_one_size(samples, limit)
+            )
+        return real, rows
+
+    def _of_one_size(self, samples: list[torch.Tensor], limit: int) -> list[torch.Tensor]:
+        """Features of held-out images, with the classes in training's proportion, and of equally many samples of each setting."""
+        chosen = as_in_training(self.train, self.validation, min(limit, len(self.held_out)))
+        return [self.held_out[chosen], *(features[: len(chosen)] for features in samples)]
 
 
 def as_in_training(train: ImageDataset, held_out: ImageDataset, limit: int) -> list[int]:

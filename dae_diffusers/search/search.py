@@ -185,7 +185,10 @@ class Search:
 
     def measure_speeds(self) -> Speeds:
         """Times a few steps of joint training, or of the first candidate where that does not fit, and of a generator on its latents."""
-        judge, flags = load_feature_extractor(self.experiment["features"]), self.candidates.flags
+        judge, flags = (
+            load_feature_extractor(self.experiment["features"], channels=self.images[0].config.image_channels),
+            self.candidates.flags,
+        )
         check_enough_images(judge, *self.images, self.config.num_images)
         name = next((name for name in flags if flags[name].get("auxiliary_decoder") == "none"), next(iter(flags)))
         folder = self.folder / "calibration"
