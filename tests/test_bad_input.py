@@ -282,7 +282,7 @@ TABLE = [
         1,
         "the vision model 'runs/no/such' cannot be loaded",
     ),
-    ("evaluate", "--train_data_dir {images} --vae {vae} --more_features pixels", 2, "`--more_features`"),
+    ("evaluate", "--train_data_dir {images} --vae {vae} --more_features pixels", 2, "`--more_features` adds judges"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --top_k 3", 1, "`--top_k` means nothing to an autoencoder"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --features {vae}", 1, "cannot be loaded"),
     ("evaluate", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),

@@ -49,6 +49,8 @@ class EvaluationConfig:
             raise ConfigError("give `vae` or `pipeline` (or both): there is nothing to evaluate.")
         if self.pipeline is not None and self.features is None:
             raise ConfigError("`pipeline` needs `features`, such as `inception` or facebook/dinov2-base.")
+        if self.more_features and self.features is None:
+            raise ConfigError("`more_features` adds judges to that of `features`: give it too.")
         judges = [self.features, *(self.more_features or [])]
         if len(set(judges)) < len(judges):
             raise ConfigError(f"each judge of `features` and `more_features` counts once, but they are {judges}.")
