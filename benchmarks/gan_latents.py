@@ -9,12 +9,14 @@ instead of Gaussian noise needs less complexity. Every generator is trained in t
 kind, and never sees which image a latent belongs to. The sources:
 
 - `noise`: Gaussian, of the shape of the other sources' latents;
-- `NAME=FOLDER` of an autoencoder: its normalised latents of the training images;
+- `NAME=FOLDER` of an autoencoder: its normalised latents of images;
 - `NAME=FOLDER` of a pipeline: the normalised latents that its generator draws, without guidance.
 
-The table shows the Fréchet distance of the generator's images to the training images, mean over seeds, for each source and width;
-the picture shows it over the number of parameters. What is finished stays in `rows.jsonl` and is not repeated. Draws for the
-measurement are others than those of training.
+The images are halved. Training sees one half and its latents. The measurement takes latents of the other half, whose images no
+generator was shown, or other draws of noise or of the pipeline, and compares the result with the images of the first half.
+
+The table shows that Fréchet distance, mean over seeds, for each source and width, and that of the other half's own images; the picture
+shows it over the number of parameters. What is finished stays in `rows.jsonl` and is not repeated.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -35,11 +38,13 @@ from dae_diffusers.autoencoders.discriminators import PatchDiscriminator
 from dae_diffusers.autoencoders.loading import load_autoencoder, spatial_factor
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
+from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.fitting.decoder_fit import draw_latents, pool_labels
 from dae_diffusers.latents.statistics import moments_of, normalize_latents
 from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
 from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.evaluation import image_features
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.sampling import load_pipeline
@@ -96,7 +101,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_images", type=int, default=5000, help="images that are trained on, drawn and compared")
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        default=5000,
+        help="images that are trained on, drawn and compared, at most half of all",
+    )
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     arguments = parser.parse_args()
     wrong = [source for source in arguments.sources if source != "noise" and "=" not in source]
@@ -111,19 +121,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     accelerator, config = Accelerator(), DataConfig(**arguments.data)
-    train = load_images(config, 0)[0].choose(arguments.num_images)
-    extractor = load_feature_extractor(arguments.features, accelerator.device)
+    train, others = halves(load_images(config, 0)[0].choose(2 * arguments.num_images))
+    extractor = load_feature_extractor(arguments.features, accelerator.device, channels=train.config.image_channels)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     reference = reference_statistics(extractor, train, cache_dir=arguments.output_dir / "reference")
-    sources = load_sources(arguments, train, accelerator)
+    real = frechet_distance(
+        FeatureStatistics.of(image_features(others, extractor, accelerator)), reference
+    )  # of the images whose latents are decoded
+    sources = load_sources(arguments, train, others, accelerator)
     path = arguments.output_dir / "rows.jsonl"
     done = {json.dumps(of, sort_keys=True): row for of, row in kept_rows(path)} if path.exists() else {}
     rows = []
     todo = list(itertools.product(arguments.seeds, arguments.widths, sources.items()))
     for seed, width, (name, (latents, factor, described)) in tqdm(todo, desc="GANs", unit="run"):
         of = {
-            "source": described, "width": width, "seed": seed, "images": train.fingerprint, "features": extractor.fingerprint,
-            **{key: getattr(arguments, key) for key in ("steps", "batch_size", "num_images", "learning_rate")},
+            "source": described, "width": width, "seed": seed, "images": [train.fingerprint, others.fingerprint], "features": extractor.fingerprint,
+            **{key: getattr(arguments, key) for key in ("steps", "batch_size", "learning_rate")},
         }  # fmt: skip
         key = json.dumps(of, sort_keys=True)
         if key not in done:
@@ -132,22 +145,29 @@ def main(arguments: argparse.Namespace) -> None:
             keep_row(path, row, of)
             done[key] = row
         rows.append({"source": name, "width": width, "seed": seed, **done[key]})
-    text = table_of(rows)
+    text = f"{table_of(rows)}\nThe other half's own images: {real:.3g}, {len(others)} of them.\n"
     write_atomically(arguments.output_dir / "results.md", text)
-    plot(rows, arguments.output_dir / "results.png")
+    plot(rows, real, arguments.output_dir / "results.png")
     print(text)
 
 
+def halves(images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
+    """Two equal parts of the images, chosen at random."""
+    one = choose_indices(len(images), len(images) // 2)
+    other = np.setdiff1d(np.arange(len(images)), one)[: len(one)]
+    return images.select(one), images.select(other)
+
+
 def load_sources(
-    arguments: argparse.Namespace, train: ImageDataset, accelerator: Accelerator
+    arguments: argparse.Namespace, train: ImageDataset, others: ImageDataset, accelerator: Accelerator
 ) -> dict[str, tuple[torch.Tensor, int, Any]]:
-    """For each name the latents, twice as many as images (one half to train with), the factor to images, and a fingerprint."""
+    """For each name the latents, twice as many as images (the first half to train with), the factor to images, and a fingerprint."""
     found = {}
     for source in arguments.sources:
         name, _, folder = source.partition("=")
         if name == "noise":
             continue
-        count = 2 * arguments.num_images
+        count = len(train) + len(others)
         if (Path(folder) / "model_index.json").exists():
             pipeline = load_pipeline(folder, accelerator.device)
             latents = draw_latents(
@@ -162,7 +182,7 @@ def load_sources(
         else:
             vae = load_autoencoder(folder).to(accelerator.device)
             described = ["encoder", model_fingerprint(vae)]
-            latents = encode(vae, train, count)
+            latents = torch.cat([encode(vae, part) for part in (train, others)])
         found[name] = latents, spatial_factor(vae), described
     shapes = {name: (tuple(latents.shape[1:]), factor) for name, (latents, factor, _) in found.items()}
     if len(set(shapes.values())) > 1:
@@ -175,15 +195,14 @@ def load_sources(
 
 
 @torch.no_grad()
-def encode(vae, images: ImageDataset, count: int) -> torch.Tensor:
-    """Normalised draws from the posteriors of the images, in turn: the second half has other draws than the first."""
+def encode(vae, images: ImageDataset) -> torch.Tensor:
+    """Normalised draws from the posteriors of the images."""
     means, stds = [], []
     for batch in make_pass_loader(images, batch_size=64):
         mean, std = moments_of(batch, vae, vae.device)
         means.append(mean.cpu())
         stds.append(std.cpu())
-    order = torch.arange(count) % len(images)
-    mean, std = torch.cat(means)[order], torch.cat(stds)[order]
+    mean, std = torch.cat(means), torch.cat(stds)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(derived_seed(0, 13)))
     return normalize_latents(mean + std * noise, vae)
 
@@ -265,7 +284,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], real: float, path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for number, source in enumerate(dict.fromkeys(row["source"] for row in rows)):
@@ -283,6 +302,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         )
         for size in sizes:
             axis.scatter([size] * len(points[size]), points[size], s=10, color=f"C{number}", alpha=0.5)
+    axis.axhline(real, color="gray", linestyle=":", label="real images of the other half")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("weights of the generator")

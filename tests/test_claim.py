@@ -17,6 +17,7 @@ from scripts import launched_here, load_benchmark
 
 from dae_diffusers import DAEDiTPipeline
 from dae_diffusers.comparison.scripts import choose_data
+from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import PixelFeatures, SpectrumFeatures
 
@@ -410,7 +411,8 @@ def test_gans_on_noise_latents_and_a_prior(tmp_path, monkeypatch, image_folder, 
     monkeypatch.setattr(sys, "argv", command)
     benchmark.main(benchmark.parse_arguments())
     text = (tmp_path / "gan" / "results.md").read_text()
-    assert [line.split()[1] for line in text.splitlines()[2:]] == ["noise", "latents", "prior"]
+    assert [line.split()[1] for line in text.splitlines()[2:5]] == ["noise", "latents", "prior"]
+    assert "The other half's own images: " in text
     rows = (tmp_path / "gan" / "rows.jsonl").read_text()
     assert len(rows.splitlines()) == 6 and (tmp_path / "gan" / "results.png").exists()
     benchmark.main(benchmark.parse_arguments())
@@ -420,6 +422,9 @@ def test_gans_on_noise_latents_and_a_prior(tmp_path, monkeypatch, image_folder, 
     with pytest.raises(SystemExit):
         benchmark.parse_arguments()
     assert "at least one NAME=FOLDER" in capsys.readouterr().err
+    images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[0]
+    names = [{half.name_of(n) for n in range(len(half))} for half in benchmark.halves(images)]
+    assert len(names[0]) == len(names[1]) == len(images) // 2 and not names[0] & names[1]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of schedulers of diffusers

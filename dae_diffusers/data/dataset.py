@@ -239,7 +239,11 @@ class ImageDataset(BatchDataset):
 
     def choose(self, limit: int) -> "ImageDataset":
         r"""At most `limit` of the images, in order: a fixed random choice, because data may be sorted by class."""
-        return self._select(choose_indices(len(self), limit), self.depth)
+        return self.select(choose_indices(len(self), limit))
+
+    def select(self, indices: Sequence[int]) -> "ImageDataset":
+        r"""The images with these ascending numbers."""
+        return self._select(indices, self.depth)
 
     def spread(self, count: int) -> list[int]:
         r"""The numbers of at most `count` images to show: evenly over the classes and within each, in the order of the classes."""
