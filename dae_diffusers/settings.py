@@ -18,7 +18,7 @@ from dae_diffusers.errors import ConfigError
 Config = TypeVar("Config")
 
 # These settings belong to a single run: [`flags_of`] leaves them out, since it says how to make the same model elsewhere.
-_OF_ONE_RUN = ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint", "dry_run")
+_OF_ONE_RUN = ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint", "accept_changed_images", "dry_run")
 
 
 def field(

@@ -1,6 +1,7 @@
 """Whatever goes wrong while a script runs, one line says so, and a resumed run ends with the very same weights."""
 
 import functools
+import json
 import os
 import resource
 import shutil
@@ -315,8 +316,19 @@ def test_changed_images_are_refused_on_resume(reference, image_folder, tmp_path)
     options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
     code, text = in_child(lambda: start(BARE_DAE, train_data_dir=tmp_path / "images", **options))
     assert code == 1
-    assert_one_line(text, "the training images changed since", "Continue with the same")
+    assert_one_line(
+        text, "the training images changed since", "Continue with the same", "pass `--accept_changed_images`"
+    )
     assert before == {path: path.read_bytes() for path in before}
+    newest = max((tmp_path / "run" / "train_dae" / "checkpoints").glob("checkpoint-*"))
+    shutil.rmtree(newest)  # the one of the end
+    step = int(max((tmp_path / "run" / "train_dae" / "checkpoints").glob("checkpoint-*")).name.split("-")[1])
+    options["accept_changed_images"] = "yes"
+    for _ in range(2):  # again: the step is kept in the checkpoints
+        code, text = in_child(lambda: start(BARE_DAE, train_data_dir=tmp_path / "images", **options))
+        assert code == 0, text
+        assert json.loads((tmp_path / "run" / "train_dae" / "run.json").read_text())["images_changed"] == [step]
+        options.pop("accept_changed_images", None)
 
 
 def test_another_encoder_is_refused_on_resume(reference, image_folder, tmp_path):

@@ -186,7 +186,7 @@ def run_evaluation(folder: Path, to_evaluate: dict, before=lambda: None) -> tupl
     def action():
         before()
         statistics.SAVE_SECONDS = 0
-        start(EVALUATE, script=evaluate, output_dir=folder, **to_evaluate)
+        start(EVALUATE, script=evaluate, output_dir=folder, more_features="pixels", **to_evaluate)
 
     return in_child(action)
 
@@ -201,7 +201,7 @@ def whole_evaluation(to_evaluate, tmp_path_factory):
 
 def test_the_pipeline_draws_as_it_was_measured_best(to_evaluate, whole_evaluation):
     rows = json.loads((whole_evaluation / "metrics.json").read_text())["generation"]
-    (distance,) = (name for name in rows[0] if name.startswith("gfd"))
+    distance = next(name for name in rows[0] if name.startswith("gfd"))  # that of `--features`
     best = min(rows, key=lambda row: row[distance])["guidance_scale"]
     config = DAEDiTPipeline.from_pretrained(to_evaluate["pipeline"]).config
     assert (config.default_guidance_scale, config.default_num_inference_steps) == (best, 1)
@@ -218,12 +218,17 @@ def kept_files(folder: Path) -> dict[Path, int]:
     [
         (evaluation, "encode_moments", lambda: nth_call(5), 1),  # in the second chunk of the held-out images
         (evaluation, "interpolate_to_neighbors", lambda: nth_call(1), 4),  # both splits are encoded
-        (FeatureStatistics, "add", lambda: nth_call(8), 5),  # in the middle of the reference images
-        (DAEDiTPipeline, "__call__", lambda: nth_call(3), 6),  # in the middle of a chunk of samples
-        (DAEDiTPipeline, "__call__", lambda: nth_call(5), 7),
-        (evaluation, "kernel_distance", lambda: nth_call(1), 10),  # features of the samples, no distance yet
-        (evaluation, "kernel_distance", lambda: nth_call(2), 15),  # in the second setting
-        (store, "_flush_and_rename", lambda: lambda _, path: path.name == "metrics.json", 19),  # and of real images
+        (DAEDiTPipeline, "__call__", lambda: nth_call(3), 5),  # in the middle of a chunk of samples
+        (DAEDiTPipeline, "__call__", lambda: nth_call(5), 6),
+        (evaluation, "kernel_distance", lambda: nth_call(1), 9),  # features of the samples, no distance yet
+        (evaluation, "kernel_distance", lambda: nth_call(2), 14),  # in the second setting
+        (statistics, "pad_batch", lambda: nth_call(3), 22),  # in the middle of the reference images of the second judge
+        (
+            store,
+            "_flush_and_rename",
+            lambda: lambda _, path: path.name == "metrics.json",
+            26,
+        ),  # and its features of samples
     ],
 )
 def test_killed_evaluation_goes_on_and_computes_nothing_twice(
@@ -233,7 +238,7 @@ def test_killed_evaluation_goes_on_and_computes_nothing_twice(
     assert code == -signal.SIGKILL, text
     kept = kept_files(tmp_path)
     assert len(kept) == num_kept
-    assert name != "add" or list(tmp_path.glob("reference/*.0-of-1.safetensors"))
+    assert module is not statistics or list(tmp_path.glob("reference/*.0-of-1.safetensors"))
     code, text = run_evaluation(tmp_path, to_evaluate)
     assert code == 0, text
     assert contents(tmp_path) == contents(whole_evaluation)
@@ -242,7 +247,7 @@ def test_killed_evaluation_goes_on_and_computes_nothing_twice(
 
 
 def test_reference_statistics_go_on_from_where_they_were_saved(whole_evaluation, to_evaluate, tmp_path):
-    run_evaluation(tmp_path, to_evaluate, lambda: die_at(FeatureStatistics, "add", nth_call(8)))
+    run_evaluation(tmp_path, to_evaluate, lambda: die_at(statistics, "pad_batch", nth_call(3)))
     (partial,) = tmp_path.glob("reference/*")
     done, _ = FeatureStatistics.load(partial)
     assert 0 < done.count < 300

@@ -26,7 +26,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.engine.loop import Loop
-from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import STARTED_FROM, DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
@@ -138,7 +138,7 @@ def find_start(
     more = given_autoencoder(run.config, model) if fit is None else fit.inputs()
     plan = stages.plan() | model.decoder_sizes | settings_beside_weights(model) if fit is None else fit.plan()
     return run.find_start(
-        inputs={"the training images": images.fingerprint, **more},
+        inputs={TRAINING_IMAGES: images.fingerprint, **more},
         plan=plan | held_out_settings(images),
         counts={
             **count_images(images),

@@ -29,7 +29,7 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.engine.loop import Loop
-from dae_diffusers.engine.run import Start, TrainingRun
+from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
@@ -368,7 +368,7 @@ def find_start(
         len(data.id2label or {}) or "no",
         num_parameters / 1e6,
     )
-    inputs = {"the training images": data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
+    inputs = {TRAINING_IMAGES: data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
     inputs |= conditioning.fingerprints
     if isinstance(objective, FlowMap):
         inputs["the distilled transformer"] = model_fingerprint(objective.teacher)

@@ -39,6 +39,7 @@ from dae_diffusers.store import read_json_or, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
+TRAINING_IMAGES = "the training images"  # an input of a run, by the name in its checkpoints
 _WAIT_HINT = ": raise `--dataloader_num_workers`, or train from cached latents"
 _VERSIONS = ("dae-diffusers", "torch", "diffusers", "accelerate", "datasets")
 
@@ -119,6 +120,7 @@ class TrainingRun:
         if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
             self._publisher = Publisher(config.hub, self.output_dir, self.folder)
         self._record: dict[str, Any] | None = None
+        self._images_changed: list[int] = []  # steps at which a resumed run went on with other images
         self._started = time.monotonic()
 
     @property
@@ -187,12 +189,25 @@ class TrainingRun:
         path, manifest = self.resumed
         step, state = manifest["step"], manifest["state"]
         inputs_before, plan_before = state.pop("inputs", inputs), state.pop("plan", None)
+        self._images_changed = state.pop("images_changed", [])
         for name, before in inputs_before.items():
-            if inputs.get(name, before) != before:
-                raise UserError(
-                    f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Continue "
-                    "with the same, or train in another `output_dir`."
+            if inputs.get(name, before) == before:
+                continue
+            may_change = (
+                name == TRAINING_IMAGES and not self.config.data.streaming
+            )  # a stream has a position in its files
+            if may_change and self.config.run.accept_changed_images:
+                logger.warning(
+                    "the training images changed since %s was saved: from here on the run learns from the new ones.",
+                    path,
                 )
+                self._images_changed.append(step)
+                continue
+            accept = " To go on with the new ones, pass `accept_changed_images`." if may_change else ""
+            raise UserError(
+                f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Continue "
+                f"with the same, or train in another `output_dir`.{accept}"
+            )
         if self.config.optimization.num_train_epochs is not None:
             check_passes(self._plan, plan_before or {}, path)
         check_plan(self._plan, plan_before, step, path, self.config.optimization.num_train_epochs)
@@ -237,6 +252,7 @@ class TrainingRun:
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
                 "counts": self.counts,
+                **({"images_changed": self._images_changed} if self._images_changed else {}),
                 "local_data": self.config.data.is_local,
                 "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
             }
@@ -259,6 +275,7 @@ class TrainingRun:
             inputs=self._inputs,
             plan=self._plan,
             skipped=self.guard.skipped,
+            images_changed=self._images_changed,
             stream=self.batches.state(),
             **self.log.state(),
             **state,

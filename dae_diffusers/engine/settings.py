@@ -73,6 +73,12 @@ class RunConfig:
     output_dir: str = field("runs/my-model", "folder for all results")
     seed: int = field(0, "the same seed on the same machine gives the same weights", at_least=0, at_most=MAX_SEED)
     resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    accept_changed_images: bool = field(
+        False,
+        "resume although the training images are others than those of the checkpoint: more, fewer, or one replaced",
+        needs="resume_from_checkpoint",
+        advanced=True,
+    )
     dry_run: bool = field(False, "measure a few steps, say what the run takes, keep nothing")
     checkpointing_steps: int = field(1000, "save a checkpoint every N steps", at_least=1, advanced=True)
     checkpoints_total_limit: int | None = field(2, "keep only the N newest checkpoints", at_least=1, advanced=True)

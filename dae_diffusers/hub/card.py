@@ -570,6 +570,7 @@ def _script_description(name: str, script: Script, result: Result) -> dict[str, 
     described["hardware"] = record.get("hardware")
     described["counts"] = record.get("counts", {})
     described["exported_step"] = record.get("exported_step")
+    described["images_changed"] = ", ".join(f"{step:,}" for step in record.get("images_changed", []))
     if name in ("train_dit", "train_vqgan_prior"):
         described["average_length"] = result.average_length
     return described

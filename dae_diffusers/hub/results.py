@@ -28,7 +28,14 @@ _SCRIPTS = {
 _GENERATOR_SCRIPTS = ("train_dit", "train_vqgan_prior")
 
 # Flags for the machine and for publishing, which do not describe the model.
-_NOT_PUBLISHED = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "checkpoints_total_limit")
+_NOT_PUBLISHED = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "accept_changed_images",
+    "report_to",
+    "logging_steps",
+    "checkpoints_total_limit",
+)
 
 
 @dataclass

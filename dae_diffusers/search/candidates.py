@@ -18,6 +18,7 @@ _PARTS = {"autoencoder": TrainDAEConfig, "transformer": TrainDiTConfig, "judge":
 _OURS = (
     "stage", "stage1_dir", "stage1_steps", "stage2_steps", "pipeline", "vae", "latent_cache", "max_train_steps", "output_dir", "seed",
     "resume_from_checkpoint",
+    "accept_changed_images",
 )  # fmt: skip
 _SIZE_OF_PILOTS = ("model", "num_layers", "num_attention_heads", "attention_head_dim", "train_batch_size")
 # What a part may say about the images, which are the same for all. A generator's are encoded before.
