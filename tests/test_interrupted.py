@@ -227,7 +227,7 @@ def kept_files(folder: Path) -> dict[Path, int]:
             store,
             "_flush_and_rename",
             lambda: lambda _, path: path.name == "metrics.json",
-            26,
+            27,
         ),  # and its features of samples
     ],
 )
