@@ -442,7 +442,12 @@ def pixels_of_condition(batch: dict, factor: int = 2) -> torch.Tensor:
     return torch.nn.functional.pixel_shuffle(grid[:, :-1], factor)
 
 
-GEOMETRIES = [{}, {"random_flip": True, "random_crop": True}, {"random_flip": True, "random_resized_crop": 0.3}]
+GEOMETRIES = [
+    {},
+    {"random_flip": True, "random_crop": True},
+    {"random_flip": True, "random_resized_crop": 0.3},
+    {"random_vertical_flip": True, "random_quarter_turn": True},
+]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -456,7 +461,7 @@ def test_condition_and_image_stay_aligned(tmp_path, geometry):
     def sides(number, red, green):  # two values, twice as large
         return Image.fromarray(((red > 125) * 255).astype(np.uint8).repeat(2, 0).repeat(2, 1))
 
-    items = [*range(3), *((n, draw) for n in range(3) for draw in range(6))]
+    items = [*range(3), *((n, draw) for n in range(3) for draw in range(16))]
     images, rows = loaded(save_gradients(tmp_path / "colour", colour), **geometry)
     batch = rows.__getitems__(items)
     assert (

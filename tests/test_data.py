@@ -6,11 +6,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from models import make_autoencoder
 from pictures import encoded
 from PIL import Image, PngImagePlugin, features
 
 from dae_diffusers.data import (
+    BalancedSampler,
     DataConfig,
     MicrobatchSampler,
     decode_image,
@@ -24,6 +27,8 @@ from dae_diffusers.data.dataset import encoded_sizes, spread_over_classes
 from dae_diffusers.data.formats import reads_heif
 from dae_diffusers.data.images import ImageReader, read_content
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.latents.cache import write_latent_cache
+from dae_diffusers.latents.codes import CodeGrids
 
 
 def test_digits_are_embedded():
@@ -248,6 +253,71 @@ def test_processes_share_the_stream_without_overlap():
     alone = take(6, 1, 0)
     first, second = take(3, 2, 0), take(3, 2, 1)
     assert alone == [batch for pair in zip(first, second, strict=True) for batch in pair]
+
+
+LABELS = [0] * 30 + [5] * 4 + [2] * 7
+
+
+def test_classes_come_equally_often_and_so_does_each_image_of_a_class():
+    sampler = iter(BalancedSampler(LABELS, 8, seed=0))
+    stream = [index for _ in range(3 * 30 * 4 // 8) for index, _ in next(sampler)]
+    classes = [LABELS[index] for index in stream]
+    assert all(set(classes[n : n + 3]) == {0, 2, 5} for n in range(0, len(classes), 3))
+    assert (
+        len({tuple(classes[n : n + 3]) for n in range(0, len(classes), 3)}) == 6
+    )  # the order within a round is random
+    of_class = {label: [index for index in stream if LABELS[index] == label] for label in (0, 2, 5)}
+    assert sorted(of_class[0][:30]) == sorted(of_class[0][30:60]) == list(range(30)) != of_class[0][:30]
+    assert sorted(of_class[5][:4]) == sorted(of_class[5][4:8]) == list(range(30, 34))
+    assert of_class[0][:30] != of_class[0][30:60]
+
+
+@pytest.mark.parametrize("start", [1, 6, 37])
+def test_balanced_stream_starts_anywhere_and_is_shared_by_processes(start):
+    def take(sampler, count):
+        return [batch for batch, _ in zip(sampler, range(count), strict=False)]
+
+    expected = take(BalancedSampler(LABELS, 5, seed=3), 50)
+    assert take(BalancedSampler(LABELS, 5, seed=3, start=start), 10) == expected[start : start + 10]
+    shares = [take(BatchSamplerShard(BalancedSampler(LABELS, 5, seed=3), 2, n), 25) for n in range(2)]
+    assert [batch for pair in zip(*shares, strict=True) for batch in pair] == expected
+
+
+def test_rare_classes_come_as_often_from_images_latents_and_codes(image_folder, tmp_path):
+    images, _ = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))
+    images = images.select([number for number, label in enumerate(images.labels) if label or number % 4 == 0])
+    assert max(images.labels.count(label) for label in (0, 1)) >= 2 * min(
+        images.labels.count(label) for label in (0, 1)
+    )
+    latents = write_latent_cache(
+        tmp_path / "cache", make_autoencoder("none").to_diffusers(), images, Accelerator(), batch_size=8, shard_size=5
+    )
+    codes = CodeGrids(torch.zeros(len(images), 1, 2, 2), torch.tensor(images.labels), images.id2label)
+    assert latents.labels == codes.labels == images.labels and len(set(images.labels)) == 2
+    orders = []
+    for data in (images, latents, codes):
+        loader = make_training_loader(data, batch_size=4, seed=0, balanced=True)
+        batches = [batch["class_labels"] for batch, _ in zip(loader, range(10), strict=False)]
+        assert torch.cat(batches).bincount().tolist() == [20, 20]
+        orders.append(batches)
+    assert all(torch.equal(a, b) for order in orders[1:] for a, b in zip(order, orders[0], strict=True))
+    images.labels = None
+    with pytest.raises(UserError, match="`balance_classes` needs images with classes"):
+        make_training_loader(images, batch_size=4, seed=0, balanced=True)
+
+
+def test_views_are_turned_and_flipped_by_bits_of_the_draw():
+    flags = {"random_flip": True, "random_vertical_flip": True, "random_quarter_turn": True}
+    images, _ = load_images(DataConfig(dataset_name="digits", image_channels=1, **flags))
+    plain = images[0]["pixel_values"]
+    views = [images[(0, draw)]["pixel_values"] for draw in range(16)]
+    for draw, view in enumerate(views):
+        expected = plain.flip(-1) if draw & 1 else plain
+        expected = expected.flip(-2) if draw & 2 else expected
+        assert torch.equal(view, torch.rot90(expected, draw >> 2, dims=(-2, -1)))
+    assert len({view.numpy().tobytes() for view in views}) == 8  # all that a square has
+    batch = images.__getitems__([(0, draw) for draw in range(16)])["pixel_values"]
+    assert torch.equal(batch, torch.stack(views))
 
 
 def test_augmentation_depends_on_the_draw_alone():

@@ -446,7 +446,7 @@ class TrainDiTConfig:
         self.transformer.check_captions(data)
         check_conditions(data)
         if has_cache and data.has_source:
-            data.refuse_random_crops(
+            data.refuse_random_views(
                 "`latent_cache`: they give other images than those in it. Leave these flags or the cache out"
             )
         self._check_distillation()
@@ -553,7 +553,7 @@ class TrainPriorConfig:
 
     def __post_init__(self):
         self.data.require_source()
-        self.data.refuse_random_crops("images that are encoded once: each epoch would see the same crops")
+        self.data.refuse_random_views("images that are encoded once: each epoch would see the same views")
         self.data.require_one_shape("train_vqgan_prior.py")
         self.data.refuse_streaming("train_vqgan_prior.py, which encodes every image once")
         if self.data.caption_column is not None:
@@ -590,7 +590,7 @@ class CacheLatentsConfig:
 
     def __post_init__(self):
         self.data.require_source()
-        self.data.refuse_random_crops("a cache: each epoch would see the same crops")
+        self.data.refuse_random_views("a cache: each epoch would see the same views")
         self.data.refuse_streaming("a cache: train_dit.py encodes the images as they come")
 
 
@@ -633,7 +633,7 @@ class MeasureComplexityConfig:
     def __post_init__(self):
         check_measured_data(self.data, self.latent_space.features, "complexity.py, which chooses images")
         refuse_all_but_classes(self.data, "complexity.py, whose pilots know classes only")
-        self.data.refuse_random_crops("pilots, whose latents are cached")
+        self.data.refuse_random_views("pilots, whose latents are cached")
 
 
 @settings
@@ -648,7 +648,7 @@ class FindLatentsConfig:
         if self.search.features not in JUDGES_WITHOUT_NETWORK:
             self.data.require_gray_or_rgb("a judge with a network", ANY_CHANNELS)
         refuse_all_but_classes(self.data, "find_latents.py, whose pilots know classes only")
-        self.data.refuse_random_crops("pilots, whose latents are cached")
+        self.data.refuse_random_views("pilots, whose latents are cached")
 
 
 def refuse_all_but_classes(data: DataConfig, reason: str) -> None:

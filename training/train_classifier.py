@@ -68,6 +68,7 @@ def main(config: TrainClassifierConfig) -> None:
         batch_size=training.train_batch_size,
         seed=training.seed,
         num_workers=config.data.dataloader_num_workers,
+        balanced=config.data.balance_classes,
         pin_memory=accelerator.device.type == "cuda",
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -226,7 +226,7 @@ def train_stage(
 def pays_to_cache_latents(run: TrainingRun, model, images: ImageDataset | StreamedImages, num_steps: int) -> bool:
     """Whether stage 2 would encode images more than once, and the latents of all images fit into the allowed cache."""
     data = run.config.data
-    if data.crops_at_random or data.streaming:
+    if data.has_random_views or data.streaming:
         return False
     views = len(images) * (2 if data.random_flip else 1)
     num_bytes = views * 2 * num_latent_channels(model) * math.prod(data.size) // spatial_factor(model) ** 2 * 4

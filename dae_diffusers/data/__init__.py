@@ -8,6 +8,7 @@ _MODULES = {
     "dataset": ("ImageDataset",),
     "images": ("ImageReader", "decode_image", "is_flipped", "resize_and_crop"),
     "loaders": (
+        "BalancedSampler",
         "MicrobatchSampler",
         "count_images",
         "describe_size",

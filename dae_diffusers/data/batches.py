@@ -1,5 +1,6 @@
 """The base class of the data sets here, which make whole batches."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,3 +46,7 @@ class ExtendedDataset(BatchDataset):
     @property
     def buckets(self) -> Buckets | None:
         return self.data.buckets
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        return self.data.labels

@@ -109,6 +109,13 @@ class DataConfig:
         advanced=True,
     )
     random_flip: bool = field(False, "flip half of the images horizontally")
+    random_vertical_flip: bool = field(
+        False, "flip half of the images vertically, for images without an up and a down", advanced=True
+    )
+    random_quarter_turn: bool = field(
+        False, "turn square images by 0, 90, 180 or 270 degrees, for images without an up and a down", advanced=True
+    )
+    balance_classes: bool = field(False, "train on each class equally often, however many images it has", advanced=True)
     strict_size: bool = field(
         False, "refuse images smaller than the resolution instead of enlarging them", advanced=True
     )
@@ -148,6 +155,13 @@ class DataConfig:
             )
         if self.random_crop and self.random_resized_crop is not None:
             raise ConfigError("`random_crop` and `random_resized_crop` exclude each other: give only one.")
+        if self.random_quarter_turn and (self.aspect_buckets or isinstance(self.resolution, list)):
+            raise ConfigError(
+                "`random_quarter_turn` turns squares only: give one `resolution` and no `aspect_buckets`."
+            )
+        if self.balance_classes and (self.streaming or self.aspect_buckets):
+            other = "streaming" if self.streaming else "aspect_buckets"
+            raise ConfigError(f"`balance_classes` does not go with `{other}`; leave one of them out.")
         if self.num_classes is not None and not self.streaming:
             raise ConfigError("`num_classes` goes with `streaming` only. Leave it out: the classes are counted.")
         if self.streaming and self.caption_column is not None:
@@ -196,10 +210,13 @@ class DataConfig:
         if self.streaming:
             raise ConfigError(f"`streaming` does not go with {reason}.")
 
-    def refuse_random_crops(self, reason: str) -> None:
-        """Raises `ConfigError` if images are cropped at random positions. The reason begins with what does not go with it."""
-        if self.crops_at_random:
-            raise ConfigError(f"`random_crop` and `random_resized_crop` do not go with {reason}.")
+    def refuse_random_views(self, reason: str) -> None:
+        """Raises `ConfigError` if images are cropped or turned at random. The reason begins with what does not go with it."""
+        if self.has_random_views:
+            raise ConfigError(
+                "`random_crop`, `random_resized_crop`, `random_vertical_flip` and `random_quarter_turn` do not go with "
+                f"{reason}."
+            )
 
     def refuse_conditions(self, reason: str) -> None:
         """Raises `ConfigError` if any of [`condition_columns`] is named. The reason begins with what does not go with it."""
@@ -296,6 +313,11 @@ class DataConfig:
     def crops_at_random(self) -> bool:
         r"""Whether images are cropped at random positions."""
         return self.random_crop or self.random_resized_crop is not None
+
+    @property
+    def has_random_views(self) -> bool:
+        r"""Whether there are more views of an image than itself and its mirror image."""
+        return self.crops_at_random or self.random_vertical_flip or self.random_quarter_turn
 
 
 def _side(sides: Sequence[int]) -> int | list[int]:

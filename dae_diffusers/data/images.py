@@ -138,7 +138,8 @@ class ImageReader:
         r"""
         Args:
             pixels (`np.ndarray` of shape `(B, height, width, C)`): As [`read`] gives them; may be changed.
-            draws (`Sequence[int | None]`): An image with an odd draw is flipped, if `random_flip` is set.
+            draws (`Sequence[int | None]`): An image with an odd draw is flipped, if `random_flip` is set. The next bit flips it
+                vertically, and two more turn it, if the config says so.
 
         Returns:
             `torch.Tensor` of shape `(B, C, height, width)`: float32 in [-1, 1].
@@ -146,6 +147,13 @@ class ImageReader:
         flips = [draw is not None and self.config.random_flip and is_flipped(draw) for draw in draws]
         if any(flips):
             pixels[flips] = pixels[flips][:, :, ::-1]
+        if self.config.random_vertical_flip:
+            flips = [draw is not None and draw >> 1 & 1 == 1 for draw in draws]
+            pixels[flips] = pixels[flips][:, ::-1]
+        if self.config.random_quarter_turn:
+            turns = np.array([0 if draw is None else draw >> 2 & 3 for draw in draws])
+            for number in (1, 2, 3):
+                pixels[turns == number] = np.rot90(pixels[turns == number], number, axes=(1, 2))
         low, high = self.value_range or (0.0, 255.0)
         pixel_values = (
             torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,9 +1,10 @@
 """The order of a data set's images, and the loaders that read them."""
 
 import ctypes
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dae_diffusers.data.buckets import Buckets, buckets_of
 from dae_diffusers.data.streaming import ImageStream, StreamedImages
+from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.signals import protect_worker
 
@@ -94,11 +96,61 @@ class _BucketOrder:
         return int(self.order[place])
 
 
+class BalancedSampler(Sampler[list[tuple[int, int]]]):
+    r"""
+    As [`MicrobatchSampler`], with each class equally often. Each round has an image of every class, in a new order; each pass over a class
+    has another order and contains each of its images exactly once.
+
+    Args:
+        labels (`Sequence[int]`): The class of each image.
+        batch_size, seed, start: As [`MicrobatchSampler`].
+    """
+
+    def __init__(self, labels: Sequence[int], batch_size: int, seed: int, start: int = 0):
+        labels = np.asarray(labels)
+        self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.batch_size, self.drop_last, self.seed, self.start = batch_size, False, seed, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        number, order = -1, np.empty(0)
+        passes, orders = [-1] * len(self.members), list(self.members)
+        for position in itertools.count(self.start * self.batch_size):
+            if position % self.batch_size == 0:
+                batch = []
+            if position // len(self.members) != number:
+                number = position // len(self.members)
+                order = np.random.default_rng((self.seed, number, 2)).permutation(len(self.members))
+            chosen = order[position % len(self.members)]
+            of_class, place = divmod(number, len(self.members[chosen]))
+            if of_class != passes[chosen]:
+                passes[chosen] = of_class
+                random = np.random.default_rng((self.seed, of_class, 3, int(chosen)))
+                orders[chosen] = random.permutation(self.members[chosen])
+            batch.append((int(orders[chosen][place]), derived_seed(self.seed, 1, position)))
+            if len(batch) == self.batch_size:
+                yield batch
+
+
 def make_training_loader(
-    dataset: Dataset, *, batch_size: int, seed: int, start: int = 0, num_workers: int = 0, pin_memory: bool = False
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    balanced: bool = False,
 ) -> DataLoader:
-    r"""Makes an endless loader of shuffled micro-batches, to be prepared by `accelerate`; see [`MicrobatchSampler`]."""
+    r"""
+    Makes an endless loader of shuffled micro-batches, to be prepared by `accelerate`; see [`MicrobatchSampler`] and, with `balanced`,
+    [`BalancedSampler`].
+
+    Raises:
+        UserError: With `balanced`, if the data has no classes.
+    """
     buckets = buckets_of(dataset)
+    if balanced and not getattr(dataset, "labels", None):
+        raise UserError("`balance_classes` needs images with classes: sub-folders, or a `label_column`.")
     if batch_size > min(buckets.counts):
         what, hint = f"the data set ({len(dataset)} images)", "Use a smaller batch"
         if len(buckets.counts) > 1:
@@ -110,7 +162,9 @@ def make_training_loader(
         )
     return DataLoader(
         dataset,
-        batch_sampler=MicrobatchSampler(len(dataset), batch_size, seed, start, buckets),
+        batch_sampler=BalancedSampler(dataset.labels, batch_size, seed, start)
+        if balanced
+        else MicrobatchSampler(len(dataset), batch_size, seed, start, buckets),
         collate_fn=collate_fn_of(dataset),
         num_workers=num_workers,
         worker_init_fn=prepare_worker,

@@ -23,13 +23,17 @@ class TrainingBatches:
         batch_size (`int`): Images in a micro-batch.
         seed (`int`): Seed of the run; the order depends on it and the step alone.
         num_workers (`int`): Processes that read images.
+        balanced (`bool`, *optional*): Whether each class comes equally often.
     """
 
-    def __init__(self, accelerator: Accelerator, *, batch_size: int, seed: int, num_workers: int):
+    def __init__(
+        self, accelerator: Accelerator, *, batch_size: int, seed: int, num_workers: int, balanced: bool = False
+    ):
         self.accelerator = accelerator
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.balanced = balanced
         self._stream: ImageStream | None = None
         self._stream_state: dict[str, Any] | None = None
         self._num_batches = 0  # taken from the present loader
@@ -61,7 +65,12 @@ class TrainingBatches:
             batches = (send_to_device(batch, device, non_blocking=True) for batch in loader)
         else:
             loader = make_training_loader(
-                dataset, batch_size=self.batch_size, seed=self.seed, start=first_microbatch, **options
+                dataset,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                start=first_microbatch,
+                balanced=self.balanced,
+                **options,
             )
             batches = self.accelerator.prepare(loader)  # it deals them out to the processes
         self._num_batches = 0

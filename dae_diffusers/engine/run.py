@@ -115,6 +115,7 @@ class TrainingRun:
             batch_size=config.optimization.train_batch_size,
             seed=config.run.seed,
             num_workers=config.data.dataloader_num_workers,
+            balanced=config.data.balance_classes,
         )
         self._publisher: Publisher | None = None
         if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
@@ -182,7 +183,8 @@ class TrainingRun:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
         self._inputs, self.counts = inputs, counts
-        plan = {**plan, "resolution": self.config.data.resolution}
+        data = self.config.data
+        plan = {**plan, "resolution": data.resolution, "balance_classes": data.balance_classes or None}
         self._plan = {"settings": plan, "steps": steps, "images_per_step": self.images_per_step}
         if self.resumed is None:
             return Start()

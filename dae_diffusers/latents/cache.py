@@ -161,6 +161,13 @@ class CachedLatents(BatchDataset):
         return self._buckets
 
     @property
+    def labels(self) -> list[int] | None:
+        r"""The class of each image; None without classes."""
+        if self.id2label is None:
+            return None
+        return torch.cat([shard["class_labels"] for shard in self._shards]).tolist()
+
+    @property
     def fingerprint(self) -> str:
         r"""The fingerprint of the images that the latents were made from."""
         return self.identity.data

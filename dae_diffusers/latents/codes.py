@@ -75,6 +75,7 @@ class CodeGrids(BatchDataset):
     ):
         self.codes = codes
         self.class_labels = class_labels
+        self.labels = None if class_labels is None else class_labels.tolist()
         self.id2label = id2label
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ _OURS = (
 _SIZE_OF_PILOTS = ("model", "num_layers", "num_attention_heads", "attention_head_dim", "train_batch_size")
 # What a part may say about the images, which are the same for all. A generator's are encoded before.
 _LOADING = {"dataloader_num_workers"}
-_AUGMENTATION = {"random_crop", "random_flip", "random_resized_crop"}
+_AUGMENTATION = {"random_crop", "random_flip", "random_resized_crop", "random_vertical_flip", "random_quarter_turn"}
 
 
 @dataclass
