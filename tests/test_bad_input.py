@@ -230,6 +230,12 @@ TABLE = [
     ),
     ("train_dit", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
     ("train_vqgan_prior", "--vae {vq}", 2, "give one of `--dataset_name`"),
+    (
+        "train_dit",
+        "--train_data_dir {images} --vae {vae} --validation_prompts cat",
+        2,
+        "`--validation_prompts` needs `--text_encoder`",
+    ),
     ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --random_crop", 2, "same views"),
     ("train_vqgan_prior", "--train_data_dir {images} --vae {vq} --sample_temperature inf", 2, "must be finite"),
     ("train_vqgan_prior", "--train_data_dir {empty} --vae {vq}", 1, "`--train_data_dir`"),

@@ -439,10 +439,19 @@ def test_two_processes_equal_one_that_accumulates(trained, flags, tmp_path):
     assert_two_processes_equal_one(train_dit, flags, tmp_path, TRANSFORMER)
 
 
-def test_captions_beside_cached_latents_train_the_same_transformer(trained, data, flags, tmp_path):
+def test_captions_beside_cached_latents_train_the_same_transformer(trained, data, flags, tmp_path, monkeypatch):
+    """Also if the grid shows other texts."""
+    shown = []
+    draw = train_dit.draw_sample_grid
+    monkeypatch.setattr(
+        train_dit, "draw_sample_grid", lambda *given, **more: shown.append(more["prompts"]) or draw(*given, **more)
+    )
     images = f"--train_data_dir {data / 'images'} --label_column none --validation_fraction 0.2 --dtype float32 --resolution 16 --vae {data / 'vae'}"
     run(cache_latents, images, output_dir=tmp_path / "cache")
-    run(train_dit, flags, output_dir=tmp_path / "run", latent_cache=tmp_path / "cache")
+    run(
+        train_dit, f"{flags} --validation_prompts cat dog", output_dir=tmp_path / "run", latent_cache=tmp_path / "cache"
+    )
+    assert shown and all(prompts == ["cat", "dog"] for prompts in shown)
     assert_same_weights(
         load_file(trained / TRANSFORMER), load_file(tmp_path / "run" / TRANSFORMER), rtol=1e-3, atol=1e-4
     )

@@ -310,6 +310,13 @@ class FlowMatchingConfig:
         advanced=True,
     )
     num_sample_images: int = field(40, "images of the sample grid at each validation", at_least=1, advanced=True)
+    validation_prompts: list[str] = field(
+        [],
+        "texts that the grid shows, a row for each; default: captions of held-out images",
+        needs="text_encoder",
+        advanced=True,
+        free_text=True,
+    )
     sample_steps: int | None = field(
         None,
         "denoising steps of the grid, and later of the pipeline by default; default: 25, or 4 after distillation",
@@ -445,6 +452,10 @@ class TrainDiTConfig:
         check_monitor(self.monitor, data)
         self.transformer.check_captions(data)
         check_conditions(data)
+        if self.flow.validation_prompts:
+            if self.transformer.text_encoder is None:
+                raise ConfigError("`validation_prompts` needs `text_encoder`: without it nothing is drawn from texts.")
+            data.refuse_conditions("`validation_prompts`: each row of the grid needs its conditions too")
         if has_cache and data.has_source:
             data.refuse_random_views(
                 "`latent_cache`: they give other images than those in it. Leave these flags or the cache out"

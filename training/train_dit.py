@@ -483,7 +483,12 @@ def draw_samples(
 ) -> None:
     """Draws the grid of samples at a validation, from captions and conditions of validation images where there are any."""
     config, flow = run.config, run.config.flow
-    shown = {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5), to_show=True)
+    if flow.validation_prompts:
+        shown = {"prompts": flow.validation_prompts}
+    else:
+        shown = (
+            {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5), to_show=True)
+        )
     if not run.accelerator.is_main_process:
         return
     grid = draw_sample_grid(
