@@ -5,8 +5,10 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -683,3 +685,30 @@ def test_stream_of_class_folders_is_refused_rather_than_trained_without_classes(
     with pytest.raises(UserError, match="folders .a, b.*Leave `streaming` out"):
         load_images(DataConfig(**config))
     load_images(DataConfig(**config, label_column="none"))
+
+
+@pytest.mark.parametrize(
+    ("names", "number"),
+    [
+        (["images/{}.png", "masks/{}.png"], 4),
+        (["train/photos/{}.jpg", "train/labels/{}.png", "val/photos/{}.jpg", "val/labels/{}.png"], 4),
+        (["{}.jpg", "{}_mask.png"], 4),
+        (["{}.jpg", "{}.seg.png", "{}-depth.png"], 8),
+        (["images/{}.jpg", "masks/{}_mask.png"], 4),
+        (["cat/{}.png", "dog/{}.png"], 0),  # classes whose files are numbered
+        (["labels/{}.png"], 0),  # there is nothing that they could be masks of
+        (["{}_mask.png"], 0),
+    ],
+)
+def test_masks_beside_images_are_named(tmp_path, caplog, names, number):
+    for name in names:
+        for n in range(4):
+            path = tmp_path / name.format(n)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (n, len(name), 50)).save(path)
+    load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, validation_fraction=0.01))
+    found = re.findall(r"(\d+) of (\d+) images look like masks of others, such as (\S+) of (\S+),", caplog.text)
+    assert len(found) == (number > 0)
+    for count, of, mask, image in found:
+        assert number - 1 <= int(count) <= number < int(of)  # one is held out
+        assert re.search("mask|label|seg|depth", mask) and not re.search("mask|label|seg|depth", Path(image).name)

@@ -313,7 +313,7 @@ def test_held_out_copies_of_training_images_are_said(kind, tmp_path, caplog):
         write(tmp_path / "table", image=PICTURES * 2)
     flags = {"dataset_name": str(tmp_path / "table")} if kind == "bytes" else {"train_data_dir": str(tmp_path)}
     load_images(DataConfig(**flags, resolution=8))
-    assert ("1 of 1 held-out images are copies of training images" in caplog.text) == (kind != "no copies")
+    assert ("1 of 1 images for validation are copies of training images" in caplog.text) == (kind != "no copies")
 
 
 @pytest.mark.parametrize("name", ["image.bmp", None])

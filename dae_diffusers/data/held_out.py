@@ -79,8 +79,8 @@ def warn_of_copies(train: datasets.Dataset, validation: datasets.Dataset, column
     copies = [int(index) for index in likely[1] if content_hash(parts[1][int(index)][column], root) in trained]
     if copies:
         logger.warning(
-            "%d of %d held-out images are copies of training images, such as %s: validation sees what was trained on. Remove the "
-            "copies, or give a `--validation_split` without them.",
+            "%d of %d images for validation are copies of training images, such as %s: validation sees what was trained on. Remove "
+            "the copies, or give a `--validation_split` without them.",
             len(copies), len(validation), name_in(parts[1], column, copies[0]),
         )  # fmt: skip
 

@@ -35,6 +35,7 @@ from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
 from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
+from dae_diffusers.data.masks import warn_of_masks
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import SPLITS, load_tables
 from dae_diffusers.errors import UserError, did_you_mean, in_full, one_line
@@ -101,9 +102,10 @@ def load_images(
     if validation is None:
         train, validation = _hold_out(config, train, image_column, loaded.root, seed)
         warn_of_seen_images(config, seed, model, len(train))
-        warn_of_copies(train, validation, image_column, loaded.root)
     else:
         _require_labels(validation, label_column, validation_name)
+    warn_of_copies(train, validation, image_column, loaded.root)
+    warn_of_masks(train, image_column)
     if config.max_train_samples is not None:
         train = train.select(choose_indices(len(train), config.max_train_samples))
     num_unused = len(validation) - config.max_validation_samples

@@ -1,0 +1,55 @@
+"""A warning where the masks of images would be learnt as images."""
+
+import logging
+import re
+from collections import defaultdict
+from pathlib import PurePosixPath
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+logger = logging.getLogger(__name__)
+
+_NAMES = "masks?|seg|segmentations?|labels?|labelids|annotations?|annot|gt|groundtruth|ground_truth|depths?|edges?|trimaps?|normals?"
+_FOLDER = re.compile(rf"(?:{_NAMES})", re.IGNORECASE)
+_STEM = re.compile(rf"(?P<image>.+)[._ -](?:{_NAMES})", re.IGNORECASE)
+
+
+def warn_of_masks(rows: datasets.Dataset, column: str) -> None:
+    r"""
+    Warns if some of the files look like masks of others: `0001_mask.png` beside `0001.jpg`, or `masks/0001.png` beside
+    `images/0001.png`.
+
+    Args:
+        rows (`datasets.Dataset`): The rows of the images.
+        column (`str`): Their column.
+    """
+    images = rows.data.column(column)
+    if not pa.types.is_struct(images.type):
+        return
+    paths = [PurePosixPath(path) for path in pc.unique(pc.struct_field(images, "path")).to_pylist() if path]
+    places = defaultdict(list)
+    for path in paths:
+        places[path.stem].append(path)
+    masks = [(path, image) for path in paths if (image := _image_of(path, places)) is not None]
+    if len(masks) < max(2, len(paths) / 20):
+        return
+    mask, image = masks[0]
+    logger.warning(
+        "%d of %d images look like masks of others, such as %s of %s, and would be learnt as images. Move them elsewhere. To draw images "
+        "from them, name them in a column of a metadata table and pass `--condition_column`.",
+        len(masks), len(paths), mask, image,
+    )  # fmt: skip
+
+
+def _image_of(path: PurePosixPath, places: dict[str, list[PurePosixPath]]) -> PurePosixPath | None:
+    """The file whose mask a file is, by its name. `places`: files by the stem of their names."""
+    is_in_folder, named = _FOLDER.fullmatch(path.parent.name), _STEM.fullmatch(path.stem)
+    for other in places.get(named["image"], []) if named else []:
+        if other.parent == path.parent or is_in_folder:
+            return other
+    for other in places[path.stem] if is_in_folder else []:
+        if other.parent != path.parent and other.parent.parent == path.parent.parent:
+            return other
+    return None
