@@ -49,8 +49,10 @@ def parse_config(
         SystemExit: With code 2 and one line on stderr for anything wrong; with code 0 for `--help` and `--help_all`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(config_class, description=description, help_all="--help_all" in argv, prog=prog)
     is_command = (prog or "").startswith("dae-diffusers") or None
+    parser = _Parser(
+        config_class, description=description, help_all="--help_all" in argv, prog=prog, is_command=is_command
+    )
     try:
         path, argv = _take_config_flag(argv)
         from_file = _yaml_to_argv(path, config_class) if path else []
@@ -132,11 +134,19 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class _Parser(HfArgumentParser):
     """`HfArgumentParser` with a group for each part, a short and a full help, and errors of one line."""
 
-    def __init__(self, config_class: type, description: str = "", help_all: bool = False, prog: str | None = None):
+    def __init__(
+        self,
+        config_class: type,
+        description: str = "",
+        help_all: bool = False,
+        prog: str | None = None,
+        is_command: bool | None = None,
+    ):
+        self.leading = getattr(config_class, "LEADING", "")
         super().__init__(
             None,
             prog=prog,
-            usage="%(prog)s [--config NAME or FILE.yaml] [--flag value ...]",
+            usage=f"%(prog)s {self.leading}[--config NAME or FILE.yaml] [--flag value ...]",
             description=textwrap.dedent(description).strip(),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
@@ -176,6 +186,7 @@ class _Parser(HfArgumentParser):
                 action.help, action.default = f"{action.help} (required)", SUPPRESS
             if action.dest in self.passed_over or (action.dest in advanced and not help_all):
                 action.help = SUPPRESS
+            action.help = action.help and as_typed(action.help, is_command)
 
     def print_help(self, file=None) -> None:
         try:
@@ -197,7 +208,8 @@ class _Parser(HfArgumentParser):
         return {name: _expand_home(value) for name, value in vars(namespace).items() if name not in left_out}
 
     def error(self, message: str):
-        raise ConfigError(one_line(message))
+        hint = f". They come first: {self.prog} {self.leading}[--flag value ...]" if self.leading else ""
+        raise ConfigError(one_line(message) + (hint if "are required" in message else ""))
 
     def end(self, message: str):
         """Ends the process with an error of one line."""

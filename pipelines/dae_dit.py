@@ -396,7 +396,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         names = {name.casefold(): name for name in self.labels}
         nearest = difflib.get_close_matches(label.strip().casefold(), names, n=5, cutoff=0.5) or sorted(names)[:5]
         raise ValueError(
-            f"`{label}` is none of the {len(self.id2label)} classes. Nearest: "
+            f"`{label}` is not one of the {len(self.id2label)} classes. Nearest: "
             f"{', '.join(names[name] for name in nearest)}. All are in `pipe.labels`."
         )
 
@@ -944,7 +944,9 @@ class DAEDiTPipeline(DiffusionPipeline):
                 f"`guidance_interval` is {guidance_interval}, but must be two noise levels, 0 <= low <= high <= 1."
             )
         if not is_number(guidance_scale):
-            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 is none.")
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 turns guidance off."
+            )
         check_counts(num_inference_steps=num_inference_steps, num_images_per_label=num_images_per_label)
         self._check_output(output_type)
 
@@ -1202,7 +1204,7 @@ def _numbers(name: str, column: Mapping[str, float], values: list) -> torch.Tens
         low, high = column.get("low", -math.inf), column.get("high", math.inf)
         if value is not None and not low <= float(value) <= high:
             warnings.warn(
-                f"`{name}` is {float(value):g}, but the training images have {low:g} to {high:g}: the model has not learnt what is beyond.",
+                f"`{name}` is {float(value):g}, but the training images have {low:g} to {high:g}: the model has not seen such values.",
                 stacklevel=4,
             )
         numbers.append(number)
@@ -1224,7 +1226,7 @@ def _classes(name: str, column: Mapping[str, list[str]], values: list) -> torch.
         if len(found) != 1:
             nearest = difflib.get_close_matches(str(value), labels, n=5, cutoff=0)
             raise ValueError(
-                f"`{value}` is none of the {len(labels)} classes of `{name}`. Nearest: {', '.join(nearest)}."
+                f"`{value}` is not one of the {len(labels)} classes of `{name}`. Nearest: {', '.join(nearest)}."
             )
         numbers += found
     return torch.tensor(numbers)

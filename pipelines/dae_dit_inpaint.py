@@ -1,5 +1,5 @@
 """
-Inpainting with a diffusion transformer in the latent space of an autoencoder: a part of an image is drawn anew.
+Inpainting with a diffusion transformer in the latent space of an autoencoder: a part of an image is regenerated.
 
 Needs torch and diffusers only, and the files of `DAEDiTPipeline` and `DAEDiTImg2ImgPipeline`, which lie beside it in a model's folder.
 """
@@ -45,13 +45,13 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
         **kwargs,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Draws parts of images anew.
+        Regenerates parts of images.
 
         Args:
             prompt (*optional*): As in [`DAEDiTImg2ImgPipeline`], as are `class_labels` and all other arguments.
             image (PIL image, array, tensor, or a list of them): As in [`DAEDiTImg2ImgPipeline`].
             mask_image (PIL image, array, tensor, or a list of them):
-                Gray, one for all images or one per image: what is 0.5 or brighter is drawn anew. Arrays `(H, W)` or `(B, H, W, 1)`,
+                Gray, one for all images or one per image: what is 0.5 or brighter is regenerated. Arrays `(H, W)` or `(B, H, W, 1)`,
                 tensors `(H, W)` or `(B, 1, H, W)`, in [0, 1], `uint8` (0 to 255, or 0 and 1) or `bool`. It is resized like the image.
                 What is transparent stays.
             strength (`float`, defaults to 1.0): How much may change inside of the mask, as in [`DAEDiTImg2ImgPipeline`].
@@ -129,7 +129,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
         for each in masks:
             if each.shape[1] not in (1, 3) or not torch.equal(each, each[:, :1].expand_as(each)):
                 raise ValueError(
-                    "`mask_image` is not gray, but must be: white is drawn anew, black stays. Convert it with `mask.convert('L')`."
+                    "`mask_image` is not gray, but must be: white is regenerated, black stays. Convert it with `mask.convert('L')`."
                 )
         mask = torch.cat([F.interpolate(each[:, :1], (height, width), mode="area") for each in masks])
         return (mask >= 0.5).float().to(self._execution_device)

@@ -226,7 +226,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         names = {name.casefold(): name for name in self.labels}
         nearest = difflib.get_close_matches(label.strip().casefold(), names, n=5, cutoff=0.5) or sorted(names)[:5]
         raise ValueError(
-            f"`{label}` is none of the {len(self.id2label)} classes. Nearest: "
+            f"`{label}` is not one of the {len(self.id2label)} classes. Nearest: "
             f"{', '.join(names[name] for name in nearest)}. All are in `pipe.labels`."
         )
 
@@ -415,7 +415,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
         output_type: str,
     ):
         if not is_number(guidance_scale):
-            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 is none.")
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 turns guidance off."
+            )
         if not is_number(temperature) or temperature <= 0:
             raise ValueError(
                 f"`temperature` is {temperature!r}, but must be above 0. For the likeliest codes: `top_k=1`."

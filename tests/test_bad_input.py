@@ -123,13 +123,13 @@ TABLE = [
         "train_dae",
         "--train_data_dir {images} --codebook_size 64",
         2,
-        "`--codebook_size` is of a codebook: give `--autoencoder vq`",
+        "`--codebook_size` needs a codebook. Add `--autoencoder vq`",
     ),
     (
         "train_dae",
         "--train_data_dir {images} --auxiliary_decoder none --stage1_adversarial_weight 0.5",
         2,
-        "which joint training has not. Give `--adversarial_weight`",
+        "but joint training has none. Use `--adversarial_weight`",
     ),
     (
         "train_dae",
@@ -220,7 +220,7 @@ TABLE = [
     ("train_dae", "--dataset_name {no_label} --label_column kind", 1, "must hold integers or strings without gaps"),
     ("train_dae", "--dataset_name {labels} --image_column kind", 1, "not images; columns with images are ['image']"),
     ("train_dae", "--dataset_name {labels} --validation_split all", 1, "the splits are ['train', 'validation']"),
-    ("train_dit", "--train_data_dir {images} --vae {vae} --model DiT-Q/2", 2, "is not a size"),
+    ("train_dit", "--train_data_dir {images} --vae {vae} --model DiT-Q/2", 2, "is 'DiT-Q/2', but must be one of"),
     ("train_dit", "--train_data_dir {images} --vae {vae} --attention_head_dim 6", 2, "must be a multiple of 4"),
     (
         "train_dit",

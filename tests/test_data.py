@@ -191,7 +191,7 @@ def test_pages_of_a_tiff_are_said_once(tmp_path, caplog, suffix, mode):
         pages = [Image.new(mode, (4, 4), number + page) for page in range(3)]
         pages[0].save(tmp_path / f"{number}.{suffix}", save_all=True, append_images=pages[1:])
     load_images(DataConfig(train_data_dir=str(tmp_path), resolution=4, image_channels=1))
-    assert caplog.text.count("has 3 pages, of which the first is used") == (suffix == "tif")
+    assert caplog.text.count("has 3 pages. Only the first page of each file is used") == (suffix == "tif")
 
 
 def test_float_images_are_refused():

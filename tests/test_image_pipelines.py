@@ -289,7 +289,7 @@ def test_masks_come_in_every_form_and_several():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"mask_image": picture()}, "`mask_image` is not gray, but must be: white is drawn anew"),
+        ({"mask_image": picture()}, "`mask_image` is not gray, but must be: white is regenerated"),
         ({"mask_image": np.zeros((16, 16, 2))}, "`mask_image` is not gray"),
         ({"mask_image": None}, "`mask_image` is a NoneType"),
         ({"mask_image": [left_half()] * 3, "image": [picture()] * 2}, "3 masks for 2 images"),

@@ -525,7 +525,7 @@ def test_labels_are_ids_or_names(labels, ids):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("dgo", "`dgo` is none of the 4 classes. Nearest: dog"),
+        ("dgo", "`dgo` is not one of the 4 classes. Nearest: dog"),
         ("pet", r"names 2 classes: 0 \(tabby, tabby cat, pet\); 3 \(dog, pet\)"),
         (5, "Class 5 is out of range: there are 4 classes"),
         (-1, "Class -1 is out of range"),

@@ -1,5 +1,6 @@
 """Post-hoc EMA: averages of any length are made of snapshots of two, whatever happened to the training."""
 
+import math
 import shutil
 
 import numpy as np
@@ -22,7 +23,7 @@ from scripts import (
 from torch.testing import assert_close
 
 from dae_diffusers.engine.post_hoc_ema.averages import PowerFunctionEMA
-from dae_diffusers.engine.post_hoc_ema.power_function import combination, exponent_of, length_of
+from dae_diffusers.engine.post_hoc_ema.power_function import combination, exponent_of
 from dae_diffusers.engine.post_hoc_ema.settings import MAX_LENGTH
 from dae_diffusers.engine.post_hoc_ema.snapshots import (
     LENGTHS,
@@ -39,6 +40,10 @@ from dae_diffusers.training.settings import TrainDiTConfig
 
 STEPS, EVERY = 320, 10
 
+
+def length_of(exponent: float) -> float:
+    """The length of the average of an exponent, the inverse of `exponent_of`."""
+    return math.sqrt((exponent + 1) / (exponent + 3)) / (exponent + 2)
 
 def brute_force(trajectory: torch.Tensor, length: float) -> torch.Tensor:
     """The average of weights `(T, ...)`: step t counts as much as the power function has between t - 1 and t."""

@@ -135,7 +135,7 @@ def test_unconditional_model_takes_no_labels():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"class_labels": "dog"}, "`dog` is none of the 3 classes. Nearest: "),
+        ({"class_labels": "dog"}, "`dog` is not one of the 3 classes. Nearest: "),
         ({"class_labels": "CRANE"}, "names 2 classes"),
         ({"class_labels": 4}, "out of range"),
         ({"class_labels": []}, "empty"),

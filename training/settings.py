@@ -86,12 +86,13 @@ class TrainDAEConfig:
             data.settle()
             data.settle_buckets(2 * factor)
         given = {"resolution": data.size, "aspect_buckets": data.aspect_buckets} if is_new else {}
-        for name, side in ((name, side) for name, sides in given.items() for side in sides):
-            if side % factor:
-                raise ConfigError(
-                    f"`{name}` {side} is not divisible by {factor}, the factor of an autoencoder with "
-                    f"{len(autoencoder.block_out_channels)} resolutions. {nearest_multiples(side, factor)}"
-                )
+        for name, sides in given.items():
+            for side in sides:
+                if side % factor:
+                    raise ConfigError(
+                        f"`{name}` {side} is not divisible by {factor}, the factor of an autoencoder with "
+                        f"{len(autoencoder.block_out_channels)} resolutions. {nearest_multiples(side, factor)}"
+                    )
         if is_new:
             try:
                 if stages.auxiliary_decoder == "shallow":
@@ -150,21 +151,19 @@ class TrainDAEConfig:
         starts_anew = self.autoencoder.pretrained_model_name_or_path is None and self.stages.stage1_dir is None
         changed = [name for name, value in vars(codebook).items() if value != getattr(defaults, name)]
         if changed and self.autoencoder.autoencoder == "kl" and starts_anew and self.stages.stage != "3":
-            raise ConfigError(f"`{changed[0]}` is of a codebook: give `autoencoder vq` too, or leave it out.")
+            raise ConfigError(f"`{changed[0]}` needs a codebook. Add `autoencoder vq`, or leave it out.")
         of_stage1 = ("stage1_adversarial_weight", "stage1_perceptual_weight")
         given = [name for name in of_stage1 if getattr(self.losses, name)]
         if given and self.stages.auxiliary_decoder == "none" and self.stages.stage == "all":
             other = given[0].removeprefix("stage1_")
-            raise ConfigError(
-                f"`{given[0]}` is of the auxiliary decoder, which joint training has not. Give `{other}`."
-            )
+            raise ConfigError(f"`{given[0]}` is for the auxiliary decoder, but joint training has none. Use `{other}`.")
 
     def _check_stage3(self) -> None:
         if self.run.dry_run:
             raise ConfigError(
                 "`dry_run` does not go with `stage 3`, which first draws a pool. Its log says how long the steps take."
             )
-        if self.autoencoder.decoder_sizes([8]):
+        if self.autoencoder.has_own_decoder:
             raise ConfigError(
                 "`stage 3` trains the decoder of `pipeline`, whose size is fixed: leave out `decoder`, `decoder_block_out_channels` and "
                 "`decoder_layers_per_block`. `stage 2` makes another decoder, and `dae-diffusers assemble` puts it into the pipeline."
@@ -259,8 +258,7 @@ class TransformerConfig:
         size, _, patch = self.size.partition("/")
         if size not in DIT_LAYERS or not patch.isdecimal() or int(patch) == 0:
             raise ConfigError(
-                f"`model` `{self.model}` is not a size. Write one of {', '.join(DIT_LAYERS)}, a slash and the patch size, for "
-                "example `DiT-S/2`."
+                f"`model` is {self.model!r}, but must be one of {', '.join(DIT_LAYERS)}, a slash and a patch size, such as `DiT-S/2`."
             )
         if self.attention_head_dim is not None and self.attention_head_dim % 4:
             raise ConfigError(
@@ -325,7 +323,7 @@ class FlowMatchingConfig:
     )
     sample_guidance_scale: float = field(
         2.0,
-        "guidance scale of the grid, and later of the pipeline by default; 1: none; unused with `--class_dropout_prob 0`",
+        "guidance scale of the grid, and later of the pipeline by default; 1 turns it off; unused with `--class_dropout_prob 0`",
         needs="class_dropout_prob or autoguidance_steps",
         advanced=True,
     )
@@ -337,7 +335,7 @@ class FlowMatchingConfig:
     )
     distill_guidance_scale: float | None = field(
         None,
-        "distill the pretrained transformer into one that samples in 2 to 8 steps, with this guidance scale in it; 1: none",
+        "distill the pretrained transformer into one that samples in 2 to 8 steps, with this guidance scale in it; 1 turns guidance off",
         at_least=1,
         advanced=True,
     )
@@ -530,7 +528,7 @@ class PriorSamplesConfig:
     num_sample_images: int = field(40, "images of the sample grid at each validation", at_least=1, advanced=True)
     sample_guidance_scale: float = field(
         2.0,
-        "guidance scale of the grid; 1: none; unused with `--class_dropout_prob 0`",
+        "guidance scale of the grid; 1 turns it off; unused with `--class_dropout_prob 0`",
         needs="class_dropout_prob",
         advanced=True,
     )
@@ -797,6 +795,8 @@ class LengthsConfig:
 class EMAConfig:
     """Settings of ema.py."""
 
+    LEADING = "FOLDER "
+
     lengths: LengthsConfig = part()
     data: DataConfig = part(**_OF_THE_AUTOENCODER)
     sampling: SamplingConfig = part()
@@ -811,6 +811,8 @@ class EMAConfig:
 @settings
 class PushConfig:
     """Publishing."""
+
+    LEADING = "FOLDER USER/NAME "
 
     folder: str = field(help="output folder of a training run, or a pipeline's folder (also the first word)")
     repo_id: str = field(help="`user/name` on the Hub (also the second word)")

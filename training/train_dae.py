@@ -74,9 +74,8 @@ def main(config: TrainDAEConfig) -> None:
                 model.save_pretrained(run.output_dir / "stage1")
                 save_value_range(train_images.value_range, run.output_dir / "stage1")
         first_step += num_steps
-        if run.dry_run is not None:
-            continue
-        run.log.mark(f"end of stage {stage}", first_step)
+        if run.dry_run is None:
+            run.log.mark(f"end of stage {stage}", first_step)
 
     if run.end_dry_run():
         return
@@ -134,9 +133,11 @@ def find_start(
     run: TrainingRun, model, images, validation_images, stage_steps: dict[int, int], fit: DecoderFit | None = None
 ) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
-    stages = run.config.stages
-    more = given_autoencoder(run.config, model) if fit is None else fit.inputs()
-    plan = stages.plan() | model.decoder_sizes | settings_beside_weights(model) if fit is None else fit.plan()
+    if fit is None:
+        more = given_autoencoder(run.config, model)
+        plan = run.config.stages.plan() | model.decoder_sizes | settings_beside_weights(model)
+    else:
+        more, plan = fit.inputs(), fit.plan()
     return run.find_start(
         inputs={TRAINING_IMAGES: images.fingerprint, **more},
         plan=plan | held_out_settings(images),
@@ -164,7 +165,8 @@ def given_autoencoder(config: TrainDAEConfig, model) -> dict[str, str]:
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:
     """Copies the auxiliary decoder's weights into the real decoder, if they have counterparts."""
     if model.can_start_warm:
-        logger.info("%s", model.start_decoder_from_auxiliary())
+        copied = model.start_decoder_from_auxiliary()
+        logger.info("%s", copied)
     else:
         logger.info("the decoder does not start from the auxiliary one: it is of another kind, or it came trained")
 

@@ -100,7 +100,7 @@ def tuned_decoder(config: Any, vae: ModelMixin, name: str) -> ModelMixin:
     kind = type(vae).__name__
     if config.stages.stage != "2":
         raise UserError(f"{name} has a {kind}, of which only the decoder can be trained: give `stage 2`.")
-    if config.autoencoder.decoder_sizes([8]):
+    if config.autoencoder.has_own_decoder:
         raise UserError(
             f"{name} has a {kind}, whose decoder keeps its size: leave out `decoder`, `decoder_block_out_channels` and "
             "`decoder_layers_per_block`."

@@ -202,8 +202,8 @@ class DecoupledAutoencoderMixin:
         """
         if not self.can_start_warm:
             raise ValueError(
-                "The real decoder can start from the auxiliary decoder only where both have the same shape, that is for "
-                "`auxiliary_decoder_type` same, dropout and prefix, and with `auxiliary_warm_start`; this model has "
+                "The real decoder can start only from an auxiliary decoder of the kind same, dropout or prefix "
+                "(`auxiliary_decoder_type`), and with `auxiliary_warm_start`; this model has "
                 f"{self.config.auxiliary_decoder_type!r} and {self.config.auxiliary_warm_start}."
             )
         left = _take_fitting(self, self.auxiliary_decoder.state_dict())

@@ -67,6 +67,12 @@ class AutoencoderConfig:
                 "`decoder_layers_per_block`."
             )
 
+    @property
+    def has_own_decoder(self) -> bool:
+        """Whether flags give the real decoder a size of its own."""
+        sizes = (self.decoder_block_out_channels, self.decoder_layers_per_block)
+        return self.decoder != "mirror" or any(sizes)
+
     def decoder_sizes(self, block_out_channels: Sequence[int], norm_num_groups: int = 1) -> dict[str, Any]:
         """
         The arguments of an autoencoder's constructor that give the real decoder a size of its own, for an encoder with these channels
@@ -113,13 +119,20 @@ class CodebookConfig:
         "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)",
         advanced=True,
     )
-    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", needs=_WITH_CODEBOOK, advanced=True)
+    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", at_least=2, needs=_WITH_CODEBOOK, advanced=True)
     l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", needs=_WITH_CODEBOOK, advanced=True)
     codebook_warmup_steps: int = field(
-        100, "steps without quantisation, before k-means sets the codes (`ema`)", needs="quantizer ema", advanced=True
+        100,
+        "steps without quantisation, before k-means sets the codes (`ema`)",
+        at_least=1,
+        needs="quantizer ema",
+        advanced=True,
     )
     fsq_levels: list[int] = field(
-        [], "levels of each channel, such as 8 5 5 5; they give the size and dimension (`fsq`)", advanced=True
+        [],
+        "levels of each channel, such as 8 5 5 5; they give the size and dimension (`fsq`)",
+        at_least=2,
+        advanced=True,
     )
     commitment_weight: float = field(
         0.25,
@@ -198,8 +211,8 @@ class StageConfig:
     stage3_steps: int = field(1000, "optimiser steps of stage 3", at_least=1, needs="stage 3", advanced=True)
     warm_start_decoder: bool = field(
         True,
-        "start stage 2 from the auxiliary decoder's weights instead of random ones, if it has the same shape as the real decoder "
-        "and `--pretrained_model_name_or_path` brought no trained decoder",
+        "start stage 2 from the auxiliary decoder's weights, as far as their shapes fit, instead of random ones; not if "
+        "`--pretrained_model_name_or_path` brought a trained decoder",
         needs="stage 2",
         advanced=True,
     )
@@ -320,7 +333,7 @@ class GeneratedConfig:
     )
     pool_guidance_scale: float | None = field(
         None,
-        "guidance scale with which they are generated: the one that you will use; 1 is none; default: the pipeline's, else 1.5",
+        "guidance scale with which they are generated: the one that you will use; 1 turns it off; default: the pipeline's, else 1.5",
         at_least=0,
         needs="stage 3",
         advanced=True,
@@ -461,7 +474,9 @@ def check_quantizer(
     if not 0 <= dead_code_threshold < 1:
         raise ValueError(f"the threshold for dead codes is {dead_code_threshold}, but must be at least 0 and below 1.")
     if (quantizer_type == "fsq") != bool(fsq_levels):
-        raise ValueError(f"levels ({fsq_levels}) and the quantiser fsq (not {quantizer_type}) go together.")
+        raise ValueError(
+            f"`fsq_levels` is {fsq_levels} and `quantizer_type` is {quantizer_type!r}: give levels with 'fsq', and with nothing else."
+        )
     if quantizer_type != "fsq":
         return
     if l2_normalize:

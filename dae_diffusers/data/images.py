@@ -1,4 +1,4 @@
-"""Turns the bytes of an image file into a square of pixels."""
+"""Turns the bytes of an image file into pixels of the wanted height and width."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence

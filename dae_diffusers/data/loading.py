@@ -236,17 +236,18 @@ def _compare_ranges(images: ImageDataset, *, is_given: bool) -> None:
         "%d of %d sampled images have 16 bits: their values lie in [%g, %g], the range is taken as [%g, %g]",
         depths["16-bit"], sum(depths.values()), low, high, *assumed,
     )  # fmt: skip
-    if assumed[1] >= 4 * high and assumed == RANGES["16-bit"]:
-        mended = "they come out nearly black. "
-        if depths.keys() > {"16-bit"}:
-            mended += (
-                "8-bit pictures lie beside them: save all with the same range, or each kind in a folder of its own"
-            )
-        else:
-            bound = 2 ** max(8, math.ceil(math.log2(high + 1))) - 1
-            mended += f"If {bound} is white, pass `--value_range 0 {bound}`; else `--value_range 0 65535` says that it is meant"
-        if not is_given:
-            logger.warning("16-bit images, such as %s, use little of [0, 65535]: %s.", example, mended)
+    if is_given or assumed != RANGES["16-bit"] or assumed[1] < 4 * high:
+        return
+    if depths.keys() > {"16-bit"}:
+        advice = "8-bit pictures lie beside them: save all with the same range, or each kind in a folder of its own"
+    else:
+        bound = 2 ** max(8, math.ceil(math.log2(high + 1))) - 1
+        advice = (
+            f"If {bound} is white, pass `--value_range 0 {bound}`; else `--value_range 0 65535` says that it is meant"
+        )
+    logger.warning(
+        "16-bit images, such as %s, use little of [0, 65535]: they come out nearly black. %s.", example, advice
+    )
 
 
 def _warn_of_pages(images: ImageDataset) -> None:
@@ -262,7 +263,7 @@ def _warn_of_pages(images: ImageDataset) -> None:
             continue
         if num_pages > 1:
             logger.warning(
-                "%s has %d pages, of which the first is used, as of all such files. Save each page as a file, or the stack as `.npy`.",
+                "%s has %d pages. Only the first page of each file is used. Save each page as a file, or the stack as `.npy`.",
                 name, num_pages,
             )  # fmt: skip
             return

@@ -327,7 +327,8 @@ class TrainingRun:
             words += ["--aspect_buckets", *map(str, given.aspect_buckets)]
         words += ["--output_dir", str(self.output_dir)]
         is_command = "DAE_DIFFUSERS_COMMAND" in os.environ
-        start = f"dae-diffusers {script.replace('_', '-')}" if is_command else f"accelerate launch training/{script}.py"
+        module = f"accelerate launch -m dae_diffusers.training.{script}"  # also without a checkout
+        start = f"dae-diffusers {script.replace('_', '-')}" if is_command else module
         return f"{start} {shlex.join(words)}"
 
     def finish(self, result: str | None) -> None:

@@ -50,7 +50,7 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
         config: With the parts `data`, `autoencoder`, `stages` and `run`.
 
     Raises:
-        UserError: If the pipeline is none of ours, does not fit the images, or would overwrite another one, or if
+        UserError: If it is not a `DAEDiTPipeline` or `DAEVQGANPipeline`, does not fit the images, or would overwrite another one, or if
             `pretrained_model_name_or_path` has another encoder or a decoder of another size.
     """
     name, start = config.stages.pipeline, config.autoencoder.pretrained_model_name_or_path
@@ -113,7 +113,7 @@ def draw_latents(
         pipeline ([`~dae_diffusers.DAEDiTPipeline`] or [`~dae_diffusers.DAEVQGANPipeline`]): On its device.
         labels (`torch.Tensor` of shape `(num_latents,)`, *optional*): A class for each; None for a generator without classes.
         num_latents (`int`): How many.
-        folder (`Path`): Where to keep them.
+        folder (`Path`, *optional*): Where to keep them; None keeps nothing.
         accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
         guidance_scale, num_inference_steps: As the pipeline takes them. Codes have no steps.
         seed, stream (`int`): Latent `n` depends on `(seed, stream, n)` and its label alone. Samples to be judged come from stream 5.

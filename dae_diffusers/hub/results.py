@@ -154,8 +154,8 @@ class Result:
             return {}
         config = self.scripts["train_dae"].config
         stage1 = self.folder / "stage1" / "config.json"
-        started_from = config.get("pretrained_vae" if "pretrained_vae" in config else "pretrained_model_name_or_path")
-        if config.get("stage") == "2" and started_from:  # runs of version 0.1 call it `pretrained_vae`
+        started_from = config.get("pretrained_model_name_or_path")
+        if config.get("stage") == "2" and started_from:
             return {"fine_tuned_from": started_from}
         if stage1.exists():
             return {"auxiliary_decoder": read_json(stage1).get("auxiliary_decoder_type", "none")}

@@ -126,7 +126,7 @@ class CachedLatents(BatchDataset):
             ) from None
         if manifest is None or not manifest["complete"]:
             state = "unfinished" if manifest else "no latent cache"
-            raise UserError(f"{self.folder} is {state}. Make it with `accelerate launch training/cache_latents.py`.")
+            raise UserError(f"{self.folder} is {state}. Make it with `dae-diffusers cache-latents`.")
         self.identity = CacheIdentity(**manifest["identity"])
         self.id2label = manifest["id2label"] and {int(key): name for key, name in manifest["id2label"].items()}
         self._buckets = self.identity.images()
@@ -212,7 +212,7 @@ class CachedLatents(BatchDataset):
         if differences:
             raise UserError(
                 f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. Make another one with "
-                "`accelerate launch training/cache_latents.py`."
+                "`dae-diffusers cache-latents`."
             )
         if images is not None:
             self.id2label = images.id2label

@@ -24,6 +24,8 @@ def sample_sigmas(
         sampling (`str`, *optional*): `logit_normal` (the sigmoid of a standard normal) or `uniform`.
         shift (`float`, *optional*, defaults to 1.0): Above 1 moves the draws towards noise, as
             `FlowMatchEulerDiscreteScheduler(shift=...)` does when sampling: `shift * s / (1 + (shift - 1) * s)`.
+        device (`torch.device`, *optional*): Where they are drawn.
+        generator (`torch.Generator`, *optional*): What draws them; default: torch's own.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: In [0, 1], float32.

@@ -6,6 +6,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -185,28 +186,24 @@ class Search:
 
     def measure_speeds(self) -> Speeds:
         """Times a few steps of joint training, or of the first candidate where that does not fit, and of a generator on its latents."""
-        judge, flags = (
-            load_feature_extractor(self.experiment["features"], channels=self.images[0].config.image_channels),
-            self.candidates.flags,
-        )
+        channels, flags = self.images[0].config.image_channels, self.candidates.flags
+        judge = load_feature_extractor(self.experiment["features"], channels=channels)
         check_enough_images(judge, *self.images, self.config.num_images)
         name = next((name for name in flags if flags[name].get("auxiliary_decoder") == "none"), next(iter(flags)))
         folder = self.folder / "calibration"
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill
         trial = self.trial(name, folder)
-        clock = []
-        for number, steps in enumerate(_CALIBRATION):
-            start = time.monotonic()
+
+        def train_autoencoder(number: int, steps: int) -> None:
             trial.train_autoencoder(number, steps)
-            clock.append(time.monotonic() - start)
-        autoencoder = _per_step(clock)
-        clock = []
-        for number, steps in enumerate(_CALIBRATION, start=len(_CALIBRATION)):
-            start = time.monotonic()
-            row = trial.run(number, Rung(1, _CALIBRATION[-1], steps))
-            clock.append(time.monotonic() - start)
+
+        def train_pilot(number: int, steps: int) -> None:
+            row = trial.run(len(_CALIBRATION) + number, Rung(1, _CALIBRATION[-1], steps))
             if "failed" in row:
                 raise UserError(f"candidate `{name}` failed while its speed was measured: {row['failed']}")
+
+        autoencoder = _per_step(_clock(train_autoencoder))
+        clock = _clock(train_pilot)
         generator = _per_step(clock, whole=True)
         shutil.rmtree(folder)
         return Speeds(autoencoder, generator, fixed=max(0.0, clock[-1] - _CALIBRATION[-1] * generator))
@@ -302,11 +299,22 @@ def _difference(before: Any, now: Any) -> tuple[Any, Any]:
     return tuple({name: each[name] for name in names if name in each} for each in (before, now))
 
 
+def _clock(train: Callable[[int, int], None]) -> list[float]:
+    """Seconds of each training of the calibration."""
+    seconds = []
+    for number, steps in enumerate(_CALIBRATION):
+        start = time.monotonic()
+        train(number, steps)
+        seconds.append(time.monotonic() - start)
+    return seconds
+
+
 def _per_step(clock: list[float], *, whole: bool = False) -> float:
     """Seconds of a step from the last two readings; `whole`: each counts from step 0."""
-    _, middle, last = _CALIBRATION
-    steps = last - middle if whole else last - 2 * middle + _CALIBRATION[0]
-    return max((clock[2] - clock[1]) / steps, clock[2] / last / 4)
+    first, middle, last = _CALIBRATION
+    steps = last - middle if whole else (last - middle) - (middle - first)  # a part goes on from the one before
+    least = clock[2] / last / 4  # where noise in the clock makes the difference too small
+    return max((clock[2] - clock[1]) / steps, least)
 
 
 def _described(features: str) -> dict[str, str]:

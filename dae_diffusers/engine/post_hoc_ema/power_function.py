@@ -34,11 +34,6 @@ def exponent_of(length: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def length_of(exponent: float) -> float:
-    r"""The length of the average of an exponent, the inverse of [`exponent_of`]."""
-    return math.sqrt((exponent + 1) / (exponent + 3)) / (exponent + 2)
-
-
 def decay_at(exponent: float, step: int) -> float:
     r"""The share of the average before that stays in the average at a step, `(1 - 1 / step) ** (exponent + 1)`; 0 at the first."""
     return (1 - 1 / step) ** (exponent + 1)

@@ -426,7 +426,7 @@ def generate_tab():
                 *slider_range("guidance_scale", 1, 8, 2),
                 step=0.05,
                 label="Guidance",
-                info="1: none; higher: clearer, less varied",
+                info="1 turns it off; higher: clearer, less varied",
                 visible=guided,
             )
             stepped = "num_inference_steps" in OPTIONS
