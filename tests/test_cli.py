@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError, in_full
+from dae_diffusers.generators.settings import DIT_LAYERS
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.script import as_typed, run_script, with_dashes
 from dae_diffusers.settings import (
@@ -33,7 +34,6 @@ from dae_diffusers.settings import (
     without_effect,
 )
 from dae_diffusers.training.settings import (
-    DIT_LAYERS,
     SCRIPTS,
     CacheLatentsConfig,
     PreviewConfig,

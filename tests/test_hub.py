@@ -35,6 +35,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import _data_description, make_card, measurements, repository_files
 from dae_diffusers.hub.results import Script, read_result, remove_leftovers
+from dae_diffusers.hub.settings import PushConfig
 from dae_diffusers.hub.upload import (
     BackgroundUpload,
     check_hub_access,
@@ -44,7 +45,7 @@ from dae_diffusers.hub.upload import (
     stale_weights,
 )
 from dae_diffusers.training import push, train_dae, train_dit
-from dae_diffusers.training.settings import PushConfig, TrainDAEConfig, TrainDiTConfig, with_flags
+from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig, with_flags
 
 REPO = "writer/animals"
 pytestmark = [

@@ -45,6 +45,7 @@ def length_of(exponent: float) -> float:
     """The length of the average of an exponent, the inverse of `exponent_of`."""
     return math.sqrt((exponent + 1) / (exponent + 3)) / (exponent + 2)
 
+
 def brute_force(trajectory: torch.Tensor, length: float) -> torch.Tensor:
     """The average of weights `(T, ...)`: step t counts as much as the power function has between t - 1 and t."""
     edges = torch.linspace(0, 1, len(trajectory) + 1, dtype=torch.float64) ** (exponent_of(length) + 1)

@@ -24,10 +24,10 @@ from PIL import Image
 from test_conditions import COLUMNS
 from test_conditions import make_pipeline as make_conditional_pipeline
 
+from dae_diffusers.hub.settings import PushConfig
 from dae_diffusers.hub.upload import space_files
 from dae_diffusers.plots import image_grid
 from dae_diffusers.training import push
-from dae_diffusers.training.settings import PushConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "dae_diffusers" / "hub" / "space" / "app.py"

@@ -3,7 +3,7 @@
 import itertools
 from typing import Literal
 
-from dae_diffusers.engine.settings import warmup_of
+from dae_diffusers.engine.settings import MAX_SEED, warmup_of
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
 
@@ -62,3 +62,16 @@ class ComplexityConfig:
             "num_sample_images": 1,  # nobody looks at its grid
             "sample_steps": 1,
         }
+
+
+@settings
+class LatentSpaceConfig:
+    """Latent space."""
+
+    vae: str = field(help="folder or Hub id of the autoencoder")
+    features: str | None = field(
+        None,
+        "`inception`, a vision model (Hub id or folder), `pixels` or `spectrum`, for gFD; default: only the pilots' loss is measured",
+    )
+    output_dir: str = field("runs/my-model/complexity", "folder for the results")
+    seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)

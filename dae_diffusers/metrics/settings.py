@@ -1,7 +1,8 @@
-"""What an evaluation measures, and how it generates images. Needs no torch."""
+"""What is measured, during training and after it, how images are generated for that, and the judge. Needs no torch."""
 
 from typing import Literal
 
+from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.engine.settings import MAX_SEED
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.settings import field, settings
@@ -112,3 +113,83 @@ class SamplingConfig:
         advanced=True,
         free_text=True,
     )
+
+
+@settings
+class MonitorConfig:
+    """Distance while training."""
+
+    metric_features: str | None = field(
+        None, "while training, measure the distance of samples in these features (as `evaluate --features`)"
+    )
+    metric_images: int = field(2000, "samples for each measurement", at_least=2, needs="metric_features", advanced=True)
+    metric_steps: int = field(
+        2000, "measure every N steps, and at the end", at_least=1, needs="metric_features", advanced=True
+    )
+    export: Literal["last", "best"] = field(
+        "last",
+        "weights of the pipeline: the last, or those with the smallest distance, without `--metric_features` the lowest validation loss",
+        advanced=True,
+    )
+    early_stopping_patience: int | None = field(
+        None,
+        "stop after N measurements in a row, without `--metric_features` N validations, that bring nothing better",
+        at_least=1,
+        advanced=True,
+    )
+
+    @property
+    def looks_for_best(self) -> bool:
+        return self.export == "best" or self.early_stopping_patience is not None
+
+    def check_decoder(self, is_finished: bool) -> None:
+        """Checks that distances of different steps are those of the same decoder."""
+        if self.metric_features is not None and not is_finished:
+            raise ConfigError(
+                "`metric_features` does not go with the `vae` of a stage 1: its decoder still changes, and the distances with it. Leave "
+                "it out, or finish stage 2 first."
+            )
+
+
+def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
+    """Raises `ConfigError` if the images that samples would be compared with are not at hand."""
+    if monitor.metric_features is None:
+        return
+    data.require_images("`metric_features`")
+    data.refuse_streaming("`metric_features`: evaluate afterwards, with `dae-diffusers evaluate`")
+    if monitor.metric_features not in JUDGES_WITHOUT_NETWORK:
+        data.require_gray_or_rgb("`metric_features`", ANY_CHANNELS)
+
+
+@settings
+class ClassifierConfig:
+    """Classifier."""
+
+    hidden_sizes: list[int] = field(
+        [32, 64, 128, 192], "channels of each stage; each after the first halves the size", at_least=1
+    )
+    depths: list[int] = field([1, 1, 1, 1], "basic blocks of each stage", at_least=1)
+    input_size: int | None = field(
+        None, "enlarge images to this size, because the stem divides it by 4; default: twice the resolution", at_least=1
+    )
+
+    def __post_init__(self):
+        if len(self.hidden_sizes) != len(self.depths) or not self.depths:
+            raise ConfigError(
+                f"`hidden_sizes` {self.hidden_sizes} and `depths` {self.depths} must have the same length, at least 1."
+            )
+
+
+@settings
+class ClassifierTrainingConfig:
+    """Training."""
+
+    output_dir: str = field("features/my-images", "folder of the result; its name becomes the name of the features")
+    train_steps: int = field(3200, "optimiser steps", at_least=1)
+    train_batch_size: int = field(64, "images per step and process", at_least=1)
+    learning_rate: float = field(2e-3, "peak learning rate of AdamW, after a tenth of the steps; cosine to 0", above=0)
+    weight_decay: float = field(0.05, "AdamW's weight decay", at_least=0)
+    label_smoothing: float = field(0.0, "share of the target spread over all classes", at_least=0, below=1)
+    max_shift: int = field(2, "shift images randomly by up to this many pixels; the border is mirrored", at_least=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "precision of the computation; weights stay float32")
+    seed: int = field(0, "random seed of weights, data order and augmentation", at_least=0, at_most=MAX_SEED)
