@@ -104,7 +104,7 @@ def check_bounds(values: Any) -> None:
             bounds = each.metadata.get("bounds", {})
             if not _is_within(number, **bounds):
                 hint = each.metadata.get("hint")
-                text = f"`{each.name}` is {value}, but must be {_describe(**bounds)}"
+                text = f"`{each.name}` is {number}, but must be {_describe(**bounds)}"
                 raise ConfigError(f"{text}; {hint}." if hint else f"{text}.")
 
 

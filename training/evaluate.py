@@ -311,7 +311,10 @@ class Evaluation:
     ) -> tuple[dict[str, Any], KeptRows]:
         """The metrics of one drawing and its samples that are most like a training image; and the samples."""
         samples = draw_samples(
-            *(sampler.pipeline, settings, self.folder / "samples", self.accelerator),
+            sampler.pipeline,
+            settings,
+            self.folder / "samples",
+            self.accelerator,
             image_shape=self.image_shape,
             batch_size=self.work["batch_size"],
         )
@@ -363,7 +366,10 @@ class Evaluation:
 
     def yardstick(self, held_out: EncodedImages | None) -> Yardstick:
         return Yardstick(
-            *(self.extractor, self.train, self.validation, self.accelerator),
+            self.extractor,
+            self.train,
+            self.validation,
+            self.accelerator,
             held_out=held_out,
             folder=self.parts,
             **self.work,

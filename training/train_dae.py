@@ -273,7 +273,8 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
             logger.info(
                 "its decoder does not mirror its encoder, so no class of diffusers can hold it: it is a %s of dae_diffusers. Without this "
                 "package load it with `AutoModel.from_pretrained(%r, trust_remote_code=True)`, whose code lies beside the weights.",
-                *(type(vae).__name__, str(run.output_dir / "vae")),
+                type(vae).__name__,
+                str(run.output_dir / "vae"),
             )
         logger.info("next: %s", run.next_command("train_vqgan_prior" if is_vq(vae) else "train_dit", vae="vae"))
         shutil.rmtree(run.folder / "latents", ignore_errors=True)

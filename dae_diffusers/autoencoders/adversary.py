@@ -209,7 +209,10 @@ def make_adversary(
     )
     discriminator, optimizer = run.accelerator.prepare(discriminator, optimizer)
     return AdversarialTraining(
-        *(run.accelerator, discriminator, optimizer, losses),
+        run.accelerator,
+        discriminator,
+        optimizer,
+        losses,
         weight=weight,
         augments=augments,
         max_grad_norm=config.optimization.max_grad_norm,

@@ -99,7 +99,9 @@ def measure_pilots(
         if config.refit_steps:
             do_once("refitted", home, Path(used).exists, lambda: _refit(vae, data, config, home, seed))
         do_once(
-            *(latents.name, home, are_cached),
+            latents.name,
+            home,
+            are_cached,
             lambda: write_json(cached, cache_latents(experiment, used, latents, seed)),
         )
 

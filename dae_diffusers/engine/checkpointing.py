@@ -248,7 +248,9 @@ class Checkpointer:
                     aside = ahead.with_name(f"{_ABANDONED}{ahead.name}")
                     logger.warning(
                         "%s is renamed to %s: the run continues from step %d, so it is not part of this run. The next save removes it.",
-                        *(ahead, aside.name, step),
+                        ahead,
+                        aside.name,
+                        step,
                     )
                     shutil.rmtree(aside, ignore_errors=True)
                     ahead.rename(aside)

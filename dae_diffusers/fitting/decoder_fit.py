@@ -423,7 +423,11 @@ class DecoderFit:
             logger.info(
                 "PSNR of held-out reconstructions: %.2f -> %.2f dB. Distance of drawn images in the statistics that were matched: "
                 "%.4g -> %.4g. Other features must judge them: `dae-diffusers evaluate --pipeline %s --features ...`",
-                *(self.before["psnr"], self.now["psnr"], self.before["generated_fd"], self.now["generated_fd"], folder),
+                self.before["psnr"],
+                self.now["psnr"],
+                self.before["generated_fd"],
+                self.now["generated_fd"],
+                folder,
             )
         self.accelerator.wait_for_everyone()
 

@@ -130,7 +130,9 @@ class GrowingAutoencoder:
         logger.info(
             "saved %s: the generator is finished, its decoder is not. When stage 2 ends in the same `output_dir`, it makes "
             "%s. For a decoder elsewhere: dae-diffusers assemble --pipeline %s --vae <its vae/>",
-            *(self.output_dir / WAITING, self.output_dir / "pipeline", self.output_dir),
+            self.output_dir / WAITING,
+            self.output_dir / "pipeline",
+            self.output_dir,
         )
         return False
 

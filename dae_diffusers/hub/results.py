@@ -37,6 +37,18 @@ _NOT_PUBLISHED = (
     "checkpoints_total_limit",
 )
 
+# Pictures that show images of the data set themselves.
+DATA_PICTURES = ("reconstructions.png", "nearest.png")
+# All pictures that a result can have.
+PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}_curves.png" for name in _SCRIPTS))
+# What the repository of a pipeline says of its weights in numbers.
+NUMBERS = ("metrics.json", *(f"training/{name}.{suffix}" for name in _SCRIPTS for suffix in ("yaml", "json")))
+
+# Parts of an evaluation by what was measured.
+_OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation",)
+# Parts of a pipeline.
+_AUTOENCODERS, _GENERATORS = ("vae", "vqvae"), ("transformer", "guidance_transformer", "prior", "unet")
+
 
 @dataclass
 class Script:
@@ -203,15 +215,6 @@ def read_result(folder: str | Path) -> Result:
     _check_code(result)
     _check_weights([pipeline / name for name, value in result.index.items() if isinstance(value, list)])
     return _describe(result, is_run=pipeline != folder)
-
-
-# Pictures that show images of the data set themselves.
-DATA_PICTURES = ("reconstructions.png", "nearest.png")
-# All pictures that a result can have.
-PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}_curves.png" for name in _SCRIPTS))
-
-# What the repository of a pipeline says of its weights in numbers.
-NUMBERS = ("metrics.json", *(f"training/{name}.{suffix}" for name in _SCRIPTS for suffix in ("yaml", "json")))
 
 
 def is_leftover(path: Path) -> bool:
@@ -420,12 +423,6 @@ def _has_decoder_of_its_training(result: Result) -> bool:
         return True
     found = [weights_fingerprint_of(vae) for vae in (result.vae, script.folder.parent / "vae")]
     return None in found or found[0] == found[1]
-
-
-# Parts of an evaluation by what was measured.
-_OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation",)
-# Parts of a pipeline.
-_AUTOENCODERS, _GENERATORS = ("vae", "vqvae"), ("transformer", "guidance_transformer", "prior", "unet")
 
 
 def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:

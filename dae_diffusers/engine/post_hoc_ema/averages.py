@@ -103,7 +103,10 @@ class PostHocAverages:
         free = psutil.disk_usage(str(self.run.output_dir)).free
         logger.info(
             "post-hoc EMA: a snapshot of two averages every %d steps, %d of %s, %s of disk in all",
-            *(self.every, number, gib(size), gib(number * size)),
+            self.every,
+            number,
+            gib(size),
+            gib(number * size),
         )
         if number * size > free:
             logger.warning(
