@@ -12,8 +12,9 @@ from diffusers import (
     AutoencoderTiny,
 )
 from models import TINY_AUTOENCODER, save_backbone
+from models import make_autoencoder as tiny_autoencoder
 from safetensors.torch import load_file
-from scripts import BARE_DAE, BARE_DIT, run
+from scripts import BARE_DAE, BARE_DIT, assert_same_weights, run
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTImg2ImgPipeline, DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -263,3 +264,33 @@ def test_size_of_the_images_is_that_of_a_representation_autoencoder(tmp_path):
         UserError, match="`resolution` is 32x32, but this AutoencoderRAE makes images of 16x16 pixels only"
     ):
         settle_images(compose(TrainDiTConfig, vae=str(tmp_path), dataset_name="digits", resolution=32), vae)
+
+
+def test_half_precision_weights_alone_are_enough(tmp_path):
+    vae = tiny_autoencoder("none").to_diffusers()
+    vae.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").stat()
+    for place in (tmp_path, tmp_path / "vae"):
+        found = load_autoencoder(str(place))
+        assert found.dtype == torch.float32
+        assert_same_weights(found.state_dict(), vae.float().state_dict())
+    (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(UserError, match="no file named diffusion_pytorch_model"):
+        load_autoencoder(str(tmp_path / "vae"))
+
+
+def test_single_files_are_read_by_diffusers(tmp_path, monkeypatch):
+    vae = tiny_autoencoder("none").to_diffusers()
+    vae.save_pretrained(tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=f"one file of an autoencoder. Give its folder, {tmp_path / 'vae'}"):
+        load_autoencoder(str(weights))
+    alone = tmp_path / "sd.safetensors"
+    weights.rename(alone)
+    with pytest.raises(
+        UserError, match="sd.safetensors is not a file with the weights of an AutoencoderKL that diffusers"
+    ):
+        load_autoencoder(str(alone))  # its config is not to be had here
+    monkeypatch.setattr(AutoencoderKL, "from_single_file", lambda path, torch_dtype: vae.to(torch_dtype))
+    found = load_autoencoder(str(alone))
+    assert found is vae and not found.training and not any(each.requires_grad for each in found.parameters())

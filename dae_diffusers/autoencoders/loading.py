@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -37,7 +38,8 @@ def load_autoencoder(name_or_path: str) -> ModelMixin:
     Loads a frozen autoencoder, float32, in eval mode, from a folder or the Hub.
 
     Args:
-        name_or_path (`str`): A diffusers autoencoder of images, or what has one in `vae/`: a pipeline, or the output folder of a run.
+        name_or_path (`str`): A diffusers autoencoder of images, or what has one in `vae/`: a pipeline, or the output folder of a run. Or a
+            single file with the weights of an `AutoencoderKL`, as Stable Diffusion's are often shared.
 
     Returns:
         [`~diffusers.ModelMixin`]: The autoencoder, which needs no gradients.
@@ -67,13 +69,15 @@ def load_any_autoencoder(name_or_path: str, *, takes_stage1: bool = False) -> Mo
     Raises:
         UserError: If there is no autoencoder, or it is damaged.
     """
+    if Path(name_or_path).is_file():
+        return _load_single_file(Path(name_or_path))
     reason = None
     for subfolder in (None, "vae", "stage1") if takes_stage1 else (None, "vae"):
         config = None
         try:
             config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
             class_name = config.get("_class_name", "AutoencoderKL")
-            vae = _class_of(class_name).from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+            vae = _load_weights(_class_of(class_name), name_or_path, subfolder)
             check_has_weights(vae)
             vae.eval().requires_grad_(False)
             if class_name not in _KNOWN:
@@ -88,6 +92,34 @@ def load_any_autoencoder(name_or_path: str, *, takes_stage1: bool = False) -> Mo
         f"`{name_or_path}` is not an autoencoder that can be loaded: {reason} Give the folder or Hub id of an "
         "autoencoder of diffusers (AutoencoderKL, VQModel, AutoencoderDC...), such as the folder `vae/` that training/train_dae.py writes."
     )
+
+
+def _load_weights(model_class: type[ModelMixin], name_or_path: str, subfolder: str | None) -> ModelMixin:
+    """The model in float32, also where only half-precision weights (`variant="fp16"`) lie."""
+    options = {"subfolder": subfolder, "torch_dtype": torch.float32}
+    try:
+        return model_class.from_pretrained(name_or_path, **options)
+    except OSError:
+        try:
+            return model_class.from_pretrained(name_or_path, variant="fp16", **options)
+        except Exception:
+            pass  # what the first one lacked is the reason
+        raise
+
+
+def _load_single_file(path: Path) -> AutoencoderKL:
+    """Weights in a file of their own. Their config comes from diffusers, which knows the usual ones by their shapes."""
+    if (path.parent / "config.json").is_file():
+        raise UserError(f"{path} is one file of an autoencoder. Give its folder, {path.parent}.")
+    try:
+        vae = AutoencoderKL.from_single_file(str(path), torch_dtype=torch.float32)
+    except Exception as error:  # of a file with anything in it
+        raise UserError(
+            f"{path} is not a file with the weights of an AutoencoderKL that diffusers can load: {one_line(error, 300)} The first "
+            "time it fetches the model's config from the Hub."
+        ) from None
+    check_has_weights(vae)
+    return vae.eval().requires_grad_(False)
 
 
 def _class_of(name: str) -> type[ModelMixin]:
