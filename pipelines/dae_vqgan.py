@@ -52,6 +52,8 @@ class DAEVQGANPipeline(DiffusionPipeline):
             Lowest and highest value of the original images if they were not 8-bit pictures; `output_type="np"` gives
             images in this range.
         default_guidance_scale (`float`, *optional*): Guidance of a call that names none; default: 2.
+        default_temperature, default_top_k, default_top_p (*optional*): The same for how codes are drawn; default: all codes, at their
+            own probabilities.
 
     Raises:
         `ValueError`: If the prior was trained on the codes of another model.
@@ -68,6 +70,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | list[str] | None = None,
         value_range: list[float] | None = None,
         default_guidance_scale: float | None = None,
+        default_temperature: float | None = None,
+        default_top_k: int | None = None,
+        default_top_p: float | None = None,
     ):
         super().__init__()
         known = _settings_of(prior)
@@ -76,10 +81,14 @@ class DAEVQGANPipeline(DiffusionPipeline):
         self.register_modules(prior=prior, vae=vae)
         self.id2label = _names_by_id(id2label)
         self.value_range = value_range
-        if default_guidance_scale is None:
-            default_guidance_scale = known.get("default_guidance_scale")
-        kept = {"id2label": self.id2label or None, "value_range": value_range}
-        kept["default_guidance_scale"] = default_guidance_scale
+        defaults = {
+            "default_guidance_scale": default_guidance_scale,
+            "default_temperature": default_temperature,
+            "default_top_k": default_top_k,
+            "default_top_p": default_top_p,
+        }
+        defaults = {name: known.get(name) if value is None else value for name, value in defaults.items()}
+        kept = {"id2label": self.id2label or None, "value_range": value_range, **defaults}
         self.register_to_config(**kept)
         known.update(kept)
 
@@ -236,7 +245,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         class_labels: int | str | Iterable[int | str] | None = None,
         guidance_scale: float | None = None,
         *,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         num_images_per_label: int = 1,
@@ -256,9 +265,12 @@ class DAEVQGANPipeline(DiffusionPipeline):
             guidance_scale (`float`, *optional*, defaults to that of the pipeline's config, `default_guidance_scale`, else 2.0):
                 Classifier-free guidance of the logits, `unconditional + guidance_scale * (conditional -
                 unconditional)`. At 1 and below there is no guidance, which halves the work.
-            temperature (`float`, defaults to 1.0): Divides the logits; below 1 safer, above 1 more varied.
-            top_k (`int`, *optional*): Draw only from this many of the most likely codes.
-            top_p (`float`, *optional*): Draw only from the most likely codes that together have this probability, in (0, 1].
+            temperature (`float`, *optional*, defaults to `default_temperature` of the config, else 1.0):
+                Divides the logits; below 1 safer, above 1 more varied.
+            top_k (`int`, *optional*, defaults to `default_top_k` of the config, else all):
+                Draw only from this many of the most likely codes.
+            top_p (`float`, *optional*, defaults to `default_top_p` of the config, else 1.0):
+                Draw only from the most likely codes that together have this probability, in (0, 1].
             num_images_per_label (`int`, defaults to 1): Images per label, next to each other in the result.
             num_images_per_prompt (`int`, *optional*): The same, under the name that diffusers has for it.
             generator (`torch.Generator` or `list` of them, *optional*):
@@ -283,10 +295,10 @@ class DAEVQGANPipeline(DiffusionPipeline):
             ```
         """
         num_codes = self.prior.config.num_codes
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        if guidance_scale is None:
-            guidance_scale = 2.0
+        defaults = self.config
+        guidance_scale = _first(guidance_scale, defaults.default_guidance_scale, 2.0)
+        temperature = _first(temperature, defaults.default_temperature, 1.0)
+        top_k, top_p = _first(top_k, defaults.default_top_k), _first(top_p, defaults.default_top_p)
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
         self._check_choices(guidance_scale, temperature, top_k, top_p, num_images_per_label, output_type)
@@ -496,6 +508,11 @@ def _draw_uniform(num_images: int, num_codes: int, generator) -> torch.Tensor:
         device = None if generator is None else generator.device
         return torch.rand(num_images, num_codes, generator=generator, device=device).cpu()
     return torch.stack([torch.rand(num_codes, generator=each, device=each.device).cpu() for each in generator])
+
+
+def _first(*values):
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _draw_codes(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:

@@ -183,7 +183,7 @@ def test_runs_without_what_is_needed_are_named(trained, tmp_path, caplog):
     ("flags", "message"),
     [
         ("runs/mine", "the following arguments are required: --length"),
-        ("runs/mine --length 0.3", "`--length` is [0.3], but must be above 0 and at most 0.2886"),
+        ("runs/mine --length 0.3", "`--length` is 0.3, but must be above 0 and at most 0.2886"),
         ("runs/mine --length 0.1 --set_defaults", "`--set_defaults` needs a distance to choose by: give `--features`"),
         ("runs/mine --length 0.1 --features judge", "give one of `--dataset_name`"),
     ],

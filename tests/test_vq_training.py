@@ -418,15 +418,34 @@ def test_autoencoder_without_codes_and_damaged_codes_are_named(trained, with_pri
 @pytest.mark.filterwarnings("ignore:.*covariance is singular", "ignore:.*fewer")
 def test_evaluation_draws_codes(with_prior, image_folder, tmp_path, monkeypatch):
     extractor = save_backbone(tmp_path / "extractor", "classifier")
+    shutil.copytree(with_prior / "pipeline", tmp_path / "pipeline")
     calls = []
     original = DAEVQGANPipeline.__call__
     counted = wraps(original)(lambda self, *a, **k: calls.append(k) or original(self, *a, **k))
     monkeypatch.setattr(DAEVQGANPipeline, "__call__", counted)
     run(
-        evaluate, "--resolution 16 --validation_fraction 0.5 --num_images 12 --top_p 0.9 --guidance_scales 1 2",
-        train_data_dir=image_folder, pipeline=with_prior / "pipeline", features=extractor, output_dir=tmp_path / "out",
+        evaluate, "--resolution 16 --validation_fraction 0.5 --num_images 12 --top_p 0.9 --guidance_scales 1 2 --set_defaults",
+        train_data_dir=image_folder, pipeline=tmp_path / "pipeline", features=extractor, output_dir=tmp_path / "out",
     )  # fmt: skip
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["generation"]
     assert [row["guidance_scale"] for row in rows] == [1.0, 2.0] == [call["guidance_scale"] for call in calls]
     assert all(call["top_p"] == 0.9 and "num_inference_steps" not in call for call in calls)
     assert (tmp_path / "out" / "samples-guidance-2.png").exists() and (tmp_path / "out" / "sweep.png").exists()
+    # A call draws now as it was measured best, a pipeline of before as it was trained.
+    distance = next(name for name in rows[0] if name.startswith("gfd"))
+    best = min(rows, key=lambda row: row[distance])["guidance_scale"]
+    measured, trained = (DAEVQGANPipeline.from_pretrained(each / "pipeline") for each in (tmp_path, with_prior))
+    assert (measured.config.default_top_p, measured.config.default_guidance_scale) == (0.9, best)
+    assert (trained.config.default_temperature, trained.config.default_top_p) == (1.0, None)
+    codes = [
+        pipe(
+            0, output_type="codes", num_images_per_label=20, generator=torch.Generator().manual_seed(0), **options
+        ).images
+        for pipe, options in (
+            (measured, {}),
+            (trained, {"top_p": 0.9, "guidance_scale": best}),
+            (measured, {"top_p": 1.0, "guidance_scale": 1.0}),
+            (trained, {"guidance_scale": 1.0}),
+        )
+    ]
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[2], codes[3]) and not torch.equal(codes[1], codes[3])

@@ -43,6 +43,7 @@ from dae_diffusers.metrics.sweep import (
     swept_settings,
 )
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import replace_folder, write_atomically, write_json
 from dae_diffusers.training.settings import EMAConfig, with_flags
@@ -195,7 +196,7 @@ def choose(
     if best["length"] is not None:
         part, _ = generator_of(pipeline)
         put_into_pipeline(folder, part, folder_of(output_dir, best["length"]) / part, best["length"])
-    if isinstance(pipeline, DAEDiTPipeline):
+    if isinstance(pipeline, DAEDiTPipeline | DAEVQGANPipeline):
         set_defaults(str(folder / "pipeline"), [best], distance)
 
 

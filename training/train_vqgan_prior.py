@@ -57,7 +57,7 @@ def main(config: TrainPriorConfig) -> None:
         vae=vae,
         id2label=train_codes.id2label,
         value_range=images[0].value_range,
-        default_guidance_scale=sampling_options(config)["guidance_scale"],
+        **{f"default_{name}": value for name, value in sampling_options(config).items()},
     )
     if config.optimization.gradient_checkpointing:
         is_renamed = hasattr(prior, "activation_checkpointing_enable")  # by transformers, between 5.0 and 6.0

@@ -38,7 +38,7 @@ GENERATORS = {
         "what": "An autoregressive transformer over the codes of a vector-quantised autoencoder",
         "tags": ["vqgan", "autoregressive"],
         "script": "train_vqgan_prior",
-        "call": ["top_p=0.95"],
+        "draws_codes": True,
     },
 }
 
@@ -546,8 +546,11 @@ def _guidance(result: Result, otherwise: float = 2.0) -> list[str]:
 
 def _sampling_options(result: Result, generator: dict[str, Any]) -> list[str]:
     """The other options of an example call: those of drawing codes, or the pipeline's default number of steps."""
-    if "call" in generator or not generator:
-        return generator.get("call", [])
+    if not generator:
+        return []
+    if "draws_codes" in generator:
+        options = ("temperature", "top_k", "top_p")
+        return [f"{name}={value}" for name in options if (value := result.index.get(f"default_{name}")) is not None]
     steps = result.index.get("default_num_inference_steps") or (4 if _is_flow_map(result) else 25)
     return [f"num_inference_steps={steps}"]
 

@@ -82,7 +82,7 @@ class SamplingConfig:
     set_defaults: bool = field(
         False,
         "make the guidance scale and the steps with the lowest distance (for `ema.py`: and the weights), and a given `--velocity_scale`, "
-        "those of the pipeline",
+        "`--temperature`, `--top_k`, `--top_p`, those of the pipeline",
     )
     velocity_scale: float | None = field(
         None,

@@ -18,6 +18,7 @@ from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import fingerprint, read_json, weights_of, write_json
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Options of a pipeline's call that are swept, and the flags with their values.
 SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
+
+# Options that are not swept.
+_OTHERS = ("temperature", "top_k", "top_p", "velocity_scale")
 
 # Images that are drawn for each setting if no number is given, unless there are fewer training images.
 _MAX_DRAWN_IMAGES = 10_000
@@ -204,9 +208,10 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
         label_sampling = "balanced"
         logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
     sweep = [getattr(sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
-    others = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "velocity_scale")}
-    if others["velocity_scale"] is None:  # by name, because kept samples are known by their settings
-        others["velocity_scale"] = sampler.pipeline.config.get("default_velocity_scale")
+    others = {}
+    for name in _OTHERS:  # with the pipeline's defaults, because kept samples are known by their settings
+        given = getattr(sampling, name)
+        others[name] = sampler.pipeline.config.get(f"default_{name}") if given is None else given
     others = {name: value for name, value in others.items() if name in sampler.accepted}
     return [
         SampleSettings(
@@ -244,9 +249,9 @@ def over_drawings(rows: list[dict[str, float]], distance: str) -> dict[str, floa
 
 def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
     r"""Raises `UserError` if the pipeline keeps no defaults, or cannot be written to."""
-    if not isinstance(pipeline, DAEDiTPipeline):
+    if not isinstance(pipeline, DAEDiTPipeline | DAEVQGANPipeline):
         raise UserError(
-            f"`set_defaults` is for DAEDiTPipelines, but {name} is a {type(pipeline).__name__}. Leave it out."
+            f"`set_defaults` is for DAEDiTPipeline and DAEVQGANPipeline, but {name} is a {type(pipeline).__name__}. Leave it out."
         )
     if not Path(name).is_dir():
         raise UserError(
@@ -263,6 +268,6 @@ def write_defaults(pipeline: Path, **options: float) -> None:
 def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
     r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
     best = min(rows, key=lambda row: row[distance])
-    chosen = {option: best[option] for option in (*SWEPT, "velocity_scale") if option in best}
+    chosen = {option: best[option] for option in (*SWEPT, *_OTHERS) if option in best}
     write_defaults(Path(name), **chosen)
     logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))
