@@ -30,9 +30,9 @@ CLASSIFIER_STEPS = 300
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where `pipeline/` lies and the results go")
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="of a DAEDiTPipeline")
-    parser.add_argument("--top_p", type=float, default=0.9, help="of a DAEVQGANPipeline")
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--num_inference_steps", type=int, help="of a DAEDiTPipeline; default: its own")
+    parser.add_argument("--top_p", type=float, help="of a DAEVQGANPipeline; default: its own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -41,8 +41,10 @@ def main():
     is_vqgan = index["_class_name"] == "DAEVQGANPipeline"
     pipeline_class, script = (DAEVQGANPipeline, "train_vqgan_prior") if is_vqgan else (DAEDiTPipeline, "train_dit")
     own = "top_p" if is_vqgan else "num_inference_steps"
-    settings = {name: getattr(arguments, name) for name in ("guidance_scale", own)}
     pipeline = pipeline_class.from_pretrained(arguments.folder / "pipeline")
+    settings = {
+        name: getattr(arguments, name) or pipeline.config[f"default_{name}"] for name in ("guidance_scale", own)
+    }
     labels = torch.arange(10).repeat(PER_CLASS)
     images = torch.cat(draw(pipeline, labels.tolist(), arguments.seed, output_type="pt", **settings)) * 2 - 1
     with torch.no_grad():

@@ -6,7 +6,7 @@ are from the training images:
 
 The experiment names the autoencoder, the images, the judge, flags of `train_dit.py` that all recipes share, and the recipes. A recipe has
 flags of its own, and `start` if it trains diffusers' `DiTTransformer2DModel`: `noise` for noise prediction on its linear schedule, sampled
-by DDIM, or `flow` for flow matching.
+by DDIM, or `flow` for flow matching, sampled as ours.
 
 A step's time is processor time, measured between runs of two lengths that change places, without measurements, so that other work on the
 machine changes it little. Writes `time_to_quality.md`, a picture, and `runs.json`; what is finished is kept.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from claim_tables import T_QUANTILES
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from matplotlib.figure import Figure
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -31,12 +31,13 @@ from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.scripts import choose_data, launch_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.engine.log import read_log
+from dae_diffusers.generators.denoising import flow_scheduler
 from dae_diffusers.store import read_json, write_atomically, write_json
 
 SHORT, LONG = 20, 120  # steps of the runs that are timed
 SCHEDULERS = {
     "noise": lambda: DDIMScheduler(clip_sample=False),  # 1000 steps, betas from 1e-4 to 2e-2, as the DiT paper has it
-    "flow": FlowMatchEulerDiscreteScheduler,
+    "flow": lambda: flow_scheduler(1.0),  # as ours, so that the transformers are compared, and not the solvers
 }
 
 Runs = dict[str, Any]
