@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dae_diffusers.data import ImageDataset, StreamedImages
-from dae_diffusers.data.arrays import without_warnings
+from dae_diffusers.data.arrays import contained, without_warnings
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.data.streaming import ImageStream
@@ -186,8 +186,8 @@ def conditions(train: ImageDataset | StreamedImages) -> str:
     return "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
 
 
-def sizes(looked: list[Seen], buckets: Buckets | None = None) -> str:
-    r"""Sentences about the sizes of the files: how many are enlarged, what the crop leaves out, and which shapes they get."""
+def sizes(looked: list[Seen], buckets: Buckets | None = None, *, are_padded: bool = False) -> str:
+    r"""Sentences about the sizes of the files: how many are enlarged, what the crop leaves out or padding adds, and which shapes they get."""
     sides = np.array([seen.whole.shape[:2] for seen in looked])
     short, long = sides.min(axis=1), sides.max(axis=1)
     shapes = [shape_of(seen) for seen in looked]
@@ -207,6 +207,12 @@ def sizes(looked: list[Seen], buckets: Buckets | None = None) -> str:
         )
     enlarged = f" {smaller} are smaller than {than} and are enlarged." if smaller else ""
     cut = " The crop keeps all of each."
-    if min(kept) < 1:
+    if are_padded:
+        shares = [
+            math.prod(contained(each[::-1], shape)) / math.prod(shape)
+            for each, shape in zip(sides.tolist(), shapes, strict=True)
+        ]
+        cut = f" Padding is {1 - np.mean(shares):.0%} of the area on average, at most {1 - min(shares):.0%}."
+    elif min(kept) < 1:
         cut = f" The crop keeps {np.mean(kept):.0%} of the area on average, at least {min(kept):.0%}."
     return f"{found}{enlarged}{cut}\n{text}"

@@ -447,6 +447,7 @@ GEOMETRIES = [
     {"random_flip": True, "random_crop": True},
     {"random_flip": True, "random_resized_crop": 0.3},
     {"random_vertical_flip": True, "random_quarter_turn": True},
+    {"pad": "black", "random_flip": True},
 ]
 
 

@@ -208,6 +208,36 @@ def test_crop_is_square_and_centred(size):
     assert abs(cropped.mean() - 127.5) < 5
 
 
+@pytest.mark.parametrize("fill", ["white", "black", "edge"])
+@pytest.mark.parametrize("kind", ["picture", "array"])
+def test_padded_images_are_whole_and_centred(kind, fill, tmp_path):
+    low, high = (0, 255) if kind == "picture" else (-3.0, 5.0)
+    for number, (height, width) in enumerate([(40, 20), (20, 40), (33, 33), (12, 60), (10, 6)]):
+        ramp = np.linspace(low, high, height * width).reshape(height, width, 1).repeat(3, axis=2)
+        if kind == "picture":
+            Image.fromarray(ramp.round().astype(np.uint8)).save(tmp_path / f"{number}.png")
+        else:
+            np.save(tmp_path / f"{number}.npy", ramp.astype(np.float32))
+    flags = {"train_data_dir": str(tmp_path), "resolution": [16, 24], "pad": fill, "validation_fraction": 0.01}
+    both = load_images(DataConfig(**flags, value_range=[] if kind == "picture" else [low, high]))
+    for images in both:
+        for n in range(len(images)):
+            pixels = images[n]["pixel_values"]
+            height, width = images.whole(n).shape[:2]
+            inner = [max(1, round(side * min(16 / height, 24 / width))) for side in (height, width)]
+            top, left = (16 - inner[0]) // 2, (24 - inner[1]) // 2
+            middle = pixels[:, top : top + inner[0], left : left + inner[1]]
+            assert middle[:, 0, 0].max() < -0.6 and middle[:, -1, -1].min() > 0.6  # both corners are there
+            around = torch.ones(16, 24, dtype=torch.bool)
+            around[top : top + inner[0], left : left + inner[1]] = False
+            if fill == "edge" and around.any():
+                assert torch.equal(pixels[:, 0, 0], middle[:, 0, 0])
+            elif fill != "edge":
+                assert (pixels[:, around] == (1 if fill == "white" else -1)).all()
+    with pytest.raises(ConfigError, match="`pad` keeps the whole image"):
+        DataConfig(**flags, random_crop=True)
+
+
 def test_pass_over_the_data_is_a_permutation_and_passes_differ():
     sampler = iter(MicrobatchSampler(10, 4, seed=0))
     stream = [index for _ in range(5) for index, _ in next(sampler)]

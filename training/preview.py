@@ -35,11 +35,16 @@ def main(config: PreviewConfig) -> None:
     train, validation = load_images(config.data, seed, value_range=read_value_range(config.preview.vae))
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))
-    table = counts(train, validation, looked) + conditions(train) + "\n" + sizes(looked, train.buckets)
+    table = (
+        counts(train, validation, looked)
+        + conditions(train)
+        + "\n"
+        + sizes(looked, train.buckets, are_padded=config.data.pad is not None)
+    )
     picture = draw(
         of_each_class(train, seed, config.preview.num_images),
         train.id2label,
-        shows_crop=not config.data.crops_at_random,
+        shows_crop=not config.data.crops_at_random and config.data.pad is None,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

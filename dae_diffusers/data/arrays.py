@@ -166,6 +166,45 @@ def resize_and_crop_array(
     return image[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).numpy()
 
 
+def resize_and_pad_array(
+    array: np.ndarray, size: tuple[int, int], fill: float | None, *, nearest: bool = False, halve: bool = False
+) -> np.ndarray:
+    r"""
+    Scales an image until it just fits into `size`, bicubically with antialiasing, and pads it on both sides.
+
+    Args:
+        array (`np.ndarray` of shape `(H, W, C)`): float32.
+        size (`tuple[int, int]`): Height and width of the result, in pixels.
+        fill (`float`, *optional*): What it is padded with; None: the pixels of its edge.
+        nearest (`bool`, *optional*): Scale by nearest neighbour instead, which mixes no values.
+        halve (`bool`, *optional*): Ignored; as in [`resize_and_crop_array`].
+
+    Returns:
+        `np.ndarray` of shape `(*size, C)`
+    """
+    scaled = contained(array.shape[1::-1], size)[::-1]
+    if array.shape[:2] != scaled:
+        image = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)[None]
+        array = scaled_array(image, scaled, nearest=nearest)[0].permute(1, 2, 0).numpy()
+    return padded(array, size, fill)
+
+
+def padded(pixels: np.ndarray, size: tuple[int, int], fill: float | None) -> np.ndarray:
+    r"""Pixels `(h, w, C)` in the middle of `(*size, C)`, surrounded by `fill`, or by their edge if that is None."""
+    spare = [wanted - side for side, wanted in zip(pixels.shape, size, strict=False)]
+    around = [*((each // 2, each - each // 2) for each in spare), (0, 0)]
+    return np.pad(pixels, around, mode="edge") if fill is None else np.pad(pixels, around, constant_values=fill)
+
+
+def contained(image_size: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
+    r"""Width and height of an image of `image_size` (width, height) that just fits into `size` (height, width)."""
+    scale = min(wanted / side for side, wanted in zip(image_size, size[::-1], strict=True))
+    width, height = (
+        min(wanted, max(1, round(side * scale))) for side, wanted in zip(image_size, size[::-1], strict=True)
+    )
+    return width, height
+
+
 def covering(image_size: Sequence[int], size: tuple[int, int], *, halve: bool) -> tuple[int, int]:
     r"""Width and height of an image of `image_size` (width, height) that just covers `size` (height, width), perhaps after halving it."""
     width, height = image_size

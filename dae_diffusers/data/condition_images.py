@@ -42,7 +42,8 @@ class ConditionImages(ImageDataset):
         self.images, column = images, images.conditions.image_column
         self.channels = _first_channels(images, column) if like is None else like.channels
         options = {} if like is None else {"depth": like.depth, "value_range": like.value_range}
-        config = replace(images.config, image_channels=self.channels, value_range=[])
+        pad = images.config.pad and "black"  # around a mask there is nothing
+        config = replace(images.config, image_channels=self.channels, value_range=[], pad=pad)
         super().__init__(images.rows, config, image_column=column, root=images.root, **options)
         self._kept: Sequence[torch.Tensor] = ()
         self._reader._warned_small = True  # of the images, and that is enough

@@ -100,6 +100,12 @@ class DataConfig:
         at_most=MAX_RESOLUTION,
         advanced=True,
     )
+    pad: Literal["white", "black", "edge"] | None = field(
+        None,
+        "keep the whole of each image and pad it to the proportions of `--resolution`, with white, black or the pixels of its edge; "
+        "default: crop",
+        advanced=True,
+    )
     random_crop: bool = field(False, "crop at a random position instead of the centre", advanced=True)
     random_resized_crop: float | None = field(
         None,
@@ -155,6 +161,8 @@ class DataConfig:
             )
         if self.random_crop and self.random_resized_crop is not None:
             raise ConfigError("`random_crop` and `random_resized_crop` exclude each other: give only one.")
+        if self.pad is not None and self.crops_at_random:
+            raise ConfigError("`pad` keeps the whole image: leave `random_crop` and `random_resized_crop` out.")
         if self.random_quarter_turn and (self.aspect_buckets or isinstance(self.resolution, list)):
             raise ConfigError(
                 "`random_quarter_turn` turns squares only: give one `resolution` and no `aspect_buckets`."

@@ -12,13 +12,16 @@ from dae_diffusers.data.arrays import (
     RANGES,
     Depth,
     LossyDepthError,
+    contained,
     covering,
     cut_elongated,
     decode_array,
     find_depth,
     find_picture_depth,
+    padded,
     refuse_signed,
     resize_and_crop_array,
+    resize_and_pad_array,
     without_warnings,
 )
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
@@ -98,9 +101,22 @@ class ImageReader:
             box = random_box(width, height, size, self.config.random_resized_crop, random)
             left, top, right, bottom = box
             image = image[top:bottom, left:right] if self.is_array else image.crop(box)
-        resize = resize_and_crop_array if self.is_array else resize_and_crop
-        pixels = np.asarray(resize(image, size, random=random, **scaling))
+        if self.config.pad is not None:
+            pad = resize_and_pad_array if self.is_array else resize_and_pad
+            pixels = pad(image, size, self._padding(image), **scaling)
+        else:
+            resize = resize_and_crop_array if self.is_array else resize_and_crop
+            pixels = np.asarray(resize(image, size, random=random, **scaling))
         return pixels.reshape(*size, self.config.image_channels)
+
+    def _padding(self, image: np.ndarray | Image.Image) -> float | None:
+        """The value that an image is padded with; None for its edge. Of arrays whose range is unknown, the image's own bounds."""
+        if self.config.pad == "edge":
+            return None
+        bounds = (0, 255)
+        if self.is_array:
+            bounds = self.value_range or (float(image.min()), float(image.max()))
+        return bounds[1] if self.config.pad == "white" else bounds[0]
 
     def size_of(self, item: Any, name: Callable[[], str]) -> tuple[int, int]:
         r"""Height and width of a whole image; of a picture only the file's header is read. Arguments and errors as in [`read`]."""
@@ -278,6 +294,28 @@ def resize_and_crop(
     spare = (image.width - width, image.height - height)
     left, top = (x // 2 for x in spare) if random is None else (int(random.integers(x + 1)) for x in spare)
     return image.crop((left, top, left + width, top + height))
+
+
+def resize_and_pad(
+    image: Image.Image, size: tuple[int, int], fill: int | None, *, nearest: bool = False, halve: bool = True
+) -> np.ndarray:
+    r"""
+    Scales an image until it just fits into `size`, as [`resize_and_crop`] scales, and pads it on both sides.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any size.
+        size (`tuple[int, int]`): Height and width of the result, in pixels.
+        fill (`int`, *optional*): What it is padded with; None: the pixels of its edge.
+        nearest, halve: As in [`resize_and_crop`].
+
+    Returns:
+        `np.ndarray` of shape `(*size, C)`: uint8.
+    """
+    width, height = contained(image.size, size)
+    while halve and not nearest and image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = image.resize((width, height), Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
+    return padded(np.asarray(image).reshape(height, width, -1), size, fill)
 
 
 def random_box(

@@ -60,6 +60,7 @@ class CacheIdentity:
         dtype (`str`): Data type of the stored latents.
         value_range (`list[float]`): Range of values of the images; empty for 8-bit images.
         buckets (`list[list[int]]`): Height, width and number of the images of each bucket; empty without buckets.
+        pad (`str` or `None`): What the images are padded with, if they are not cropped.
     """
 
     autoencoder: str
@@ -71,10 +72,11 @@ class CacheIdentity:
     dtype: str
     value_range: list[float] = field(default_factory=list)
     buckets: list[list[int]] = field(default_factory=list)
+    pad: str | None = None
 
     def record(self) -> dict[str, Any]:
-        r"""The identity as files store it. Empty `buckets` are left out, so that caches from before there were buckets stay valid."""
-        return {name: value for name, value in vars(self).items() if name != "buckets" or value}
+        r"""The identity as files store it. `buckets` and `pad` without a value are left out, so that caches from before them stay valid."""
+        return {name: value for name, value in vars(self).items() if name not in ("buckets", "pad") or value}
 
     def images(self) -> Buckets:
         r"""The buckets of the images."""
@@ -206,7 +208,7 @@ class CachedLatents(BatchDataset):
         """
         wanted = {"autoencoder": autoencoder}
         if images is not None:
-            wanted |= image_identity(images)
+            wanted |= {"pad": None, **image_identity(images)}
         wanted = CacheIdentity(**{**vars(self.identity), **wanted})
         differences = self.identity.differences(wanted)
         if differences:
@@ -235,6 +237,7 @@ def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
         "resolution": made.resolution,
         "image_channels": made.image_channels,
         "random_flip": made.flips,
+        "pad": made.pad,
         "value_range": list(made.value_range),
         "aspect_buckets": [side for shape in shapes for side in shape],
     }
@@ -422,6 +425,7 @@ def image_identity(images: ImageDataset) -> dict[str, Any]:
         "flips": config.random_flip,
         "value_range": list(images.value_range or []),
         "buckets": images.buckets.record(config.size),
+        **({} if config.pad is None else {"pad": config.pad}),
     }
 
 

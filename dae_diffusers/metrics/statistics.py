@@ -199,6 +199,7 @@ def reference_statistics(
         "image_channels": str(images.config.image_channels),
         "resolution": str(images.config.resolution),
         "value_range": json.dumps(list(images.value_range or [])),
+        **({} if images.config.pad is None else {"pad": images.config.pad}),
     }
     path = partial = None
     if cache_dir is not None:
