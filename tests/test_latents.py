@@ -187,7 +187,7 @@ def test_damaged_cache_is_reported(cache, damage):
 
 
 def test_missing_cache_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match="cache_latents.py"):
+    with pytest.raises(UserError, match="cache-latents"):
         CachedLatents(tmp_path)
 
 
