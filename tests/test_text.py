@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 import zipfile
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -397,7 +398,7 @@ def test_card_names_the_text_encoder_and_shows_a_prompt(trained):
 
 
 @pytest.mark.filterwarnings("ignore:2 images for")
-def test_samples_are_measured_with_captions_of_the_data(trained, data, tmp_path):
+def test_samples_are_measured_with_captions_of_the_data(trained, data, tmp_path, monkeypatch):
     assert "validation/gfd_judge" in log_of(trained, "train_dit")[-1] | log_of(trained, "train_dit")[-2]
     measured = (
         f"--pipeline {trained / 'pipeline'} --features {data / 'judge'} --guidance_scales 2 --num_inference_steps 1"
@@ -408,6 +409,20 @@ def test_samples_are_measured_with_captions_of_the_data(trained, data, tmp_path)
     run(evaluate, f"{measured} {images} --caption_column text", output_dir=tmp_path)
     (row,) = json.loads((tmp_path / "metrics.json").read_text())["generation"]
     assert row["gfd_judge"] > 0 and row["num_images"] == 10 and "prompts" not in row
+    # Of validation images instead: each of its captions, several times.
+    drawn = []
+    call = DAEDiTPipeline.__call__
+    counted = wraps(call)(lambda self, *given, **more: drawn.extend(more["prompt"]) or call(self, *given, **more))
+    monkeypatch.setattr(DAEDiTPipeline, "__call__", counted)
+    run(evaluate, f"{measured} {images} --caption_column text --draw_from validation", output_dir=tmp_path / "new")
+    config = DataConfig(
+        train_data_dir=str(data / "images"),
+        resolution=16,
+        caption_column="text",
+        label_column="none",
+        validation_fraction=0.2,
+    )
+    assert set(drawn[-10:]) == {captions[0] for captions in load_images(config)[1].captions}
 
 
 def test_captions_are_drawn_by_the_draw_alone(data, encoders, tmp_path):

@@ -107,6 +107,12 @@ class SamplingConfig:
         needs="pipeline",
         advanced=True,
     )
+    draw_from: Literal["train", "validation"] = field(
+        "train",
+        "whose captions and conditions images are drawn from; those of validation images show what the model does with new ones",
+        needs="pipeline",
+        advanced=True,
+    )
     prompt: str | None = field(
         None,
         "text for a text-to-image pipeline; {label} in it is replaced by the name of a class",

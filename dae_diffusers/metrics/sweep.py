@@ -72,7 +72,8 @@ def load_and_check(
     with accelerator.main_process_first():
         train, validation = load_images(data, seed, value_range=value_range, model=name or vae)
     sampling.num_images = sampling.num_images or min(_MAX_DRAWN_IMAGES, len(train))
-    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(sampling, train, pipeline))
+    described = validation if sampling.draw_from == "validation" else train
+    sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(sampling, described, pipeline))
     check_options(sampling, sampler)
     check_counts(sampling, sampler, extractor, train, validation)
     return train, validation, sampler
@@ -89,16 +90,16 @@ def take_columns(data: DataConfig, pipeline: DiffusionPipeline | None) -> None:
     data.continuous_columns, data.condition_column = columns_of(conditions, "mean"), image
 
 
-def what_to_draw(sampling: SamplingConfig, train: ImageDataset, pipeline: DiffusionPipeline) -> dict[str, Any]:
+def what_to_draw(sampling: SamplingConfig, images: ImageDataset, pipeline: DiffusionPipeline) -> dict[str, Any]:
     r"""What samples are drawn from: captions and conditions of the images. A `prompt` takes the place of the captions."""
-    of_images = prompts_of_images(train, sampling.num_images, pipeline)
+    of_images = prompts_of_images(images, sampling.num_images, pipeline)
     if sampling.prompt is None and of_images:
         return of_images
-    texts = prompts_of(sampling.prompt, train.id2label)
+    texts = prompts_of(sampling.prompt, images.id2label)
     if "conditions" not in of_images:
         return {"prompts": texts}
     if texts is not None and len(texts) > 1:  # a text for each class; now one for each image
-        texts = tuple(texts[label] for label in prompts_of_images(train, sampling.num_images)["classes"])
+        texts = tuple(texts[label] for label in prompts_of_images(images, sampling.num_images)["classes"])
     return of_images | {"prompts": texts}
 
 
