@@ -234,6 +234,11 @@ def test_padded_images_are_whole_and_centred(kind, fill, tmp_path):
                 assert torch.equal(pixels[:, 0, 0], middle[:, 0, 0])
             elif fill != "edge":
                 assert (pixels[:, around] == (1 if fill == "white" else -1)).all()
+    if kind == "array":  # the range is measured, and padded images are the same in memory and from files
+        train = load_images(DataConfig(**flags))[0]
+        assert train.value_range == [low, high] and len(train) > 1
+        measured = torch.stack([train[n]["pixel_values"] for n in range(len(train))])
+        assert torch.equal(measured, torch.stack([both[0][n]["pixel_values"] for n in range(len(train))]))
     with pytest.raises(ConfigError, match="`pad` keeps the whole image"):
         DataConfig(**flags, random_crop=True)
 
@@ -348,6 +353,8 @@ def test_views_are_turned_and_flipped_by_bits_of_the_draw():
     assert len({view.numpy().tobytes() for view in views}) == 8  # all that a square has
     batch = images.__getitems__([(0, draw) for draw in range(16)])["pixel_values"]
     assert torch.equal(batch, torch.stack(views))
+    with pytest.raises(ConfigError, match="`random_quarter_turn` turns squares only"):  # of an autoencoder
+        DataConfig(dataset_name="digits", resolution=None, random_quarter_turn=True).settle((64, 32))
 
 
 def test_augmentation_depends_on_the_draw_alone():

@@ -320,6 +320,13 @@ def test_changed_images_are_refused_on_resume(reference, image_folder, tmp_path)
         text, "the training images changed since", "Continue with the same", "pass `--accept_changed_images`"
     )
     assert before == {path: path.read_bytes() for path in before}
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "owl")
+    code, text = in_child(
+        lambda: start(BARE_DAE, train_data_dir=tmp_path / "images", accept_changed_images="yes", **options)
+    )
+    assert code == 1
+    assert_one_line(text, "the classes changed since", "they were ['cat', 'dog'] and are ['dog', 'owl']")
+    (tmp_path / "images" / "owl").rename(tmp_path / "images" / "cat")
     newest = max((tmp_path / "run" / "train_dae" / "checkpoints").glob("checkpoint-*"))
     shutil.rmtree(newest)  # the one of the end
     step = int(max((tmp_path / "run" / "train_dae" / "checkpoints").glob("checkpoint-*")).name.split("-")[1])

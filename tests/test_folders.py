@@ -695,6 +695,8 @@ def test_stream_of_class_folders_is_refused_rather_than_trained_without_classes(
         (["{}.jpg", "{}_mask.png"], 4),
         (["{}.jpg", "{}.seg.png", "{}-depth.png"], 8),
         (["images/{}.jpg", "masks/{}_mask.png"], 4),
+        (["normal/{}.png", "pneumonia/{}.png"], 0),
+        (["edges/{}.png", "corners/{}.png"], 0),
         (["cat/{}.png", "dog/{}.png"], 0),  # classes whose files are numbered
         (["labels/{}.png"], 0),  # there is nothing that they could be masks of
         (["{}_mask.png"], 0),

@@ -148,6 +148,7 @@ def find_start(
         },
         steps={f"stage{stage}_steps": steps for stage, steps in stage_steps.items()},
         may_lack=more if fit is None else [STARTED_FROM],
+        classes=images.id2label,
     )
 
 

@@ -379,6 +379,7 @@ def find_start(
         plan=plan | held_out_settings(data),
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
+        classes=data.id2label,
     )
 
 

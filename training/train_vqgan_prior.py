@@ -114,6 +114,7 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
         | {"post_hoc_ema": run.config.post_hoc.post_hoc_ema or None},
         counts={**count_images(images), "parameters": num_parameters},
         steps={"max_train_steps": steps},
+        classes=images.id2label,
     )
 
 

@@ -108,15 +108,15 @@ def _load_weights(model_class: type[ModelMixin], name_or_path: str, subfolder: s
 
 
 def _load_single_file(path: Path) -> AutoencoderKL:
-    """Weights in a file of their own. Their config comes from diffusers, which knows the usual ones by their shapes."""
+    """Weights in a file of their own, of Stable Diffusion 1 or 2: without a config, diffusers takes any autoencoder for one of them."""
     if (path.parent / "config.json").is_file():
         raise UserError(f"{path} is one file of an autoencoder. Give its folder, {path.parent}.")
     try:
         vae = AutoencoderKL.from_single_file(str(path), torch_dtype=torch.float32)
     except Exception as error:  # of a file with anything in it
         raise UserError(
-            f"{path} is not a file with the weights of an AutoencoderKL that diffusers can load: {one_line(error, 300)} The first "
-            "time it fetches the model's config from the Hub."
+            f"{path} is not a file with the weights of Stable Diffusion's autoencoder (1 or 2) that diffusers can load: "
+            f"{one_line(error, 300)} The first time it fetches the model's config from the Hub. Of any other autoencoder give the folder."
         ) from None
     check_has_weights(vae)
     return vae.eval().requires_grad_(False)

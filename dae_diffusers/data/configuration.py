@@ -163,10 +163,7 @@ class DataConfig:
             raise ConfigError("`random_crop` and `random_resized_crop` exclude each other: give only one.")
         if self.pad is not None and self.crops_at_random:
             raise ConfigError("`pad` keeps the whole image: leave `random_crop` and `random_resized_crop` out.")
-        if self.random_quarter_turn and (self.aspect_buckets or isinstance(self.resolution, list)):
-            raise ConfigError(
-                "`random_quarter_turn` turns squares only: give one `resolution` and no `aspect_buckets`."
-            )
+        self._check_turns()
         if self.balance_classes and (self.streaming or self.aspect_buckets):
             other = "streaming" if self.streaming else "aspect_buckets"
             raise ConfigError(f"`balance_classes` does not go with `{other}`; leave one of them out.")
@@ -189,6 +186,12 @@ class DataConfig:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
             raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already: leave `streaming` out.")
+
+    def _check_turns(self) -> None:
+        if self.random_quarter_turn and (self.aspect_buckets or isinstance(self.resolution, list)):
+            raise ConfigError(
+                "`random_quarter_turn` turns squares only: give one `resolution` and no `aspect_buckets`."
+            )
 
     def _check_buckets(self) -> None:
         given = self.aspect_buckets
@@ -316,6 +319,7 @@ class DataConfig:
         r"""Sets resolution and channels where they are open."""
         self.resolution = self.resolution or _side(height_and_width(resolution))
         self.image_channels = self.image_channels or channels
+        self._check_turns()
 
     @property
     def crops_at_random(self) -> bool:

@@ -278,7 +278,7 @@ class ImageDataset(BatchDataset):
     @without_warnings()
     def measure_range(self) -> list[float]:
         r"""
-        Measures the lowest and highest value over all centre crops, or over whole images if crops are random. For 8-bit and 16-bit
+        Measures the lowest and highest value over all centre crops, or over whole images if crops are random or there are none. For 8-bit and 16-bit
         pictures it need not be measured: see `RANGES`.
 
         Raises:
@@ -286,7 +286,7 @@ class ImageDataset(BatchDataset):
         """
         low, high = math.inf, -math.inf
         for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
-            if self.config.crops_at_random:  # scaling leaves no image's range
+            if self.config.crops_at_random or self.config.pad:  # scaling leaves no image's range, and padding needs it
                 pixels = self._reader.decode(self.rows[index][self.image_column], lambda i=index: self.name_of(i))
             else:
                 pixels = self._batch([index], [None])

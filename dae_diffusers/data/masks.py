@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 
 logger = logging.getLogger(__name__)
 
-_NAMES = "masks?|seg|segmentations?|labels?|labelids|annotations?|annot|gt|groundtruth|ground_truth|depths?|edges?|trimaps?|normals?"
+_NAMES = "masks?|seg|segmentations?|labels?|labelids|annotations?|annot|gt|groundtruth|ground_truth|depths?|edges?|trimaps?|normals"
+# Folders beside one of masks; any other folder may be another class.
+_IMAGES = re.compile(r"(?:jpe?g|png)?images?|imgs?|photos?|pictures?|rgb|colou?r|inputs?|originals?|raw", re.IGNORECASE)
 _FOLDER = re.compile(rf"(?:{_NAMES})", re.IGNORECASE)
 _STEM = re.compile(rf"(?P<image>.+)[._ -](?:{_NAMES})", re.IGNORECASE)
 
@@ -50,6 +52,6 @@ def _image_of(path: PurePosixPath, places: dict[str, list[PurePosixPath]]) -> Pu
         if other.parent == path.parent or is_in_folder:
             return other
     for other in places[path.stem] if is_in_folder else []:
-        if other.parent != path.parent and other.parent.parent == path.parent.parent:
+        if _IMAGES.fullmatch(other.parent.name) and other.parent.parent == path.parent.parent:
             return other
     return None

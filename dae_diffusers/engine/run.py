@@ -121,6 +121,7 @@ class TrainingRun:
         if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
             self._publisher = Publisher(config.hub, self.output_dir, self.folder)
         self._record: dict[str, Any] | None = None
+        self._classes: list[str] | None = None
         self._images_changed: list[int] = []  # steps at which a resumed run went on with other images
         self._started = time.monotonic()
 
@@ -167,6 +168,7 @@ class TrainingRun:
         steps: dict[str, int],
         *,
         may_lack: Collection[str] = (),
+        classes: dict[int, str] | None = None,
     ) -> Start:
         r"""
         Finds where to begin: from nothing, or from the checkpoint that `resume_from_checkpoint` asks for. Writes nothing; that is
@@ -178,38 +180,25 @@ class TrainingRun:
             counts (`dict[str, int]`): Numbers for `run.json` and the model card, such as `training_images`.
             steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
             may_lack (`Collection[str]`, *optional*): Names of inputs that checkpoints of earlier versions do not know.
+            classes (`dict[int, str]`, *optional*): Names of the classes, which other images must have too.
 
         Raises:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
         self._inputs, self.counts = inputs, counts
         data = self.config.data
-        plan = {**plan, "resolution": data.resolution, "balance_classes": data.balance_classes or None}
+        of_images = {"resolution": data.resolution, "balance_classes": data.balance_classes or None, "pad": data.pad}
+        plan = plan | of_images
+        self._classes = None if classes is None else list(classes.values())
         self._plan = {"settings": plan, "steps": steps, "images_per_step": self.images_per_step}
         if self.resumed is None:
             return Start()
         path, manifest = self.resumed
         step, state = manifest["step"], manifest["state"]
         inputs_before, plan_before = state.pop("inputs", inputs), state.pop("plan", None)
-        self._images_changed = state.pop("images_changed", [])
-        for name, before in inputs_before.items():
-            if inputs.get(name, before) == before:
-                continue
-            may_change = (
-                name == TRAINING_IMAGES and not self.config.data.streaming
-            )  # a stream has a position in its files
-            if may_change and self.config.run.accept_changed_images:
-                logger.warning(
-                    "the training images changed since %s was saved: from here on the run learns from the new ones.",
-                    path,
-                )
-                self._images_changed.append(step)
-                continue
-            accept = " To go on with the new ones, pass `accept_changed_images`." if may_change else ""
-            raise UserError(
-                f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before}). Continue "
-                f"with the same, or train in another `output_dir`.{accept}"
-            )
+        self._images_changed, classes_before = state.pop("images_changed", []), state.pop("classes", None)
+        if self._check_inputs(inputs, inputs_before, classes_before, path):
+            self._images_changed.append(step)
         if self.config.optimization.num_train_epochs is not None:
             check_passes(self._plan, plan_before or {}, path)
         check_plan(self._plan, plan_before, step, path, self.config.optimization.num_train_epochs)
@@ -237,6 +226,39 @@ class TrainingRun:
                 self.accelerator.num_processes,
             )
         return Start(path, step, state)
+
+    def _check_inputs(
+        self, inputs: dict[str, str], before: dict[str, str], classes_before: list[str] | None, path: Path
+    ) -> bool:
+        """Refuses inputs that have changed since a checkpoint. Returns whether the images have, and may."""
+        # A stream has a position in its files.
+        accepts = self.config.run.accept_changed_images and not self.config.data.streaming
+        changed = [name for name, value in before.items() if inputs.get(name, value) != value]
+        for name in changed:
+            hint = ""
+            if name == TRAINING_IMAGES and accepts:
+                continue
+            if name == TRAINING_IMAGES and not self.config.data.streaming:
+                hint = " To go on with the new ones, pass `accept_changed_images`."
+            elif accepts and TRAINING_IMAGES in changed:
+                hint = " `accept_changed_images` does not go with captions and conditions."
+            raise UserError(
+                f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before[name]}). Continue "
+                f"with the same, or train in another `output_dir`.{hint}"
+            )
+        if not changed:
+            return False
+        if classes_before not in (None, self._classes):
+            raise UserError(
+                f"the classes changed since {path} was saved: they were {classes_before} and are {self._classes}. "
+                "`accept_changed_images` takes other images of the same classes."
+            )
+        logger.warning(
+            "the training images changed since %s was saved: from here on the run learns from the new ones. Without a validation "
+            "split of their own, others are held out now, some of which it may have seen.",
+            path,
+        )
+        return True
 
     def begin(self, step: int) -> None:
         r"""
@@ -278,6 +300,7 @@ class TrainingRun:
             plan=self._plan,
             skipped=self.guard.skipped,
             images_changed=self._images_changed,
+            classes=self._classes,
             stream=self.batches.state(),
             **self.log.state(),
             **state,

@@ -125,12 +125,14 @@ def draw_latents(
     """
     pipeline.set_progress_bar_config(disable=True)
     is_codes = isinstance(pipeline, DAEVQGANPipeline)
-    options: dict[str, Any] = {"output_type": "codes"}
-    if not is_codes:
+    if is_codes:
+        options, own = {"output_type": "codes"}, ("temperature", "top_k", "top_p")
+    else:
         options = {"output_type": "latent", "num_inference_steps": num_inference_steps}
-        # Given by name, because kept latents are known by their options.
-        scale = pipeline.config.get("default_velocity_scale")
-        options |= {} if scale is None else {"velocity_scale": scale}
+        own = ("velocity_scale",)
+    defaults = {name: pipeline.config.get(f"default_{name}") for name in own}
+    # Given by name, because kept latents are known by their options.
+    options |= {name: value for name, value in defaults.items() if value is not None}
     guide = guide_of(pipeline)
     if labels is not None or guide is not None:
         options["guidance_scale"] = guidance_scale

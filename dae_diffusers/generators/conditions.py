@@ -69,6 +69,7 @@ class Conditions:
                     pictures.images.fingerprint,
                     pictures.config.size,
                     pictures.channels,
+                    *([] if pictures.config.pad is None else [pictures.config.pad]),
                 ],
                 chunk_size=CHUNK_SIZE,
                 description="Keeping condition images",

@@ -112,7 +112,7 @@ def measurements(result: Result) -> list[Measurement]:
                 base is None
                 or not isinstance(value, (int, float))
                 or not math.isfinite(value)
-                or metric.endswith("_sd")
+                or metric.removesuffix("_sd") in values.keys() - {metric}
             ):
                 continue
             name, meaning = METRICS[base]

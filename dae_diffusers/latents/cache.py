@@ -245,7 +245,7 @@ def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
     unused = [
         name
         for name, default in defaults.items()
-        if name != "dataloader_num_workers" and getattr(data, name) not in (default, False, [])
+        if name not in ("dataloader_num_workers", "balance_classes") and getattr(data, name) not in (default, False, [])
     ]
     vars(data).update(known)
     if unused:

@@ -170,6 +170,7 @@ class SampleDistance(Monitor):
         )
         self.name = f"validation/{self.extractor.distance_name('g')}"
         described = [self.extractor.fingerprint, self.images.fingerprint, model_fingerprint(vae), settings.given()]
+        described += [] if images.config.pad is None else [images.config.pad]
         super().__init__(run, fingerprint_of_json(described + [after] * (after > 0)), state, after=after)
         self.reference: FeatureStatistics | None = None
         self._started, self._spent = time.monotonic(), 0.0

@@ -127,7 +127,7 @@ def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[s
         return rows
     of_all = ("num_drawings", "inception_score", "classifier_score")
     names = [name for name in rows[0] if name not in floor["real"] and not name.startswith(of_all)]
-    names = [name for name in names if not name.endswith("_sd")]
+    names = [name for name in names if not is_deviation(name, rows[0])]
     shown = [{"images": "samples", **row} for row in rows]
     for row, few in zip(rows, floor["samples"], strict=True):
         if row["num_images"] != floor["num_images"]:
@@ -145,7 +145,12 @@ def with_deviation(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         deviation = row.get(f"{name}_sd")
         joined[name] = value if deviation is None else f"{value:.4g} ± {deviation:.2g}"
-    return {name: value for name, value in joined.items() if not name.endswith("_sd")}
+    return {name: value for name, value in joined.items() if not is_deviation(name, row)}
+
+
+def is_deviation(name: str, row: dict[str, Any]) -> bool:
+    r"""Whether a column of a row holds the standard deviation of another."""
+    return name.endswith("_sd") and name.removesuffix("_sd") in row
 
 
 def copies_lines(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[str]:

@@ -18,10 +18,10 @@ from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
-from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
+from dae_diffusers.pipelines.dae_vqgan import PIPELINE_FILE, DAEVQGANPipeline
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.settings import changes_of
-from dae_diffusers.store import fingerprint, read_json, weights_of, write_json
+from dae_diffusers.store import fingerprint, read_json, weights_of, write_atomically, write_json
 from dae_diffusers.vision import backbone_of
 
 logger = logging.getLogger(__name__)
@@ -262,8 +262,11 @@ def check_takes_defaults(name: str, pipeline: DiffusionPipeline) -> None:
 
 def write_defaults(pipeline: Path, **options: float) -> None:
     r"""Makes options of the call those with which the pipeline in a folder draws by default."""
-    path = pipeline / DAEDiTPipeline.config_name
-    write_json(path, read_json(path) | {f"default_{option}": value for option, value in options.items()})
+    path, code = pipeline / DAEDiTPipeline.config_name, pipeline / PIPELINE_FILE
+    index = read_json(path)
+    if index["_class_name"] == "DAEVQGANPipeline" and code.exists():  # an earlier version's may not know these defaults
+        write_atomically(code, DAEVQGANPipeline._code)
+    write_json(path, index | {f"default_{option}": value for option, value in options.items()})
 
 
 def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
