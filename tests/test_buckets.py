@@ -270,7 +270,7 @@ def test_bucket_smaller_than_a_batch_is_said(mixed, tmp_path):
         ({"aspect_buckets": [8, 32, 32, 8]}, "without `resolution` 16x16"),
         ({"aspect_buckets": [16, 16, 30, 8]}, "`aspect_buckets` 30 is not divisible by 4.* 28 and 32"),
         ({"aspect_buckets": [3], "condition_column": "mask"}, "does not go with `condition_column`"),
-        ({"aspect_buckets": [0, 16]}, "`aspect_buckets` is .0, 16., but must be in"),
+        ({"aspect_buckets": [0, 16]}, "`aspect_buckets` is 0, but must be in"),
         ({"aspect_buckets": [3], "dataset_name": "user/data", "streaming": True}, "does not go with `streaming`"),
     ],
 )

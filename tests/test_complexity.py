@@ -178,7 +178,7 @@ def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(
         ({"pilot_seeds": []}, "`pilot_seeds` is"),
         ({"widths": [64, 64]}, "`widths` is"),
         ({"widths": [6]}, "`widths` holds 6, but must hold multiples of 4"),
-        ({"pilot_steps": [0]}, "`pilot_steps` is .0."),
+        ({"pilot_steps": [0]}, "`pilot_steps` is 0, but"),
         ({"seed": -1}, "`seed` is -1"),
         ({"streaming": True}, "`streaming`"),
         ({"random_crop": True}, "`random_crop`"),

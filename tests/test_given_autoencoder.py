@@ -142,7 +142,7 @@ def test_next_command_names_the_images_and_leaves_out_what_the_model_knows():
     flags = {"train_data_dir": "/my photos/cats", "resolution": 64, "image_channels": 1, "random_flip": True}
     run.config, run.output_dir = compose(TrainDAEConfig, **flags, seed=3), Path("runs/mine")
     words = shlex.split(run.next_command("train_dit", vae="vae"))
-    config = parse_config(TrainDiTConfig, words[words.index("training/train_dit.py") + 1 :])
+    config = parse_config(TrainDiTConfig, words[words.index("dae_diffusers.training.train_dit") + 1 :])
     assert config.transformer.vae == "runs/mine/vae" and config.run.output_dir == "runs/mine" and config.run.seed == 3
     assert config.data.train_data_dir == "/my photos/cats" and config.data.random_flip
     assert config.data.resolution is config.data.image_channels is None

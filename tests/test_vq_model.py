@@ -315,8 +315,8 @@ def test_codes_may_have_fewer_dimensions_than_the_decoder_takes(pixel_values):
     ("config", "message"),
     [
         ({"quantizer_type": "lfq"}, "must be one of"),
-        ({"quantizer_type": "fsq"}, "go together"),
-        ({"quantizer_fsq_levels": (4, 4)}, "go together"),
+        ({"quantizer_type": "fsq"}, "give levels with 'fsq'"),
+        ({"quantizer_fsq_levels": (4, 4)}, "give levels with 'fsq'"),
         ({"quantizer_type": "fsq", "quantizer_fsq_levels": (4, 4, 4)}, "64 codes of dimension 3"),
         ({"quantizer_type": "fsq", "quantizer_fsq_levels": (16, 1, 1)}, "at least 2"),
         ({"quantizer_type": "fsq", "quantizer_fsq_levels": (4, 4, 1), "quantizer_l2_normalize": True}, "fixed grid"),
