@@ -1,4 +1,4 @@
-"""What an evaluation records for publishing: which weights it measured, and how its pictures are called."""
+"""What an evaluation records for publishing: which weights it measured, and how its numbers and pictures are called."""
 
 from typing import Any
 
@@ -21,3 +21,8 @@ def name_of_setting(guidance_scale: float | None, num_inference_steps: int | Non
     r"""The part of a picture's file name that says how its samples were drawn, such as `guidance-2-steps-25`."""
     chosen = (("guidance", guidance_scale), ("steps", num_inference_steps))
     return "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
+
+
+def is_deviation(name: str, row: dict[str, Any]) -> bool:
+    r"""Whether a number of a row is the standard deviation of another."""
+    return name.endswith("_sd") and name.removesuffix("_sd") in row

@@ -29,11 +29,10 @@ from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_fol
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
-from dae_diffusers.metrics.evaluation import TrainingFeatures, image_features, sample_metrics
+from dae_diffusers.metrics.evaluation import sample_metrics, training_features
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.report import plot_lengths, table, with_deviation
 from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_sides, load_pipeline
-from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.metrics.sweep import (
     check_guidance,
     drawings_of,
@@ -156,12 +155,7 @@ def measure(
     train, _, sampler = load_and_check(config, seed, pipeline, extractor, accelerator, name=name)
     work = {"batch_size": config.lengths.batch_size, "num_workers": config.data.dataloader_num_workers}
     some = train.choose(sampling.num_images)
-    features = image_features(some, extractor, accelerator, folder=output_dir / "parts", **work)
-    hide = not accelerator.is_local_main_process
-    reference = reference_statistics(
-        extractor, train, cache_dir=output_dir / "reference", disable_progress=hide, **work
-    )
-    training = TrainingFeatures(reference, features)
+    training = training_features(extractor, train, some, accelerator, folder=output_dir, **work)
     shape = (config.data.image_channels, *config.data.size)
     rows = []
     for length in itertools.chain([None], candidates):  # a candidate changes the weights when its turn comes

@@ -35,13 +35,15 @@ from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     TrainingFeatures,
     codebook_use,
+    compared_for_copies,
     encode_images,
     evaluation_inputs,
-    image_features,
+    kept_reference,
     latent_metrics,
     reconstruction_metrics,
     sample_features,
     sample_metrics,
+    training_features,
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
@@ -57,7 +59,7 @@ from dae_diffusers.metrics.sampling import (
     load_pipeline,
     say_duration,
 )
-from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, reference_statistics
+from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import (
     check_guidance,
     check_judge,
@@ -258,7 +260,10 @@ class Evaluation:
         A row for each setting of guidance and steps. `seen`: how the autoencoder encodes `some` images. Also the samples of each setting,
         by drawing, and the features of training images that they were compared with.
         """
-        training, number = self.training_features(seen), self.config.sampling.num_drawings
+        number = self.config.sampling.num_drawings
+        training = training_features(
+            self.extractor, self.train, self.some, self.accelerator, folder=self.folder, seen=seen, **self.work
+        )
         rows, every = [], []
         sweep = swept_settings(self.config.sampling, self.config.evaluation.seed, sampler, self.train)
         all_drawings = [each for settings in sweep for each in drawings_of(settings, number)]
@@ -279,32 +284,16 @@ class Evaluation:
                 id2label = getattr(sampler.pipeline, "id2label", None) or self.train.id2label or {}
                 labels = settings.labels(sampler.num_classes) if is_by_class(self.config.sampling, sampler) else None
                 compared, samples = measured[0]
-                save_grids(self.folder, name, samples, labels, self.copied, compared["most_alike"], id2label)
+                save_grids(
+                    self.folder,
+                    name,
+                    samples,
+                    labels,
+                    compared_for_copies(self.train),
+                    compared["most_alike"],
+                    id2label,
+                )
         return rows, every, training
-
-    @property
-    def copied(self) -> ImageDataset:
-        """The training images of which copies are looked for."""
-        return self.train.choose(MAX_REFERENCE_IMAGES)
-
-    def training_features(self, seen: EncodedImages | None) -> TrainingFeatures:
-        """What samples are compared with. One pass over the training images, and none if `some` are all."""
-        keep = {"folder": self.parts, **self.work}
-        if seen is None:
-            of_some = [image_features(self.some, self.extractor, self.accelerator, **keep)]
-        else:
-            of_some = [seen.features, seen.reconstruction_features]
-        copied = of_some[0]
-        if len(self.some) < len(self.copied):
-            copied = image_features(self.copied, self.extractor, self.accelerator, **keep)
-        is_whole = len(copied) == len(self.train)
-        return TrainingFeatures(FeatureStatistics.of(copied) if is_whole else self.reference(), *of_some, copied=copied)
-
-    def reference(self) -> FeatureStatistics:
-        """Statistics of all training images."""
-        hide = not self.accelerator.is_local_main_process
-        cache = {"cache_dir": self.folder / "reference", "disable_progress": hide}
-        return reference_statistics(self.extractor, self.train, **cache, **self.work)
 
     def of_drawing(
         self, sampler: Sampler, settings: SampleSettings, training: TrainingFeatures
@@ -330,39 +319,35 @@ class Evaluation:
 
     def add_distances(self, results: dict[str, Any], drawn: list[list[KeptRows]]) -> None:
         """Adds the judge's distances of reconstructions and samples, and of real images in their place, to results of another judge."""
-        keep = {"batch_size": self.work["batch_size"], "folder": self.parts}
-        floor = results["floor"]
+        extractor, floor, held_out = self.extractor, results["floor"], None
         if self.vae is not None:
+            work = {**self.work, "folder": self.parts}
             held_out = encode_images(
-                self.vae,
-                self.validation,
-                self.accelerator,
-                extractor=self.extractor,
-                measures={},
-                **self.work,
-                folder=self.parts,
+                self.vae, self.validation, self.accelerator, extractor=extractor, measures={}, **work
             )
-            name, yardstick = self.extractor.distance_name("r"), self.yardstick(held_out)
-            results["reconstruction"] |= reconstruction_metrics(held_out, self.extractor)
+        yardstick = self.yardstick(held_out)
+        if held_out is not None:
+            name = extractor.distance_name("r")
+            results["reconstruction"] |= reconstruction_metrics(held_out, extractor)
             floor["reconstruction"][name] = yardstick.of_reconstructions()[name]
         if not drawn:
             return
-        name, reference = self.extractor.distance_name("g"), self.reference()
-        features = [
-            [sample_features(each, self.extractor, self.accelerator, **keep)["features"] for each in drawings]
-            for drawings in drawn
-        ]
+        name = extractor.distance_name("g")
+        reference = kept_reference(extractor, self.train, self.accelerator, self.folder, **self.work)
+        features = [[self.features_of(samples) for samples in drawings] for drawings in drawn]
         for row, drawings in zip(results["generation"], features, strict=True):
             distances = [frechet_distance(FeatureStatistics.of(each), reference) for each in drawings]
             row |= over_drawings([{name: distance} for distance in distances], name)
         if "generation" in floor:
-            yardstick = self.yardstick(None if self.vae is None else held_out)
-            real, samples = yardstick.distances(
-                [drawings[0] for drawings in features], reference, floor["generation"]["num_images"]
-            )
-            floor["generation"]["real"][name] = real
-            for row, distance in zip(floor["generation"]["samples"], samples, strict=True):
+            firsts, number = [drawings[0] for drawings in features], floor["generation"]["num_images"]
+            floor["generation"]["real"][name], distances = yardstick.distances(firsts, reference, number)
+            for row, distance in zip(floor["generation"]["samples"], distances, strict=True):
                 row[name] = distance
+
+    def features_of(self, samples: KeptRows) -> torch.Tensor:
+        """The judge's features of samples, `(N, D)`."""
+        work = {"batch_size": self.work["batch_size"], "folder": self.parts}
+        return sample_features(samples, self.extractor, self.accelerator, **work)["features"]
 
     def yardstick(self, held_out: EncodedImages | None) -> Yardstick:
         return Yardstick(
@@ -382,9 +367,7 @@ class Evaluation:
         yardstick = self.yardstick(held_out)
         floor = {} if held_out is None else {"reconstruction": yardstick.of_reconstructions()}
         if drawn:
-            keep = {"batch_size": self.work["batch_size"], "folder": self.parts}
-            features = [sample_features(each, self.extractor, self.accelerator, **keep)["features"] for each in drawn]
-            of_samples = yardstick.of_samples(features, training)
+            of_samples = yardstick.of_samples([self.features_of(samples) for samples in drawn], training)
             floor |= {"generation": of_samples} if of_samples else {}
         return {"judge": yardstick.judge(), "floor": floor}
 

@@ -288,9 +288,7 @@ def resize_and_crop(
     image, is_placed = cut_elongated(image, image.size, size, random)
     random = None if is_placed else random
     scaled = covering(image.size, size, halve=halve)
-    while halve and not nearest and image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize(scaled, Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
+    image = _scaled(image, scaled, (width, height), nearest=nearest, halve=halve)
     spare = (image.width - width, image.height - height)
     left, top = (x // 2 for x in spare) if random is None else (int(random.integers(x + 1)) for x in spare)
     return image.crop((left, top, left + width, top + height))
@@ -312,10 +310,17 @@ def resize_and_pad(
         `np.ndarray` of shape `(*size, C)`: uint8.
     """
     width, height = contained(image.size, size)
-    while halve and not nearest and image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize((width, height), Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
+    image = _scaled(image, (width, height), (width, height), nearest=nearest, halve=halve)
     return padded(np.asarray(image).reshape(height, width, -1), size, fill)
+
+
+def _scaled(
+    image: Image.Image, to: tuple[int, int], least: tuple[int, int], *, nearest: bool, halve: bool
+) -> Image.Image:
+    """The image in another width and height, after halving it while it keeps at least so many pixels."""
+    while halve and not nearest and image.width >= 2 * least[0] and image.height >= 2 * least[1]:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image.resize(to, Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
 
 
 def random_box(

@@ -16,6 +16,7 @@ _NAMES = "masks?|seg|segmentations?|labels?|labelids|annotations?|annot|gt|groun
 _IMAGES = re.compile(r"(?:jpe?g|png)?images?|imgs?|photos?|pictures?|rgb|colou?r|inputs?|originals?|raw", re.IGNORECASE)
 _FOLDER = re.compile(rf"(?:{_NAMES})", re.IGNORECASE)
 _STEM = re.compile(rf"(?P<image>.+)[._ -](?:{_NAMES})", re.IGNORECASE)
+_LIKELY = rf"((^|/)({_NAMES})/[^/]*|[._ -]({_NAMES})\.[^./]*)$"  # paths of which one of the two may hold
 
 
 def warn_of_masks(rows: datasets.Dataset, column: str) -> None:
@@ -30,7 +31,10 @@ def warn_of_masks(rows: datasets.Dataset, column: str) -> None:
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type):
         return
-    paths = [PurePosixPath(path) for path in pc.unique(pc.struct_field(images, "path")).to_pylist() if path]
+    names = pc.unique(pc.struct_field(images, "path")).drop_null()
+    if not pc.any(pc.match_substring_regex(names, _LIKELY, ignore_case=True)).as_py():
+        return  # soon, also for a million files
+    paths = [PurePosixPath(path) for path in names.to_pylist() if path]
     places = defaultdict(list)
     for path in paths:
         places[path.stem].append(path)

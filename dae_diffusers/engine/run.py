@@ -241,7 +241,7 @@ class TrainingRun:
             if name == TRAINING_IMAGES and not self.config.data.streaming:
                 hint = " To go on with the new ones, pass `accept_changed_images`."
             elif accepts and TRAINING_IMAGES in changed:
-                hint = " `accept_changed_images` does not go with captions and conditions."
+                hint = " `accept_changed_images` accepts images alone, without captions or conditions of their own."
             raise UserError(
                 f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before[name]}). Continue "
                 f"with the same, or train in another `output_dir`.{hint}"

@@ -17,6 +17,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError
+from dae_diffusers.evaluation_record import is_deviation
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
 from dae_diffusers.pipelines.dae_dit import FLOW_MAP_SCHEDULER, autoencoder_shape, is_representation_autoencoder
@@ -112,7 +113,7 @@ def measurements(result: Result) -> list[Measurement]:
                 base is None
                 or not isinstance(value, (int, float))
                 or not math.isfinite(value)
-                or metric.removesuffix("_sd") in values.keys() - {metric}
+                or is_deviation(metric, values)
             ):
                 continue
             name, meaning = METRICS[base]

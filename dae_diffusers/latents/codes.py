@@ -75,11 +75,15 @@ class CodeGrids(BatchDataset):
     ):
         self.codes = codes
         self.class_labels = class_labels
-        self.labels = None if class_labels is None else class_labels.tolist()
         self.id2label = id2label
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    @property
+    def labels(self) -> list[int] | None:
+        r"""The class of each image; None without classes."""
+        return None if self.class_labels is None else self.class_labels.tolist()
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
-from dae_diffusers.metrics.statistics import FeatureStatistics, pad_batch
+from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.store import fingerprint
 
 
@@ -216,6 +216,55 @@ def evaluation_inputs(
         "images": [len(images), image_identity(images)],
         "extractor": None if extractor is None else [extractor.name, extractor.fingerprint],
     }
+
+
+def training_features(
+    extractor: FeatureExtractor,
+    images: ImageDataset,
+    some: ImageDataset,
+    accelerator: Accelerator,
+    *,
+    folder: Path,
+    seen: EncodedImages | None = None,
+    **work: int,
+) -> TrainingFeatures:
+    r"""
+    What samples are compared with. One pass over the training images, and none if `some` are all.
+
+    Args:
+        extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): The judge.
+        images, some ([`~dae_diffusers.data.ImageDataset`]): All training images, and as many of them as are drawn.
+        accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
+        folder (`Path`): Where to keep features (`parts/`) and statistics (`reference/`).
+        seen ([`EncodedImages`], *optional*): How the autoencoder encodes `some`, with features.
+        work: `batch_size` and `num_workers`, as in [`encode_images`].
+    """
+    keep = {"folder": folder / "parts", **work}
+    if seen is None:
+        of_some = [image_features(some, extractor, accelerator, **keep)]
+    else:
+        of_some = [seen.features, seen.reconstruction_features]
+    copied, choice = of_some[0], compared_for_copies(images)
+    if len(some) < len(choice):
+        copied = image_features(choice, extractor, accelerator, **keep)
+    if len(copied) == len(images):
+        reference = FeatureStatistics.of(copied)
+    else:
+        reference = kept_reference(extractor, images, accelerator, folder, **work)
+    return TrainingFeatures(reference, *of_some, copied=copied)
+
+
+def compared_for_copies(images: ImageDataset) -> ImageDataset:
+    r"""The training images of which copies are looked for: all, up to `MAX_REFERENCE_IMAGES`."""
+    return images.choose(MAX_REFERENCE_IMAGES)
+
+
+def kept_reference(
+    extractor: FeatureExtractor, images: ImageDataset, accelerator: Accelerator, folder: Path, **work: int
+) -> FeatureStatistics:
+    r"""Statistics of all images, kept in `reference/`; arguments as in [`training_features`]."""
+    hide = not accelerator.is_local_main_process
+    return reference_statistics(extractor, images, cache_dir=folder / "reference", disable_progress=hide, **work)
 
 
 @torch.no_grad()

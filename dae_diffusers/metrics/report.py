@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
-from dae_diffusers.evaluation_record import name_of_setting, weights_by_part
+from dae_diffusers.evaluation_record import is_deviation, name_of_setting, weights_by_part
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.kept import KeptRows
@@ -146,11 +146,6 @@ def with_deviation(row: dict[str, Any]) -> dict[str, Any]:
         deviation = row.get(f"{name}_sd")
         joined[name] = value if deviation is None else f"{value:.4g} ± {deviation:.2g}"
     return {name: value for name, value in joined.items() if not is_deviation(name, row)}
-
-
-def is_deviation(name: str, row: dict[str, Any]) -> bool:
-    r"""Whether a column of a row holds the standard deviation of another."""
-    return name.endswith("_sd") and name.removesuffix("_sd") in row
 
 
 def copies_lines(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[str]:
