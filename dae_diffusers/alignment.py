@@ -10,7 +10,7 @@ from torch import nn
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.losses.alignment import representation_alignment_loss
 from dae_diffusers.losses.resizing import resize
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.vision import FrozenBackbone, load_backbone
 
 
@@ -111,7 +111,7 @@ def make_representation_alignment(
     if not 1 <= layer <= len(blocks):
         raise UserError(f"`repa_layer` is {layer}, but the transformer has blocks 1 to {len(blocks)}.")
     backbone = load_backbone(config.repa_model).to(accelerator.device)
-    torch.manual_seed(derived_seed(seed, 9))
+    torch.manual_seed(derived_seed(seed, Stream.REPA_PROJECTION))
     dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     projector = make_projector(dim, config.repa_projector_dim, backbone.patch_feature_dim)
     return RepresentationAlignment(

@@ -77,7 +77,7 @@ def find_scripts() -> dict[str, str]:
         if path.name.endswith(".py") and path.name not in ("__init__.py", "settings.py"):
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             name = path.name.removesuffix(".py").replace("_", "-")
-            scripts[name] = " ".join(text.split("\n\n")[0].split())
+            scripts[name] = one_line(text.split("\n\n")[0])
     return scripts
 
 

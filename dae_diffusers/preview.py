@@ -15,7 +15,7 @@ from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.data.streaming import ImageStream
 from dae_diffusers.plots import image_grid
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.sizes import words_of_size
 
 LOOKED_AT = 512  # images whose size is measured; of a stream these are all that is known
@@ -54,7 +54,7 @@ def look(images: ImageDataset | StreamedImages, seed: int, indices: Iterable[int
             yield Seen(images.whole(rows[0]), batch["pixel_values"][0], label)
         return
     for index in map(int, indices):
-        item = index, derived_seed(seed, 1, index)
+        item = index, derived_seed(seed, Stream.AUGMENTATION, index)
         batch, beside = images[item], images.beside and images.beside[item]["pixel_values"]
         yield Seen(images.whole(index), batch["pixel_values"], batch.get("class_labels"), beside)
 

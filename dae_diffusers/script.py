@@ -14,7 +14,7 @@ from typing import TypeVar
 from tqdm import std
 from tqdm.auto import tqdm
 
-from dae_diffusers.errors import REMOVED, UserError, storage_problem
+from dae_diffusers.errors import REMOVED, UserError, one_line, storage_problem
 from dae_diffusers.settings import flat, without_effect
 
 Config = TypeVar("Config")
@@ -133,7 +133,7 @@ def _message_of(error: Exception) -> str | None:
         isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
     ):
         return (
-            f"out of memory ({' '.join(text.split())[:200]}). Use a smaller batch, resolution or model. In training, a smaller "
+            f"out of memory ({one_line(text, 200)}). Use a smaller batch, resolution or model. In training, a smaller "
             "`--train_batch_size` with a larger `--gradient_accumulation_steps` keeps the number of images per update, and "
             "`--gradient_checkpointing`, if the script has it, saves memory."
         )
@@ -141,7 +141,7 @@ def _message_of(error: Exception) -> str | None:
         return "a number became too large for float32. Lower `learning_rate`."
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
-            f"a data-loading process died ({' '.join(text.split())[:200]}). Perhaps memory ran out. Continue with "
+            f"a data-loading process died ({one_line(text, 200)}). Perhaps memory ran out. Continue with "
             "`--resume_from_checkpoint latest`. If it happens again, use a smaller `--dataloader_num_workers`."
         )
     if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PROCESS):

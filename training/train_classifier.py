@@ -32,6 +32,7 @@ from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.script import run_script
+from dae_diffusers.store import write_json
 from dae_diffusers.training.settings import ClassifierConfig, TrainClassifierConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -107,7 +108,7 @@ def main(config: TrainClassifierConfig) -> None:
             "train_steps": training.train_steps,
             "train_seconds": round(seconds, 1),
         }
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(output_dir / "results.json", results)
         print(json.dumps(results))
     accelerator.wait_for_everyone()
     lock.release()

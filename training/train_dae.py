@@ -43,6 +43,7 @@ from dae_diffusers.latents.statistics import has_latent_statistics, write_latent
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
 from dae_diffusers.script import run_script
+from dae_diffusers.store import replace_folder
 from dae_diffusers.training.settings import TrainDAEConfig
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,7 @@ def main(config: TrainDAEConfig) -> None:
             model = train_stage(run, model, train_images, validation_images, first_step, num_steps, start)
             start = Start()  # a later stage begins afresh
             if stage == 1 and model.is_decoupled and run.accelerator.is_main_process:
-                model.save_pretrained(run.output_dir / "stage1")
-                save_value_range(train_images.value_range, run.output_dir / "stage1")
+                save_model(model, run.output_dir / "stage1", train_images)
         first_step += num_steps
         if run.dry_run is None:
             run.log.mark(f"end of stage {stage}", first_step)
@@ -267,8 +267,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         source = cached_latents(run, vae, images) or images
         write_latent_statistics(vae, run.pass_loader(source, num_workers=num_workers), run.accelerator)
     if run.accelerator.is_main_process:
-        vae.save_pretrained(run.output_dir / "vae")
-        save_value_range(images.value_range, run.output_dir / "vae")
+        save_model(vae, run.output_dir / "vae", images)
         logger.info("saved %s", run.output_dir / "vae")
         if model.is_asymmetric:
             logger.info(
@@ -283,10 +282,20 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         join_waiting(run.output_dir, [run.output_dir])
 
 
+def save_model(model, folder: Path, images: ImageDataset | StreamedImages) -> None:
+    """Saves an autoencoder with the value range of its images, whole or not at all."""
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        save_value_range(images.value_range, folder)
+
+    replace_folder(folder, save)
+
+
 def keeps_latents(config: TrainDAEConfig, vae) -> bool:
     """
-    Whether the latents are those of a given autoencoder with statistics, which generators and stock pipelines that were trained on them
-    know.
+    Whether the encoder stays as given and already has statistics of its latents. Generators that were trained on these latents depend
+    on them, so they are not measured again.
     """
     if config.autoencoder.pretrained_model_name_or_path is None or config.stages.stage != "2":
         return False

@@ -58,7 +58,7 @@ from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.metrics.sampling import prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, is_representation_autoencoder
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.script import run_script
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
@@ -456,7 +456,7 @@ def validation_loss(
     conditioning: Conditioning,
 ) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
-    generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, 3))
+    generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, Stream.VALIDATION_NOISE))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
     all_levels = objective.spread(quantiles)
     all_noise = torch.randn(

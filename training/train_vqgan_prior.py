@@ -50,7 +50,7 @@ def main(config: TrainPriorConfig) -> None:
     prior = make_prior(config, vae, images[0])
     steps = run.num_steps(config.prior.max_train_steps, images[0])
     start = find_start(run, prior, images[0], steps)
-    train_codes, validation_codes = encode_once(run, vae, images)
+    train_codes, validation_codes = load_codes(run, vae, images)
     monitor = make_monitor(run, images[0], vae, start, sampling_options(config))
     pipeline_of = partial(
         DAEVQGANPipeline,
@@ -118,7 +118,7 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
     )
 
 
-def encode_once(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, ImageDataset]) -> list[CodeGrids]:
+def load_codes(run: TrainingRun, vae: VQModel, images: tuple[ImageDataset, ImageDataset]) -> list[CodeGrids]:
     """The codes of the training and validation images, read from `code_cache` or encoded into it."""
     folder = Path(run.config.prior.code_cache or run.output_dir / "codes")
     if run.dry_run is not None:

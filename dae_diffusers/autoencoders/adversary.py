@@ -15,7 +15,7 @@ from dae_diffusers.engine.precision import loss_scale
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.adversarial import augment, discriminator_loss, generator_loss
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.vision import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -104,13 +104,9 @@ class AdversarialTraining:
         loss = generator_loss(logits, self.settings.adversarial_loss)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        logs = {"adversarial_loss": loss}
-        if self.settings.adaptive_weight_cap > 0:
-            cap, scale = self.settings.adaptive_weight_cap, loss_scale(self.accelerator)
-            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
-            logs["adaptive_weight"] = adaptive
-            loss = adaptive * loss
-        return weight * loss, logs
+        cap, scale = self.settings.adaptive_weight_cap, loss_scale(self.accelerator)
+        factor = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
+        return weight * factor * loss, {"adversarial_loss": loss, "adaptive_weight": factor}
 
     def train_discriminator(
         self, pixel_values: torch.Tensor, reconstruction: torch.Tensor, step: int
@@ -192,7 +188,9 @@ def make_adversary(
     if weight == 0:
         return None
     config, losses = run.config, run.config.losses
-    torch.manual_seed(derived_seed(config.run.seed, 7, number))  # the same weights however many processes drew before
+    torch.manual_seed(
+        derived_seed(config.run.seed, Stream.DISCRIMINATOR, number)
+    )  # the same weights however many processes drew before
     if losses.discriminator_model is None:
         discriminator = PatchDiscriminator(
             config.data.image_channels, losses.discriminator_channels, losses.discriminator_layers

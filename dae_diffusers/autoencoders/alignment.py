@@ -13,7 +13,7 @@ from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.losses.alignment import marginal_cosine_loss, marginal_distance_matrix_loss
 from dae_diffusers.losses.resizing import resize
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.vision import FrozenBackbone, load_backbone
 
 
@@ -69,13 +69,10 @@ class LatentAlignment:
         cosine = marginal_cosine_loss(projected, features, self.settings.vf_cosine_margin)
         distance = marginal_distance_matrix_loss(projected, features, self.settings.vf_distance_margin)
         loss = cosine + distance
-        logs = {"vf_cosine_loss": cosine, "vf_distance_loss": distance}
-        if self.settings.vf_adaptive_weight_cap > 0:
-            cap, scale = self.settings.vf_adaptive_weight_cap, loss_scale(self.accelerator)
-            adaptive = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
-            logs["vf_adaptive_weight"] = adaptive
-            loss = adaptive * loss
-        return self.settings.vf_weight * loss, logs
+        cap, scale = self.settings.vf_adaptive_weight_cap, loss_scale(self.accelerator)
+        factor = adaptive_weight(other_loss, loss, last_layer, cap=cap, scale=scale)
+        logs = {"vf_cosine_loss": cosine, "vf_distance_loss": distance, "vf_adaptive_weight": factor}
+        return self.settings.vf_weight * factor * loss, logs
 
 
 def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel) -> LatentAlignment | None:
@@ -84,6 +81,8 @@ def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel
     if config.vf_model is None or model.stage != 1:
         return None
     backbone = load_backbone(config.vf_model).to(run.accelerator.device)
-    torch.manual_seed(derived_seed(run.config.run.seed, 8))  # the same weights however many processes drew before
+    torch.manual_seed(
+        derived_seed(run.config.run.seed, Stream.VF_PROJECTION)
+    )  # the same weights however many processes drew before
     projection = torch.nn.Conv2d(num_latent_channels(model), backbone.patch_feature_dim, 1, bias=False)
     return LatentAlignment(run.accelerator, backbone, run.accelerator.prepare(projection), config)

@@ -6,7 +6,7 @@ import importlib
 _MODULES = {
     "configuration": ("EMBEDDED", "DataConfig"),
     "dataset": ("ImageDataset",),
-    "images": ("ImageReader", "decode_image", "is_flipped", "resize_and_crop"),
+    "images": ("ImageReader", "decode_image", "is_flipped", "resize_and_crop", "split_items"),
     "loaders": (
         "BalancedSampler",
         "MicrobatchSampler",

@@ -23,7 +23,7 @@ from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, content_hash, inode_of, name_of_row, read_content, size_of
-from dae_diffusers.data.images import ImageReader, find_first_depth
+from dae_diffusers.data.images import ImageReader, find_first_depth, split_items
 from dae_diffusers.errors import UserError
 from dae_diffusers.store import fingerprint
 
@@ -154,7 +154,7 @@ class ImageDataset(BatchDataset):
         }
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        indices, draws = zip(*(item if isinstance(item, tuple) else (item, None) for item in items), strict=True)
+        indices, draws = split_items(items)
         batch = {"pixel_values": self._reader.to_pixel_values(self._batch(indices, draws), draws)}
         if self.labels is not None:
             batch["class_labels"] = torch.tensor([self.labels[index] for index in indices])

@@ -160,7 +160,7 @@ class ImageReader:
         Returns:
             `torch.Tensor` of shape `(B, C, height, width)`: float32 in [-1, 1].
         """
-        flips = [draw is not None and self.config.random_flip and is_flipped(draw) for draw in draws]
+        flips = [self.config.random_flip and is_flipped(draw) for draw in draws]
         if any(flips):
             pixels[flips] = pixels[flips][:, :, ::-1]
         if self.config.random_vertical_flip:
@@ -226,9 +226,15 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def is_flipped(draw: int) -> bool:
-    r"""Whether a draw flips its image. Images and cached latents follow the same rule."""
-    return draw % 2 == 1
+def split_items(items: Sequence[int | tuple[int, int]]) -> tuple[list[int], list[int | None]]:
+    r"""The indices and draws of a batch's items, which are indices or pairs of index and draw; without a draw it is None."""
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
+    return [index for index, _ in pairs], [draw for _, draw in pairs]
+
+
+def is_flipped(draw: int | None) -> bool:
+    r"""Whether a draw flips its image; without one it is not flipped. Images and cached latents follow the same rule."""
+    return draw is not None and draw % 2 == 1
 
 
 def decode_image(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dae_diffusers.data.buckets import Buckets, buckets_of
 from dae_diffusers.data.streaming import ImageStream, StreamedImages
 from dae_diffusers.errors import UserError
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.signals import protect_worker
 
 # From glibc's malloc.h: blocks from this size on are mapped, and given back when they are freed.
@@ -56,7 +56,10 @@ class MicrobatchSampler(Sampler[list[tuple[int, int]]]):
             for bucket, batch in self._round(number)[place:]:
                 draws = range(microbatch * self.batch_size, (microbatch + 1) * self.batch_size)
                 members = (images[bucket].at(batch * self.batch_size + n) for n in range(self.batch_size))
-                yield [(index, derived_seed(self.seed, 1, draw)) for index, draw in zip(members, draws, strict=True)]
+                yield [
+                    (index, derived_seed(self.seed, Stream.AUGMENTATION, draw))
+                    for index, draw in zip(members, draws, strict=True)
+                ]
                 microbatch += 1
             number, place = number + 1, 0
 
@@ -126,7 +129,7 @@ class BalancedSampler(Sampler[list[tuple[int, int]]]):
                 passes[chosen] = of_class
                 random = np.random.default_rng((self.seed, of_class, 3, int(chosen)))
                 orders[chosen] = random.permutation(self.members[chosen])
-            batch.append((int(orders[chosen][place]), derived_seed(self.seed, 1, position)))
+            batch.append((int(orders[chosen][place]), derived_seed(self.seed, Stream.AUGMENTATION, position)))
             if len(batch) == self.batch_size:
                 yield batch
 

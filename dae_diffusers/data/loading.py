@@ -32,7 +32,7 @@ from dae_diffusers.data.sources import Loaded, load_splits
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import SPLITS
 from dae_diffusers.errors import UserError
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _hold_out(
         raise UserError(f"the split {config.train_split!r} has {num_files} images; at least 2 are needed.")
     if num_files < len(rows):
         logger.info("%d rows name %d files: all rows of a file are held out, or none", len(rows), num_files)
-    order = np.random.default_rng(derived_seed(seed, 2)).permutation(num_files)
+    order = np.random.default_rng(derived_seed(seed, Stream.SPLIT)).permutation(num_files)
     place = np.argsort(order)[files]  # of each row's file in that order
     order = np.argsort(place, kind="stable")
     num_validation = int((place < max(1, round(config.validation_fraction * num_files))).sum())

@@ -18,7 +18,7 @@ from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, content_hash, name_of_row, read_content
 from dae_diffusers.data.images import ImageReader
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class ImageStream(Sampler[list[StreamedRow]]):
     def _row(self, row: dict[str, Any], position: int) -> StreamedRow:
         draw = None
         if self.max_samples is None:
-            draw = derived_seed(self.seed, 1, position * self.num_processes + self.process_index)
+            draw = derived_seed(self.seed, Stream.AUGMENTATION, position * self.num_processes + self.process_index)
         label = None if self.images.label_column is None else value_of(row, self.images.label_column)
         return StreamedRow(row[self.images.image_column], label, position, draw)
 

@@ -290,6 +290,7 @@ class Checkpointer:
                 group.update(of_group)
         for scheduler, of_scheduler in zip(schedulers, base_lrs, strict=True):
             _set_base_lrs(scheduler, of_scheduler)
+        ema_steps = json.loads((path / _MANIFEST).read_text())["ema_steps"]
         for name, average in averages.items():
             shadow = load_file(_file_of(path, name))
             for n, value in enumerate(average.shadow_params):
@@ -297,7 +298,7 @@ class Checkpointer:
                 if isinstance(value, DTensor):
                     whole = distribute_tensor(whole, value.device_mesh, value.placements)
                 value.copy_(whole)
-            average.optimization_step = json.loads((path / _MANIFEST).read_text())["ema_steps"]
+            average.optimization_step = ema_steps
 
     def _rotate(self, newest: Path) -> None:
         checkpoints = [path for path in find_checkpoints(self.folder) if path == newest or self._is_ours(path)]

@@ -44,8 +44,8 @@ class RunLog:
         r"""Drops the rows after `step` from an earlier log, and starts the trackers."""
         if self.accelerator.is_main_process:
             rows = [row for row in read_log(self.folder) if row["step"] <= step]
-            write_rows = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(self.folder / "log.jsonl", write_rows)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(self.folder / "log.jsonl", text)
         if self.accelerator.log_with:
             self._guard(
                 lambda: self.accelerator.init_trackers(

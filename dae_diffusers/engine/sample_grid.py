@@ -10,7 +10,7 @@ from PIL import Image
 
 from dae_diffusers.data.condition_values import as_call, in_words
 from dae_diffusers.plots import image_grid
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 
 
 def draw_sample_grid(
@@ -73,7 +73,7 @@ def _draw(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """Images `(N, C, H, W)` in [-1, 1], from the values that are given for each of them."""
-    generators = [torch.Generator().manual_seed(derived_seed(seed, 4, n)) for n in range(num_images)]
+    generators = [torch.Generator().manual_seed(derived_seed(seed, Stream.SAMPLE_GRID, n)) for n in range(num_images)]
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, num_images, batch_size):

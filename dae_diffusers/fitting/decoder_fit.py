@@ -17,6 +17,7 @@ from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
 from dae_diffusers.autoencoders.settings import GeneratedConfig
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.engine.post_hoc_ema.choosing import generator_of
 from dae_diffusers.engine.precision import loss_scale
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
@@ -31,7 +32,7 @@ from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatis
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import LATENT_PARTS, STATISTICS, fingerprint, replace_files, replace_folder, weights_of
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def draw_latents(
     guidance_scale: float,
     num_inference_steps: int,
     seed: int,
-    stream: int = 9,
+    stream: Stream = Stream.POOL,
     batch_size: int = 64,
 ) -> torch.Tensor:
     r"""
@@ -116,7 +117,7 @@ def draw_latents(
         folder (`Path`, *optional*): Where to keep them; None keeps nothing.
         accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
         guidance_scale, num_inference_steps: As the pipeline takes them. Codes have no steps.
-        seed, stream (`int`): Latent `n` depends on `(seed, stream, n)` and its label alone. Samples to be judged come from stream 5.
+        seed, stream (`int`): Latent `n` depends on `(seed, stream, n)` and its label alone. Samples to be judged come from `Stream.SAMPLES`.
         batch_size (`int`, *optional*): Latents at once.
 
     Returns:
@@ -150,7 +151,7 @@ def draw_latents(
         return {"latents": torch.cat(parts)}
 
     described = {
-        "generator": model_fingerprint(generator_of(pipeline)),
+        "generator": model_fingerprint(generator_of(pipeline)[1]),
         **({} if guide is None else {"guide": model_fingerprint(guide)}),
         "autoencoder": latents_fingerprint(pipeline.vae),
         "statistics": {name: pipeline.vae.config.get(name) for name in STATISTICS},
@@ -180,11 +181,6 @@ def decoder_inputs(pipeline: DAEDiTPipeline | DAEVQGANPipeline, latents: torch.T
         return latents
     vae = pipeline.vae
     return torch.cat([vae.quantize(part.to(vae.device))[0].cpu() for part in latents.split(64)])
-
-
-def generator_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module:
-    r"""The transformer or the prior of a pipeline."""
-    return pipeline.prior if isinstance(pipeline, DAEVQGANPipeline) else pipeline.transformer
 
 
 def guide_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module | None:
@@ -249,7 +245,7 @@ class DecoderFit:
         r"""What a resumed run must find unchanged, by name: fingerprints."""
         guide = guide_of(self.pipeline)
         return {
-            "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)),
+            "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)[1]),
             **({} if guide is None else {"the `guidance_transformer` of `--pipeline`": model_fingerprint(guide)}),
             "the encoder of `--pipeline`": latents_fingerprint(self.pipeline.vae),
             STARTED_FROM: self.started_from,
@@ -314,7 +310,7 @@ class DecoderFit:
         r"""The drawn latents of a micro-batch, which depend on its number alone; None with a weight of 0."""
         if self.settings.generated_weight == 0:
             return None
-        generator = torch.Generator().manual_seed(derived_seed(self.run.config.run.seed, 10, microbatch))
+        generator = torch.Generator().manual_seed(derived_seed(self.run.config.run.seed, Stream.POOL_BATCH, microbatch))
         numbers = torch.randint(len(self.pool), (self.batch_size,), generator=generator)
         return self.pool[numbers].to(self.accelerator.device)
 
@@ -483,7 +479,7 @@ def pool_labels(
             f"the generator knows {num_classes} classes, but the images have no labels. Name their column with `label_column`."
         )
     labels = torch.as_tensor(ids_in_pipeline(pipeline, images))
-    generator = torch.Generator().manual_seed(derived_seed(seed, 11))
+    generator = torch.Generator().manual_seed(derived_seed(seed, Stream.POOL_LABELS))
     return labels[torch.randint(len(labels), (pool_size,), generator=generator)]
 
 
@@ -513,10 +509,12 @@ def save_pipeline(
         replace_folder(kept, copy)
     pipeline.vae.load_state_dict(model.to_diffusers().state_dict())
     if not target.exists():
-        temporary = target.with_name("pipeline.tmp")
-        pipeline.save_pretrained(temporary)
-        write_fit(temporary / "vae", temporary / "vae", described)
-        temporary.rename(target)
+
+        def save_pipeline(folder: Path) -> None:
+            pipeline.save_pretrained(folder)
+            write_fit(folder / "vae", folder / "vae", described)
+
+        replace_folder(target, save_pipeline)
         return target
 
     def save(folder: Path) -> None:

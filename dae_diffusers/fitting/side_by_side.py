@@ -109,7 +109,7 @@ class GrowingAutoencoder:
             parts = weights_by_part(pipeline.components)
             if is_whole:
                 run.note(weights=parts)
-                pipeline.save_pretrained(run.output_dir / "pipeline")
+                replace_folder(run.output_dir / "pipeline", pipeline.save_pretrained)
                 logger.info("saved %s", run.output_dir / "pipeline")
             else:
                 run.note(weights={name: of for name, of in parts.items() if name != "vae"})  # the decoder comes later

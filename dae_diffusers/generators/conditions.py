@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from dae_diffusers.data import ImageDataset
+from dae_diffusers.data import ImageDataset, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.condition_values import ConditionValues
@@ -149,7 +149,7 @@ class WithConditions(ExtendedDataset):
         self.factor = factor
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        indices = [item[0] if isinstance(item, tuple) else item for item in items]
+        indices, _ = split_items(items)
         batch = {**self.data.__getitems__(items), **{name: value[indices] for name, value in self.rows.items()}}
         if self.pictures is not None:
             pixels = self.pictures.__getitems__(items)["pixel_values"]

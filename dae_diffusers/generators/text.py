@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dae_diffusers.autoencoders.loading import check_finite
-from dae_diffusers.data import ImageDataset
+from dae_diffusers.data import ImageDataset, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.pipelines.dae_dit import encode_texts, token_limit
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json
 
 logger = logging.getLogger(__name__)
@@ -261,10 +261,10 @@ class WithText(ExtendedDataset):
         self.states = states
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        texts = [self._text(*item) if isinstance(item, tuple) else self._text(item) for item in items]
+        texts = [self._text(*item) for item in zip(*split_items(items), strict=True)]
         return {**self.data.__getitems__(items), **dict(zip(TEXT_ARGUMENTS, self.states[texts], strict=True))}
 
-    def _text(self, index: int, draw: int | None = None) -> str:
+    def _text(self, index: int, draw: int | None) -> str:
         captions = self.captions[index]
         several = draw is not None and len(captions) > 1
-        return captions[derived_seed(draw, 7) % len(captions)] if several else captions[0]
+        return captions[derived_seed(draw, Stream.CAPTION) % len(captions)] if several else captions[0]

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.duration import duration
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import is_deviation
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
@@ -321,7 +321,7 @@ def has_condition_image(result: Result) -> bool:
 
 def escape(text: Any) -> str:
     r"""Escapes a user's text, such as the name of a class, so that one line of Markdown shows it literally."""
-    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", text)
 
 

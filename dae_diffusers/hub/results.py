@@ -511,9 +511,7 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         if samples is None or not samples.exists():
             grids = [_grid_of_weights(script) for script in result.scripts.values()]
             samples = next((grid for grid in grids if grid is not None), samples)
-        names = [
-            " ".join(str(name).split()) for _, name in sorted((result.index.get("id2label") or {}).items(), key=by_id)
-        ]
+        names = [one_line(name) for _, name in sorted((result.index.get("id2label") or {}).items(), key=by_id)]
         is_by_class = 1 < len(names) <= 10 and not result.index.get("conditions")
         add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if is_by_class else "Samples")
     if "train_dae" in result.scripts and _has_decoder_of_its_training(result):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
-from dae_diffusers.data import ImageDataset, is_flipped
+from dae_diffusers.data import ImageDataset, is_flipped, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.configuration import DataConfig
@@ -180,10 +180,9 @@ class CachedLatents(BatchDataset):
         return list(self.identity.value_range) or None
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        indices = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
-        flips = torch.tensor(
-            [self.identity.flips and isinstance(item, tuple) and is_flipped(item[1]) for item in items]
-        ).long()
+        indices, draws = split_items(items)
+        indices = torch.tensor(indices)
+        flips = torch.tensor([self.identity.flips and is_flipped(draw) for draw in draws]).long()
         shards = torch.searchsorted(self._starts, indices, right=True) - 1
         rows, shape = indices - self._starts[shards], self._shapes[self._buckets.of(int(indices[0]))]
         batch = {name: torch.empty(len(items), *shape) for name in ("latents_mean", "latents_std")}

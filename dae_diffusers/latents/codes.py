@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite
-from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader
+from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader, split_items
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import (
@@ -91,12 +91,12 @@ class CodeGrids(BatchDataset):
         return tuple(self.codes.shape[2:])
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        numbers = torch.tensor([item[0] if isinstance(item, tuple) else item for item in items])
+        indices, draws = split_items(items)
         has_flips = self.codes.shape[1] == 2
-        flips = torch.tensor([has_flips and isinstance(item, tuple) and is_flipped(item[1]) for item in items]).long()
-        batch = {"codes": self.codes[numbers, flips].long()}
+        flips = torch.tensor([has_flips and is_flipped(draw) for draw in draws]).long()
+        batch = {"codes": self.codes[indices, flips].long()}
         if self.class_labels is not None:
-            batch["class_labels"] = self.class_labels[numbers]
+            batch["class_labels"] = self.class_labels[indices]
         return batch
 
 

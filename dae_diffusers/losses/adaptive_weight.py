@@ -17,7 +17,7 @@ def adaptive_weight(
     Args:
         other_loss, loss (`torch.Tensor`): Scalars; their graphs are retained.
         layer (`torch.Tensor`): A weight that both depend on.
-        cap (`float`): Upper bound.
+        cap (`float`): Upper bound; 0: the factor is 1.
         scale (`float`, *optional*): What both losses are multiplied by before their gradients are taken, so that float16 can hold
             these; less where they overflow. The result is that of the losses themselves.
 
@@ -26,6 +26,8 @@ def adaptive_weight(
 
     Source: Esser et al., 2021, https://huggingface.co/papers/2012.09841.
     """
+    if cap == 0:
+        return torch.ones((), device=loss.device)
     other_norm, norm = (_gradient_norm(term, layer, scale) for term in (other_loss, loss))
     return (other_norm / (norm + 1e-6)).clamp(max=cap)
 

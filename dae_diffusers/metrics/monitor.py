@@ -20,7 +20,7 @@ from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, image_pixels, prompts_of_images
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, padded_size, reference_statistics
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -273,9 +273,8 @@ def make_monitor(
         )
     drawn = prompts_of_images(images, count)
     drawn = drawn or {"class_counts": class_counts(None, images, len(images.id2label or ()) or None)}
-    seed = derived_seed(
-        config.run.seed, 12
-    )  # other noise than `evaluate` draws from, so that it does not report what was chosen
+    # Other noise than that of `evaluate`, which otherwise would report the very samples that the weights were chosen by.
+    seed = derived_seed(config.run.seed, Stream.MONITORED_SAMPLES)
     settings = SampleSettings(count, seed=seed, **options, **drawn)
     until = replace(settings, **options_until or {})
     return SampleDistance(run, images, vae, settings, start.state.get("monitor"), after=after, settings_until=until)

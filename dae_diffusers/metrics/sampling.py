@@ -24,7 +24,7 @@ from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class SampleSettings:
         if self.label_sampling != "random":
             counts = self.class_counts if self.label_sampling == "data" else None
             return in_proportion(counts or (1,) * num_classes, self.num_images)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, 6))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, Stream.SAMPLE_LABELS))
         return torch.randint(num_classes, (self.num_images,), generator=generator)
 
 
@@ -186,7 +186,7 @@ class Sampler:
     ):
         self.pipeline = pipeline
         self.prompts, self.classes, self.conditions = prompts, classes, conditions
-        check_conditions(getattr(pipeline, "conditions", {}), conditions)
+        check_condition_values(getattr(pipeline, "conditions", {}), conditions)
         self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         self.num_classes: int | None = None
         takes_text = _takes_text(pipeline)
@@ -248,7 +248,7 @@ def chosen_of(values: Sequence, numbers: Sequence[int]) -> list | dict[str, list
     return as_call(chosen) if isinstance(values, ConditionValues) else chosen
 
 
-def check_conditions(known: dict[str, dict[str, Any]], values: ConditionValues | None) -> None:
+def check_condition_values(known: dict[str, dict[str, Any]], values: ConditionValues | None) -> None:
     r"""Raises `UserError` if the images' conditions are not those that a pipeline draws from."""
     names = set() if values is None else set(values.names)
     if names != known.keys():
@@ -405,7 +405,7 @@ def image_batches(
 
 
 def draws_of(
-    pipeline: DiffusionPipeline, chunk: range, batch_size: int, seed: int, stream: int = 5
+    pipeline: DiffusionPipeline, chunk: range, batch_size: int, seed: int, stream: Stream = Stream.SAMPLES
 ) -> Iterator[tuple[int, list[int], list[torch.Generator]]]:
     r"""
     The batches in which a chunk is drawn: how many images to keep, the numbers of those to draw, and a random generator for each, a

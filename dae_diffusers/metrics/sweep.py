@@ -19,7 +19,7 @@ from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
 from dae_diffusers.pipelines.dae_vqgan import PIPELINE_FILE, DAEVQGANPipeline
-from dae_diffusers.randomness import derived_seed
+from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import fingerprint, read_json, weights_of, write_atomically, write_json
 from dae_diffusers.vision import backbone_of
@@ -232,7 +232,10 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
 
 def drawings_of(settings: SampleSettings, number: int) -> list[SampleSettings]:
     r"""The same setting with `number` seeds of noise, its own first."""
-    seeds = [settings.seed, *(derived_seed(settings.seed, 17, drawing) for drawing in range(1, number))]
+    seeds = [
+        settings.seed,
+        *(derived_seed(settings.seed, Stream.REPEATED_SAMPLES, drawing) for drawing in range(1, number)),
+    ]
     return [replace(settings, seed=seed) for seed in seeds]
 
 
