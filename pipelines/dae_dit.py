@@ -111,6 +111,7 @@ class DAEDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _needed = ("transformer", "vae", "scheduler")
     _output_types = ("pil", "np", "numpy", "pt", "latent")
     _code = Path(__file__).read_text(encoding="utf-8")  # read now: the next model's code replaces the file
     _is_conditional = False  # whether there is more to draw from than what the call is given
@@ -136,7 +137,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         default_velocity_scale: float | None = None,
     ):
         super().__init__()
-        known = {} if transformer is None else _settings_of(transformer)
+        known = _settings_of(transformer)
         kept = {
             "id2label": id2label,
             "value_range": value_range,
@@ -924,7 +925,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             )
 
     def _check_parts(self):
-        missing = [name for name in ("transformer", "vae", "scheduler") if getattr(self, name) is None]
+        missing = [name for name in self._needed if getattr(self, name) is None]
         if missing:
             raise ValueError(
                 f"this pipeline was loaded without its `{missing[0]}`, so it cannot draw. Load it with all its parts."
@@ -1336,7 +1337,7 @@ def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int
 
 def _settings_of(model: torch.nn.Module) -> dict:
     """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
-    return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
+    return {} if model is None else vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
 
 
 def _make_tiles_square(vae: ModelMixin | None) -> None:

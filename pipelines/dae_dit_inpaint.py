@@ -7,9 +7,11 @@ Needs torch and diffusers only, and the files of `DAEDiTPipeline` and `DAEDiTImg
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
+from PIL import Image
 
 from dae_diffusers.pipelines.dae_dit import whole_number  # diffusers copies only what a file imports itself
 from dae_diffusers.pipelines.dae_dit_img2img import DAEDiTImg2ImgPipeline, as_list, pixels_of
@@ -87,12 +89,15 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
             )
         pixels, self._mask = pixels.expand(count, -1, -1, -1), F.max_pool2d(mask, self.vae_scale_factor)
 
+        # A callback of diffusers says itself what it reads.
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+
         def keep(pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensors["latents"] = self._outside_kept(tensors["latents"], step)
             changed = None
             if callback_on_step_end is not None:
-                wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                changed = callback_on_step_end(pipe, step, timestep, wanted)
+                given = {name: tensors[name] for name in wanted}
+                changed = callback_on_step_end(pipe, step, timestep, given)
             return {**tensors, **(changed or {})}
 
         (latents,) = super().__call__(
@@ -104,7 +109,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
             output_type="latent",
             return_dict=False,
             callback_on_step_end=keep,
-            callback_on_step_end_tensor_inputs={"latents", *callback_on_step_end_tensor_inputs},
+            callback_on_step_end_tensor_inputs={"latents", *wanted},
             **kwargs,
         )
         if output_type != "latent":
@@ -141,6 +146,8 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
 
 def _of_ones(mask: Any) -> Any:
     """A mask whose bytes are 0 and 1 as bools; any other as it is."""
+    if isinstance(mask, Image.Image) and mask.mode == "L":
+        mask = np.asarray(mask)
     is_bytes = str(getattr(mask, "dtype", "")).endswith("uint8")
     return mask > 0 if is_bytes and mask.max() == 1 else mask
 

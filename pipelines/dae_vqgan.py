@@ -60,6 +60,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "prior->vae"
+    _needed = ("prior", "vae")
     _output_types = ("pil", "np", "numpy", "pt", "codes")
     _code = Path(__file__).read_text(encoding="utf-8")  # read now: the next model's code replaces the file
 
@@ -184,6 +185,13 @@ class DAEVQGANPipeline(DiffusionPipeline):
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
         return dict(sorted(pairs, key=operator.itemgetter(0)))
 
+    def _check_parts(self):
+        missing = [name for name in self._needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"this pipeline was loaded without its `{missing[0]}`, so it cannot draw. Load it with all its parts."
+            )
+
     def get_label_ids(self, label: int | str | Iterable[int | str]) -> list[int]:
         """
         Class ids of names. Ids among the names are returned as they are.
@@ -294,6 +302,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
             image = pipe("cat", top_p=0.95, generator=torch.Generator().manual_seed(0)).images[0]
             ```
         """
+        self._check_parts()
         num_codes = self.prior.config.num_codes
         defaults = self.config
         guidance_scale = _first(guidance_scale, defaults.default_guidance_scale, 2.0)
@@ -471,7 +480,7 @@ def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int
 
 def _settings_of(model: torch.nn.Module) -> dict:
     """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
-    return vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
+    return {} if model is None else vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
 
 
 def code_fingerprint(vae: VQModel) -> str:

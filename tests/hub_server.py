@@ -179,6 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", _API + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("GET", _API + r"/refs", "refs"),
         ("GET", _API + r"/auth-check(?P<write>/write)?", "auth_check"),
+        ("POST", _API + r"/restart", "restart"),
         ("POST", _API + r"/branch/(?P<branch>[^/]+)", "create_branch"),
         ("POST", _API + r"/tag/(?P<revision>[^/]+)", "create_tag"),
         ("GET", _API + r"(?:/revision/(?P<revision>[^/]+))?", "info"),
@@ -433,6 +434,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _error(409, f"Reference already exists: refs/heads/{branch}")
         repository.branches[branch] = self._commit(repository, start)
         raise _Answer(200, {})
+
+    def restart(self, type: str, id: str):
+        self._repository(type, id, write=True)
+        raise _Answer(200, {"stage": "RUNNING_BUILDING"})
 
     def create_tag(self, type: str, id: str, revision: str):
         repository = self._repository(type, id, write=True)

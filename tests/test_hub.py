@@ -707,17 +707,25 @@ def test_hand_written_card_can_be_kept(client, published, trained):
     HfApi().upload_file(repo_id=REPO, path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\nMine.\n")
     push_script(trained, REPO, "--keep_card")
     assert client.files(REPO)["README.md"].endswith(b"Mine.\n")
+
+
+def test_card_of_others_stays(client, published, trained, caplog):
+    HfApi().upload_file(repo_id=REPO, path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\nMine.\n")
     push_script(trained, REPO, "--license", "cc-by-4.0")
-    assert b"Mine." not in client.files(REPO)["README.md"]
+    assert client.files(REPO)["README.md"].endswith(b"Mine.\n")
+    assert f"the README.md of {REPO} was not written by dae_diffusers and stays" in caplog.text
+    HfApi().upload_file(repo_id=REPO, path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\n")
+    push_script(trained, REPO)  # a card without words, as the Hub makes it with a new repository
+    assert b"# Animals" in client.files(REPO)["README.md"] or b"## Use it" in client.files(REPO)["README.md"]
 
 
 def test_pull_request_leaves_the_branch_as_it_is(client, published, trained, caplog):
     before = HfApi().model_info(REPO).sha
     with caplog.at_level(logging.INFO):
-        push_script(trained, REPO, "--license", "mit", "--create_pr")
+        push_script(trained, REPO, "--license", "apache-2.0", "--create_pr")
     assert f"{REPO}/discussions/1" in caplog.text
     assert HfApi().model_info(REPO).sha == before
-    assert b"license: mit" in client.files(REPO, revision="refs/pr/1")["README.md"]
+    assert b"license: apache-2.0" in client.files(REPO, revision="refs/pr/1")["README.md"]
 
 
 @pytest.mark.parametrize(("answer", "license"), [("mit", "mit"), ("", None)])
@@ -731,9 +739,45 @@ def test_license_is_asked_for_at_a_terminal(client, trained, monkeypatch, caplog
 
 
 def test_stage_one_goes_to_a_branch(client, trained):
-    push_script(trained, "writer/stages", "--stage1")
+    push_script(trained, "writer/stages", "--stage1", "--data_pictures")
+    # A branch begins as a copy of `main`, whose pictures may be taken back.
+    assert all(name.startswith("stage1/") for name in client.files("writer/stages", revision="stage1"))
     assert "stage1/config.json" in client.files("writer/stages", revision="stage1")
     assert not any(name.startswith("stage1") for name in client.files("writer/stages"))
+
+
+def test_stage1_alone_is_pushed_by_its_run(client, trained, tmp_path):
+    shutil.copytree(trained / "stage1", tmp_path / "run" / "stage1")
+    with pytest.raises(UserError, match=f"a DAE.*alone.*`dae-diffusers push {tmp_path}/run USER/NAME --stage1`"):
+        push_script(tmp_path / "run" / "stage1", "writer/alone")
+    command = upload.push_command(tmp_path / "run" / "stage1", "writer/alone").split()
+    push_script(*command[2:])
+    assert client.files("writer/alone") == {}
+    assert "stage1/config.json" in client.files("writer/alone", revision="stage1")
+
+
+def test_other_models_and_models_without_weights_are_refused(trained, tmp_path):
+    with pytest.raises(UserError, match="a DAEDiTTransformer2DModel, which cannot be published alone"):
+        read_result(trained / "pipeline" / "transformer")
+    shutil.copytree(trained / "pipeline", tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="vae lacks its weights"):
+        read_result(tmp_path)
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        UserError, match="lacks its weights, such as diffusion_pytorch_model-00001-of-00002.safetensors"
+    ):
+        read_result(tmp_path)
+
+
+def test_other_files_in_a_pipeline_stay_at_home(trained, tmp_path):
+    shutil.copytree(trained / "pipeline", tmp_path / "pipeline")
+    for name in ("my_photo.png", "vae/optimizer.pt", "transformer/notes.md"):
+        (tmp_path / "pipeline" / name).touch()
+    files = repository_files(read_result(tmp_path), "user/model")
+    assert {"model_index.json", "vae/config.json"} < files.keys()
+    assert not {"my_photo.png", "vae/optimizer.pt", "transformer/notes.md"} & files.keys()
 
 
 def test_stage_one_does_not_say_where_its_weights_lay(tmp_path):
@@ -1066,6 +1110,10 @@ def test_other_pipelines_get_a_card_too(trained, tmp_path):
     (folder / "prior").mkdir()
     (folder / "prior" / "some_package.prior.py").touch()
     (folder / "pipeline.py").touch()
+    with pytest.raises(UserError, match="vae lacks its weights, such as model.safetensors"):
+        read_result(folder)
+    for name in ("vae", "prior"):
+        save_file({"weight": torch.zeros(1)}, folder / name / "model.safetensors")
     text = str(make_card(read_result(folder), "user/codes"))
     assert 'SomeNewPipeline.from_pretrained("user/codes")' in text and "VQModel.from_pretrained" in text
     assert "64 codes" in text and "Nothing was measured" in text
@@ -1153,14 +1201,21 @@ def test_nothing_goes_to_a_public_repository_that_must_be_private(client, traine
 
 def test_space_with_another_app_stays(client, tmp_path):
     folder, api = save_run(tmp_path / "run", None), HfApi()
+    restart = ("POST", "/api/spaces/writer/own/restart", 200)
     push_script(folder, "writer/own", "--license", "mit", "--space")
-    push_script(folder, "writer/own", "--license", "mit", "--space")  # of an earlier push
-    api.create_repo("writer/theirs", repo_type="space", space_sdk="gradio")
-    api.upload_file(repo_id="writer/theirs", repo_type="space", path_in_repo="app.py", path_or_fileobj=b"print(1)")
-    with pytest.raises(UserError, match="writer/theirs exists and has another app.*`--space_id`"):
-        push_script(folder, "writer/theirs", "--license", "mit", "--space")
-    assert "README.md" not in api.list_repo_files("writer/theirs", repo_type="space")
-    assert "model_index.json" not in api.list_repo_files("writer/theirs")  # said before
+    assert restart not in client.requests
+    push_script(folder, "writer/own", "--license", "mit", "--space", "--space_id", "own")  # of an earlier push
+    assert restart in client.requests
+    push_script(folder, "writer/own")
+    assert b"[writer/own](https://huggingface.co/spaces/writer/own)" in client.files("writer/own")["README.md"]
+    for number, other in enumerate(("app.py", "Dockerfile")):
+        theirs = {"repo_id": f"writer/theirs-{number}", "repo_type": "space"}
+        api.create_repo(**theirs, space_sdk="gradio")
+        api.upload_file(**theirs, path_in_repo=other, path_or_fileobj=b"print(1)")
+        with pytest.raises(UserError, match=f"writer/theirs-{number} exists and has another app.*`--space_id`"):
+            push_script(folder, f"writer/theirs-{number}", "--license", "mit", "--space")
+        assert "README.md" not in api.list_repo_files(**theirs)
+        assert "model_index.json" not in api.list_repo_files(f"writer/theirs-{number}")  # said before
 
 
 def test_space_of_a_private_model_is_private_without_a_flag(client, trained, caplog):
@@ -1170,7 +1225,7 @@ def test_space_of_a_private_model_is_private_without_a_flag(client, trained, cap
     assert client.repositories["space", "writer/hidden"].private
     assert "will show everybody with access" in caplog.text and "give the Space a secret HF_TOKEN" in caplog.text
     client.repositories["space", "writer/hidden"].private = False
-    with pytest.raises(UserError, match="spaces/writer/hidden exists and is public"):
+    with pytest.raises(UserError, match="Space writer/hidden exists and is public, but the model is private"):
         push_script(trained, "writer/hidden", "--license", "mit", "--space")
 
 

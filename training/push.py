@@ -28,13 +28,18 @@ EXAMPLE = "the caption or conditions of an image, as an example"
 
 def main(config: PushConfig) -> None:
     show_messages()
+    if config.stage1 and config.export_dir is None and results.is_stage1_alone(config.folder):
+        push_stage1_alone(config)
+        return
     result = results.read_result(config.folder)  # what is wrong with the folder is said before the Hub is asked
     if config.space:
         upload.check_space(result)
     if config.export_dir is not None:
         export(config, result)
         return
-    repo_id = upload.check_hub_access(config.repo_id, private=config.private, license=config.license)
+    stage1 = upload.stage1_files(result.folder) if config.stage1 else {}
+    access = {"private": config.private, "license": config.license, "create_pr": config.create_pr}
+    repo_id = upload.check_hub_access(config.repo_id, **access)
     try:
         license = config.license or upload.published_license(repo_id, config.revision) or ask_for_license()
         if license is None and not config.keep_card:
@@ -44,9 +49,9 @@ def main(config: PushConfig) -> None:
         with_pictures = choose_data_pictures(config, result)
         is_private = upload.is_private(repo_id)
         announce(result, repo_id, with_pictures, is_private=is_private)
-        space_id = (config.space_id or repo_id) if config.space else None
-        if config.space:
-            upload.check_app(space_id)  # before the model is pushed, whose card names its Space
+        space_id = config.full_space_id(repo_id)
+        if space_id is not None:  # before the model is pushed, whose card names its Space
+            upload.check_app(space_id, private=config.private or is_private)
         address = upload.push_folder(
             config.folder,
             repo_id,
@@ -60,7 +65,7 @@ def main(config: PushConfig) -> None:
             data_pictures=with_pictures,
         )
         logger.info("pushed to %s", address)
-        if config.stage1:
+        if stage1:
             logger.info("stage 1: %s", upload.push_stage1(result.folder, repo_id, private=config.private))
         if config.space:
             address = upload.push_space(space_id, repo_id, private=config.private)
@@ -70,10 +75,29 @@ def main(config: PushConfig) -> None:
     except UserError:
         raise
     except Exception as error:  # a connection may fail in any way
+        raise failed_upload(repo_id, error) from None
+
+
+def push_stage1_alone(config: PushConfig) -> None:
+    """Uploads the stage 1 of a run that has trained nothing else."""
+    if config.space:
         raise UserError(
-            f"the upload to {repo_id} failed ({upload.reason_of(error)}). Nothing is lost; give the same command again to upload "
-            "what is missing."
-        ) from None
+            f"`space`: {config.folder} holds only a stage 1, which has no final decoder. Push it without `--space`."
+        )
+    repo_id = upload.check_hub_access(config.repo_id, private=config.private, license=config.license)
+    try:
+        logger.info("stage 1: %s", upload.push_stage1(config.folder, repo_id, private=config.private))
+    except UserError:
+        raise
+    except Exception as error:  # a connection may fail in any way
+        raise failed_upload(repo_id, error) from None
+
+
+def failed_upload(repo_id: str, error: Exception) -> UserError:
+    return UserError(
+        f"the upload to {repo_id} failed ({upload.reason_of(error)}). Nothing is lost; give the same command again to upload what is "
+        "missing."
+    )
 
 
 def ask_for_license() -> str | None:
@@ -135,7 +159,7 @@ def export(config: PushConfig, result: results.Result) -> None:
         config.repo_id,
         license=config.license,
         card=not config.keep_card,
-        space_id=(config.space_id or config.repo_id) if config.space else None,
+        space_id=config.full_space_id(config.repo_id),
         data_pictures=choose_data_pictures(config, result),
     )
     if result.doubts:

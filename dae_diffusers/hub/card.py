@@ -1,6 +1,7 @@
 """The model card: what a model is, how it was made and measured, and how to load it."""
 
 import json
+import logging
 import math
 import re
 import shlex
@@ -19,11 +20,15 @@ from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import is_deviation
 from dae_diffusers.fit_record import FIT_FILE
-from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, is_leftover
+from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, components_of, is_leftover
 from dae_diffusers.pipelines.dae_dit import FLOW_MAP_SCHEDULER, autoencoder_shape, is_representation_autoencoder
 from dae_diffusers.sizes import height_and_width, words_of_size
 from dae_diffusers.store import read_json
 
+logger = logging.getLogger(__name__)
+
+# What a pipeline is loaded from: settings, code, weights, and the files of tokenizers. Other files may be anybody's.
+_PUBLISHED = re.compile(r"\.(json|py|safetensors|txt|model|jinja|vocab|bpe|tiktoken)$")
 PAPER = "2307.08283"  # Hu et al., Complexity Matters, NeurIPS 2023
 TASK = "unconditional-image-generation"  # the Hub's task for images by class or without, too
 TEXT_TASK = "text-to-image"
@@ -354,7 +359,7 @@ def repository_files(
     found: dict[str, Path | bytes] = {}
     root, prefix = (result.vae, "vae/") if result.pipeline is None else (result.pipeline, "")
     # The folder may hold components of another pipeline that was saved there before.
-    parts = {name for name, value in result.index.items() if isinstance(value, list)}
+    parts = components_of(result.index)
     has_fit = bool(result.decoder_fit)
     # A component may be a link to a folder, which a search from above would not enter.
     inside = [each for top in root.iterdir() for each in (top, *top.rglob("*"))]
@@ -364,7 +369,11 @@ def repository_files(
         hidden = hidden or any(map(is_leftover, (relative, *relative.parents)))
         foreign = result.pipeline is not None and len(relative.parts) > 1 and relative.parts[0] not in parts
         hidden = hidden or (relative.name == FIT_FILE and not has_fit)  # the record of other weights
-        if path.is_file() and not hidden and not foreign and relative.name != "README.md":
+        if not path.is_file() or hidden or foreign or relative.name == "README.md":
+            continue
+        if not _PUBLISHED.search(relative.name):
+            logger.warning("%s is not published: a model does not need it.", path)
+        else:
             found[f"{prefix}{relative.as_posix()}"] = without_origin(path) if path.suffix == ".json" else path
     _check_components(result, found)
     for name, (path, _) in published_pictures(result, data_pictures).items():
@@ -383,8 +392,7 @@ def repository_files(
 
 def _check_components(result: Result, files: Iterable[str]) -> None:
     folders = {name.partition("/")[0] for name in files if "/" in name}
-    parts = {name for name, value in result.index.items() if isinstance(value, list) and isinstance(value[0], str)}
-    if missing := sorted(parts - folders):
+    if missing := sorted(components_of(result.index).keys() - folders):
         raise UserError(
             f"{result.pipeline} has no files in {' and '.join(missing)}, which its model_index.json names. Put them there, or save "
             "the pipeline again with `save_pretrained`."

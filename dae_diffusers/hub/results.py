@@ -197,6 +197,7 @@ def read_result(folder: str | Path) -> Result:
     if (folder / PIPELINE_INDEX).exists():
         pipeline, run = folder, folder.resolve().parent
     elif (folder / "config.json").exists():
+        _check_autoencoder(folder)
         _check_weights([folder])
         return _describe(Result(folder.resolve().parent, None, folder), is_run=False)
     else:
@@ -213,8 +214,14 @@ def read_result(folder: str | Path) -> Result:
     result = Result(run, pipeline, pipeline / "vae" if (pipeline / "vae").is_dir() else None)
     result.index = read_json(pipeline / PIPELINE_INDEX)
     _check_code(result)
-    _check_weights([pipeline / name for name, value in result.index.items() if isinstance(value, list)])
+    _check_weights([pipeline / name for name in components_of(result.index)])
     return _describe(result, is_run=pipeline != folder)
+
+
+def is_stage1_alone(folder: str | Path) -> bool:
+    r"""Whether a run's output folder holds the autoencoder of stage 1 and no final one."""
+    holds = [(Path(folder) / name).exists() for name in ("stage1/config.json", "vae", f"pipeline/{PIPELINE_INDEX}")]
+    return holds == [True, False, False]
 
 
 def is_leftover(path: Path) -> bool:
@@ -245,11 +252,32 @@ def latest_grid(script_folder: Path, pattern: str) -> Path | None:
     return max((script_folder / "grids").glob(pattern), default=None)
 
 
+def components_of(index: dict[str, Any]) -> dict[str, str]:
+    r"""The library or module of each component of a pipeline, from its `model_index.json`."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    pairs = {name: value for name, value in pairs.items() if not name.startswith("_") and name != "value_range"}
+    return {name: value[0] for name, value in pairs.items() if all(isinstance(word, str) for word in value)}
+
+
+def _check_autoencoder(folder: Path) -> None:
+    """Refuses the folder of a model that is no autoencoder of diffusers."""
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if re.fullmatch(r"(Asymmetric)?Autoencoder\w*|VQModel", str(name)) or "auto_map" in config:
+        return
+    what = f"a {name}" if name else "no model of diffusers"
+    advice = "Give the output folder of a training run, a pipeline's folder, or that of an autoencoder."
+    if folder.name == "stage1":
+        advice = f"To publish stage 1, give its run: `dae-diffusers push {folder.parent} USER/NAME --stage1`."
+    raise UserError(f"{folder} holds {what}, which cannot be published alone. {advice}")
+
+
 def _check_code(result: Result) -> None:
+    import diffusers  # only here: the rest reads files
+
     missing = []
-    for name, value in result.index.items():
-        module = value[0] if isinstance(value, list) and isinstance(value[0], str) else "diffusers"
-        if module.partition(".")[0] not in ("diffusers", "transformers"):
+    for name, module in components_of(result.index).items():
+        if module.partition(".")[0] not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, module):
             missing += [f"{name}/{module}.py"] if not (result.pipeline / name / f"{module}.py").exists() else []
     if not (result.pipeline / "pipeline.py").exists() and not _is_stock(result.index.get("_class_name")):
         missing.append("pipeline.py")
@@ -268,6 +296,15 @@ def _check_weights(models: list[Path]) -> None:
         wanted = [
             f"{each}.safetensors{end}" for each in ("diffusion_pytorch_model", "model") for end in ("", ".index.json")
         ]
+        index = next(folder.glob("*model.safetensors.index.json"), None)
+        shards = set(read_json(index).get("weight_map", {}).values()) if index is not None else set()
+        lacks = sorted(shards - names) or (
+            ["model.safetensors"] if (folder / "config.json").exists() and not found else []
+        )
+        if lacks:
+            raise UserError(
+                f"{folder} lacks its weights, such as {lacks[0]}. Save the model again with `save_pretrained`."
+            )
         if found and names.isdisjoint(wanted):
             raise UserError(
                 f"{folder} has its weights in {found[0]}, but must have them in safetensors files without a variant in their names. "
@@ -461,7 +498,7 @@ def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
 
 def _differing_parts(result: Result, weights: dict[str, str]) -> set[str]:
     """The measured parts, of these weights, that the result does not have; and its own generator if that was not measured."""
-    own = {name for name, value in result.index.items() if isinstance(value, list) and value[0]} or {"vae"}
+    own = components_of(result.index).keys() or {"vae"}
     own_generator = own & {*_GENERATORS} if weights.keys() - {*_AUTOENCODERS} else set()
     other = {name for name in weights if _fingerprint_in(result, name) not in (None, weights[name])}
     return other | (weights.keys() - own) | (own_generator - weights.keys())

@@ -78,6 +78,14 @@ class PushConfig:
         None, "write everything into this folder and upload nothing; the Space in `space/`, stage 1 in `stage1/`"
     )
 
+    def full_space_id(self, repo_id: str) -> str | None:
+        """`user/name` of the Space of the model `repo_id`; None without one."""
+        if not self.space:
+            return None
+        user, _, name = repo_id.rpartition("/")
+        space = self.space_id or name
+        return space if "/" in space or not user else f"{user}/{space}"
+
     def __post_init__(self):
         check_repo_id(self.repo_id)
         if self.space_id is not None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from huggingface_hub import (
     ModelCardData,
     RepoCard,
     RepoUrl,
+    set_client_factory,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -34,6 +36,8 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     get_session,
 )
+from huggingface_hub.utils._http import default_client_factory
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dae_diffusers.errors import UserError, one_line
@@ -58,6 +62,18 @@ _EXPORTED = re.compile(
 )
 
 
+@cache
+def _limit_every_client() -> None:
+    """The client gives itself up after a failed connection; the one that follows must not wait forever either."""
+
+    def client():
+        made = default_client_factory()
+        made.timeout = UPLOAD_SECONDS
+        return made
+
+    set_client_factory(client)
+
+
 @contextmanager
 def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
     r"""
@@ -66,6 +82,7 @@ def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
     Args:
         seconds (`float`, *optional*): Defaults to `UPLOAD_SECONDS`.
     """
+    _limit_every_client()
     session = get_session()
     before, session.timeout = session.timeout, UPLOAD_SECONDS if seconds is None else seconds
     try:
@@ -74,7 +91,9 @@ def waiting_at_most(seconds: float | None = None) -> Iterator[None]:
         session.timeout = before
 
 
-def check_hub_access(repo_id: str, *, private: bool = False, license: str | None = None) -> str:
+def check_hub_access(
+    repo_id: str, *, private: bool = False, license: str | None = None, create_pr: bool = False
+) -> str:
     r"""
     Creates the repository before training starts, so a missing token or permission shows at once.
 
@@ -82,6 +101,7 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
         repo_id (`str`): `user/name`, or `name` in the account of the token.
         private (`bool`, *optional*): Whether the repository must be private. By default a new one is as its owner's new ones are.
         license (`str`, *optional*): Checked as the Hub checks it.
+        create_pr (`bool`, *optional*): Whether only a pull request is to be opened, which needs no right to write.
 
     Returns:
         `str`: The full `user/name`. If the Hub cannot be reached now, which is logged, the name as given.
@@ -95,7 +115,8 @@ def check_hub_access(repo_id: str, *, private: bool = False, license: str | None
         with waiting_at_most(CHECK_SECONDS):
             api.whoami()
             repo_id = _repository(api, repo_id, private=private).repo_id
-            api.auth_check(repo_id, write=True)
+            if not create_pr:
+                api.auth_check(repo_id, write=True)
     except UserError:
         raise
     except Exception as error:  # a connection may fail in any way
@@ -178,9 +199,17 @@ def push_folder(
     api = HfApi()
     repository = _repository(api, repo_id, private=private)
     repo_id = repository.repo_id
-    if revision is not None:
+    if revision is not None and not revision.startswith("refs/"):  # of a pull request
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    license = license or published_license(repo_id, revision)
+    card = published_card(repo_id, revision)
+    if card is not None and not keep_card and is_of_others(card):
+        logger.warning(
+            "the README.md of %s was not written by dae_diffusers and stays. Remove it on the Hub to get a model card.",
+            repo_id,
+        )
+        keep_card = True
+    if card is not None:
+        license, space_id = license or card.data.license, space_id or space_of(card)
     published = api.list_repo_files(repo_id, revision=revision)
     is_decoder_of_pipeline = result.pipeline is None and "model_index.json" in published
     if is_decoder_of_pipeline:
@@ -291,7 +320,10 @@ def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> s
     repository = _repository(api, repo_id, private=private)
     api.create_branch(repository.repo_id, branch=STAGE1_BRANCH, exist_ok=True)
     published = api.list_repo_files(repository.repo_id, revision=STAGE1_BRANCH)
-    _commit(api, repository.repo_id, files, message="Upload stage 1", published=published, revision=STAGE1_BRANCH)
+    # A new branch begins as a copy of `main`, which may have pictures and cards that `main` will lose.
+    copied = [name for name in published if not name.startswith("stage1/") and name != ".gitattributes"]
+    options = {"published": published, "stale": copied, "revision": STAGE1_BRANCH}
+    _commit(api, repository.repo_id, files, message="Upload stage 1", **options)
     return f"{repository}/tree/{STAGE1_BRANCH}"
 
 
@@ -330,18 +362,38 @@ def push_space(repo_id: str, model_id: str, *, private: bool = False) -> str:
     """
     api = HfApi()
     private = private or is_private(model_id)
+    is_there = api.repo_exists(repo_id, repo_type="space")
     repository = _repository(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
     check_app(repository.repo_id)
     _commit(api, repository.repo_id, space_files(model_id), message="Upload the app", repo_type="space")
+    if is_there:
+        try:
+            api.restart_space(repository.repo_id)  # it read the weights when it started
+        except Exception as error:  # a connection may fail in any way
+            logger.warning(
+                "the Space %s could not be restarted (%s) and may show the weights before. Restart it in its settings.",
+                repository,
+                reason_of(error),
+            )
     return str(repository)
 
 
-def check_app(space_id: str) -> None:
-    r"""Raises `UserError` if there is a Space of this name, `user/name`, with another app than ours."""
+def check_app(space_id: str, *, private: bool = False) -> None:
+    r"""
+    Raises `UserError` if there is a Space of this name, `user/name`, with another app than ours, or a public one where it must be private.
+    """
     api, kind = HfApi(), {"repo_type": "space"}
-    if not api.file_exists(space_id, "app.py", **kind):
+    if not api.repo_exists(space_id, **kind):
         return
-    if _OF_OUR_APP not in Path(api.hf_hub_download(space_id, "app.py", **kind)).read_bytes():
+    if private and not is_private(space_id, "space"):
+        raise UserError(
+            f"the Space {space_id} exists and is public, but the model is private. Make the Space private in its settings on the Hub, or "
+            "name another one with `--space_id`."
+        )
+    found = set(api.list_repo_files(space_id, **kind)) - {".gitattributes", "README.md"}
+    if not found:
+        return
+    if "app.py" not in found or _OF_OUR_APP not in Path(api.hf_hub_download(space_id, "app.py", **kind)).read_bytes():
         raise UserError(
             f"the Space {space_id} exists and has another app, which an upload would replace. Name another one with `--space_id`."
         )
@@ -382,7 +434,9 @@ def space_files(model_id: str) -> dict[str, bytes]:
 
 def push_command(folder: str | Path, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
     r"""The command that repeats an upload."""
-    words = ["dae-diffusers", "push", str(folder), repo_id]
+    is_stage1 = Path(folder).name == "stage1"
+    words = ["dae-diffusers", "push", str(Path(folder).parent if is_stage1 else folder), repo_id]
+    words += ["--stage1"] if is_stage1 else []
     words += ["--private"] if private else []
     words += ["--license", license] if license else []
     return shlex.join(words)
@@ -431,7 +485,7 @@ class BackgroundUpload:
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             save(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self.failures.append(f"step {step}: {reason_of(error)}")
             return
 
@@ -485,25 +539,53 @@ def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[s
     return copies
 
 
+def is_of_others(card: ModelCard) -> bool:
+    r"""Whether a card says something and was not written by this package."""
+    return bool(card.text.strip()) and "dae_diffusers" not in card.text
+
+
+def space_of(card: ModelCard) -> str | None:
+    r"""The Space that a card links to as the model's."""
+    found = re.search(r"Try it in its Space: \[([\w.-]+/[\w.-]+)\]", card.text)
+    return None if found is None else found[1]
+
+
 @waiting_at_most()
 def published_license(repo_id: str, revision: str | None) -> str | None:
     r"""The license in the card on the Hub, so that pushing again without a license keeps it."""
+    card = published_card(repo_id, revision)
+    return None if card is None else card.data.license
+
+
+def published_card(repo_id: str, revision: str | None) -> ModelCard | None:
+    """The card on the Hub, that of `main` for a branch that does not exist yet; None if there is none."""
     try:
         path = HfApi().hf_hub_download(repo_id, "README.md", revision=revision)
-    except (EntryNotFoundError, RevisionNotFoundError):
+    except EntryNotFoundError:
         return None
-    return ModelCard.load(path).data.license
+    except RevisionNotFoundError:
+        return None if revision is None else published_card(repo_id, None)
+    return ModelCard.load(path, ignore_metadata_errors=True)
 
 
 def _commit(
-    api, repo_id: str, files: dict[str, Path | bytes], *, message: str, published: Iterable[str] = (), **kwargs
+    api,
+    repo_id: str,
+    files: dict[str, Path | bytes],
+    *,
+    message: str,
+    published: Iterable[str] = (),
+    stale: Iterable[str] = (),
+    **kwargs,
 ):
-    """Adds files in one commit, and removes `published` weights that could be mistaken for theirs."""
+    """Adds files in one commit, and removes `stale` ones and `published` weights that could be mistaken for the new ones."""
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_files(published, files)]
+    operations += [
+        CommitOperationDelete(path_in_repo=name) for name in dict.fromkeys([*stale, *stale_files(published, files)])
+    ]
     return api.create_commit(repo_id, operations, commit_message=message, **kwargs)
 
 

@@ -59,7 +59,7 @@ def load():
 
 
 FOLDER, PIPE, VAE = load()
-CARD = ModelCard.load(FOLDER / "README.md") if (FOLDER / "README.md").exists() else None
+CARD = ModelCard.load(FOLDER / "README.md", ignore_metadata_errors=True) if (FOLDER / "README.md").exists() else None
 OPTIONS = inspect.signature(PIPE.__call__).parameters if PIPE is not None else {}
 IS_FLOW_MAP = getattr(PIPE, "is_flow_map", False)  # draws in few steps
 IS_AUTOGUIDED = getattr(PIPE, "guidance_transformer", None) is not None  # guidance without classes
@@ -416,7 +416,13 @@ def generate_tab():
                 choices.insert(0, (EACH_CLASS, EACH_CLASS))
             label = gr.Dropdown(choices, value=choices[0][1] if choices else None, label="Class", visible=bool(CLASSES))
             conditions = [condition_input(name, column) for name, column in CONDITIONS.items()]
-            count = gr.Slider(1, 16, 6, step=1, label="Pictures per class" if len(CLASSES) > 1 else "Pictures")
+            count = gr.Slider(
+                1,
+                16,
+                1 if len(CLASSES) > 6 else 6,
+                step=1,
+                label="Pictures per class" if len(CLASSES) > 1 else "Pictures",
+            )
             guided = (
                 "guidance_scale" in OPTIONS
                 and (bool(CLASSES) or TAKES_TEXT or bool(CONDITIONS) or IS_AUTOGUIDED)
