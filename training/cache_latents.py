@@ -18,6 +18,7 @@ from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, s
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import load_images
 from dae_diffusers.engine.distributed import PROCESS_GROUP
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import write_latent_cache
 from dae_diffusers.locks import take_folder
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: CacheLatentsConfig) -> None:
+    use_tf32(False)
     accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
     show_messages(accelerator.is_main_process)
     cache, data = config.cache, config.data

@@ -27,6 +27,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.engine.distributed import PROCESS_GROUP
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
@@ -43,6 +44,7 @@ def main(config: TrainClassifierConfig) -> None:
     output_dir = Path(training.output_dir)
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
+    use_tf32(False)
     accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
     lock = take_folder(output_dir, accelerator)
     set_seed(training.seed)

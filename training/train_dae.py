@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -39,7 +40,7 @@ from dae_diffusers.latents.cache import (
 )
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
-from dae_diffusers.latents.statistics import has_latent_statistics, write_latent_statistics
+from dae_diffusers.latents.statistics import set_statistics, write_latent_statistics
 from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
 from dae_diffusers.plots import image_grid
 from dae_diffusers.script import run_script
@@ -263,7 +264,9 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         metrics = codebook_metrics(count_codes(vae, run.pass_loader(images, num_workers=num_workers), run.accelerator))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("over all training images: %s", shown)
-    if not keeps_latents(run.config, vae):
+    if keeps_latents(run.config, model.given_statistics):
+        set_statistics(vae, model.given_statistics)
+    else:
         source = cached_latents(run, vae, images) or images
         write_latent_statistics(vae, run.pass_loader(source, num_workers=num_workers), run.accelerator)
     if run.accelerator.is_main_process:
@@ -292,14 +295,14 @@ def save_model(model, folder: Path, images: ImageDataset | StreamedImages) -> No
     replace_folder(folder, save)
 
 
-def keeps_latents(config: TrainDAEConfig, vae) -> bool:
+def keeps_latents(config: TrainDAEConfig, given: dict[str, Any]) -> bool:
     """
-    Whether the encoder stays as given and already has statistics of its latents. Generators that were trained on these latents depend
+    Whether the encoder stays as given and has statistics of its latents already. Generators that were trained on these latents depend
     on them, so they are not measured again.
     """
     if config.autoencoder.pretrained_model_name_or_path is None or config.stages.stage != "2":
         return False
-    return has_latent_statistics(vae) or vae.config.get("scaling_factor", 1.0) != 1
+    return given.get("latents_mean") is not None or given.get("scaling_factor", 1.0) != 1
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:

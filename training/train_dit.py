@@ -119,6 +119,14 @@ def main(config: TrainDiTConfig) -> None:
         vae,
         start,
         sampling_options(config),
+        loss_inputs=[
+            autoencoder_fingerprint(vae),
+            statistics,
+            data.validation.fingerprint,
+            conditioning.fingerprints,
+            type(objective).__name__,
+            getattr(objective, "shift", None),
+        ],
         after=config.flow.autoguidance_steps or 0,
         options_until=sampling_options(config, before_weaker=True),
     )
@@ -472,7 +480,7 @@ def validation_loss(
         noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
         given = {name: batch[name].to(latents.device) for name in DRAWN_FROM if name in batch}
         if isinstance(objective, FlowMap):
-            given["unconditional"] = conditioning.nothing(given, latents)
+            given |= {"unconditional": conditioning.nothing(given, latents), "in_halves": False}
         with run.accelerator.autocast():
             losses += objective.loss(model, latents, noise, levels, **given).tolist()
     losses = gather_object(losses)

@@ -28,10 +28,12 @@ from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
+from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.script import run_script
+from dae_diffusers.store import LATENT_PARTS
 from dae_diffusers.training.settings import TrainPriorConfig
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ def main(config: TrainPriorConfig) -> None:
     steps = run.num_steps(config.prior.max_train_steps, images[0])
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = load_codes(run, vae, images)
-    monitor = make_monitor(run, images[0], vae, start, sampling_options(config))
+    loss_inputs = [autoencoder_fingerprint(vae, LATENT_PARTS), images[1].fingerprint]
+    monitor = make_monitor(run, images[0], vae, start, sampling_options(config), loss_inputs=loss_inputs)
     pipeline_of = partial(
         DAEVQGANPipeline,
         vae=vae,

@@ -22,7 +22,7 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width
-from dae_diffusers.store import fingerprint, weights_of
+from dae_diffusers.store import STATISTICS, fingerprint, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,7 @@ def settled(config: Any, model: ModelMixin, given: ModelMixin) -> ModelMixin:
     settle_images(config, model, side=sides)
     model.register_to_config(sample_size=config.data.resolution)
     model.given_weights = fingerprint(weights_of(given))
+    model.given_statistics = {name: given.config[name] for name in STATISTICS if name in given.config}
     return model
 
 

@@ -44,6 +44,8 @@ class DecoupledAutoencoderMixin:
     stage: Literal[1, 2, 3] | None = None
     # Fingerprint of the weights that a run starts from; None for a new model.
     given_weights: str | None = None
+    # What the config of a given autoencoder says about its latents ([`~dae_diffusers.store.STATISTICS`]).
+    given_statistics: dict[str, Any] = {}
 
     @classmethod
     def from_diffusers(cls, vae: ModelMixin, **settings) -> "DecoupledAutoencoderMixin":

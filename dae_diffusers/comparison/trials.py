@@ -17,6 +17,7 @@ from dae_diffusers.comparison.experiment import Experiment, Trial, check_finishe
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.metrics.evaluation import (
     TrainingFeatures,
     encode_images,
@@ -47,6 +48,7 @@ class Ruler:
 
     def __init__(self, experiment: Experiment, vae: Path | str, seed: int, reference: Path):
         self.experiment, self.seed, self.reference = experiment, seed, reference
+        use_tf32(False)
         self.accelerator = Accelerator(mixed_precision="no")  # whatever accelerate was configured for
         data = DataConfig(**experiment["data"])
         self.train, self.validation = load_images(data, seed, value_range=read_value_range(str(vae)))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import gather_object
 from PIL import Image
 
 from dae_diffusers.plots import plot_curves
@@ -74,7 +75,7 @@ class RunLog:
         Logs the means, over all processes, of the values added since the last call, together with `values`. One that was never finite
         has no mean.
         """
-        totals = self._over_processes()
+        totals = self.accelerator.reduce(self._pairs(), reduction="mean")
         means = {f"train/{k}": float(total / count) for k, (total, count) in totals.items() if count > 0}
         self._sums, self._counts = {}, {}
         means.update({f"train/{k}": float(v) for k, v in values.items() if math.isfinite(v)})
@@ -97,7 +98,7 @@ class RunLog:
         losses = [(row["validation/loss"], row["step"]) for row in rows if "validation/loss" in row]
         lowest, then = min(losses, default=(loss, step))
         trained = [row["train/loss"] for row in rows if "train/loss" in row and row["step"] >= then]
-        if loss < 1.05 * lowest or trained[-1:] > trained[:1]:  # if both rise, it diverges
+        if loss < 1.05 * lowest or len(trained) < 2 or trained[-1] > trained[0]:  # if both rise, it diverges
             return
         self._has_warned = True
         logger.warning(
@@ -129,25 +130,26 @@ class RunLog:
         self.accelerator.trackers = []
 
     def state(self) -> dict[str, Any]:
-        r"""The sums for the next means, as JSON can hold them. All processes call it."""
-        totals = {k: pair.tolist() for k, pair in self._over_processes().items()}
+        r"""The sums for the next means: for each value the sum and count of every process, as JSON can hold them. All processes call it."""
+        mine = {name: pair.tolist() for name, pair in self._pairs().items()}
+        shares = gather_object([mine])
+        return {"log_sums": {name: [share[name] for share in shares] for name in mine}}
+
+    def load_state(self, sums: dict[str, list[list[float]]]) -> None:
+        r"""Continues from a [`state`]. If there were more or fewer processes then, each gets the mean of their sums."""
+        for name, shares in sums.items():
+            is_mine = len(shares) == self.accelerator.num_processes
+            pair = shares[self.accelerator.process_index] if is_mine else np.mean(shares, axis=0).tolist()
+            self._sums[name], self._counts[name] = torch.tensor(pair[0], device=self.accelerator.device), pair[1]
+
+    def _pairs(self) -> dict[str, torch.Tensor]:
+        """Sum and count of each value on this process."""
         return {
-            "log_sums": {k: total for k, (total, _) in totals.items()},
-            "log_counts": {k: n for k, (_, n) in totals.items()},
+            name: torch.stack(
+                (total.float(), torch.as_tensor(self._counts[name], dtype=torch.float32, device=total.device))
+            )
+            for name, total in self._sums.items()
         }
-
-    def load_state(self, sums: dict[str, float], counts: dict[str, int]) -> None:
-        r"""Continues from a [`state`]."""
-        self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
-        self._counts = counts
-
-    def _over_processes(self) -> dict[str, torch.Tensor]:
-        """Sum and count of each value, as a process has them on average."""
-        pairs = {
-            k: torch.stack((total.float(), torch.as_tensor(self._counts[k], dtype=torch.float32, device=total.device)))
-            for k, total in self._sums.items()
-        }
-        return self.accelerator.reduce(pairs, reduction="mean")
 
     def _guard(self, call: Callable[[], Any], tracker: GeneralTracker | None = None) -> None:
         """Calls something of a tracker, or of all. One that fails is left out from then on; the others go on."""

@@ -123,7 +123,7 @@ class Loop:
             run.dry_run.begin()
         with StopSignal(self.accelerator) as stop, Heartbeat(self.accelerator, run.folder) as heartbeat:
             while self.step < self.last_step:
-                step = Step(self)
+                step = self.present = Step(self)
                 yield step
                 step.check_whole()
                 heartbeat.beat(self.step)
@@ -177,6 +177,8 @@ class Loop:
     def stop(self) -> None:
         r"""Makes the present step the last one. Call it in the loop's body, on all processes."""
         self.last_step = self.step
+        if self.present.means is None:
+            self.present.write_means()
 
     def show(self, text: str) -> None:
         r"""Shows a line above the progress bar, on the main process: a bar that is switched off writes it, too."""
@@ -267,6 +269,15 @@ class Step:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         loop.show(f"step {loop.step}: {shown}")
 
+    def write_means(self) -> None:
+        r"""Logs the means of the micro-batches since the last ones, and shows the loss in the progress bar."""
+        loop = self.loop
+        self.means = loop.run.log.write_means(
+            loop.step, learning_rate=loop.lr_scheduler.get_last_lr()[0], gradient_norm=self.gradient_norm
+        )
+        if (loss := self.means.get(f"train/{loop.headline}")) is not None:  # else all updates were skipped
+            loop.progress.set_postfix(loss=f"{loss:.4f}")
+
     def check_whole(self) -> None:
         r"""Raises `RuntimeError` if the loop's body left out a micro-batch or its backward pass."""
         if self._needs_backward:
@@ -284,11 +295,7 @@ class Step:
         self.is_last = loop.step == loop.last_step
         self.validates = loop.run.dry_run is None and (loop.step % settings.validation_steps == 0 or self.is_last)
         if loop.step % settings.logging_steps == 0 or self.is_last:
-            self.means = loop.run.log.write_means(
-                loop.step, learning_rate=loop.lr_scheduler.get_last_lr()[0], gradient_norm=self.gradient_norm
-            )
-            if (loss := self.means.get(f"train/{loop.headline}")) is not None:  # else all updates were skipped
-                loop.progress.set_postfix(loss=f"{loss:.4f}")
+            self.write_means()
 
 
 def make_progress_bar(loop: Loop) -> tqdm:

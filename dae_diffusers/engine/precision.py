@@ -13,6 +13,11 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def use_tf32(allowed: bool) -> None:
+    r"""Whether float32 products on a GPU may be computed in TF32, convolutions too. By default torch allows that for convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def loss_scale(accelerator: Accelerator) -> float:
     r"""What fp16 multiplies losses by before their backward pass, so that gradients do not vanish; 1 for other precisions."""
     return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()

@@ -27,6 +27,7 @@ from dae_diffusers.engine.distributed import PROCESS_GROUP, describe_hardware, s
 from dae_diffusers.engine.dry_run import DryRun
 from dae_diffusers.engine.guard import NonFiniteGuard
 from dae_diffusers.engine.log import RunLog, read_log
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.engine.settings import RunConfig, steps_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.publisher import Publisher
@@ -96,8 +97,7 @@ class TrainingRun:
         self.folder = self.output_dir / (folder or name)
         settle_backend(name, config, self.accelerator, one_model)
         start_messages(self.accelerator)
-        allow_tf32 = config.optimization.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
+        use_tf32(config.optimization.allow_tf32)
         set_seed(config.run.seed)
         self._take_folder()
         self.checkpointer = Checkpointer(
@@ -216,7 +216,7 @@ class TrainingRun:
                 planned,
             )
         self.guard.skipped = state.pop("skipped", 0)
-        self.log.load_state(state.pop("log_sums"), state.pop("log_counts"))
+        self.log.load_state(state.pop("log_sums"))
         self.batches.load_state(state.pop("stream", None))
         if manifest["num_processes"] != self.accelerator.num_processes:
             logger.warning(

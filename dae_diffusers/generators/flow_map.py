@@ -60,6 +60,7 @@ class FlowMap:
         levels: torch.Tensor,
         *,
         unconditional: Arguments,
+        in_halves: bool = True,
         **given: torch.Tensor,
     ) -> torch.Tensor:
         r"""
@@ -70,15 +71,35 @@ class FlowMap:
             latents, noise (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents, and standard normal noise.
             levels (`torch.Tensor` of shape `(B, 2)`): What `draw` or `spread` gave.
             unconditional (`dict`): What stands for no class, no text and no conditions, for guidance without a guide.
+            in_halves (`bool`): Whether the first half of the batch learns velocities and the second half steps. If not, the loss is the
+                mean of both for each sample, whatever the batch.
             given: The transformer's other arguments: classes, text, conditions.
         """
-        half = (len(latents) + 1) // 2
         start, end = levels.unbind(1)
-        end = torch.cat((start[:half], end[half:]))
         noisy = interpolate(latents, noise, start)
+        if not in_halves:
+            losses = (self._loss(model, noisy, start, end, half, unconditional, given) for half in (0, len(latents)))
+            return sum(losses) / 2
+        return self._loss(model, noisy, start, end, (len(latents) + 1) // 2, unconditional, given)
+
+    def _loss(
+        self,
+        model: Model,
+        noisy: torch.Tensor,
+        start: torch.Tensor,
+        end: torch.Tensor,
+        half: int,
+        unconditional: Arguments,
+        given: Arguments,
+    ) -> torch.Tensor:
+        """The loss of each sample, of which the first `half` learn velocities and the others steps."""
+        end = torch.cat((start[:half], end[half:]))
         with torch.no_grad():
-            parts = [self._velocity(noisy[:half], start[:half], _part(given, 0, half), _part(unconditional, 0, half))]
-            if half < len(latents):
+            parts = []
+            if half > 0:
+                some = (_part(each, 0, half) for each in (given, unconditional))
+                parts.append(self._velocity(noisy[:half], start[:half], *some))
+            if half < len(noisy):
                 parts.append(_two_steps(model, noisy[half:], start[half:], end[half:], _part(given, half)))
         target = torch.cat(parts)
         return (_mean_velocity(model, noisy, start, end, given) - target).square().mean(dim=(1, 2, 3))

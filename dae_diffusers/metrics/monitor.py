@@ -49,8 +49,8 @@ class Monitor:
         self.run, self.config, self.after = run, run.config.monitor, after
         if state is not None and state.get("measure", measure) != measure:
             logger.warning(
-                "what is measured has changed since the checkpoint (`metric_features`, `metric_images`, the autoencoder, or how samples "
-                "are drawn): the best weights so far no longer count, and the search for the best begins again."
+                "what is measured has changed since the checkpoint (`metric_features`, `metric_images`, the autoencoder, the validation "
+                "images, the noise levels, or how samples are drawn): the best weights so far no longer count, and the search for the best begins again."
             )
             state = None
         if state is not None and state["step"] is not None and not self._folder_of(state["step"]).is_dir():
@@ -241,6 +241,7 @@ def make_monitor(
     start: Start,
     options: dict[str, Any],
     *,
+    loss_inputs: list[Any],
     after: int = 0,
     options_until: dict[str, Any] | None = None,
 ) -> Monitor | None:
@@ -254,6 +255,7 @@ def make_monitor(
         vae ([`~diffusers.ModelMixin`]): Decodes the samples.
         start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
         options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
+        loss_inputs (`list`): What the validation loss depends on beside the weights: fingerprints and settings.
         after (`int`, *optional*), options_until (`dict`, *optional*): As `after` of [`Monitor`] and `settings_until` of [`SampleDistance`].
 
     Raises:
@@ -263,7 +265,7 @@ def make_monitor(
     if run.dry_run is not None:
         return None
     if config.monitor.metric_features is None:
-        measure = fingerprint_of_json(["validation loss", model_fingerprint(vae), after])
+        measure = fingerprint_of_json(["validation loss", loss_inputs, after])
         state = start.state.get("monitor")
         return ValidationLoss(run, measure, state, after=after) if config.monitor.looks_for_best else None
     if len(images) < 2:

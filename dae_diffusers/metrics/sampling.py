@@ -4,6 +4,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -371,7 +372,7 @@ def _draw_costs(
 
     def seconds(steps: int) -> float:
         start = time.monotonic()
-        with accelerator.autocast():
+        with accelerator.autocast(), decoding_in_range(sampler.pipeline, accelerator):
             sampler(chosen, len(numbers), generators, **settings.call_kwargs() | {"num_inference_steps": steps})
         return time.monotonic() - start
 
@@ -380,6 +381,26 @@ def _draw_costs(
     _, two, four = map(seconds, _TRIED_STEPS)  # the very first draw warms up
     per_step = max(0.0, four - two) / 2
     return max(0.0, two - 2 * per_step), per_step
+
+
+@contextmanager
+def decoding_in_range(pipeline: DiffusionPipeline, accelerator: Accelerator) -> Iterator[None]:
+    r"""Inside the `with` block, fp16 computes everything but the decoder: numbers inside Stable Diffusion XL's exceed its range."""
+    vae = getattr(pipeline, "vae", None)
+    if accelerator.mixed_precision != "fp16" or vae is None:
+        yield
+        return
+    decode = vae.decode
+
+    def without_autocast(*args, **kwargs):
+        with torch.autocast(accelerator.device.type, enabled=False):
+            return decode(*args, **kwargs)
+
+    vae.decode = without_autocast
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def image_batches(
@@ -396,7 +417,7 @@ def image_batches(
     def batches(chunk: range) -> Iterator[tuple[torch.Tensor, int]]:
         for count, numbers, generators in draws_of(pipeline, chunk, batch_size, settings.seed):
             chosen = None if labels is None else labels[numbers].tolist()
-            with accelerator.autocast():
+            with accelerator.autocast(), decoding_in_range(pipeline, accelerator):
                 images = sampler(chosen, len(numbers), generators, **settings.call_kwargs())
             check_finite(images, "images that the pipeline draws")
             yield images, count

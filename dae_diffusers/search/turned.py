@@ -29,7 +29,8 @@ def write_turned(splits: tuple[ImageDataset, ImageDataset], folder: Path) -> Non
 
 
 def _turned(images: ImageDataset) -> Iterator[dict]:
-    for number in range(min(len(images), _MAX_IMAGES)):
+    images = images.choose(_MAX_IMAGES)
+    for number in range(len(images)):
         levels = ((images[number]["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
         for turn in range(len(TURNS)):
             pixels = torch.rot90(levels, turn, dims=(1, 2)).permute(1, 2, 0).contiguous().numpy()
