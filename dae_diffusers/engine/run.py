@@ -18,7 +18,6 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, b
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
-from dae_diffusers.console import num_cores
 from dae_diffusers.data.configuration import DEFAULT_CHANNELS, DEFAULT_RESOLUTION
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.engine.batches import TrainingBatches
@@ -32,7 +31,7 @@ from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
-from dae_diffusers.script import show_messages
+from dae_diffusers.script import num_cores, show_messages
 from dae_diffusers.settings import config_text, flags_of, flat
 from dae_diffusers.signals import launcher_pid
 from dae_diffusers.store import read_json_or, write_atomically, write_json
