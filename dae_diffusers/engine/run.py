@@ -159,6 +159,11 @@ class TrainingRun:
             logger.warning("no checkpoint in %s yet: starting at step 0.", self.checkpointer.folder)
         return found
 
+    @property
+    def resumed_state(self) -> dict[str, Any]:
+        r"""What the run put into the checkpoint that it goes on from; empty for a new run."""
+        return {} if self.resumed is None else self.resumed[1]["state"]
+
     def find_start(
         self,
         inputs: dict[str, str],
