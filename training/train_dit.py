@@ -29,7 +29,8 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.engine.loop import Loop
-from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
+from dae_diffusers.engine.plan import TRAINING_IMAGES
+from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
@@ -376,7 +377,7 @@ def find_start(
             inputs["the `guidance_transformer` of the distilled one"] = model_fingerprint(objective.guide)
     return run.find_start(
         inputs=inputs,
-        plan=plan | held_out_settings(data),
+        settings=plan | held_out_settings(data),
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
         classes=data.id2label,

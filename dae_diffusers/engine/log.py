@@ -139,7 +139,7 @@ class RunLog:
     def load_state(self, sums: dict[str, float], counts: dict[str, int]) -> None:
         r"""Continues from a [`state`]."""
         self._sums = {k: torch.tensor(v, device=self.accelerator.device) for k, v in sums.items()}
-        self._counts = counts
+        self._counts = dict(counts)
 
     def _over_processes(self) -> dict[str, torch.Tensor]:
         """Sum and count of each value, as a process has them on average."""
