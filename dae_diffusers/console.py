@@ -106,6 +106,8 @@ def _launch(argv: list[str]) -> None:
     """
     from accelerate.commands import launch
 
+    from dae_diffusers.script import num_cores
+
     logging.getLogger(launch.__name__).addFilter(lambda record: not record.getMessage().startswith(_UNASKED))
     arguments = launch.launch_command_parser().parse_args(argv)
     has_threads = arguments.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in os.environ
@@ -142,13 +144,6 @@ def _launch(argv: list[str]) -> None:
         if code is None:
             raise
         raise SystemExit(code) from None
-
-
-def num_cores() -> int:
-    r"""Number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _exit_code_of(error: Exception) -> int | None:

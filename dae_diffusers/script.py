@@ -102,6 +102,13 @@ def as_typed(text: str, is_command: bool | None = None) -> str:
     return _SCRIPT.sub(lambda match: f"dae-diffusers {match[1].replace('_', '-')}", text)
 
 
+def num_cores() -> int:
+    r"""Number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _keep_interrupts() -> None:
     """A Ctrl-C that comes while Python runs a destructor, or ends, would be printed with a stack, and forgotten."""
     previous = sys.unraisablehook

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "dae_diffusers"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dae_diffusers"
+MAPPED = (ROOT / "training", ROOT / "pipelines")  # installed as parts of the package
 LOSSES = sorted(PACKAGE.glob("losses/*.py"))
+READERS_OF_FLAGS = ("comparison", "search")  # they check flags of the scripts that they start
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -21,13 +24,32 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def parts_with_imports() -> Iterator[tuple[str, set[str]]]:
+    """Each file's part of the package, such as `losses`, and `part.module.name` of all that it imports from other parts."""
+    for root in (PACKAGE, *MAPPED):
+        for path in root.rglob("*.py"):
+            part = root.name if root in MAPPED else path.relative_to(root).parts[0].removesuffix(".py")
+            names = {name.partition(".")[2] for name in imports_of(path) if name.startswith("dae_diffusers.")}
+            yield part, {name for name in names if name.split(".")[0] != part}
+
+
 def test_no_two_parts_of_the_library_want_each_other():
     wanted: dict[str, set[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        names = [name.split(".")[1] for name in imports_of(path) if name.startswith("dae_diffusers.")]
-        wanted.setdefault(part, set()).update(name for name in names if name != part)
-    assert "losses" in list(TopologicalSorter(wanted).static_order())  # raises CycleError with the parts of a circle
+    for part, names in parts_with_imports():
+        others = {name.split(".")[0] for name in names} - ({"training"} if part in READERS_OF_FLAGS else set())
+        wanted.setdefault(part, set()).update(others)
+    assert {"losses", "pipelines", "training"} <= wanted.keys()
+    list(TopologicalSorter(wanted).static_order())  # raises CycleError with the parts of a circle
+
+
+def test_nothing_imports_a_script_or_the_command():
+    imports = [(part, *name.split(".")) for part, names in parts_with_imports() for name in names]
+    above = {(part, *name[:2]) for part, *name in imports if name[0] in ("training", "console")}
+    assert above == {(part, "training", "settings") for part in ("console", *READERS_OF_FLAGS)}
+
+
+def test_pipelines_import_nothing_of_ours_but_each_other():
+    assert not any(names for part, names in parts_with_imports() if part == "pipelines")
 
 
 @pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)

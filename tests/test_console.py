@@ -10,6 +10,7 @@ from scripts import BARE_DAE, checkpoints, in_child
 
 import dae_diffusers
 from dae_diffusers import console
+from dae_diffusers.script import num_cores
 
 CONSOLE = [sys.executable, "-m", "dae_diffusers.console"]
 
@@ -35,7 +36,7 @@ def test_one_process_takes_the_place_of_the_command_and_keeps_its_flags(monkeypa
     assert environment["DAE_DIFFUSERS_COMMAND"].endswith(
         "--mixed_precision bf16 train-dae --dataset_name digits --output_dir 'my run'"
     )
-    assert int(environment["OMP_NUM_THREADS"]) == console.num_cores()
+    assert int(environment["OMP_NUM_THREADS"]) == num_cores()
     out, err = capsys.readouterr()
     assert (out, err) == ("", "")
     assert command_of(monkeypatch, "train_dae", *flags)[0][1] == "dae_diffusers.training.train_dae"

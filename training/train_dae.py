@@ -27,7 +27,8 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, StreamedImages, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.engine.loop import Loop
-from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
+from dae_diffusers.engine.plan import TRAINING_IMAGES
+from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import STARTED_FROM, DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
@@ -141,7 +142,7 @@ def find_start(
         more, plan = fit.inputs(), fit.plan()
     return run.find_start(
         inputs={TRAINING_IMAGES: images.fingerprint, **more},
-        plan=plan | held_out_settings(images),
+        settings=plan | held_out_settings(images),
         counts={
             **count_images(images),
             "held_out_images": len(validation_images),

@@ -29,7 +29,8 @@ from dae_diffusers.autoencoders.loading import (
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, count_images, describe_size, held_out_settings, load_images
 from dae_diffusers.engine.loop import Loop
-from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
+from dae_diffusers.engine.plan import TRAINING_IMAGES
+from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
@@ -209,7 +210,7 @@ def measure_statistics(run: TrainingRun, vae: AutoencoderKL, data: Dataset, orig
     returns what its config says then. Published ones that scale latents to another deviation than 1 do not count.
     """
     # A run goes on with the statistics that it began with, whatever the autoencoder of a finished stage 2 has by then.
-    kept = None if run.resumed is None else run.resumed[1]["state"].get("latent_statistics")
+    kept = run.resumed_state.get("latent_statistics")
     if kept is not None:
         set_statistics(vae, kept)
         return kept
@@ -227,7 +228,7 @@ def find_origin(run: TrainingRun) -> WarmStart | None:
     """What the transformer starts from, read from the checkpoint if the run goes on; None for a new transformer."""
     name = run.config.transformer.pretrained_model_name_or_path
     if run.resumed is not None:
-        state = run.resumed[1]["state"].get("warm_start")
+        state = run.resumed_state.get("warm_start")
         return None if state is None else WarmStart.from_state(state)
     return None if name is None else WarmStart.load(name)
 
@@ -384,7 +385,7 @@ def find_start(
             inputs["the `guidance_transformer` of the distilled one"] = model_fingerprint(objective.guide)
     return run.find_start(
         inputs=inputs,
-        plan=plan | held_out_settings(data),
+        settings=plan | held_out_settings(data),
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
         classes=data.id2label,
@@ -446,7 +447,7 @@ def find_conditions(
         return None
     known = None if origin is None else origin.conditions
     if run.resumed is not None:
-        known = run.resumed[1]["state"].get("conditions")
+        known = run.resumed_state.get("conditions")
     conditions, cache = Conditions(images, spatial_factor(vae), known), run.config.transformer.latent_cache
     logger.info("images are also drawn from %s", ", ".join(conditions.config))
     if cache is not None and run.dry_run is None:

@@ -24,7 +24,8 @@ from dae_diffusers.autoencoders.loading import is_vq, settle_images, spatial_fac
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, count_images, describe_size, load_images
 from dae_diffusers.engine.loop import Loop
-from dae_diffusers.engine.run import TRAINING_IMAGES, Start, TrainingRun
+from dae_diffusers.engine.plan import TRAINING_IMAGES
+from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
@@ -113,7 +114,7 @@ def find_start(run: TrainingRun, prior: LlamaForCausalLM, images: ImageDataset, 
     sizes = ("num_layers", "num_attention_heads", "attention_head_dim")
     return run.find_start(
         inputs={TRAINING_IMAGES: images.fingerprint, "the codes of `--vae`": prior.config.code_fingerprint},
-        plan={name: getattr(run.config.prior, name) for name in sizes}
+        settings={name: getattr(run.config.prior, name) for name in sizes}
         | {"post_hoc_ema": run.config.post_hoc.post_hoc_ema or None},
         counts={**count_images(images), "parameters": num_parameters},
         steps={"max_train_steps": steps},

@@ -18,7 +18,6 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, b
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
-from dae_diffusers.console import num_cores
 from dae_diffusers.data.configuration import DEFAULT_CHANNELS, DEFAULT_RESOLUTION
 from dae_diffusers.data.loaders import make_pass_loader
 from dae_diffusers.engine.batches import TrainingBatches
@@ -27,20 +26,20 @@ from dae_diffusers.engine.distributed import PROCESS_GROUP, describe_hardware, s
 from dae_diffusers.engine.dry_run import DryRun
 from dae_diffusers.engine.guard import NonFiniteGuard
 from dae_diffusers.engine.log import RunLog, read_log
+from dae_diffusers.engine.plan import Plan
 from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.engine.settings import RunConfig, steps_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
-from dae_diffusers.script import show_messages
+from dae_diffusers.script import num_cores, show_messages
 from dae_diffusers.settings import config_text, flags_of, flat
 from dae_diffusers.signals import launcher_pid
 from dae_diffusers.store import read_json_or, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
-TRAINING_IMAGES = "the training images"  # an input of a run, by the name in its checkpoints
 _WAIT_HINT = ": raise `--dataloader_num_workers`, or train from cached latents"
 _VERSIONS = ("dae-diffusers", "torch", "diffusers", "accelerate", "datasets")
 
@@ -83,6 +82,8 @@ class TrainingRun:
         log ([`~dae_diffusers.engine.log.RunLog`]): Means, curves, grids, trackers.
         batches ([`~dae_diffusers.engine.batches.TrainingBatches`]): The training batches.
         output_dir, folder (`Path`): Folder of the results, and folder of the script's own files.
+        plan ([`~dae_diffusers.engine.plan.Plan`]): What the run must keep when it goes on. [`find_start`] sets it.
+        counts (`dict[str, int]`): Numbers for `run.json` and the model card. [`find_start`] sets them.
 
     Raises:
         UserError: If the folder holds another run, is in use, or cannot be written.
@@ -121,9 +122,10 @@ class TrainingRun:
         if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
             self._publisher = Publisher(config.hub, self.output_dir, self.folder)
         self._record: dict[str, Any] | None = None
-        self._classes: list[str] | None = None
-        self._images_changed: list[int] = []  # steps at which a resumed run went on with other images
         self._started = time.monotonic()
+        # `find_start` sets these.
+        self.plan: Plan
+        self.counts: dict[str, int]
 
     @property
     def images_per_step(self) -> int:
@@ -139,7 +141,7 @@ class TrainingRun:
     @property
     def last_step(self) -> int:
         r"""Optimiser steps of all stages together, once [`find_start`] knows them."""
-        return sum(self._plan["steps"].values())
+        return self.plan.last_step
 
     @property
     def num_images(self) -> int | None:
@@ -160,10 +162,15 @@ class TrainingRun:
             logger.warning("no checkpoint in %s yet: starting at step 0.", self.checkpointer.folder)
         return found
 
+    @property
+    def resumed_state(self) -> dict[str, Any]:
+        r"""What the run put into the checkpoint that it goes on from; empty for a new run."""
+        return {} if self.resumed is None else self.resumed[1]["state"]
+
     def find_start(
         self,
         inputs: dict[str, str],
-        plan: dict[str, Any],
+        settings: dict[str, Any],
         counts: dict[str, int],
         steps: dict[str, int],
         *,
@@ -176,7 +183,7 @@ class TrainingRun:
 
         Args:
             inputs (`dict[str, str]`): Fingerprints of the run's inputs, such as its images, by name.
-            plan (`dict`): Settings that determine the model, by name; a resumed run must have the same, and images of the same size.
+            settings (`dict`): Settings that determine the model, by name; a resumed run must have the same, and images of the same size.
             counts (`dict[str, int]`): Numbers for `run.json` and the model card, such as `training_images`.
             steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
             may_lack (`Collection[str]`, *optional*): Names of inputs that checkpoints of earlier versions do not know.
@@ -185,39 +192,39 @@ class TrainingRun:
         Raises:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
-        self._inputs, self.counts = inputs, counts
-        data = self.config.data
+        data, self.counts = self.config.data, counts
         of_images = {"resolution": data.resolution, "balance_classes": data.balance_classes or None, "pad": data.pad}
-        plan = plan | of_images
-        self._classes = None if classes is None else list(classes.values())
-        self._plan = {"settings": plan, "steps": steps, "images_per_step": self.images_per_step}
+        names = None if classes is None else list(classes.values())
+        self.plan = Plan(settings | of_images, steps, self.images_per_step, inputs, names)
         if self.resumed is None:
             return Start()
         path, manifest = self.resumed
-        step, state = manifest["step"], manifest["state"]
-        inputs_before, plan_before = state.pop("inputs", inputs), state.pop("plan", None)
-        self._images_changed, classes_before = state.pop("images_changed", []), state.pop("classes", None)
-        if self._check_inputs(inputs, inputs_before, classes_before, path):
-            self._images_changed.append(step)
-        if self.config.optimization.num_train_epochs is not None:
-            check_passes(self._plan, plan_before or {}, path)
-        check_plan(self._plan, plan_before, step, path, self.config.optimization.num_train_epochs)
-        for name in sorted((inputs.keys() ^ inputs_before.keys()) - set(may_lack)):
-            was, now = ("without", "has") if name in inputs else ("with", "lacks")
-            raise UserError(
-                f"{path} was trained {was} {name}, which this run {now}. Continue with the same, or train in another `output_dir`."
-            )
+        before = Plan.from_state(manifest["state"], default=self.plan)
+        self.plan = self.plan.resume(
+            before,
+            path,
+            manifest["step"],
+            accepts_images=self.config.run.accept_changed_images,
+            is_stream=data.streaming,
+            num_epochs=self.config.optimization.num_train_epochs,
+            may_lack=may_lack,
+        )
         logger.info("resuming from %s", path)
-        planned, total = sum((plan_before or {}).get("steps", steps).values()), sum(steps.values())
-        if planned != total:
+        if before.last_step != self.last_step:
             logger.info(
                 "the run ends after %d steps instead of %d; from here on the learning rate follows the schedule for the new length",
-                total,
-                planned,
+                self.last_step,
+                before.last_step,
             )
-        self.guard.skipped = state.pop("skipped", 0)
-        self.log.load_state(state.pop("log_sums"))
-        self.batches.load_state(state.pop("stream", None))
+        self._restore(manifest)
+        return Start(path, manifest["step"], manifest["state"])
+
+    def _restore(self, manifest: dict[str, Any]) -> None:
+        """Gives guard, log and batches what they have put into the checkpoint. Warns if another number of processes has made it."""
+        state = manifest["state"]
+        self.guard.skipped = state.get("skipped", 0)
+        self.log.load_state(state["log_sums"])
+        self.batches.load_state(state.get("stream"))
         if manifest["num_processes"] != self.accelerator.num_processes:
             logger.warning(
                 "the checkpoint comes from %d processes, this run has %d. The result stays the same, up to rounding, only if "
@@ -225,40 +232,6 @@ class TrainingRun:
                 manifest["num_processes"],
                 self.accelerator.num_processes,
             )
-        return Start(path, step, state)
-
-    def _check_inputs(
-        self, inputs: dict[str, str], before: dict[str, str], classes_before: list[str] | None, path: Path
-    ) -> bool:
-        """Refuses inputs that have changed since a checkpoint. Returns whether the images have, and may."""
-        # A stream has a position in its files.
-        accepts = self.config.run.accept_changed_images and not self.config.data.streaming
-        changed = [name for name, value in before.items() if inputs.get(name, value) != value]
-        for name in changed:
-            hint = ""
-            if name == TRAINING_IMAGES and accepts:
-                continue
-            if name == TRAINING_IMAGES and not self.config.data.streaming:
-                hint = " To go on with the new ones, pass `accept_changed_images`."
-            elif accepts and TRAINING_IMAGES in changed:
-                hint = " `accept_changed_images` accepts images alone, without captions or conditions of their own."
-            raise UserError(
-                f"{name} changed since {path} was saved (fingerprint {inputs[name]}, was {before[name]}). Continue "
-                f"with the same, or train in another `output_dir`.{hint}"
-            )
-        if not changed:
-            return False
-        if classes_before not in (None, self._classes):
-            raise UserError(
-                f"the classes changed since {path} was saved: they were {classes_before} and are {self._classes}. "
-                "`accept_changed_images` takes other images of the same classes."
-            )
-        logger.warning(
-            "the training images changed since %s was saved: from here on the run learns from the new ones. Without a validation "
-            "split of their own, others are held out now, some of which it may have seen.",
-            path,
-        )
-        return True
 
     def begin(self, step: int) -> None:
         r"""
@@ -276,7 +249,7 @@ class TrainingRun:
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
                 "counts": self.counts,
-                **({"images_changed": self._images_changed} if self._images_changed else {}),
+                **({"images_changed": self.plan.images_changed} if self.plan.images_changed else {}),
                 "local_data": self.config.data.is_local,
                 "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
             }
@@ -296,12 +269,9 @@ class TrainingRun:
         self.checkpointer.save(
             step,
             averages=averages,
-            inputs=self._inputs,
-            plan=self._plan,
             skipped=self.guard.skipped,
-            images_changed=self._images_changed,
-            classes=self._classes,
             stream=self.batches.state(),
+            **self.plan.state(),
             **self.log.state(),
             **state,
         )
@@ -466,78 +436,6 @@ def start_messages(accelerator: Accelerator) -> None:
             threads,
             threads,
         )
-
-
-def check_passes(plan: dict[str, Any], before: dict[str, Any], checkpoint: Path) -> None:
-    r"""Raises `UserError` if a run of `num_train_epochs` has another number of images in a step than its checkpoint, and so other passes."""
-    now, was = plan["images_per_step"], before.get("images_per_step", plan["images_per_step"])
-    if now != was:
-        steps = " and ".join(f"`{name} {number}`" for name, number in before["steps"].items())
-        raise UserError(
-            f"{checkpoint} was trained with {was} images in a step, but now they are {now}, so `num_train_epochs` would be another number "
-            "of passes. Keep the product of `train_batch_size`, `gradient_accumulation_steps` and processes, or give steps instead of "
-            f"passes: they were {steps}."
-        )
-
-
-def check_plan(
-    plan: dict[str, Any], before: dict[str, Any] | None, step: int, checkpoint: Path, num_epochs: float | None = None
-) -> None:
-    r"""
-    Checks that a run may continue from a checkpoint: with the same settings, the same steps of finished stages, and at least as
-    many steps of the current stage as the checkpoint has done.
-
-    Args:
-        plan (`dict`): `settings` that must stay, by name; `steps` of each stage, in order, by the name of the setting.
-        before (`dict`, *optional*): The plan of the checkpoint; None if it does not record one.
-        step (`int`): Optimiser steps that the checkpoint has done.
-        checkpoint (`Path`): The checkpoint, for the message.
-        num_epochs (`float`, *optional*): The passes that the steps come from, for the message.
-
-    Raises:
-        UserError: If it may not. The message says what the checkpoint has done, and what may change.
-    """
-    settings, steps = plan["settings"], plan["steps"]
-    before = before or {"settings": {}, "steps": {}}
-    for name, value in before["settings"].items():
-        if name in settings and settings[name] != value:
-            was, again = (
-                (f"without `{name}`", "without it")
-                if value is None
-                else (f"with `{name}` {_as_typed(value)}", f"with {_as_typed(value)}")
-            )
-            now = "left out" if settings[name] is None else _as_typed(settings[name])
-            raise UserError(
-                f"{checkpoint} was trained {was}, but now it is {now}. Continue {again}, or train in another `output_dir`."
-            )
-    begins, began = next(iter(steps)), next(iter(before["steps"]), None)
-    if began not in (begins, None):
-        raise UserError(
-            f"{checkpoint} began with `{began}`, but this run begins with `{begins}`. Train in another `output_dir`."
-        )
-    give, go_on = "Give", "Continue"
-    if num_epochs is not None:
-        leave_out = f"Leave out `num_train_epochs` {num_epochs:g}, which says so, and"
-        give, go_on = f"{leave_out} give `{{}}` of", f"{leave_out} continue"
-    first = 0  # step at which a stage begins
-    for position, (name, number) in enumerate(steps.items()):
-        planned, is_last = before["steps"].get(name, number), position == len(steps) - 1
-        if step > first + planned and not is_last:  # the stage is over
-            if number != planned:
-                raise UserError(
-                    f"{checkpoint} has done {step} steps and has finished the stage of `{name}` {planned}, but now it is {number}. "
-                    f"{go_on} with {planned}, since only an unfinished stage may get more steps, or train in another `output_dir`."
-                )
-        elif first <= step and number < step - first:
-            raise UserError(
-                f"{checkpoint} has done {step} steps, {step - first} of them of `{name}`, but now `{name}` is {number}. "
-                f"{give.format(name)} at least {step - first} to continue, or train in another `output_dir`."
-            )
-        first += number
-
-
-def _as_typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _seconds_before(path: Path) -> float:

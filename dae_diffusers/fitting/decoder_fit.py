@@ -431,9 +431,8 @@ class DecoderFit:
 
     def _find_started_from(self) -> str:
         """Fingerprint of the autoencoder that was given. A finished run has put its own decoder there, and says beside it what was given."""
-        config, resumed = self.run.config, self.run.resumed
+        config, known = self.run.config, self.run.resumed_state.get("inputs", {})
         name = config.autoencoder.pretrained_model_name_or_path or config.stages.pipeline
-        known = {} if resumed is None else resumed[1]["state"].get("inputs", {})
         recorded = read_fit(name).get("started_from")
         if recorded is not None and recorded == known.get(STARTED_FROM):
             return recorded
