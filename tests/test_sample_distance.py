@@ -101,11 +101,12 @@ def test_best_of_another_measure_no_longer_counts(change, watched, inputs, tmp_p
 
 
 def test_patience_ends_a_run_for_good(inputs, tmp_path, caplog):
-    flags = FLAGS.replace("--max_train_steps 6", "--max_train_steps 40") + " --learning_rate 0.3"
+    flags = FLAGS.replace("--max_train_steps 6", "--max_train_steps 40") + " --learning_rate 0.3 --logging_steps 40"
     run(train_dit, flags + " --early_stopping_patience 2", output_dir=tmp_path, **inputs)
     found = distances(tmp_path)
     last = max(found)
     assert last < 40 and min(found, key=found.get) == last - 4
+    assert [row["step"] for row in log_of(tmp_path, "train_dit") if "train/loss" in row] == [last]
     assert max(row["step"] for row in log_of(tmp_path, "train_dit")) == last
     again = {"output_dir": tmp_path, "resume_from_checkpoint": "latest", **inputs}
     run(train_dit, flags + " --early_stopping_patience 2", **again)

@@ -219,6 +219,11 @@ def test_resumed_fit_equals_an_uninterrupted_one(fitted, generators, kind, image
     run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint=checkpoint)
     assert_same_weights(weights(fitted[kind] / "pipeline" / "vae"), weights(folder / "pipeline" / "vae"))
     assert log_of(folder, "train_dae_stage3") == log_of(fitted[kind], "train_dae_stage3")
+    shutil.copytree(image_folder, tmp_path / "fewer")
+    next((tmp_path / "fewer").rglob("*.png")).unlink()
+    fewer = {**flags_of(folder, tmp_path / "fewer"), "accept_changed_images": "yes", "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="the training images differ from those that stage 3 began with.*Begin again"):
+        run(train_dae, FIT, **fewer, feature_model=backbone)
     add_to_decoder(folder / "pipeline" / "vae")
     with pytest.raises(UserError, match="the autoencoder that stage 3 starts from changed since"):
         run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint="latest")

@@ -467,19 +467,23 @@ def test_failing_tracker_stops_neither_training_nor_the_others(tmp_path, caplog)
     assert caplog.text.count("the tracker bad failed (ConnectionError: the tracker's server is gone)") == 1
 
 
-def test_values_that_are_not_finite_count_in_no_mean_of_two_processes(tmp_path):
+def test_means_of_two_processes_leave_out_what_is_not_finite_and_go_on_bit_by_bit(tmp_path):
     def action():
         accelerator = Accelerator()
         log, resumed = (RunLog(accelerator, tmp_path, "title", skips_nonfinite=True) for _ in range(2))
-        for loss in (2.0, 4.0) if accelerator.is_main_process else (math.nan, 9.0):
+        first, then = ((2.0, 1e-7), 0.3) if accelerator.is_main_process else ((math.nan, 9.0), 0.7)
+        for loss in first:
             log.add(loss=torch.tensor(loss), never=torch.tensor(math.nan))
-        resumed.load_state(**{name.removeprefix("log_"): value for name, value in log.state().items()})
+        resumed.load_state(log.state()["log_sums"])
         for each in (log, resumed):
+            each.add(loss=torch.tensor(then))
             each.write_means(1)
 
     code, text = in_both_processes(action)
     assert code == 0, text
-    assert read_log(tmp_path) == [{"step": 1, "train/loss": 5.0}] * 2
+    before, after = read_log(tmp_path)
+    assert before == after and before["train/loss"] == pytest.approx((2.0 + 1e-7 + 0.3 + 9.0 + 0.7) / 5)
+    assert "train/never" not in before
 
 
 def test_exploding_loss_stops_before_the_update_and_keeps_the_checkpoint(image_folder, tmp_path):

@@ -98,6 +98,8 @@ def test_all_regularisers_at_once(image_folder, tmp_path):
 def test_training_starts_from_a_published_autoencoder(image_folder, tmp_path, stage):
     """And never from the auxiliary decoder, not even in a run of its own."""
     published = make_autoencoder("none", layers_per_block=2).to_diffusers()
+    given = {"latents_mean": [0.5] * 3, "latents_std": [2.0] * 3} if stage == "2" else {}
+    published.register_to_config(**given)
     published.save_pretrained(tmp_path / "published")
     flags = TINY_DAE + f" --stage {stage} --learning_rate 1e-9 --pretrained_model_name_or_path {tmp_path / 'published'}"
     run(train_dae, flags, train_data_dir=image_folder, output_dir=tmp_path / "run")
@@ -107,8 +109,9 @@ def test_training_starts_from_a_published_autoencoder(image_folder, tmp_path, st
         (tmp_path / "2" / "vae").rename(tmp_path / "run" / "vae")
     config = json.loads((tmp_path / "run" / "vae" / "config.json").read_text())
     assert config["layers_per_block"] == 2
-    if stage == "2":  # its latents are as they were
-        assert config["latents_mean"] is None and config["scaling_factor"] == published.config.scaling_factor != 1
+    if stage == "2":  # its latents are as they were, and generators know them by these numbers
+        assert {name: config[name] for name in given} == given
+        assert config["scaling_factor"] == published.config.scaling_factor != 1
     else:
         assert len(config["latents_mean"]) == 3 and config["scaling_factor"] == 1
     before, after = weights(tmp_path / "published"), weights(tmp_path / "run" / "vae")

@@ -264,8 +264,16 @@ class DecoderFit:
         Args:
             start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
             validate (`Callable`): Measures the autoencoder as it is.
+
+        Raises:
+            UserError: If the training images are others than at the beginning.
         """
         run, settings, device = self.run, self.settings, self.accelerator.device
+        if start.checkpoint is not None and start.step in run.plan.images_changed:
+            raise UserError(
+                f"the training images differ from those that stage 3 began with, and it compares with their moments. Begin again: remove "
+                f"{run.folder}, or give another `output_dir`."
+            )
         run.begin(start.step)
         drawn = draw_latents(
             self.pipeline.to(device),
