@@ -485,7 +485,7 @@ def test_velocity_scale_is_measured_and_becomes_the_default(pipeline, images, tm
     assert "velocity_scale" not in setting.given()
     check_options(sampling, Sampler(again))
     again.is_flow_matching = False
-    with pytest.raises(UserError, match="`--velocity_scale` means nothing to DAEDiTPipeline"):
+    with pytest.raises(UserError, match="`velocity_scale` means nothing to DAEDiTPipeline"):
         check_options(sampling, Sampler(again))
 
 

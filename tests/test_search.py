@@ -381,7 +381,8 @@ def test_results_of_another_run_are_not_replaced(tmp_path):
 @pytest.mark.parametrize(("counts", "num_images"), [((48, 24), 9), ((9, 24), 48), ((48, 1), 48)])
 def test_too_few_images_are_named_before_anything_is_trained(counts, num_images, tmp_path):
     judge = load_feature_extractor(save_backbone(tmp_path / "judge", "classifier"))
-    with pytest.raises(UserError, match="the judge needs at least 10 of the first and the last and 2 of the second"):
+    seen = f"{counts[0]} training, {counts[1]} validation and `num_images` {num_images}"
+    with pytest.raises(UserError, match=f"too few images to compare: {seen}, but at least 10, 2 and 10 are needed"):
         check_enough_images(judge, *map(range, counts), num_images)
     check_enough_images(judge, range(48), range(24), 48)
 

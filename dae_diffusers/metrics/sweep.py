@@ -35,6 +35,8 @@ _OTHERS = ("temperature", "top_k", "top_p", "velocity_scale")
 # Images that are drawn for each setting if no number is given, unless there are fewer training images.
 _MAX_DRAWN_IMAGES = 10_000
 
+_FEWEST = 2  # images that have a distance to others
+
 
 def load_and_check(
     config: Any,
@@ -75,7 +77,10 @@ def load_and_check(
     described = validation if sampling.draw_from == "validation" else train
     sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(sampling, described, pipeline))
     check_options(sampling, sampler)
-    check_counts(sampling, sampler, extractor, train, validation)
+    if sampler is not None:
+        warn_of_missing_classes(sampling, sampler, train)
+    if extractor is not None:
+        check_enough_images(extractor, train, validation, sampling.num_images, of_samples=sampler is not None)
     return train, validation, sampler
 
 
@@ -142,56 +147,48 @@ def check_options(sampling: SamplingConfig, sampler: Sampler | None) -> None:
     for name in ("prompt", "temperature", "top_k", "top_p", "velocity_scale"):
         if getattr(sampling, name) is not None and (sampler is None or name not in sampler.accepted):
             whom = "an autoencoder" if sampler is None else type(sampler.pipeline).__name__
-            raise UserError(f"`--{name}` means nothing to {whom}; leave it out.")
+            raise UserError(f"`{name}` means nothing to {whom}; leave it out.")
     for option, name in SWEPT.items() if sampler is not None else ():
         if option not in sampler.accepted and name in changes_of(sampling):
             logger.warning("`--%s` has no effect on what a %s draws.", name, type(sampler.pipeline).__name__)
 
 
-def fewest_images(extractor: FeatureExtractor) -> int:
+def _fewest_samples(extractor: FeatureExtractor) -> int:
     r"""The fewest samples that can be measured: density and coverage have a fifth neighbour, a classifier's score has ten parts."""
     return 6 if extractor.num_classes is None else 10
 
 
 def check_enough_images(
-    extractor: FeatureExtractor, train: ImageDataset, validation: ImageDataset, num_images: int
+    extractor: FeatureExtractor,
+    train: ImageDataset,
+    validation: ImageDataset,
+    num_images: int,
+    *,
+    of_samples: bool = True,
 ) -> None:
-    r"""Raises `UserError`, before anything is trained, if there are fewer images than a judge of samples needs."""
-    needed = fewest_images(extractor)
-    if len(validation) < 2 or min(len(train), num_images) < needed:
+    r"""Raises `UserError` for fewer images than a judge needs: of `num_images` samples, or without `of_samples` of reconstructions alone."""
+    needed = _fewest_samples(extractor) if of_samples else _FEWEST
+    if len(validation) < _FEWEST or min(len(train), num_images) < needed:
         raise UserError(
-            f"there are {len(train)} training and {len(validation)} validation images, and `num_images` is {num_images}: the judge needs at "
-            f"least {needed} of the first and the last and 2 of the second, and says little below some hundreds."
+            f"too few images to compare: {len(train)} training, {len(validation)} validation and `num_images` {num_images}, but at least "
+            f"{needed}, {_FEWEST} and {needed} are needed. Distances mean little below some hundreds."
         )
 
 
-def check_counts(
-    sampling: SamplingConfig,
-    sampler: Sampler | None,
-    extractor: FeatureExtractor | None,
-    train: ImageDataset,
-    validation: ImageDataset,
-) -> None:
-    r"""Raises `UserError` where there are fewer images than the metrics need."""
-    if sampler is not None and sampling.label_sampling != "random" and sampling.num_images < (sampler.num_classes or 0):
+def warn_of_missing_classes(sampling: SamplingConfig, sampler: Sampler, train: ImageDataset) -> None:
+    r"""Logs a warning if the samples do not have all classes, or have some that the images do not have."""
+    if sampling.label_sampling != "random" and sampling.num_images < (sampler.num_classes or 0):
         logger.warning(
             "`--num_images` %d of %d classes: some classes are not drawn. Draw more, or use `--label_sampling random`.",
             sampling.num_images,
             sampler.num_classes,
         )
-    known = getattr(sampler.pipeline, "id2label", None) if sampler is not None else None
+    known = getattr(sampler.pipeline, "id2label", None)
     missing = sorted(set(known.values()) - set(train.id2label.values())) if known and train.id2label else []
     if missing and sampling.label_sampling != "data":
         logger.warning(
             "there are no images of classes that the pipeline draws, such as %r: use `--label_sampling data`, or give images of all.",
             missing[0],
-        )
-    # Distances need two of each.
-    needed = 2 if sampler is None or extractor is None else fewest_images(extractor)
-    if extractor is not None and (len(validation) < 2 or min(len(train), sampling.num_images) < needed):
-        raise UserError(
-            f"there are {len(train)} training and {len(validation)} validation images, and `--num_images` is "
-            f"{sampling.num_images}: metrics in `--features` need at least {needed} of each, and mean little below some hundreds."
         )
 
 
