@@ -28,6 +28,8 @@ from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
+from dae_diffusers.metrics.checks import check_options
+from dae_diffusers.metrics.defaults import set_defaults
 from dae_diffusers.metrics.distances import (
     density_coverage,
     frechet_distance,
@@ -61,7 +63,7 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.metrics.sweep import check_options, set_defaults, swept_settings, what_to_draw
+from dae_diffusers.metrics.sweep import swept_settings, what_to_draw
 from dae_diffusers.metrics.yardstick import as_in_training
 from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate

@@ -21,8 +21,8 @@ from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.locks import FolderLock
+from dae_diffusers.metrics.checks import check_enough_images
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.report import full_commands

@@ -29,18 +29,15 @@ from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_fol
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
+from dae_diffusers.metrics.checks import check_guidance
+from dae_diffusers.metrics.defaults import set_defaults
+from dae_diffusers.metrics.drawings import drawings_of, over_drawings
 from dae_diffusers.metrics.evaluation import sample_metrics, training_features
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
+from dae_diffusers.metrics.preparation import prepare_evaluation
 from dae_diffusers.metrics.report import plot_lengths, table, with_deviation
 from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_sides, load_pipeline
-from dae_diffusers.metrics.sweep import (
-    check_guidance,
-    drawings_of,
-    load_and_check,
-    over_drawings,
-    set_defaults,
-    swept_settings,
-)
+from dae_diffusers.metrics.sweep import swept_settings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.script import run_script, show_messages
@@ -152,7 +149,7 @@ def measure(
     """A row for each length, None for the pipeline as it is, and each setting of guidance and steps."""
     name, sampling, seed = str(Path(config.lengths.folder) / "pipeline"), config.sampling, config.lengths.seed
     check_guidance(sampling, name, pipeline)
-    train, _, sampler = load_and_check(config, seed, pipeline, extractor, accelerator, name=name)
+    train, _, sampler = prepare_evaluation(config, seed, pipeline, [extractor], accelerator, name=name)
     work = {"batch_size": config.lengths.batch_size, "num_workers": config.data.dataloader_num_workers}
     some = train.choose(sampling.num_images)
     training = training_features(extractor, train, some, accelerator, folder=output_dir, **work)

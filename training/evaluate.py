@@ -11,7 +11,6 @@ Give the same command again to continue an interrupted evaluation: finished part
 there, under a hash of what they depend on. You can remove these folders at the end.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +29,10 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.locks import take_folder
+from dae_diffusers.metrics.checks import check_guidance
+from dae_diffusers.metrics.defaults import check_takes_defaults, set_defaults
 from dae_diffusers.metrics.distances import frechet_distance
+from dae_diffusers.metrics.drawings import drawings_of, over_drawings
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     TrainingFeatures,
@@ -48,6 +50,7 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.image_quality import image_measures
 from dae_diffusers.metrics.kept import KeptRows, keep_values
+from dae_diffusers.metrics.preparation import prepare_evaluation
 from dae_diffusers.metrics.report import describe, draw_reconstructions, plot_sweep, save_grids, to_markdown
 from dae_diffusers.metrics.sampling import (
     Sampler,
@@ -60,17 +63,7 @@ from dae_diffusers.metrics.sampling import (
     say_duration,
 )
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.metrics.sweep import (
-    check_guidance,
-    check_judge,
-    check_takes_defaults,
-    drawings_of,
-    is_by_class,
-    load_and_check,
-    over_drawings,
-    set_defaults,
-    swept_settings,
-)
+from dae_diffusers.metrics.sweep import is_by_class, swept_settings
 from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically, write_json
@@ -102,12 +95,11 @@ def main(config: EvaluateConfig) -> None:
     else:
         settle_images(config, vae.eval(), side=sides)
     of = config.evaluation
-    extractor, *others = [*load_judges(config, accelerator.device)] or [None]
-    for name, judge in itertools.product(filter(None, (of.pipeline, of.vae)), others):
-        check_judge(name, judge)
-    train, validation, sampler = load_and_check(
-        config, of.seed, pipeline, extractor, accelerator, name=of.pipeline, vae=of.vae
+    judges = [*load_judges(config, accelerator.device)]
+    train, validation, sampler = prepare_evaluation(
+        config, of.seed, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae
     )
+    extractor, *others = judges or [None]
     evaluation = Evaluation(
         config, accelerator, extractor, vae, train, validation, some=train.choose(config.sampling.num_images)
     )
