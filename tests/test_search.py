@@ -16,11 +16,11 @@ from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import in_child, launched_here, load_benchmark, run
 
-from dae_diffusers.comparison import trials
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.locks import FolderLock
+from dae_diffusers.metrics import drawings
 from dae_diffusers.metrics.checks import check_enough_images
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.search.candidates import read_candidates
@@ -588,8 +588,13 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     ]
     command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
     monkeypatch.setattr(sys, "argv", command)
-    draw, drawn = trials.draw_samples, []
-    monkeypatch.setattr(trials, "draw_samples", lambda *given: drawn.append(given[1].guidance_scale) or draw(*given))
+    draw, drawn = drawings.draw_samples, []
+
+    def counted(pipeline, settings, *given, **options):
+        drawn.append(settings.guidance_scale)
+        return draw(pipeline, settings, *given, **options)
+
+    monkeypatch.setattr(drawings, "draw_samples", counted)
     with launched_here(cpu_seconds=1000.0) as calls:
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)

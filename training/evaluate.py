@@ -32,7 +32,7 @@ from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.checks import check_guidance
 from dae_diffusers.metrics.defaults import check_takes_defaults, set_defaults
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.drawings import drawings_of, over_drawings
+from dae_diffusers.metrics.drawings import drawings_of, measure_drawings, over_drawings
 from dae_diffusers.metrics.evaluation import (
     EncodedImages,
     TrainingFeatures,
@@ -44,7 +44,6 @@ from dae_diffusers.metrics.evaluation import (
     latent_metrics,
     reconstruction_metrics,
     sample_features,
-    sample_metrics,
     training_features,
 )
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
@@ -54,9 +53,7 @@ from dae_diffusers.metrics.preparation import prepare_evaluation
 from dae_diffusers.metrics.report import describe, draw_reconstructions, plot_sweep, save_grids, to_markdown
 from dae_diffusers.metrics.sampling import (
     Sampler,
-    SampleSettings,
     autoencoder_of,
-    draw_samples,
     generation_inputs,
     image_sides,
     load_pipeline,
@@ -261,53 +258,43 @@ class Evaluation:
         all_drawings = [each for settings in sweep for each in drawings_of(settings, number)]
         say_duration(sampler, all_drawings, self.folder / "samples", self.accelerator, self.work["batch_size"])
         for settings in sweep:
-            measured = [self.of_drawing(sampler, each, training) for each in drawings_of(settings, number)]
+            drawings = measure_drawings(
+                sampler.pipeline,
+                settings,
+                self.extractor,
+                training,
+                self.accelerator,
+                folder=self.folder,
+                num_drawings=number,
+                image_shape=self.image_shape,
+                batch_size=self.work["batch_size"],
+                parts=self.parts,
+                of=["generation, copies of all", *self.inputs(self.train, self.some)],
+            )
             given = {
                 name: value
                 for name, value in settings.given().items()
                 if name not in ("prompts", "classes", "conditions", "class_counts")
             }
             given |= {"num_drawings": number} if number > 1 else {}
-            metrics = [compared["metrics"] for compared, _ in measured]
+            metrics = [drawing.metrics for drawing in drawings]
             rows.append(given | over_drawings(metrics, self.extractor.distance_name("g")))
-            every.append([samples for _, samples in measured])
+            every.append([drawing.samples for drawing in drawings])
             if self.accelerator.is_main_process:
                 name = name_of_setting(settings.guidance_scale, settings.num_inference_steps)
                 id2label = getattr(sampler.pipeline, "id2label", None) or self.train.id2label or {}
                 labels = settings.labels(sampler.num_classes) if is_by_class(self.config.sampling, sampler) else None
-                compared, samples = measured[0]
+                first = drawings[0]
                 save_grids(
                     self.folder,
                     name,
-                    samples,
+                    first.samples,
                     labels,
                     compared_for_copies(self.train),
-                    compared["most_alike"],
+                    first.most_alike,
                     id2label,
                 )
         return rows, every, training
-
-    def of_drawing(
-        self, sampler: Sampler, settings: SampleSettings, training: TrainingFeatures
-    ) -> tuple[dict[str, Any], KeptRows]:
-        """The metrics of one drawing and its samples that are most like a training image; and the samples."""
-        samples = draw_samples(
-            sampler.pipeline,
-            settings,
-            self.folder / "samples",
-            self.accelerator,
-            image_shape=self.image_shape,
-            batch_size=self.work["batch_size"],
-        )
-
-        def compare() -> dict[str, Any]:
-            work = {"batch_size": self.work["batch_size"], "folder": self.parts}
-            metrics, nearest = sample_metrics(samples, self.extractor, training, self.accelerator, **work)
-            return {"metrics": metrics, "most_alike": nearest.most_alike()}
-
-        drawn = generation_inputs(sampler.pipeline, settings, self.accelerator)
-        inputs = ["generation, copies of all", *self.inputs(self.train, self.some), drawn]
-        return self.keep(compare, inputs), samples
 
     def add_distances(self, results: dict[str, Any], drawn: list[list[KeptRows]]) -> None:
         """Adds the judge's distances of reconstructions and samples, and of real images in their place, to results of another judge."""
