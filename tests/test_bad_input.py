@@ -293,7 +293,12 @@ TABLE = [
     ("evaluate", "--train_data_dir {images} --vae {vae} --features {vae}", 1, "cannot be loaded"),
     ("evaluate", "--train_data_dir {images} --vae {vae_of_nan}", 1, "hold NaN or infinite values"),
     ("evaluate", "--train_data_dir {zero_bytes} --vae {vae}", 1, "the file has 0 bytes"),
-    ("evaluate", "--train_data_dir {two} --vae {vae} --features {features}", 1, "need at least 2 of each"),
+    (
+        "evaluate",
+        "--train_data_dir {two} --vae {vae} --features {features}",
+        1,
+        "1 training, 1 validation and `--num_images` 1, but at least 2, 2 and 2 are needed",
+    ),
     ("evaluate", "--train_data_dir {images} --vae {vae} --output_dir {file}", 1, "cannot be written"),
 ]
 

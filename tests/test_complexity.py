@@ -77,7 +77,7 @@ def test_finished_pilots_are_not_repeated_and_others_are_added(measured):
         assert [four[2], four[0]] == rows
         assert len({row["validation_loss"] for row in four}) == 4
         few = compose(ComplexityConfig, **changes_of(TINY) | {"num_images": 5})
-        with pytest.raises(UserError, match="`num_images` is 5: the judge needs at least 10 of"):
+        with pytest.raises(UserError, match="`num_images` 5, but at least 10, 2 and 10 are needed"):
             measure_pilots(vae, DATA, few, folder, features=features)
         # Without features only the loss: nothing is trained for it.
         assert [row["validation_loss"] for row in measure_pilots(vae, DATA, TINY, folder)] == [

@@ -28,6 +28,9 @@ from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
+from dae_diffusers.metrics import drawings
+from dae_diffusers.metrics.checks import check_options
+from dae_diffusers.metrics.defaults import set_defaults
 from dae_diffusers.metrics.distances import (
     density_coverage,
     frechet_distance,
@@ -35,6 +38,7 @@ from dae_diffusers.metrics.distances import (
     kernel_distance,
     precision_recall,
 )
+from dae_diffusers.metrics.drawings import measure_drawings
 from dae_diffusers.metrics.evaluation import (
     TrainingFeatures,
     encode_images,
@@ -42,6 +46,7 @@ from dae_diffusers.metrics.evaluation import (
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
+    training_features,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
@@ -61,7 +66,7 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.metrics.sweep import check_options, set_defaults, swept_settings, what_to_draw
+from dae_diffusers.metrics.sweep import swept_settings, what_to_draw
 from dae_diffusers.metrics.yardstick import as_in_training
 from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
 from dae_diffusers.training import evaluate
@@ -270,6 +275,25 @@ def test_samples_of_other_weights_or_settings_are_drawn_anew(pipeline, tmp_path)
     changed = draw_samples(pipeline, SampleSettings(4, 1.0, 1), tmp_path, Accelerator())[:]
     assert not torch.equal(first, changed)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_each_drawing_has_noise_of_its_own_and_is_measured_once(images, extractor, pipeline, tmp_path, monkeypatch):
+    training = training_features(extractor, images, images, Accelerator(), folder=tmp_path)
+    given = (pipeline, SampleSettings(12, 1.0, 1), extractor, training, Accelerator())
+    options = {"folder": tmp_path, "parts": tmp_path / "parts", "of": ["these images"]}
+    one, other = measure_drawings(*given, num_drawings=2, **options)
+    assert one.settings == given[1] and not torch.equal(one.samples[:], other.samples[:])
+    for drawing in (one, other):
+        metrics, nearest = sample_metrics(drawing.samples, extractor, training, Accelerator())
+        assert drawing.metrics == pytest.approx(metrics, rel=1e-6)
+        assert [tuple(pair) for pair in drawing.most_alike] == nearest.most_alike()
+    monkeypatch.setattr(drawings, "sample_metrics", None)
+    again = measure_drawings(*given, num_drawings=2, **options)
+    assert [drawing.metrics for drawing in again] == [one.metrics, other.metrics]
+    monkeypatch.undo()
+    assert measure_drawings(*given, folder=tmp_path / "alone")[0].metrics == pytest.approx(one.metrics, rel=1e-6)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["samples"]  # nothing else is kept unasked
 
 
 def test_what_results_are_kept_under_is_the_same_in_every_process_and_names_the_features(images, extractor, pipeline):
@@ -485,7 +509,7 @@ def test_velocity_scale_is_measured_and_becomes_the_default(pipeline, images, tm
     assert "velocity_scale" not in setting.given()
     check_options(sampling, Sampler(again))
     again.is_flow_matching = False
-    with pytest.raises(UserError, match="`--velocity_scale` means nothing to DAEDiTPipeline"):
+    with pytest.raises(UserError, match="`velocity_scale` means nothing to DAEDiTPipeline"):
         check_options(sampling, Sampler(again))
 
 

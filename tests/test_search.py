@@ -16,13 +16,13 @@ from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import in_child, launched_here, load_benchmark, run
 
-from dae_diffusers.comparison import trials
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.locks import FolderLock
+from dae_diffusers.metrics import drawings
+from dae_diffusers.metrics.checks import check_enough_images
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
 from dae_diffusers.search.report import full_commands
@@ -381,7 +381,8 @@ def test_results_of_another_run_are_not_replaced(tmp_path):
 @pytest.mark.parametrize(("counts", "num_images"), [((48, 24), 9), ((9, 24), 48), ((48, 1), 48)])
 def test_too_few_images_are_named_before_anything_is_trained(counts, num_images, tmp_path):
     judge = load_feature_extractor(save_backbone(tmp_path / "judge", "classifier"))
-    with pytest.raises(UserError, match="the judge needs at least 10 of the first and the last and 2 of the second"):
+    seen = f"{counts[0]} training, {counts[1]} validation and `num_images` {num_images}"
+    with pytest.raises(UserError, match=f"too few images to compare: {seen}, but at least 10, 2 and 10 are needed"):
         check_enough_images(judge, *map(range, counts), num_images)
     check_enough_images(judge, range(48), range(24), 48)
 
@@ -587,8 +588,13 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     ]
     command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
     monkeypatch.setattr(sys, "argv", command)
-    draw, drawn = trials.draw_samples, []
-    monkeypatch.setattr(trials, "draw_samples", lambda *given: drawn.append(given[1].guidance_scale) or draw(*given))
+    draw, drawn = drawings.draw_samples, []
+
+    def counted(pipeline, settings, *given, **options):
+        drawn.append(settings.guidance_scale)
+        return draw(pipeline, settings, *given, **options)
+
+    monkeypatch.setattr(drawings, "draw_samples", counted)
     with launched_here(cpu_seconds=1000.0) as calls:
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)

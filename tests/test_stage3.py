@@ -37,10 +37,10 @@ from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.image_spectrum import log_spectrum
 from dae_diffusers.losses.moments import moment_distance
+from dae_diffusers.metrics.checks import check_judge
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
-from dae_diffusers.metrics.sweep import check_judge
 from dae_diffusers.training import train_dae
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")

@@ -29,18 +29,15 @@ from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_fol
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
-from dae_diffusers.metrics.evaluation import sample_metrics, training_features
+from dae_diffusers.metrics.checks import check_guidance
+from dae_diffusers.metrics.defaults import set_defaults
+from dae_diffusers.metrics.drawings import measure_drawings, over_drawings
+from dae_diffusers.metrics.evaluation import training_features
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
+from dae_diffusers.metrics.preparation import prepare_evaluation
 from dae_diffusers.metrics.report import plot_lengths, table, with_deviation
-from dae_diffusers.metrics.sampling import autoencoder_of, draw_samples, image_sides, load_pipeline
-from dae_diffusers.metrics.sweep import (
-    check_guidance,
-    drawings_of,
-    load_and_check,
-    over_drawings,
-    set_defaults,
-    swept_settings,
-)
+from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pipeline
+from dae_diffusers.metrics.sweep import swept_settings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.script import run_script, show_messages
@@ -150,26 +147,29 @@ def measure(
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
     """A row for each length, None for the pipeline as it is, and each setting of guidance and steps."""
-    name, sampling, seed = str(Path(config.lengths.folder) / "pipeline"), config.sampling, config.lengths.seed
+    of, data, sampling = config.lengths, config.data, config.sampling
+    name = str(Path(of.folder) / "pipeline")
     check_guidance(sampling, name, pipeline)
-    train, _, sampler = load_and_check(config, seed, pipeline, extractor, accelerator, name=name)
-    work = {"batch_size": config.lengths.batch_size, "num_workers": config.data.dataloader_num_workers}
+    train, _, sampler = prepare_evaluation(config, of.seed, pipeline, [extractor], accelerator, name=name)
+    work = {"batch_size": of.batch_size, "num_workers": data.dataloader_num_workers}
     some = train.choose(sampling.num_images)
     training = training_features(extractor, train, some, accelerator, folder=output_dir, **work)
-    shape = (config.data.image_channels, *config.data.size)
     rows = []
     for length in itertools.chain([None], candidates):  # a candidate changes the weights when its turn comes
-        for settings in swept_settings(sampling, seed, sampler, train):
-            each = []
-            for drawing in drawings_of(settings, sampling.num_drawings):
-                at_once = {"batch_size": work["batch_size"]}
-                samples = draw_samples(
-                    pipeline, drawing, output_dir / "samples", accelerator, image_shape=shape, **at_once
-                )
-                each.append(
-                    sample_metrics(samples, extractor, training, accelerator, folder=output_dir / "parts", **at_once)[0]
-                )
-            metrics = over_drawings(each, extractor.distance_name("g"))
+        for settings in swept_settings(sampling, of.seed, sampler, train):
+            drawings = measure_drawings(
+                pipeline,
+                settings,
+                extractor,
+                training,
+                accelerator,
+                folder=output_dir,
+                num_drawings=sampling.num_drawings,
+                image_shape=(data.image_channels, *data.size),
+                batch_size=of.batch_size,
+                parts=output_dir / "parts",
+            )
+            metrics = over_drawings([drawing.metrics for drawing in drawings], extractor.distance_name("g"))
             drawn = {"guidance_scale": settings.guidance_scale, "num_inference_steps": settings.num_inference_steps}
             if settings.velocity_scale is not None:
                 drawn["velocity_scale"] = settings.velocity_scale

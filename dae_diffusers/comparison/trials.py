@@ -18,16 +18,11 @@ from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.engine.precision import use_tf32
-from dae_diffusers.metrics.evaluation import (
-    TrainingFeatures,
-    encode_images,
-    latent_metrics,
-    reconstruction_metrics,
-    sample_metrics,
-)
+from dae_diffusers.metrics.drawings import measure_drawings
+from dae_diffusers.metrics.evaluation import TrainingFeatures, encode_images, latent_metrics, reconstruction_metrics
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.report import sample_grid
-from dae_diffusers.metrics.sampling import SampleSettings, class_counts, draw_samples
+from dae_diffusers.metrics.sampling import SampleSettings, class_counts
 from dae_diffusers.metrics.statistics import reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.settings import compose
@@ -91,12 +86,12 @@ class Ruler:
             seed=1000 + self.seed,
             class_counts=class_counts(loaded, self.train, loaded.null_class),
         )
-        drawn = draw_samples(loaded, settings, folder / "samples", self.accelerator)
-        if grid is not None:
-            sample_grid(drawn, settings.labels(loaded.null_class), loaded.id2label, rows=4).save(grid)
         reference = reference_statistics(self.extractor, self.train, cache_dir=self.reference)
         training = TrainingFeatures(reference, self.seen.features, self.seen.reconstruction_features)
-        return sample_metrics(drawn, self.extractor, training, self.accelerator)[0]
+        (drawing,) = measure_drawings(loaded, settings, self.extractor, training, self.accelerator, folder=folder)
+        if grid is not None:
+            sample_grid(drawing.samples, settings.labels(loaded.null_class), loaded.id2label, rows=4).save(grid)
+        return drawing.metrics
 
 
 def run_trial(trial: Trial, generators: list[str]) -> None:

@@ -17,9 +17,9 @@ from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.comparison.sharing import do_once, is_at_work, share
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.checks import check_enough_images
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.kept import model_fingerprint
-from dae_diffusers.metrics.sweep import check_enough_images
 from dae_diffusers.search.candidates import Candidates, stage1_flags
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner, turns_of
 from dae_diffusers.search.settings import SearchConfig, show_seconds

@@ -14,8 +14,8 @@ from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generato
 from dae_diffusers.data import DataConfig
 from dae_diffusers.engine.settings import warmup_of
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.metrics.defaults import write_defaults
 from dae_diffusers.metrics.report import draw_reconstructions
-from dae_diffusers.metrics.sweep import write_defaults
 from dae_diffusers.search.candidates import stage1_flags
 from dae_diffusers.search.planning import Rung
 from dae_diffusers.store import read_json_or, write_json
