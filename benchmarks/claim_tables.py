@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from experiments.trial import describe_steps, origin_of_latents
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from dae_diffusers.comparison.experiment import describe_steps, origin_of_latents
 from dae_diffusers.comparison.statistics import rank_correlation
 
 # 97.5 % quantiles of Student's t for n - 1 degrees of freedom, n = 2...16; for more seeds the last, which widens the interval.

@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.comparison.experiment import check_same_settings
+from experiments.settings import check_same_settings
+
 from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.comparison.sharing import share
 from dae_diffusers.comparison.statistics import rank_correlation

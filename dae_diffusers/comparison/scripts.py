@@ -25,6 +25,7 @@ _IMPORTED = ("train_dae", "cache_latents", "train_dit")
 _OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _IN_USE, _PATIENCE = "is in use by another run", 60  # seconds
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+_QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 
 
 class ScriptError(UserError):
@@ -86,6 +87,11 @@ def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
             if _IN_USE not in error.reason or time.monotonic() > deadline:
                 raise
             time.sleep(1)
+
+
+def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
+    """The flags that the training scripts share: a run in this folder that goes on if it was interrupted."""
+    return {"output_dir": str(output_dir), "seed": seed, "resume_from_checkpoint": "latest", **_QUIET}
 
 
 def words_of(flags: dict[str, Any]) -> list[str]:
