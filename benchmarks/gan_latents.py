@@ -30,13 +30,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from experiments.settings import choose_data
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.discriminators import PatchDiscriminator
 from dae_diffusers.autoencoders.loading import load_autoencoder, spatial_factor
-from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import ConfigError, UserError

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import PixelFeatures, SpectrumFeatures
@@ -278,7 +277,8 @@ def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_
     assert launched == []
 
 
-def test_data_flags_replace_those_of_the_experiment():
+def test_data_flags_replace_those_of_the_experiment(benchmark):
+    choose_data = benchmark.choose_data
     data = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
     assert choose_data([], data) == data
     assert choose_data(["resolution=32", "dataset_name=my/data"], data | {"dataset_config_name": "full"}) == data | {

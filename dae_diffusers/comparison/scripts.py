@@ -11,10 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dae_diffusers.cli import OF_SOURCE, SOURCES, load_yaml, parse_config, typed_flags
-from dae_diffusers.data import DataConfig
+from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import SCRIPTS
@@ -101,30 +98,6 @@ def words_of(flags: dict[str, Any]) -> list[str]:
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def choose_data(given: list[str], data: dict[str, Any] | None = None) -> dict[str, Any]:
-    r"""
-    Checks flags of the images, and gives them their types.
-
-    Args:
-        given (`list[str]`): Flags as `flag=value`, with values as in YAML.
-        data (`dict`, *optional*): Flags that these replace; a new source of images replaces the old one.
-
-    Raises:
-        ConfigError: For other words, unknown flags, and values that are not allowed.
-    """
-    without_value = [item for item in given if "=" not in item]
-    if without_value:
-        raise ConfigError(f"`--data` takes FLAG=VALUE, not {without_value}.")
-    try:
-        flags = {name: load_yaml(value) for name, _, value in (item.partition("=") for item in given)}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"`--data` cannot be read: {one_line(error)}") from None
-    chosen = {name: value for name, value in (data or {}).items() if not (name in OF_SOURCE and SOURCES & set(flags))}
-    config = DataConfig(**typed_flags(DataConfig, chosen | flags, "the flags of the images"))
-    config.require_source()
-    return {name: getattr(config, name) for name in chosen | flags}
 
 
 def _launch(name: str, words: list[str], log: Path) -> float:
