@@ -427,6 +427,26 @@ def test_gans_on_noise_latents_and_a_prior(tmp_path, monkeypatch, image_folder, 
     assert len(names[0]) == len(names[1]) == len(images) // 2 and not names[0] & names[1]
 
 
+def test_damaged_kept_rows_are_removed_and_those_of_others_refused(tmp_path, caplog):
+    rows = load_benchmark("experiments.rows")
+    path = tmp_path / "new" / "rows.jsonl"
+    assert rows.kept_rows(path) == []
+    for number in range(4):
+        rows.keep_row(path, {"x": number}, f"key{number}")
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert rows.kept_rows(path) == [(f"key{number}", {"x": number}) for number in range(4)]
+    path.write_bytes(
+        whole[0] + whole[1].replace(b'"x": 1', b'"x": 5') + b'{"key": "old", "x": 1}\n' + whole[2] + whole[3][:9]
+    )
+    assert rows.kept_rows(path) == [("key0", {"x": 0}), ("key2", {"x": 2})]
+    assert path.read_bytes() == whole[0] + whole[2]
+    assert len(caplog.messages) == 1 and "2 of 5 rows" in caplog.text
+    path.write_text("a file\nof somebody\n")
+    with pytest.raises(UserError, match="line 1 of"):
+        rows.kept_rows(path)
+    assert path.read_text() == "a file\nof somebody\n"
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of schedulers of diffusers
 def test_solvers_are_compared_on_the_same_noise_and_goes_on(image_folder, tmp_path, capsys):
     script = load_benchmark("solvers")
