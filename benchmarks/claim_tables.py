@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from experiments.statistics import rank_correlation
+from experiments.trial import describe_steps, origin_of_latents
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-
-from dae_diffusers.comparison.experiment import describe_steps, origin_of_latents
-from dae_diffusers.comparison.statistics import rank_correlation
 
 # 97.5 % quantiles of Student's t for n - 1 degrees of freedom, n = 2...16; for more seeds the last, which widens the interval.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

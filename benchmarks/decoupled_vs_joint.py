@@ -50,13 +50,14 @@ from claim_tables import (
     summarize,
     write_runs,
 )
+from experiments.judges import judge_samples
+from experiments.settings import choose_data
+from experiments.training import finished_rows, run_trial
+from experiments.trial import SHARED, Experiment, Trial, check_same_experiment
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import read_yaml
-from dae_diffusers.comparison.experiment import SHARED, Experiment, Trial, check_same_experiment
-from dae_diffusers.comparison.judges import find_features, judge_samples
-from dae_diffusers.comparison.scripts import choose_data
-from dae_diffusers.comparison.trials import finished_rows, run_trial
+from dae_diffusers.comparison.judges import find_features
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.script import run_script

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.comparison.statistics import rank_correlation
-from dae_diffusers.comparison.trials import finished_rows
+from experiments.statistics import rank_correlation
+from experiments.training import finished_rows
+
 from dae_diffusers.complexity.pilots import measure_pilots
 from dae_diffusers.complexity.report import complexity_distance, distance_name
 from dae_diffusers.complexity.settings import ComplexityConfig

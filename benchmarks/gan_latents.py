@@ -30,13 +30,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from experiments.rows import keep_row, kept_rows
+from experiments.settings import choose_data
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.discriminators import PatchDiscriminator
 from dae_diffusers.autoencoders.loading import load_autoencoder, spatial_factor
-from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, ImageDataset, load_images, make_pass_loader
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import ConfigError, UserError
@@ -52,7 +53,7 @@ from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statis
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.script import run_script
-from dae_diffusers.store import keep_row, kept_rows, write_atomically
+from dae_diffusers.store import write_atomically
 
 
 class Generator(nn.Module):

@@ -16,10 +16,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.comparison.experiment import check_same_settings
-from dae_diffusers.comparison.scripts import choose_data
+from experiments.settings import check_same_settings, choose_data
+from experiments.statistics import rank_correlation
+
 from dae_diffusers.comparison.sharing import share
-from dae_diffusers.comparison.statistics import rank_correlation
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.report import table
 from dae_diffusers.script import run_script

@@ -22,12 +22,12 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from experiments.settings import check_same_settings
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from tqdm.auto import tqdm
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.comparison.experiment import check_same_settings
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor

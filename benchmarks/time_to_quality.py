@@ -22,13 +22,13 @@ import torch
 import yaml
 from claim_tables import T_QUANTILES
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from experiments.settings import check_same_settings, choose_data
 from matplotlib.figure import Figure
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.cli import read_yaml
-from dae_diffusers.comparison.experiment import check_same_settings, shared_flags
 from dae_diffusers.comparison.judges import find_features
-from dae_diffusers.comparison.scripts import choose_data, launch_script
+from dae_diffusers.comparison.scripts import launch_script, shared_flags
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.engine.log import read_log
 from dae_diffusers.generators.denoising import flow_scheduler

@@ -320,9 +320,7 @@ def kept_of(path: Path) -> Any:
 
 def keep_json(path: Path, value: Any, of: Any) -> None:
     r"""Like [`keep_tensors`], for any value that JSON can hold, and NaN and infinite numbers. Raises OSError."""
-    of, value = _as_json(of), _as_json(value)
-    kept = {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
-    write_atomically(path, json.dumps(kept, indent=2) + "\n")
+    write_atomically(path, json.dumps(pack(value, of), indent=2) + "\n")
 
 
 def kept_json(path: Path, of: Any = None) -> Any:
@@ -342,52 +340,31 @@ def kept_json(path: Path, of: Any = None) -> Any:
         raise NotKept("is missing", missing=True) from None
     except OSError as error:
         raise NotKept(f"cannot be read ({error.strerror or error})") from None
-    found, value = _kept_value(content)
+    found, value = unpack(content)
     if of is not None and found != _as_json(of):
         raise NotKept("was made from something else", of=found)
     return value
 
 
-def keep_row(path: Path, value: Any, of: Any) -> None:
-    r"""Adds a row to a file. Each row holds the inputs it was made from, and its own checksum. Raises OSError."""
+def pack(value: Any, of: Any) -> dict[str, Any]:
+    r"""A value with the inputs that it was made from, and a checksum: what a kept file, or a row of one, holds as JSON."""
     of, value = _as_json(of), _as_json(value)
-    with path.open("ab") as file:
-        kept = {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
-        file.write(json.dumps(kept).encode() + b"\n")
+    return {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
 
 
-def kept_rows(path: Path) -> list[tuple[Any, Any]]:
-    r"""
-    The rows that [`keep_row`] wrote, in order: the inputs and the values of each. Makes the file's folder. Rows that are damaged or
-    of an older version are removed with one warning, to be made again. A row that a kill has cut short is removed too.
-
-    Raises:
-        UserError: If a line is no row at all. Then the file is not ours, and is left alone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows, whole, damaged = [], [], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(_kept_value(line))
-            whole.append(line)
-        except NotKept as problem:
-            if not line.endswith(b"\n"):
-                continue
-            if not any(name in line for name in (b'"checksum"', b'"values"', b'"key"')):
-                raise UserError(
-                    f"line {number} of {path} is not a row that a script wrote: it {problem}. Remove the line, or give another "
-                    "path."
-                ) from None
-            damaged.append(number)
-    if damaged:
-        logger.warning(
-            "%s: %d of %d rows are damaged or of an older version, the first in line %d. They are made again.",
-            path, len(damaged), len(lines), damaged[0],
-        )  # fmt: skip
-    if len(whole) < len(lines):
-        write_atomically(path, b"".join(whole).decode())
-    return rows
+def unpack(content: bytes) -> tuple[Any, Any]:
+    r"""The inputs and the value in what [`pack`] made, as JSON. Raises NotKept if it is damaged."""
+    try:
+        kept = json.loads(content)
+        if "checksum" not in kept:
+            raise NotKept("was made by an older version, or by something else: it has no checksum")
+        of, value = kept["of"], kept["values"]
+        is_whole = kept["checksum"] == fingerprint_of_json([of, value])
+    except _UNREADABLE as error:
+        raise NotKept(f"is damaged ({one_line(error, 200)})") from None
+    if not is_whole:
+        raise NotKept("is damaged: its content has another checksum than when it was written")
+    return of, value
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
@@ -471,21 +448,6 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
         return tensors, header["of"], header["checksum"]
     except _UNREADABLE:
         raise NotKept("is damaged: its header cannot be read") from None
-
-
-def _kept_value(content: bytes) -> tuple[Any, Any]:
-    """The inputs and the values in a kept file or row."""
-    try:
-        kept = json.loads(content)
-        if "checksum" not in kept:
-            raise NotKept("was made by an older version, or by something else: it has no checksum")
-        of, value = kept["of"], kept["values"]
-        is_whole = kept["checksum"] == fingerprint_of_json([of, value])
-    except _UNREADABLE as error:
-        raise NotKept(f"is damaged ({one_line(error, 200)})") from None
-    if not is_whole:
-        raise NotKept("is damaged: its content has another checksum than when it was written")
-    return of, value
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import PixelFeatures, SpectrumFeatures
@@ -278,7 +277,8 @@ def test_features_are_tried_before_anything_is_trained(benchmark, launched, tmp_
     assert launched == []
 
 
-def test_data_flags_replace_those_of_the_experiment():
+def test_data_flags_replace_those_of_the_experiment(benchmark):
+    choose_data = benchmark.choose_data
     data = {"dataset_name": "digits", "image_channels": 1, "resolution": 16}
     assert choose_data([], data) == data
     assert choose_data(["resolution=32", "dataset_name=my/data"], data | {"dataset_config_name": "full"}) == data | {
@@ -425,6 +425,26 @@ def test_gans_on_noise_latents_and_a_prior(tmp_path, monkeypatch, image_folder, 
     images = load_images(DataConfig(train_data_dir=str(image_folder), resolution=16))[0]
     names = [{half.name_of(n) for n in range(len(half))} for half in benchmark.halves(images)]
     assert len(names[0]) == len(names[1]) == len(images) // 2 and not names[0] & names[1]
+
+
+def test_damaged_kept_rows_are_removed_and_those_of_others_refused(tmp_path, caplog):
+    rows = load_benchmark("experiments.rows")
+    path = tmp_path / "new" / "rows.jsonl"
+    assert rows.kept_rows(path) == []
+    for number in range(4):
+        rows.keep_row(path, {"x": number}, f"key{number}")
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert rows.kept_rows(path) == [(f"key{number}", {"x": number}) for number in range(4)]
+    path.write_bytes(
+        whole[0] + whole[1].replace(b'"x": 1', b'"x": 5') + b'{"key": "old", "x": 1}\n' + whole[2] + whole[3][:9]
+    )
+    assert rows.kept_rows(path) == [("key0", {"x": 0}), ("key2", {"x": 2})]
+    assert path.read_bytes() == whole[0] + whole[2]
+    assert len(caplog.messages) == 1 and "2 of 5 rows" in caplog.text
+    path.write_text("a file\nof somebody\n")
+    with pytest.raises(UserError, match="line 1 of"):
+        rows.kept_rows(path)
+    assert path.read_text() == "a file\nof somebody\n"
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of schedulers of diffusers

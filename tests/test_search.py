@@ -16,7 +16,6 @@ from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import in_child, launched_here, load_benchmark, run
 
-from dae_diffusers.comparison.scripts import choose_data
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.locks import FolderLock
@@ -621,7 +620,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         config = SearchConfig(output_dir=str(folder), candidates=command[2], num_images=12, num_inference_steps=1)
         config.features, data = (
             command[-1],
-            choose_data(command[command.index("--data") + 1 : command.index("--shares")]),
+            benchmark.choose_data(command[command.index("--data") + 1 : command.index("--shares")]),
         )
         search = Search(config, data, read_candidates(config, data))
         first, second, generator, evaluation = full_commands(search, "ordered-2")

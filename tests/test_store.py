@@ -162,25 +162,6 @@ def test_damaged_rows_of_a_log_are_left_out_and_said_once(tmp_path, caplog):
     assert len(caplog.messages) == 1 and f"{len(bad)} of its" in caplog.text and "line 2" in caplog.text
 
 
-def test_damaged_kept_rows_are_removed_and_those_of_others_refused(tmp_path, caplog):
-    path = tmp_path / "new" / "rows.jsonl"
-    assert store.kept_rows(path) == []
-    for number in range(4):
-        store.keep_row(path, {"x": number}, f"key{number}")
-    whole = path.read_bytes().splitlines(keepends=True)
-    assert store.kept_rows(path) == [(f"key{number}", {"x": number}) for number in range(4)]
-    path.write_bytes(
-        whole[0] + whole[1].replace(b'"x": 1', b'"x": 5') + b'{"key": "old", "x": 1}\n' + whole[2] + whole[3][:9]
-    )
-    assert store.kept_rows(path) == [("key0", {"x": 0}), ("key2", {"x": 2})]
-    assert path.read_bytes() == whole[0] + whole[2]
-    assert len(caplog.messages) == 1 and "2 of 5 rows" in caplog.text
-    path.write_text("a file\nof somebody\n")
-    with pytest.raises(UserError, match="line 1 of"):
-        store.kept_rows(path)
-    assert path.read_text() == "a file\nof somebody\n"
-
-
 def test_store_needs_no_torch_to_read_and_write_text():
     subprocess.run(
         [sys.executable, "-c", "import sys, dae_diffusers.store; assert 'torch' not in sys.modules"], check=True

@@ -11,10 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dae_diffusers.cli import OF_SOURCE, SOURCES, load_yaml, parse_config, typed_flags
-from dae_diffusers.data import DataConfig
+from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError, one_line
 from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import SCRIPTS
@@ -25,6 +22,7 @@ _IMPORTED = ("train_dae", "cache_latents", "train_dit")
 _OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _IN_USE, _PATIENCE = "is in use by another run", 60  # seconds
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+_QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 
 
 class ScriptError(UserError):
@@ -88,6 +86,11 @@ def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
             time.sleep(1)
 
 
+def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
+    """The flags that the training scripts share: a run in this folder that goes on if it was interrupted."""
+    return {"output_dir": str(output_dir), "seed": seed, "resume_from_checkpoint": "latest", **_QUIET}
+
+
 def words_of(flags: dict[str, Any]) -> list[str]:
     """Flags as a command line has them."""
     words = []
@@ -95,30 +98,6 @@ def words_of(flags: dict[str, Any]) -> list[str]:
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def choose_data(given: list[str], data: dict[str, Any] | None = None) -> dict[str, Any]:
-    r"""
-    Checks flags of the images, and gives them their types.
-
-    Args:
-        given (`list[str]`): Flags as `flag=value`, with values as in YAML.
-        data (`dict`, *optional*): Flags that these replace; a new source of images replaces the old one.
-
-    Raises:
-        ConfigError: For other words, unknown flags, and values that are not allowed.
-    """
-    without_value = [item for item in given if "=" not in item]
-    if without_value:
-        raise ConfigError(f"`--data` takes FLAG=VALUE, not {without_value}.")
-    try:
-        flags = {name: load_yaml(value) for name, _, value in (item.partition("=") for item in given)}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"`--data` cannot be read: {one_line(error)}") from None
-    chosen = {name: value for name, value in (data or {}).items() if not (name in OF_SOURCE and SOURCES & set(flags))}
-    config = DataConfig(**typed_flags(DataConfig, chosen | flags, "the flags of the images"))
-    config.require_source()
-    return {name: getattr(config, name) for name in chosen | flags}
 
 
 def _launch(name: str, words: list[str], log: Path) -> float:

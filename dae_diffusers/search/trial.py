@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dae_diffusers.autoencoders.loading import check_image_size, load_autoencoder
-from dae_diffusers.comparison.experiment import shared_flags
-from dae_diffusers.comparison.scripts import ScriptError, launch_script
+from dae_diffusers.comparison.scripts import ScriptError, launch_script, shared_flags
 from dae_diffusers.comparison.sharing import do_once
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
 from dae_diffusers.data import DataConfig

@@ -1,22 +1,22 @@
 """
-What an experiment means: a mapping, as a YAML file of `benchmarks/experiments/` holds it.
+What an experiment means: a mapping, as a YAML file beside this one holds it.
 
 *Budgets* say how many steps joint and two-stage training get, *conditions* how the autoencoder is trained, *generators* what is trained
 on its latents. A condition with `latents_of`, `decoder_of` or `fit_of` continues another one.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dae_diffusers.comparison.scripts import shared_flags
 from dae_diffusers.errors import UserError
-from dae_diffusers.store import read_json, write_json
+from dae_diffusers.store import read_json
+from experiments.settings import with_kept
 
 # What all runs of a folder share.
 SHARED = ("data", "features", "num_images", "num_inference_steps", "autoencoder", "transformer")
-_QUIET = {"validation_steps": 10**9, "checkpointing_steps": 10**9, "logging_steps": 100}
 _NOT_FLAGS = ("baselines", "budgets", "decoder_of", "fit_of", "generators", "latents_of", "steps")
 
 Experiment = dict[str, Any]
@@ -79,11 +79,6 @@ class Trial:
         return {"condition": self.condition, "steps": self.folder.parent.name, "seed": self.seed}
 
 
-def shared_flags(output_dir: Path, seed: int) -> dict[str, Any]:
-    """The flags that the training scripts share: a run in this folder that goes on if it was interrupted."""
-    return {"output_dir": str(output_dir), "seed": seed, "resume_from_checkpoint": "latest", **_QUIET}
-
-
 def origin_of_latents(experiment: Experiment, condition: str) -> str:
     """The condition whose encoder and generators this one has: its own, or those that it names, which may name others."""
     options = experiment["conditions"][condition]
@@ -127,30 +122,7 @@ def check_same_experiment(experiment: Experiment, output_dir: Path) -> dict[str,
         not_trained_with = ("baselines", "budgets", "generators", "steps")  # the steps are in the folder's name
         this[f"condition {name}"] = {key: value for key, value in options.items() if key not in not_trained_with}
     this |= {f"generator {name}": options for name, options in experiment["generators"].items()}
-    return _with_kept(kept, this, f"{output_dir} holds runs of another experiment")
-
-
-def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    r"""
-    Keeps what the results of a folder were made with, in a JSON file.
-
-    Raises:
-        UserError: If the file says something else: results of before would be taken for those of these settings.
-    """
-    kept = read_json(path) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, _with_kept(kept, settings, f"{path.parent} holds results of other settings"))
-
-
-def _with_kept(kept: dict[str, Any], this: dict[str, Any], conflict: str) -> dict[str, Any]:
-    """What was kept, and this, as JSON holds it. Raises `UserError` with the words of a conflict if they contradict each other."""
-    this = json.loads(json.dumps(this, default=str))
-    for name in kept.keys() & this.keys():
-        if kept[name] != this[name]:
-            raise UserError(
-                f"{conflict}: `{name}` was {kept[name]} and is {this[name]}. Choose another `--output_dir`."
-            )
-    return kept | this
+    return with_kept(kept, this, f"{output_dir} holds runs of another experiment")
 
 
 def check_finished(condition: str, needed: list[Path]) -> None:
