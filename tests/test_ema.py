@@ -96,6 +96,17 @@ def test_best_length_is_put_into_the_pipeline(best, trained, images, tmp_path, m
     assert (tmp_path / "out" / "lengths.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_options_of_a_prior_become_its_defaults(images, tmp_path):
+    make_plain_vq_model().save_pretrained(tmp_path / "vae")
+    run(train_vqgan_prior, TINY_PRIOR + KEEP, output_dir=tmp_path / "run", vae=tmp_path / "vae", **images)
+    flags = "--resolution 16 --validation_fraction 0.5 --num_images 12 --length 0.1 --temperature 0.8 --set_defaults"
+    run(ema, flags, folder=tmp_path / "run", features="pixels", **images)
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    assert index["default_temperature"] == 0.8 and "default_num_inference_steps" not in index
+    assert index["default_guidance_scale"] is not None
+
+
 def test_weights_of_the_training_are_kept_however_often_others_are_chosen(trained):
     trained_weights = load_file(trained / TRANSFORMER)
     run(ema, "--length 0.05 0.1", folder=trained)

@@ -496,6 +496,28 @@ def test_labels_that_the_images_do_not_give_are_recorded_as_balanced(pipeline, c
     assert setting.label_sampling == "balanced" and "each class is generated equally often" in caplog.text
 
 
+def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_path):
+    def settings(of, **given):
+        sampling = SamplingConfig(num_images=4, **given)
+        return [
+            (each.guidance_scale, each.num_inference_steps) for each in swept_settings(sampling, 0, Sampler(of), images)
+        ]
+
+    assert settings(pipeline) == [(1.0, 25)]
+    own = DAEDiTPipeline(**pipeline.components, default_guidance_scale=1.5, default_num_inference_steps=7)
+    assert settings(own) == [(1.5, 7)]
+    assert settings(own, guidance_scales=[1.0, 3.0]) == [(1.0, 7), (3.0, 7)]
+    own.save_pretrained(tmp_path)
+    row = {"gfd_x": 1.0, "guidance_scale": None, "num_inference_steps": 9}  # as where there is nothing to guide
+    set_defaults(str(tmp_path), [row], "gfd_x")
+    assert settings(DAEDiTPipeline.from_pretrained(tmp_path)) == [(1.5, 9)]
+
+
+def test_flags_that_choose_nothing_are_named(pipeline, caplog):
+    check_options(SamplingConfig(num_images=4, draw_from="validation"), Sampler(pipeline))
+    assert "`--draw_from` has no effect" in caplog.text and "`--label_sampling`" not in caplog.text
+
+
 def test_velocity_scale_is_measured_and_becomes_the_default(pipeline, images, tmp_path):
     sampling = SamplingConfig(num_images=4, velocity_scale=1.1)
     (setting,) = swept_settings(sampling, 0, Sampler(pipeline), images)

@@ -26,6 +26,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
@@ -37,7 +38,7 @@ from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extrac
 from dae_diffusers.metrics.preparation import prepare_evaluation
 from dae_diffusers.metrics.report import plot_lengths, table, with_deviation
 from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pipeline
-from dae_diffusers.metrics.sweep import swept_settings
+from dae_diffusers.metrics.sweep import NOT_SWEPT, SWEPT, swept_settings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.script import run_script, show_messages
@@ -51,6 +52,7 @@ SCRIPTS = {"transformer": "train_dit", "prior": "train_vqgan_prior"}
 
 
 def main(config: EMAConfig) -> None:
+    use_tf32(False)
     accelerator = Accelerator(mixed_precision=config.lengths.mixed_precision or "no", kwargs_handlers=[PROCESS_GROUP])
     show_messages(accelerator.is_main_process)
     folder = Path(config.lengths.folder)
@@ -170,9 +172,8 @@ def measure(
                 parts=output_dir / "parts",
             )
             metrics = over_drawings([drawing.metrics for drawing in drawings], extractor.distance_name("g"))
-            drawn = {"guidance_scale": settings.guidance_scale, "num_inference_steps": settings.num_inference_steps}
-            if settings.velocity_scale is not None:
-                drawn["velocity_scale"] = settings.velocity_scale
+            given = settings.given()
+            drawn = {name: given[name] for name in (*SWEPT, *NOT_SWEPT) if given.get(name) is not None}
             rows.append({"length": length, **drawn, "num_images": settings.num_images, **metrics})
     return rows
 

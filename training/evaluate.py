@@ -24,6 +24,7 @@ from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
 from dae_diffusers.engine.distributed import PROCESS_GROUP
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.checks import check_guidance
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 def main(config: EvaluateConfig) -> None:
     of = config.evaluation
+    use_tf32(False)
     accelerator = Accelerator(mixed_precision=of.mixed_precision or "no", kwargs_handlers=[PROCESS_GROUP])
     show_messages(accelerator.is_main_process)
     folder = Path(of.output_dir)

@@ -92,6 +92,7 @@ def main(config: TrainDiTConfig) -> None:
     objective, scheduler = make_objective(run, origin)
     data = load_data(run, vae, architecture["patch_size"])
     conditioning = find_conditioning(run, data, vae, origin)
+    warn_of_idle_guidance(config, conditioning, data.train)
     statistics = measure_statistics(run, vae, data.train, origin)
     transformer = prepare_transformer(run, origin, architecture, vae, data, conditioning, objective)
     token = spatial_factor(vae) * architecture["patch_size"]
@@ -239,6 +240,17 @@ def architecture_of(config: TrainDiTConfig, origin: WarmStart | None) -> dict[st
     given = {} if name is None else DAEDiTTransformer2DModel.size_kwargs(name)
     given |= config.transformer.instead_of_named()
     return given if origin is None else origin.architecture(given)
+
+
+def warn_of_idle_guidance(config: TrainDiTConfig, conditioning: Conditioning, data: Dataset) -> None:
+    """Says which flags have no effect, because there is nothing that guidance could lead away from."""
+    if data.id2label or conditioning.parts:
+        return
+    given = [name for name in ("class_dropout_prob",) if name in changes_of(config.transformer)]
+    if config.flow.autoguidance_steps is None and config.flow.distill_guidance_scale is None:
+        given += [name for name in ("sample_guidance_scale",) if name in changes_of(config.flow)]
+    for name in given:
+        logger.warning("`--%s` has no effect: the images have no classes, captions or conditions.", name)
 
 
 def plan_of(config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None) -> dict[str, Any]:

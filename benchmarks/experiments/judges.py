@@ -11,6 +11,7 @@ from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.randomness import Stream
 from dae_diffusers.store import read_json, write_json
 from experiments.trial import Trial
 
@@ -42,7 +43,7 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
             latents = draw_latents(
                 pipeline, labels, experiment["num_images"], origin / generator / "drawn", accelerator,
                 guidance_scale=float(scale), num_inference_steps=experiment["num_inference_steps"],
-                seed=1000 + trial.seed, stream=5,
+                seed=1000 + trial.seed, stream=Stream.SAMPLES,
             )  # fmt: skip
             statistics = {name: FeatureStatistics.empty(judge.feature_dim) for name, judge in judges.items()}
             with torch.no_grad():

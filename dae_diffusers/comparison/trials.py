@@ -104,6 +104,8 @@ def train_generator(
         `dict`: Its name, parameters, cost and validation loss.
     """
     options = {**experiment["transformer"], **(experiment["generators"][name] or {}), **more}
+    if experiment["data"].get("balance_classes"):  # the only setting of the images that latents leave open
+        options = {"balance_classes": experiment["data"]["balance_classes"], **options}
     cost = launch_script("train_dit", {**shared_flags(folder, seed), **options, "vae": vae, "latent_cache": latents})
     rows = read_rows(folder / "train_dit" / "log.jsonl")
     transformer = DAEDiTPipeline.from_pretrained(folder / "pipeline").transformer

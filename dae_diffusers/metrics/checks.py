@@ -11,19 +11,22 @@ from dae_diffusers.fit_record import read_fit
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
-from dae_diffusers.metrics.sweep import SWEPT
+from dae_diffusers.metrics.sweep import SWEPT, is_by_class
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import fingerprint, weights_of
 from dae_diffusers.vision import backbone_of
 
 logger = logging.getLogger(__name__)
 
+# What the flags choose from.
+_DRAWN_FROM = {"label_sampling": "classes alone", "draw_from": "captions or conditions"}
+
 _FEWEST = 2  # images that have a distance to others
 
 
 def check_guidance(sampling: SamplingConfig, name: str | None, pipeline: DiffusionPipeline | None) -> None:
     r"""Raises `UserError` if guidance scales are given to a pipeline whose guidance is fixed."""
-    if getattr(pipeline, "is_flow_map", False) and sampling.guidance_scales != [1.0]:
+    if getattr(pipeline, "is_flow_map", False) and sampling.guidance_scales not in (None, [1.0]):
         raise UserError(
             f"{name} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
             "`num_inference_steps 1 2 4 8` shows what steps change."
@@ -64,6 +67,17 @@ def check_options(sampling: SamplingConfig, sampler: Sampler | None) -> None:
     for option, name in SWEPT.items() if sampler is not None else ():
         if option not in sampler.accepted and name in changes_of(sampling):
             logger.warning("`--%s` has no effect on what a %s draws.", name, type(sampler.pipeline).__name__)
+    if sampler is None:
+        return
+    unused = []
+    if not is_by_class(sampling, sampler) or sampler.num_classes is None:
+        unused.append("label_sampling")
+    if is_by_class(sampling, sampler):
+        unused.append("draw_from")
+    for name in (name for name in unused if name in changes_of(sampling)):
+        logger.warning(
+            "`--%s` has no effect: the images of this pipeline are not drawn from %s.", name, _DRAWN_FROM[name]
+        )
 
 
 def _fewest_samples(extractor: FeatureExtractor) -> int:

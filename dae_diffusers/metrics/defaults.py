@@ -39,6 +39,6 @@ def write_defaults(pipeline: Path, **options: float) -> None:
 def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
     r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
     best = min(rows, key=lambda row: row[distance])
-    chosen = {option: best[option] for option in (*SWEPT, *NOT_SWEPT) if option in best}
+    chosen = {option: best[option] for option in (*SWEPT, *NOT_SWEPT) if best.get(option) is not None}
     write_defaults(Path(name), **chosen)
     logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))

@@ -245,7 +245,7 @@ def training_features(
     else:
         of_some = [seen.features, seen.reconstruction_features]
     copied, choice = of_some[0], compared_for_copies(images)
-    if len(some) < len(choice):
+    if len(some) != len(choice):
         copied = image_features(choice, extractor, accelerator, **keep)
     if len(copied) == len(images):
         reference = FeatureStatistics.of(copied)

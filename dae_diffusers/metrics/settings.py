@@ -73,11 +73,16 @@ class SamplingConfig:
         at_least=1,
         needs="pipeline",
     )
-    guidance_scales: list[float] = field(
-        [1.0], "one or more scales of classifier-free guidance to measure", needs="pipeline"
+    guidance_scales: list[float] | None = field(
+        None,
+        "one or more scales of classifier-free guidance to measure; default: the pipeline's own, or 1",
+        needs="pipeline",
     )
-    num_inference_steps: list[int] = field(
-        [25], "one or more numbers of denoising steps to measure", at_least=1, needs="pipeline"
+    num_inference_steps: list[int] | None = field(
+        None,
+        "one or more numbers of denoising steps to measure; default: the pipeline's own, or 25",
+        at_least=1,
+        needs="pipeline",
     )
     set_defaults: bool = field(
         False,

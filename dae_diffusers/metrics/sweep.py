@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 # Options of a pipeline's call that are swept, and the flags with their values.
 SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
+# Their values for a pipeline without defaults of its own.
+_USUAL = {"guidance_scale": 1.0, "num_inference_steps": 25}
 
 # Options that are not swept.
 NOT_SWEPT = ("temperature", "top_k", "top_p", "velocity_scale")
@@ -45,12 +47,17 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
     if label_sampling == "data" and by_class and counts is None and sampler.num_classes:
         label_sampling = "balanced"
         logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
-    sweep = [getattr(sampling, flag) if option in sampler.accepted else [None] for option, flag in SWEPT.items()]
-    others = {}
-    for name in NOT_SWEPT:  # with the pipeline's defaults, because kept samples are known by their settings
-        given = getattr(sampling, name)
-        others[name] = sampler.pipeline.config.get(f"default_{name}") if given is None else given
-    others = {name: value for name, value in others.items() if name in sampler.accepted}
+
+    def value_of(option: str, flag: str) -> Any:
+        """What is given, or the pipeline's default: kept samples are known by their settings."""
+        given = getattr(sampling, flag)
+        return sampler.pipeline.config.get(f"default_{option}") if given is None else given
+
+    sweep = []
+    for option, flag in SWEPT.items():
+        values = value_of(option, flag) or _USUAL[option]
+        sweep.append([None] if option not in sampler.accepted else values if isinstance(values, list) else [values])
+    others = {name: value_of(name, name) for name in NOT_SWEPT if name in sampler.accepted}
     return [
         SampleSettings(
             sampling.num_images,
