@@ -19,6 +19,7 @@ Config = TypeVar("Config")
 
 # These settings belong to a single run: [`flags_of`] leaves them out, since it says how to make the same model elsewhere.
 _OF_ONE_RUN = ("output_dir", "report_to", "push_to_hub", "resume_from_checkpoint", "accept_changed_images", "dry_run")
+_PREFIXES_OF_ONE_RUN = ("hub_", "tracker_")
 
 
 def field(
@@ -245,7 +246,7 @@ def flags_of(config: Any, *, whole_paths: bool = False) -> list[str]:
     values, argv = flat(config), []
     for _, each, default in fields_of(type(config)):
         name, value = each.name, values[each.name]
-        if value == default or name in _OF_ONE_RUN or name.startswith("hub_"):
+        if value == default or name in _OF_ONE_RUN or name.startswith(_PREFIXES_OF_ONE_RUN):
             continue
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no_{name}")

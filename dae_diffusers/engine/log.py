@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from dae_diffusers.plots import plot_curves
-from dae_diffusers.store import read_rows, write_atomically
+from dae_diffusers.store import read_json_or, read_rows, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,15 @@ class RunLog:
         self._marks: dict[str, int] = {}
         self._has_warned = False
 
-    def begin(self, step: int, tracker_project: str, settings: dict[str, Any]) -> None:
-        r"""Drops the rows after `step` from an earlier log, and starts the trackers."""
+    def begin(self, step: int, project: str, name: str, settings: dict[str, Any]) -> None:
+        r"""
+        Drops the rows after `step` from an earlier log, and starts the trackers.
+
+        Args:
+            step (`int`): Where the run begins.
+            project, name (`str`): What trackers call the project and the run in it. A resumed run goes on under its name.
+            settings (`dict`): What they show as the run's settings.
+        """
         if self.accelerator.is_main_process:
             rows = [row for row in read_log(self.folder) if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -50,9 +58,7 @@ class RunLog:
         if self.accelerator.log_with:
             self._guard(
                 lambda: self.accelerator.init_trackers(
-                    tracker_project,
-                    config=settings,
-                    init_kwargs={"wandb": {"dir": str(self.folder)}},  # else it writes into the working directory
+                    project, config=settings, init_kwargs=self._tracker_options(name, is_new=step == 0)
                 )
             )
 
@@ -149,6 +155,21 @@ class RunLog:
                 (total.float(), torch.as_tensor(self._counts[name], dtype=torch.float32, device=total.device))
             )
             for name, total in self._sums.items()
+        }
+
+    def _tracker_options(self, name: str, *, is_new: bool) -> dict[str, dict[str, Any]]:
+        """What each tracker is started with, so that a resumed run goes on in its chart."""
+        path = self.folder / "tracker.json"
+        known = None if is_new else read_json_or(path, {}).get("id")
+        identity = known or uuid.uuid4().hex[:16]
+        if self.accelerator.is_main_process and identity != known:
+            write_json(path, {"id": identity})
+        return {
+            # Without `dir` it writes into the working directory.
+            "wandb": {"name": name, "id": identity, "resume": "allow", "dir": str(self.folder)},
+            "trackio": {"name": f"{name}-{identity[:4]}", "resume": "allow"},
+            "mlflow": {"run_name": name},
+            "swanlab": {"experiment_name": name, "id": identity, "resume": "allow", "logdir": str(self.folder)},
         }
 
     def _guard(self, call: Callable[[], Any], tracker: GeneralTracker | None = None) -> None:

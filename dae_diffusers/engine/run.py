@@ -254,8 +254,12 @@ class TrainingRun:
                 "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
             }
             self._write_record()
-        simple = {k: v for k, v in flat(self.config).items() if isinstance(v, (bool, int, float, str))}
-        self.log.begin(step, self.output_dir.resolve().name, simple)
+        trackers = self.config.run
+        project = trackers.tracker_project_name or os.environ.get("WANDB_PROJECT") or "dae_diffusers"
+        name = trackers.tracker_run_name or f"{self.output_dir.resolve().name}-{self.folder.name}"
+        shown = {name: value for name, value in flat(self.config).items() if value is not None}
+        is_simple = (bool, int, float, str)
+        self.log.begin(step, project, name, {k: v if isinstance(v, is_simple) else str(v) for k, v in shown.items()})
 
     def save_checkpoint(self, step: int, *, averages: dict[str, EMAModel] | None = None, **state: Any) -> None:
         r"""
@@ -402,7 +406,7 @@ def make_accelerator(config: Any, folder: Path) -> Accelerator:
     """
     tracker = None if config.run.dry_run else config.run.report_to
     if tracker not in (None, "all") and find_spec(tracker) is None:
-        raise ConfigError(f"`report_to {tracker}` needs a package: pip install {tracker}")
+        raise ConfigError(f"`report_to {tracker}` needs a package: pip install {tracker.replace('_', '-')}")
     try:
         accelerator = Accelerator(
             kwargs_handlers=[PROCESS_GROUP],

@@ -9,6 +9,21 @@ MAX_SEED = 2**32 - 1  # numpy's
 _WITH_WARMUP = ("constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
 
 
+# Those of accelerate, or all that are installed.
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "swanlab",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "all",
+)
+
+
 @settings
 class OptimizationConfig:
     """Optimisation."""
@@ -90,8 +105,14 @@ class RunConfig:
     )
     logging_steps: int = field(50, "log the mean losses every N steps", at_least=1, advanced=True)
     validation_steps: int = field(500, "validate every N steps, and at the end", at_least=1, advanced=True)
-    report_to: Literal["tensorboard", "wandb", "trackio", "all"] | None = field(
+    report_to: Literal[TRACKERS] | None = field(
         None, "tracker to log to as well; log.jsonl and curves.png are always written", advanced=True
+    )
+    tracker_project_name: str | None = field(
+        None, "project of the tracker; default: `WANDB_PROJECT`, or dae_diffusers", needs="report_to", advanced=True
+    )
+    tracker_run_name: str | None = field(
+        None, "name of the run there; default: the output folder and the script", needs="report_to", advanced=True
     )
 
 

@@ -33,6 +33,8 @@ _NOT_PUBLISHED = (
     "resume_from_checkpoint",
     "accept_changed_images",
     "report_to",
+    "tracker_project_name",
+    "tracker_run_name",
     "logging_steps",
     "checkpoints_total_limit",
 )
