@@ -20,7 +20,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
-from models import make_autoencoder, make_video_autoencoder, save_backbone
+from models import make_autoencoder, make_random_transformer, make_video_autoencoder, save_backbone
 from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -29,6 +29,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics import drawings
+from dae_diffusers.metrics.agreement import ClassAgreement, share_by_class
 from dae_diffusers.metrics.checks import check_options
 from dae_diffusers.metrics.defaults import set_defaults
 from dae_diffusers.metrics.distances import (
@@ -381,10 +382,22 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     assert metrics["authenticity"] == 0 and nearest.indices.tolist() == list(range(len(images)))
 
 
+def test_class_agreement_is_the_share_of_images_that_look_like_the_class_that_was_asked_for():
+    labels = torch.arange(300) % 3
+    features = torch.nn.functional.one_hot(labels).float() + 0.1 * torch.randn(300, 3)
+    agreement = ClassAgreement(features, labels)
+    asked = torch.tensor([0, 0, 1, 2])
+    drawn = features[:3][torch.tensor([0, 1, 1, 0])]  # two of the four are of another class
+    right, wrong = agreement.of([features, drawn], [labels, asked])
+    assert right.all() and wrong.tolist() == [True, False, True, False]
+    assert share_by_class(wrong, asked, 4) == [0.5, 1.0, 0.0, None]
+
+
 def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder, pipeline, tmp_path):
     """The script itself, on 1,797 real digits, to 1e-6."""
     vae = make_autoencoder("none", in_channels=1, out_channels=1).to_diffusers()
-    DAEDiTPipeline(pipeline.transformer, vae, pipeline.scheduler).save_pretrained(tmp_path / "pipeline")
+    transformer = make_random_transformer(num_classes=10)
+    DAEDiTPipeline(transformer, vae, pipeline.scheduler).save_pretrained(tmp_path / "pipeline")
     flags = "--dataset_name digits --num_images 100 --num_inference_steps 2 --num_drawings 2 --more_features pixels"
     results = []
     for processes, batch_size in ((1, 64), (1, 1), (2, 7)):
@@ -395,12 +408,17 @@ def test_two_processes_and_any_batch_size_give_the_same_numbers(extractor_folder
         )  # fmt: skip
         succeed(process)
         results.append(json.loads((folder / "metrics.json").read_text()))
-    parts = ("reconstruction", "latent_space", "generation", "floor", "judge")
+    parts = ("reconstruction", "latent_space", "generation", "floor", "judge", "classes")
     expected = [dict(numbers_in(results[0][part])) for part in parts]
     assert len(expected[0]) >= 3 and len(expected[1]) >= 8 and len(expected[2]) >= 8
     for result in results[1:]:
         assert [dict(numbers_in(result[part])) for part in parts] == [pytest.approx(e, rel=1e-6) for e in expected]
-    (row,), floor = results[0]["generation"], results[0]["floor"]
+    (row,), floor, classes = (results[0][name] for name in ("generation", "floor", "classes"))
+    shares = [each["class_agreement"] for each in classes]
+    assert len(classes) == 10
+    assert sum(each["training_images"] for each in classes) == results[0]["setting"]["train_images"]["number"]
+    assert row["class_agreement"] == pytest.approx(sum(shares) / 10, abs=0.02)  # classes are drawn about equally often
+    assert floor["generation"]["real"]["class_agreement"] > 0.3  # by an untrained judge; chance is 0.1
     (distance,) = (
         {name for name in row if name.startswith("gfd_")}
         - {"gfd_pixels", "gfd_pixels_sd"}

@@ -76,6 +76,8 @@ def main(config: EvaluateConfig) -> None:
         results["generation"], drawn = evaluator.measure_samples()
     if extractor is not None:
         results |= evaluator.measure_baseline(drawn)
+    if sampler is not None:
+        evaluator.add_class_agreement(results, drawn)
     for judge in others:
         evaluator.add_distances(results, judge, drawn)
 

@@ -380,25 +380,35 @@ def linear_probe_accuracy(
     ridge: float = 0.1,
 ) -> float:
     r"""
-    Accuracy of a linear classifier on flattened latents: how well a linear map predicts the class.
+    Share of latents whose class a linear classifier finds, in [0, 1]; see [`linear_probe`].
+
+    Args:
+        train_latents, train_labels, test_latents, ridge: As in [`linear_probe`].
+        test_labels (`torch.Tensor` of shape `(M,)`): Integers from 0.
+    """
+    _check_labels(test_latents, test_labels)
+    found = linear_probe(train_latents, train_labels, test_latents, ridge=ridge)
+    return (found == test_labels.cpu()).double().mean().item()
+
+
+def linear_probe(
+    train_latents: torch.Tensor, train_labels: torch.Tensor, test_latents: torch.Tensor, *, ridge: float = 0.1
+) -> torch.Tensor:
+    r"""
+    The classes that a linear classifier on flattened latents, or other features, predicts.
 
     Least squares on one-hot labels with an intercept and an L2 penalty, solved exactly in float64. Each latent element
     is first divided by its standard deviation over the training set, so the unit of a channel does not matter.
 
     Args:
         train_latents, test_latents (`torch.Tensor` of shapes `(N, ...)` and `(M, ...)`): Posterior means.
-        train_labels, test_labels (`torch.Tensor` of shapes `(N,)` and `(M,)`): Integers from 0.
+        train_labels (`torch.Tensor` of shape `(N,)`): Integers from 0.
         ridge (`float`, *optional*, defaults to 0.1): Weight of the penalty on squared weights, relative to the mean squared error.
 
     Returns:
-        `float`: Share of the test latents that are classified correctly, in [0, 1].
+        `torch.Tensor` of shape `(M,)`: int64, on the CPU.
     """
-    for latents, labels in ((train_latents, train_labels), (test_latents, test_labels)):
-        if len(latents) != len(labels) or len(latents) == 0 or labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError(
-                f"latents {tuple(latents.shape)} need as many integer labels, (N,), but they are {labels.dtype} of "
-                f"the shape {tuple(labels.shape)}."
-            )
+    _check_labels(train_latents, train_labels)
     if not ridge > 0:
         raise ValueError(f"`ridge` is {ridge}, but must be above 0.")
     train, test = train_latents.flatten(1).cpu().double(), test_latents.flatten(1).cpu().double()
@@ -411,8 +421,15 @@ def linear_probe_accuracy(
         weights = _ridge_solve(train.T @ train, train.T @ centered, ridge * len(train))  # (D, K)
     else:  # the same solution from the smaller system
         weights = train.T @ _ridge_solve(train @ train.T, centered, ridge * len(train))
-    predictions = (test @ weights + targets.mean(dim=0)).argmax(dim=1)
-    return (predictions == test_labels.cpu()).double().mean().item()
+    return (test @ weights + targets.mean(dim=0)).argmax(dim=1)
+
+
+def _check_labels(latents: torch.Tensor, labels: torch.Tensor) -> None:
+    if len(latents) != len(labels) or len(latents) == 0 or labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"latents {tuple(latents.shape)} need as many integer labels, (N,), but they are {labels.dtype} of the shape "
+            f"{tuple(labels.shape)}."
+        )
 
 
 def _eigenvalues(covariance: torch.Tensor) -> torch.Tensor:

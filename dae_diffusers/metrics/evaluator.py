@@ -14,6 +14,7 @@ from dae_diffusers.autoencoders.loading import is_vq
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.diagnostics import plot_latent_space
+from dae_diffusers.metrics.agreement import ClassAgreement, share_by_class
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.drawings import Drawing, drawings_of, measure_drawings, over_drawings
 from dae_diffusers.metrics.evaluation import (
@@ -23,6 +24,7 @@ from dae_diffusers.metrics.evaluation import (
     compared_for_copies,
     encode_images,
     evaluation_inputs,
+    image_features,
     kept_reference,
     latent_metrics,
     reconstruction_metrics,
@@ -33,7 +35,7 @@ from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import draw_reconstructions, save_grids
-from dae_diffusers.metrics.sampling import Sampler, generation_inputs, say_duration
+from dae_diffusers.metrics.sampling import Sampler, generation_inputs, ids_in_pipeline, say_duration
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import is_by_class, swept_settings
 from dae_diffusers.metrics.yardstick import Yardstick
@@ -144,6 +146,49 @@ class Evaluator:
         inputs = ["real images, copies of all", *self._inputs(self.train, self.validation, self.some)]
         inputs += [generation_inputs(self.sampler.pipeline, drawing.settings, self.accelerator) for drawing in firsts]
         return self._keep(measure, inputs)
+
+    def add_class_agreement(self, results: dict[str, Any], drawn: Sequence[list[Drawing]]) -> None:
+        r"""
+        Adds to the results how many samples are of the class that was asked for, and a row for each class in `classes`, of the setting with
+        the lowest distance. Does nothing unless samples are drawn by class, and the images have classes.
+
+        Args:
+            results (`dict`): With `generation` and `floor`.
+            drawn (`list[list[Drawing]]`): The drawings of each setting.
+        """
+        number, by_class = self.sampler.num_classes, is_by_class(self.config.sampling, self.sampler)
+        if not by_class or number is None or self.some.labels is None or not 1 < len(self.train.id2label) <= number:
+            return
+        pipeline = self.sampler.pipeline
+        trained, real = (torch.as_tensor(ids_in_pipeline(pipeline, images)) for images in (self.some, self.validation))
+        held_out = self._real_features() if self.held_out is None else self.held_out.features
+        asked = [drawing.settings.labels(number) for drawings in drawn for drawing in drawings]
+        features = [self._features(drawing.samples, self.extractor) for drawings in drawn for drawing in drawings]
+        agrees = ClassAgreement(self.training.images, trained).of([held_out, *features], [real, *asked])
+        of_real, of_samples = agrees[0], iter(agrees[1:])
+        by_setting = [torch.stack([next(of_samples) for _ in drawings]) for drawings in drawn]
+        for row, each in zip(results["generation"], by_setting, strict=True):
+            row["class_agreement"] = each.double().mean().item()
+        floor = results["floor"].get("generation")
+        if floor:
+            floor["real"]["class_agreement"] = of_real.double().mean().item()
+            for row, each in zip(floor["samples"], by_setting, strict=True):
+                row["class_agreement"] = each[0, : floor["num_images"]].double().mean().item()
+        distance = self.extractor.distance_name("g")
+        best = min(range(len(drawn)), key=lambda n: results["generation"][n][distance])
+        labels = torch.cat([drawing.settings.labels(number) for drawing in drawn[best]])
+        names = getattr(pipeline, "id2label", None) or self.train.id2label
+        images = torch.bincount(torch.as_tensor(ids_in_pipeline(pipeline, self.train)), minlength=number).tolist()
+        shares = (share_by_class(*pair, number) for pair in ((by_setting[best].flatten(), labels), (of_real, real)))
+        results["classes"] = [
+            {
+                "class": names.get(label, str(label)),
+                "training_images": images[label],
+                "class_agreement": share,
+                "real": of,
+            }
+            for label, (share, of) in enumerate(zip(*shares, strict=True))
+        ]
 
     def add_distances(
         self, results: dict[str, Any], judge: FeatureExtractor, drawn: Sequence[list[Drawing]] = ()
@@ -257,6 +302,11 @@ class Evaluator:
         """A judge's features of samples, `(N, D)`."""
         work = {"batch_size": self._batch_size, "folder": self._parts}
         return sample_features(samples, judge, self.accelerator, **work)["features"]
+
+    def _real_features(self) -> torch.Tensor:
+        """The judge's features of the held-out images, `(N, D)`."""
+        kept = {"folder": self._parts, "description": "Features of real images", **self._work}
+        return image_features(self.validation, self.extractor, self.accelerator, **kept)
 
     def _yardstick(self, judge: FeatureExtractor, held_out: EncodedImages | None) -> Yardstick:
         return Yardstick(

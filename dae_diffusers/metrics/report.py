@@ -26,6 +26,8 @@ from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES
 from dae_diffusers.plots import image_grid, scale_axis
 from dae_diffusers.settings import flat
 
+_MANY_CLASSES = 20
+
 
 def describe(
     config: Any,
@@ -84,6 +86,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             "Compare only equal numbers of images.",
             "",
         ]
+    lines += class_lines(results.get("classes", []), results)
     lines += copies_lines(results.get("generation", []), floor.get("generation", {}))
     number = setting["train_images"]["number"]
     compared = MAX_REFERENCE_IMAGES
@@ -137,6 +140,21 @@ def with_floor(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[dict[s
             )
     real = {**dict.fromkeys(rows[0]), **floor["real"], "num_images": floor["num_images"]}
     return [*shown, {"images": "**real**", **real}]
+
+
+def class_lines(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
+    r"""The classes that samples are least often of, when they are asked for."""
+    if not rows:
+        return []
+    drawn = sorted((row for row in rows if row["class_agreement"] is not None), key=lambda row: row["class_agreement"])
+    name = results["setting"]["features"]["name"]
+    some = f", of which the {_MANY_CLASSES} with the least are shown" if len(drawn) > _MANY_CLASSES else ""
+    return [
+        *table("Classes", drawn[:_MANY_CLASSES]),
+        f"Class agreement: the share of samples that a linear classifier on the features of {name}, fitted on training images, takes for "
+        f"the class that was asked for{some}. `real`: of held-out images.",
+        "",
+    ]
 
 
 def with_deviation(row: dict[str, Any]) -> dict[str, Any]:
