@@ -7,13 +7,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import yaml
 from pictures import encoded
 from PIL import Image
+from scripts import BARE_DAE, run
 from test_tables import PICTURES, write
 
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.groups import choose_groups, whole_groups
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.training import evaluate, train_dae
 
 NUMBERS = [number // 4 for number in range(24)]  # four images of each of six patients
 PATIENTS = [f"{number:03d}" for number in NUMBERS]
@@ -200,3 +203,33 @@ def test_groups_on_both_sides_of_a_given_split_are_said(tmp_path, caplog):
     write(tmp_path, "test", image=PICTURES[:4])
     with pytest.raises(UserError, match=r"'patient' is not among the columns \['image'\] of the split 'test'"):
         load_images(config)
+
+
+@pytest.mark.filterwarnings("ignore:.* images for .* latent elements")
+def test_scripts_hold_out_what_a_run_has_held_out(tmp_path, caplog):
+    """A resumed run is refused with other groups, and `evaluate` says it."""
+    images, folder = write_images(tmp_path / "images", NUMBERS), tmp_path / "run"
+    flags = f"{BARE_DAE} --stage 1 --train_data_dir {images} --seed 3"
+    run(train_dae, f"{flags} --group_column patient", output_dir=folder)
+    again = {"output_dir": folder, "resume_from_checkpoint": "latest"}
+    for more in ({}, {"accept_changed_images": "yes"}):
+        with pytest.raises(
+            UserError, match="was trained with `group_column` patient, but now it is left out. Continue"
+        ):
+            run(train_dae, flags, **again, **more)
+    run(train_dae, f"{flags} --group_column patient", **again)
+    caplog.clear()
+
+    trained = load_images(config_of(images), 3)[0].fingerprint
+    for column in ("patient", None):
+        options = {"vae": folder / "stage1", "output_dir": tmp_path / "evaluation"}
+        options |= {} if column is None else {"group_column": column}
+        run(evaluate, f"--train_data_dir {images} --seed 3 --lpips_net none", **options)
+        assert (trained in (tmp_path / "evaluation" / "metrics.md").read_text()) == (column is not None)
+        said = "trained with `--group_column patient`: other images were held out there" in caplog.text
+        assert said == (column is None)
+    recorded = yaml.safe_load((folder / "train_dae" / "config.yaml").read_text())
+    caplog.clear()
+    (folder / "train_dae" / "config.yaml").write_text(yaml.safe_dump(recorded | {"group_column": None, "seed": 5}))
+    load_images(config_of(images), 3, model=str(folder / "stage1"))
+    assert "was trained with `--seed 5` and without `--group_column`: other images" in caplog.text
