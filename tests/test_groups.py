@@ -8,15 +8,20 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from models import save_autoencoder
 from pictures import encoded
 from PIL import Image
 from scripts import BARE_DAE, run
 from test_tables import PICTURES, write
 
+from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.groups import choose_groups, whole_groups
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.training import evaluate, train_dae
+from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint, follow_cache
+from dae_diffusers.settings import compose
+from dae_diffusers.training import cache_latents, evaluate, train_dae
+from dae_diffusers.training.settings import TrainDiTConfig
 
 NUMBERS = [number // 4 for number in range(24)]  # four images of each of six patients
 PATIENTS = [f"{number:03d}" for number in NUMBERS]
@@ -203,6 +208,21 @@ def test_groups_on_both_sides_of_a_given_split_are_said(tmp_path, caplog):
     write(tmp_path, "test", image=PICTURES[:4])
     with pytest.raises(UserError, match=r"'patient' is not among the columns \['image'\] of the split 'test'"):
         load_images(config)
+
+
+def test_a_cache_of_another_split_is_refused(tmp_path, caplog):
+    vae = save_autoencoder(tmp_path / "vae")
+    flags = f"--vae {vae} --train_data_dir {write_images(tmp_path / 'images', NUMBERS)} --group_column patient"
+    run(cache_latents, flags, output_dir=tmp_path / "latents")
+    own = autoencoder_fingerprint(load_autoencoder(str(vae)))
+    for name, number in (("train", 0), ("validation", 1)):
+        cache = CachedLatents(tmp_path / "latents" / name)
+        cache.check(autoencoder=own, images=load_images(config_of(tmp_path / "images"))[number])
+        with pytest.raises(UserError, match="Give the images that it was made of, with the same .* and `group_column`"):
+            cache.check(autoencoder=own, images=load_images(config_of(tmp_path / "images", None))[number])
+    data = compose(TrainDiTConfig, vae="x", latent_cache="latents", group_column="patient").data
+    follow_cache(data, cache)
+    assert data.group_column is None and "`--group_column` has no effect beside the latent cache" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:.* images for .* latent elements")
