@@ -15,13 +15,14 @@ from scripts import BARE_DAE, run
 from test_tables import PICTURES, write
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
+from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.groups import choose_groups, whole_groups
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint, follow_cache
 from dae_diffusers.settings import compose
-from dae_diffusers.training import cache_latents, evaluate, train_dae
-from dae_diffusers.training.settings import TrainDiTConfig
+from dae_diffusers.training import cache_latents, evaluate, preview, train_dae
+from dae_diffusers.training.settings import PreviewConfig, TrainDiTConfig
 
 NUMBERS = [number // 4 for number in range(24)]  # four images of each of six patients
 PATIENTS = [f"{number:03d}" for number in NUMBERS]
@@ -253,3 +254,12 @@ def test_scripts_hold_out_what_a_run_has_held_out(tmp_path, caplog):
     (folder / "train_dae" / "config.yaml").write_text(yaml.safe_dump(recorded | {"group_column": None, "seed": 5}))
     load_images(config_of(images), 3, model=str(folder / "stage1"))
     assert "was trained with `--seed 5` and without `--group_column`: other images" in caplog.text
+
+
+def test_preview_counts_the_groups(tmp_path):
+    flags = ["--train_data_dir", str(write_images(tmp_path / "images", PATIENTS)), "--resolution", "16"]
+    preview.main(
+        parse_config(PreviewConfig, [*flags, "--group_column", "patient", "--output_dir", str(tmp_path / "out")])
+    )
+    table = (tmp_path / "out" / "preview.md").read_text()
+    assert "Groups (`patient`) of training images: 5. Of validation images: 1.\n" in table

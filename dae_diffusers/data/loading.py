@@ -25,7 +25,7 @@ from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, DataConfig
 from dae_diffusers.data.contents import Root, content_hash, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
-from dae_diffusers.data.groups import choose_groups, count_groups, read_groups, whole_groups
+from dae_diffusers.data.groups import choose_groups, count_groups, group_names, read_groups, whole_groups
 from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images, warn_of_shared_groups
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.masks import warn_of_masks
@@ -119,6 +119,9 @@ def load_images(
         captions = None
         if config.caption_column is not None:
             captions = captions_of(rows, config.caption_column, name)
+        groups = None
+        if config.group_column is not None:
+            groups = group_names(rows, config.group_column, train.features)
         rows = with_image_column(rows, image_column)[0]
         if config.condition_column is not None:
             rows = with_image_column(rows, config.condition_column, "condition_column")[0]
@@ -132,6 +135,7 @@ def load_images(
             value_range=value_range,
             root=loaded.root,
             captions=captions,
+            groups=groups,
             conditions=conditions,
         )
         if images.is_array and not images.value_range:
