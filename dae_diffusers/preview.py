@@ -13,6 +13,7 @@ from dae_diffusers.data import ImageDataset, StreamedImages
 from dae_diffusers.data.arrays import contained, without_warnings
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.dataset import choose_indices
+from dae_diffusers.data.groups import count_groups
 from dae_diffusers.data.streaming import ImageStream
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import Stream, derived_seed
@@ -184,6 +185,15 @@ def conditions(train: ImageDataset | StreamedImages) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} | {values.count(None)} |")
         parts.append(lines)
     return "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
+
+
+def groups(train: ImageDataset | StreamedImages, validation: ImageDataset) -> str:
+    r"""A Markdown sentence about the groups that are held out together; empty without a column of them."""
+    if getattr(train, "groups", None) is None:
+        return ""
+    of_both = count_groups(train.groups), count_groups(validation.groups)
+    column = train.config.group_column
+    return f"\nGroups (`{column}`) of training images: {of_both[0]}. Of validation images: {of_both[1]}.\n"
 
 
 def sizes(looked: list[Seen], buckets: Buckets | None = None, *, are_padded: bool = False) -> str:

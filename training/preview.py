@@ -17,7 +17,7 @@ from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
-from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, look, of_each_class, sizes
+from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, groups, look, of_each_class, sizes
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically
 from dae_diffusers.training.settings import PreviewConfig
@@ -37,6 +37,7 @@ def main(config: PreviewConfig) -> None:
     looked = list(look(train, seed, indices))
     table = (
         counts(train, validation, looked)
+        + groups(train, validation)
         + conditions(train)
         + "\n"
         + sizes(looked, train.buckets, are_padded=config.data.pad is not None)

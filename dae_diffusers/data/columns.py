@@ -104,11 +104,12 @@ def find_image_column(rows: Rows, name: str | None, flag: str = "image_column") 
     raise UserError(f"`{flag}` {name!r} holds {feature}, not images; columns with images are {found}.")
 
 
-def find_label_column(rows: Rows, name: str | None, image_column: str) -> str | None:
+def find_label_column(rows: Rows, name: str | None, image_column: str, group_column: str | None = None) -> str | None:
     features = rows.features
     if name == "none":
         return None
     if name is None:
+        features = {column: feature for column, feature in features.items() if column != group_column}
         columns = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         for names in _LABELS:
             if names == _LABELS[0] or not columns:

@@ -34,6 +34,11 @@ class DataConfig:
     validation_fraction: float = field(
         0.05, "share of the training images held out if there is no validation split", above=0, below=1, advanced=True
     )
+    group_column: str | None = field(
+        None,
+        "column or field of what images belong to, such as a patient, slide, scene or video: all images of one are held out, or none",
+        advanced=True,
+    )
     image_column: str | None = field(
         None, "column of the images; default: the only image column, or `image` among several", advanced=True
     )
@@ -180,12 +185,30 @@ class DataConfig:
                 f"the columns {' '.join(filter(None, columns))} hold {twice[0] if twice else 'none'!r} "
                 + ("twice: name each once." if twice else "beside others: leave it out.")
             )
+        self._check_group_column()
         if self.streaming:
             self.refuse_conditions("`streaming`, because all values are read before training: leave `streaming` out")
         if self.streaming and self.max_train_samples is not None:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
         if self.streaming and self.dataset_name in EMBEDDED:
             raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already: leave `streaming` out.")
+
+    def _check_group_column(self) -> None:
+        column = self.group_column
+        if column is None:
+            return
+        if self.streaming:
+            raise ConfigError(
+                "`group_column` does not go with `streaming`, which holds out the first images of the stream. Leave `streaming` out, or "
+                "move whole groups into a validation split and leave `group_column` out."
+            )
+        others = {"image_column": self.image_column} | self.condition_columns() | {"label_column": self.label_columns}
+        for name, columns in others.items():
+            if column == columns or column in (columns if isinstance(columns, list) else ()):
+                raise ConfigError(
+                    f"`group_column` is {column!r}, which `{name}` names too. Groups only say which images are held out together: name another "
+                    "column, or leave one of the two out."
+                )
 
     def _check_turns(self) -> None:
         if self.random_quarter_turn and (self.aspect_buckets or isinstance(self.resolution, list)):

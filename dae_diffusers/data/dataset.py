@@ -49,6 +49,7 @@ class ImageDataset(BatchDataset):
         buckets ([`~dae_diffusers.data.buckets.Buckets`]): Their shapes. A single one, before [`in_buckets`].
         id2label (`dict[int, str]` or `None`): Names of the classes; None without labels.
         captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
+        groups (`list[str | None]` or `None`): The group of each image, None where it is a group of its own; None without a column of them.
         conditions ([`~dae_diffusers.data.conditions.ConditionColumns`] or `None`): What else they are drawn from.
         beside ([`~dae_diffusers.data.condition_images.ConditionImages`] or `None`): Their condition images.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
@@ -69,6 +70,7 @@ class ImageDataset(BatchDataset):
         value_range: list[float] | None = None,
         root: Root | None = None,
         captions: list[list[str]] | None = None,
+        groups: list[str | None] | None = None,
         buckets: Buckets | None = None,
         conditions: ConditionColumns | None = None,
     ):
@@ -79,6 +81,7 @@ class ImageDataset(BatchDataset):
         self.labels = labels
         self.id2label = id2label
         self.captions = captions
+        self.groups = groups
         self.conditions = conditions
         self.beside: ImageDataset | None = None
         self._given_depth = depth
@@ -269,6 +272,7 @@ class ImageDataset(BatchDataset):
             value_range=self.value_range,
             root=self.root,
             captions=None if self.captions is None else [self.captions[index] for index in indices],
+            groups=None if self.groups is None else [self.groups[index] for index in indices],
             buckets=buckets,
             conditions=None if self.conditions is None else self.conditions.select(indices),
         )

@@ -89,6 +89,7 @@ def load_folder(
     streaming: bool = False,
     with_labels: bool = True,
     label_columns: Sequence[str] = (),
+    group_column: str | None = None,
     caption_column: str | None = None,
     condition_column: str | None = None,
     flag: str = "train_data_dir",
@@ -107,6 +108,7 @@ def load_folder(
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
         label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
+        group_column (`str`, *optional*): A column of metadata with names of groups, such as `007`, which are kept as they are written.
         caption_column (`str`, *optional*): A column of texts. `"txt"`: the `.txt` beside each image, of the same name, which several
             images of that name share.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
@@ -161,9 +163,8 @@ def load_folder(
         logger.log(
             logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
         )
-    metadata = [
-        replace(each, label_columns=label_columns or LABELS, caption_column=caption_column) for each in metadata
-    ]
+    names_of = {*(label_columns or LABELS), group_column}
+    metadata = [replace(each, name_columns=names_of, caption_column=caption_column) for each in metadata]
     names = _names_of(entries)
     files = {entry.file: entry.image for entry in entries}
     named = named_files(metadata, names)

@@ -17,7 +17,7 @@ from dae_diffusers.data.dataset import encoded_sizes, name_in
 logger = logging.getLogger(__name__)
 
 _SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior")
-_CHOICE = ("train_split", "validation_fraction")
+_CHOICE = ("train_split", "validation_fraction", "group_column")
 # Of more images, or images of more bytes that may be copies, none are compared: that takes more than seconds.
 _MOST_COMPARED, _MOST_COMPARED_BYTES = 20_000, 2**28
 
@@ -35,16 +35,17 @@ def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_im
     now = {name: getattr(config, name) for name in _CHOICE} | {"seed": seed}
     for folder in (Path(model), Path(model).absolute().parent) if model else ():
         for script in _SCRIPTS:
-            before = _settings_of(folder / script)
+            before = {"group_column": None, **_settings_of(folder / script)}  # older runs have none
             differing = [name for name in now if before.get(name, now[name]) != now[name]]
             if _source(before) != _source(vars(config)):
                 continue
             if differing:
-                given = " ".join(f"--{name} {before[name]}" for name in differing)
+                given = " ".join(f"--{name} {before[name]}" for name in differing if before[name] is not None)
+                without = " ".join(f"--{name}" for name in differing if before[name] is None)
                 logger.warning(
-                    "%s was trained with `%s`: other images were held out there, so it has seen some of the validation images. Give the "
-                    "same here.",
-                    folder / script, given,
+                    "%s was trained %s: other images were held out there, so it has seen some of the validation images. Give the same here.",
+                    folder / script,
+                    " and ".join([f"with `{given}`"] * bool(given) + [f"without `{without}`"] * bool(without)),
                 )  # fmt: skip
                 return
             trained = _num_trained(folder / script, before, config)
@@ -82,6 +83,23 @@ def warn_of_copies(train: datasets.Dataset, validation: datasets.Dataset, column
             "%d of %d images for validation are copies of training images, such as %s: validation sees what was trained on. Remove "
             "the copies, or give a `--validation_split` without them.",
             len(copies), len(validation), name_in(parts[1], column, copies[0]),
+        )  # fmt: skip
+
+
+def warn_of_shared_groups(train: list[str | None], validation: list[str | None], column: str) -> None:
+    r"""
+    Warns if groups of images are on both sides of a split that the data set has.
+
+    Args:
+        train, validation (`list[str | None]`): The group of each image, from [`~dae_diffusers.data.groups.read_groups`].
+        column (`str`): The column that names them.
+    """
+    shared = set(train) & set(validation) - {None}
+    if shared:
+        logger.warning(
+            "%d of %d images for validation are of groups with training images, such as %r (column %s): validation sees what was trained "
+            "on. Move these images to one side, or hold out whole groups of the training images with `--validation_split train`.",
+            sum(name in shared for name in validation), len(validation), min(shared), column,
         )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, DataConfig
 from dae_diffusers.data.contents import Root, content_hash, read_content
 from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
-from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images
+from dae_diffusers.data.groups import choose_groups, count_groups, group_names, read_groups, whole_groups
+from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images, warn_of_shared_groups
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.masks import warn_of_masks
 from dae_diffusers.data.sources import Loaded, load_splits
@@ -82,12 +83,18 @@ def load_images(
         return _streamed(config, train, validation, validation_name, loaded, value_range)
 
     train, image_column = with_image_column(train, config.image_column)
-    label_column = find_label_column(train, config.first_label_column, image_column)
+    label_column = find_label_column(train, config.first_label_column, image_column, config.group_column)
+    if config.group_column == image_column:
+        raise UserError(f"`group_column` {image_column!r} is the column of the images: name another one.")
     if validation is None:
         train, validation = _hold_out(config, train, image_column, loaded.root, seed)
         warn_of_seen_images(config, seed, model, len(train))
     else:
         _require_labels(validation, label_column, validation_name)
+        if config.group_column is not None:
+            both = ((config.train_split, train), (validation_name, validation))
+            names = [read_groups(rows, config.group_column, split, train.features) for split, rows in both]
+            warn_of_shared_groups(*names, config.group_column)
     warn_of_copies(train, validation, image_column, loaded.root)
     warn_of_masks(train, image_column)
     if config.max_train_samples is not None:
@@ -112,6 +119,9 @@ def load_images(
         captions = None
         if config.caption_column is not None:
             captions = captions_of(rows, config.caption_column, name)
+        groups = None
+        if config.group_column is not None:
+            groups = group_names(rows, config.group_column, train.features)
         rows = with_image_column(rows, image_column)[0]
         if config.condition_column is not None:
             rows = with_image_column(rows, config.condition_column, "condition_column")[0]
@@ -125,6 +135,7 @@ def load_images(
             value_range=value_range,
             root=loaded.root,
             captions=captions,
+            groups=groups,
             conditions=conditions,
         )
         if images.is_array and not images.value_range:
@@ -157,18 +168,56 @@ def load_images(
 def _hold_out(
     config: DataConfig, rows: datasets.Dataset, image_column: str, root: Root | None, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and validation images of a split. All rows of a file go to one side."""
+    """Training and validation images of a split. All rows of a file, and all images of a group, go to one side."""
     files = files_of(rows, image_column, root)
     num_files = int(files.max(initial=-1)) + 1
     if num_files < 2:
         raise UserError(f"the split {config.train_split!r} has {num_files} images; at least 2 are needed.")
     if num_files < len(rows):
         logger.info("%d rows name %d files: all rows of a file are held out, or none", len(rows), num_files)
-    order = np.random.default_rng(derived_seed(seed, Stream.SPLIT)).permutation(num_files)
-    place = np.argsort(order)[files]  # of each row's file in that order
-    order = np.argsort(place, kind="stable")
-    num_validation = int((place < max(1, round(config.validation_fraction * num_files))).sum())
-    return rows.select(order[num_validation:]), rows.select(np.sort(order[:num_validation]))
+    random = np.random.default_rng(derived_seed(seed, Stream.SPLIT))
+    wanted = max(1, round(config.validation_fraction * num_files))
+    if config.group_column is None:
+        parts, order = files, random.permutation(num_files)
+        held_out = order[:wanted]
+    else:
+        parts, sizes = _groups_of_files(config, rows, files)
+        order = random.permutation(len(sizes))
+        held_out = order[choose_groups(sizes[order], wanted)]
+        _log_groups(config, sizes, held_out, wanted)
+    order = np.argsort(np.argsort(order)[parts], kind="stable")  # of the rows
+    is_held_out = np.isin(parts, held_out)
+    return rows.select(order[~is_held_out[order]]), rows.select(np.flatnonzero(is_held_out))
+
+
+def _groups_of_files(config: DataConfig, rows: datasets.Dataset, files: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each row's group, and the number of each group's files."""
+    column, split = config.group_column, config.train_split
+    names = read_groups(rows, column, split, rows.features)
+    parts = whole_groups(names, files)
+    sizes = np.bincount(parts[np.unique(files, return_index=True)[1]])
+    if len(sizes) < 2:
+        raise UserError(
+            f"all {len(rows)} images of the split {split!r} are of one group of `group_column` {column!r}, so no group is left for training "
+            "if one is held out. Name a column of at least 2 groups, give a `validation_split`, or leave `group_column` out."
+        )
+    if len(sizes) < count_groups(names):
+        logger.info("column %s: groups that name the same file are one group", column)
+    return parts, sizes
+
+
+def _log_groups(config: DataConfig, sizes: np.ndarray, held_out: np.ndarray, wanted: int) -> None:
+    num_images, total = int(sizes[held_out].sum()), int(sizes.sum())
+    logger.info(
+        "column %s: %d of %d groups are held out, with %d of %d images",
+        config.group_column, len(held_out), len(sizes), num_images, total,
+    )  # fmt: skip
+    if not wanted / 2 <= num_images <= 2 * wanted:
+        logger.warning(
+            "%.2g %% of the images are held out instead of %g %% (`--validation_fraction`), because no choice of whole groups comes nearer. "
+            "For another share give a `--group_column` of smaller groups, or a `--validation_split`.",
+            100 * num_images / total, 100 * config.validation_fraction,
+        )  # fmt: skip
 
 
 def _in_buckets(images: ImageDataset) -> ImageDataset:

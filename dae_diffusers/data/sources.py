@@ -70,6 +70,7 @@ def _read_source(config: DataConfig) -> Loaded:
         "streaming": config.streaming,
         "with_labels": config.label_column != "none",
         "label_columns": config.label_columns,
+        "group_column": config.group_column,
         "caption_column": config.caption_column,
         "condition_column": config.condition_column,
     }

@@ -41,11 +41,11 @@ SPLITS = {
 
 @dataclass
 class Metadata:
-    """A metadata table: its path in the folder, its bytes, and the names of columns of classes and of captions."""
+    """A metadata table: its path in the folder, its bytes, and its columns of names (of classes and groups) and of captions."""
 
     path: PurePosixPath
     content: bytes
-    label_columns: Collection[str] = ()
+    name_columns: Collection[str] = ()
     caption_column: str | None = None
 
     @cached_property
@@ -56,7 +56,7 @@ class Metadata:
             raise ValueError("it is empty")
         file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
-            return _read_csv(file, self.label_columns, self.caption_column)
+            return _read_csv(file, self.name_columns, self.caption_column)
         return _with_strings(pq.read_table(file)) if suffix == ".parquet" else _read_json(file)
 
     @classmethod
@@ -73,13 +73,13 @@ def _with_strings(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema(types))
 
 
-def _read_csv(file: io.BytesIO, label_columns: Collection[str], caption_column: str | None) -> pa.Table:
+def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_column: str | None) -> pa.Table:
     """The rows of a CSV file, whose columns commas separate, or else `;` or tabs."""
     header = file.readline().decode()
     separator = next((each for each in ",;\t" if each in header), ",")
     options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)}
     file.seek(0)
-    table = _as_written(pyarrow.csv.read_csv(file, **options), label_columns, caption_column, file, options)
+    table = _as_written(pyarrow.csv.read_csv(file, **options), name_columns, caption_column, file, options)
     names = [name.strip() for name in table.column_names]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None and "file_name" in names:
@@ -88,16 +88,16 @@ def _read_csv(file: io.BytesIO, label_columns: Collection[str], caption_column: 
 
 
 def _as_written(
-    table: pa.Table, label_columns: Collection[str], caption_column: str | None, file: io.BytesIO, options: dict[str, Any]
+    table: pa.Table, name_columns: Collection[str], caption_column: str | None, file: io.BytesIO, options: dict[str, Any]
 ) -> pa.Table:  # fmt: skip
     """
-    The table, with captions as text. Classes are text too, unless they are bools or whole numbers without zeros before them: 007 is
-    another class than 7, 1e1 is a name, and so is a date.
+    The table, with captions as text. Names of classes and groups are text too, unless they are bools or whole numbers without zeros
+    before them: 007 is another class than 7, 1e1 is a name, and so is a date.
     """
     columns = {
         number: each
         for number, each in enumerate(table.schema)
-        if each.name.strip() in {*label_columns, caption_column} and not pa.types.is_string(each.type)
+        if each.name.strip() in {*name_columns, caption_column} and not pa.types.is_string(each.type)
     }
     if not columns:
         return table

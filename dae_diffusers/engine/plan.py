@@ -91,10 +91,10 @@ class Plan:
         Raises:
             UserError: If the run may not go on. The message says what the checkpoint has done, and what may change.
         """
+        self._check_settings(before, checkpoint)  # they may be why the images are others
         images_changed = self._check_inputs(before, checkpoint, accepts_images, is_stream)
         if num_epochs is not None:
             self._check_images_per_step(before, checkpoint)
-        self._check_settings(before, checkpoint)
         self._check_steps(before, checkpoint, step, num_epochs)
         self._check_input_names(before, checkpoint, may_lack)
         return replace(self, images_changed=before.images_changed + ([step] if images_changed else []))

@@ -194,6 +194,7 @@ class TrainingRun:
         """
         data, self.counts = self.config.data, counts
         of_images = {"resolution": data.resolution, "balance_classes": data.balance_classes or None, "pad": data.pad}
+        of_images["group_column"] = data.group_column
         names = None if classes is None else list(classes.values())
         self.plan = Plan(settings | of_images, steps, self.images_per_step, inputs, names)
         if self.resumed is None:

@@ -211,8 +211,14 @@ class CachedLatents(BatchDataset):
         wanted = CacheIdentity(**{**vars(self.identity), **wanted})
         differences = self.identity.differences(wanted)
         if differences:
+            same = ""
+            if wanted.data != self.identity.data:
+                same = (
+                    "Give the images that it was made of, with the same `seed`, `validation_fraction` and `group_column`, which choose those "
+                    "that are held out. Or make"
+                )
             raise UserError(
-                f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. Make another one with "
+                f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. {same or 'Make'} another one with "
                 "`dae-diffusers cache-latents`."
             )
         if images is not None:
@@ -237,6 +243,7 @@ def follow_cache(data: DataConfig, cache: CachedLatents) -> None:
         "image_channels": made.image_channels,
         "random_flip": made.flips,
         "pad": made.pad,
+        "group_column": None,
         "value_range": list(made.value_range),
         "aspect_buckets": [side for shape in shapes for side in shape],
     }
