@@ -1425,3 +1425,11 @@ def test_webdataset_of_the_hub_is_read_whatever_the_suffixes_of_its_pictures(cli
 def test_card_names_a_folder_without_its_path(folder, shown):
     script = Script(Path("train_dae"), {"train_data_dir": folder, "resolution": 32}, {}, {})
     assert _data_description(script)["name"] == f"images of the author ({shown})"
+
+
+def test_card_says_how_to_train_the_model_further(trained):
+    text = str(make_card(read_result(trained), "user/model", fp16=True))
+    assert "train-dit --pretrained_model_name_or_path user/model --vae user/model" in text
+    assert "train-dae --stage 2 --pretrained_model_name_or_path user/model" in text and 'variant="fp16"' in text
+    text = str(make_card(read_result(trained / "vae"), "user/model"))
+    assert "train-dae --stage 2" in text and "train-dit --pretrained" not in text and 'variant="fp16"' not in text

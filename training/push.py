@@ -161,6 +161,7 @@ def export(config: PushConfig, result: results.Result) -> None:
         card=not config.keep_card,
         space_id=config.full_space_id(config.repo_id),
         data_pictures=choose_data_pictures(config, result),
+        fp16=config.fp16,
     )
     if result.doubts:
         logger.warning("%s", " ".join(result.doubts))

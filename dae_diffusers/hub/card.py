@@ -164,6 +164,7 @@ def make_card(
     revision: str | None = None,
     space_id: str | None = None,
     data_pictures: bool | None = None,
+    fp16: bool = False,
 ) -> ModelCard:
     r"""
     Writes a model card.
@@ -176,6 +177,7 @@ def make_card(
         revision (`str`, *optional*): The branch that the card is for, and that its code loads; default: `main`.
         space_id (`str`, *optional*): `user/name` of the Space in which the model can be tried.
         data_pictures (`bool`, *optional*): See [`published_pictures`].
+        fp16 (`bool`, *optional*): Whether there are half-precision weights, too.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: With metadata that the Hub accepts.
@@ -255,6 +257,7 @@ def make_card(
         scripts=[_script_description(name, script, result) for name, script in result.scripts.items()],
         early=_early(result, generator, step),
         space_id=space_id,
+        fp16=fp16,
         escape=escape,
         looked="nearest.png" in result.pictures,
         num_settings=len(result.metrics.get("evaluation", {}).get("generation", [])),
@@ -340,13 +343,14 @@ def repository_files(
     card: bool = True,
     space_id: str | None = None,
     data_pictures: bool | None = None,
+    fp16: bool = False,
 ) -> dict[str, Path | bytes]:
     r"""
     Collects all files to publish, by their path in the repository.
 
     Args:
         result ([`Result`]): What is published.
-        repo_id, license, step, revision, space_id, data_pictures: As in [`make_card`].
+        repo_id, license, step, revision, space_id, data_pictures, fp16: As in [`make_card`].
         card (`bool`, *optional*, defaults to `True`): Whether to write `README.md`.
 
     Returns:
@@ -385,7 +389,7 @@ def repository_files(
     if result.metrics:
         found["metrics.json"] = json.dumps(result.metrics, indent=2).encode()
     if card:
-        options = {"license": license, "step": step, "revision": revision, "space_id": space_id}
+        options = {"license": license, "step": step, "revision": revision, "space_id": space_id, "fp16": fp16}
         found["README.md"] = str(make_card(result, repo_id, data_pictures=data_pictures, **options)).encode()
     return found
 

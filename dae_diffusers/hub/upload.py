@@ -227,6 +227,7 @@ def push_folder(
         card=not (keep_card or is_decoder_of_pipeline),
         space_id=space_id,
         data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
+        fp16=fp16 or any(name.endswith(".fp16.safetensors") for name in published),
     )
     if is_decoder_of_pipeline:
         files.pop("metrics.json", None)
