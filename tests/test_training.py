@@ -703,3 +703,15 @@ def test_a_resumed_run_goes_on_in_its_chart(image_folder, tmp_path, monkeypatch)
     ids = [kwargs["init_kwargs"]["wandb"]["id"] for _, kwargs in begun]
     assert ids[0] == ids[1] != ids[2]
     assert all(args == ("project",) and kwargs["config"] == {"decoder": "[8, 8]"} for args, kwargs in begun)
+
+
+def test_a_pipeline_of_an_earlier_step_leaves_the_run_as_it_is(trained, image_folder, tmp_path):
+    inputs = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    checkpoint = min((trained / "train_dit" / "checkpoints").glob("checkpoint-*"))
+    step = int(checkpoint.name.rpartition("-")[2])
+    flags = {"output_dir": tmp_path / "earlier", "resume_from_checkpoint": checkpoint, "max_train_steps": step}
+    run(train_dit, TINY_DIT, **inputs, **flags)
+    assert {path: path.read_bytes() for path in before} == before
+    made, averaged = load_file(tmp_path / "earlier" / TRANSFORMER), load_file(checkpoint / "ema.safetensors")
+    assert {value.sum().item() for value in averaged.values()} <= {value.sum().item() for value in made.values()}
