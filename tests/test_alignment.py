@@ -11,10 +11,10 @@ from scripts import BARE_DIT, TINY_DAE, assert_same_weights, launch, log_of, res
 from torch.testing import assert_close
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
-from dae_diffusers.alignment import RepresentationAlignment, make_projector
 from dae_diffusers.autoencoders.alignment import LatentAlignment
 from dae_diffusers.autoencoders.settings import RegularizationConfig
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.generators.repa import RepresentationAlignment, make_projector
 from dae_diffusers.losses.alignment import (
     marginal_cosine_loss,
     marginal_distance_matrix_loss,

@@ -19,9 +19,9 @@ from models import TINY_TRANSFORMER, make_autoencoder, make_prior_pipeline, make
 from scripts import BARE_DIT, TRANSFORMER, resume, run
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.errors import UserError
 from dae_diffusers.generators.denoising import Diffusion, FlowMatching
+from dae_diffusers.generators.repa import make_representation_alignment
 from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.settings import compose

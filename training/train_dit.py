@@ -20,7 +20,6 @@ from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
 from torch.utils.data import Dataset
 
-from dae_diffusers.alignment import make_representation_alignment
 from dae_diffusers.autoencoders.loading import (
     num_latent_channels,
     settle_images,
@@ -39,6 +38,7 @@ from dae_diffusers.generators.conditioning import DRAWN_FROM, Conditioning
 from dae_diffusers.generators.conditions import Conditions
 from dae_diffusers.generators.denoising import Diffusion, FlowMatching, flow_scheduler
 from dae_diffusers.generators.flow_map import FlowMap, flow_map_scheduler
+from dae_diffusers.generators.repa import make_representation_alignment
 from dae_diffusers.generators.text import Captions
 from dae_diffusers.generators.warm_start import WarmStart
 from dae_diffusers.latents.cache import (
