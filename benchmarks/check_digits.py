@@ -3,8 +3,8 @@ Checks with a classifier, trained on real digits, whether a pipeline draws the d
 
     python benchmarks/check_digits.py runs/demo
 
-Draws 50 images of each class with `runs/demo/pipeline` (a `DAEDiTPipeline` or a `DAEVQGANPipeline`) and writes `samples.png` (one row per class) and `metrics.json`
-(`class_agreement`: the share whose class the classifier confirms) into `runs/demo`.
+Draws 50 images of each class with `runs/demo/pipeline` (a `DAEDiTPipeline` or a `DAEVQGANPipeline`) and writes `samples.png` (one
+row per class) and `metrics.json` (`class_agreement`: the share whose class the classifier confirms) into `runs/demo`.
 """
 
 import argparse

@@ -10,8 +10,8 @@ trained. The forecast is a straight line through the logarithms of gFD over the 
 for all autoencoders of a comparison (in a second row: each with its own) and a height for each. The final gFD is never used for it.
 
 The table has Spearman's rank correlation of each predictor with the final gFD, separately for each comparison, and for each seed of
-a search (other images and judges cannot be ranked together), and how often the forecast's 90 % interval holds the final gFD. What is finished stays in `--output_dir`
-and is not repeated. Start it several times, once for each core, to share the work.
+a search (other images and judges cannot be ranked together), and how often the forecast's 90 % interval holds the final gFD. What
+is finished stays in `--output_dir` and is not repeated. Start it several times, once for each core, to share the work.
 """
 
 import argparse

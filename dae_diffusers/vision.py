@@ -200,8 +200,8 @@ def _check_features(name: str, model: PreTrainedModel, size: tuple[int, int]) ->
         ) from None
     if not torch.allclose(first, second, equal_nan=True):
         raise UserError(
-            f"{name!r} is a {type(model).__name__}, whose features of the same image differ from call to call. Choose another vision model, "
-            "such as facebook/dinov2-base."
+            f"{name!r} is a {type(model).__name__}, whose features of the same image differ from call to call. Choose another "
+            "vision model, such as facebook/dinov2-base."
         )
 
 

@@ -51,7 +51,8 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             prompt, class_labels (*optional*): As in [`DAEDiTPipeline`]; one for all images, or one per image.
             image (PIL image, array, tensor, or a list of them):
                 One for all labels or prompts, or one per label or prompt. Like the pipeline's output: pictures, arrays `(H, W, C)`
-                or `(B, H, W, C)`, tensors `(C, H, W)` or `(B, C, H, W)`, with numbers in [0, 1], or 0 to 255 if they are `uint8`. If the pipeline has a
+                or `(B, H, W, C)`, tensors `(C, H, W)` or `(B, C, H, W)`, with numbers in [0, 1], or 0 to 255 if they are `uint8`.
+                If the pipeline has a
                 `value_range`, arrays are in that range. Pictures get the autoencoder's colours, and white behind transparency.
             strength (`float`, defaults to 0.6):
                 How much may change, in [0, 1]: the share of the scheduler's steps that are done, rounded. 0 gives the autoencoder's
@@ -152,7 +153,8 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
         count = max(len(each) for each in (self._resolve_labels(labels), *several))
         if count > 1 and num_images not in (1, count):
             raise ValueError(
-                f"`image` holds {num_images} images, but there are {count} labels or prompts or conditions. Pass one of either, or as many of both."
+                f"`image` holds {num_images} images, but there are {count} labels or prompts or conditions. Pass one of either, or "
+                "as many of both."
             )
         return num_images if count == 1 else 1
 

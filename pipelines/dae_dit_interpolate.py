@@ -18,8 +18,8 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
     r"""
     Draws a series of images that goes from one seed to another, from one class or text to another, or both.
 
-    Between seeds the noise turns along the great circle ([`slerp`]). Between classes, texts or conditions the transformer's predictions for both are mixed.
-    The first and the last image are those that [`DAEDiTPipeline`] draws.
+    Between seeds the noise turns along the great circle ([`slerp`]). Between classes, texts or conditions the transformer's
+    predictions for both are mixed. The first and the last image are those that [`DAEDiTPipeline`] draws.
 
     It has the components of [`DAEDiTPipeline`]: `DAEDiTInterpolationPipeline.from_pipe(pipe)`, or `from_pretrained` of the same
     folder. With diffusers alone:

@@ -5,9 +5,10 @@ Choose the length of the averaged weights (EMA) after a training with `--post_ho
     dae-diffusers ema runs/digits --length 0.02 0.05 0.1 0.15 0.25 --dataset_name digits --image_channels 1 \
         --features facebook/dinov2-small --guidance_scales 1 1.25 --set_defaults
 
-Writes a pipeline for each length, `length-0.1/` in `ema/` of the run's folder. With `--features` it draws images with each of them, and with
-the run's pipeline as it is, and compares them with the training images: `ema.md`, `ema.json` and `lengths.png`. Then `--set_defaults` puts the
-best weights into the run's pipeline. Give the same command again to continue an interrupted one.
+Writes a pipeline for each length, `length-0.1/` in `ema/` of the run's folder. With `--features` it draws images with each of
+them, and with
+the run's pipeline as it is, and compares them with the training images: `ema.md`, `ema.json` and `lengths.png`. Then
+`--set_defaults` puts the best weights into the run's pipeline. Give the same command again to continue an interrupted one.
 """
 
 import itertools

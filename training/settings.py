@@ -206,8 +206,8 @@ class TrainDAEConfig:
         start, steps = self.losses.adversarial_start, self.stages.stage3_steps
         if self.generated.generated_loss == "adversarial" and start >= steps:
             raise ConfigError(
-                f"`generated_loss adversarial` would begin at `adversarial_start` {start}, after all `stage3_steps` {steps}. Give less, such "
-                "as `adversarial_start 0`."
+                f"`generated_loss adversarial` would begin at `adversarial_start` {start}, after all `stage3_steps` {steps}. Give "
+                "less, such as `adversarial_start 0`."
             )
         self.data.require_one_shape("`stage 3`")
         self.data.refuse_streaming("`stage 3`, which measures the training images first")
@@ -302,7 +302,8 @@ class TrainDiTConfig:
             return
         if self.flow.autoguidance_steps is not None:
             raise ConfigError(
-                "`autoguidance_steps` does not go with `distill_guidance_scale`: a distilled transformer has its guidance in it. Leave one out."
+                "`autoguidance_steps` does not go with `distill_guidance_scale`: a distilled transformer has its guidance in it. "
+                "Leave one out."
             )
         if self.transformer.pretrained_model_name_or_path is None:
             raise ConfigError(

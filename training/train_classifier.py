@@ -53,8 +53,8 @@ def main(config: TrainClassifierConfig) -> None:
     if not train_images.has_classes:
         seen = "no labels to learn from" if train_images.id2label is None else "training images of one class only"
         raise UserError(
-            f"the data have {seen}, but a classifier needs two classes. Name their column with `--label_column`, or judge by a published model instead "
-            "(`--features facebook/dinov2-base` of `evaluate.py` and `decoupled_vs_joint.py`)."
+            f"the data have {seen}, but a classifier needs two classes. Name their column with `--label_column`, or judge by a "
+            "published model instead (`--features facebook/dinov2-base` of `evaluate.py` and `decoupled_vs_joint.py`)."
         )
 
     side = config.classifier.input_size or 2 * max(config.data.size)

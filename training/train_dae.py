@@ -124,8 +124,8 @@ def number_of_steps(run: TrainingRun, images: ImageDataset | StreamedImages) -> 
         is_late = losses.adversarial_start + losses.adversarial_ramp_steps >= steps
         if losses.adversarial_weight_of(config.stages.trains_final_decoder(stage)) > 0 and is_late:
             logger.warning(
-                "the adversarial loss reaches its weight after %d + %d steps (`--adversarial_start`, `--adversarial_ramp_steps`), but stage "
-                "%d has only %d.",
+                "the adversarial loss reaches its weight after %d + %d steps (`--adversarial_start`, `--adversarial_ramp_steps`), "
+                "but stage %d has only %d.",
                 losses.adversarial_start, losses.adversarial_ramp_steps, stage, steps,
             )  # fmt: skip
     return stage_steps

@@ -80,8 +80,8 @@ class AdversarialTraining:
         r"""
         Computes the weighted adversarial term of the autoencoder's loss.
 
-        The [`~dae_diffusers.losses.adaptive_weight.adaptive_weight`] costs a second backward pass through the discriminator and the perceptual loss, but not
-        through the decoder.
+        The [`~dae_diffusers.losses.adaptive_weight.adaptive_weight`] costs a second backward pass through the discriminator and
+        the perceptual loss, but not through the decoder.
 
         Args:
             reconstruction (`torch.Tensor` of shape `(B, C, H, W)`): The reconstruction with its graph.

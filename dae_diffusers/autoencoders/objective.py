@@ -28,8 +28,8 @@ class AutoencoderObjective:
     In each micro-batch call it for the loss, and after the backward pass [`after_backward`].
 
     Args:
-        run ([`~dae_diffusers.engine.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`, `optimization`
-            and, for a model with a codebook, `codebook` in its config.
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): The run, with the parts `data`, `stages`, `losses`, `regularization`,
+            `optimization` and, for a model with a codebook, `codebook` in its config.
         model ([`DAEAutoencoderKL`] or [`DAEVQModel`]): Set to a stage; not prepared yet.
         fit ([`~dae_diffusers.fitting.decoder_fit.DecoderFit`], *optional*): In stage 3.
 

@@ -49,7 +49,8 @@ class DAEVQModel(DecoupledAutoencoderMixin, VQModel):
             the dimension of the codes.
         auxiliary_decoder_type, auxiliary_dropout, auxiliary_channel_multiplier, auxiliary_layers_per_block, auxiliary_warm_start:
             As in [`~dae_diffusers.DAEAutoencoderKL`].
-        decoder_block_out_channels, decoder_layers_per_block, decoder_norm_num_groups (*optional*): As in [`~dae_diffusers.DAEAutoencoderKL`].
+        decoder_block_out_channels, decoder_layers_per_block, decoder_norm_num_groups (*optional*): As in
+            [`~dae_diffusers.DAEAutoencoderKL`].
         latents_mean, latents_std (`list[float]`, *optional*):
             Statistics of the latents before quantisation over the training set, with `scaling_factor = 1.0`.
 

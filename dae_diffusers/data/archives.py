@@ -99,8 +99,8 @@ def _target_of(info: tarfile.TarInfo, known: dict[str, tarfile.TarInfo]) -> tarf
 def samples_of(archive: Path, members: list[Member]) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:
     r"""
     The samples of a webdataset: the position of each image, and its columns. Files with the same path before the suffix belong
-    together, wherever they lie in the archive. Pictures go to `image`, a second picture such as `0001.seg.png` to `seg.png`, and numbers, texts and the values
-    of JSON files to columns such as `cls`, `txt` and `json.label`.
+    together, wherever they lie in the archive. Pictures go to `image`, a second picture such as `0001.seg.png` to `seg.png`, and
+    numbers, texts and the values of JSON files to columns such as `cls`, `txt` and `json.label`.
     """
     compound = _compound_suffixes(members)
     with archive.open("rb") as file:
@@ -138,8 +138,8 @@ def warn_of_lone_files(archives: Iterable[tuple[Path, list[Member]]]) -> None:
     if lone:
         archive, name = lone[0]
         logger.warning(
-            "%d labels or texts in archives have no picture of the same path, such as %s of %s, and are not read. Pack each with the path of "
-            "its picture, but for the suffix: `a/1.png`, `a/1%s`.",
+            "%d labels or texts in archives have no picture of the same path, such as %s of %s, and are not read. Pack each with "
+            "the path of its picture, but for the suffix: `a/1.png`, `a/1%s`.",
             len(lone), name, archive, PurePosixPath(name).suffix,
         )  # fmt: skip
 

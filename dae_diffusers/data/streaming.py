@@ -330,8 +330,9 @@ def check_suffix(rows: datasets.IterableDataset, item: Any, column: str, name: s
     r"""Raises `UserError` for a row of a streamed webdataset whose picture has another suffix than the first ones have."""
     if item is None and rows.info.builder_name == "webdataset":
         raise UserError(
-            f"the image {name} is not a .{column} file: of a webdataset on the Hub, only the suffixes of the first samples are streamed, and the "
-            "files of a sample must lie side by side in the .tar. Leave `streaming` out, which reads them all."
+            f"the image {name} is not a .{column} file: of a webdataset on the Hub, only the suffixes of the first samples are "
+            "streamed, and the files of a sample must lie side by side in the .tar. Leave `streaming` out, which reads them "
+            "all."
         )
 
 

@@ -91,7 +91,8 @@ class Checkpointer:
 
         Args:
             step (`int`): Optimiser steps done.
-            averages (`dict[str, EMAModel]`, *optional*): Moving averages to save too, by the names of their files, after equally many steps.
+            averages (`dict[str, EMAModel]`, *optional*): Moving averages to save too, by the names of their files, after equally
+                many steps.
             state: Other state of the run, as JSON can hold it; [`newest`] returns it.
 
         Raises:

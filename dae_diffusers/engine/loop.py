@@ -60,7 +60,8 @@ class Loop:
         after_skip (`Callable`, *optional*): Called if the guard skips an update.
         snapshot (`tuple[str, Callable]`, *optional*): What `hub_strategy every_save` uploads: its name, and a function that saves
             it, which takes the model with averaged weights and a folder.
-        post_hoc ([`~dae_diffusers.engine.post_hoc_ema.settings.PostHocEMAConfig`], *optional*): Which averages are kept to choose from afterwards.
+        post_hoc ([`~dae_diffusers.engine.post_hoc_ema.settings.PostHocEMAConfig`], *optional*): Which averages are kept to choose
+            from afterwards.
         state: Other state to save with each checkpoint.
     """
 

@@ -74,7 +74,8 @@ class MuonWithAdamW(torch.optim.AdamW):
         others (`list[torch.nn.Parameter]`): Weights that AdamW trains.
         options: Those of `torch.optim.AdamW`.
 
-    Sources: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; the scale: Liu et al., 2025, https://huggingface.co/papers/2502.16982.
+    Sources: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; the scale: Liu et al., 2025,
+    https://huggingface.co/papers/2502.16982.
     """
 
     def __init__(self, matrices: dict[nn.Parameter, int], others: list[nn.Parameter], **options: Any):

@@ -80,13 +80,14 @@ def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
         vae = load_autoencoder(start)
         if latents_fingerprint(vae) != latents_fingerprint(pipeline.vae):
             raise UserError(
-                f"`pretrained_model_name_or_path` {start} has another encoder or codebook than the autoencoder of `pipeline` {name}: its decoder "
-                "knows other latents. Give an autoencoder whose decoder alone was trained on."
+                f"`pretrained_model_name_or_path` {start} has another encoder or codebook than the autoencoder of `pipeline` "
+                f"{name}: its decoder knows other latents. Give an autoencoder whose decoder alone was trained on."
             )
         if _decoder_size(vae) != _decoder_size(pipeline.vae):
             raise UserError(
-                f"`pretrained_model_name_or_path` {start} has a decoder of another size than the one of `pipeline` {name}, which stage 3 cannot "
-                "change. Put it into the pipeline with `dae-diffusers assemble`, then leave out `pretrained_model_name_or_path`."
+                f"`pretrained_model_name_or_path` {start} has a decoder of another size than the one of `pipeline` {name}, which "
+                "stage 3 cannot change. Put it into the pipeline with `dae-diffusers assemble`, then leave out "
+                "`pretrained_model_name_or_path`."
             )
         pipeline.vae.load_state_dict(vae.state_dict())
     settle_images(config, pipeline.vae, side=image_sides(pipeline))
@@ -117,7 +118,8 @@ def draw_latents(
         folder (`Path`, *optional*): Where to keep them; None keeps nothing.
         accelerator ([`~accelerate.Accelerator`]): Processes take turns at the chunks.
         guidance_scale, num_inference_steps: As the pipeline takes them. Codes have no steps.
-        seed, stream (`int`): Latent `n` depends on `(seed, stream, n)` and its label alone. Samples to be judged come from `Stream.SAMPLES`.
+        seed, stream (`int`): Latent `n` depends on `(seed, stream, n)` and its label alone. Samples to be judged come from
+            `Stream.SAMPLES`.
         batch_size (`int`, *optional*): Latents at once.
 
     Returns:
@@ -438,7 +440,10 @@ class DecoderFit:
         self.accelerator.wait_for_everyone()
 
     def _find_started_from(self) -> str:
-        """Fingerprint of the autoencoder that was given. A finished run has put its own decoder there, and says beside it what was given."""
+        """
+        Fingerprint of the autoencoder that was given. A finished run has put its own decoder there, and says beside it what was
+        given.
+        """
         config, known = self.run.config, self.run.resumed_state.get("inputs", {})
         name = config.autoencoder.pretrained_model_name_or_path or config.stages.pipeline
         recorded = read_fit(name).get("started_from")

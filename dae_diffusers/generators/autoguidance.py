@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 class WeakerWeights:
     r"""
-    Keeps the averaged weights after `autoguidance_steps` steps N, in `<folder>/guidance_transformer/step-<N>`. Source: autoguidance, Karras et al.,
-    2024, https://huggingface.co/papers/2406.02507.
+    Keeps the averaged weights after `autoguidance_steps` steps N, in `<folder>/guidance_transformer/step-<N>`. Source:
+    autoguidance, Karras et al., 2024, https://huggingface.co/papers/2406.02507.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): With `autoguidance_steps` in the part `flow` of its config.
@@ -42,8 +42,8 @@ class WeakerWeights:
         if step >= self.at:
             if not (self.folder / "config.json").exists():
                 raise UserError(
-                    f"`--autoguidance_steps` {self.at} was given, but the run goes on at step {step} and has kept no weights of step {self.at}. "
-                    "Leave it out, give a later step, or begin again in another `--output_dir`."
+                    f"`--autoguidance_steps` {self.at} was given, but the run goes on at step {step} and has kept no weights of "
+                    f"step {self.at}. Leave it out, give a later step, or begin again in another `--output_dir`."
                 )
             self._load()
 

@@ -38,7 +38,8 @@ class TransformerConfig:
     )
     class_dropout_prob: float = field(
         0.1,
-        "share of samples without label, caption and conditions, for guidance; with captions and others, the same share without one of them",
+        "share of samples without label, caption and conditions, for guidance; with captions and others, the same share without "
+        "one of them",
         at_least=0,
         below=1,
         hint="for a model without classes, use `label_column none`",
@@ -63,7 +64,8 @@ class TransformerConfig:
         if len(missing) == 1:
             (other,) = given.keys() - missing
             raise ConfigError(
-                f"`{other}` needs `{missing[0]}`: a transformer generates from captions that a text encoder has encoded. Give both or neither."
+                f"`{other}` needs `{missing[0]}`: a transformer generates from captions that a text encoder has encoded. Give both "
+                "or neither."
             )
         if not missing:
             data.require_images("`caption_column`")
@@ -94,7 +96,8 @@ class FlowMatchingConfig:
     )
     timestep_shift: float | None = field(
         None,
-        "above 1: more noise, in training and in sampling; for latents that hold more numbers than the images; default: 1, or that of pretrained weights",
+        "above 1: more noise, in training and in sampling; for latents that hold more numbers than the images; default: 1, or that "
+        "of pretrained weights",
         above=0,
         advanced=True,
     )

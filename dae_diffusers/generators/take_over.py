@@ -78,7 +78,8 @@ def take_over(
     - Positions are numbers of rows and columns, so that another size continues them.
     - Text is new where the model knew none, or hidden states of another width. At the beginning it changes nothing.
     - Attributes, numbers and a condition image that are new change nothing at the beginning. What is left out goes on as unknown.
-    - A flow map's second noise level changes nothing at the beginning where it is new. Left out, the model goes on as at a step of length 0.
+    - A flow map's second noise level changes nothing at the beginning where it is new. Left out, the model goes on as at a step
+      of length 0.
     - A learned variance is dropped: our losses do not train it.
 
     Args:

@@ -190,14 +190,14 @@ class WarmStart:
             what = "comes without its pipeline, which knows the names of its classes and its autoencoder"
         if what is not None:
             raise UserError(
-                f"`distill_guidance_scale`: the transformer of {self.name} {what}. Give a pipeline that training/train_dit.py wrote without "
-                "this flag."
+                f"`distill_guidance_scale`: the transformer of {self.name} {what}. Give a pipeline that training/train_dit.py "
+                "wrote without this flag."
             )
         is_drawn_from = self.pipeline.null_class is not None or self.pipeline.takes_text or self.conditions
         if guidance_scale != 1 and not is_drawn_from and self.guide is None:
             raise UserError(
-                f"`distill_guidance_scale` is {guidance_scale:g}, but nothing guides {self.name}: it has neither classes, texts, conditions nor a "
-                "`guidance_transformer`. Give 1, or train it with `autoguidance_steps` first."
+                f"`distill_guidance_scale` is {guidance_scale:g}, but nothing guides {self.name}: it has neither classes, texts, "
+                "conditions nor a `guidance_transformer`. Give 1, or train it with `autoguidance_steps` first."
             )
 
     def state(self, scheduler: SchedulerMixin) -> dict[str, Any]:
@@ -272,8 +272,8 @@ class WarmStart:
                 one and its guide become `teachers`, with the numbers that classes and conditions have now; a resumed run loads them again.
 
         Raises:
-            UserError: If the transformer cannot do without classes, and there are none; if it takes no text or conditions, and there are; or
-                if a flow map would be for other latents, classes or conditions.
+            UserError: If the transformer cannot do without classes, and there are none; if it takes no text or conditions, and
+                there are; or if a flow map would be for other latents, classes or conditions.
         """
         size = {"sample_size": sample_size, "in_channels": in_channels, "patch_size": patch_size}
         drawn_from = (id2label, text_encoder, conditions or {}, condition_channels)

@@ -99,8 +99,8 @@ class PushConfig:
             )
         if self.stage1 and (self.revision is not None or self.create_pr):
             raise ConfigError(
-                "`stage1` uploads to the branch `stage1`, of the model on `main`, so it does not go with `revision` or `create_pr`; leave it "
-                "out."
+                "`stage1` uploads to the branch `stage1`, of the model on `main`, so it does not go with `revision` or "
+                "`create_pr`; leave it out."
             )
         if self.export_dir is not None and "/" not in self.repo_id:
             raise ConfigError(f"`export_dir` needs the full `user/name` for the card, but got {self.repo_id!r}.")

@@ -215,7 +215,8 @@ def push_folder(
     if is_decoder_of_pipeline:
         _check_encoder(api, repository, result.vae, revision)
         logger.warning(
-            "%s holds a pipeline: its card and metrics.json stay, and tell of the decoder that it had. Push the whole pipeline to renew them.",
+            "%s holds a pipeline: its card and metrics.json stay, and tell of the decoder that it had. Push the whole pipeline to "
+            "renew them.",
             repository,
         )
     files = repository_files(

@@ -87,7 +87,10 @@ class LatentStatistics:
 
 
 def set_statistics(vae: ModelMixin, values: dict[str, Any]) -> None:
-    r"""Gives an autoencoder's config these values of [`~dae_diffusers.store.STATISTICS`], and an `AutoencoderRAE` also the tensors that it computes with."""
+    r"""
+    Gives an autoencoder's config these values of [`~dae_diffusers.store.STATISTICS`], and an `AutoencoderRAE` also the tensors that
+    it computes with.
+    """
     vae.register_to_config(**values)
     if is_representation_autoencoder(vae.config):
         for name in ("latents_mean", "latents_std"):

@@ -93,7 +93,10 @@ def check_enough_images(
     *,
     of_samples: bool = True,
 ) -> None:
-    r"""Raises `UserError` for fewer images than a judge needs: of `num_images` samples, or without `of_samples` of reconstructions alone."""
+    r"""
+    Raises `UserError` for fewer images than a judge needs: of `num_images` samples, or without `of_samples` of reconstructions
+    alone.
+    """
     needed = _fewest_samples(extractor) if of_samples else _FEWEST
     if len(validation) < _FEWEST or min(len(train), num_images) < needed:
         raise UserError(

@@ -47,8 +47,8 @@ _NOT_SHOWN = ("prompts", "classes", "conditions", "class_counts")
 @dataclass(frozen=True)
 class Evaluator:
     r"""
-    Measures an autoencoder, a pipeline, or both. Writes pictures into the output folder, and keeps finished parts there, so that an interrupted
-    evaluation can continue. All processes call its methods.
+    Measures an autoencoder, a pipeline, or both. Writes pictures into the output folder, and keeps finished parts there, so that
+    an interrupted evaluation can continue. All processes call its methods.
 
     Args:
         config: A composed settings class with the parts `data`, `evaluation` and `sampling`, as

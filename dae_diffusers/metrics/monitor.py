@@ -50,7 +50,8 @@ class Monitor:
         if state is not None and state.get("measure", measure) != measure:
             logger.warning(
                 "what is measured has changed since the checkpoint (`metric_features`, `metric_images`, the autoencoder, the validation "
-                "images, the noise levels, or how samples are drawn): the best weights so far no longer count, and the search for the best begins again."
+                "images, the noise levels, or how samples are drawn): the best weights so far no longer count, and the search for "
+                "the best begins again."
             )
             state = None
         if state is not None and state["step"] is not None and not self._folder_of(state["step"]).is_dir():

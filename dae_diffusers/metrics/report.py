@@ -82,8 +82,8 @@ def to_markdown(results: dict[str, Any]) -> str:
     if floor:
         lines += [
             "Real images: held-out real images take the place of reconstructions (compared with as many training images) or of samples "
-            "(compared with the same images as samples, each class as often as in training if there are enough). If your distance is no larger, this judge cannot tell your images from real ones. "
-            "Compare only equal numbers of images.",
+            "(compared with the same images as samples, each class as often as in training if there are enough). If your distance "
+            "is no larger, this judge cannot tell your images from real ones. Compare only equal numbers of images.",
             "",
         ]
     lines += class_lines(results.get("classes", []), results)
@@ -178,8 +178,8 @@ def copies_lines(rows: list[dict[str, Any]], floor: dict[str, Any]) -> list[str]
     if lowest >= min(0.8 * real, real - chance):
         return []
     return [
-        f"**Warning:** the model repeats training images: {lowest:.0%} of its samples are authentic, but {real:.0%} of held-out real images. "
-        "Its distances are too good by that. Look at `nearest-*.png`; more images, fewer steps or a smaller model help "
+        f"**Warning:** the model repeats training images: {lowest:.0%} of its samples are authentic, but {real:.0%} of held-out "
+        "real images, so its distances are too low. Look at `nearest-*.png`; more images, fewer steps or a smaller model help "
         '(docs/planning.md, "Overfitting").',
         "",
     ]

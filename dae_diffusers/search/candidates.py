@@ -88,7 +88,8 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):
         if "joint" in found.flags:
             raise ConfigError(
-                f"{name}: `joint` is the name of joint training, which is always a candidate. Give this one another, or `auxiliary_decoder: none`."
+                f"{name}: `joint` is the name of joint training, which is always a candidate. Give this one another, or "
+                "`auxiliary_decoder: none`."
             )
         found.flags = {"joint": {**found.autoencoder, "auxiliary_decoder": "none"}, **found.flags}
     for candidate in list(found.flags):

@@ -70,8 +70,8 @@ class Search:
         others = [name for name in _RESULTS_OF_OTHERS if (self.folder / name).exists()]
         if others and not path.exists():
             raise UserError(
-                f"`output_dir` {self.folder} holds `{others[0]}` of another run, which the result of the search would replace. Choose another "
-                "folder."
+                f"`output_dir` {self.folder} holds `{others[0]}` of another run, which the result of the search would replace. "
+                "Choose another folder."
             )
         plan = self.folder / "plan.json"
 

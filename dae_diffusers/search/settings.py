@@ -19,7 +19,8 @@ class SearchConfig:
     candidates: str = field("default", "`default`, `digits`, or a YAML file of candidates")
     features: str | None = field(
         None,
-        "the judge: `inception`, a vision model (Hub id or folder), or without a network `pixels` or `spectrum`; default: one is trained on the images",
+        "the judge: `inception`, a vision model (Hub id or folder), or without a network `pixels` or `spectrum`; default: one is "
+        "trained on the images",
     )
     train_generator: bool = field(False, "also train a generator on the winner's latents, as `pipeline/`")
     published_vae: str | None = field(None, "a published autoencoder (Hub id or folder) as one more candidate")

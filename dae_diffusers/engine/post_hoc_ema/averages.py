@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 class PowerFunctionEMA(EMAModel):
     r"""
-    A moving average whose profile is a power function of the step; see [`power_function`][dae_diffusers.engine.post_hoc_ema.power_function].
+    A moving average whose profile is a power function of the step; see
+    [`power_function`][dae_diffusers.engine.post_hoc_ema.power_function].
 
     Args:
         parameters (`list[nn.Parameter]`): What is averaged.

@@ -23,8 +23,8 @@ def generator_of(pipeline: DiffusionPipeline) -> tuple[str, torch.nn.Module]:
 
 def put_into_pipeline(folder: Path, part: str, source: Path, length: float) -> None:
     r"""
-    Puts the weights of an average into `<folder>/pipeline`; those of the training stay in `<folder>/<part>_before_ema`. A kill at any moment
-    leaves a whole pipeline: with the weights before, or with the new ones.
+    Puts the weights of an average into `<folder>/pipeline`; those of the training stay in `<folder>/<part>_before_ema`. A kill at
+    any moment leaves a whole pipeline: with the weights before, or with the new ones.
 
     Args:
         folder (`Path`): The output folder of the training.

@@ -48,7 +48,8 @@ class LengthsConfig:
     output_dir: str | None = field(None, "folder for the pipelines and the table; default: `ema/` in the run's")
     features: str | None = field(
         None,
-        "`inception`, a vision model (Hub id or folder), `pixels` or `spectrum`, to compare the lengths by gFD; default: nothing is measured",
+        "`inception`, a vision model (Hub id or folder), `pixels` or `spectrum`, to compare the lengths by gFD; default: nothing "
+        "is measured",
     )
     batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
     seed: int = field(

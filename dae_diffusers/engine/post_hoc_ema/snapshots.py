@@ -97,9 +97,9 @@ class Snapshots:
             return
         possible = [each for each in _TRIED if self._combination(each)[1] <= MAX_ERROR]
         raise UserError(
-            f"`length` {length:g} cannot be made of {len(self.steps)} snapshots: the profile of the average would be off by {error:.0%}, and "
-            f"at most {MAX_ERROR:.0%} is allowed. They allow lengths from {min(possible):.3f} to {max(possible):.3f}; more snapshots "
-            "(`post_hoc_ema_steps`) allow shorter and longer ones."
+            f"`length` {length:g} cannot be made of {len(self.steps)} snapshots: the profile of the average would be off by "
+            f"{error:.0%}, and at most {MAX_ERROR:.0%} is allowed. They allow lengths from {min(possible):.3f} to "
+            f"{max(possible):.3f}; more snapshots (`post_hoc_ema_steps`) allow shorter and longer ones."
         )
 
     @torch.no_grad()
