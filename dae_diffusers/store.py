@@ -131,7 +131,16 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     r"""Replaces a small UTF-8 file atomically. Raises OSError."""
-    _replace(path, lambda temporary: temporary.write_bytes(text.encode()))
+    remove_leftovers(path.parent, path.name)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    r"""
+    Replaces a file atomically, in a folder that may hold many: leftovers of killed processes stay until somebody calls
+    [`remove_leftovers`]. Raises OSError.
+    """
+    _replace(path, lambda temporary: temporary.write_bytes(content))
 
 
 def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
@@ -287,6 +296,7 @@ def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> Non
                 raise OSError(one_line(error, 200)) from None
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
+    remove_leftovers(path.parent, path.name)
     _replace(path, write)
 
 
@@ -451,7 +461,6 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")  # several runs may write the same file
     temporary.unlink(missing_ok=True)  # nobody's link is written through
     try:

@@ -341,6 +341,18 @@ class DAEDiTPipeline(DiffusionPipeline):
         return bool(self.transformer.config.get("flow_map"))
 
     @property
+    def call_defaults(self) -> dict[str, float]:
+        """What a call draws with that says nothing else, by the names of its arguments."""
+        guidance_scale = self.config.default_guidance_scale
+        if guidance_scale is None:
+            guidance_scale = 4.0 if self.guidance_transformer is None else 2.0
+        return {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": self.config.default_num_inference_steps or 50,
+            "velocity_scale": self.config.default_velocity_scale or 1.0,
+        }
+
+    @property
     def labels(self) -> dict[str, int]:
         """Every class name and its id, sorted by name. If classes share a name, the last one counts."""
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
@@ -659,14 +671,10 @@ class DAEDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs = getattr(
             callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
         )
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        if guidance_scale is None:
-            guidance_scale = 4.0 if self.guidance_transformer is None else 2.0
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps or 50
-        if velocity_scale is None:
-            velocity_scale = self.config.default_velocity_scale or 1.0
+        defaults = self.call_defaults
+        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        velocity_scale = defaults["velocity_scale"] if velocity_scale is None else velocity_scale
         self._check_choices(guidance_scale, guidance_interval, num_inference_steps, num_images_per_label, output_type)
         if not is_number(velocity_scale) or velocity_scale <= 0:
             raise ValueError(

@@ -180,6 +180,17 @@ class DAEVQGANPipeline(DiffusionPipeline):
         return self.prior.config.num_classes or None
 
     @property
+    def call_defaults(self) -> dict[str, float | None]:
+        """What a call draws with that says nothing else, by the names of its arguments; `None` for all codes."""
+        config = self.config
+        return {
+            "guidance_scale": 2.0 if config.default_guidance_scale is None else config.default_guidance_scale,
+            "temperature": 1.0 if config.default_temperature is None else config.default_temperature,
+            "top_k": config.default_top_k,
+            "top_p": config.default_top_p,
+        }
+
+    @property
     def labels(self) -> dict[str, int]:
         """Every class name and its id, sorted by name. If classes share a name, the last one counts."""
         pairs = ((name.strip(), key) for key, names in self.id2label.items() for name in names.split(","))
@@ -304,10 +315,11 @@ class DAEVQGANPipeline(DiffusionPipeline):
         """
         self._check_parts()
         num_codes = self.prior.config.num_codes
-        defaults = self.config
-        guidance_scale = _first(guidance_scale, defaults.default_guidance_scale, 2.0)
-        temperature = _first(temperature, defaults.default_temperature, 1.0)
-        top_k, top_p = _first(top_k, defaults.default_top_k), _first(top_p, defaults.default_top_p)
+        defaults = self.call_defaults
+        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        temperature = defaults["temperature"] if temperature is None else temperature
+        top_k = defaults["top_k"] if top_k is None else top_k
+        top_p = defaults["top_p"] if top_p is None else top_p
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
         self._check_choices(guidance_scale, temperature, top_k, top_p, num_images_per_label, output_type)
@@ -517,11 +529,6 @@ def _draw_uniform(num_images: int, num_codes: int, generator) -> torch.Tensor:
         device = None if generator is None else generator.device
         return torch.rand(num_images, num_codes, generator=generator, device=device).cpu()
     return torch.stack([torch.rand(num_codes, generator=each, device=each.device).cpu() for each in generator])
-
-
-def _first(*values):
-    """The first value that is not None."""
-    return next((value for value in values if value is not None), None)
 
 
 def _draw_codes(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:

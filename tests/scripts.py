@@ -33,6 +33,7 @@ from dae_diffusers.training import (
     ema,
     evaluate,
     find_latents,
+    sample,
     train_classifier,
     train_dae,
     train_dit,
@@ -75,7 +76,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 CONFIG_CLASSES = {
     script: SCRIPTS[script.__name__.rpartition(".")[-1].replace("_", "-")]
     for script in (
-        cache_latents, complexity, ema, evaluate, find_latents, train_classifier, train_dae, train_dit, train_vqgan_prior
+        cache_latents, complexity, ema, evaluate, find_latents, sample, train_classifier, train_dae, train_dit,
+        train_vqgan_prior,
     )
 }  # fmt: skip
 

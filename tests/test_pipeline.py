@@ -679,7 +679,8 @@ def test_transformers_that_diffusers_cannot_save_are_refused(tmp_path):
 
 def test_pipelines_keep_how_they_draw_by_default(tmp_path):
     pipeline = make_pipeline(default_guidance_scale=1.5, default_num_inference_steps=3)
-    expected = sample(pipeline, guidance_scale=1.5, num_inference_steps=3)
+    assert pipeline.call_defaults == {"guidance_scale": 1.5, "num_inference_steps": 3, "velocity_scale": 1}
+    expected = sample(pipeline, **pipeline.call_defaults)
     pipeline.save_pretrained(tmp_path)
     again = [DAEDiTPipeline(**pipeline.components), DAEDiTPipeline.from_pretrained(tmp_path)]
     for each in (pipeline, *again):

@@ -441,7 +441,7 @@ def test_captions_are_drawn_by_the_draw_alone(data, encoders, tmp_path):
         assert torch.equal(dropped[name], expected)
     # A caption for each prompt, and its class where the pipeline has classes.
     sampler = Sampler(make_pipeline(encoders()), **prompts_of_images(images[1], 4))
-    assert sampler._given([0], 1) == {"prompt": [images[1].captions[0][0]]}
+    assert sampler.arguments([0], 1) == {"prompt": [images[1].captions[0][0]]}
     with pytest.raises(UserError, match="give `prompt`, such as .* or the `caption_column`"):
         Sampler(make_pipeline(encoders()))
 

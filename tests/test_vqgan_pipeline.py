@@ -39,6 +39,7 @@ def test_pipeline_keeps_its_guidance(tmp_path):
         draw(pipeline, [0, 1, 2] * 4, **given) for given in ({}, {"guidance_scale": 2}, {"guidance_scale": 1})
     )
     assert torch.equal(default, guided) and not torch.equal(default, plain)
+    assert pipeline.call_defaults == {"guidance_scale": 2, "temperature": 1, "top_k": None, "top_p": None}
     DAEVQGANPipeline(pipeline.prior, pipeline.vae, default_guidance_scale=1.0).save_pretrained(tmp_path)
     pipeline = DAEVQGANPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)

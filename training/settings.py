@@ -39,6 +39,8 @@ from dae_diffusers.metrics.settings import (
     ClassifierTrainingConfig,
     EvaluationConfig,
     MonitorConfig,
+    OneSettingConfig,
+    SamplesConfig,
     SamplingConfig,
     check_monitor,
 )
@@ -498,6 +500,16 @@ class EMAConfig:
             raise ConfigError("`set_defaults` needs a distance to choose by: give `features`.")
 
 
+@settings
+class SampleConfig:
+    """Settings of sample.py."""
+
+    LEADING = "PIPELINE "
+
+    samples: SamplesConfig = part()
+    options: OneSettingConfig = part()
+
+
 SCRIPTS = {
     "assemble": AssembleConfig,
     "cache-latents": CacheLatentsConfig,
@@ -507,6 +519,7 @@ SCRIPTS = {
     "preview": PreviewConfig,
     "find-latents": FindLatentsConfig,
     "push": PushConfig,
+    "sample": SampleConfig,
     "train-classifier": TrainClassifierConfig,
     "train-dae": TrainDAEConfig,
     "train-dit": TrainDiTConfig,
@@ -541,11 +554,11 @@ def check_paths(config: Any) -> None:
 
 
 # Flags that words may stand for, if they come first.
-_LEADING = {"ema": ("--folder",), "push": ("--folder", "--repo_id")}
+_LEADING = {"ema": ("--folder",), "push": ("--folder", "--repo_id"), "sample": ("--pipeline",)}
 
 
 def with_flags(script: str, argv: list[str]) -> list[str]:
-    """The flags of a script; words that may lead those of `push` and `ema` become flags."""
+    """The flags of a script; words that may lead those of `ema`, `push` and `sample` become flags."""
     words = []
     for flag in _LEADING.get(script, ()):
         if argv and not argv[0].startswith("--"):

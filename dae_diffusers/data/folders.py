@@ -44,7 +44,7 @@ from dae_diffusers.locks import OWNER
 
 logger = logging.getLogger(__name__)
 
-_UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
+UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
 _IN_UNSEEN = "in folders whose names begin with . or __"
 _OF_A_RUN = f"in the output folder of a run, which has a file {OWNER}: its own pictures are not trained on"
 _DEAD = "links that lead nowhere"
@@ -208,7 +208,7 @@ def survey(folder: Path) -> Survey:
             folders.clear()
             found.left_out.update(dict.fromkeys(_images_below(folder, inside), _OF_A_RUN))
             continue
-        for name in [name for name in folders if name.startswith(_UNSEEN)]:
+        for name in [name for name in folders if name.startswith(UNSEEN)]:
             folders.remove(name)
             found.left_out.update(dict.fromkeys(_images_below(folder, inside / name), _IN_UNSEEN))
         for name in names:
@@ -394,7 +394,7 @@ def _packed_entries(folder: Path, found: Survey, with_texts: bool) -> tuple[list
             used = set(texts.values())
         for member in members:
             place = inside / member.place
-            is_unseen = any(part.startswith(_UNSEEN) for part in member.place.parts)
+            is_unseen = any(part.startswith(UNSEEN) for part in member.place.parts)
             if member in used or (is_unseen and not _is_image(member.place)):
                 continue
             elif is_unseen:

@@ -29,6 +29,9 @@ from dae_diffusers.randomness import Stream, derived_seed
 
 logger = logging.getLogger(__name__)
 
+# Arguments of a pipeline's call that are the same for every image.
+CALL_OPTIONS = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p", "velocity_scale")
+
 _TRIED_STEPS = (2, 2, 4)
 
 
@@ -75,8 +78,7 @@ class SampleSettings:
 
     def call_kwargs(self) -> dict[str, Any]:
         r"""The arguments of the pipeline's call that are the same for every image."""
-        names = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p", "velocity_scale")
-        return {name: value for name, value in self.given().items() if name in names}
+        return {name: value for name, value in self.given().items() if name in CALL_OPTIONS}
 
     def labels(self, num_classes: int | None) -> torch.Tensor | None:
         r"""The label of each image, `(num_images,)` int64; None without classes."""
@@ -176,6 +178,8 @@ class Sampler:
     Attributes:
         accepted (`set[str]`): Names of the call's options that change what this pipeline draws.
         num_classes (`int` or `None`): See the table.
+        arguments (`Callable`): Takes the labels of some images and their number, and gives the arguments of the call that differ
+            from image to image.
     """
 
     def __init__(
@@ -190,35 +194,35 @@ class Sampler:
         check_condition_values(getattr(pipeline, "conditions", {}), conditions)
         self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         self.num_classes: int | None = None
-        takes_text = _takes_text(pipeline)
-        if not takes_text:
+        has_prompt = takes_text(pipeline)
+        if not has_prompt:
             self.accepted.discard("prompt")
         if not getattr(pipeline, "is_flow_matching", False):
             self.accepted.discard("velocity_scale")
-        has_rows = takes_text or conditions is not None
+        has_rows = has_prompt or conditions is not None
         has_classes = has_rows and getattr(pipeline, "null_class", None) is not None
         if "num_images_per_label" in self.accepted and not has_rows:
             self.num_classes = pipeline.null_class
             if self.num_classes is None and getattr(pipeline, "guidance_transformer", None) is None:
                 self.accepted.discard("guidance_scale")  # there is nothing to guide towards
-            self._given: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
+            self.arguments: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
                 {"num_images_per_label": count} if labels is None else {"class_labels": labels}
             )
         elif "prompt" in self.accepted or has_rows:
-            if prompts is None and takes_text:
+            if prompts is None and has_prompt:
                 raise UserError(
                     f"a {type(pipeline).__name__} draws images from a text: give `prompt`, such as 'a photo of a {{label}}', or the "
                     "`caption_column` of the images."
                 )
-            given = {"prompt": prompts if takes_text else None, "class_labels": classes if has_classes else None}
+            given = {"prompt": prompts if has_prompt else None, "class_labels": classes if has_classes else None}
             given = {name: values for name, values in {**given, "conditions": conditions}.items() if values is not None}
             number = max(map(len, given.values()))
             self.num_classes = number if number > 1 else None
-            self._given = lambda labels, count: {
+            self.arguments = lambda labels, count: {
                 name: chosen_of(values, labels or [0] * count) for name, values in given.items()
             }
         elif "batch_size" in self.accepted:
-            self._given = lambda labels, count: {"batch_size": count}
+            self.arguments = lambda labels, count: {"batch_size": count}
         else:
             raise UserError(
                 f"a {type(pipeline).__name__} cannot be evaluated: its call takes none of `class_labels` with "
@@ -230,7 +234,7 @@ class Sampler:
     ) -> torch.Tensor:
         r"""Draws `count` images, `(count, C, H, W)` in [0, 1]. Options that the pipeline does not know are ignored."""
         images = self.pipeline(
-            **self._given(labels, count),
+            **self.arguments(labels, count),
             **{name: value for name, value in options.items() if name in self.accepted},
             generator=generators,
             output_type="np",
@@ -437,7 +441,35 @@ def draws_of(
     for first in range(chunk.start, chunk.stop, batch_size):
         count = min(batch_size, chunk.stop - first)
         numbers = torch.arange(first, first + padded_size(count, pixels)).clamp(max=first + count - 1).tolist()
-        yield count, numbers, [torch.Generator().manual_seed(derived_seed(seed, stream, n)) for n in numbers]
+        yield count, numbers, [torch.Generator().manual_seed(image_seed(seed, n, stream)) for n in numbers]
+
+
+def image_seed(seed: int, number: int, stream: Stream = Stream.SAMPLES) -> int:
+    r"""The seed of one image's random generator."""
+    return derived_seed(seed, stream, number)
+
+
+def options_of_call(sampler: Sampler, given: dict[str, Any]) -> dict[str, Any]:
+    r"""
+    Every option that a call of the pipeline has, with the given value or else its own default.
+
+    Args:
+        sampler ([`Sampler`]): The pipeline.
+        given (`dict`): Values of `CALL_OPTIONS` by name; None stands for the default.
+
+    Raises:
+        UserError: For an option that changes nothing of what this pipeline draws.
+    """
+    pipeline = sampler.pipeline
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    of_call = {name: each.default for name, each in parameters.items() if name in CALL_OPTIONS}
+    defaults = of_call | getattr(pipeline, "call_defaults", {})
+    idle = {"guidance_scale"} if getattr(pipeline, "is_flow_map", False) else set()  # its guidance is in it
+    known = (sampler.accepted - idle) & defaults.keys()
+    for name, value in given.items():
+        if value is not None and name not in known:
+            raise UserError(f"`{name}` changes nothing of what this {type(pipeline).__name__} draws: leave it out.")
+    return {name: defaults[name] if given.get(name) is None else given[name] for name in CALL_OPTIONS if name in known}
 
 
 def generation_inputs(
@@ -527,7 +559,7 @@ def prompts_of_images(
     Raises:
         UserError: If the pipeline has fewer classes than the images.
     """
-    captions = images.captions if pipeline is None or _takes_text(pipeline) else None
+    captions = images.captions if pipeline is None or takes_text(pipeline) else None
     if captions is None and images.conditions is None:
         return {}
     chosen = images.spread(count) if to_show else np.random.default_rng(0).permutation(len(images))[:count].tolist()
@@ -540,7 +572,8 @@ def prompts_of_images(
     return found | {"classes": tuple(labels[n] for n in chosen)}
 
 
-def _takes_text(pipeline: DiffusionPipeline) -> bool:
+def takes_text(pipeline: DiffusionPipeline) -> bool:
+    r"""Whether a pipeline draws from a text."""
     return getattr(pipeline, "takes_text", "prompt" in inspect.signature(type(pipeline).__call__).parameters)
 
 

@@ -58,7 +58,30 @@ class EvaluationConfig:
 
 
 @settings
-class SamplingConfig:
+class CallConfig:
+    """Options of a pipeline's call."""
+
+    velocity_scale: float | None = field(
+        None,
+        "multiply what a transformer of flow matching predicts; 1.03 to 1.05 sharpens samples with little guidance; default: the pipeline's own, or 1",
+        above=0,
+        advanced=True,
+    )
+    temperature: float | None = field(
+        None, "temperature, for a pipeline that samples codes; default: its own", above=0, advanced=True
+    )
+    top_k: int | None = field(None, "sample only from the N most likely codes", at_least=1, advanced=True)
+    top_p: float | None = field(
+        None,
+        "sample only from the most likely codes that have this probability together",
+        above=0,
+        at_most=1,
+        advanced=True,
+    )
+
+
+@settings
+class SamplingConfig(CallConfig):
     """Images that the pipeline generates."""
 
     num_images: int | None = field(
@@ -89,23 +112,6 @@ class SamplingConfig:
         "make the guidance scale and the steps with the lowest distance (for `ema.py`: and the weights), and a given `--velocity_scale`, "
         "`--temperature`, `--top_k`, `--top_p`, those of the pipeline",
     )
-    velocity_scale: float | None = field(
-        None,
-        "multiply what a transformer of flow matching predicts; 1.03 to 1.05 sharpens samples with little guidance; default: the pipeline's own, or 1",
-        above=0,
-        advanced=True,
-    )
-    temperature: float | None = field(
-        None, "temperature, for a pipeline that samples codes; default: its own", above=0, advanced=True
-    )
-    top_k: int | None = field(None, "sample only from the N most likely codes", at_least=1, advanced=True)
-    top_p: float | None = field(
-        None,
-        "sample only from the most likely codes that have this probability together",
-        above=0,
-        at_most=1,
-        advanced=True,
-    )
     label_sampling: Literal["data", "balanced", "random"] = field(
         "data",
         "labels of the generated images: each class as often as among the training images, equally often, or at random",
@@ -124,6 +130,38 @@ class SamplingConfig:
         advanced=True,
         free_text=True,
     )
+
+
+@settings
+class SamplesConfig:
+    """Samples."""
+
+    pipeline: str = field(
+        help="folder or Hub id of a pipeline, or the output folder of its training (also the first word)"
+    )
+    output_dir: str = field("samples", "folder for the images; the same command again draws those that are missing")
+    num_images: int = field(64, "number of images, of all classes or texts together", at_least=1)
+    class_labels: list[str] | None = field(
+        None, "names or numbers of the classes to draw, each equally often; default: all"
+    )
+    prompts: list[str] | None = field(
+        None,
+        "texts to draw from, each equally often, or one file with a text in each line",
+        free_text=True,
+    )
+    batch_size: int = field(64, "images at once in each process; does not change the images", at_least=1)
+    seed: int = field(0, "seed of the noise", at_least=0, at_most=MAX_SEED)
+    mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "autocast while sampling")
+
+
+@settings
+class OneSettingConfig(CallConfig):
+    """How the pipeline draws."""
+
+    guidance_scale: float | None = field(
+        None, "scale of classifier-free guidance; 1 is none; default: the pipeline's own"
+    )
+    num_inference_steps: int | None = field(None, "denoising steps; default: the pipeline's own", at_least=1)
 
 
 @settings
