@@ -5,7 +5,16 @@ from pathlib import Path
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 # The same in name and promise, and not in code: they concern the models, or arguments that only one has.
-OWN = {"__init__", "__call__", "__setattr__", "from_pretrained", "save_pretrained", "null_class", "_check_choices"}
+OWN = {
+    "__init__",
+    "__call__",
+    "__setattr__",
+    "from_pretrained",
+    "save_pretrained",
+    "null_class",
+    "call_defaults",
+    "_check_choices",
+}
 
 
 def functions(name: str, pipeline_class: str) -> dict[str, str]:
