@@ -47,13 +47,13 @@ from dae_diffusers.losses.adversarial import augment, discriminator_loss, genera
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.evaluation import image_features
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
-from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.script import run_script
 from dae_diffusers.store import write_atomically
+from dae_diffusers.weights import model_fingerprint
 
 
 class Generator(nn.Module):

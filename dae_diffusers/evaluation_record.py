@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dae_diffusers.store import weights_fingerprint
+from dae_diffusers.weights import weights_fingerprint
 
 
 def weights_by_part(parts: dict[str, Any]) -> dict[str, str]:

@@ -16,8 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,49 +74,6 @@ def fingerprint(parts: Iterable[Any]) -> str:
 def fingerprint_of_json(value: Any) -> str:
     r"""The fingerprint of a value that JSON can hold; other values count as their text. The order of names does not matter."""
     return fingerprint([json.dumps(value, sort_keys=True, default=str)])
-
-
-# The children of an autoencoder that make the latents or codes that a generator learns.
-LATENT_PARTS = ("encoder", "quant_conv", "quantize")
-# What an autoencoder's config says of its latents, for generators.
-STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-
-
-def weights_of(model: "torch.nn.Module", children: tuple[str, ...] | None = None) -> Iterator[Any]:
-    r"""Names and float32 values of a model's weights, or of the named children's weights, for [`fingerprint`]."""
-    for name, value in sorted(model.state_dict().items()):
-        if children is None or name.split(".")[0] in children:
-            yield name
-            yield value.float()
-
-
-def weights_fingerprint(weights: Iterable["torch.Tensor"]) -> str:
-    r"""
-    The fingerprint of a model's weights, whatever their names and order, and whether they are in single or in half precision: so
-    that a model in memory, its files and its half-precision copy have the same. Whole numbers do not count.
-    """
-    return fingerprint(sorted({fingerprint([value.half()]) for value in weights if value.is_floating_point()}))
-
-
-def weights_fingerprint_of(folder: Path, children: tuple[str, ...] | None = None) -> str | None:
-    r"""
-    [`weights_fingerprint`] of the weights that `from_pretrained` reads in the folder of a model, or of its named children's weights;
-    None if there are none in safetensors files, or damaged ones.
-    """
-    for name in ("diffusion_pytorch_model", "model"):  # of diffusers, of transformers
-        is_sharded = (folder / f"{name}.safetensors.index.json").is_file()
-        patterns = [f"{name}-*.safetensors"] if is_sharded else [f"{name}.safetensors", f"{name}.*.safetensors"]
-        files = next((found for each in patterns if (found := sorted(folder.glob(each)))), [])
-        if files:
-            states = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-            return _fingerprint_of_files(states, children)
-    return None
-
-
-def have_other_encoders(first: Path, second: Path) -> bool:
-    r"""Whether the autoencoders in two folders make other latents or codes; False where one is missing or cannot be read."""
-    found = [weights_fingerprint_of(folder, LATENT_PARTS) for folder in (first, second)]
-    return None not in found and found[0] != found[1]
 
 
 def sha256_of(path: Path) -> str:
@@ -398,23 +354,6 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
                 path.unlink(missing_ok=True)
         except OSError:  # somebody else's, or gone
             continue
-
-
-@lru_cache(maxsize=32)  # a push reads the same large files a few times
-def _fingerprint_of_files(files: tuple[tuple[Path, int, int], ...], children: tuple[str, ...] | None) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
-    def weights() -> Iterator["torch.Tensor"]:
-        for path, _, _ in files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if children is None or name.split(".")[0] in children:
-                        yield file.get_tensor(name)
-
-    try:
-        return weights_fingerprint(weights())
-    except (SafetensorError, OSError):
-        return None
 
 
 def _digest(parts: Iterable[Any]) -> str:

@@ -27,9 +27,9 @@ from dae_diffusers.hub.card import make_card
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.latents.statistics import LatentStatistics, normalize_latents
 from dae_diffusers.settings import compose
-from dae_diffusers.store import STATISTICS, weights_fingerprint_of
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
+from dae_diffusers.weights import STATISTICS, weights_fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 

@@ -69,8 +69,9 @@ from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import swept_settings, what_to_draw
 from dae_diffusers.metrics.yardstick import as_in_training
-from dae_diffusers.store import fingerprint_of_json, finite_or_none, weights_fingerprint_of
+from dae_diffusers.store import fingerprint_of_json, finite_or_none
 from dae_diffusers.training import evaluate
+from dae_diffusers.weights import weights_fingerprint_of
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, ImageDataset, load_images
 from dae_diffusers.data.groups import choose_groups, whole_groups
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.latents.cache import CachedLatents, autoencoder_fingerprint, follow_cache
+from dae_diffusers.latents.cache import CachedLatents, follow_cache
 from dae_diffusers.settings import compose
 from dae_diffusers.training import cache_latents, evaluate, preview, train_dae
 from dae_diffusers.training.settings import PreviewConfig, TrainDiTConfig
+from dae_diffusers.weights import autoencoder_fingerprint
 
 NUMBERS = [number // 4 for number in range(24)]  # four images of each of six patients
 PATIENTS = [f"{number:03d}" for number in NUMBERS]

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from scripts import TINY_DAE, TINY_DIT, TRANSFORMER, run
 
-from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline, store
+from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
@@ -46,6 +46,7 @@ from dae_diffusers.hub.upload import (
 )
 from dae_diffusers.training import push, train_dae, train_dit
 from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig, with_flags
+from dae_diffusers.weights import weights_fingerprint_of
 
 REPO = "writer/animals"
 pytestmark = [
@@ -813,7 +814,7 @@ def test_export_writes_the_same_without_a_hub(published, trained, tmp_path, monk
 
 def fingerprints_of(folder: Path) -> dict[str, str]:
     """As `evaluate` records those of a pipeline."""
-    return {part: store.weights_fingerprint_of(folder / "pipeline" / part) for part in ("transformer", "vae")}
+    return {part: weights_fingerprint_of(folder / "pipeline" / part) for part in ("transformer", "vae")}
 
 
 def change_weights(folder: Path, part: str = "") -> None:
@@ -866,7 +867,7 @@ def test_numbers_of_another_model_are_not_published(tmp_path, caplog):
     (message,) = caplog.messages
     assert f"measured with other weights than those in {folder / 'vae'}" in message and "reconstruction" in message
     assert f"evaluate --vae {folder / 'vae'} --dataset_name user/faces --output_dir {folder / 'evaluation'}`" in message
-    save_evaluation(folder, {**setting, "weights": {"vae": store.weights_fingerprint_of(folder / "vae")}})
+    save_evaluation(folder, {**setting, "weights": {"vae": weights_fingerprint_of(folder / "vae")}})
     assert "evaluation" in read_result(folder).metrics  # the same weights, from elsewhere
 
 

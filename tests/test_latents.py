@@ -11,12 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dae_diffusers.data import DataConfig, load_images, make_pass_loader, make_training_loader
 from dae_diffusers.errors import UserError
-from dae_diffusers.latents.cache import (
-    CachedLatents,
-    autoencoder_fingerprint,
-    open_latent_cache,
-    write_latent_cache,
-)
+from dae_diffusers.latents.cache import CachedLatents, open_latent_cache, write_latent_cache
 from dae_diffusers.latents.statistics import (
     LatentStatistics,
     compute_latent_statistics,
@@ -24,6 +19,7 @@ from dae_diffusers.latents.statistics import (
     normalize_latents,
 )
 from dae_diffusers.store import keep_json, kept_of
+from dae_diffusers.weights import autoencoder_fingerprint
 
 
 @pytest.fixture

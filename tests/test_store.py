@@ -15,8 +15,12 @@ from models import make_autoencoder, make_prior_pipeline, make_vq_model
 from dae_diffusers import store
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
-from dae_diffusers.latents.cache import autoencoder_fingerprint
-from dae_diffusers.metrics.kept import model_fingerprint
+from dae_diffusers.weights import (
+    autoencoder_fingerprint,
+    model_fingerprint,
+    weights_fingerprint,
+    weights_fingerprint_of,
+)
 
 
 def test_fingerprints_keep_their_values():
@@ -50,7 +54,7 @@ def test_fingerprint_of_weights_is_that_of_their_files_in_any_form(kind, tmp_pat
     """Of the class that was trained and the one that is published, whole, in shards, and in half precision."""
     trained = make_autoencoder("none") if kind == "kl" else make_vq_model(auxiliary_decoder_type="none")
     model = trained.to_diffusers() if kind != "prior" else make_prior_pipeline().prior
-    expected = store.weights_fingerprint(model.state_dict().values())
+    expected = weights_fingerprint(model.state_dict().values())
     if kind == "kl":  # a codebook keeps more while it trains
         trained.save_pretrained(tmp_path / "trained")
     model.save_pretrained(tmp_path / "whole")
@@ -59,14 +63,14 @@ def test_fingerprint_of_weights_is_that_of_their_files_in_any_form(kind, tmp_pat
     halved.save_pretrained(tmp_path / "variant", variant="fp16")
     halved.save_pretrained(tmp_path / "whole", variant="fp16")  # beside
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert store.weights_fingerprint(halved.float().state_dict().values()) == expected
-    assert {store.weights_fingerprint_of(folder) for folder in tmp_path.iterdir()} == {expected}
+    assert weights_fingerprint(halved.float().state_dict().values()) == expected
+    assert {weights_fingerprint_of(folder) for folder in tmp_path.iterdir()} == {expected}
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 0.1
     model.save_pretrained(tmp_path / "whole")
-    assert store.weights_fingerprint_of(tmp_path / "whole") != expected
+    assert weights_fingerprint_of(tmp_path / "whole") != expected
     next((tmp_path / "whole").glob("*model.safetensors")).write_bytes(b"damaged")
-    assert store.weights_fingerprint_of(tmp_path / "whole") is None is store.weights_fingerprint_of(tmp_path)
+    assert weights_fingerprint_of(tmp_path / "whole") is None is weights_fingerprint_of(tmp_path)
 
 
 KINDS = {

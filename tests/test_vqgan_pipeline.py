@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, VQModel
 from models import NUM_CODES, PRIOR_NAMES, make_plain_vq_model, make_prior, make_prior_pipeline, make_vq_model
 
 from dae_diffusers import DAEVQGANPipeline
-from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.pipelines.dae_vqgan import _draw_codes, code_fingerprint
+from dae_diffusers.weights import autoencoder_fingerprint
 
 
 def generators(*seeds):

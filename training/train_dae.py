@@ -32,13 +32,7 @@ from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.decoder_fit import STARTED_FROM, DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
-from dae_diffusers.latents.cache import (
-    CachedLatents,
-    ImagesWithLatents,
-    autoencoder_fingerprint,
-    open_latent_cache,
-    write_latent_cache,
-)
+from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, open_latent_cache, write_latent_cache
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import set_statistics, write_latent_statistics
@@ -47,6 +41,7 @@ from dae_diffusers.plots import image_grid
 from dae_diffusers.script import run_script
 from dae_diffusers.store import replace_folder
 from dae_diffusers.training.settings import TrainDAEConfig
+from dae_diffusers.weights import autoencoder_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -41,13 +41,7 @@ from dae_diffusers.generators.flow_map import FlowMap, flow_map_scheduler
 from dae_diffusers.generators.repa import make_representation_alignment
 from dae_diffusers.generators.text import Captions
 from dae_diffusers.generators.warm_start import WarmStart
-from dae_diffusers.latents.cache import (
-    CachedLatents,
-    ImagesWithLatents,
-    autoencoder_fingerprint,
-    follow_cache,
-    open_latent_cache,
-)
+from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, follow_cache, open_latent_cache
 from dae_diffusers.latents.statistics import (
     has_latent_statistics,
     moments_of,
@@ -55,7 +49,6 @@ from dae_diffusers.latents.statistics import (
     set_statistics,
     write_latent_statistics,
 )
-from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.metrics.sampling import prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, is_representation_autoencoder
@@ -63,9 +56,9 @@ from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.script import run_script
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width, words_of_size
-from dae_diffusers.store import STATISTICS
 from dae_diffusers.training.settings import TrainDiTConfig
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+from dae_diffusers.weights import STATISTICS, autoencoder_fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -29,13 +29,12 @@ from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.engine.sample_grid import draw_sample_grid
 from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import GrowingAutoencoder
-from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.codes import CodeGrids, cached_codes
 from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.script import run_script
-from dae_diffusers.store import LATENT_PARTS
 from dae_diffusers.training.settings import TrainPriorConfig
+from dae_diffusers.weights import LATENT_PARTS, autoencoder_fingerprint
 
 logger = logging.getLogger(__name__)
 

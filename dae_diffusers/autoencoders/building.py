@@ -22,7 +22,8 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape
 from dae_diffusers.settings import changes_of
 from dae_diffusers.sizes import height_and_width
-from dae_diffusers.store import STATISTICS, fingerprint, weights_of
+from dae_diffusers.store import fingerprint
+from dae_diffusers.weights import STATISTICS, weights_of
 
 logger = logging.getLogger(__name__)
 

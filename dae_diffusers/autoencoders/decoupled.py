@@ -44,7 +44,7 @@ class DecoupledAutoencoderMixin:
     stage: Literal[1, 2, 3] | None = None
     # Fingerprint of the weights that a run starts from; None for a new model.
     given_weights: str | None = None
-    # What the config of a given autoencoder says about its latents ([`~dae_diffusers.store.STATISTICS`]).
+    # What the config of a given autoencoder says about its latents ([`~dae_diffusers.weights.STATISTICS`]).
     given_statistics: dict[str, Any] = {}
 
     @classmethod

@@ -23,8 +23,8 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.metrics.checks import check_enough_images, check_judge
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.store import fingerprint_of_json, read_json, write_json
+from dae_diffusers.weights import model_fingerprint
 
 _VERSION = 2  # raise it when the same inputs give other numbers
 

@@ -23,17 +23,17 @@ from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
-from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
+from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.metrics.sampling import draws_of, ids_in_pipeline, image_sides, load_pipeline, scheduler_options
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import Stream, derived_seed
-from dae_diffusers.store import LATENT_PARTS, STATISTICS, fingerprint, replace_files, replace_folder, weights_of
+from dae_diffusers.store import fingerprint, replace_files, replace_folder
+from dae_diffusers.weights import LATENT_PARTS, STATISTICS, autoencoder_fingerprint, model_fingerprint, weights_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from dae_diffusers.losses.moments import moment_distance, moment_surrogate
 from dae_diffusers.losses.processes import mean_over_processes
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.randomness import derived_seed
-from dae_diffusers.store import fingerprint, weights_of
+from dae_diffusers.store import fingerprint
 from dae_diffusers.vision import AlwaysEval, FrozenBackbone, load_backbone, short_name
+from dae_diffusers.weights import weights_of
 
 # Longer feature vectors are projected: their covariance would be too large, and need more images than there are.
 MAX_FEATURES = 1024

@@ -25,15 +25,8 @@ from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.metrics.monitor import Monitor, best_or_last
 from dae_diffusers.metrics.sampling import load_pipeline
-from dae_diffusers.store import (
-    STATISTICS,
-    have_other_encoders,
-    read_json,
-    replace_folder,
-    weights_fingerprint,
-    weights_fingerprint_of,
-    write_json,
-)
+from dae_diffusers.store import read_json, replace_folder, write_json
+from dae_diffusers.weights import STATISTICS, have_other_encoders, weights_fingerprint, weights_fingerprint_of
 
 logger = logging.getLogger(__name__)
 

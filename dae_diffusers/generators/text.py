@@ -16,10 +16,11 @@ from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.data import ImageDataset, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
+from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.pipelines.dae_dit import encode_texts, token_limit
 from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json
+from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

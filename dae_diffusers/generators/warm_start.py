@@ -29,11 +29,10 @@ from dae_diffusers.generators.take_over import (
     take_over,
     without_label_dropout,
 )
-from dae_diffusers.latents.cache import autoencoder_fingerprint
 from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
-from dae_diffusers.store import STATISTICS, weights_fingerprint
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
+from dae_diffusers.weights import STATISTICS, autoencoder_fingerprint, weights_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.store import have_other_encoders, read_json, read_json_or, read_rows, weights_fingerprint_of
+from dae_diffusers.store import read_json, read_json_or, read_rows
+from dae_diffusers.weights import have_other_encoders, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
 

@@ -43,7 +43,8 @@ from safetensors.torch import load_file, save_file
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.hub.card import GENERATORS, makes_pictures, repository_files, without_origin
 from dae_diffusers.hub.results import NUMBERS, PICTURES, Result, is_leftover, read_result
-from dae_diffusers.store import STATISTICS, have_other_encoders, read_json_or
+from dae_diffusers.store import read_json_or
+from dae_diffusers.weights import STATISTICS, have_other_encoders
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from dae_diffusers.settings import fields_of
 from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import (
     NotKept,
-    fingerprint,
     keep_json,
     keep_tensors,
     kept_json,
@@ -33,8 +32,8 @@ from dae_diffusers.store import (
     kept_tensors,
     read_json,
     remove_leftovers,
-    weights_of,
 )
+from dae_diffusers.weights import autoencoder_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -398,11 +397,6 @@ def open_once_per_machine(read: Callable[[bool], T], accelerator: Accelerator) -
         if problem is not None:
             raise UserError(problem)
     return result
-
-
-def autoencoder_fingerprint(vae: ModelMixin, parts: tuple[str, ...] = ("encoder", "quant_conv")) -> str:
-    r"""The fingerprint of the weights that make latents. The decoder may change: the cache stays valid."""
-    return fingerprint(weights_of(vae, parts))
 
 
 def _encode_shard(vae, loader, accelerator, flips: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -14,14 +14,10 @@ from dae_diffusers.autoencoders.loading import check_finite
 from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader, split_items
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.errors import UserError
-from dae_diffusers.latents.cache import (
-    CacheIdentity,
-    autoencoder_fingerprint,
-    image_identity,
-    open_once_per_machine,
-)
+from dae_diffusers.latents.cache import CacheIdentity, image_identity, open_once_per_machine
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
 from dae_diffusers.store import NotKept, keep_tensors, kept_tensors
+from dae_diffusers.weights import autoencoder_fingerprint
 
 _DTYPE = "int32"
 

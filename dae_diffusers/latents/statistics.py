@@ -88,7 +88,7 @@ class LatentStatistics:
 
 def set_statistics(vae: ModelMixin, values: dict[str, Any]) -> None:
     r"""
-    Gives an autoencoder's config these values of [`~dae_diffusers.store.STATISTICS`], and an `AutoencoderRAE` also the tensors that
+    Gives an autoencoder's config these values of [`~dae_diffusers.weights.STATISTICS`], and an `AutoencoderRAE` also the tensors that
     it computes with.
     """
     vae.register_to_config(**values)

@@ -13,8 +13,9 @@ from dae_diffusers.metrics.sampling import Sampler
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.metrics.sweep import SWEPT, is_by_class
 from dae_diffusers.settings import changes_of
-from dae_diffusers.store import fingerprint, weights_of
+from dae_diffusers.store import fingerprint
 from dae_diffusers.vision import backbone_of
+from dae_diffusers.weights import weights_of
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,10 @@ from dae_diffusers.metrics.distances import (
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
+from dae_diffusers.metrics.kept import KeptRows, keep_rows
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.store import fingerprint
+from dae_diffusers.weights import model_fingerprint
 
 
 @dataclass

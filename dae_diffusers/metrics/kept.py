@@ -1,6 +1,5 @@
 """Keeps results in files named by a fingerprint of their inputs, so an evaluation computes none of them twice."""
 
-import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -14,16 +13,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from dae_diffusers.errors import UserError
-from dae_diffusers.store import (
-    NotKept,
-    fingerprint,
-    fingerprint_of_json,
-    keep_json,
-    keep_tensors,
-    kept_json,
-    kept_tensors,
-    weights_of,
-)
+from dae_diffusers.store import NotKept, fingerprint_of_json, keep_json, keep_tensors, kept_json, kept_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -168,13 +158,6 @@ def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_json(path, values, of)
     return values
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    r"""Fingerprint of a model's weights and config, without the place that it was loaded from."""
-    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
-    described = fingerprint_of_json({key: value for key, value in config.items() if key[0] != "_"})
-    return fingerprint(itertools.chain([described], weights_of(model)))
 
 
 def _of_chunk(key: str, chunk: range) -> dict[str, Any]:

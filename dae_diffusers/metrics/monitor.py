@@ -17,11 +17,12 @@ from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.kept import keep_rows, model_fingerprint
+from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, image_pixels, prompts_of_images
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, padded_size, reference_statistics
 from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json, replace_folder
+from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

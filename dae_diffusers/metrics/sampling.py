@@ -21,11 +21,12 @@ from dae_diffusers.data.columns import class_name
 from dae_diffusers.data.condition_values import ConditionValues, as_call
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.metrics.kept import KeptRows, keep_rows, model_fingerprint
+from dae_diffusers.metrics.kept import KeptRows, keep_rows
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.randomness import Stream, derived_seed
+from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.checks import check_enough_images
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.kept import model_fingerprint
 from dae_diffusers.search.candidates import Candidates, stage1_flags
 from dae_diffusers.search.planning import Rung, Speeds, plan_rungs, plan_winner, turns_of
 from dae_diffusers.search.settings import SearchConfig, show_seconds
@@ -27,6 +26,7 @@ from dae_diffusers.search.trial import FORGOTTEN, CandidateTrial, distances
 from dae_diffusers.search.turned import write_turned
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import read_json, read_json_or, replace_folder, write_json
+from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

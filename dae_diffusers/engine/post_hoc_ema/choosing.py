@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from dae_diffusers.store import read_json_or, replace_files, replace_folder, weights_fingerprint_of, write_json
+from dae_diffusers.store import read_json_or, replace_files, replace_folder, write_json
+from dae_diffusers.weights import weights_fingerprint_of
 
 logger = logging.getLogger(__name__)
 
