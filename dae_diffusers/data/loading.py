@@ -88,6 +88,7 @@ def load_images(
         warn_of_seen_images(config, seed, model, len(train))
     else:
         _require_labels(validation, label_column, validation_name)
+        validation = with_image_column(validation, image_column)[0]  # as files, which are compared
     warn_of_copies(train, validation, image_column, loaded.root)
     warn_of_masks(train, image_column)
     if config.max_train_samples is not None:
