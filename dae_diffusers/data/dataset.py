@@ -354,7 +354,7 @@ def files_of(rows: datasets.Dataset, column: str, root: Root | None = None) -> n
     with one caption a row. Rows that hold the bytes themselves have the same file if these and its name are equal; without a name each
     row has its own, because comparing would read all images. Links to a file are that file.
     """
-    files = _files_by_name(rows, column, root)
+    files = files_by_name(rows, column, root)
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type) or not len(rows):
         return files
@@ -378,8 +378,8 @@ def _paths_alone(rows: datasets.Dataset, images: pa.ChunkedArray, indices: np.nd
         yield int(number), paths[int(chosen[number])].as_py()
 
 
-def _files_by_name(rows: datasets.Dataset, column: str, root: Root | None) -> np.ndarray:
-    """[`files_of`], without links."""
+def files_by_name(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:
+    r"""As [`files_of`], but links to a file are files of their own."""
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type) or not len(rows):
         return np.arange(len(rows))

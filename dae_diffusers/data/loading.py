@@ -24,6 +24,7 @@ from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, DataConfig
 from dae_diffusers.data.contents import Root, content_hash, read_content
+from dae_diffusers.data.copies import without_copies
 from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
 from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
@@ -83,12 +84,15 @@ def load_images(
 
     train, image_column = with_image_column(train, config.image_column)
     label_column = find_label_column(train, config.first_label_column, image_column)
+    if validation is not None:
+        validation = with_image_column(validation, image_column)[0]  # as files, which are compared
+    if config.drop_copies:
+        train = without_copies(train, validation, image_column, loaded.root)
     if validation is None:
         train, validation = _hold_out(config, train, image_column, loaded.root, seed)
         warn_of_seen_images(config, seed, model, len(train))
     else:
         _require_labels(validation, label_column, validation_name)
-        validation = with_image_column(validation, image_column)[0]  # as files, which are compared
     warn_of_copies(train, validation, image_column, loaded.root)
     warn_of_masks(train, image_column)
     if config.max_train_samples is not None:
