@@ -316,6 +316,15 @@ def test_held_out_copies_of_training_images_are_said(kind, tmp_path, caplog):
     assert ("1 of 1 images for validation are copies of training images" in caplog.text) == (kind != "no copies")
 
 
+def test_copies_in_a_split_of_pictures_are_said(tmp_path, caplog):
+    features = datasets.Features({"image": datasets.Image()})
+    for split in ("train", "validation"):
+        rows = {"image": [{"bytes": data, "path": None} for data in PICTURES]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    load_images(DataConfig(dataset_name=str(tmp_path), resolution=8))
+    assert "6 of 6 images for validation are copies of training images" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["image.bmp", None])
 def test_pictures_of_one_name_are_files_of_their_own(name, tmp_path, caplog):
     """They are held out as they always were, whatever the rows are called."""

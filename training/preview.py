@@ -5,7 +5,8 @@ Draw what training will see of your images: crops, classes and counts. Trains no
 
 `preview.png` shows for each class whole pictures, with what the crop leaves out darkened, and below them what training gets, with the
 images of `--condition_column`. `preview.md` counts the images of each class of each label column, and says how large the files are and
-which numbers there are. Give the flags that you will train with: those of the images count, the others are passed over.
+which numbers there are. It also counts copies, which `copies.png` shows and `copies.csv` names. Give the flags that you will train with:
+those of the images count, the others are passed over.
 """
 
 import logging
@@ -18,6 +19,7 @@ from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
 from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, groups, look, of_each_class, sizes
+from dae_diffusers.preview_copies import describe_copies, draw_copies, find_copies, table_of_copies
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically
 from dae_diffusers.training.settings import PreviewConfig
@@ -47,9 +49,18 @@ def main(config: PreviewConfig) -> None:
         train.id2label,
         shows_crop=not config.data.crops_at_random and config.data.pad is None,
     )
+    pairs = []
+    if config.preview.num_compared and not isinstance(train, StreamedImages):
+        copies = find_copies(train, validation, config.preview.num_compared)
+        pairs, table = copies.pairs, table + describe_copies(copies)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / "preview.png")
+        for name in ("copies.png", "copies.csv"):  # of an earlier preview
+            (folder / name).unlink(missing_ok=True)
+        if pairs:
+            draw_copies(pairs).save(folder / "copies.png")
+            write_atomically(folder / "copies.csv", table_of_copies(pairs))
     except OSError as error:
         raise UserError(f"`output_dir` {folder} cannot be written: {error.strerror or error}.") from None
     write_atomically(folder / "preview.md", table)

@@ -453,6 +453,9 @@ class PreviewOutputConfig:
 
     output_dir: str = field("runs/my-model/preview", "folder for the picture and the table")
     num_images: int = field(6, "pictures of each class", at_least=1, at_most=40)
+    num_compared: int = field(
+        20_000, "look for copies among at most N training images, a fixed random choice; 0: look for none", at_least=0
+    )
     seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
     vae: str | None = field(None, "autoencoder that the resolution is taken from if none is given, as in training")
 

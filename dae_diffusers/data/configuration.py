@@ -144,6 +144,11 @@ class DataConfig:
         needs="on_bad_image skip",
         advanced=True,
     )
+    drop_copies: bool = field(
+        False,
+        "leave out training images with the same content as an earlier one or as one of the validation split, before any are held out",
+        advanced=True,
+    )
     dataloader_num_workers: int = field(
         0,
         "processes that load images, for each training process; 0: the training process loads them",
@@ -190,6 +195,10 @@ class DataConfig:
             self.refuse_conditions("`streaming`, because all values are read before training: leave `streaming` out")
         if self.streaming and self.max_train_samples is not None:
             raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
+        if self.streaming and self.drop_copies:
+            raise ConfigError(
+                "`drop_copies` does not go with `streaming`, because all images are compared before training: leave one of them out."
+            )
         if self.streaming and self.dataset_name in EMBEDDED:
             raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already: leave `streaming` out.")
 

@@ -187,7 +187,7 @@ class ImageDataset(BatchDataset):
             item = self.rows[index][self.image_column]
             return find_nearest_bucket(*self._reader.size_of(item, lambda: self.name_of(index)), sizes)
 
-        found = np.array(self._of_each(nearest, "Reading the sizes of images"))
+        found = np.array(self.of_each(nearest, "Reading the sizes of images"))
         buckets = Buckets.without_empty(sizes, np.bincount(found, minlength=len(sizes)).tolist())
         return self._with_rows(np.argsort(found, kind="stable"), self.depth, buckets)
 
@@ -198,12 +198,13 @@ class ImageDataset(BatchDataset):
         return self._with_rows(range(len(self)), self.depth, Buckets.single(len(self), self.config.size))
 
     @without_warnings()  # around the pool
-    def _of_each(self, function: Callable[[int], T], description: str) -> list[T]:
-        """What a function says about each image, by its number."""
-        with ThreadPoolExecutor() as pool, tqdm(total=len(self), desc=description, leave=False) as progress:
+    def of_each(self, function: Callable[[int], T], description: str, indices: Sequence[int] | None = None) -> list[T]:
+        r"""What a function says about each image, by its number; of the images with these numbers, or of all."""
+        indices = range(len(self)) if indices is None else indices
+        with ThreadPoolExecutor() as pool, tqdm(total=len(indices), desc=description, leave=False) as progress:
             found = []
-            for start in range(0, len(self), 4096):  # what waits for a thread takes 2 KB an image
-                part = range(start, min(start + 4096, len(self)))
+            for start in range(0, len(indices), 4096):  # what waits for a thread takes 2 KB an image
+                part = indices[start : start + 4096]
                 found += pool.map(function, part)
                 progress.update(len(part))
         return found
@@ -223,7 +224,7 @@ class ImageDataset(BatchDataset):
             except UserError as error:
                 return str(error)
 
-        problems = self._of_each(problem, "Checking images")
+        problems = self.of_each(problem, "Checking images")
         good = [index for index, text in enumerate(problems) if text is None]
         for text in filter(None, problems):
             logger.warning("left out: %s", text)
@@ -358,7 +359,7 @@ def files_of(rows: datasets.Dataset, column: str, root: Root | None = None) -> n
     with one caption a row. Rows that hold the bytes themselves have the same file if these and its name are equal; without a name each
     row has its own, because comparing would read all images. Links to a file are that file.
     """
-    files = _files_by_name(rows, column, root)
+    files = files_by_name(rows, column, root)
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type) or not len(rows):
         return files
@@ -382,8 +383,8 @@ def _paths_alone(rows: datasets.Dataset, images: pa.ChunkedArray, indices: np.nd
         yield int(number), paths[int(chosen[number])].as_py()
 
 
-def _files_by_name(rows: datasets.Dataset, column: str, root: Root | None) -> np.ndarray:
-    """[`files_of`], without links."""
+def files_by_name(rows: datasets.Dataset, column: str, root: Root | None = None) -> np.ndarray:
+    r"""As [`files_of`], but links to a file are files of their own."""
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type) or not len(rows):
         return np.arange(len(rows))

@@ -17,7 +17,7 @@ from dae_diffusers.data.dataset import encoded_sizes, name_in
 logger = logging.getLogger(__name__)
 
 _SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior")
-_CHOICE = ("train_split", "validation_fraction", "group_column")
+_CHOICE = ("train_split", "validation_fraction", "group_column", "drop_copies")
 # Of more images, or images of more bytes that may be copies, none are compared: that takes more than seconds.
 _MOST_COMPARED, _MOST_COMPARED_BYTES = 20_000, 2**28
 
@@ -35,13 +35,17 @@ def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_im
     now = {name: getattr(config, name) for name in _CHOICE} | {"seed": seed}
     for folder in (Path(model), Path(model).absolute().parent) if model else ():
         for script in _SCRIPTS:
-            before = {"group_column": None, **_settings_of(folder / script)}  # older runs have none
+            before = {
+                "group_column": None,
+                "drop_copies": False,
+                **_settings_of(folder / script),
+            }  # older runs have none
             differing = [name for name in now if before.get(name, now[name]) != now[name]]
             if _source(before) != _source(vars(config)):
                 continue
             if differing:
-                given = " ".join(f"--{name} {before[name]}" for name in differing if before[name] is not None)
-                without = " ".join(f"--{name}" for name in differing if before[name] is None)
+                given = " ".join(_flag(name, before[name]) for name in differing if before[name] not in (None, False))
+                without = " ".join(f"--{name}" for name in differing if before[name] in (None, False))
                 logger.warning(
                     "%s was trained %s: other images were held out there, so it has seen some of the validation images. Give the same here.",
                     folder / script,
@@ -80,8 +84,8 @@ def warn_of_copies(train: datasets.Dataset, validation: datasets.Dataset, column
     copies = [int(index) for index in likely[1] if content_hash(parts[1][int(index)][column], root) in trained]
     if copies:
         logger.warning(
-            "%d of %d images for validation are copies of training images, such as %s: validation sees what was trained on. Remove "
-            "the copies, or give a `--validation_split` without them.",
+            "%d of %d images for validation are copies of training images, such as %s: validation sees what was trained on. "
+            "`--drop_copies` trains without them.",
             len(copies), len(validation), name_in(parts[1], column, copies[0]),
         )  # fmt: skip
 
@@ -113,6 +117,10 @@ def _num_trained(folder: Path, settings: dict[str, Any], config: DataConfig) -> 
         return json.loads((folder / "run.json").read_text())["counts"]["training_images"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _flag(name: str, value: Any) -> str:
+    return f"--{name}" if value is True else f"--{name} {value}"
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:

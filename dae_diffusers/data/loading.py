@@ -24,6 +24,7 @@ from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, DataConfig
 from dae_diffusers.data.contents import Root, content_hash, read_content
+from dae_diffusers.data.copies import without_copies
 from dae_diffusers.data.dataset import ImageDataset, choose_indices, files_of
 from dae_diffusers.data.groups import choose_groups, count_groups, group_names, read_groups, whole_groups
 from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images, warn_of_shared_groups
@@ -86,6 +87,10 @@ def load_images(
     label_column = find_label_column(train, config.first_label_column, image_column, config.group_column)
     if config.group_column == image_column:
         raise UserError(f"`group_column` {image_column!r} is the column of the images: name another one.")
+    if validation is not None:
+        validation = with_image_column(validation, image_column)[0]  # as files, which are compared
+    if config.drop_copies:
+        train = without_copies(train, validation, image_column, loaded.root)
     if validation is None:
         train, validation = _hold_out(config, train, image_column, loaded.root, seed)
         warn_of_seen_images(config, seed, model, len(train))
