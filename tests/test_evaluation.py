@@ -696,3 +696,22 @@ def test_warning_stands_below_the_tables_where_images_are_few():
     (line, _) = few_images_lines(setting, {"generation": [{"num_images": 64}, {"num_images": 999}]})
     assert line.startswith("**Warning:** 64 images for 64 features")
     assert few_images_lines({**setting, "features": None}, {}) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+def test_a_folder_of_images_takes_the_place_of_samples(image_folder, tmp_path):
+    flags = "--features pixels --more_features spectrum --validation_fraction 0.5"
+    folders = {"train_data_dir": image_folder, "samples_dir": image_folder, "output_dir": tmp_path}
+    run(evaluate, flags, **folders)
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    (row,), number = results["generation"], sum(1 for _ in image_folder.rglob("*.png"))
+    assert row["num_images"] == number and row["authenticity"] <= 0.5  # half of them are training images
+    assert row["gfd_spectrum"] >= 0 and results["floor"]["generation"]["real"]["gfd_pixels"] >= 0
+    assert (tmp_path / "nearest-given.png").exists() and "reconstruction" not in results
+    run(evaluate, f"{flags} --num_images 8 --resolution 8", **folders)
+    assert json.loads((tmp_path / "metrics.json").read_text())["generation"][0]["num_images"] == 8
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no pictures. Of arrays, give their size as `resolution`"):
+        run(evaluate, flags, **folders | {"samples_dir": tmp_path / "empty"})
+    with pytest.raises((UserError, SystemExit)):
+        run(evaluate, flags, **folders, vae=tmp_path)

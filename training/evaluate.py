@@ -32,6 +32,7 @@ from dae_diffusers.metrics.defaults import check_takes_defaults, set_defaults
 from dae_diffusers.metrics.drawings import Drawing
 from dae_diffusers.metrics.evaluator import Evaluator
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
+from dae_diffusers.metrics.given_samples import load_samples, side_of
 from dae_diffusers.metrics.preparation import prepare_evaluation
 from dae_diffusers.metrics.report import describe, plot_sweep, to_markdown
 from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pipeline
@@ -56,14 +57,21 @@ def main(config: EvaluateConfig) -> None:
         check_takes_defaults(of.pipeline, pipeline)
     vae = choose_autoencoder(of, pipeline, accelerator.device)
     sides = None if pipeline is None else image_sides(pipeline)
+    if of.samples_dir is not None and config.data.resolution is None:
+        sides = side_of(of.samples_dir)
     if vae is None:
-        logger.info("%s has no autoencoder that can be measured, so only its samples are measured.", of.pipeline)
+        if pipeline is not None:
+            logger.info("%s has no autoencoder that can be measured, so only its samples are measured.", of.pipeline)
         config.data.settle(sides or DEFAULT_RESOLUTION)
     else:
         settle_images(config, vae.eval(), side=sides)
     judges = [*load_judges(config, accelerator.device)]
+    given = None
+    if of.samples_dir is not None:
+        given = load_samples(of.samples_dir, config.data, config.sampling.num_images)
+        config.sampling.num_images = len(given)
     train, validation, sampler = prepare_evaluation(
-        config, of.seed, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae
+        config, of.seed, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae, has_samples=given is not None
     )
 
     extractor, *others = judges or [None]
@@ -74,6 +82,8 @@ def main(config: EvaluateConfig) -> None:
         results |= evaluator.measure_autoencoder()
     if sampler is not None:
         results["generation"], drawn = evaluator.measure_samples()
+    elif given is not None:
+        results["generation"], drawn = evaluator.measure_given(given)
     if extractor is not None:
         results |= evaluator.measure_baseline(drawn)
     if sampler is not None:

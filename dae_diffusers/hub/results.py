@@ -470,6 +470,8 @@ def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
     found = read_json(path)
     setting = found.get("setting") or {}
     config, weights = setting.get("config") or {}, setting.get("weights")
+    if config.get("samples_dir"):  # images of any model
+        return {}
     if weights:
         differing = _differing_parts(result, weights)
         is_known = all(_fingerprint_in(result, name) for name in weights.keys() - differing)

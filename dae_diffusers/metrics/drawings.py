@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
@@ -21,14 +22,14 @@ class Drawing:
     Samples that were drawn once, and measured.
 
     Attributes:
-        settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How they were drawn.
-        samples ([`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
+        settings ([`~dae_diffusers.metrics.sampling.SampleSettings`], *optional*): How they were drawn; None for given images.
+        samples ([`~dae_diffusers.metrics.kept.KeptRows`] or `torch.Tensor` of shape `(N, C, H, W)`): uint8.
         metrics (`dict[str, float]`): Those of [`~dae_diffusers.metrics.evaluation.sample_metrics`].
         most_alike (`list[tuple[int, int]]`): The numbers of the samples that are most like a training image, with that of the image.
     """
 
-    settings: SampleSettings
-    samples: KeptRows
+    settings: SampleSettings | None
+    samples: KeptRows | torch.Tensor
     metrics: dict[str, float]
     most_alike: list[tuple[int, int]]
 

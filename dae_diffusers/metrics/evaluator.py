@@ -29,6 +29,7 @@ from dae_diffusers.metrics.evaluation import (
     latent_metrics,
     reconstruction_metrics,
     sample_features,
+    sample_metrics,
     training_features,
 )
 from dae_diffusers.metrics.features import FeatureExtractor
@@ -39,6 +40,7 @@ from dae_diffusers.metrics.sampling import Sampler, generation_inputs, ids_in_pi
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import is_by_class, swept_settings
 from dae_diffusers.metrics.yardstick import Yardstick
+from dae_diffusers.store import fingerprint
 
 # Settings of a drawing that are not shown beside its metrics.
 _NOT_SHOWN = ("prompts", "classes", "conditions", "class_counts")
@@ -125,6 +127,20 @@ class Evaluator:
                 self._save_grids(drawings[0])
         return rows, drawn
 
+    def measure_given(self, samples: torch.Tensor) -> tuple[list[dict[str, Any]], list[list[Drawing]]]:
+        r"""
+        As [`measure_samples`], for images that are there already.
+
+        Args:
+            samples (`torch.Tensor` of shape `(N, C, H, W)`): uint8.
+        """
+        work = {"batch_size": self._batch_size, "folder": self._parts}
+        metrics, nearest = sample_metrics(samples, self.extractor, self.training, self.accelerator, **work)
+        drawing = Drawing(None, samples, metrics, nearest.most_alike())
+        if self.accelerator.is_main_process:
+            self._save_grids(drawing)
+        return [{"num_images": len(samples), **metrics}], [[drawing]]
+
     def measure_baseline(self, drawn: Sequence[list[Drawing]] = ()) -> dict[str, Any]:
         r"""
         What held-out real images reach in the place of reconstructions and samples (`floor`), and how good the judge is (`judge`).
@@ -144,7 +160,13 @@ class Evaluator:
             return {"judge": yardstick.judge(), "floor": floor}
 
         inputs = ["real images, copies of all", *self._inputs(self.train, self.validation, self.some)]
-        inputs += [generation_inputs(self.sampler.pipeline, drawing.settings, self.accelerator) for drawing in firsts]
+        for drawing in firsts:
+            is_given = drawing.settings is None
+            inputs.append(
+                fingerprint(drawing.samples.split(256))
+                if is_given
+                else generation_inputs(self.sampler.pipeline, drawing.settings, self.accelerator)
+            )
         return self._keep(measure, inputs)
 
     def add_class_agreement(self, results: dict[str, Any], drawn: Sequence[list[Drawing]]) -> None:
@@ -320,6 +342,10 @@ class Evaluator:
         )
 
     def _save_grids(self, drawing: Drawing) -> None:
+        if drawing.settings is None:
+            given = (drawing.samples, None, compared_for_copies(self.train), drawing.most_alike)
+            save_grids(self._folder, "given", *given)
+            return
         settings, pipeline = drawing.settings, self.sampler.pipeline
         save_grids(
             self._folder,

@@ -28,6 +28,7 @@ def prepare_evaluation(
     *,
     name: str | None,
     vae: str | None = None,
+    has_samples: bool = False,
 ) -> tuple[ImageDataset, ImageDataset, Sampler | None]:
     r"""
     Loads the images of an evaluation and makes what draws the samples, once all has been found to fit together. All processes call it.
@@ -41,6 +42,7 @@ def prepare_evaluation(
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
         name (`str` or `None`): Folder or Hub id of the pipeline.
         vae (`str`, *optional*): That of the autoencoder, if it is given on its own.
+        has_samples (`bool`, *optional*): Whether there are samples already.
 
     Returns:
         `tuple`: Training images, held-out images, and the sampler, None without a pipeline.
@@ -62,7 +64,9 @@ def prepare_evaluation(
     if sampler is not None:
         warn_of_missing_classes(sampling, sampler, train)
     if judges:
-        check_enough_images(judges[0], train, validation, sampling.num_images, of_samples=sampler is not None)
+        check_enough_images(
+            judges[0], train, validation, sampling.num_images, of_samples=sampler is not None or has_samples
+        )
     return train, validation, sampler
 
 

@@ -20,6 +20,11 @@ class EvaluationConfig:
     pipeline: str | None = field(
         None, "folder or Hub id of a diffusers pipeline; default: only the autoencoder is measured"
     )
+    samples_dir: str | None = field(
+        None,
+        "a folder of images to measure instead of a pipeline's samples, such as those of another model or of `dae-diffusers sample`; "
+        "the resolution is theirs by default",
+    )
     features: str | None = field(
         None,
         "`inception`, a vision model (Hub id or folder), or without a network `pixels` or `spectrum`, for rFD and gFD; default: neither "
@@ -46,10 +51,13 @@ class EvaluationConfig:
     )
 
     def __post_init__(self):
-        if self.vae is None and self.pipeline is None:
-            raise ConfigError("give `vae` or `pipeline` (or both): there is nothing to evaluate.")
-        if self.pipeline is not None and self.features is None:
-            raise ConfigError("`pipeline` needs `features`, such as `inception` or facebook/dinov2-base.")
+        if self.samples_dir is not None and (self.vae is not None or self.pipeline is not None):
+            raise ConfigError("`samples_dir` takes the place of `pipeline` and `vae`: leave these out.")
+        if self.vae is None and self.pipeline is None and self.samples_dir is None:
+            raise ConfigError("give `vae` or `pipeline` (or both), or `samples_dir`: there is nothing to evaluate.")
+        for name in ("pipeline", "samples_dir"):
+            if getattr(self, name) is not None and self.features is None:
+                raise ConfigError(f"`{name}` needs `features`, such as `inception` or facebook/dinov2-base.")
         if self.more_features and self.features is None:
             raise ConfigError("`more_features` adds judges to that of `features`: give it too.")
         judges = [self.features, *(self.more_features or [])]
