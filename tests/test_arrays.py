@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import struct
 import threading
@@ -27,6 +28,7 @@ from dae_diffusers.data.arrays import (
     resize_and_crop_array,
     save_value_range,
 )
+from dae_diffusers.data.ranges import ValueSurvey
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.training import train_dae, train_dit
@@ -627,3 +629,94 @@ def test_pictures_with_other_channels_are_refused_with_advice(tmp_path, image, c
             train_data_dir=str(tmp_path), resolution=8, image_channels=channels, value_range=[0.0, 255.0]
         )
         load_images(config)[0][0]
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    """24 arrays of four bands in different units, as Parquet."""
+    folder, random = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
+    maxima = np.array([3000, 0.5, 0.03, 1e-6], np.float32)
+    arrays = [npy_of(random.uniform(0, 1, (8, 8, 4)).astype(np.float32) * maxima) for _ in range(24)]
+    return parquet_of(folder, *arrays) | {"image_channels": 4}
+
+
+@pytest.mark.parametrize("source", ["measured", "given", "streamed", "of a model"])
+def test_channels_that_a_range_leaves_nothing_of_are_named(source, bands, caplog):
+    flags = {"streaming": source == "streamed"} | (
+        {"value_range": [0, 3000]} if source in ("given", "streamed") else {}
+    )
+    train, _ = load_images(DataConfig(**bands, **flags), value_range=[0, 3000] if source == "of a model" else None)
+    (text,) = train.range_warnings
+    assert text in caplog.text and "of 4 channels these use less than 1 % of the range [" in text
+    named = re.findall(r"(\d) \(in \[(\S+), (\S+)\]\)", text)
+    assert [int(number) for number, _, _ in named] == [2, 3, 4]  # counted from 1
+    for (_, low, high), most in zip(named, (0.5, 0.03, 1e-6), strict=True):
+        assert 0 <= float(low) < 0.1 * most < 0.9 * most < float(high) <= most
+    assert "Scale all channels to similar ranges first" in text
+
+
+def test_a_channel_beside_the_range_is_named():
+    survey = ValueSurvey(1)
+    survey.add(np.array([[[0.0, 5.0, 0.0], [1.0, 9.0, 0.0]]], np.float32))
+    assert "2 (in [5, 9]), 3 (in [0, 0])" in survey.small_channels([0, 1])
+    assert survey.range == [0, 9] and "3 (in [0, 0])" in survey.small_channels(survey.range)
+    many = ValueSurvey(1)
+    many.add(np.linspace(0, 1, 40, dtype=np.float32)[:, None] * ([1] + [0] * 30))
+    assert "13 (in [0, 0]) and 18 more." in many.small_channels([0, 1])
+
+
+def with_outlier(folder) -> dict:
+    random = np.random.default_rng(0)
+    arrays = [random.uniform(20, 30, (16, 16)).astype(np.float32) for _ in range(20)]
+    arrays[7][8, 8] = -9999
+    return parquet_of(folder, *map(npy_of, arrays)) | {"resolution": 16, "validation_fraction": 0.05}
+
+
+def test_an_outlier_that_widens_the_range_is_said_with_what_to_do(tmp_path, caplog):
+    flags = with_outlier(tmp_path)
+    train, validation = load_images(DataConfig(**flags), 1)
+    (text,) = train.range_warnings
+    assert len(validation) == 1 and train.value_range[0] == -9999 and text in caplog.text
+    low, high = map(float, re.search(r"pass `--value_range (\S+) (\S+)`", text).groups())
+    assert 20 <= low < 20.1 and 29.9 < high <= 30 and "0.1 % of the range [-9999, " in text
+    caplog.clear()
+    train, _ = load_images(DataConfig(**flags, value_range=[low, high]))
+    assert train.range_warnings == [] and "range" not in caplog.text
+
+
+def test_values_in_other_units_than_the_models_are_said(tmp_path, caplog):
+    train, _ = load_images(DataConfig(**with_outlier(tmp_path)), value_range=[0, 3000])
+    assert "of the range [0, 3000] of the trained model: the images look alike to it" in train.range_warnings[0]
+    assert train.range_warnings[0] in caplog.text
+
+
+def test_few_values_other_than_one_have_no_range_to_pass():
+    survey = ValueSurvey(1)
+    survey.add(np.eye(1, 5000, dtype=np.float32).T)
+    assert "0 % of the range [0, 1]: a few" in survey.outliers([0, 1], is_measured=True)
+    assert "give a narrower `--value_range`, which clips them" in survey.outliers([0, 1], is_measured=True)
+
+
+def test_the_survey_of_many_images_is_that_of_their_values():
+    values = np.random.default_rng(0).normal(size=(300, 128, 64, 2)).astype(np.float32)
+    survey = ValueSurvey(len(values))  # which looks at a fifth of them
+    for each in values:
+        survey.add(each)
+    assert survey.range == [values.min(), values.max()]
+    assert survey.small_channels(survey.range) is None and survey.outliers(survey.range, is_measured=True) is None
+    wide = survey.outliers([-100, 100], is_measured=True)
+    found = [float(each) for each in re.search(r"are (\S+) and (\S+),", wide).groups()]
+    np.testing.assert_allclose(found, np.percentile(values, [0.1, 99.9]), rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["alike channels", "one channel", "pictures"])
+def test_nothing_is_said_of_ranges_that_are_used(kind, tmp_path, caplog):
+    random = np.random.default_rng(0)
+    if kind == "pictures":  # all red, with a range that was given
+        save_pictures(tmp_path, *[np.full((8, 8, 3), (number, 0, 0), np.uint8) for number in range(8)])
+        flags = {"train_data_dir": str(tmp_path), "resolution": 8, "value_range": [0, 255]}
+    else:
+        channels = 1 if kind == "one channel" else 3
+        arrays = [npy_of(random.normal(size=(8, 8, channels)).astype(np.float32)) for _ in range(8)]
+        flags = parquet_of(tmp_path, *arrays) | {"image_channels": channels}
+    assert load_images(DataConfig(**flags))[0].range_warnings == [] and "range" not in caplog.text

@@ -123,6 +123,16 @@ def test_bad_images_of_a_stream_are_passed_over(tmp_path):
     assert len(list(look(train, 0))) == 5
 
 
+def test_preview_says_what_the_range_leaves_nothing_of(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        values = np.random.default_rng(number).uniform(0, 1, (8, 8, 2)) * (100, 0.1)
+        np.save(tmp_path / "data" / f"{number}.npy", values.astype(np.float32))
+    flags = f"--train_data_dir {tmp_path / 'data'} --resolution 8 --image_channels 2 --output_dir {tmp_path / 'out'}"
+    preview.main(parse_config(PreviewConfig, flags.split()))
+    assert "\nOf 2 channels these use less than 1 % of the range" in (tmp_path / "out" / "preview.md").read_text()
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_classes_without_images_take_no_place(tmp_path, streaming):
     rows = [{"image": Image.new("L", (8, 8), number), "label": 20 + number % 14} for number in range(42)]

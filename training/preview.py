@@ -44,6 +44,7 @@ def main(config: PreviewConfig) -> None:
         + "\n"
         + sizes(looked, train.buckets, are_padded=config.data.pad is not None)
     )
+    table += "".join(f"\n{text[0].upper()}{text[1:]}\n" for text in train.range_warnings)
     picture = draw(
         of_each_class(train, seed, config.preview.num_images),
         train.id2label,

@@ -24,6 +24,7 @@ from dae_diffusers.data.conditions import ConditionColumns
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root, content_hash, inode_of, name_of_row, read_content, size_of
 from dae_diffusers.data.images import ImageReader, find_first_depth, split_items
+from dae_diffusers.data.ranges import ValueSurvey
 from dae_diffusers.errors import UserError
 from dae_diffusers.store import fingerprint
 
@@ -56,6 +57,7 @@ class ImageDataset(BatchDataset):
             is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
         root ([`~dae_diffusers.data.contents.Root`] or `None`): Folder in which the files that rows name must lie.
+        range_warnings (`list[str]`): What `load_images` has found wrong with the range of values of training images.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class ImageDataset(BatchDataset):
         self.groups = groups
         self.conditions = conditions
         self.beside: ImageDataset | None = None
+        self.range_warnings: list[str] = []
         self._given_depth = depth
         self.root = root
         self.depth = depth or find_first_depth(
@@ -280,25 +283,30 @@ class ImageDataset(BatchDataset):
         chosen.beside = None if self.beside is None else self.beside.of(chosen)
         return chosen
 
-    @without_warnings()
     def measure_range(self) -> list[float]:
         r"""
-        Measures the lowest and highest value over all centre crops, or over whole images if crops are random or there are none. For 8-bit and 16-bit
-        pictures it need not be measured: see `RANGES`.
+        Measures the lowest and highest value as [`survey_values`] does. For 8-bit and 16-bit pictures it need not be measured: see `RANGES`.
 
         Raises:
             UserError: If all values are the same.
         """
-        low, high = math.inf, -math.inf
-        for index in tqdm(range(len(self)), desc="Measuring the value range", leave=False):
+        return self.survey_values().range
+
+    @without_warnings()
+    def survey_values(self, indices: Sequence[int] | None = None) -> ValueSurvey:
+        r"""
+        Surveys the values of the images with these numbers, or of all: over their centre crops, or over whole images if crops are random or
+        there are none.
+        """
+        indices = range(len(self)) if indices is None else indices
+        survey = ValueSurvey(len(indices))
+        for index in tqdm(indices, desc="Measuring the value range", leave=False):
             if self.config.crops_at_random or self.config.pad:  # scaling leaves no image's range, and padding needs it
                 pixels = self._reader.decode(self.rows[index][self.image_column], lambda i=index: self.name_of(i))
             else:
                 pixels = self._batch([index], [None])
-            low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
-        if not low < high:
-            raise UserError(f"all values of the training images are {low}: there is nothing to learn.")
-        return [low, high]
+            survey.add(pixels)
+        return survey
 
     def _pixels(self, index: int, draw: int | None = None) -> np.ndarray:
         """The image as uint8 or float32 (height, width, C), cropped but not flipped."""

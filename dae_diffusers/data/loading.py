@@ -30,6 +30,7 @@ from dae_diffusers.data.groups import choose_groups, count_groups, group_names, 
 from dae_diffusers.data.held_out import warn_of_copies, warn_of_seen_images, warn_of_shared_groups
 from dae_diffusers.data.images import ImageReader, count_pages, find_first_depth
 from dae_diffusers.data.masks import warn_of_masks
+from dae_diffusers.data.ranges import ValueSurvey
 from dae_diffusers.data.sources import Loaded, load_splits
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.data.tables import SPLITS
@@ -159,10 +160,13 @@ def load_images(
         len(train_images), len(validation_images), held_out, loaded.source, config.train_split, image_column,
     )  # fmt: skip
     _log_classes(train_images.labels, id2label, label_column, train.features)
+    measured = None
     if train_images.is_array and not train_images.value_range:
-        train_images.value_range = validation_images.value_range = train_images.measure_range()
+        measured = train_images.survey_values()
+        train_images.value_range = validation_images.value_range = measured.range
     if train_images.value_range:
         logger.info("image values [%g, %g] are mapped to [-1, 1]", *train_images.value_range)
+    train_images.range_warnings = _warn_of_range(train_images, measured)
     _compare_ranges(train_images, is_given=is_given)
     _warn_of_pages(train_images)
     if train_images.beside is not None:
@@ -248,6 +252,24 @@ def _log_classes(labels: list[int] | None, id2label: dict[int, str] | None, colu
         logger.info("no classes; the columns are %s", ", ".join(features))
     else:
         logger.info("column %s has %s", column, describe_classes(labels, id2label))
+
+
+def _warn_of_range(images: ImageDataset, measured: ValueSurvey | None = None) -> list[str]:
+    """Warns of a range of values that leaves little of some channels, or of all. It was measured, or sampled images are compared with it."""
+    is_meant = bool(images.config.value_range)
+    is_picture = images.depth != "numbers" and images.config.image_channels in (1, 3)  # see `_compare_ranges`
+    if is_picture or (is_meant and images.config.image_channels == 1):
+        return []
+    try:
+        survey = measured or images.survey_values(choose_indices(len(images), _LOOKED_AT).tolist())
+    except UserError:  # whoever reads it for training names it
+        return []
+    found = [survey.small_channels(images.value_range)]
+    if not is_meant:
+        found.append(survey.outliers(images.value_range, is_measured=measured is not None))
+    for text in filter(None, found):
+        logger.warning("%s", text)
+    return [text for text in found if text]
 
 
 def _compare_ranges(images: ImageDataset, *, is_given: bool) -> None:
@@ -402,6 +424,7 @@ def _streamed(
         loaded.source, config.train_split, image_column, len(validation_images),
     )  # fmt: skip
     _log_classes(None, id2label, label_column, train.features)
+    train_images.range_warnings = _warn_of_range(validation_images)
     _compare_ranges(validation_images, is_given=is_given)
     _warn_of_pages(validation_images)
     return train_images, validation_images.without_bad_images() if config.on_bad_image == "skip" else validation_images

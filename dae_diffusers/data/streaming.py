@@ -66,6 +66,9 @@ class StreamedImages(BatchDataset):
         num_examples (`int`, *optional*): Number of images, if the data set tells it.
         value_range (`list[float]`, *optional*): Lowest and highest value; default: that of the settings, if given.
         root ([`~dae_diffusers.data.contents.Root`], *optional*): Folder in which the files that rows name must lie.
+
+    Attributes:
+        range_warnings (`list[str]`): As in [`ImageDataset`].
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class StreamedImages(BatchDataset):
         self.root = root
         self._reader = ImageReader(config, depth, value_range=value_range, root=root)
         self.is_array = self._reader.is_array
+        self.range_warnings: list[str] = []
         self._num_read = self._num_bad = 0
 
     @property
