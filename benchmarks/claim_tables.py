@@ -75,7 +75,7 @@ def read_runs(path: Path) -> list[Run]:
 def table_of_settings(settings: list[dict[str, Any]], results: dict[str, list[Run]]) -> list[str]:
     """Joint training, the control and a weak decoder in every setting; `results` by the names of the files."""
     lines = [
-        "| setting | seeds | joint | `same` | `dropout` 0.1 | `dropout` minus joint | `dropout` minus `same` | gap, `dropout` minus joint |",
+        "| setting | seeds | joint | `same` | `dropout` 0.1 | `dropout` minus joint | `dropout` minus `same` | gap, `dropout` minus joint |",  # noqa: E501
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in settings:

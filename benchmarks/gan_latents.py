@@ -136,7 +136,8 @@ def main(arguments: argparse.Namespace) -> None:
     todo = list(itertools.product(arguments.seeds, arguments.widths, sources.items()))
     for seed, width, (name, (latents, factor, described)) in tqdm(todo, desc="GANs", unit="run"):
         of = {
-            "source": described, "width": width, "seed": seed, "images": [train.fingerprint, others.fingerprint], "features": extractor.fingerprint,
+            "source": described, "width": width, "seed": seed, "images": [train.fingerprint, others.fingerprint],
+            "features": extractor.fingerprint,
             **{key: getattr(arguments, key) for key in ("steps", "batch_size", "learning_rate")},
         }  # fmt: skip
         key = json.dumps(of, sort_keys=True)

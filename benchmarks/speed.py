@@ -488,7 +488,7 @@ def waiting(folder: Path, workers: int) -> list[Row]:
     features = datasets.Features({"image": datasets.Image()})
     (folder / "parquet").mkdir()
     datasets.Dataset.from_list(content, features=features).to_parquet(folder / "parquet" / "train.parquet")
-    flags = "--stage 1 --auxiliary_decoder dropout --random_flip --validation_steps 100000 --checkpointing_steps 100000 --max_validation_samples 8"
+    flags = "--stage 1 --auxiliary_decoder dropout --random_flip --validation_steps 100000 --checkpointing_steps 100000 --max_validation_samples 8"  # noqa: E501
     kinds = {
         "32x32 PNG in Parquet, channels (16, 32, 32), batch 64": f"--dataset_name {folder}/parquet --resolution 32 "
         "--block_out_channels 16 32 32 --train_batch_size 64 --stage1_steps 60",

@@ -167,7 +167,10 @@ def counts(train: ImageDataset | StreamedImages, validation: ImageDataset, looke
 
 
 def conditions(train: ImageDataset | StreamedImages) -> str:
-    r"""Markdown about what else images are drawn from: the classes of further columns, and the range of numbers; empty if there is nothing."""
+    r"""
+    Markdown about what else images are drawn from: the classes of further columns, and the range of numbers; empty if there is
+    nothing.
+    """
     columns = getattr(train, "conditions", None)
     if columns is None:
         return ""
@@ -197,7 +200,10 @@ def groups(train: ImageDataset | StreamedImages, validation: ImageDataset) -> st
 
 
 def sizes(looked: list[Seen], buckets: Buckets | None = None, *, are_padded: bool = False) -> str:
-    r"""Sentences about the sizes of the files: how many are enlarged, what the crop leaves out or padding adds, and which shapes they get."""
+    r"""
+    Sentences about the sizes of the files: how many are enlarged, what the crop leaves out or padding adds, and which shapes they
+    get.
+    """
     sides = np.array([seen.whole.shape[:2] for seen in looked])
     short, long = sides.min(axis=1), sides.max(axis=1)
     shapes = [shape_of(seen) for seen in looked]

@@ -145,9 +145,10 @@ def describe_copies(copies: Copies) -> str:
     for validates, name in ((False, f"of {num_train} training images"), (True, f"of {num_validation} for validation")):
         text += f"| {name} | {counted[validates, True]} | {counted[validates, False]} |\n"
     text += (
-        "\nThese are copies of training images. `copies.csv` names all, and `copies.png` shows the first of them beside what they are copies of. "
-        "A model memorises images that it sees often, and copies for validation make the validation too good. Look at them: `--drop_copies` "
-        "leaves out those of the same content, the others you must remove. Mirrored, cropped and recoloured copies are not found.\n"
+        "\nThese are copies of training images. `copies.csv` names all, and `copies.png` shows the first of them beside what they "
+        "are copies of. A model memorises images that it sees often, and copies for validation make the validation too good. "
+        "Look at them: `--drop_copies` leaves out those of the same content, the others you must remove. Mirrored, cropped "
+        "and recoloured copies are not found.\n"
     )
     num_others = sum(pair.copy.label != pair.first.label for pair in copies.pairs)
     if num_others:

@@ -23,7 +23,7 @@ _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 _SCRIPT = re.compile(
-    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|sample|train_[a-z_]+)\.py\b"
+    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|sample|train_[a-z_]+)\.py\b"  # noqa: E501
 )
 
 
@@ -41,8 +41,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 def run_script(run: Callable[[Config], None], config: Config) -> None:
     r"""
-    Warns of flags without effect, calls `run(config)`, and turns a [`UserError`], an optional package that is missing, a disk that cannot be written,
-    memory that does not suffice and a data-loading process that died into one line on stderr and an exit code.
+    Warns of flags without effect, calls `run(config)`, and turns a [`UserError`], an optional package that is missing, a disk
+    that cannot be written, memory that does not suffice and a data-loading process that died into one line on stderr and an exit code.
 
     Raises:
         SystemExit: With the error's exit code.

@@ -1266,7 +1266,8 @@ def columns_of(conditions: Mapping[str, Mapping], kind: str) -> list[str]:
 
 def on_latents(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     r"""
-    An image on the latents' grid: each square of `factor * factor` pixels becomes channels, and one more channel says that there is an image.
+    An image on the latents' grid: each square of `factor * factor` pixels becomes channels, and one more channel says that there
+    is an image.
 
     Args:
         pixels (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
@@ -1486,8 +1487,8 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def _save_code(own: str, folder: Path, origin: str | None) -> None:
     """
-    Puts this file, `own`, into a model's folder, and the pipelines beside it, which import it there under its name there. Code that came with a
-    model, whose folder is `origin`, goes on with it: diffusers copies only what it needs.
+    Puts this file, `own`, into a model's folder, and the pipelines beside it, which import it there under its name there. Code
+    that came with a model, whose folder is `origin`, goes on with it: diffusers copies only what it needs.
     """
     (folder / PIPELINE_FILE).write_text(own, encoding="utf-8")
     places = [Path(__file__).parent, *([Path(origin)] if origin else [])]

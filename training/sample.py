@@ -92,7 +92,8 @@ def find_pipeline(name_or_path: str) -> str:
     found = next((each for each in (folder, folder / "pipeline") if (each / PIPELINE_INDEX).exists()), None)
     if found is None:
         raise UserError(
-            f"`pipeline` {folder} holds no pipeline{in_full(folder)}: neither {PIPELINE_INDEX} nor pipeline/{PIPELINE_INDEX}. Give the output "
+            f"`pipeline` {folder} holds no pipeline{in_full(folder)}: neither {PIPELINE_INDEX} nor "
+            f"pipeline/{PIPELINE_INDEX}. Give the output "
             "folder of a finished train_dit.py or train_vqgan_prior.py, or a pipeline's folder."
         )
     return str(found)

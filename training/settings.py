@@ -531,8 +531,9 @@ SCRIPTS = {
 
 # Settings that name a folder or something on the Hub, which has one slash at most.
 _PLACES = (
-    "vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "published_vae", "text_encoder", "features", "more_features",
-    "metric_features", "feature_model", "perceptual_model", "discriminator_model", "vf_model", "repa_model",
+    "vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "published_vae", "text_encoder", "features",
+    "more_features", "metric_features", "feature_model", "perceptual_model", "discriminator_model", "vf_model", "repa_model",
+    "samples_dir",
 )  # fmt: skip
 # What begins so is no name on the Hub: the scripts write into `runs/` by default.
 _PATHS = (".", "/", "runs/")

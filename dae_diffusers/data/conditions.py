@@ -114,7 +114,13 @@ def numbers_of(rows: datasets.Dataset, column: str, split: str) -> list[float | 
             "empty, so that they count as unknown, or remove these rows."
         )
     if values.count(None):
-        logger.warning("column %s is empty in %d of %d rows of the split %r: unknown", column, values.count(None), len(values), split)  # fmt: skip
+        logger.warning(
+            "column %s is empty in %d of %d rows of the split %r: unknown",
+            column,
+            values.count(None),
+            len(values),
+            split,
+        )
     return values
 
 

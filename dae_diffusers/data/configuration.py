@@ -215,8 +215,8 @@ class DataConfig:
         for name, columns in others.items():
             if column == columns or column in (columns if isinstance(columns, list) else ()):
                 raise ConfigError(
-                    f"`group_column` is {column!r}, which `{name}` names too. Groups only say which images are held out together: name another "
-                    "column, or leave one of the two out."
+                    f"`group_column` is {column!r}, which `{name}` names too. Groups only say which images are held out together: "
+                    "name another column, or leave one of the two out."
                 )
 
     def _check_turns(self) -> None:

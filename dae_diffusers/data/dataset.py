@@ -285,7 +285,8 @@ class ImageDataset(BatchDataset):
 
     def measure_range(self) -> list[float]:
         r"""
-        Measures the lowest and highest value as [`survey_values`] does. For 8-bit and 16-bit pictures it need not be measured: see `RANGES`.
+        Measures the lowest and highest value as [`survey_values`] does. For 8-bit and 16-bit pictures it need not be measured:
+        see `RANGES`.
 
         Raises:
             UserError: If all values are the same.

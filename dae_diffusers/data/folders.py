@@ -154,8 +154,8 @@ def load_folder(
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
         raise UserError(
-            f"`{flag}` {folder} cannot be loaded: it holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, `.tar` and `.zip` archives, and "
-            "Parquet, CSV and JSON tables are read."
+            f"`{flag}` {folder} cannot be loaded: it holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, "
+            "`.tar` and `.zip` archives, and Parquet, CSV and JSON tables are read."
         )
     if found.left_out:
         is_loss = not {_READ_ALREADY, _DEAD, _BESIDE_CLASSES}.isdisjoint(found.left_out.values())
@@ -456,7 +456,10 @@ def load_shards(shards: dict[str, list[Path]], *, streaming: bool = False) -> Sp
 
 def _stream_shards(folder: Path, shards: list[PurePosixPath], with_labels: bool) -> Splits:
     of_folder, of_name = _split_folders(shards, folder), _archive_folders(shards)
-    names = [of_folder.get(path.parts[0]) or (str(name) if str(name) in SPLITS.values() else None) for path, name in zip(shards, of_name, strict=True)]  # fmt: skip
+    names = [
+        of_folder.get(path.parts[0]) or (str(name) if str(name) in SPLITS.values() else None)
+        for path, name in zip(shards, of_name, strict=True)
+    ]
     if None in names or "train" not in names:
         names = ["train"] * len(shards)
     data_files: dict[str, list[str]] = {}
@@ -507,7 +510,10 @@ def _rows_of(
     files: dict[PurePosixPath, dict[str, Any] | None],
     names: dict[PurePosixPath, PurePosixPath | None],
 ) -> Splits:
-    """The rows of each split, with classes and the columns of metadata tables, one of which may name some of the `files` by their `names`."""
+    """
+    The rows of each split, with classes and the columns of metadata tables, one of which may name some of the `files` by their
+    `names`.
+    """
     shared, places = _inside(PurePosixPath(), [entry.place for entry in entries])
     split_folders = _split_folders(places, folder)
     described = read_metadata(

@@ -47,7 +47,8 @@ def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_im
                 given = " ".join(_flag(name, before[name]) for name in differing if before[name] not in (None, False))
                 without = " ".join(f"--{name}" for name in differing if before[name] in (None, False))
                 logger.warning(
-                    "%s was trained %s: other images were held out there, so it has seen some of the validation images. Give the same here.",
+                    "%s was trained %s: other images were held out there, so it has seen some of the validation images. Give the "
+                    "same here.",
                     folder / script,
                     " and ".join([f"with `{given}`"] * bool(given) + [f"without `{without}`"] * bool(without)),
                 )  # fmt: skip

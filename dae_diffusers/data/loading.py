@@ -207,8 +207,9 @@ def _groups_of_files(config: DataConfig, rows: datasets.Dataset, files: np.ndarr
     sizes = np.bincount(parts[np.unique(files, return_index=True)[1]])
     if len(sizes) < 2:
         raise UserError(
-            f"all {len(rows)} images of the split {split!r} are of one group of `group_column` {column!r}, so no group is left for training "
-            "if one is held out. Name a column of at least 2 groups, give a `validation_split`, or leave `group_column` out."
+            f"all {len(rows)} images of the split {split!r} are of one group of `group_column` {column!r}, so no group is left for "
+            "training if one is held out. Name a column of at least 2 groups, give a `validation_split`, or leave "
+            "`group_column` out."
         )
     if len(sizes) < count_groups(names):
         logger.info("column %s: groups that name the same file are one group", column)
@@ -223,8 +224,8 @@ def _log_groups(config: DataConfig, sizes: np.ndarray, held_out: np.ndarray, wan
     )  # fmt: skip
     if not wanted / 2 <= num_images <= 2 * wanted:
         logger.warning(
-            "%.2g %% of the images are held out instead of %g %% (`--validation_fraction`), because no choice of whole groups comes nearer. "
-            "For another share give a `--group_column` of smaller groups, or a `--validation_split`.",
+            "%.2g %% of the images are held out instead of %g %% (`--validation_fraction`), because no choice of whole groups "
+            "comes nearer. For another share give a `--group_column` of smaller groups, or a `--validation_split`.",
             100 * num_images / total, 100 * config.validation_fraction,
         )  # fmt: skip
 
@@ -255,7 +256,10 @@ def _log_classes(labels: list[int] | None, id2label: dict[int, str] | None, colu
 
 
 def _warn_of_range(images: ImageDataset, measured: ValueSurvey | None = None) -> list[str]:
-    """Warns of a range of values that leaves little of some channels, or of all. It was measured, or sampled images are compared with it."""
+    """
+    Warns of a range of values that leaves little of some channels, or of all. It was measured, or sampled images are compared with
+    it.
+    """
     is_meant = bool(images.config.value_range)
     is_picture = images.depth != "numbers" and images.config.image_channels in (1, 3)  # see `_compare_ranges`
     if is_picture or (is_meant and images.config.image_channels == 1):

@@ -62,8 +62,9 @@ class ValueSurvey:
         named = [f"{number + 1} (in [{self.low[number]:g}, {self.high[number]:g}])" for number in small[:_MOST_NAMED]]
         more = f" and {len(small) - _MOST_NAMED} more" if len(small) > _MOST_NAMED else ""
         return (
-            f"of {len(used)} channels these use less than 1 % of the range [{low:g}, {high:g}], which serves all: {', '.join(named)}{more}. "
-            "The model hardly sees them. Scale all channels to similar ranges first, and leave out channels that are the same everywhere."
+            f"of {len(used)} channels these use less than 1 % of the range [{low:g}, {high:g}], which serves all: "
+            f"{', '.join(named)}{more}. The model hardly sees them. Scale all channels to similar ranges first, and leave out "
+            "channels that are the same everywhere."
         )
 
     def outliers(self, value_range: list[float], *, is_measured: bool) -> str | None:
@@ -85,4 +86,7 @@ class ValueSurvey:
         if not is_measured:
             return f"{seen} of the trained model: the images look alike to it. Bring their values to the units of its training images."
         advice = f"pass `--value_range {first:g} {last:g}`" if first < last else "give a narrower `--value_range`"
-        return f"{seen}: a few outliers widen it, and all other values look alike. If they are no part of the image, {advice}, which clips them."
+        return (
+            f"{seen}: a few outliers widen it, and all other values look alike. If they are no part of the image, {advice}, "
+            "which clips them."
+        )

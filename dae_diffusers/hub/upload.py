@@ -58,7 +58,7 @@ _PARTS = ("transformer", "guidance_transformer", "prior", "scheduler", "vae", "t
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
 # Names of weights, configs, code and pictures in an export.
 _EXPORTED = re.compile(
-    r"metrics\.json|training/\w+\.(yaml|json)|images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"metrics\.json|training/\w+\.(yaml|json)|images/\w+\.png|\w+/((diffusion_pytorch_)?model(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"  # noqa: E501
     r"|(config|scheduler_config|generation_config|stage3)\.json|dae_diffusers\.\w+\.py|autoencoder_dae_asymmetric\.py)"
 )
 

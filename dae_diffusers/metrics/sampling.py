@@ -53,7 +53,8 @@ class SampleSettings:
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
-        conditions ([`~dae_diffusers.data.condition_values.ConditionValues`], *optional*): What else images are drawn from, as many as prompts.
+        conditions ([`~dae_diffusers.data.condition_values.ConditionValues`], *optional*): What else images are drawn from, as
+            many as prompts.
         class_counts (`tuple[int, ...]`, *optional*): For `data`: how many training images each class has, see [`class_counts`]. Without
             them `data` is `balanced`.
     """

@@ -71,7 +71,8 @@ class CallConfig:
 
     velocity_scale: float | None = field(
         None,
-        "multiply what a transformer of flow matching predicts; 1.03 to 1.05 sharpens samples with little guidance; default: the pipeline's own, or 1",
+        "multiply what a transformer of flow matching predicts; 1.03 to 1.05 sharpens samples with little guidance; default: the "
+        "pipeline's own, or 1",
         above=0,
         advanced=True,
     )

@@ -95,7 +95,10 @@ class Yardstick:
     def distances(
         self, samples: list[torch.Tensor], reference: FeatureStatistics, limit: int
     ) -> tuple[float, list[float]]:
-        r"""The Fréchet distances to the training images, of at most `limit` held-out images and of equally many samples of each setting."""
+        r"""
+        The Fréchet distances to the training images, of at most `limit` held-out images and of equally many samples of each
+        setting.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             real, *rows = (
