@@ -107,6 +107,7 @@ def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
         folder (`Path`): The folder.
         save: Writes the new one into the path that it gets.
     """
+    folder = folder.resolve()  # a link stays one
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)

@@ -52,8 +52,8 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             image (PIL image, array, tensor, or a list of them):
                 One for all labels or prompts, or one per label or prompt. Like the pipeline's output: pictures, arrays `(H, W, C)`
                 or `(B, H, W, C)`, tensors `(C, H, W)` or `(B, C, H, W)`, with numbers in [0, 1], or 0 to 255 if they are `uint8`.
-                If the pipeline has a
-                `value_range`, arrays are in that range. Pictures get the autoencoder's colours, and white behind transparency.
+                If the pipeline has a `value_range`, arrays are in that range. Pictures get the autoencoder's colours, and white behind
+                transparency.
             strength (`float`, defaults to 0.6):
                 How much may change, in [0, 1]: the share of the scheduler's steps that are done, rounded. 0 gives the autoencoder's
                 reconstruction, 1 what [`DAEDiTPipeline`] draws without an image. Between them at least one step is done.

@@ -146,10 +146,9 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
 
 def _of_ones(mask: Any) -> Any:
     """A mask whose bytes are 0 and 1 as bools; any other as it is."""
-    if isinstance(mask, Image.Image) and mask.mode == "L":
-        mask = np.asarray(mask)
-    is_bytes = str(getattr(mask, "dtype", "")).endswith("uint8")
-    return mask > 0 if is_bytes and mask.max() == 1 else mask
+    values = np.asarray(mask) if isinstance(mask, Image.Image) and mask.mode == "L" else mask
+    is_bytes = str(getattr(values, "dtype", "")).endswith("uint8")
+    return values > 0 if is_bytes and values.max() == 1 else mask
 
 
 def blended(images: torch.Tensor, decoded: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from functools import wraps
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,7 @@ from dae_diffusers.metrics.evaluation import (
     training_features,
 )
 from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.given_samples import load_samples
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.kept import KeptRows, keep_rows, keep_values
 from dae_diffusers.metrics.report import copies_lines, few_images_lines, plot_sweep, sample_grid
@@ -525,11 +527,24 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     assert settings(pipeline) == [(1.0, 25)]
     own = DAEDiTPipeline(**pipeline.components, default_guidance_scale=1.5, default_num_inference_steps=7)
     assert settings(own) == [(1.5, 7)]
+    assert settings(DAEDiTPipeline(**pipeline.components, default_guidance_scale=0.0)) == [(0.0, 7)]
     assert settings(own, guidance_scales=[1.0, 3.0]) == [(1.0, 7), (3.0, 7)]
     own.save_pretrained(tmp_path)
     row = {"gfd_x": 1.0, "guidance_scale": None, "num_inference_steps": 9}  # as where there is nothing to guide
     set_defaults(str(tmp_path), [row], "gfd_x")
     assert settings(DAEDiTPipeline.from_pretrained(tmp_path)) == [(1.5, 9)]
+
+
+def test_samples_of_arrays_are_in_the_range_of_the_training_images(tmp_path):
+    for name, scale in (("train", 1.0), ("drawn", 0.5)):
+        (tmp_path / name).mkdir()
+        for number in range(12):
+            image = np.random.default_rng(number).random((8, 8, 1), dtype=np.float32)
+            np.save(tmp_path / name / f"{number}.npy", scale * image)
+    data = DataConfig(train_data_dir=str(tmp_path / "train"), resolution=8, image_channels=1)
+    train, _ = load_images(data)
+    samples = load_samples(str(tmp_path / "drawn"), data, train.value_range, 10)
+    assert len(samples) == 10 and samples.max() <= 128
 
 
 def test_flags_that_choose_nothing_are_named(pipeline, caplog):

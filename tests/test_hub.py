@@ -830,6 +830,8 @@ def change_weights(folder: Path, part: str = "") -> None:
 def test_numbers_and_pictures_are_published_only_with_the_weights_that_they_are_of(tmp_path, caplog, part, left_out):
     folder, out = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC), tmp_path / "out"
     save_evaluation(folder, {"config": {**PUBLIC, "features": "inception"}, "weights": fingerprints_of(folder)})
+    path = folder / "evaluation" / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classes": [{"class": "cat", "class_agreement": 0.5}]}))
     push_script(folder, REPO, "--export_dir", out, "--data_pictures")
     assert caplog.text == ""
     pictures = {"images/nearest.png", "images/sweep.png"}
@@ -839,6 +841,7 @@ def test_numbers_and_pictures_are_published_only_with_the_weights_that_they_are_
     push_script(folder, REPO, "--export_dir", out, "--fp16", "--data_pictures")
     evaluation = json.loads((out / "metrics.json").read_text())["evaluation"] if part != "vae" else {}
     assert {"generation", "reconstruction"} - evaluation.keys() == left_out
+    assert ("classes" in evaluation) == ("generation" in evaluation)
     assert "generation" not in evaluation.get("floor", {}) or not left_out
     results = {each.metric_type for each in ModelCard.load(out / "README.md").data.eval_results or []}
     assert results == {"psnr", "gfd_tiny"} - {

@@ -275,10 +275,14 @@ def test_masks_come_in_every_form_and_several():
         array,
         array[..., None] > 0,
         (array > 0).astype(np.uint8),
+        Image.fromarray((array > 0).astype(np.uint8)),
         torch.tensor(array) / 255,
         on_transparency(left_half()),
     ):
         assert torch.equal(draw(pipeline, "cat", picture(), same, 0.5), expected)
+    turned = left_half().transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # shown turned by a quarter
+    assert torch.equal(draw(pipeline, "cat", picture(), turned, 0.5), expected)
     masks = [left_half(), left_half().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     images = draw(pipeline, "cat", picture(), masks, generator=seeds(0, 1))
     assert torch.equal(images[0, ..., 8:], images[0, ..., 8:]) and images.shape == (2, 3, 16, 16)

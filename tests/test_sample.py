@@ -158,6 +158,14 @@ def test_folder_is_one_of_training_images_with_the_right_classes(drawn, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"], caplog.text
 
 
+def test_drawn_images_may_lie_beside_others(drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "data" / "drawn")
+    train, validation = load_images(
+        DataConfig(train_data_dir=str(tmp_path / "data"), resolution=16, label_column="none")
+    )
+    assert len(train) + len(validation) == 40
+
+
 def test_chosen_classes_are_drawn_equally_often(trained, tmp_path, caplog):
     run(sample, f"--num_images 7 --class_labels elk 0 {STEPS}", pipeline=trained, output_dir=tmp_path / "two")
     assert [row["class_labels"] for row in rows_of(tmp_path / "two")] == ["cat", "elk"] * 3 + ["cat"]
@@ -176,6 +184,7 @@ def test_chosen_classes_are_drawn_equally_often(trained, tmp_path, caplog):
         ({0: "a/b", 1: "a%2Fb", 2: "é"}, ["a%2Fb (0)", "a%2Fb (1)", "é"]),
         ({1: "0", 2: METADATA}, ["0 (0)", "0 (1)", f"{METADATA} (2)"]),
         ({0: "a", 1: "A", 2: "a (0)"}, ["0", "1", "2"]),
+        ({0: "train", 1: "test", 2: "bus"}, ["train (0)", "test (1)", "bus"]),
         ({0: "ä" * 300, 1: "ä" * 300 + "b", 2: "ä"}, ["ä" * 100 + " (0)", "ä" * 100 + " (1)", "ä"]),
     ],
 )

@@ -139,6 +139,18 @@ def test_what_a_killed_process_was_writing_is_recognised_and_goes(tmp_path):
     assert set(tmp_path.iterdir()) == {path, mine, users}
 
 
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "vae").symlink_to(tmp_path / "disk")
+
+    def save(folder):
+        folder.mkdir()
+        (folder / "config.json").touch()
+
+    store.replace_folder(tmp_path / "vae", save)
+    assert (tmp_path / "vae").is_symlink() and (tmp_path / "disk" / "config.json").exists()
+
+
 def test_damaged_json_is_one_line_or_not_used(tmp_path, caplog):
     path = tmp_path / "run.json"
     assert store.read_json_or(path, {"seconds": 0}) == {"seconds": 0}

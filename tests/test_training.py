@@ -475,6 +475,7 @@ def test_means_of_two_processes_leave_out_what_is_not_finite_and_go_on_bit_by_bi
         for loss in first:
             log.add(loss=torch.tensor(loss), never=torch.tensor(math.nan))
         resumed.load_state(log.state()["log_sums"])
+        RunLog(accelerator, tmp_path, "title").load_state({"loss": 3.5}, {"loss": 2})  # of an earlier version
         for each in (log, resumed):
             each.add(loss=torch.tensor(then))
             each.write_means(1)

@@ -6,9 +6,8 @@ Choose the length of the averaged weights (EMA) after a training with `--post_ho
         --features facebook/dinov2-small --guidance_scales 1 1.25 --set_defaults
 
 Writes a pipeline for each length, `length-0.1/` in `ema/` of the run's folder. With `--features` it draws images with each of
-them, and with
-the run's pipeline as it is, and compares them with the training images: `ema.md`, `ema.json` and `lengths.png`. Then
-`--set_defaults` puts the best weights into the run's pipeline. Give the same command again to continue an interrupted one.
+them, and with the run's pipeline as it is, and compares them with the training images: `ema.md`, `ema.json` and `lengths.png`.
+Then `--set_defaults` puts the best weights into the run's pipeline. Give the same command again to continue an interrupted one.
 """
 
 import itertools

@@ -27,13 +27,13 @@ from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
-from dae_diffusers.metrics.checks import check_guidance
+from dae_diffusers.metrics.checks import check_enough_images, check_guidance
 from dae_diffusers.metrics.defaults import check_takes_defaults, set_defaults
 from dae_diffusers.metrics.drawings import Drawing
 from dae_diffusers.metrics.evaluator import Evaluator
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.given_samples import load_samples, side_of
-from dae_diffusers.metrics.preparation import prepare_evaluation
+from dae_diffusers.metrics.preparation import MAX_DRAWN_IMAGES, prepare_evaluation
 from dae_diffusers.metrics.report import describe, plot_sweep, to_markdown
 from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pipeline
 from dae_diffusers.metrics.settings import EvaluationConfig
@@ -66,15 +66,18 @@ def main(config: EvaluateConfig) -> None:
     else:
         settle_images(config, vae.eval(), side=sides)
     judges = [*load_judges(config, accelerator.device)]
-    given = None
-    if of.samples_dir is not None:
-        given = load_samples(of.samples_dir, config.data, config.sampling.num_images)
-        config.sampling.num_images = len(given)
+    limit = config.sampling.num_images or MAX_DRAWN_IMAGES
+    has_samples = of.samples_dir is not None
     train, validation, sampler = prepare_evaluation(
-        config, of.seed, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae, has_samples=given is not None
+        config, of.seed, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae, has_samples=has_samples
     )
-
     extractor, *others = judges or [None]
+    given = None
+    if has_samples:
+        given = load_samples(of.samples_dir, config.data, train.value_range, limit)
+        config.sampling.num_images = len(given)
+        check_enough_images(extractor, train, validation, len(given))
+
     evaluator = Evaluator(config, accelerator, train, validation, extractor=extractor, vae=vae, sampler=sampler)
     results: dict[str, Any] = {}
     drawn: list[list[Drawing]] = []

@@ -241,6 +241,7 @@ def inputs_of(
         "seed": settings.seed,
         **settings.call_kwargs(),
         "class_labels": [names[label] for label in chosen] or None,
+        "classes": None if settings.prompts else list(names) or None,
         "prompts": settings.prompts,
         "mixed_precision": found["mixed_precision"],
         "scheduler": found["scheduler"],
@@ -266,10 +267,8 @@ def draw(
     batches_of = image_batches(pipeline, settings, accelerator, size)
     value_range = pipeline.config.get("value_range")
     wanted, counts = set(missing), Counter(number // size for number in missing)
-    turns = [
-        sorted(counts)[first : first + accelerator.num_processes]
-        for first in range(0, len(counts), accelerator.num_processes)
-    ]
+    order, together = sorted(counts), accelerator.num_processes
+    turns = [order[first : first + together] for first in range(0, len(order), together)]
     with tqdm(
         total=len(rows),
         initial=len(rows) - len(missing),

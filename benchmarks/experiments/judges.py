@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.fitting.decoder_fit import draw_latents
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -18,6 +19,7 @@ from experiments.trial import Trial
 
 def judge_samples(trial: Trial, generators: list[str]) -> None:
     r"""Fréchet distances of samples to the training images by each judge and at each guidance, into `judged.json`."""
+    use_tf32(False)
     experiment, folder, origin = trial.experiment, trial.folder, trial.origin.folder
     names = [experiment["features"], *experiment.get("judges", [])]
     scales = [str(float(scale)) for scale in experiment.get("guidance_scales", [])]

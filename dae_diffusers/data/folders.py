@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
 _IN_UNSEEN = "in folders whose names begin with . or __"
+DRAWN = "samples.yaml"  # marks a folder of `dae-diffusers sample`, whose images may be trained on
 _OF_A_RUN = f"in the output folder of a run, which has a file {OWNER}: its own pictures are not trained on"
 _DEAD = "links that lead nowhere"
 _BESIDE_CLASSES = "archives beside folders of images: unpack them"
@@ -204,7 +205,7 @@ def survey(folder: Path) -> Survey:
     """
     found = Survey()
     for root, inside, folders, names in _walk(folder, found):
-        if OWNER in names and inside != PurePosixPath():
+        if OWNER in names and DRAWN not in names and inside != PurePosixPath():
             folders.clear()
             found.left_out.update(dict.fromkeys(_images_below(folder, inside), _OF_A_RUN))
             continue

@@ -141,9 +141,14 @@ class RunLog:
         shares = gather_object([mine])
         return {"log_sums": {name: [share[name] for share in shares] for name in mine}}
 
-    def load_state(self, sums: dict[str, list[list[float]]]) -> None:
-        r"""Continues from a [`state`]. If there were more or fewer processes then, each gets the mean of their sums."""
+    def load_state(self, sums: dict[str, Any], counts: dict[str, float] | None = None) -> None:
+        r"""
+        Continues from a [`state`]. If there were more or fewer processes then, each gets the mean of their sums. An earlier version
+        saved that mean, and `counts` apart.
+        """
         for name, shares in sums.items():
+            if not isinstance(shares, list):
+                shares = [[shares, counts[name]]]
             is_mine = len(shares) == self.accelerator.num_processes
             pair = shares[self.accelerator.process_index] if is_mine else np.mean(shares, axis=0).tolist()
             self._sums[name], self._counts[name] = torch.tensor(pair[0], device=self.accelerator.device), pair[1]

@@ -193,8 +193,13 @@ class TrainingRun:
             UserError: If the checkpoint was made from other inputs, more or fewer, or with another plan, or no checkpoint can be used.
         """
         data, self.counts = self.config.data, counts
-        of_images = {"resolution": data.resolution, "balance_classes": data.balance_classes or None, "pad": data.pad}
-        of_images["group_column"] = data.group_column
+        of_images = {
+            "resolution": data.resolution,
+            "balance_classes": data.balance_classes or None,
+            "pad": data.pad,
+            "group_column": data.group_column,
+            "drop_copies": data.drop_copies or None,
+        }
         names = None if classes is None else list(classes.values())
         self.plan = Plan(settings | of_images, steps, self.images_per_step, inputs, names)
         if self.resumed is None:
@@ -224,7 +229,7 @@ class TrainingRun:
         """Gives guard, log and batches what they have put into the checkpoint. Warns if another number of processes has made it."""
         state = manifest["state"]
         self.guard.skipped = state.get("skipped", 0)
-        self.log.load_state(state["log_sums"])
+        self.log.load_state(state["log_sums"], state.get("log_counts"))
         self.batches.load_state(state.get("stream"))
         if manifest["num_processes"] != self.accelerator.num_processes:
             logger.warning(

@@ -522,11 +522,11 @@ def save_pipeline(
     pipeline.vae.load_state_dict(model.to_diffusers().state_dict())
     if not target.exists():
 
-        def save_pipeline(folder: Path) -> None:
+        def save_new(folder: Path) -> None:
             pipeline.save_pretrained(folder)
             write_fit(folder / "vae", folder / "vae", described)
 
-        replace_folder(target, save_pipeline)
+        replace_folder(target, save_new)
         return target
 
     def save(folder: Path) -> None:

@@ -15,8 +15,7 @@ Model = Callable[..., tuple[torch.Tensor]]
 def flow_scheduler(shift: float = 1.0) -> SchedulerMixin:
     r"""
     The scheduler that new pipelines of flow matching get: a solver of second order, because in 10 steps it comes closer to the
-    data than Euler
-    steps in 25 (`benchmarks/solvers.py`).
+    data than Euler steps in 25 (`benchmarks/solvers.py`).
     """
     return UniPCMultistepScheduler(**FLOW_SETTINGS, flow_shift=shift)
 

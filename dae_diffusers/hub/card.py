@@ -389,6 +389,7 @@ def repository_files(
     if result.metrics:
         found["metrics.json"] = json.dumps(result.metrics, indent=2).encode()
     if card:
+        fp16 = fp16 or any(name.endswith(".fp16.safetensors") for name in found)
         options = {"license": license, "step": step, "revision": revision, "space_id": space_id, "fp16": fp16}
         found["README.md"] = str(make_card(result, repo_id, data_pictures=data_pictures, **options)).encode()
     return found

@@ -48,7 +48,7 @@ PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}
 NUMBERS = ("metrics.json", *(f"training/{name}.{suffix}" for name in _SCRIPTS for suffix in ("yaml", "json")))
 
 # Parts of an evaluation by what was measured.
-_OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation",)
+_OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation", "classes")
 # Parts of a pipeline.
 _AUTOENCODERS, _GENERATORS = ("vae", "vqvae"), ("transformer", "guidance_transformer", "prior", "unet")
 
@@ -487,7 +487,7 @@ def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
         floor.pop(part, None)
     model = result.pipeline or result.vae
     again = _evaluate_command(result, config, is_of_samples="generation" in (*found, *left_out))
-    if result.pipeline is None and left_out == ["generation"]:
+    if result.pipeline is None and set(left_out) <= {*_OF_SAMPLES}:
         pass  # an autoencoder alone draws nothing
     elif left_out:
         result.doubts.append(

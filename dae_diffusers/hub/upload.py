@@ -31,12 +31,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import (
+    _http,
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
     get_session,
 )
-from huggingface_hub.utils._http import default_client_factory
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -67,8 +67,10 @@ _EXPORTED = re.compile(
 def _limit_every_client() -> None:
     """The client gives itself up after a failed connection; the one that follows must not wait forever either."""
 
+    make = _http._GLOBAL_CLIENT_FACTORY  # huggingface_hub's, or one with a proxy that somebody has set
+
     def client():
-        made = default_client_factory()
+        made = make()
         made.timeout = UPLOAD_SECONDS
         return made
 
@@ -229,13 +231,12 @@ def push_folder(
         card=not (keep_card or is_decoder_of_pipeline),
         space_id=space_id,
         data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
-        fp16=fp16 or any(name.endswith(".fp16.safetensors") for name in published),
+        fp16=fp16 or (not is_sharded(result) and any(name.endswith(".fp16.safetensors") for name in published)),
     )
     if is_decoder_of_pipeline:
         files.pop("metrics.json", None)
-    is_sharded = any(name.endswith(".safetensors.index.json") for name in files)
     with tempfile.TemporaryDirectory() as temporary:
-        if fp16 or (not is_sharded and any(name.endswith(".fp16.safetensors") for name in published)):
+        if fp16 or (not is_sharded(result) and any(name.endswith(".fp16.safetensors") for name in published)):
             files.update(half_precision_files(files, Path(temporary)))
         commit = _commit(
             api,
@@ -247,6 +248,13 @@ def push_folder(
             create_pr=create_pr,
         )
     return commit.pr_url or str(repository)
+
+
+def is_sharded(result: Result) -> bool:
+    r"""Whether a model of a result has its weights in several files."""
+    return any(
+        folder is not None and any(folder.rglob("*.safetensors.index.json")) for folder in (result.pipeline, result.vae)
+    )
 
 
 def is_private(repo_id: str, repo_type: str | None = None) -> bool:

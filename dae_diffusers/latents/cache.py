@@ -213,8 +213,8 @@ class CachedLatents(BatchDataset):
             same = ""
             if wanted.data != self.identity.data:
                 same = (
-                    "Give the images that it was made of, with the same `seed`, `validation_fraction` and `group_column`, which "
-                    "choose those that are held out. Or make"
+                    "Give the images that it was made of, with the same `seed`, `validation_fraction`, `group_column` and `drop_copies`, "
+                    "which choose those that are held out. Or make"
                 )
             raise UserError(
                 f"the latent cache {self.folder} does not fit: {'; '.join(differences)}. {same or 'Make'} another one with "

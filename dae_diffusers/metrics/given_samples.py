@@ -1,9 +1,11 @@
 """A folder of images in the place of samples: those of another model, or of `dae-diffusers sample`."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.dataset import choose_indices
@@ -28,19 +30,21 @@ def side_of(folder: str) -> list[int]:
         raise UserError(f"`samples_dir` {folder} holds no pictures. Of arrays, give their size as `resolution`.")
     try:
         with open_picture(first.read_bytes()) as picture:
-            return [picture.height, picture.width]
+            upright = ImageOps.exif_transpose(picture)
+            return [upright.height, upright.width]
     except (OSError, ValueError) as error:
         raise UserError(f"`samples_dir`: {first} cannot be read ({one_line(error, 200)}).") from None
 
 
-def load_samples(folder: str, data: DataConfig, limit: int | None = None) -> torch.Tensor:
+def load_samples(folder: str, data: DataConfig, value_range: Sequence[float] | None, limit: int) -> torch.Tensor:
     r"""
     The images of a folder, read as the training images are.
 
     Args:
         folder (`str`): The folder. Class folders in it mean nothing.
         data ([`~dae_diffusers.data.DataConfig`]): That of the training images, whose size and channels are settled.
-        limit (`int`, *optional*): At most so many, a fixed random choice.
+        value_range (pair of `float`, *optional*): That of the training images.
+        limit (`int`): At most so many, a fixed random choice.
 
     Returns:
         `torch.Tensor` of shape `(N, C, H, W)`: uint8.
@@ -53,19 +57,22 @@ def load_samples(folder: str, data: DataConfig, limit: int | None = None) -> tor
         label_column="none",
         resolution=data.resolution,
         image_channels=data.image_channels,
-        value_range=data.value_range,
+        value_range=list(value_range or ()),
         pad=data.pad,
         max_validation_samples=_ALL,
     )
     loading = logging.getLogger("dae_diffusers.data")
     level = loading.level
-    loading.setLevel(logging.WARNING)  # it would speak of training images
+    loading.setLevel(logging.ERROR)  # it would speak of training images, of which a part is held out
     try:
         splits = load_images(plain, 0)
     finally:
         loading.setLevel(level)
     places = [(images, number) for images in splits for number in range(len(images))]
-    chosen = choose_indices(len(places), limit or len(places))
+    chosen = [places[index] for index in choose_indices(len(places), limit)]
     logger.info("%d images of %s take the place of samples", len(chosen), folder)
-    rows = [images[number]["pixel_values"] for images, number in (places[index] for index in chosen)]
-    return ((torch.stack(rows) + 1) * 127.5).round().to(torch.uint8)
+    return torch.stack([_levels(images[number]["pixel_values"]) for images, number in chosen])
+
+
+def _levels(pixel_values: torch.Tensor) -> torch.Tensor:
+    return ((pixel_values + 1) * 127.5).round().to(torch.uint8)

@@ -16,7 +16,7 @@ from dae_diffusers.metrics.sweep import what_to_draw
 from dae_diffusers.pipelines.dae_dit import columns_of
 
 # Images that are drawn for each setting if no number is given, unless there are fewer training images.
-_MAX_DRAWN_IMAGES = 10_000
+MAX_DRAWN_IMAGES = 10_000
 
 
 def prepare_evaluation(
@@ -57,7 +57,7 @@ def prepare_evaluation(
     value_range = read_value_range(vae) or (pipeline and pipeline.config.get("value_range"))
     with accelerator.main_process_first():
         train, validation = load_images(data, seed, value_range=value_range, model=name or vae)
-    sampling.num_images = sampling.num_images or min(_MAX_DRAWN_IMAGES, len(train))
+    sampling.num_images = sampling.num_images or min(MAX_DRAWN_IMAGES, len(train))
     described = validation if sampling.draw_from == "validation" else train
     sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(sampling, described, pipeline))
     check_options(sampling, sampler)

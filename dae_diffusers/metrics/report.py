@@ -206,7 +206,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> list[str]:
 def _to_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).replace("|", "\\|")
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:

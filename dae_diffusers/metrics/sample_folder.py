@@ -16,11 +16,11 @@ from PIL import Image
 
 from dae_diffusers.data.arrays import RANGES
 from dae_diffusers.data.columns import class_name
-from dae_diffusers.data.folders import UNSEEN
+from dae_diffusers.data.folders import DRAWN, SPLITS, UNSEEN
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.store import read_rows, remove_leftovers, write_atomically
 
-SETTINGS = "samples.yaml"  # with which all images of a folder are drawn
+SETTINGS = DRAWN  # with which all images of a folder are drawn
 METADATA = "metadata.jsonl"  # a row for each image
 
 # Of the settings those that do not change the images.
@@ -83,7 +83,9 @@ def class_folders(names: Mapping[int, str], num_classes: int) -> list[str]:
         num_classes (`int`): Number of classes.
     """
     wanted = [_folder_name(names.get(number, "").strip()) or str(number) for number in range(num_classes)]
-    counts = Counter(map(_compared, [*wanted, SETTINGS, METADATA]))
+    counts = Counter(
+        map(_compared, [*wanted, SETTINGS, METADATA, *SPLITS])
+    )  # folders called like splits would be read as such
     found = [name if counts[_compared(name)] == 1 else f"{name} ({number})" for number, name in enumerate(wanted)]
     return found if len(set(map(_compared, found))) == num_classes else list(map(str, range(num_classes)))
 

@@ -398,9 +398,9 @@ def decoding_in_range(pipeline: DiffusionPipeline, accelerator: Accelerator) -> 
         return
     decode = vae.decode
 
-    def without_autocast(*args, **kwargs):
+    def without_autocast(latents: torch.Tensor, *args, **kwargs):  # which autocast may have given another precision
         with torch.autocast(accelerator.device.type, enabled=False):
-            return decode(*args, **kwargs)
+            return decode(latents.to(vae.dtype), *args, **kwargs)
 
     vae.decode = without_autocast
     try:

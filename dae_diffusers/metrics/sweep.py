@@ -43,7 +43,7 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
     r"""The settings to measure: one for each combination of the swept options that the pipeline has."""
     by_class = is_by_class(sampling, sampler)
     counts = class_counts(sampler.pipeline, train, sampler.num_classes) if by_class else None
-    label_sampling = sampling.label_sampling
+    label_sampling = sampling.label_sampling if by_class else "data"
     if label_sampling == "data" and by_class and counts is None and sampler.num_classes:
         label_sampling = "balanced"
         logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
@@ -55,7 +55,8 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
 
     sweep = []
     for option, flag in SWEPT.items():
-        values = value_of(option, flag) or _USUAL[option]
+        values = value_of(option, flag)
+        values = _USUAL[option] if values is None else values
         sweep.append([None] if option not in sampler.accepted else values if isinstance(values, list) else [values])
     others = {name: value_of(name, name) for name in NOT_SWEPT if name in sampler.accepted}
     return [
