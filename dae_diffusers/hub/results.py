@@ -487,7 +487,7 @@ def _of_these_weights(result: Result, path: Path) -> dict[str, Any]:
         floor.pop(part, None)
     model = result.pipeline or result.vae
     again = _evaluate_command(result, config, is_of_samples="generation" in (*found, *left_out))
-    if result.pipeline is None and set(left_out) <= {*_OF_SAMPLES}:
+    if result.pipeline is None and left_out and {*_OF_SAMPLES}.issuperset(left_out):
         pass  # an autoencoder alone draws nothing
     elif left_out:
         result.doubts.append(
