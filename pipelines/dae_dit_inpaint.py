@@ -7,11 +7,9 @@ Needs torch and diffusers only, and the files of `DAEDiTPipeline` and `DAEDiTImg
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
-from PIL import Image
 
 from dae_diffusers.pipelines.dae_dit import whole_number  # diffusers copies only what a file imports itself
 from dae_diffusers.pipelines.dae_dit_img2img import DAEDiTImg2ImgPipeline, as_list, pixels_of
@@ -145,10 +143,11 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
 
 
 def _of_ones(mask: Any) -> Any:
-    """A mask whose bytes are 0 and 1 as bools; any other as it is."""
-    values = np.asarray(mask) if isinstance(mask, Image.Image) and mask.mode == "L" else mask
-    is_bytes = str(getattr(values, "dtype", "")).endswith("uint8")
-    return values > 0 if is_bytes and values.max() == 1 else mask
+    """A mask whose bytes are 0 and 1 as bools or in black and white; any other as it is."""
+    if getattr(mask, "mode", None) == "L":  # a picture
+        return mask.point(lambda level: 255 * level) if mask.getextrema()[1] == 1 else mask
+    is_bytes = str(getattr(mask, "dtype", "")).endswith("uint8")
+    return mask > 0 if is_bytes and mask.max() == 1 else mask
 
 
 def blended(images: torch.Tensor, decoded: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:

@@ -390,7 +390,7 @@ def test_conditions_beside_cached_latents_train_the_same_transformer(trained, da
 
 
 def test_run_does_not_go_on_with_other_columns(trained, flags):
-    with pytest.raises(UserError, match="the conditions of the images changed since"):
+    with pytest.raises(UserError, match="was trained with `continuous_columns` temperature angle, but now it is angle"):
         run(train_dit, flags.replace("temperature angle", "angle"), output_dir=trained, resume_from_checkpoint="latest")
 
 
