@@ -220,7 +220,9 @@ def test_a_cache_of_another_split_is_refused(tmp_path, caplog):
     for name, number in (("train", 0), ("validation", 1)):
         cache = CachedLatents(tmp_path / "latents" / name)
         cache.check(autoencoder=own, images=load_images(config_of(tmp_path / "images"))[number])
-        with pytest.raises(UserError, match="Give the images that it was made of, with the same .* `group_column` and `drop_copies`"):
+        with pytest.raises(
+            UserError, match="Give the images that it was made of, with the same .* `group_column` and `drop_copies`"
+        ):
             cache.check(autoencoder=own, images=load_images(config_of(tmp_path / "images", None))[number])
     data = compose(TrainDiTConfig, vae="x", latent_cache="latents", group_column="patient").data
     follow_cache(data, cache)
