@@ -67,6 +67,11 @@ def autoencoder_fingerprint(vae: "ModelMixin", parts: tuple[str, ...] = ("encode
     return fingerprint(weights_of(vae, parts))
 
 
+def latents_fingerprint(vae: "ModelMixin") -> str:
+    r"""As [`autoencoder_fingerprint`], of what makes codes too."""
+    return autoencoder_fingerprint(vae, LATENT_PARTS)
+
+
 @lru_cache(maxsize=32)  # a push reads the same large files a few times
 def _fingerprint_of_files(files: tuple[tuple[Path, int, int], ...], children: tuple[str, ...] | None) -> str | None:
     from safetensors import SafetensorError, safe_open

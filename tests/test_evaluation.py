@@ -30,7 +30,7 @@ from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics import drawings
-from dae_diffusers.metrics.agreement import ClassAgreement, share_by_class
+from dae_diffusers.metrics.agreement import class_agreement, share_by_class
 from dae_diffusers.metrics.checks import check_options
 from dae_diffusers.metrics.defaults import set_defaults
 from dae_diffusers.metrics.distances import (
@@ -388,10 +388,9 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
 def test_class_agreement_is_the_share_of_images_that_look_like_the_class_that_was_asked_for():
     labels = torch.arange(300) % 3
     features = torch.nn.functional.one_hot(labels).float() + 0.1 * torch.randn(300, 3)
-    agreement = ClassAgreement(features, labels)
     asked = torch.tensor([0, 0, 1, 2])
     drawn = features[:3][torch.tensor([0, 1, 1, 0])]  # two of the four are of another class
-    right, wrong = agreement.of([features, drawn], [labels, asked])
+    right, wrong = class_agreement(features, labels, [features, drawn], [labels, asked])
     assert right.all() and wrong.tolist() == [True, False, True, False]
     assert share_by_class(wrong, asked, 4) == [0.5, 1.0, 0.0, None]
 

@@ -33,13 +33,13 @@ from dae_diffusers.autoencoders.settings import AutoencoderConfig
 from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.fitting.side_by_side import NEWEST, WAITING, GrowingAutoencoder, join_waiting, save_newest
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.settings import compose
 from dae_diffusers.training import assemble, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import AssembleConfig, TrainDAEConfig
+from dae_diffusers.weights import latents_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 

@@ -93,8 +93,7 @@ def find_pipeline(name_or_path: str) -> str:
     if found is None:
         raise UserError(
             f"`pipeline` {folder} holds no pipeline{in_full(folder)}: neither {PIPELINE_INDEX} nor "
-            f"pipeline/{PIPELINE_INDEX}. Give the output "
-            "folder of a finished train_dit.py or train_vqgan_prior.py, or a pipeline's folder."
+            f"pipeline/{PIPELINE_INDEX}. Give the output folder of a finished train_dit.py or train_vqgan_prior.py, or a pipeline's folder."
         )
     return str(found)
 
@@ -122,7 +121,7 @@ def choose_settings(
     config: SampleConfig, pipeline: DiffusionPipeline, prompts: tuple[str, ...] | None
 ) -> SampleSettings:
     """What is drawn and how, once it fits the pipeline."""
-    of, drawn_from = config.samples, what_to_draw(pipeline, prompts, config.samples.class_labels)
+    of, drawn_from = config.samples, texts_and_classes(pipeline, prompts, config.samples.class_labels)
     sampler = Sampler(pipeline, drawn_from["prompts"], drawn_from["classes"])
     options = options_of_call(sampler, {option: getattr(config.options, option) for option in CALL_OPTIONS})
     number = sum(drawn_from["class_counts"] or ()) or sampler.num_classes or 1
@@ -136,7 +135,7 @@ def choose_settings(
     return SampleSettings(of.num_images, seed=of.seed, **drawn_from, **options)
 
 
-def what_to_draw(
+def texts_and_classes(
     pipeline: DiffusionPipeline, prompts: tuple[str, ...] | None, class_labels: list[str] | None
 ) -> dict[str, Any]:
     """Texts and classes, as `SampleSettings` has them."""

@@ -40,7 +40,7 @@ from dae_diffusers.metrics.settings import (
     EvaluationConfig,
     MonitorConfig,
     OneSettingConfig,
-    SamplesConfig,
+    SampleFolderConfig,
     SamplingConfig,
     check_monitor,
 )
@@ -509,7 +509,7 @@ class SampleConfig:
 
     LEADING = "PIPELINE "
 
-    samples: SamplesConfig = part()
+    samples: SampleFolderConfig = part()
     options: OneSettingConfig = part()
 
 

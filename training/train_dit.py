@@ -239,10 +239,10 @@ def warn_of_idle_guidance(config: TrainDiTConfig, conditioning: Conditioning, da
     """Says which flags have no effect, because there is nothing that guidance could lead away from."""
     if data.id2label or conditioning.parts:
         return
-    given = [name for name in ("class_dropout_prob",) if name in changes_of(config.transformer)]
+    idle = changes_of(config.transformer).keys() & {"class_dropout_prob"}
     if config.flow.autoguidance_steps is None and config.flow.distill_guidance_scale is None:
-        given += [name for name in ("sample_guidance_scale",) if name in changes_of(config.flow)]
-    for name in given:
+        idle |= changes_of(config.flow).keys() & {"sample_guidance_scale"}
+    for name in sorted(idle):
         logger.warning("`--%s` has no effect: the images have no classes, captions or conditions.", name)
 
 

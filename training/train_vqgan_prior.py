@@ -34,7 +34,7 @@ from dae_diffusers.metrics.monitor import make_monitor
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline, code_fingerprint
 from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import TrainPriorConfig
-from dae_diffusers.weights import LATENT_PARTS, autoencoder_fingerprint
+from dae_diffusers.weights import latents_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def main(config: TrainPriorConfig) -> None:
     steps = run.num_steps(config.prior.max_train_steps, images[0])
     start = find_start(run, prior, images[0], steps)
     train_codes, validation_codes = load_codes(run, vae, images)
-    loss_inputs = [autoencoder_fingerprint(vae, LATENT_PARTS), images[1].fingerprint]
+    loss_inputs = [latents_fingerprint(vae), images[1].fingerprint]
     monitor = make_monitor(run, images[0], vae, start, sampling_options(config), loss_inputs=loss_inputs)
     pipeline_of = partial(
         DAEVQGANPipeline,

@@ -188,9 +188,8 @@ def make_adversary(
     if weight == 0:
         return None
     config, losses = run.config, run.config.losses
-    torch.manual_seed(
-        derived_seed(config.run.seed, Stream.DISCRIMINATOR, number)
-    )  # the same weights however many processes drew before
+    # The same weights however many processes drew before.
+    torch.manual_seed(derived_seed(config.run.seed, Stream.DISCRIMINATOR, number))
     if losses.discriminator_model is None:
         discriminator = PatchDiscriminator(
             config.data.image_channels, losses.discriminator_channels, losses.discriminator_layers

@@ -81,8 +81,7 @@ def make_latent_alignment(run: TrainingRun, model: DAEAutoencoderKL | DAEVQModel
     if config.vf_model is None or model.stage != 1:
         return None
     backbone = load_backbone(config.vf_model).to(run.accelerator.device)
-    torch.manual_seed(
-        derived_seed(run.config.run.seed, Stream.VF_PROJECTION)
-    )  # the same weights however many processes drew before
+    # The same weights however many processes drew before.
+    torch.manual_seed(derived_seed(run.config.run.seed, Stream.VF_PROJECTION))
     projection = torch.nn.Conv2d(num_latent_channels(model), backbone.patch_feature_dim, 1, bias=False)
     return LatentAlignment(run.accelerator, backbone, run.accelerator.prepare(projection), config)

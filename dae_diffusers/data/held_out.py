@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _SCRIPTS = ("train_dae", "train_dit", "train_vqgan_prior")
 _CHOICE = ("train_split", "validation_fraction", "group_column", "drop_copies")
+_OF_OLDER_RUNS = {"group_column": None, "drop_copies": False}  # which do not say so
 # Of more images, or images of more bytes that may be copies, none are compared: that takes more than seconds.
 _MOST_COMPARED, _MOST_COMPARED_BYTES = 20_000, 2**28
 
@@ -35,11 +36,7 @@ def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_im
     now = {name: getattr(config, name) for name in _CHOICE} | {"seed": seed}
     for folder in (Path(model), Path(model).absolute().parent) if model else ():
         for script in _SCRIPTS:
-            before = {
-                "group_column": None,
-                "drop_copies": False,
-                **_settings_of(folder / script),
-            }  # older runs have none
+            before = {**_OF_OLDER_RUNS, **_settings_of(folder / script)}
             differing = [name for name in now if before.get(name, now[name]) != now[name]]
             if _source(before) != _source(vars(config)):
                 continue

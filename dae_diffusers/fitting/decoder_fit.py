@@ -33,7 +33,7 @@ from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint, replace_files, replace_folder
-from dae_diffusers.weights import LATENT_PARTS, STATISTICS, autoencoder_fingerprint, model_fingerprint, weights_of
+from dae_diffusers.weights import STATISTICS, latents_fingerprint, model_fingerprint, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +188,6 @@ def decoder_inputs(pipeline: DAEDiTPipeline | DAEVQGANPipeline, latents: torch.T
 def guide_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module | None:
     r"""The weaker transformer that guides the one of a pipeline."""
     return getattr(pipeline, "guidance_transformer", None)
-
-
-def latents_fingerprint(vae: ModelMixin) -> str:
-    r"""Fingerprint of what makes an autoencoder's latents or codes; the decoder may change."""
-    return autoencoder_fingerprint(vae, LATENT_PARTS)
 
 
 def _decoder_size(vae: ModelMixin) -> dict[str, Any]:

@@ -21,12 +21,17 @@ from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import weights_by_part
 from dae_diffusers.fit_record import read_fit, write_fit
-from dae_diffusers.fitting.decoder_fit import latents_fingerprint
 from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.metrics.monitor import Monitor, best_or_last
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.store import read_json, replace_folder, write_json
-from dae_diffusers.weights import STATISTICS, have_other_encoders, weights_fingerprint, weights_fingerprint_of
+from dae_diffusers.weights import (
+    STATISTICS,
+    have_other_encoders,
+    latents_fingerprint,
+    weights_fingerprint,
+    weights_fingerprint_of,
+)
 
 logger = logging.getLogger(__name__)
 

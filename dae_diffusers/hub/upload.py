@@ -66,7 +66,6 @@ _EXPORTED = re.compile(
 @cache
 def _limit_every_client() -> None:
     """The client gives itself up after a failed connection; the one that follows must not wait forever either."""
-
     make = _http._GLOBAL_CLIENT_FACTORY  # huggingface_hub's, or one with a proxy that somebody has set
 
     def client():
@@ -222,6 +221,8 @@ def push_folder(
             "renew them.",
             repository,
         )
+    # Half-precision weights of an earlier push would stay beside the new ones.
+    with_fp16 = fp16 or (not is_sharded(result) and any(name.endswith(".fp16.safetensors") for name in published))
     files = repository_files(
         result,
         repo_id,
@@ -231,12 +232,12 @@ def push_folder(
         card=not (keep_card or is_decoder_of_pipeline),
         space_id=space_id,
         data_pictures=shows_public_images(result) if data_pictures is None else data_pictures,
-        fp16=fp16 or (not is_sharded(result) and any(name.endswith(".fp16.safetensors") for name in published)),
+        fp16=with_fp16,
     )
     if is_decoder_of_pipeline:
         files.pop("metrics.json", None)
     with tempfile.TemporaryDirectory() as temporary:
-        if fp16 or (not is_sharded(result) and any(name.endswith(".fp16.safetensors") for name in published)):
+        if with_fp16:
             files.update(half_precision_files(files, Path(temporary)))
         commit = _commit(
             api,

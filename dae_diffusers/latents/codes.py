@@ -17,7 +17,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CacheIdentity, image_identity, open_once_per_machine
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
 from dae_diffusers.store import NotKept, keep_tensors, kept_tensors
-from dae_diffusers.weights import autoencoder_fingerprint
+from dae_diffusers.weights import latents_fingerprint
 
 _DTYPE = "int32"
 
@@ -127,7 +127,7 @@ def cached_codes(
     """
     path = Path(path)
     identity = CacheIdentity(
-        autoencoder=autoencoder_fingerprint(vae, ("encoder", "quant_conv", "quantize")),
+        autoencoder=latents_fingerprint(vae),
         num_samples=len(images),
         dtype=_DTYPE,
         **image_identity(images),

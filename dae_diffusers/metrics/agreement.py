@@ -1,39 +1,29 @@
 """Whether samples are of the classes that were asked for, as a linear classifier on a judge's features sees it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from dae_diffusers.latents.diagnostics import linear_probe
 
 
-@dataclass(frozen=True)
-class ClassAgreement:
+def class_agreement(
+    features: torch.Tensor, labels: torch.Tensor, images: Sequence[torch.Tensor], asked: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     r"""
-    A linear classifier on a judge's features, which says of each image whether it is of the class that was asked for.
+    Whether a linear classifier on a judge's features takes images for the classes that were asked for.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`), labels (`torch.Tensor` of shape `(N,)`): Those of training images.
+        features (`torch.Tensor` of shape `(N, D)`), labels (`torch.Tensor` of shape `(N,)`): Those of the training images that it is
+            fitted on.
+        images (`list[torch.Tensor]` of shape `(M, D)`): Features of one or more sets of images.
+        asked (`list[torch.Tensor]` of shape `(M,)`): The classes that were asked for.
+
+    Returns:
+        `list[torch.Tensor]` of shape `(M,)`: Booleans.
     """
-
-    features: torch.Tensor
-    labels: torch.Tensor
-
-    def of(self, images: Sequence[torch.Tensor], asked: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        r"""
-        Whether each image is of the class that was asked for.
-
-        Args:
-            images (`list[torch.Tensor]` of shape `(M, D)`): Features of one or more sets of images.
-            asked (`list[torch.Tensor]` of shape `(M,)`): The classes that were asked for.
-
-        Returns:
-            `list[torch.Tensor]` of shape `(M,)`: Booleans.
-        """
-        found = linear_probe(self.features, self.labels, torch.cat(list(images)))
-        parts = found.split([len(each) for each in images])
-        return [part == labels for part, labels in zip(parts, asked, strict=True)]
+    found = linear_probe(features, labels, torch.cat(list(images))).split([len(each) for each in images])
+    return [classes == wanted for classes, wanted in zip(found, asked, strict=True)]
 
 
 def share_by_class(agrees: torch.Tensor, labels: torch.Tensor, num_classes: int) -> list[float | None]:

@@ -23,12 +23,14 @@ class Drawing:
 
     Attributes:
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`], *optional*): How they were drawn; None for given images.
+        inputs: What the samples depend on, as JSON can hold it; None where nothing is kept of them.
         samples ([`~dae_diffusers.metrics.kept.KeptRows`] or `torch.Tensor` of shape `(N, C, H, W)`): uint8.
         metrics (`dict[str, float]`): Those of [`~dae_diffusers.metrics.evaluation.sample_metrics`].
         most_alike (`list[tuple[int, int]]`): The numbers of the samples that are most like a training image, with that of the image.
     """
 
     settings: SampleSettings | None
+    inputs: Any
     samples: KeptRows | torch.Tensor
     metrics: dict[str, float]
     most_alike: list[tuple[int, int]]
@@ -78,9 +80,9 @@ def measure_drawings(
             return {"metrics": metrics, "most_alike": nearest.most_alike()}
 
         if of is None:
-            return Drawing(drawing, samples, **compare())
-        inputs = [*of, generation_inputs(pipeline, drawing, accelerator)]
-        return Drawing(drawing, samples, **keep_values(compare, accelerator, folder=parts, of=inputs))
+            return Drawing(drawing, None, samples, **compare())
+        inputs = generation_inputs(pipeline, drawing, accelerator)
+        return Drawing(drawing, inputs, samples, **keep_values(compare, accelerator, folder=parts, of=[*of, inputs]))
 
     return [measure(drawing) for drawing in drawings_of(settings, num_drawings)]
 

@@ -14,7 +14,7 @@ from dae_diffusers.autoencoders.loading import is_vq
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.diagnostics import plot_latent_space
-from dae_diffusers.metrics.agreement import ClassAgreement, share_by_class
+from dae_diffusers.metrics.agreement import class_agreement, share_by_class
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.drawings import Drawing, drawings_of, measure_drawings, over_drawings
 from dae_diffusers.metrics.evaluation import (
@@ -24,7 +24,6 @@ from dae_diffusers.metrics.evaluation import (
     compared_for_copies,
     encode_images,
     evaluation_inputs,
-    image_features,
     kept_reference,
     latent_metrics,
     reconstruction_metrics,
@@ -36,7 +35,7 @@ from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import draw_reconstructions, save_grids
-from dae_diffusers.metrics.sampling import Sampler, generation_inputs, ids_in_pipeline, say_duration
+from dae_diffusers.metrics.sampling import Sampler, ids_in_pipeline, say_duration
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import is_by_class, swept_settings
 from dae_diffusers.metrics.yardstick import Yardstick
@@ -136,7 +135,7 @@ class Evaluator:
         """
         work = {"batch_size": self._batch_size, "folder": self._parts}
         metrics, nearest = sample_metrics(samples, self.extractor, self.training, self.accelerator, **work)
-        drawing = Drawing(None, samples, metrics, nearest.most_alike())
+        drawing = Drawing(None, fingerprint(samples.split(256)), samples, metrics, nearest.most_alike())
         if self.accelerator.is_main_process:
             self._save_grids(drawing)
         return [{"num_images": len(samples), **metrics}], [[drawing]]
@@ -160,13 +159,7 @@ class Evaluator:
             return {"judge": yardstick.judge(), "floor": floor}
 
         inputs = ["real images, copies of all", *self._inputs(self.train, self.validation, self.some)]
-        for drawing in firsts:
-            is_given = drawing.settings is None
-            inputs.append(
-                fingerprint(drawing.samples.split(256))
-                if is_given
-                else generation_inputs(self.sampler.pipeline, drawing.settings, self.accelerator)
-            )
+        inputs += [drawing.inputs for drawing in firsts]
         return self._keep(measure, inputs)
 
     def add_class_agreement(self, results: dict[str, Any], drawn: Sequence[list[Drawing]]) -> None:
@@ -183,10 +176,10 @@ class Evaluator:
             return
         pipeline = self.sampler.pipeline
         trained, real = (torch.as_tensor(ids_in_pipeline(pipeline, images)) for images in (self.some, self.validation))
-        held_out = self._real_features() if self.held_out is None else self.held_out.features
+        held_out = self._yardstick(self.extractor, self.held_out).held_out
         asked = [drawing.settings.labels(number) for drawings in drawn for drawing in drawings]
         features = [self._features(drawing.samples, self.extractor) for drawings in drawn for drawing in drawings]
-        agrees = ClassAgreement(self.training.images, trained).of([held_out, *features], [real, *asked])
+        agrees = class_agreement(self.training.images, trained, [held_out, *features], [real, *asked])
         of_real, of_samples = agrees[0], iter(agrees[1:])
         by_setting = [torch.stack([next(of_samples) for _ in drawings]) for drawings in drawn]
         for row, each in zip(results["generation"], by_setting, strict=True):
@@ -324,11 +317,6 @@ class Evaluator:
         """A judge's features of samples, `(N, D)`."""
         work = {"batch_size": self._batch_size, "folder": self._parts}
         return sample_features(samples, judge, self.accelerator, **work)["features"]
-
-    def _real_features(self) -> torch.Tensor:
-        """The judge's features of the held-out images, `(N, D)`."""
-        kept = {"folder": self._parts, "description": "Features of real images", **self._work}
-        return image_features(self.validation, self.extractor, self.accelerator, **kept)
 
     def _yardstick(self, judge: FeatureExtractor, held_out: EncodedImages | None) -> Yardstick:
         return Yardstick(

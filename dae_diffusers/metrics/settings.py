@@ -142,7 +142,7 @@ class SamplingConfig(CallConfig):
 
 
 @settings
-class SamplesConfig:
+class SampleFolderConfig:
     """Samples."""
 
     pipeline: str = field(
