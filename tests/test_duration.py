@@ -13,6 +13,7 @@ from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 from dae_diffusers import duration as module
 from dae_diffusers.duration import Forecast, duration, pace
 from dae_diffusers.engine.checkpointing import Checkpointer, find_checkpoints
+from dae_diffusers.engine.dry_run import DryRun, gain_of_compiling
 from dae_diffusers.engine.optimization import make_lr_scheduler
 from dae_diffusers.engine.precision import faster_precision
 from dae_diffusers.engine.settings import OptimizationConfig
@@ -119,6 +120,46 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
         assert lines[-1][14:].startswith(f"checkpoints of {max(weighed) / 2**20:,.1f} MiB, ")
     assert contents(tmp_path) == before
     assert set(temporary.glob("dry-run-*")) == left
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the tracer
+def test_dry_run_measures_with_and_without_compiling(image_folder, tmp_path, capsys, monkeypatch, fresh_compiler):
+    """Steps before the networks are compiled, and after; only the latter give the time of the run."""
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    vae, more = save_autoencoder(tmp_path / "vae"), " --dry_run --compile --max_train_steps "
+    seen, has_seen = [], DryRun.has_seen
+    monkeypatch.setattr(DryRun, "has_seen", lambda *args: seen.append(len(compiled)) or has_seen(*args))
+    for steps, measured in ((9, True), (8, False)):
+        seen.clear(), compiled.clear()
+        run(train_dit, TINY_DIT + more + str(steps), train_data_dir=image_folder, output_dir=tmp_path / "run", vae=vae)
+        rows = {line[2:14].strip(): line[14:] for line in capsys.readouterr().out.splitlines()[1:]}
+        assert (" instead of " in rows["compiled"]) == measured and ("too short" in rows["compiled"]) != measured
+        assert not any(seen[:4]) and len(seen) == (9 if measured else 4) and all(seen[4:])  # graphs that are compiled
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (
+            (0.2, 0.1, 60, 1000),
+            "0.1 instead of 0.2 seconds a step, after 60 seconds of compiling: pays after 600 steps",
+        ),
+        (
+            (0.2, 0.1, 60, 599),
+            "0.1 instead of 0.2 seconds a step, after 60 seconds of compiling: pays after 600 steps; leave",
+        ),
+        ((0.1, 0.2, 60, 1000), "0.2 instead of 0.1 seconds a step, after 60 seconds of compiling: leave out"),
+    ],
+)
+def test_when_compiling_pays(seconds, words):
+    assert gain_of_compiling(*seconds).startswith(words)
+    assert ("leave out" in gain_of_compiling(*seconds)) == ("leave" in words)
 
 
 def test_warm_up_that_does_not_end_is_said(caplog):

@@ -1,5 +1,6 @@
 """The first steps of a run, to say what the whole of it would take."""
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -15,42 +16,65 @@ from dae_diffusers.engine.checkpointing import find_checkpoints
 from dae_diffusers.engine.precision import faster_precision
 
 _STEPS = 4  # the first warms up
+_COMPILED_STEPS = 5  # the first two compile: the second sees what has changed since the first
 _MUCH = 0.9  # of memory or disk
 
 
 class DryRun:
     r"""
-    Takes the place of training: a few real steps of each loop, in a temporary folder.
+    Takes the place of training: a few real steps of each loop, in a temporary folder. Of a run that compiles its networks, the same
+    number of steps as they are comes first, so that it can say when compiling pays.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the run. All processes make one together.
+        compiles (`bool`, *optional*, defaults to `False`): Whether the run compiles its networks.
 
     Attributes:
         folder (`Path`): What takes the place of the output folder. [`close`] removes it.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, compiles: bool = False):
         self._kept = tempfile.TemporaryDirectory(prefix="dry-run-") if accelerator.is_main_process else None
         name = [self._kept and self._kept.name]
         broadcast_object_list(name)
         self.folder = Path(name[0])
-        self._loops: dict[str, tuple[int, float]] = {}
+        self._compiles = compiles
+        self._loops: dict[str, tuple[int, float]] = {}  # steps, and seconds of one
+        self._compiled: dict[str, str] = {}  # what compiling gains
         self._times: list[float] = []
+        self._seconds: float | None = None  # of a step that is not compiled
 
     def begin(self) -> None:
         r"""Starts the clock, before the first step of a loop."""
-        self._times = [time.monotonic()]
+        self._times, self._seconds = [time.monotonic()], None
+        if self._compiles:
+            torch.compiler.set_stance("force_eager")
 
     def has_seen(self, loop: Any) -> bool:
         r"""Notes the time after a step of a [`~dae_diffusers.engine.loop.Loop`]. Returns whether these steps of the loop suffice."""
         self._times.append(time.monotonic())
         steps = loop.last_step - loop.first_step
         taken = len(self._times) - 1
-        if taken < min(_STEPS, steps):
-            return False
-        first = min(1, taken - 1)  # the step that warms up is left out, if there is another
-        self._loops[loop.description] = steps, (self._times[-1] - self._times[first]) / (taken - first)
-        return True
+        if self._seconds is None:
+            if taken < min(_STEPS, steps):
+                return False
+            first = min(1, taken - 1)  # the step that warms up is left out, if there is another
+            self._seconds = (self._times[-1] - self._times[first]) / (taken - first)
+            self._loops[loop.description] = steps, self._seconds
+            if not self._compiles:
+                return True
+            torch.compiler.set_stance("default")
+            self._times = self._times[-1:]
+            if steps < _STEPS + _COMPILED_STEPS:
+                self._compiled[loop.description] = "not measured: the run is too short"
+                return True
+        elif taken == _COMPILED_STEPS:
+            seconds = (self._times[-1] - self._times[2]) / (taken - 2)
+            compiling = max(0.0, self._times[2] - self._times[0] - 2 * seconds)
+            self._loops[loop.description] = steps, seconds
+            self._compiled[loop.description] = gain_of_compiling(self._seconds, seconds, compiling, steps)
+            return True
+        return False
 
     def report(self, run: Any) -> None:
         r"""
@@ -62,6 +86,8 @@ class DryRun:
         rows = [("parameters", f"{run.counts['parameters'] / 1e6:,.2f} M")]
         for name, (steps, seconds) in self._loops.items():
             rows.append((name, f"{steps:,} steps: {pace(steps, seconds, run.images_per_step, run.num_images)}"))
+            if name in self._compiled:
+                rows.append(("compiled", self._compiled[name]))
         if len(self._loops) > 1:
             rows.append(("all stages", duration(sum(steps * seconds for steps, seconds in self._loops.values()))))
         if advice := faster_precision(run.accelerator):
@@ -101,6 +127,22 @@ def _memory(device: torch.device) -> str:
         used, whole = psutil.Process().memory_info().rss, psutil.virtual_memory().total
     much = ". WARNING: validation may need more; use a smaller batch" if used > _MUCH * whole else ""
     return f"{gib(used)} of {gib(whole)} for each process{much}"
+
+
+def gain_of_compiling(plain: float, compiled: float, compiling: float, steps: int) -> str:
+    r"""
+    What compiling gains, in words.
+
+    Args:
+        plain, compiled (`float`): Seconds of a step.
+        compiling (`float`): Seconds that compiling takes.
+        steps (`int`): Of the run.
+    """
+    text = f"{compiled:.2g} instead of {plain:.2g} seconds a step, after {duration(compiling)} of compiling"
+    if compiled >= plain:
+        return f"{text}: leave out `--compile`"
+    needed = math.ceil(compiling / (plain - compiled))
+    return f"{text}: pays after {needed:,} steps" + ("" if needed <= steps else "; leave out `--compile`")
 
 
 def gib(number: float) -> str:

@@ -93,7 +93,7 @@ class TrainingRun:
         self.name = name
         self.config = config
         self.accelerator = make_accelerator(config, Path(config.run.output_dir) / (folder or name))
-        self.dry_run = DryRun(self.accelerator) if config.run.dry_run else None
+        self.dry_run = DryRun(self.accelerator, config.optimization.compile) if config.run.dry_run else None
         self.output_dir = Path(config.run.output_dir) if self.dry_run is None else self.dry_run.folder
         self.folder = self.output_dir / (folder or name)
         settle_backend(name, config, self.accelerator, one_model)
