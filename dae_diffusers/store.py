@@ -1,9 +1,9 @@
 """
-Atomic files and kept results. A kill at any instant leaves the old file or the whole new one. A kept file that is damaged, or
+Atomic files and cached results. A kill at any instant leaves the old file or the whole new one. A cached file that is damaged, or
 was made from other inputs, is never used.
 
 A *fingerprint*, 16 hexadecimal digits, identifies the inputs that something was made from. A *checksum*, 64 digits, shows
-whether a file still holds what was written. A kept file contains both.
+whether a file still holds what was written. A cached file contains both.
 """
 
 import glob
@@ -43,9 +43,9 @@ _UNREADABLE = (
 )  # what parsing arbitrary bytes can raise
 
 
-class NotKept(Exception):
+class NotCached(Exception):
     r"""
-    Says why a kept file is not used, as the end of a sentence that begins with its name.
+    Says why a cached file is not used, as the end of a sentence that begins with its name.
 
     Attributes:
         missing (`bool`): Whether there is no file at all.
@@ -224,7 +224,7 @@ def read_rows(path: Path, **needed: type | tuple[type, ...]) -> list[dict[str, A
     return rows
 
 
-def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> None:
+def cache_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> None:
     r"""
     Writes or replaces a safetensors file atomically. Its header holds the inputs it was made from, and a checksum.
 
@@ -257,9 +257,9 @@ def keep_tensors(path: Path, tensors: dict[str, "torch.Tensor"], of: Any) -> Non
     _replace(path, write)
 
 
-def kept_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torch.Tensor"]:
+def cached_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torch.Tensor"]:
     r"""
-    The tensors of a file that [`keep_tensors`] wrote, memory-mapped.
+    The tensors of a file that [`cache_tensors`] wrote, memory-mapped.
 
     Args:
         path (`Path`): The file.
@@ -268,69 +268,69 @@ def kept_tensors(path: Path, of: Any, *, verify: bool = True) -> dict[str, "torc
             if another process has just done it.
 
     Raises:
-        NotKept: If there is no such file, if it was made from something else, or if it is damaged.
+        NotCached: If there is no such file, if it was made from something else, or if it is damaged.
     """
     tensors, found, checksum = _open_tensors(path)
     if found != _as_json(of):
         if checksum != _checksum_of_tensors(tensors, found):
-            raise NotKept("is damaged: its content has another checksum than when it was written")
-        raise NotKept("was made from something else", of=found)
+            raise NotCached("is damaged: its content has another checksum than when it was written")
+        raise NotCached("was made from something else", of=found)
     if verify and checksum != _checksum_of_tensors(tensors, found):
-        raise NotKept("is damaged: its content has another checksum than when it was written")
+        raise NotCached("is damaged: its content has another checksum than when it was written")
     return tensors
 
 
-def kept_of(path: Path) -> Any:
-    r"""The inputs that a file of tensors was made from, by its header alone. Raises NotKept if it does not hold them."""
+def inputs_of_cached(path: Path) -> Any:
+    r"""The inputs that a file of tensors was made from, by its header alone. Raises NotCached if it does not hold them."""
     return _open_tensors(path)[1]
 
 
-def keep_json(path: Path, value: Any, of: Any) -> None:
-    r"""Like [`keep_tensors`], for any value that JSON can hold, and NaN and infinite numbers. Raises OSError."""
+def cache_json(path: Path, value: Any, of: Any) -> None:
+    r"""Like [`cache_tensors`], for any value that JSON can hold, and NaN and infinite numbers. Raises OSError."""
     write_atomically(path, json.dumps(pack(value, of), indent=2) + "\n")
 
 
-def kept_json(path: Path, of: Any = None) -> Any:
+def cached_json(path: Path, of: Any = None) -> Any:
     r"""
-    The value that [`keep_json`] wrote.
+    The value that [`cache_json`] wrote.
 
     Args:
         path (`Path`): The file.
         of (*optional*): The inputs that it must have been made from; None: any.
 
     Raises:
-        NotKept: If there is no such file, if it was made from something else, or if it is damaged.
+        NotCached: If there is no such file, if it was made from something else, or if it is damaged.
     """
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise NotKept("is missing", missing=True) from None
+        raise NotCached("is missing", missing=True) from None
     except OSError as error:
-        raise NotKept(f"cannot be read ({error.strerror or error})") from None
+        raise NotCached(f"cannot be read ({error.strerror or error})") from None
     found, value = unpack(content)
     if of is not None and found != _as_json(of):
-        raise NotKept("was made from something else", of=found)
+        raise NotCached("was made from something else", of=found)
     return value
 
 
 def pack(value: Any, of: Any) -> dict[str, Any]:
-    r"""A value with the inputs that it was made from, and a checksum: what a kept file, or a row of one, holds as JSON."""
+    r"""A value with the inputs that it was made from, and a checksum: what a cached file, or a row of one, holds as JSON."""
     of, value = _as_json(of), _as_json(value)
     return {"of": of, "values": value, "checksum": fingerprint_of_json([of, value])}
 
 
 def unpack(content: bytes) -> tuple[Any, Any]:
-    r"""The inputs and the value in what [`pack`] made, as JSON. Raises NotKept if it is damaged."""
+    r"""The inputs and the value in what [`pack`] made, as JSON. Raises NotCached if it is damaged."""
     try:
         kept = json.loads(content)
         if "checksum" not in kept:
-            raise NotKept("was made by an older version, or by something else: it has no checksum")
+            raise NotCached("was made by an older version, or by something else: it has no checksum")
         of, value = kept["of"], kept["values"]
         is_whole = kept["checksum"] == fingerprint_of_json([of, value])
     except _UNREADABLE as error:
-        raise NotKept(f"is damaged ({one_line(error, 200)})") from None
+        raise NotCached(f"is damaged ({one_line(error, 200)})") from None
     if not is_whole:
-        raise NotKept("is damaged: its content has another checksum than when it was written")
+        raise NotCached("is damaged: its content has another checksum than when it was written")
     return of, value
 
 
@@ -384,20 +384,20 @@ def _open_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Any, str]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise NotKept("is missing", missing=True)
+        raise NotCached("is missing", missing=True)
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, *_UNREADABLE) as error:
-        raise NotKept(f"is damaged ({one_line(error, 200)})") from None
+        raise NotCached(f"is damaged ({one_line(error, 200)})") from None
     if header is None:
-        raise NotKept("was made by an older version, or by something else: its header does not name its inputs")
+        raise NotCached("was made by an older version, or by something else: its header does not name its inputs")
     try:
         header = json.loads(header)
         return tensors, header["of"], header["checksum"]
     except _UNREADABLE:
-        raise NotKept("is damaged: its header cannot be read") from None
+        raise NotCached("is damaged: its header cannot be read") from None
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

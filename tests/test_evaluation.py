@@ -26,6 +26,7 @@ from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
+from dae_diffusers.caching import CachedRows, cached_rows, cached_values
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.statistics import normalize_latents
@@ -53,7 +54,6 @@ from dae_diffusers.metrics.evaluation import (
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.given_samples import load_samples
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import KeptRows, keep_rows, keep_values
 from dae_diffusers.metrics.report import copies_lines, few_images_lines, plot_sweep, sample_grid
 from dae_diffusers.metrics.sampling import (
     Sampler,
@@ -222,11 +222,11 @@ def test_interrupted_drawing_goes_on(pipeline, tmp_path, monkeypatch):
 
 def test_drawn_images_are_read_from_their_files_by_slices(tmp_path):
     rows = torch.randint(256, (10, 3, 2, 2), dtype=torch.uint8)
-    kept = keep_rows(
+    kept = cached_rows(
         lambda chunk: {"images": rows[chunk.start : chunk.stop]}, 10, Accelerator(), folder=tmp_path, of="x", chunk_size=4,
         load=False,
     )["images"]  # fmt: skip
-    assert isinstance(kept, KeptRows) and len(kept) == 10 and len(list(tmp_path.rglob("*.safetensors"))) == 3
+    assert isinstance(kept, CachedRows) and len(kept) == 10 and len(list(tmp_path.rglob("*.safetensors"))) == 3
     for part in (slice(None), slice(0, 4), slice(3, 9), slice(8, 20), slice(-3, -1)):
         assert torch.equal(kept[part], rows[part])
     for nothing in (slice(4, 4), slice(10, 12), slice(0, 8, 2)):
@@ -245,8 +245,8 @@ def test_flipped_bits_in_kept_rows_and_values_are_said_once_and_computed_again(t
         calls.clear()
         caplog.clear()
         options = {"folder": tmp_path / "rows", "of": {"x": (1, 2)}, "chunk_size": 4}
-        found = keep_rows(compute, 10, Accelerator(), **options, load=load)["rows"]
-        values = keep_values(
+        found = cached_rows(compute, 10, Accelerator(), **options, load=load)["rows"]
+        values = cached_values(
             lambda: calls.append("values") or {"psnr": math.inf}, Accelerator(), folder=tmp_path, of=["x", (1, 2)]
         )
         assert torch.equal(found[:], rows) and values == {"psnr": math.inf}

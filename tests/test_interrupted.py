@@ -85,11 +85,11 @@ def make_cache(folder: Path, vae: Path, image_folder: Path, before=lambda: None)
     ("module", "name", "is_due"),
     [
         (cache, "encode_moments", lambda: nth_call(5)),  # in the middle of a shard
-        (cache, "keep_tensors", lambda: nth_call(2)),  # between two shards
+        (cache, "cache_tensors", lambda: nth_call(2)),  # between two shards
         (store, "_flush_and_rename", lambda: lambda _, path: path.name == "shard-00002.safetensors"),
-        (cache, "keep_json", lambda: nth_call(2)),  # all shards of the first split, no manifest
-        (cache, "keep_json", lambda: nth_call(3)),  # the first split is whole, the second not begun
-        (cache, "keep_json", lambda: nth_call(4)),  # only the last manifest is missing
+        (cache, "cache_json", lambda: nth_call(2)),  # all shards of the first split, no manifest
+        (cache, "cache_json", lambda: nth_call(3)),  # the first split is whole, the second not begun
+        (cache, "cache_json", lambda: nth_call(4)),  # only the last manifest is missing
     ],
 )
 def test_killed_cache_goes_on_and_encodes_nothing_twice(module, name, is_due, whole_cache, vae, image_folder, tmp_path):

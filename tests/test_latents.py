@@ -18,7 +18,7 @@ from dae_diffusers.latents.statistics import (
     has_latent_statistics,
     normalize_latents,
 )
-from dae_diffusers.store import keep_json, kept_of
+from dae_diffusers.store import cache_json, inputs_of_cached
 from dae_diffusers.weights import autoencoder_fingerprint
 
 
@@ -123,7 +123,7 @@ def test_cache_and_images_are_drawn_in_the_same_order(cache, images):
 def test_interrupted_cache_goes_on_where_it_stopped(cache, vae, images):
     manifest = json.loads((cache.folder / "manifest.json").read_text())
     begun = {k: manifest["values"][k] for k in ("identity", "id2label", "shard_size")} | {"complete": False}
-    keep_json(cache.folder / "manifest.json", begun, manifest["of"])
+    cache_json(cache.folder / "manifest.json", begun, manifest["of"])
     with pytest.raises(UserError, match="unfinished"):
         CachedLatents(cache.folder)
     (cache.folder / "shard-00001.safetensors").unlink()
@@ -227,7 +227,7 @@ def test_latents_of_another_encoder_are_never_taken_over(cache, vae, images, cle
 
 def test_a_shard_says_what_it_is_and_one_from_elsewhere_is_named_and_made_again(cache, vae, images, tmp_path, caplog):
     first, second = (cache.folder / f"shard-0000{number}.safetensors" for number in (0, 1))
-    said = kept_of(second)
+    said = inputs_of_cached(second)
     assert (
         said["shard"] == 1
         and said["autoencoder"] == autoencoder_fingerprint(vae)
@@ -272,7 +272,7 @@ def test_flipped_bits_are_found_and_only_what_is_damaged_is_made_again(cache, va
             shard.write_bytes(content)
             kept = json.loads(whole["manifest.json"])
             if manifest == "begun":
-                keep_json(path, {**kept["values"], "complete": False}, kept["of"])
+                cache_json(path, {**kept["values"], "complete": False}, kept["of"])
             elif manifest == "a bit":
                 path.write_bytes(whole["manifest.json"].replace(b"cat", b"cau"))
             elif manifest != "whole":

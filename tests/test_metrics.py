@@ -57,7 +57,7 @@ from dae_diffusers.metrics.image_quality import (
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
 from dae_diffusers.script import run_script
-from dae_diffusers.store import kept_of
+from dae_diffusers.store import inputs_of_cached
 from dae_diffusers.training import train_classifier
 from dae_diffusers.training.settings import TrainClassifierConfig
 from dae_diffusers.vision import load_backbone
@@ -507,7 +507,7 @@ def test_reference_statistics_are_cached(tmp_path, resnet_folder, caplog):
     assert path.name.startswith("my_resnet-")
 
     marked = FeatureStatistics(first.count, first.mean + 1, first.scatter)
-    marked.save(path, kept_of(path))  # what is read back shows that nothing was computed
+    marked.save(path, inputs_of_cached(path))  # what is read back shows that nothing was computed
     assert torch.equal(reference_statistics(extractor, images, cache_dir=cache).mean, marked.mean)
 
     whole = path.read_bytes()

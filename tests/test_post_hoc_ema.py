@@ -34,7 +34,7 @@ from dae_diffusers.engine.post_hoc_ema.snapshots import (
 )
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.settings import compose
-from dae_diffusers.store import kept_of, kept_tensors
+from dae_diffusers.store import cached_tensors, inputs_of_cached
 from dae_diffusers.training import train_dit, train_vqgan_prior
 from dae_diffusers.training.settings import TrainDiTConfig
 
@@ -226,7 +226,7 @@ def trained(inputs, tmp_path_factory):
 
 def snapshots_of(folder, script="train_dit") -> dict[int, dict[str, torch.Tensor]]:
     files = find_snapshots(snapshots_folder(folder / script))
-    return {step: kept_tensors(path, kept_of(path)) for step, path in files.items()}
+    return {step: cached_tensors(path, inputs_of_cached(path)) for step, path in files.items()}
 
 
 def test_training_stores_the_averages_of_its_weights(trained):

@@ -24,7 +24,7 @@ import dae_diffusers.pipelines
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CachedLatents
-from dae_diffusers.store import keep_json
+from dae_diffusers.store import cache_json
 from dae_diffusers.training import cache_latents, evaluate, train_dae, train_dit, train_vqgan_prior
 from dae_diffusers.vision import load_vision_model
 
@@ -206,12 +206,12 @@ def test_manifest_cannot_lead_out_of_its_folder(name, places, image_folder, tmp_
     assert code == 1 and "manifest.json is damaged" in line
     code, text = attempt(cache_latents, vae=places / "vae", **options)
     assert code == 0 and "manifest.json is damaged" in text and json.loads(path.read_text()) == kept
-    keep_json(
+    cache_json(
         path, {**kept["values"], "shards": {name: {}}}, kept["of"]
     )  # with a right checksum: no name in it is read
     CachedLatents(path.parent)
     for values in ({"shard_size": 10**12}, {"latent_shape": [2**40] * 3}):
-        keep_json(path, {**kept["values"], **values}, kept["of"])
+        cache_json(path, {**kept["values"], **values}, kept["of"])
         with pytest.raises(UserError, match="shard-00000.safetensors"):
             CachedLatents(path.parent)
 

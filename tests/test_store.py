@@ -75,12 +75,12 @@ def test_fingerprint_of_weights_is_that_of_their_files_in_any_form(kind, tmp_pat
 
 KINDS = {
     "tensors": (
-        lambda path, of: store.keep_tensors(path, {"a": torch.arange(40.0), "b": torch.zeros(0, 2).half()}, of),
-        lambda path, of: store.kept_tensors(path, of),
+        lambda path, of: store.cache_tensors(path, {"a": torch.arange(40.0), "b": torch.zeros(0, 2).half()}, of),
+        lambda path, of: store.cached_tensors(path, of),
     ),
     "json": (
-        lambda path, of: store.keep_json(path, {"x": [1.5, math.inf, "é"], 3: None}, of),
-        lambda path, of: store.kept_json(path, of),
+        lambda path, of: store.cache_json(path, {"x": [1.5, math.inf, "é"], 3: None}, of),
+        lambda path, of: store.cached_json(path, of),
     ),
 }
 
@@ -89,7 +89,7 @@ KINDS = {
 def test_every_flipped_bit_and_every_cut_is_found(kind, tmp_path):
     keep, read = KINDS[kind]
     path, of = tmp_path / "kept", {"model": "m", "numbers": (1, 2)}
-    with pytest.raises(store.NotKept) as problem:
+    with pytest.raises(store.NotCached) as problem:
         read(path, of)
     assert problem.value.missing
     keep(path, of)
@@ -97,7 +97,7 @@ def test_every_flipped_bit_and_every_cut_is_found(kind, tmp_path):
     whole = path.read_bytes()
     keep(path, of)
     assert path.read_bytes() == whole  # equal content is equal bytes
-    with pytest.raises(store.NotKept, match="made from something else") as problem:
+    with pytest.raises(store.NotCached, match="made from something else") as problem:
         read(path, {"model": "other"})
     assert problem.value.of == {"model": "m", "numbers": [1, 2]}
     unseen = 0
@@ -105,14 +105,14 @@ def test_every_flipped_bit_and_every_cut_is_found(kind, tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         try:
             read(path, of)
-        except store.NotKept as problem:
+        except store.NotCached as problem:
             assert problem.missing is False and "\n" not in str(problem)
         else:
             unseen += 1
     assert unseen <= 0.1 * len(whole)  # of blanks between numbers and names, which say nothing
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(store.NotKept):
+        with pytest.raises(store.NotCached):
             read(path, of)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dae_diffusers.errors import UserError
-from dae_diffusers.store import NotKept, pack, unpack, write_atomically
+from dae_diffusers.store import NotCached, pack, unpack, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def kept_rows(path: Path) -> list[tuple[Any, Any]]:
         try:
             rows.append(unpack(line))
             whole.append(line)
-        except NotKept as problem:
+        except NotCached as problem:
             if not line.endswith(b"\n"):
                 continue
             if not any(name in line for name in (b'"checksum"', b'"values"', b'"key"')):

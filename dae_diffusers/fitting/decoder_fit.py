@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from dae_diffusers.autoencoders.adversary import make_adversary
 from dae_diffusers.autoencoders.loading import check_can_be_trained, is_vq, load_autoencoder, settle_images
 from dae_diffusers.autoencoders.settings import GeneratedConfig
+from dae_diffusers.caching import cached_rows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of
 from dae_diffusers.engine.precision import loss_scale
@@ -25,7 +26,6 @@ from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
 from dae_diffusers.losses.adaptive_weight import adaptive_weight
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.metrics.sampling import draws_of, ids_in_pipeline, image_sides, load_pipeline, scheduler_options
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -162,7 +162,7 @@ def draw_latents(
         "options": {**options, "seed": [seed, stream]},
         "mixed_precision": accelerator.mixed_precision,
     }
-    rows = keep_rows(draw, num_latents, accelerator, folder=folder, of=described, description="Drawing latents")
+    rows = cached_rows(draw, num_latents, accelerator, folder=folder, of=described, description="Drawing latents")
     return rows["latents"]
 
 
@@ -360,7 +360,7 @@ class DecoderFit:
             parts = self.pool[chunk.start : chunk.stop].split(size)
             return {"features": torch.cat([self.features(self.decode(vae, part))[: len(part)].cpu() for part in parts])}
 
-        return keep_rows(
+        return cached_rows(
             extract, len(self.pool), self.accelerator, folder=None, of=None, description="Decoding the pool"
         )["features"]
 

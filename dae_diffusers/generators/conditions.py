@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from dae_diffusers.caching import cached_rows
 from dae_diffusers.data import ImageDataset, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.condition_values import ConditionValues
 from dae_diffusers.errors import UserError
-from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.pipelines.dae_dit import CONDITION_KINDS, columns_of, conditions_as_arguments, on_latents
 from dae_diffusers.store import fingerprint_of_json
 
@@ -58,7 +58,7 @@ class Conditions:
     def keep_images(self, accelerator: Accelerator, folder: Path) -> None:
         r"""Keeps the scaled condition images in shards in a folder, and reads them from there. All processes call it."""
         for pictures in self.pictures:
-            rows = keep_rows(
+            rows = cached_rows(
                 lambda chunk, pictures=pictures: {"pixels": pictures.pixels(chunk)},
                 len(pictures),
                 accelerator,

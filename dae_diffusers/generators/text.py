@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dae_diffusers.autoencoders.loading import check_finite
+from dae_diffusers.caching import cached_rows
 from dae_diffusers.data import ImageDataset, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.pipelines.dae_dit import encode_texts, token_limit
 from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json
@@ -155,7 +155,7 @@ def encode_once(
         tokenizer, model: From [`load_text_encoder`].
         texts (sequence of `str`): Texts; repetitions count once.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator. Processes take turns at the shards, on its device.
-        folder (`Path`): Shards go to a sub-folder named after a fingerprint of texts and encoder; see [`keep_rows`].
+        folder (`Path`): Shards go to a sub-folder named after a fingerprint of texts and encoder; see [`cached_rows`].
         batch_size (`int`, *optional*): Texts encoded at once.
 
     Returns:
@@ -189,7 +189,7 @@ def encode_once(
             lengths.append(mask.sum(1).cpu())
         return {"states": torch.cat(states), "lengths": torch.cat(lengths)}
 
-    rows = keep_rows(
+    rows = cached_rows(
         compute,
         len(texts),
         accelerator,

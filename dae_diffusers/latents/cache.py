@@ -24,12 +24,12 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.settings import fields_of
 from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import (
-    NotKept,
-    keep_json,
-    keep_tensors,
-    kept_json,
-    kept_of,
-    kept_tensors,
+    NotCached,
+    cache_json,
+    cache_tensors,
+    cached_json,
+    cached_tensors,
+    inputs_of_cached,
     read_json,
     remove_leftovers,
 )
@@ -120,7 +120,7 @@ class CachedLatents(BatchDataset):
         self.folder = Path(folder)
         try:
             manifest = _read_manifest(self.folder)
-        except NotKept as problem:
+        except NotCached as problem:
             raise UserError(
                 f"{self.folder / _MANIFEST} {problem}. Run the command that made the cache again: it makes only what is "
                 "missing or damaged."
@@ -143,11 +143,11 @@ class CachedLatents(BatchDataset):
             if self.id2label is not None:
                 shapes["class_labels"] = (rows,)
             try:
-                shard = kept_tensors(path, _of_shard(self.identity, shard_size, number), verify=verify)
+                shard = cached_tensors(path, _of_shard(self.identity, shard_size, number), verify=verify)
                 found = {name: tuple(value.shape) for name, value in shard.items()}
                 if any(found.get(name) != shape for name, shape in shapes.items()):
-                    raise NotKept(f"does not fit its manifest: it has the shapes {found} instead of {shapes}")
-            except NotKept as problem:
+                    raise NotCached(f"does not fit its manifest: it has the shapes {found} instead of {shapes}")
+            except NotCached as problem:
                 raise UserError(
                     f"{path} {_explained(problem, self.identity, shard_size, number)}. Run the command that made the "
                     "cache again: it makes only what is missing or damaged."
@@ -339,8 +339,8 @@ def write_latent_cache(
     missing, unusable = [], []
     for number in tqdm(mine, desc="Checking shards", leave=False, disable=not is_shown):
         try:
-            kept_tensors(paths[number], _of_shard(identity, shard_size, number))
-        except NotKept as reason:
+            cached_tensors(paths[number], _of_shard(identity, shard_size, number))
+        except NotCached as reason:
             missing.append(number)
             if not reason.missing:
                 unusable.append(f"{paths[number]} {_explained(reason, identity, shard_size, number)}")
@@ -352,13 +352,13 @@ def write_latent_cache(
             Subset(images, shards[number]), batch_size=batch_size, num_workers=num_workers, collate_fn=images.collate_fn
         )
         tensors = _encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype])
-        keep_tensors(paths[number], tensors, _of_shard(identity, shard_size, number))
+        cache_tensors(paths[number], tensors, _of_shard(identity, shard_size, number))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        first = kept_tensors(paths[0], _of_shard(identity, shard_size, 0), verify=False)
+        first = cached_tensors(paths[0], _of_shard(identity, shard_size, 0), verify=False)
         manifest["latent_shape"] = list(first["latents_mean"].shape[2:])
         manifest["complete"] = True
-        keep_json(folder / _MANIFEST, manifest, _OF_MANIFEST)
+        cache_json(folder / _MANIFEST, manifest, _OF_MANIFEST)
     accelerator.wait_for_everyone()
     return CachedLatents(folder, verify=False)
 
@@ -457,7 +457,7 @@ def _of_shard(identity: CacheIdentity, shard_size: int, number: int) -> dict[str
     return {**_OF_MANIFEST, **identity.record(), "shard_size": shard_size, "shard": number}
 
 
-def _explained(problem: NotKept, identity: CacheIdentity, shard_size: int, number: int) -> str:
+def _explained(problem: NotCached, identity: CacheIdentity, shard_size: int, number: int) -> str:
     """Why a shard is not used, as the end of a sentence; for a whole one, what it was made from."""
     if problem.of is None:
         return str(problem)
@@ -481,7 +481,7 @@ def _begin(folder: Path, manifest: dict[str, Any], identity: CacheIdentity, repl
     problem = found = None
     try:
         found = _read_manifest(folder)
-    except NotKept as reason:
+    except NotCached as reason:
         problem = reason
     differences = _other_cache(folder, found or _manifest_of_old_version(folder), identity, shard_size)
     if differences and not replace:
@@ -496,7 +496,7 @@ def _begin(folder: Path, manifest: dict[str, Any], identity: CacheIdentity, repl
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if differences or found is None:
-        keep_json(path, manifest, _OF_MANIFEST)
+        cache_json(path, manifest, _OF_MANIFEST)
 
 
 def _other_cache(folder: Path, manifest: dict[str, Any] | None, identity: CacheIdentity, shard_size: int) -> list[str]:
@@ -511,9 +511,9 @@ def _other_cache(folder: Path, manifest: dict[str, Any] | None, identity: CacheI
     for path in sorted(folder.glob("shard-*.safetensors")):
         wanted = _of_shard(identity, shard_size, 0)
         try:
-            number = kept_of(path)["shard"]
-            kept_tensors(path, {**wanted, "shard": number}, verify=False)
-        except NotKept as problem:  # whole, but made from something else; damaged shards do not count
+            number = inputs_of_cached(path)["shard"]
+            cached_tensors(path, {**wanted, "shard": number}, verify=False)
+        except NotCached as problem:  # whole, but made from something else; damaged shards do not count
             if problem.of is not None:
                 return _differences(problem.of, {**wanted, "shard": number})
         except (KeyError, TypeError):
@@ -531,10 +531,10 @@ def _manifest_of_old_version(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None if there is none. Raises NotKept if it cannot be used."""
+    """None if there is none. Raises NotCached if it cannot be used."""
     try:
-        manifest = kept_json(folder / _MANIFEST, _OF_MANIFEST)
-    except NotKept as problem:
+        manifest = cached_json(folder / _MANIFEST, _OF_MANIFEST)
+    except NotCached as problem:
         if problem.missing:
             return None
         raise
@@ -552,5 +552,5 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:
-        raise NotKept("is damaged: it is not the manifest of a latent cache")
+        raise NotCached("is damaged: it is not the manifest of a latent cache")
     return manifest

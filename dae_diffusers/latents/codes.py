@@ -16,7 +16,7 @@ from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import CacheIdentity, image_identity, open_once_per_machine
 from dae_diffusers.losses.codebook import codebook_perplexity, codebook_usage
-from dae_diffusers.store import NotKept, keep_tensors, kept_tensors
+from dae_diffusers.store import NotCached, cache_tensors, cached_tensors
 from dae_diffusers.weights import latents_fingerprint
 
 _DTYPE = "int32"
@@ -109,7 +109,7 @@ def cached_codes(
     The codes of all images, and of mirrored ones if their config has `random_flip`. They are read from a file, or encoded and written.
 
     All processes call it. The file is whole or absent, and its header says what it was made from; see
-    [`~dae_diffusers.store.keep_tensors`].
+    [`~dae_diffusers.store.cache_tensors`].
 
     Args:
         path (`Path`): The file, `*.safetensors`.
@@ -139,7 +139,7 @@ def cached_codes(
         if accelerator.is_main_process:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                keep_tensors(path, {"codes": codes}, {"kind": "codes", **identity.record()})
+                cache_tensors(path, {"codes": codes}, {"kind": "codes", **identity.record()})
             except OSError as error:
                 raise UserError(f"the codes cannot be written to {path}: {error.strerror or error}") from None
     accelerator.wait_for_everyone()
@@ -152,11 +152,11 @@ def cached_codes(
 
 def _read(path: Path, identity: CacheIdentity, num_codes: int, verify: bool) -> torch.Tensor:
     try:
-        codes = kept_tensors(path, {"kind": "codes", **identity.record()}, verify=verify)["codes"]
+        codes = cached_tensors(path, {"kind": "codes", **identity.record()}, verify=verify)["codes"]
         if not (0 <= codes.min().item() and codes.max().item() < num_codes):
-            raise NotKept(f"holds codes outside 0..{num_codes - 1}")
+            raise NotCached(f"holds codes outside 0..{num_codes - 1}")
         return codes
-    except (NotKept, KeyError, RuntimeError) as problem:
+    except (NotCached, KeyError, RuntimeError) as problem:
         found = getattr(problem, "of", None)
         if isinstance(found, dict) and found.pop("kind", None) == "codes":
             differences = CacheIdentity(**found).differences(identity)

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from dae_diffusers.caching import CachedRows, cached_values
 from dae_diffusers.metrics.evaluation import TrainingFeatures, sample_metrics
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.sampling import SampleSettings, draw_samples, generation_inputs
 from dae_diffusers.randomness import Stream, derived_seed
 
@@ -24,14 +24,14 @@ class Drawing:
     Attributes:
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`], *optional*): How they were drawn; None for given images.
         inputs: What the samples depend on, as JSON can hold it; None where nothing is kept of them.
-        samples ([`~dae_diffusers.metrics.kept.KeptRows`] or `torch.Tensor` of shape `(N, C, H, W)`): uint8.
+        samples ([`~dae_diffusers.caching.CachedRows`] or `torch.Tensor` of shape `(N, C, H, W)`): uint8.
         metrics (`dict[str, float]`): Those of [`~dae_diffusers.metrics.evaluation.sample_metrics`].
         most_alike (`list[tuple[int, int]]`): The numbers of the samples that are most like a training image, with that of the image.
     """
 
     settings: SampleSettings | None
     inputs: Any
-    samples: KeptRows | torch.Tensor
+    samples: CachedRows | torch.Tensor
     metrics: dict[str, float]
     most_alike: list[tuple[int, int]]
 
@@ -82,7 +82,7 @@ def measure_drawings(
         if of is None:
             return Drawing(drawing, None, samples, **compare())
         inputs = generation_inputs(pipeline, drawing, accelerator)
-        return Drawing(drawing, inputs, samples, **keep_values(compare, accelerator, folder=parts, of=[*of, inputs]))
+        return Drawing(drawing, inputs, samples, **cached_values(compare, accelerator, folder=parts, of=[*of, inputs]))
 
     return [measure(drawing) for drawing in drawings_of(settings, num_drawings)]
 

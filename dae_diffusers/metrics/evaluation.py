@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from torch.utils.data import Subset
 
 from dae_diffusers.autoencoders.loading import check_finite, decode_latents, encode_moments, spatial_factor
+from dae_diffusers.caching import CachedRows, cached_rows
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.latents.cache import image_identity
@@ -27,7 +28,6 @@ from dae_diffusers.metrics.distances import (
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
-from dae_diffusers.metrics.kept import KeptRows, keep_rows
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.store import fingerprint
 from dae_diffusers.weights import model_fingerprint
@@ -156,7 +156,7 @@ def encode_images(
                 rows.setdefault(name, []).append(value[:count].float().cpu())
         return {name: torch.cat(values) for name, values in rows.items()}
 
-    rows = keep_rows(
+    rows = cached_rows(
         encode,
         len(images),
         accelerator,
@@ -198,7 +198,7 @@ def image_features(
         ]
         return {"features": torch.cat(features)}
 
-    return keep_rows(
+    return cached_rows(
         extract,
         len(images),
         accelerator,
@@ -282,7 +282,7 @@ def decode_features(
             features.append(extractor(images)[: len(part)].cpu())
         return {"features": torch.cat(features)}
 
-    return keep_rows(extract, len(latents), accelerator, folder=None, of=None, description="Decoding")["features"]
+    return cached_rows(extract, len(latents), accelerator, folder=None, of=None, description="Decoding")["features"]
 
 
 def reconstruction_metrics(encoded: EncodedImages, extractor: FeatureExtractor | None) -> dict[str, float]:
@@ -336,7 +336,7 @@ def codebook_use(
 
 @torch.no_grad()
 def sample_features(
-    samples: torch.Tensor | KeptRows,
+    samples: torch.Tensor | CachedRows,
     extractor: FeatureExtractor,
     accelerator: Accelerator,
     *,
@@ -357,7 +357,7 @@ def sample_features(
                 rows.setdefault(name, []).append(value[: len(part)].cpu())
         return {name: torch.cat(values) for name, values in rows.items()}
 
-    return keep_rows(
+    return cached_rows(
         extract,
         len(samples),
         accelerator,
@@ -393,7 +393,7 @@ def feature_metrics(
 
 @torch.no_grad()
 def sample_metrics(
-    samples: torch.Tensor | KeptRows,
+    samples: torch.Tensor | CachedRows,
     extractor: FeatureExtractor,
     training: TrainingFeatures,
     accelerator: Accelerator,
@@ -405,7 +405,7 @@ def sample_metrics(
     Compares samples with the training images.
 
     Args:
-        samples (`torch.Tensor` or [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
+        samples (`torch.Tensor` or [`~dae_diffusers.caching.CachedRows`] of shape `(N, C, H, W)`): uint8.
         extractor ([`~dae_diffusers.metrics.features.FeatureExtractor`]): Feature extractor.
         training ([`TrainingFeatures`]): What they are compared with.
         accelerator ([`~accelerate.Accelerator`]): The run's accelerator.
@@ -427,5 +427,5 @@ def sample_metrics(
     return metrics, nearest
 
 
-def _fingerprint_of_rows(rows: torch.Tensor | KeptRows) -> str:
+def _fingerprint_of_rows(rows: torch.Tensor | CachedRows) -> str:
     return fingerprint(rows[start : start + 256] for start in range(0, len(rows), 256))

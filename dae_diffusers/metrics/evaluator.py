@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from dae_diffusers.autoencoders.loading import is_vq
+from dae_diffusers.caching import CachedRows, cached_values
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.diagnostics import plot_latent_space
@@ -33,7 +34,6 @@ from dae_diffusers.metrics.evaluation import (
 )
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
-from dae_diffusers.metrics.kept import KeptRows, keep_values
 from dae_diffusers.metrics.report import draw_reconstructions, save_grids
 from dae_diffusers.metrics.sampling import Sampler, ids_in_pipeline, say_duration
 from dae_diffusers.metrics.statistics import FeatureStatistics
@@ -293,7 +293,7 @@ class Evaluator:
 
     def _keep(self, measure: Callable[[], dict[str, Any]], of: list[Any]) -> dict[str, Any]:
         """The numbers that `measure` gives, kept under what they depend on."""
-        return keep_values(measure, self.accelerator, folder=self._parts, of=of)
+        return cached_values(measure, self.accelerator, folder=self._parts, of=of)
 
     def _encode(
         self,
@@ -313,7 +313,7 @@ class Evaluator:
             **self._work,
         )
 
-    def _features(self, samples: KeptRows, judge: FeatureExtractor) -> torch.Tensor:
+    def _features(self, samples: CachedRows, judge: FeatureExtractor) -> torch.Tensor:
         """A judge's features of samples, `(N, D)`."""
         work = {"batch_size": self._batch_size, "folder": self._parts}
         return sample_features(samples, judge, self.accelerator, **work)["features"]

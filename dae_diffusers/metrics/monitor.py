@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from dae_diffusers.caching import cached_rows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
-from dae_diffusers.metrics.kept import keep_rows
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, image_pixels, prompts_of_images
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, padded_size, reference_statistics
 from dae_diffusers.randomness import Stream, derived_seed
@@ -231,7 +231,7 @@ class SampleDistance(Monitor):
             drawn = ((images.to(accelerator.device).float() * 2 - 1, count) for images, count in batches(chunk))
             return {"features": torch.cat([self.extractor(images)[:count].cpu() for images, count in drawn])}
 
-        return keep_rows(
+        return cached_rows(
             extract, settings.num_images, accelerator, folder=None, of=None, chunk_size=size, description="Drawing"
         )["features"]
 

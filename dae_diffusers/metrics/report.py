@@ -15,12 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image as PILImage
 
 from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
+from dae_diffusers.caching import CachedRows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.evaluation_record import is_deviation, name_of_setting, weights_by_part
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.metrics.kept import KeptRows
 from dae_diffusers.metrics.sampling import scheduler_options
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES
 from dae_diffusers.plots import image_grid, scale_axis
@@ -276,7 +276,7 @@ def draw_reconstructions(vae: ModelMixin, images: ImageDataset, path: Path, coun
 
 
 def sample_grid(
-    samples: KeptRows, labels: torch.Tensor | None, id2label: dict[int, str] | None = None, rows: int = 8
+    samples: CachedRows, labels: torch.Tensor | None, id2label: dict[int, str] | None = None, rows: int = 8
 ) -> PILImage.Image:
     r"""A grid of the first samples, a column for each of few classes; the arguments are those of [`save_grids`], and how many rows."""
     found = (
@@ -294,7 +294,7 @@ def sample_grid(
 def save_grids(
     folder: Path,
     name: str,
-    samples: KeptRows,
+    samples: CachedRows,
     labels: torch.Tensor | None,
     train: ImageDataset,
     pairs: list[tuple[int, int]],
@@ -305,7 +305,7 @@ def save_grids(
 
     Args:
         folder (`Path`), name (`str`): Where to: `samples-<name>.png` and `nearest-<name>.png`.
-        samples ([`~dae_diffusers.metrics.kept.KeptRows`] of shape `(N, C, H, W)`): uint8.
+        samples ([`~dae_diffusers.caching.CachedRows`] of shape `(N, C, H, W)`): uint8.
         labels (`torch.Tensor` of shape `(N,)`, *optional*): The class of each sample.
         train ([`~dae_diffusers.data.ImageDataset`]): Training images.
         pairs (`list[tuple[int, int]]`): Numbers of samples and of the training images below them, as

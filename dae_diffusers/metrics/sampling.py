@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
+from dae_diffusers.caching import CachedRows, cached_rows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.columns import class_name
 from dae_diffusers.data.condition_values import ConditionValues, as_call
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.metrics.kept import KeptRows, keep_rows
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
@@ -288,7 +288,7 @@ def draw_samples(
     image_shape: tuple[int, int, int] | None = None,
     batch_size: int = 64,
     chunk_size: int = 256,
-) -> KeptRows:
+) -> CachedRows:
     r"""
     Draws images in chunks that are kept in `folder`, so that an interrupted evaluation draws none twice.
 
@@ -302,7 +302,7 @@ def draw_samples(
         chunk_size (`int`, *optional*): Images in a chunk.
 
     Returns:
-        [`~dae_diffusers.metrics.kept.KeptRows`] of shape `(num_images, C, H, W)`: uint8, the same on every process; slicing
+        [`~dae_diffusers.caching.CachedRows`] of shape `(num_images, C, H, W)`: uint8, the same on every process; slicing
         gives a tensor.
 
     Raises:
@@ -324,7 +324,7 @@ def draw_samples(
             parts.append((output[:count].float().cpu() * 255).round().to(torch.uint8))
         return {"images": torch.cat(parts)}
 
-    images = keep_rows(
+    images = cached_rows(
         draw,
         settings.num_images,
         accelerator,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.data import ImageDataset, make_pass_loader
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.store import NotKept, fingerprint_of_json, keep_tensors, kept_of, kept_tensors
+from dae_diffusers.store import NotCached, cache_tensors, cached_tensors, fingerprint_of_json, inputs_of_cached
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class FeatureStatistics:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        keep_tensors(path, tensors, metadata or {})
+        cache_tensors(path, tensors, metadata or {})
 
     @classmethod
     def load(
@@ -128,13 +128,13 @@ class FeatureStatistics:
             `tuple[FeatureStatistics, dict[str, str]]`: The statistics and the metadata.
 
         Raises:
-            NotKept: If the file does not exist, is damaged, or holds something else.
+            NotCached: If the file does not exist, is damaged, or holds something else.
         """
         path = Path(path)
-        metadata = kept_of(path) if metadata is None else metadata
-        tensors = kept_tensors(path, metadata)
+        metadata = inputs_of_cached(path) if metadata is None else metadata
+        tensors = cached_tensors(path, metadata)
         if set(tensors) != {"count", "mean", "scatter"}:
-            raise NotKept(f"holds {sorted(tensors)}, not the statistics of features")
+            raise NotCached(f"holds {sorted(tensors)}, not the statistics of features")
         return cls(int(tensors["count"]), tensors["mean"].clone(), tensors["scatter"].clone()), metadata
 
 
@@ -245,7 +245,7 @@ def _write_cache(statistics: FeatureStatistics, path: Path, metadata: dict[str, 
 def _read_cache(path: Path, metadata: dict[str, str]) -> FeatureStatistics | None:
     try:
         return FeatureStatistics.load(path, metadata)[0]
-    except NotKept as problem:
+    except NotCached as problem:
         if not problem.missing:
             logger.warning("%s %s. It is computed again.", path, problem)
         return None

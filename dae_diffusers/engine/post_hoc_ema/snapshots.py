@@ -11,7 +11,7 @@ import torch
 from dae_diffusers.engine.post_hoc_ema.power_function import combination
 from dae_diffusers.engine.post_hoc_ema.settings import MAX_LENGTH
 from dae_diffusers.errors import UserError
-from dae_diffusers.store import NotKept, keep_tensors, kept_of, kept_tensors
+from dae_diffusers.store import NotCached, cache_tensors, cached_tensors, inputs_of_cached
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def keep_snapshot(folder: Path, step: int, last_step: int, averages: dict[float,
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_key(length, name): value for length, weights in averages.items() for name, value in weights.items()}
-    keep_tensors(folder / f"step-{step:08d}.safetensors", tensors, {"step": step, "last_step": last_step})
+    cache_tensors(folder / f"step-{step:08d}.safetensors", tensors, {"step": step, "last_step": last_step})
 
 
 def remove_snapshots_after(folder: Path, step: int) -> None:
@@ -137,9 +137,9 @@ class Snapshots:
     def _read(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         path = self._files[step]
         try:
-            of = kept_of(path)
-            return kept_tensors(path, of), of
-        except NotKept as problem:
+            of = inputs_of_cached(path)
+            return cached_tensors(path, of), of
+        except NotCached as problem:
             raise UserError(
                 f"{path} {problem}. Remove it: averages that are not too short can be made of the other snapshots."
             ) from None

@@ -1,4 +1,4 @@
-"""Keeps results in files named by a fingerprint of their inputs, so an evaluation computes none of them twice."""
+"""Caches results in files named by a fingerprint of their inputs, so an evaluation computes none of them twice."""
 
 import json
 import logging
@@ -13,15 +13,15 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from dae_diffusers.errors import UserError
-from dae_diffusers.store import NotKept, fingerprint_of_json, keep_json, keep_tensors, kept_json, kept_tensors
+from dae_diffusers.store import NotCached, cache_json, cache_tensors, cached_json, cached_tensors, fingerprint_of_json
 
 logger = logging.getLogger(__name__)
 
-# Version of kept results. Raise it when a measurement changes, so that older results are not used.
+# Version of cached results. Raise it when a measurement changes, so that older results are not used.
 _VERSION = 3
 
 
-class KeptRows:
+class CachedRows:
     r"""
     Rows of a tensor in files, read on access. The drawn images of a large evaluation do not fit into memory, let alone once
     for each process.
@@ -58,7 +58,7 @@ class KeptRows:
         return torch.cat(parts)
 
 
-def keep_rows(
+def cached_rows(
     compute: Callable[[range], dict[str, torch.Tensor]],
     num_rows: int,
     accelerator: Accelerator,
@@ -68,7 +68,7 @@ def keep_rows(
     chunk_size: int = 256,
     description: str = "",
     load: bool = True,
-) -> dict[str, torch.Tensor] | dict[str, KeptRows]:
+) -> dict[str, torch.Tensor] | dict[str, CachedRows]:
     r"""
     Computes tensors with a row for each image, in chunks that the processes take turns at. All processes call it.
 
@@ -84,10 +84,10 @@ def keep_rows(
         chunk_size (`int`, *optional*): Rows in a chunk.
         description (`str`, *optional*): Text of the progress bar.
         load (`bool`, *optional*, defaults to `True`): Whether to return the rows themselves, in the memory of each process,
-            or [`KeptRows`], which need a folder.
+            or [`CachedRows`], which need a folder.
 
     Returns:
-        `dict[str, torch.Tensor]` or `dict[str, KeptRows]`: All rows in order, the same on every process.
+        `dict[str, torch.Tensor]` or `dict[str, CachedRows]`: All rows in order, the same on every process.
     """
     chunks = [range(first, min(first + chunk_size, num_rows)) for first in range(0, num_rows, chunk_size)]
     if folder is not None:
@@ -99,8 +99,8 @@ def keep_rows(
     parts, unusable = {}, []
     for chunk in mine if files else ():
         try:
-            parts[chunk] = kept_tensors(files[chunk], _of_chunk(key, chunk))
-        except NotKept as problem:
+            parts[chunk] = cached_tensors(files[chunk], _of_chunk(key, chunk))
+        except NotCached as problem:
             unusable += [] if problem.missing else [f"{files[chunk]} {problem}"]
     _say_unusable(unusable, len(files), accelerator)
     for chunk in tqdm(mine, description, unit="chunk", disable=not accelerator.is_local_main_process, leave=False):
@@ -108,7 +108,7 @@ def keep_rows(
             continue
         rows = {name: value.contiguous() for name, value in compute(chunk).items()}
         if files:
-            keep_tensors(files[chunk], rows, _of_chunk(key, chunk))
+            cache_tensors(files[chunk], rows, _of_chunk(key, chunk))
         if load:
             parts[chunk] = rows
     accelerator.wait_for_everyone()
@@ -116,20 +116,20 @@ def keep_rows(
         raise UserError(f"{folder} is not the same on all machines. Choose a folder that they share.")
     if not load:
         with safe_open(files[chunks[0]], framework="pt") as file:
-            return {name: KeptRows(name, files) for name in file.keys()}  # noqa: SIM118
+            return {name: CachedRows(name, files) for name in file.keys()}  # noqa: SIM118
     if accelerator.num_processes > 1:
         if files:  # the others have just verified or written theirs
             for chunk in [chunk for chunk in chunks if chunk not in parts]:
                 try:
-                    parts[chunk] = kept_tensors(files[chunk], _of_chunk(key, chunk), verify=False)
-                except NotKept as problem:
+                    parts[chunk] = cached_tensors(files[chunk], _of_chunk(key, chunk), verify=False)
+                except NotCached as problem:
                     raise UserError(f"{files[chunk]} {problem}. Run the command again.") from None
         else:
             parts = {chunk: rows for share in gather_object([parts]) for chunk, rows in share.items()}
     return {name: torch.cat([parts[chunk][name] for chunk in chunks]) for name in parts[chunks[0]]}
 
 
-def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder: Path, of: Any) -> Any:
+def cached_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder: Path, of: Any) -> Any:
     r"""
     Reads values that JSON can hold from a file, or computes them with all processes together. All processes call it.
 
@@ -146,8 +146,8 @@ def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder:
     found = [None]
     if accelerator.is_main_process:
         try:
-            found = [{"values": kept_json(path, of)}]
-        except NotKept as problem:
+            found = [{"values": cached_json(path, of)}]
+        except NotCached as problem:
             if not problem.missing:
                 logger.warning("%s %s. It is computed again.", path, problem)
     broadcast_object_list(found)
@@ -156,7 +156,7 @@ def keep_values(compute: Callable[[], Any], accelerator: Accelerator, *, folder:
     values = json.loads(json.dumps(compute()))
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep_json(path, values, of)
+        cache_json(path, values, of)
     return values
 
 
