@@ -176,7 +176,7 @@ class DAEDiTCrossAttention(nn.Module, AttentionModuleMixin):
 class DAEDiTNumberEmbedding(nn.Module):
     """
     Embeds normalised numbers `(B,)` into `(B, dim)`: the number, and sine and cosine of its multiples, through two layers. NaN stands for
-    an unknown number and gives zeros, as each number does in a new model.
+    an unknown number and gives zeros.
     """
 
     def __init__(self, dim: int):
@@ -250,7 +250,7 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     Labels are never dropped inside: to train classifier-free guidance, replace labels of samples with `null_class`.
     The tokens of a text come from an encoder outside; each block attends to them.
     Attributes and numbers are added to the class, each with an embedding of its own; the image is added to the latents, token by token.
-    What is unknown of these three adds nothing, and neither does anything of them in a new model.
+    What is unknown of these three adds nothing.
     A new model predicts zero, and each of its blocks is the identity (adaLN-Zero).
 
     Args:
@@ -367,10 +367,8 @@ class DAEDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         for block in self.transformer_blocks:
             if block.cross_attn is not None:
                 nn.init.zeros_(block.cross_attn.out_proj.weight)
-        last = [*self.attribute_embeds, *(each.linear_2 for each in self.continuous_embeds), self.condition_embed]
-        last.append(None if self.interval_embed is None else self.interval_embed.linear_2)
-        for module in filter(None, last):
-            nn.init.zeros_(module.weight)
+        if self.interval_embed is not None:
+            nn.init.zeros_(self.interval_embed.linear_2.weight)
 
     @staticmethod
     def size_kwargs(name: str) -> dict[str, int]:

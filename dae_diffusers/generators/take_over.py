@@ -170,15 +170,19 @@ def _counts(conditions: OldConditions) -> dict[str, Any]:
 def _condition_weight(
     name: str, value: torch.Tensor, taken: dict[str, torch.Tensor], conditions: OldConditions
 ) -> torch.Tensor:
-    """A weight of the conditions: the old one, or that of a new model."""
+    """A weight of the conditions: the old one, or one that adds nothing at first."""
     part, *rest = name.split(".")
     if part == "condition_embed":
-        old = taken.get(name, value)
-        return old if conditions.has_same_image and old.shape == value.shape else value
+        old = taken.get(name)
+        return (
+            old
+            if conditions.has_same_image and old is not None and old.shape == value.shape
+            else torch.zeros_like(value)
+        )
     number, end = int(rest[0]), ".".join(rest[1:])
     place, rows = conditions.attributes[number] if part == "attribute_embeds" else (conditions.numbers[number], [])
-    if place is None:
-        return value
+    if place is None:  # nothing else is zero of a new one
+        return value if end.startswith("linear_1") else torch.zeros_like(value)
     old = taken[f"{part}.{place}.{end}"]  # the last row of a table is that of an unknown class, and zero
     return old[[-1 if row is None else row for row in (*rows, None)]] if rows else old
 
