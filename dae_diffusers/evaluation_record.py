@@ -17,10 +17,11 @@ def weights_by_part(parts: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def name_of_setting(guidance_scale: float | None, num_inference_steps: int | None) -> str:
-    r"""The part of a picture's file name that says how its samples were drawn, such as `guidance-2-steps-25`."""
-    chosen = (("guidance", guidance_scale), ("steps", num_inference_steps))
-    return "-".join(f"{label}-{value:g}" for label, value in chosen if value is not None) or "default"
+def name_of_setting(row: dict[str, Any]) -> str:
+    r"""The part of a picture's file name that says how the samples of a row were drawn, such as `guidance-2-from-0-to-0.8-steps-25`."""
+    low, high = row.get("guidance_interval") or (None, None)
+    chosen = {"guidance": row.get("guidance_scale"), "from": low, "to": high, "steps": row.get("num_inference_steps")}
+    return "-".join(f"{label}-{value:g}" for label, value in chosen.items() if value is not None) or "default"
 
 
 def is_deviation(name: str, row: dict[str, Any]) -> bool:

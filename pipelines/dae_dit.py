@@ -102,8 +102,10 @@ class DAEDiTPipeline(DiffusionPipeline):
             A weaker version of the transformer: trained for fewer steps, or smaller. Guidance then leads away from it instead of from
             images without class or text, so that models without either have guidance, too. Source: autoguidance, Karras et al., 2024,
             https://huggingface.co/papers/2406.02507.
-        default_guidance_scale (`float`, *optional*), default_num_inference_steps (`int`, *optional*), default_velocity_scale (`float`,
-            *optional*): How a call draws that says nothing else; default: 4, or 2 with a `guidance_transformer`, in 50 steps, and 1.
+        default_guidance_scale (`float`, *optional*), default_guidance_interval (pair of `float`, *optional*),
+            default_num_inference_steps (`int`, *optional*), default_velocity_scale (`float`, *optional*):
+            How a call draws that says nothing else; default: 4, or 2 with a `guidance_transformer`, at all noise levels, in 50
+            steps, and 1.
 
     Raises:
         `ValueError`: If the transformer and the autoencoder differ in latent channels, the transformer and the text encoder in the
@@ -135,6 +137,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         default_guidance_scale: float | None = None,
         default_num_inference_steps: int | None = None,
         default_velocity_scale: float | None = None,
+        default_guidance_interval: tuple[float, float] | list[float] | None = None,
     ):
         super().__init__()
         known = _settings_of(transformer)
@@ -147,6 +150,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             "default_guidance_scale": default_guidance_scale,
             "default_num_inference_steps": default_num_inference_steps,
             "default_velocity_scale": default_velocity_scale,
+            "default_guidance_interval": default_guidance_interval and list(default_guidance_interval),
         }
         kept = {name: known.get(name) if value is None else value for name, value in kept.items()}
         if kept["is_flow_matching"] is None:
@@ -341,13 +345,14 @@ class DAEDiTPipeline(DiffusionPipeline):
         return bool(self.transformer.config.get("flow_map"))
 
     @property
-    def call_defaults(self) -> dict[str, float]:
+    def call_defaults(self) -> dict[str, Any]:
         """What a call draws with that says nothing else, by the names of its arguments."""
         guidance_scale = self.config.default_guidance_scale
         if guidance_scale is None:
             guidance_scale = 4.0 if self.guidance_transformer is None else 2.0
         return {
             "guidance_scale": guidance_scale,
+            "guidance_interval": tuple(self.config.default_guidance_interval or (0.0, 1.0)),
             "num_inference_steps": self.config.default_num_inference_steps or 50,
             "velocity_scale": self.config.default_velocity_scale or 1.0,
         }
@@ -588,7 +593,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         prompt_embeds_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds_mask: torch.Tensor | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         velocity_scale: float | None = None,
         num_inference_steps: int | None = None,
         height: int | None = None,
@@ -628,10 +633,10 @@ class DAEDiTPipeline(DiffusionPipeline):
                 What guidance leads away from; default: the empty text. It does not go with a `guidance_transformer`.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): As from `encode_prompt`.
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(B, T)`, *optional*): As in `encode_prompt`.
-            guidance_interval (pair of `float`, defaults to (0.0, 1.0)):
+            guidance_interval (pair of `float`, *optional*):
                 Noise levels with guidance, from 0 (clean) to 1 (noise), bounds included: sigma for flow
                 matching, else timestep / number of training timesteps. Source: Kynkäänniemi et al., 2024,
-                https://huggingface.co/papers/2404.07724.
+                https://huggingface.co/papers/2404.07724. Default: that of the pipeline's config, `default_guidance_interval`; else (0, 1).
             velocity_scale (`float`, *optional*):
                 Multiplies what a transformer of flow matching predicts. With little or no guidance, 1.03 to 1.05 makes samples sharper.
                 Default: that of the pipeline's config, `default_velocity_scale`; else 1.
@@ -673,6 +678,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         )
         defaults = self.call_defaults
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        guidance_interval = defaults["guidance_interval"] if guidance_interval is None else guidance_interval
         num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         velocity_scale = defaults["velocity_scale"] if velocity_scale is None else velocity_scale
         self._check_choices(guidance_scale, guidance_interval, num_inference_steps, num_images_per_label, output_type)

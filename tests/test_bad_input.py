@@ -257,6 +257,12 @@ TABLE = [
     ("evaluate", "--train_data_dir {images} --pipeline {nowhere}", 2, "`--pipeline` needs `--features`"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --top_p 2", 2, "`--top_p` is 2.0"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --guidance_scales 1 nan", 2, "must be finite"),
+    (
+        "evaluate",
+        "--pipeline {vae} --features pixels --guidance_intervals 0 1 0.8",
+        2,
+        "must be pairs of noise levels, the lower one first",
+    ),
     ("evaluate", "--train_data_dir {images} --vae {vae} --set_defaults", 2, "`--set_defaults` needs the `--pipeline`"),
     (
         "evaluate",

@@ -29,6 +29,7 @@ from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.caching import CachedRows, cached_rows, cached_values
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
+from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics import drawings
 from dae_diffusers.metrics.agreement import class_agreement, share_by_class
@@ -349,6 +350,17 @@ def test_sweep_is_drawn_over_what_was_swept(tmp_path, monkeypatch):
             {"guidance_scale": scale, "num_inference_steps": count, "gfd": 1.0} for scale in scales for count in steps
         ]
         plot_sweep(rows, "gfd", tmp_path / "sweep.png")
+    rows = [
+        {"guidance_scale": scale, "guidance_interval": levels, "num_inference_steps": 5, "gfd": 1.0}
+        for scale in (1.0, 2.0)
+        for levels in ((0, 1), (0, 0.8))
+    ]
+    legends = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: legends.extend(figure.axes[0].get_legend_handles_labels()[1])
+    )
+    plot_sweep(rows, "gfd", tmp_path / "sweep.png")
+    assert legends == ["from 0 to 1 5 steps", "from 0 to 0.8 5 steps"]
     assert labels == ["steps", "guidance scale", "guidance scale", "steps"]
 
 
@@ -528,6 +540,25 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     assert settings(own) == [(1.5, 7)]
     assert settings(DAEDiTPipeline(**pipeline.components, default_guidance_scale=0.0)) == [(0.0, 7)]
     assert settings(own, guidance_scales=[1.0, 3.0]) == [(1.0, 7), (3.0, 7)]
+    intervals = [0.0, 1.0, 0.0, 0.8]
+    sampling = SamplingConfig(num_images=4, guidance_scales=[1.0, 2.0], guidance_intervals=intervals)
+    swept = swept_settings(sampling, 0, Sampler(own), images)
+    assert [(each.guidance_scale, each.guidance_interval) for each in swept] == [
+        (1.0, (0.0, 1.0)),  # once: without guidance its interval changes nothing
+        (2.0, (0.0, 1.0)),
+        (2.0, (0.0, 0.8)),
+    ]
+    own.save_pretrained(tmp_path)
+    rows = [{"gfd_x": number, **each.given()} for number, each in zip((3.0, 2.0, 1.0), swept, strict=True)]
+    set_defaults(str(tmp_path), rows, "gfd_x")
+    limited = DAEDiTPipeline.from_pretrained(tmp_path)
+    assert limited.call_defaults == {
+        "guidance_scale": 2, "guidance_interval": (0, 0.8), "num_inference_steps": 7, "velocity_scale": 1
+    }  # fmt: skip
+    (setting,) = swept_settings(SamplingConfig(num_images=4), 0, Sampler(limited), images)
+    assert (
+        setting.guidance_interval == (0, 0.8) and name_of_setting(setting.given()) == "guidance-2-from-0-to-0.8-steps-7"
+    )
     own.save_pretrained(tmp_path)
     row = {"gfd_x": 1.0, "guidance_scale": None, "num_inference_steps": 9}  # as where there is nothing to guide
     set_defaults(str(tmp_path), [row], "gfd_x")

@@ -578,7 +578,7 @@ def test_labels_list_every_name_as_in_diffusers():
         ({"num_inference_steps": 3.0}, "`num_inference_steps` is 3.0, but must be a whole number"),
         ({"num_images_per_label": 0}, "`num_images_per_label` is 0"),
         ({"height": 16.0}, "`height` is 16.0, but must be a whole number"),
-        ({"guidance_interval": None}, "`guidance_interval` is None, but must be two noise levels"),
+        ({"guidance_interval": 0.5}, "`guidance_interval` is 0.5, but must be two noise levels"),
         ({"guidance_scale": "2"}, "`guidance_scale` is '2'"),
         ({"output_type": "jpg"}, "pil, np, numpy, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\]"),
@@ -679,7 +679,8 @@ def test_transformers_that_diffusers_cannot_save_are_refused(tmp_path):
 
 def test_pipelines_keep_how_they_draw_by_default(tmp_path):
     pipeline = make_pipeline(default_guidance_scale=1.5, default_num_inference_steps=3)
-    assert pipeline.call_defaults == {"guidance_scale": 1.5, "num_inference_steps": 3, "velocity_scale": 1}
+    all_levels = {"guidance_interval": (0, 1), "velocity_scale": 1}
+    assert pipeline.call_defaults == {"guidance_scale": 1.5, "num_inference_steps": 3, **all_levels}
     expected = sample(pipeline, **pipeline.call_defaults)
     pipeline.save_pretrained(tmp_path)
     again = [DAEDiTPipeline(**pipeline.components), DAEDiTPipeline.from_pretrained(tmp_path)]
@@ -822,7 +823,7 @@ def test_images_that_are_no_squares_are_decoded_in_tiles():
     assert found.shape == expected.shape and 0 < (found - expected).abs().mean() < expected.std()
 
 
-def test_velocity_is_scaled_by_the_call_or_by_default(tmp_path):
+def test_velocity_and_interval_of_guidance_are_those_of_the_call_or_the_default(tmp_path):
     pipeline = make_pipeline()
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -840,5 +841,10 @@ def test_velocity_is_scaled_by_the_call_or_by_default(tmp_path):
     for wrong in (0, "much", float("nan")):
         with pytest.raises(ValueError, match="`velocity_scale` is .*, but must be a number above 0"):
             drawn(pipeline, velocity_scale=wrong)
+    make_pipeline(default_guidance_interval=(0.2, 0.3)).save_pretrained(tmp_path)
+    saved, options = DAEDiTPipeline.from_pretrained(tmp_path), {"guidance_scale": 4, "num_inference_steps": 4}
+    assert saved.config.default_guidance_interval == [0.2, 0.3]
+    assert torch.equal(sample(saved, **options), sample(saved, **options, guidance_interval=(0.2, 0.3)))
+    assert not torch.equal(sample(saved, **options), sample(saved, **options, guidance_interval=(0, 1)))
     with pytest.raises(ValueError, match="`velocity_scale` is for flow matching"):
         drawn(make_pipeline(scheduler=diffusers.DDIMScheduler(), is_flow_matching=False), velocity_scale=1.1)

@@ -16,10 +16,11 @@ from scripts import in_both_processes, in_child, run, start
 from dae_diffusers import DAEDiTPipeline, store
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.generators.text import load_text_encoder
 from dae_diffusers.metrics.sample_folder import METADATA, SETTINGS, class_folders
 from dae_diffusers.metrics.sampling import load_pipeline
+from dae_diffusers.metrics.settings import OneSettingConfig
 from dae_diffusers.store import read_rows
 from dae_diffusers.training import sample
 from dae_diffusers.training.settings import SampleConfig, with_flags
@@ -346,6 +347,14 @@ def test_what_the_pipeline_does_not_know_is_refused(flags, message, trained, tmp
     with pytest.raises(UserError, match=message):
         run(sample, flags, pipeline=trained, output_dir=tmp_path / "samples")
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"), [([0.8, 0.0], "the lower one first"), ([0, 1, 0, 1], "must be two noise levels")]
+)
+def test_interval_of_guidance_is_two_noise_levels(levels, message):
+    with pytest.raises(ConfigError, match=f"`guidance_interval` is .*, but must be .*{message}|{message}"):
+        OneSettingConfig(guidance_interval=levels)
 
 
 def test_conditions_are_left_to_python(tmp_path):

@@ -199,6 +199,8 @@ def test_pool_is_drawn_with_the_guidance_that_there_is_and_the_record_says_so(im
         expected = draw_latents(pipeline, None, 12, None, Accelerator(), guidance_scale=scale, **options)
         assert torch.equal(drawn[name], expected)
     assert not torch.equal(*drawn.values())
+    never = DAEDiTPipeline(**pipeline.components, default_guidance_interval=(0, 0))
+    assert torch.equal(draw_latents(never, None, 12, None, Accelerator(), guidance_scale=3, **options), drawn["none"])
     fits = [read_fit(folder / "pipeline").get("pool_guidance_scale") for folder in folders.values()]
     assert fits == [None, 3.0]
     cards = [repository_files(read_result(folder), "user/name")["README.md"].decode() for folder in folders.values()]

@@ -42,6 +42,7 @@ from dae_diffusers.metrics.sampling import (
     image_pixels,
     image_seed,
     load_pipeline,
+    options_in_words,
     options_of_call,
     takes_text,
 )
@@ -67,7 +68,7 @@ def main(config: SampleConfig) -> None:
     rows = describe(pipeline, settings)
     lock = take_folder(folder, accelerator)
     missing = find_missing(folder, rows, lambda: inputs_of(name, pipeline, settings, accelerator), accelerator)
-    drawn_with = ", ".join(f"{option} {value:g}" for option, value in settings.call_kwargs().items())
+    drawn_with = options_in_words(settings.call_kwargs())
     logger.info(
         "%d images of %s%s%s",
         len(rows),

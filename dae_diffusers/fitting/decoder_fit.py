@@ -132,7 +132,7 @@ def draw_latents(
         options, own = {"output_type": "codes"}, ("temperature", "top_k", "top_p")
     else:
         options = {"output_type": "latent", "num_inference_steps": num_inference_steps}
-        own = ("velocity_scale",)
+        own = ("velocity_scale", "guidance_interval")
     defaults = {name: pipeline.config.get(f"default_{name}") for name in own}
     # Given by name, because kept latents are known by their options.
     options |= {name: value for name, value in defaults.items() if value is not None}

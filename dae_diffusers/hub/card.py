@@ -636,7 +636,15 @@ def _early(result: Result, generator: dict[str, Any], step: int | None) -> str |
 
 
 def _setting_of(values: dict[str, Any]) -> dict[str, Any]:
-    names = ("num_images", "guidance_scale", "num_inference_steps", "velocity_scale", "label_sampling", "seed")
+    names = (
+        "num_images",
+        "guidance_scale",
+        "guidance_interval",
+        "num_inference_steps",
+        "velocity_scale",
+        "label_sampling",
+        "seed",
+    )
     names += ("num_drawings", "classifier_accuracy_on_real_test_digits")
     return {name: values[name] for name in names if name in values}
 

@@ -530,7 +530,7 @@ def _evaluate_command(result: Result, config: dict[str, Any], *, is_of_samples: 
     )
     words += [word for name in images if known.get(name) for word in (f"--{name}", str(known[name]))]
     words += ["--features", str(config["features"])] if config.get("features") else []
-    for name in ("guidance_scales", "num_inference_steps") if is_of_samples else ():
+    for name in ("guidance_scales", "guidance_intervals", "num_inference_steps") if is_of_samples else ():
         words += [f"--{name}", *map(str, config[name])] if config.get(name) else []
     return shlex.join(["dae-diffusers", "evaluate", *words, "--output_dir", str(result.folder / "evaluation")])
 
@@ -568,8 +568,7 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         nearest, is_swept = sorted(evaluation.glob("nearest-*.png")), True
         if (evaluation / "metrics.json").exists():  # there may be pictures of an earlier evaluation, of other weights
             rows = result.metrics.get("evaluation", {}).get("generation", [])
-            names = [name_of_setting(row.get("guidance_scale"), row.get("num_inference_steps")) for row in rows]
-            paths = (evaluation / f"nearest-{name}.png" for name in names)
+            paths = (evaluation / f"nearest-{name_of_setting(row)}.png" for row in rows)
             nearest, is_swept = [path for path in paths if path.exists()], len(rows) > 1
         add(
             "sweep.png",

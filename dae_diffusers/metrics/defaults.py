@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from dae_diffusers.errors import UserError
+from dae_diffusers.metrics.sampling import options_in_words
 from dae_diffusers.metrics.sweep import NOT_SWEPT, SWEPT
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import PIPELINE_FILE, DAEVQGANPipeline
@@ -41,4 +42,4 @@ def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
     best = min(rows, key=lambda row: row[distance])
     chosen = {option: best[option] for option in (*SWEPT, *NOT_SWEPT) if best.get(option) is not None}
     write_defaults(Path(name), **chosen)
-    logger.info("%s now draws with %s by default", name, ", ".join(f"{each} {chosen[each]:g}" for each in chosen))
+    logger.info("%s now draws with %s by default", name, options_in_words(chosen))

@@ -337,7 +337,7 @@ class Evaluator:
         settings, pipeline = drawing.settings, self.sampler.pipeline
         save_grids(
             self._folder,
-            name_of_setting(settings.guidance_scale, settings.num_inference_steps),
+            name_of_setting(settings.given()),
             drawing.samples,
             settings.labels(self.sampler.num_classes) if is_by_class(self.config.sampling, self.sampler) else None,
             compared_for_copies(self.train),

@@ -18,7 +18,7 @@ from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.caching import CachedRows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
-from dae_diffusers.evaluation_record import is_deviation, name_of_setting, weights_by_part
+from dae_diffusers.evaluation_record import is_deviation, weights_by_part
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import scheduler_options
@@ -206,27 +206,27 @@ def table(title: str, rows: list[dict[str, Any]]) -> list[str]:
 def _to_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_to_cell, value))
     return "" if value is None else str(value).replace("|", "\\|")
 
 
 def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     r"""
-    Draws the distance against guidance, a line for each number of steps; or against steps, if there is only one guidance scale. Bars
-    are standard deviations over drawings, if there are several.
+    Draws the distance against guidance, or against steps if there is only one guidance scale, with a line for each combination of the
+    other options. Bars are standard deviations over drawings, if there are several.
     """
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
-    legends = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
-    across, along = legends
-    if len({row.get("guidance_scale") for row in rows}) == 1:
-        across, along = along, across
-    for value in dict.fromkeys(row.get(across) for row in rows):
-        points = sorted(
-            (row[along], row[distance], row.get(f"{distance}_sd", 0)) for row in rows if row.get(across) == value
-        )
-        label = None if value is None else legends[across].format(value)
-        places, distances, deviations = zip(*points, strict=True)
-        axis.errorbar(places, distances, deviations if any(deviations) else None, marker="o", capsize=3, label=label)
+    along = "num_inference_steps" if len({row.get("guidance_scale") for row in rows}) == 1 else "guidance_scale"
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        others = {name: value for name, value in row.items() if name != along}
+        lines.setdefault(_legend_of(others), []).append((row[along], row[distance], row.get(f"{distance}_sd", 0)))
+    for label, points in lines.items():
+        places, distances, deviations = zip(*sorted(points), strict=True)
+        bars = deviations if any(deviations) else None
+        axis.errorbar(places, distances, bars, marker="o", capsize=3, label=label or None)
     scale_axis(axis, [row[distance] for row in rows])
     axis.set_xlabel(along.replace("num_inference_", "").replace("_", " "))
     axis.set_ylabel(with_arrow(distance))
@@ -237,6 +237,18 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _legend_of(row: dict[str, Any]) -> str:
+    """How the samples of a row were drawn, in words."""
+    low, high = row.get("guidance_interval") or (None, None)
+    parts = {
+        "guidance {:g}": row.get("guidance_scale"),
+        "from {:g}": low,
+        "to {:g}": high,
+        "{:g} steps": row.get("num_inference_steps"),
+    }
+    return " ".join(words.format(value) for words, value in parts.items() if value is not None)
+
+
 def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     r"""
     Draws the distance against the length of the averaged weights, a line for each way of drawing; dashed: the weights of the row whose
@@ -244,12 +256,10 @@ def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     """
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
-    ways = dict.fromkeys((row.get("guidance_scale"), row.get("num_inference_steps")) for row in rows)
-    for number, way in enumerate(ways):
-        of_way = [row for row in rows if (row.get("guidance_scale"), row.get("num_inference_steps")) == way]
+    for number, way in enumerate(dict.fromkeys(map(_legend_of, rows))):
+        of_way = [row for row in rows if _legend_of(row) == way]
         points = sorted((row["length"], row[distance]) for row in of_way if row["length"] is not None)
-        name = name_of_setting(*way).replace("-", " ")
-        axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=name)
+        axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=way or None)
         for row in (each for each in of_way if each["length"] is None):
             axis.axhline(row[distance], color=f"C{number}", linestyle="--")
     scale_axis(axis, [row[distance] for row in rows])

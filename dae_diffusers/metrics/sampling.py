@@ -31,7 +31,16 @@ from dae_diffusers.weights import model_fingerprint
 logger = logging.getLogger(__name__)
 
 # Arguments of a pipeline's call that are the same for every image.
-CALL_OPTIONS = ("guidance_scale", "num_inference_steps", "temperature", "top_k", "top_p", "velocity_scale")
+CALL_OPTIONS = (
+    "guidance_scale",
+    "guidance_interval",
+    "num_inference_steps",
+    "temperature",
+    "top_k",
+    "top_p",
+    "velocity_scale",
+)
+_OF_GUIDANCE = {"guidance_scale", "guidance_interval"}
 
 _TRIED_STEPS = (2, 2, 4)
 
@@ -50,6 +59,7 @@ class SampleSettings:
         seed (`int`): Seed of labels and noise.
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
         velocity_scale (`float`, *optional*): For a pipeline of flow matching; None is its default.
+        guidance_interval (pair of `float`, *optional*): Noise levels with guidance; None is the pipeline's default.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
@@ -68,6 +78,7 @@ class SampleSettings:
     top_k: int | None = None
     top_p: float | None = None
     velocity_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     prompts: tuple[str, ...] | None = None
     classes: tuple[int, ...] | None = None
     conditions: ConditionValues | None = None
@@ -206,7 +217,7 @@ class Sampler:
         if "num_images_per_label" in self.accepted and not has_rows:
             self.num_classes = pipeline.null_class
             if self.num_classes is None and getattr(pipeline, "guidance_transformer", None) is None:
-                self.accepted.discard("guidance_scale")  # there is nothing to guide towards
+                self.accepted -= _OF_GUIDANCE  # there is nothing to guide towards
             self.arguments: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
                 {"num_images_per_label": count} if labels is None else {"class_labels": labels}
             )
@@ -466,12 +477,19 @@ def options_of_call(sampler: Sampler, given: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(type(pipeline).__call__).parameters
     of_call = {name: each.default for name, each in parameters.items() if name in CALL_OPTIONS}
     defaults = of_call | getattr(pipeline, "call_defaults", {})
-    idle = {"guidance_scale"} if getattr(pipeline, "is_flow_map", False) else set()  # its guidance is in it
+    idle = _OF_GUIDANCE if getattr(pipeline, "is_flow_map", False) else set()  # its guidance is in it
     known = (sampler.accepted - idle) & defaults.keys()
     for name, value in given.items():
         if value is not None and name not in known:
             raise UserError(f"`{name}` changes nothing of what this {type(pipeline).__name__} draws: leave it out.")
     return {name: defaults[name] if given.get(name) is None else given[name] for name in CALL_OPTIONS if name in known}
+
+
+def options_in_words(options: dict[str, Any]) -> str:
+    r"""Options of a call, such as "guidance_scale 1.5, guidance_interval 0 to 0.8"."""
+    return ", ".join(
+        f"{name} {' to '.join(f'{number:g}' for number in np.ravel(value))}" for name, value in options.items()
+    )
 
 
 def generation_inputs(

@@ -65,6 +65,16 @@ class EvaluationConfig:
             raise ConfigError(f"each judge of `features` and `more_features` counts once, but they are {judges}.")
 
 
+def pairs_of_levels(name: str, levels: list[float]) -> list[tuple[float, float]]:
+    """Pairs of noise levels, as a flag has them one after another. Raises `ConfigError` if they are none."""
+    pairs = list(zip(levels[::2], levels[1::2], strict=False))
+    if len(levels) % 2 or any(low > high for low, high in pairs):
+        raise ConfigError(
+            f"`{name}` is {levels}, but must be pairs of noise levels, the lower one first, such as 0 0.8."
+        )
+    return pairs
+
+
 @settings
 class CallConfig:
     """Options of a pipeline's call."""
@@ -110,6 +120,15 @@ class SamplingConfig(CallConfig):
         "one or more scales of classifier-free guidance to measure; default: the pipeline's own, or 1",
         needs="pipeline",
     )
+    guidance_intervals: list[float] | None = field(
+        None,
+        "one or more pairs of noise levels between which guidance acts, from 0 (clean) to 1 (noise), such as `0 1 0 0.8`; default: the "
+        "pipeline's own, or 0 1",
+        at_least=0,
+        at_most=1,
+        needs="pipeline",
+        advanced=True,
+    )
     num_inference_steps: list[int] | None = field(
         None,
         "one or more numbers of denoising steps to measure; default: the pipeline's own, or 25",
@@ -118,8 +137,8 @@ class SamplingConfig(CallConfig):
     )
     set_defaults: bool = field(
         False,
-        "make the guidance scale and the steps with the lowest distance (for `ema.py`: and the weights), and a given `--velocity_scale`, "
-        "`--temperature`, `--top_k`, `--top_p`, those of the pipeline",
+        "make the guidance scale, its interval and the steps with the lowest distance (for `ema.py`: and the weights), and a given "
+        "`--velocity_scale`, `--temperature`, `--top_k`, `--top_p`, those of the pipeline",
     )
     label_sampling: Literal["data", "balanced", "random"] = field(
         "data",
@@ -139,6 +158,9 @@ class SamplingConfig(CallConfig):
         advanced=True,
         free_text=True,
     )
+
+    def __post_init__(self):
+        pairs_of_levels("guidance_intervals", self.guidance_intervals or [])
 
 
 @settings
@@ -170,7 +192,20 @@ class OneSettingConfig(CallConfig):
     guidance_scale: float | None = field(
         None, "scale of classifier-free guidance; 1 is none; default: the pipeline's own"
     )
+    guidance_interval: list[float] | None = field(
+        None,
+        "the two noise levels between which guidance acts, from 0 (clean) to 1 (noise); default: the pipeline's own",
+        at_least=0,
+        at_most=1,
+        advanced=True,
+    )
     num_inference_steps: int | None = field(None, "denoising steps; default: the pipeline's own", at_least=1)
+
+    def __post_init__(self):
+        if len(pairs_of_levels("guidance_interval", self.guidance_interval or [])) > 1:
+            raise ConfigError(
+                f"`guidance_interval` is {self.guidance_interval}, but must be two noise levels, such as 0 0.8."
+            )
 
 
 @settings

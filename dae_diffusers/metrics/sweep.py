@@ -8,12 +8,16 @@ from diffusers import DiffusionPipeline
 
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
-from dae_diffusers.metrics.settings import SamplingConfig
+from dae_diffusers.metrics.settings import SamplingConfig, pairs_of_levels
 
 logger = logging.getLogger(__name__)
 
 # Options of a pipeline's call that are swept, and the flags with their values.
-SWEPT = {"guidance_scale": "guidance_scales", "num_inference_steps": "num_inference_steps"}
+SWEPT = {
+    "guidance_scale": "guidance_scales",
+    "guidance_interval": "guidance_intervals",
+    "num_inference_steps": "num_inference_steps",
+}
 # Their values for a pipeline without defaults of its own.
 _USUAL = {"guidance_scale": 1.0, "num_inference_steps": 25}
 
@@ -56,15 +60,17 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
     sweep = []
     for option, flag in SWEPT.items():
         values = value_of(option, flag)
+        if option == "guidance_interval":
+            values = [None] if values is None else pairs_of_levels(flag, values)
         values = _USUAL[option] if values is None else values
         sweep.append([None] if option not in sampler.accepted else values if isinstance(values, list) else [values])
     others = {name: value_of(name, name) for name in NOT_SWEPT if name in sampler.accepted}
     return [
         SampleSettings(
             sampling.num_images,
-            *chosen,
-            label_sampling,
-            seed,
+            **dict(zip(SWEPT, chosen, strict=True)),
+            label_sampling=label_sampling,
+            seed=seed,
             prompts=sampler.prompts,
             classes=sampler.classes,
             conditions=sampler.conditions,
@@ -72,4 +78,5 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
             **others,
         )
         for chosen in itertools.product(*sweep)
+        if chosen[0] != 1 or chosen[1] == sweep[1][0]  # without guidance its interval changes nothing
     ]
