@@ -272,7 +272,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _save_code(self._code, folder, self.config.get("_name_or_path"))
+        save_code(self._code, folder, self.config.get("_name_or_path"))
         for part in TRANSFORMERS:
             transformer_class = type(unwrap_module(getattr(self, part)))
             if transformer_class.__module__.partition(".")[0] in ("diffusers", "__main__", "builtins"):
@@ -1491,7 +1491,7 @@ def _for_flow_matching(scheduler: SchedulerMixin) -> SchedulerMixin:
     )
 
 
-def _save_code(own: str, folder: Path, origin: str | None) -> None:
+def save_code(own: str, folder: Path, origin: str | None) -> None:
     """
     Puts this file, `own`, into a model's folder, and the pipelines beside it, which import it there under its name there. Code
     that came with a model, whose folder is `origin`, goes on with it: diffusers copies only what it needs.

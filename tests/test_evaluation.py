@@ -550,7 +550,9 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     ]
     own.save_pretrained(tmp_path)
     rows = [{"gfd_x": number, **each.given()} for number, each in zip((3.0, 2.0, 1.0), swept, strict=True)]
+    (tmp_path / "pipeline.py").write_text("# of an earlier version")
     set_defaults(str(tmp_path), rows, "gfd_x")
+    assert "default_guidance_interval" in (tmp_path / "pipeline.py").read_text()
     limited = DAEDiTPipeline.from_pretrained(tmp_path)
     assert limited.call_defaults == {
         "guidance_scale": 2, "guidance_interval": (0, 0.8), "num_inference_steps": 7, "velocity_scale": 1

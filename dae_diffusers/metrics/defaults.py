@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.sampling import options_in_words
 from dae_diffusers.metrics.sweep import NOT_SWEPT, SWEPT
-from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, save_code
 from dae_diffusers.pipelines.dae_vqgan import PIPELINE_FILE, DAEVQGANPipeline
 from dae_diffusers.store import read_json, write_atomically, write_json
 
@@ -32,8 +32,11 @@ def write_defaults(pipeline: Path, **options: float) -> None:
     r"""Makes options of the call those with which the pipeline in a folder draws by default."""
     path, code = pipeline / DAEDiTPipeline.config_name, pipeline / PIPELINE_FILE
     index = read_json(path)
-    if index["_class_name"] == "DAEVQGANPipeline" and code.exists():  # an earlier version's may not know these defaults
-        write_atomically(code, DAEVQGANPipeline._code)
+    if code.exists():  # an earlier version's may not know these defaults
+        if index["_class_name"] == "DAEVQGANPipeline":
+            write_atomically(code, DAEVQGANPipeline._code)
+        else:
+            save_code(DAEDiTPipeline._code, pipeline, None)
     write_json(path, index | {f"default_{option}": value for option, value in options.items()})
 
 
