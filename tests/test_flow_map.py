@@ -135,6 +135,12 @@ def test_teacher_guides_by_what_stands_for_no_class_or_by_a_weaker_one():
     losses = objective.loss(model, latents, noise, levels, unconditional={"class_labels": null}, class_labels=labels)
     target = found[-1][0] + 1 + 2.0 * (3 - 1)  # the first half of the batch
     torch.testing.assert_close(losses[0], target.square().mean())
+    for interval, scale in (((0.3, 0.7), 2.0), ((0.0, 0.6), 1.0)):  # bounds belong to it; outside there is no guidance
+        objective.guidance_interval = interval
+        given = {"unconditional": {"class_labels": null}, "class_labels": labels}
+        losses = objective.loss(model, latents, noise, levels, **given)
+        torch.testing.assert_close(losses[0], (found[-1][0] + 1 + scale * (3 - 1)).square().mean())
+    objective.guidance_interval = (0.0, 1.0)
     objective.guide = lambda *arguments, **given: (3 * teacher(*arguments, **given)[0],)  # also gets the class
     losses = objective.loss(model, latents, noise, levels, unconditional={"class_labels": null}, class_labels=labels)
     target = (found[-1][0] + 3) * (3 + 2.0 * (1 - 3))

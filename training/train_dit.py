@@ -41,6 +41,7 @@ from dae_diffusers.generators.flow_map import FlowMap, flow_map_scheduler
 from dae_diffusers.generators.repa import make_representation_alignment
 from dae_diffusers.generators.text import Captions
 from dae_diffusers.generators.warm_start import WarmStart
+from dae_diffusers.guidance import ALL_LEVELS, DEFAULT_INTERVAL
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, follow_cache, open_latent_cache
 from dae_diffusers.latents.statistics import (
     has_latent_statistics,
@@ -94,17 +95,18 @@ def main(config: TrainDiTConfig) -> None:
     plan = plan_of(config, architecture, origin)
     start = find_start(run, vae, transformer, data.train, steps, plan, conditioning, objective)
     weaker = WeakerWeights(run, transformer, start.step, steps)
+    is_flow = not isinstance(objective, Diffusion)
     parts = {
         "vae": vae,
         "scheduler": scheduler,
         "id2label": data.train.id2label,
         "value_range": data.train.value_range,
-        "is_flow_matching": not isinstance(objective, Diffusion),
+        "is_flow_matching": is_flow,
         **conditioning.pipeline_kwargs(),
     }
 
     def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
-        defaults = sampling_options(config, before_weaker=not weaker.parts())
+        defaults = sampling_options(config, is_flow, before_weaker=not weaker.parts())
         defaults = {f"default_{name}": value for name, value in defaults.items()}
         return DAEDiTPipeline(model, **parts | defaults | weaker.parts() | instead)
 
@@ -113,7 +115,7 @@ def main(config: TrainDiTConfig) -> None:
         data.images and data.images[0],
         vae,
         start,
-        sampling_options(config),
+        sampling_options(config, is_flow),
         loss_inputs=[
             autoencoder_fingerprint(vae),
             statistics,
@@ -123,7 +125,7 @@ def main(config: TrainDiTConfig) -> None:
             getattr(objective, "shift", None),
         ],
         after=config.flow.autoguidance_steps or 0,
-        options_until=sampling_options(config, before_weaker=True),
+        options_until=sampling_options(config, is_flow, before_weaker=True),
     )
     loop = Loop(
         run,
@@ -355,7 +357,10 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     scale = flow.distill_guidance_scale
     if scale is not None and origin is not None:  # `find_start` refuses a resumed run that began from nothing
         origin.check_distillation(scale)
-        objective = FlowMap(None, scale, shift, run.accelerator.autocast)  # its teacher comes with the transformer
+        interval = tuple(flow.sample_guidance_interval or origin.guidance_interval)
+        objective = FlowMap(
+            None, scale, interval, shift, run.accelerator.autocast
+        )  # its teacher comes with the transformer
         return objective, flow_map_scheduler(shift)
     scheduler = origin.scheduler if keeps else flow_scheduler(shift)
     return FlowMatching(flow.timestep_sampling, shift), scheduler
@@ -517,22 +522,25 @@ def draw_samples(
         num_images=flow.num_sample_images,
         batch_size=config.optimization.train_batch_size,
         seed=config.run.seed,
-        **sampling_options(config, before_weaker=pipeline.guidance_transformer is None),
+        **sampling_options(config, pipeline.is_flow_matching, before_weaker=pipeline.guidance_transformer is None),
         **shown,
     )
     run.log.write_grid("samples", grid, step)
 
 
-def sampling_options(config: TrainDiTConfig, *, before_weaker: bool = False) -> dict[str, Any]:
+def sampling_options(config: TrainDiTConfig, is_flow: bool, *, before_weaker: bool = False) -> dict[str, Any]:
     """
     How the pipeline draws while the transformer trains; without guidance if it has learnt none. `before_weaker`: the weaker transformer of
-    `autoguidance_steps` is not there yet.
+    `autoguidance_steps` is not there yet. It guides at all noise levels, as diffusion does.
     """
-    has_weaker = config.flow.autoguidance_steps is not None and not before_weaker
+    flow = config.flow
+    has_weaker = flow.autoguidance_steps is not None and not before_weaker
     is_guided = config.transformer.class_dropout_prob or has_weaker
+    is_limited = is_flow and not has_weaker and flow.distill_guidance_scale is None
     return {
-        "guidance_scale": config.flow.sample_guidance_scale if is_guided else 1.0,
-        "num_inference_steps": config.flow.num_sample_steps,
+        "guidance_scale": flow.sample_guidance_scale if is_guided else 1.0,
+        "guidance_interval": tuple(flow.sample_guidance_interval or DEFAULT_INTERVAL) if is_limited else ALL_LEVELS,
+        "num_inference_steps": flow.num_sample_steps,
     }
 
 

@@ -29,6 +29,7 @@ class FlowMap:
     Attributes:
         teacher (callable, *optional*): The finished transformer; needed for the loss.
         guidance_scale (`float`): Of the teacher; 1 is none.
+        guidance_interval (pair of `float`): The noise levels between which the teacher is guided.
         shift (`float`): As in [`~dae_diffusers.generators.denoising.FlowMatching`].
         autocast (callable): Makes the context in which the teacher runs.
         guide (callable, *optional*): A weaker version of the teacher, which guidance then leads away from; default: what the teacher
@@ -39,6 +40,7 @@ class FlowMap:
 
     teacher: Model | None = None
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
     autocast: Callable[[], AbstractContextManager] = nullcontext
     guide: Model | None = None
@@ -114,7 +116,9 @@ class FlowMap:
             both = {name: torch.cat((value, unconditional[name])) for name, value in given.items()}
             doubled = torch.cat((noisy, noisy)), torch.cat((level, level))
             guided, baseline = self._predict(self.teacher, *doubled, both).chunk(2)
-        return baseline + self.guidance_scale * (guided - baseline)
+        low, high = self.guidance_interval
+        is_guided = ((low <= level) & (level <= high)).view(-1, 1, 1, 1)
+        return torch.where(is_guided, baseline + self.guidance_scale * (guided - baseline), guided)
 
     def _predict(self, model: Model, noisy: torch.Tensor, level: torch.Tensor, arguments: Arguments):
         with self.autocast():

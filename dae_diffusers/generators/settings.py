@@ -4,6 +4,7 @@ from typing import Literal
 
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.guidance import check_interval
 from dae_diffusers.settings import field, settings
 
 # Blocks of each named size; a test compares them with the transformer's.
@@ -121,6 +122,16 @@ class FlowMatchingConfig:
         needs="class_dropout_prob or autoguidance_steps",
         advanced=True,
     )
+    sample_guidance_interval: list[float] | None = field(
+        None,
+        "the two noise levels between which guidance acts, from 0 (clean) to 1 (noise), in the grid, and later in the pipeline by "
+        "default; not with `--autoguidance_steps`, nor for diffusion; with `--distill_guidance_scale`: in the transformer that is "
+        "distilled; default: 0 0.6, for distillation that of the given pipeline",
+        at_least=0,
+        at_most=1,
+        needs="class_dropout_prob",
+        advanced=True,
+    )
     autoguidance_steps: int | None = field(
         None,
         "keep the weights after N steps, about a third of all, in the pipeline: guidance leads away from these weaker ones, also "
@@ -133,6 +144,9 @@ class FlowMatchingConfig:
         at_least=1,
         advanced=True,
     )
+
+    def __post_init__(self):
+        check_interval("sample_guidance_interval", self.sample_guidance_interval)
 
     @property
     def num_sample_steps(self) -> int:

@@ -53,6 +53,7 @@ class WarmStart:
         pipeline ([`DAEDiTPipeline`], *optional*): Where it comes from, with the names of its classes; None for a transformer alone.
         encoder (`str`, *optional*): Fingerprint of the encoder of its latents.
         statistics (`dict`, *optional*): What the config of its autoencoder says of the latents' statistics.
+        guidance_interval (pair of `float`): The noise levels between which its pipeline guides by default.
         is_resumed (`bool`): Whether a checkpoint holds newer weights.
         changes (`list[str]`): What is not as before, for the log.
         teachers (`list[ModelMixin]`): What a flow map learns from, frozen, once [`continued`] has made it: the given transformer, and
@@ -66,6 +67,7 @@ class WarmStart:
     pipeline: DAEDiTPipeline | None = None
     encoder: str | None = None
     statistics: dict[str, Any] | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     is_resumed: bool = False
     changes: list[str] = field(default_factory=list)
     teachers: list[ModelMixin] = field(default_factory=list)
@@ -124,6 +126,7 @@ class WarmStart:
             pipeline=pipeline,
             encoder=autoencoder_fingerprint(pipeline.vae),
             statistics={name: pipeline.vae.config.get(name) for name in STATISTICS},
+            guidance_interval=pipeline.call_defaults["guidance_interval"],
         )
 
     @classmethod
@@ -146,7 +149,15 @@ class WarmStart:
         r"""What a checkpoint holds of it; the weights follow with the checkpoint."""
         transformer = LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
         scheduler = getattr(diffusers, state["scheduler"]["_class_name"]).from_config(state["scheduler"])
-        return cls(state["name"], transformer, scheduler, state["is_flow_matching"], is_resumed=True)
+        interval = tuple(state.get("guidance_interval", cls.guidance_interval))
+        return cls(
+            state["name"],
+            transformer,
+            scheduler,
+            state["is_flow_matching"],
+            guidance_interval=interval,
+            is_resumed=True,
+        )
 
     @property
     def shift(self) -> float:
@@ -211,6 +222,7 @@ class WarmStart:
             "transformer": json.loads(self.transformer.to_json_string()),
             "scheduler": json.loads(scheduler.to_json_string()),
             "is_flow_matching": self.is_flow_matching,
+            "guidance_interval": list(self.guidance_interval),
         }
 
     def architecture(self, given: dict[str, int]) -> dict[str, int]:

@@ -5,6 +5,7 @@ from typing import Literal
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.engine.settings import MAX_SEED
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.guidance import check_interval, intervals_of
 from dae_diffusers.settings import field, settings
 
 # Feature extractors of images with any number of channels.
@@ -65,16 +66,6 @@ class EvaluationConfig:
             raise ConfigError(f"each judge of `features` and `more_features` counts once, but they are {judges}.")
 
 
-def pairs_of_levels(name: str, levels: list[float]) -> list[tuple[float, float]]:
-    """Pairs of noise levels, as a flag has them one after another. Raises `ConfigError` if they are none."""
-    pairs = list(zip(levels[::2], levels[1::2], strict=False))
-    if len(levels) % 2 or any(low > high for low, high in pairs):
-        raise ConfigError(
-            f"`{name}` is {levels}, but must be pairs of noise levels, the lower one first, such as 0 0.8."
-        )
-    return pairs
-
-
 @settings
 class CallConfig:
     """Options of a pipeline's call."""
@@ -122,7 +113,7 @@ class SamplingConfig(CallConfig):
     )
     guidance_intervals: list[float] | None = field(
         None,
-        "one or more pairs of noise levels between which guidance acts, from 0 (clean) to 1 (noise), such as `0 1 0 0.8`; default: the "
+        "one or more pairs of noise levels between which guidance acts, from 0 (clean) to 1 (noise), such as `0 1 0 0.6`; default: the "
         "pipeline's own, or 0 1",
         at_least=0,
         at_most=1,
@@ -160,7 +151,7 @@ class SamplingConfig(CallConfig):
     )
 
     def __post_init__(self):
-        pairs_of_levels("guidance_intervals", self.guidance_intervals or [])
+        intervals_of("guidance_intervals", self.guidance_intervals or [])
 
 
 @settings
@@ -202,10 +193,7 @@ class OneSettingConfig(CallConfig):
     num_inference_steps: int | None = field(None, "denoising steps; default: the pipeline's own", at_least=1)
 
     def __post_init__(self):
-        if len(pairs_of_levels("guidance_interval", self.guidance_interval or [])) > 1:
-            raise ConfigError(
-                f"`guidance_interval` is {self.guidance_interval}, but must be two noise levels, such as 0 0.8."
-            )
+        check_interval("guidance_interval", self.guidance_interval)
 
 
 @settings

@@ -7,8 +7,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.guidance import intervals_of
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
-from dae_diffusers.metrics.settings import SamplingConfig, pairs_of_levels
+from dae_diffusers.metrics.settings import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
     for option, flag in SWEPT.items():
         values = value_of(option, flag)
         if option == "guidance_interval":
-            values = [None] if values is None else pairs_of_levels(flag, values)
+            values = [None] if values is None else intervals_of(flag, values)
         values = _USUAL[option] if values is None else values
         sweep.append([None] if option not in sampler.accepted else values if isinstance(values, list) else [values])
     others = {name: value_of(name, name) for name in NOT_SWEPT if name in sampler.accepted}
