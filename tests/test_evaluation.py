@@ -557,6 +557,9 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     assert limited.call_defaults == {
         "guidance_scale": 2, "guidance_interval": (0, 0.8), "num_inference_steps": 7, "velocity_scale": 1
     }  # fmt: skip
+    set_defaults(str(tmp_path), [{"gfd_x": 0.0, **swept[0].given()}], "gfd_x")  # without guidance the interval stays
+    kept = DAEDiTPipeline.from_pretrained(tmp_path).call_defaults
+    assert (kept["guidance_scale"], kept["guidance_interval"]) == (1, (0, 0.8))
     (setting,) = swept_settings(SamplingConfig(num_images=4), 0, Sampler(limited), images)
     assert (
         setting.guidance_interval == (0, 0.8) and name_of_setting(setting.given()) == "guidance-2-from-0-to-0.8-steps-7"

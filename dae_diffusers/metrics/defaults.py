@@ -44,5 +44,7 @@ def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
     r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
     best = min(rows, key=lambda row: row[distance])
     chosen = {option: best[option] for option in (*SWEPT, *NOT_SWEPT) if best.get(option) is not None}
+    if chosen.get("guidance_scale") == 1:
+        chosen.pop("guidance_interval", None)  # it was not used, and may not suit another scale
     write_defaults(Path(name), **chosen)
     logger.info("%s now draws with %s by default", name, options_in_words(chosen))
