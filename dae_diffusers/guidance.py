@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dae_diffusers.errors import ConfigError
 
 ALL_LEVELS = (0.0, 1.0)
-# Of new pipelines: guidance at high noise harms on all data sets measured (benchmarks/results/guidance_interval.md).
+# Of new pipelines: guidance at high noise harms (benchmarks/results/guidance_interval.md).
 DEFAULT_INTERVAL = (0.0, 0.6)
 
 

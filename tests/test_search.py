@@ -602,14 +602,14 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
             benchmark.main(benchmark.parse_arguments([*command[1:], "--generator_steps", "400"]))
         benchmark.main(benchmark.parse_arguments())
         assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
-        assert drawn == [1.0, 1.25] * 6
+        assert drawn == [1.0, 1.5] * 6
         # In the rung and in full, the two candidates share their stage 1. All are drawn with and without guidance.
         assert sum(name == "train_dae" and path.endswith("stage1") for name, path in calls) == 2
         folder = tmp_path / "payoff" / "seed-0"
         for path in folder.rglob("trials/*/rung-0/result.json"):
             row = read_json(path)
             gfd = {scale: distances({"generation": found})["gFD"] for scale, found in row["guidance"].items()}
-            assert list(gfd) == ["1", "1.25"] and distances(row)["gFD"] == min(gfd.values())
+            assert list(gfd) == ["1", "1.5"] and distances(row)["gFD"] == min(gfd.values())
             has_stage1 = (path.parents[1] / "stage1").exists()
             assert row["processor_seconds"] // 1000 == 3 + has_stage1  # autoencoder, latents, generator
             pipeline = path.parent / "generator" / "pipeline"
@@ -629,7 +629,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         assert "prefix" not in second and second.endswith(again)
         assert "--vae runs/best/vae" in generator and "--timestep_shift 2.0" in generator
         # What short pilots wanted is not what it will want.
-        assert "guidance" not in generator and "--guidance_scales 1 1.25 1.5 2 --set_defaults" in evaluation
+        assert "guidance" not in generator and "--guidance_scales 1 1.5 2 3 --set_defaults" in evaluation
         forecast = load_benchmark("forecast")
         command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]
         monkeypatch.setattr(sys, "argv", [*command, "--widths", "8", "--steps", "1", "--num_images", "12"])

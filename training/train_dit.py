@@ -242,20 +242,25 @@ def warn_of_idle_guidance(config: TrainDiTConfig, conditioning: Conditioning, da
     if data.id2label or conditioning.parts:
         return
     idle = changes_of(config.transformer).keys() & {"class_dropout_prob"}
-    if config.flow.autoguidance_steps is None and config.flow.distill_guidance_scale is None:
-        idle |= changes_of(config.flow).keys() & {"sample_guidance_scale"}
+    if config.flow.distill_guidance_scale is None:
+        of_weaker = set() if config.flow.autoguidance_steps is None else {"sample_guidance_scale"}
+        idle |= changes_of(config.flow).keys() & {"sample_guidance_scale", "sample_guidance_interval"} - of_weaker
     for name in sorted(idle):
         logger.warning("`--%s` has no effect: the images have no classes, captions or conditions.", name)
 
 
 def plan_of(config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None) -> dict[str, Any]:
     """The settings that a run must keep when it goes on."""
+    interval = None
+    if config.flow.distill_guidance_scale is not None and origin is not None:
+        interval = list(config.flow.sample_guidance_interval or origin.guidance_interval)
     return {
         "pretrained_model_name_or_path": config.transformer.pretrained_model_name_or_path or (origin and origin.name),
         "caption_column": config.data.caption_column,
         **architecture,
         **config.data.condition_columns(),
         "distill_guidance_scale": config.flow.distill_guidance_scale,
+        "sample_guidance_interval": None if interval == list(ALL_LEVELS) else interval,
         "post_hoc_ema": config.post_hoc.post_hoc_ema or None,
     }
 
@@ -344,7 +349,7 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     """What the transformer learns to predict, and the scheduler that samples from it; those of given weights stay."""
     flow, shift = run.config.flow, run.config.flow.timestep_shift
     if origin is not None and not origin.is_flow_matching:
-        of_flow = ("timestep_shift", "timestep_sampling", "distill_guidance_scale")
+        of_flow = ("timestep_shift", "timestep_sampling", "distill_guidance_scale", "sample_guidance_interval")
         asked = [name for name in of_flow if name in changes_of(flow)]
         if asked:
             raise UserError(
@@ -531,12 +536,12 @@ def draw_samples(
 def sampling_options(config: TrainDiTConfig, is_flow: bool, *, before_weaker: bool = False) -> dict[str, Any]:
     """
     How the pipeline draws while the transformer trains; without guidance if it has learnt none. `before_weaker`: the weaker transformer of
-    `autoguidance_steps` is not there yet. It guides at all noise levels, as diffusion does.
+    `autoguidance_steps` is not there yet. Guidance acts at all noise levels with it, and for diffusion.
     """
     flow = config.flow
     has_weaker = flow.autoguidance_steps is not None and not before_weaker
     is_guided = config.transformer.class_dropout_prob or has_weaker
-    is_limited = is_flow and not has_weaker and flow.distill_guidance_scale is None
+    is_limited = is_flow and flow.autoguidance_steps is None and flow.distill_guidance_scale is None
     return {
         "guidance_scale": flow.sample_guidance_scale if is_guided else 1.0,
         "guidance_interval": tuple(flow.sample_guidance_interval or DEFAULT_INTERVAL) if is_limited else ALL_LEVELS,

@@ -64,6 +64,8 @@ class DryRun:
             if not self._compiles:
                 return True
             torch.compiler.set_stance("default")
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()  # the run itself is compiled
             self._times = self._times[-1:]
             if steps < _STEPS + _COMPILED_STEPS:
                 self._compiled[loop.description] = "not measured: the run is too short"

@@ -240,10 +240,11 @@ class DecoderFit:
 
     def inputs(self) -> dict[str, str]:
         r"""What a resumed run must find unchanged, by name: fingerprints."""
-        guide = guide_of(self.pipeline)
+        guide, interval = guide_of(self.pipeline), self.pipeline.config.get("default_guidance_interval")
         return {
             "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)[1]),
             **({} if guide is None else {"the `guidance_transformer` of `--pipeline`": model_fingerprint(guide)}),
+            **({} if interval is None else {"the guidance interval of `--pipeline`": fingerprint_of_json(interval)}),
             "the encoder of `--pipeline`": latents_fingerprint(self.pipeline.vae),
             STARTED_FROM: self.started_from,
             "`--feature_model`": self.features.fingerprint,
@@ -413,7 +414,9 @@ class DecoderFit:
             self.validate(model, validate(), step)
         names = ("generated_loss", "generated_weight", "pool_size", "pool_guidance_scale")
         described = {name: getattr(self.settings, name) for name in names}
-        if not self._is_guided:
+        if self._is_guided:
+            described["guidance_interval"] = self.pipeline.config.get("default_guidance_interval")
+        else:
             del described["pool_guidance_scale"]
         described["feature_model"] = self.run.config.stages.feature_model
         backbone = self.features.backbone

@@ -129,7 +129,7 @@ class FlowMatchingConfig:
         "distilled; default: 0 0.6, for distillation that of the given pipeline",
         at_least=0,
         at_most=1,
-        needs="class_dropout_prob",
+        needs="class_dropout_prob or distill_guidance_scale",
         advanced=True,
     )
     autoguidance_steps: int | None = field(

@@ -653,5 +653,6 @@ def _describe_setting(setting: dict[str, Any]) -> str:
     words = []
     for name, value in setting.items():
         value = f"{value:.4g}" if isinstance(value, float) else value
+        value = " to ".join(f"{each:g}" for each in value) if isinstance(value, list) else value
         words.append(f"{name.replace('_', ' ').replace('num ', '')} {value}")
     return ", ".join(words)

@@ -26,11 +26,21 @@ _FEWEST = 2  # images that have a distance to others
 
 
 def check_guidance(sampling: SamplingConfig, name: str | None, pipeline: DiffusionPipeline | None) -> None:
-    r"""Raises `UserError` if guidance scales are given to a pipeline whose guidance is fixed."""
-    if getattr(pipeline, "is_flow_map", False) and sampling.guidance_scales not in (None, [1.0]):
+    r"""
+    Raises `UserError` if scales or intervals of guidance are given to a pipeline whose guidance is fixed, or intervals without a scale to
+    compare them with.
+    """
+    given = {"guidance_scales": sampling.guidance_scales, "guidance_intervals": sampling.guidance_intervals}
+    for option, values in given.items() if getattr(pipeline, "is_flow_map", False) else ():
+        if values not in (None, [1.0]):
+            raise UserError(
+                f"{name} draws in few steps with its guidance in it, so `{option}` changes nothing: leave it out. "
+                "`num_inference_steps 1 2 4 8` shows what steps change."
+            )
+    scales = sampling.guidance_scales or [getattr(pipeline, "config", {}).get("default_guidance_scale") or 1.0]
+    if len(sampling.guidance_intervals or ()) > 2 and set(scales) == {1.0}:
         raise UserError(
-            f"{name} draws in few steps with its guidance in it, so `guidance_scales` changes nothing: leave it out. "
-            "`num_inference_steps 1 2 4 8` shows what steps change."
+            "`guidance_intervals` compares intervals of guidance, but `guidance_scales` is 1, which is none. Give others, such as 1.5 2 3."
         )
 
 

@@ -265,7 +265,8 @@ def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     scale_axis(axis, [row[distance] for row in rows])
     axis.set_xlabel("length of the average (dashed: the pipeline as it was)")
     axis.set_ylabel(with_arrow(distance))
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

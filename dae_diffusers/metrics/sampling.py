@@ -362,20 +362,25 @@ def say_duration(
         -(-each.num_images // (batch_size * accelerator.num_processes)) * (each.num_inference_steps or 1)
         for each in sweep
     )
-    guided = {settings.guidance_scale not in (None, 1) for settings in sweep}
-    if 10 * len(guided) * (1 if sweep[0].num_inference_steps is None else sum(_TRIED_STEPS)) > work:
+    ways = {_way_of(settings) for settings in sweep}
+    if 10 * len(ways) * (1 if sweep[0].num_inference_steps is None else sum(_TRIED_STEPS)) > work:
         return
     total, costs = 0.0, {}
     for settings in sweep:
-        is_guided = settings.guidance_scale not in (None, 1)
-        if is_guided not in costs:
-            costs[is_guided] = _draw_costs(sampler, settings, accelerator, batch_size)
-        once, per_step = costs[is_guided]
+        way = _way_of(settings)
+        if way not in costs:
+            costs[way] = _draw_costs(sampler, settings, accelerator, batch_size)
+        once, per_step = costs[way]
         batches = -(-settings.num_images // (batch_size * accelerator.num_processes))
         total += batches * (once + per_step * (settings.num_inference_steps or 0))
     logger.info(
         "drawing %d images for each of %d settings takes about %s", sweep[0].num_images, len(sweep), duration(total)
     )
+
+
+def _way_of(settings: SampleSettings) -> tuple[float, float] | bool:
+    """What of the settings decides how long a step takes: whether, and between which noise levels, it is guided."""
+    return settings.guidance_scale not in (None, 1) and (settings.guidance_interval or True)
 
 
 def _draw_costs(

@@ -105,7 +105,7 @@ def full_commands(search: Search, winner: str) -> list[str]:
     ):  # pilots want more guidance than what is trained to the end
         features = shlex.quote(search.config.features or str(search.folder / "features" / "classifier"))
         lines.append(
-            f"dae-diffusers evaluate {data} --pipeline runs/best/pipeline --features {features} --guidance_scales 1 1.25 1.5 2 "
+            f"dae-diffusers evaluate {data} --pipeline runs/best/pipeline --features {features} --guidance_scales 1 1.5 2 3 "
             "--set_defaults --output_dir runs/best/evaluation"
         )
     return lines

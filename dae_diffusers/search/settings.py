@@ -28,7 +28,7 @@ class SearchConfig:
     keep_one_in: int = field(3, "keep the best 1 in N candidates for the next rung", at_least=2, advanced=True)
     num_images: int = field(2000, "images that are generated to judge a pilot", at_least=2, advanced=True)
     guidance_scales: list[float] = field(
-        [1.0, 1.25],
+        [1.0, 1.5],
         "scales of classifier-free guidance with which they are generated; the best of them counts",
         advanced=True,
     )
