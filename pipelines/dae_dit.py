@@ -150,7 +150,8 @@ class DAEDiTPipeline(DiffusionPipeline):
             "default_guidance_scale": default_guidance_scale,
             "default_num_inference_steps": default_num_inference_steps,
             "default_velocity_scale": default_velocity_scale,
-            "default_guidance_interval": default_guidance_interval and list(default_guidance_interval),
+            "default_guidance_interval": default_guidance_interval
+            and [float(each) for each in default_guidance_interval],
         }
         kept = {name: known.get(name) if value is None else value for name, value in kept.items()}
         if kept["is_flow_matching"] is None:

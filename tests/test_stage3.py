@@ -186,9 +186,10 @@ def test_pool_is_drawn_with_the_guidance_that_there_is_and_the_record_says_so(im
     vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
     scheduler, flags = FlowMatchEulerDiscreteScheduler(), FIT.replace("steps 4", "steps 1")
     flags += " --label_column none --pool_guidance_scale 3"
-    drawn, folders = {}, {"none": tmp_path / "none", "guided": tmp_path / "guided"}
+    drawn, folders = {}, {name: tmp_path / name for name in ("none", "never", "guided")}
     for name, folder in folders.items():
-        parts = {"guidance_transformer": guide} if name == "guided" else {}
+        parts = {} if name == "none" else {"guidance_transformer": guide}
+        parts |= {"default_guidance_interval": (0, 0)} if name == "never" else {}
         pipeline = DAEDiTPipeline(make_random_transformer(), vae, scheduler, **parts)
         pipeline.save_pretrained(folder / "pipeline")
         run(train_dae, flags, **flags_of(folder, image_folder))
@@ -198,13 +199,13 @@ def test_pool_is_drawn_with_the_guidance_that_there_is_and_the_record_says_so(im
     for name, scale in (("none", 1.0), ("guided", 3.0)):
         expected = draw_latents(pipeline, None, 12, None, Accelerator(), guidance_scale=scale, **options)
         assert torch.equal(drawn[name], expected)
-    assert not torch.equal(*drawn.values())
-    never = DAEDiTPipeline(**pipeline.components, default_guidance_interval=(0, 0))
-    assert torch.equal(draw_latents(never, None, 12, None, Accelerator(), guidance_scale=3, **options), drawn["none"])
+    assert not torch.equal(drawn["none"], drawn["guided"]) and torch.equal(drawn["none"], drawn["never"])
     fits = [read_fit(folder / "pipeline").get("pool_guidance_scale") for folder in folders.values()]
-    assert fits == [None, 3.0]
+    assert fits == [None, 3.0, 3.0]
+    intervals = [read_fit(folder / "pipeline").get("guidance_interval") for folder in folders.values()]
+    assert intervals == [None, [0, 0], None]
     cards = [repository_files(read_result(folder), "user/name")["README.md"].decode() for folder in folders.values()]
-    assert ["the generator sampled, by" in card for card in cards] == [True, False]
+    assert ["the generator sampled, by" in card for card in cards] == [True, False, False]
     make_random_transformer(num_layers=2).save_pretrained(folder / "pipeline" / "guidance_transformer")
     with pytest.raises(UserError, match="the `guidance_transformer` of `--pipeline` changed since"):
         run(train_dae, flags, **flags_of(folder, image_folder), resume_from_checkpoint="latest")

@@ -281,8 +281,8 @@ def prepare_transformer(
     is_flow_map = isinstance(objective, FlowMap)
     if is_flow_map and (config.optimization.optimizer == "muon" or config.optimization.learning_rate > 3e-4):
         logger.warning(
-            "distillation collapsed with Muon, and with AdamW at rates from 5e-4 on in some runs: images became shapeless, and the last loss "
-            "hardly showed it. Use `--optimizer adamw --learning_rate 2.5e-4`, and look at the grids."
+            "distillation collapsed with Muon, and in some runs with AdamW at rates from 5e-4 on: images became shapeless, and the last "
+            "loss hardly showed it. Use `--optimizer adamw --learning_rate 2.5e-4`, and look at the grids."
         )
     transformer = make_transformer(origin, architecture, vae, data.train, size, conditioning, is_flow_map)
     if is_flow_map:

@@ -32,7 +32,7 @@ from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.randomness import Stream, derived_seed
-from dae_diffusers.store import fingerprint, replace_files, replace_folder
+from dae_diffusers.store import fingerprint, fingerprint_of_json, replace_files, replace_folder
 from dae_diffusers.weights import STATISTICS, latents_fingerprint, model_fingerprint, weights_of
 
 logger = logging.getLogger(__name__)
