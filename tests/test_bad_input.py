@@ -258,6 +258,12 @@ TABLE = [
     ("evaluate", "--train_data_dir {images} --vae {vae} --top_p 2", 2, "`--top_p` is 2.0"),
     ("evaluate", "--train_data_dir {images} --vae {vae} --guidance_scales 1 nan", 2, "must be finite"),
     (
+        "train_dit",
+        "--train_data_dir {images} --vae {vae} --sample_guidance_interval 0 0.6 --autoguidance_steps 2",
+        2,
+        "`--sample_guidance_interval` does not go with `--autoguidance_steps`, which guides at all noise levels",
+    ),
+    (
         "evaluate",
         "--pipeline {vae} --features pixels --guidance_intervals 0 1 0.8",
         2,

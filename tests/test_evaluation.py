@@ -553,6 +553,10 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     (tmp_path / "pipeline.py").write_text("# of an earlier version")
     set_defaults(str(tmp_path), rows, "gfd_x")
     assert "default_guidance_interval" in (tmp_path / "pipeline.py").read_text()
+    own_code = (tmp_path / "pipeline.py").read_text() + "\n# changed by its user\n"
+    (tmp_path / "pipeline.py").write_text(own_code)
+    set_defaults(str(tmp_path), rows, "gfd_x")
+    assert (tmp_path / "pipeline.py").read_text() == own_code  # it knows these defaults
     limited = DAEDiTPipeline.from_pretrained(tmp_path)
     assert limited.call_defaults == {
         "guidance_scale": 2, "guidance_interval": (0, 0.8), "num_inference_steps": 7, "velocity_scale": 1

@@ -92,7 +92,7 @@ def main(config: TrainDiTConfig) -> None:
     token = spatial_factor(vae) * architecture["patch_size"]
     alignment = make_representation_alignment(config.alignment, transformer, token, accelerator, config.run.seed)
     steps = run.num_steps(config.transformer.max_train_steps, data.train)
-    plan = plan_of(config, architecture, origin)
+    plan = plan_of(config, architecture, origin, objective)
     start = find_start(run, vae, transformer, data.train, steps, plan, conditioning, objective)
     weaker = WeakerWeights(run, transformer, start.step, steps)
     is_flow = not isinstance(objective, Diffusion)
@@ -242,25 +242,24 @@ def warn_of_idle_guidance(config: TrainDiTConfig, conditioning: Conditioning, da
     if data.id2label or conditioning.parts:
         return
     idle = changes_of(config.transformer).keys() & {"class_dropout_prob"}
-    if config.flow.distill_guidance_scale is None:
-        of_weaker = set() if config.flow.autoguidance_steps is None else {"sample_guidance_scale"}
-        idle |= changes_of(config.flow).keys() & {"sample_guidance_scale", "sample_guidance_interval"} - of_weaker
+    if config.flow.autoguidance_steps is None and config.flow.distill_guidance_scale is None:
+        idle |= changes_of(config.flow).keys() & {"sample_guidance_scale", "sample_guidance_interval"}
     for name in sorted(idle):
         logger.warning("`--%s` has no effect: the images have no classes, captions or conditions.", name)
 
 
-def plan_of(config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None) -> dict[str, Any]:
+def plan_of(
+    config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None, objective: Objective
+) -> dict[str, Any]:
     """The settings that a run must keep when it goes on."""
-    interval = None
-    if config.flow.distill_guidance_scale is not None and origin is not None:
-        interval = list(config.flow.sample_guidance_interval or origin.guidance_interval)
+    interval = objective.guidance_interval if isinstance(objective, FlowMap) else ALL_LEVELS
     return {
         "pretrained_model_name_or_path": config.transformer.pretrained_model_name_or_path or (origin and origin.name),
         "caption_column": config.data.caption_column,
         **architecture,
         **config.data.condition_columns(),
         "distill_guidance_scale": config.flow.distill_guidance_scale,
-        "sample_guidance_interval": None if interval == list(ALL_LEVELS) else interval,
+        "sample_guidance_interval": None if interval == ALL_LEVELS else list(interval),
         "post_hoc_ema": config.post_hoc.post_hoc_ema or None,
     }
 
@@ -363,10 +362,8 @@ def make_objective(run: TrainingRun, origin: WarmStart | None) -> tuple[Objectiv
     if scale is not None and origin is not None:  # `find_start` refuses a resumed run that began from nothing
         origin.check_distillation(scale)
         interval = tuple(flow.sample_guidance_interval or origin.guidance_interval)
-        objective = FlowMap(
-            None, scale, interval, shift, run.accelerator.autocast
-        )  # its teacher comes with the transformer
-        return objective, flow_map_scheduler(shift)
+        # Its teacher comes with the transformer.
+        return FlowMap(None, scale, interval, shift, run.accelerator.autocast), flow_map_scheduler(shift)
     scheduler = origin.scheduler if keeps else flow_scheduler(shift)
     return FlowMatching(flow.timestep_sampling, shift), scheduler
 

@@ -10,6 +10,7 @@ from diffusers import SchedulerMixin
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.generators.denoising import Model
+from dae_diffusers.guidance import ALL_LEVELS
 from dae_diffusers.losses.flow_matching import interpolate, shifted
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, make evenly spread pairs with evenly spread numbers
@@ -40,7 +41,7 @@ class FlowMap:
 
     teacher: Model | None = None
     guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = ALL_LEVELS
     shift: float = 1.0
     autocast: Callable[[], AbstractContextManager] = nullcontext
     guide: Model | None = None

@@ -147,6 +147,10 @@ class FlowMatchingConfig:
 
     def __post_init__(self):
         check_interval("sample_guidance_interval", self.sample_guidance_interval)
+        if self.sample_guidance_interval is not None and self.autoguidance_steps is not None:
+            raise ConfigError(
+                "`sample_guidance_interval` does not go with `autoguidance_steps`, which guides at all noise levels. Leave one out."
+            )
 
     @property
     def num_sample_steps(self) -> int:

@@ -173,12 +173,8 @@ def _condition_weight(
     """A weight of the conditions: the old one, or one that adds nothing at first."""
     part, *rest = name.split(".")
     if part == "condition_embed":
-        old = taken.get(name)
-        return (
-            old
-            if conditions.has_same_image and old is not None and old.shape == value.shape
-            else torch.zeros_like(value)
-        )
+        old = taken.get(name) if conditions.has_same_image else None
+        return torch.zeros_like(value) if old is None or old.shape != value.shape else old
     number, end = int(rest[0]), ".".join(rest[1:])
     place, rows = conditions.attributes[number] if part == "attribute_embeds" else (conditions.numbers[number], [])
     if place is None:  # nothing else is zero of a new one

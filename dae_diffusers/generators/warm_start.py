@@ -29,6 +29,7 @@ from dae_diffusers.generators.take_over import (
     take_over,
     without_label_dropout,
 )
+from dae_diffusers.guidance import ALL_LEVELS
 from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
@@ -67,7 +68,7 @@ class WarmStart:
     pipeline: DAEDiTPipeline | None = None
     encoder: str | None = None
     statistics: dict[str, Any] | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = ALL_LEVELS
     is_resumed: bool = False
     changes: list[str] = field(default_factory=list)
     teachers: list[ModelMixin] = field(default_factory=list)
@@ -149,7 +150,7 @@ class WarmStart:
         r"""What a checkpoint holds of it; the weights follow with the checkpoint."""
         transformer = LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
         scheduler = getattr(diffusers, state["scheduler"]["_class_name"]).from_config(state["scheduler"])
-        interval = tuple(state.get("guidance_interval", cls.guidance_interval))
+        interval = tuple(state.get("guidance_interval", ALL_LEVELS))
         return cls(
             state["name"],
             transformer,

@@ -11,7 +11,7 @@ from dae_diffusers.fit_record import read_fit
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
-from dae_diffusers.metrics.sweep import SWEPT, is_by_class
+from dae_diffusers.metrics.sweep import SWEPT, is_by_class, values_of
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import fingerprint
 from dae_diffusers.vision import backbone_of
@@ -37,8 +37,11 @@ def check_guidance(sampling: SamplingConfig, name: str | None, pipeline: Diffusi
                 f"{name} draws in few steps with its guidance in it, so `{option}` changes nothing: leave it out. "
                 "`num_inference_steps 1 2 4 8` shows what steps change."
             )
-    scales = sampling.guidance_scales or [getattr(pipeline, "config", {}).get("default_guidance_scale") or 1.0]
-    if len(sampling.guidance_intervals or ()) > 2 and set(scales) == {1.0}:
+    if pipeline is None:
+        return
+    if len(values_of("guidance_interval", sampling, pipeline)) > 1 and set(
+        values_of("guidance_scale", sampling, pipeline)
+    ) == {1.0}:
         raise UserError(
             "`guidance_intervals` compares intervals of guidance, but `guidance_scales` is 1, which is none. Give others, such as 1.5 2 3."
         )

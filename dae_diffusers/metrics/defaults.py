@@ -32,7 +32,8 @@ def write_defaults(pipeline: Path, **options: float) -> None:
     r"""Makes options of the call those with which the pipeline in a folder draws by default."""
     path, code = pipeline / DAEDiTPipeline.config_name, pipeline / PIPELINE_FILE
     index = read_json(path)
-    if code.exists():  # an earlier version's may not know these defaults
+    if code.exists() and not all(f"default_{option}" in code.read_text(encoding="utf-8") for option in options):
+        logger.info("%s is of an earlier version, which does not know these defaults: it is replaced", code)
         if index["_class_name"] == "DAEVQGANPipeline":
             write_atomically(code, DAEVQGANPipeline._code)
         else:

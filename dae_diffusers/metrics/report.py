@@ -18,7 +18,7 @@ from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.caching import CachedRows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
-from dae_diffusers.evaluation_record import is_deviation, weights_by_part
+from dae_diffusers.evaluation_record import is_deviation, setting_of, weights_by_part
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import scheduler_options
@@ -238,15 +238,9 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 
 
 def _legend_of(row: dict[str, Any]) -> str:
-    """How the samples of a row were drawn, in words."""
-    low, high = row.get("guidance_interval") or (None, None)
-    parts = {
-        "guidance {:g}": row.get("guidance_scale"),
-        "from {:g}": low,
-        "to {:g}": high,
-        "{:g} steps": row.get("num_inference_steps"),
-    }
-    return " ".join(words.format(value) for words, value in parts.items() if value is not None)
+    """How the samples of a row were drawn, in words, such as "guidance 2 from 0 to 0.8 25 steps"."""
+    words = {**dict.fromkeys(("guidance", "from", "to"), "{label} {value:g}"), "steps": "{value:g} steps"}
+    return " ".join(words[label].format(label=label, value=value) for label, value in setting_of(row).items())
 
 
 def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:

@@ -20,7 +20,7 @@ SWEPT = {
     "num_inference_steps": "num_inference_steps",
 }
 # Their values for a pipeline without defaults of its own.
-_USUAL = {"guidance_scale": 1.0, "num_inference_steps": 25}
+_USUAL = {"guidance_scale": 1.0, "guidance_interval": None, "num_inference_steps": 25}
 
 # Options that are not swept.
 NOT_SWEPT = ("temperature", "top_k", "top_p", "velocity_scale")
@@ -44,6 +44,23 @@ def is_by_class(sampling: SamplingConfig, sampler: Sampler) -> bool:
     return sampler.conditions is None and (sampler.prompts is None or sampling.prompt is not None)
 
 
+def values_of(option: str, sampling: SamplingConfig, pipeline: DiffusionPipeline) -> list[Any]:
+    r"""The values of an option in `SWEPT` that are to be measured."""
+    flag = SWEPT[option]
+    values = _value_of(option, flag, sampling, pipeline)
+    if values is None:
+        return [_USUAL[option]]
+    if option == "guidance_interval":
+        return intervals_of(flag, values)
+    return values if isinstance(values, list) else [values]
+
+
+def _value_of(option: str, flag: str, sampling: SamplingConfig, pipeline: DiffusionPipeline) -> Any:
+    """What is given, or the pipeline's default: cached samples are known by their settings."""
+    given = getattr(sampling, flag)
+    return pipeline.config.get(f"default_{option}") if given is None else given
+
+
 def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train: ImageDataset) -> list[SampleSettings]:
     r"""The settings to measure: one for each combination of the swept options that the pipeline has."""
     by_class = is_by_class(sampling, sampler)
@@ -53,19 +70,9 @@ def swept_settings(sampling: SamplingConfig, seed: int, sampler: Sampler, train:
         label_sampling = "balanced"
         logger.warning("the images do not have the pipeline's classes, so that each class is generated equally often.")
 
-    def value_of(option: str, flag: str) -> Any:
-        """What is given, or the pipeline's default: kept samples are known by their settings."""
-        given = getattr(sampling, flag)
-        return sampler.pipeline.config.get(f"default_{option}") if given is None else given
-
-    sweep = []
-    for option, flag in SWEPT.items():
-        values = value_of(option, flag)
-        if option == "guidance_interval":
-            values = [None] if values is None else intervals_of(flag, values)
-        values = _USUAL[option] if values is None else values
-        sweep.append([None] if option not in sampler.accepted else values if isinstance(values, list) else [values])
-    others = {name: value_of(name, name) for name in NOT_SWEPT if name in sampler.accepted}
+    pipeline = sampler.pipeline
+    sweep = [values_of(option, sampling, pipeline) if option in sampler.accepted else [None] for option in SWEPT]
+    others = {name: _value_of(name, name, sampling, pipeline) for name in NOT_SWEPT if name in sampler.accepted}
     return [
         SampleSettings(
             sampling.num_images,
