@@ -278,6 +278,10 @@ def test_run_goes_on_only_as_the_distillation_that_it_was(distilled, teacher, tm
     for flags, now in ((plain, "left out"), (f"{FLAGS} --distill_guidance_scale 2", "2.0")):
         with pytest.raises(UserError, match=message.format(now)):
             run(train_dit, f"{flags} {more}", output_dir=folder, **data)
+    with pytest.raises(
+        UserError, match="with `sample_guidance_interval` 0.0 1.0, but now it is 0.0 0.5. Continue with 0.0 1.0"
+    ):
+        run(train_dit, f"{FLAGS} --sample_guidance_interval 0 0.5 {more}", output_dir=folder, **data)
     run(train_dit, plain.replace("max_train_steps 6", "max_train_steps 2"), output_dir=tmp_path, **data)
     with pytest.raises(
         UserError, match="trained without `distill_guidance_scale`, but now it is 1.5. Continue without"

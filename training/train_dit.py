@@ -252,14 +252,14 @@ def plan_of(
     config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None, objective: Objective
 ) -> dict[str, Any]:
     """The settings that a run must keep when it goes on."""
-    interval = objective.guidance_interval if isinstance(objective, FlowMap) else ALL_LEVELS
+    interval = list(objective.guidance_interval) if isinstance(objective, FlowMap) else None
     return {
         "pretrained_model_name_or_path": config.transformer.pretrained_model_name_or_path or (origin and origin.name),
         "caption_column": config.data.caption_column,
         **architecture,
         **config.data.condition_columns(),
         "distill_guidance_scale": config.flow.distill_guidance_scale,
-        "sample_guidance_interval": None if interval == ALL_LEVELS else list(interval),
+        "sample_guidance_interval": interval,
         "post_hoc_ema": config.post_hoc.post_hoc_ema or None,
     }
 
