@@ -292,7 +292,8 @@ def test_run_goes_on_only_as_the_distillation_that_it_was(distilled, teacher, tm
     for path, flags, said in ((tmp_path / "distilled", plain, "with .* lacks"), (tmp_path, FLAGS, "without .* has")):
         for manifest in (path / "train_dit").rglob("checkpoint.json"):
             saved = json.loads(manifest.read_text())
-            del saved["state"]["plan"]["settings"]["distill_guidance_scale"]
+            for name in ("distill_guidance_scale", "sample_guidance_interval"):
+                del saved["state"]["plan"]["settings"][name]
             manifest.write_text(json.dumps(saved))
         with pytest.raises(
             UserError, match=f"was trained {said.replace('.*', 'the distilled transformer, which this run')}"
