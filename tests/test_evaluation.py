@@ -360,7 +360,7 @@ def test_sweep_is_drawn_over_what_was_swept(tmp_path, monkeypatch):
         Figure, "savefig", lambda figure, *_, **__: legends.extend(figure.axes[0].get_legend_handles_labels()[1])
     )
     plot_sweep(rows, "gfd", tmp_path / "sweep.png")
-    assert legends == ["from 0 to 1 5 steps", "from 0 to 0.8 5 steps"]
+    assert legends == ["from 0 to 1, 5 steps", "from 0 to 0.8, 5 steps"]
     assert labels == ["steps", "guidance scale", "guidance scale", "steps"]
 
 

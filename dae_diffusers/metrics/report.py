@@ -238,9 +238,11 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 
 
 def _legend_of(row: dict[str, Any]) -> str:
-    """How the samples of a row were drawn, in words, such as "guidance 2 from 0 to 0.8 25 steps"."""
-    words = {**dict.fromkeys(("guidance", "from", "to"), "{label} {value:g}"), "steps": "{value:g} steps"}
-    return " ".join(words[label].format(label=label, value=value) for label, value in setting_of(row).items())
+    """How the samples of a row were drawn, in words, such as "guidance 2 from 0 to 0.8, 25 steps"."""
+    setting = setting_of(row)
+    steps = f"{setting.pop('steps'):g} steps" if "steps" in setting else ""
+    guidance = " ".join(f"{label} {value:g}" for label, value in setting.items())
+    return ", ".join(filter(None, (guidance, steps)))
 
 
 def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
