@@ -305,6 +305,7 @@ def test_pipelines_without_classes_fill_one_folder(tmp_path):
     [
         ("--seed 1", "`seed` 0"),
         ("--guidance_scale 3 --velocity_scale 1.5", "`guidance_scale` 1.5, `velocity_scale` 1.0"),
+        ("--guidance_interval 0 0.5", "`guidance_interval` 0 1"),
         ("--class_labels cat dog", "no `class_labels`"),
         ("--mixed_precision bf16", "`mixed_precision` no"),
     ],

@@ -143,7 +143,9 @@ def _differences(kept: dict[str, Any], settings: dict[str, Any]) -> Iterator[str
         value = kept.get(name)
         if name in _OF_ONE_RUN or value == settings.get(name):
             continue
-        if name in _IN_WORDS or isinstance(value, dict | list):
+        if name == "guidance_interval" and value is not None:
+            yield f"`{name}` {value[0]:g} {value[1]:g}"  # as the flag has it
+        elif name in _IN_WORDS or isinstance(value, dict | list):
             yield _IN_WORDS.get(name, f"other `{name}`")
         else:
             yield f"no `{name}`" if value is None else f"`{name}` {value}"
