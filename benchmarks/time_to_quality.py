@@ -9,7 +9,8 @@ flags of its own, and `start` if it trains diffusers' `DiTTransformer2DModel`: `
 by DDIM, or `flow` for flow matching, sampled as ours.
 
 A step's time is processor time, measured between runs of two lengths that change places, without measurements, so that other work on the
-machine changes it little. Writes `time_to_quality.md`, a picture, and `runs.json`; what is finished is kept.
+machine changes it little. With `evaluations`, numbers of denoising steps, the distance over function evaluations is measured too, by
+several schedulers. Writes `time_to_quality.md`, pictures, and `runs.json`; what is finished is kept.
 """
 
 import argparse
@@ -38,6 +39,10 @@ SHORT, LONG = 20, 120  # steps of the runs that are timed
 SCHEDULERS = {
     "noise": lambda: DDIMScheduler(clip_sample=False),  # 1000 steps, betas from 1e-4 to 2e-2, as the DiT paper has it
     "flow": lambda: flow_scheduler(1.0),  # as ours, so that the transformers are compared, and not the solvers
+}
+SOLVERS = {  # with which function evaluations are counted; each makes one in a step
+    "noise": ["DDPM", "DDIM", "DPMSolverMultistep"],
+    "flow": ["FlowMatchEulerDiscrete", "UniPCMultistep"],
 }
 
 Runs = dict[str, Any]
@@ -79,6 +84,8 @@ def flags_of(experiment: dict[str, Any], name: str, seed: int, output_dir: Path)
             save_start(start, experiment, given, seed)
         shared = {key: value for key, value in shared.items() if key != "model" and key not in SIZES}
         recipe["pretrained_model_name_or_path"] = given
+    if start == "noise":  # guided at all levels, as such pipelines are
+        shared.pop("sample_guidance_interval", None)
     return {**shared_flags(folder / "run", seed), **experiment["data"], "vae": experiment["vae"], **shared, **recipe}
 
 
@@ -90,6 +97,26 @@ def train(experiment: dict[str, Any], name: str, seed: int, output_dir: Path) ->
     rows = read_log(Path(flags["output_dir"]) / "train_dit")
     found = {row["step"]: value for row in rows for key, value in row.items() if key.startswith("validation/g")}
     return {"steps": list(found), "distances": list(found.values())}
+
+
+def over_evaluations(experiment: dict[str, Any], name: str, seed: int, output_dir: Path) -> dict[str, dict[str, float]]:
+    """The distance of a trained recipe, by scheduler and by number of denoising steps."""
+    run = Path(flags_of(experiment, name, seed, output_dir)["output_dir"])
+    is_noise = (experiment["recipes"][name] or {}).get("start") == "noise"
+    options = {
+        "pipeline": run / "pipeline",
+        "features": experiment["judge"],
+        "num_images": experiment["metric"]["metric_images"],
+        "num_inference_steps": experiment["evaluations"],
+        "schedulers": SOLVERS["noise" if is_noise else "flow"],
+        "output_dir": run.with_name("evaluation"),
+    }
+    launch_script("evaluate", {**experiment["data"], **options})
+    found: dict[str, dict[str, float]] = {}
+    for row in read_json(run.with_name("evaluation") / "metrics.json")["generation"]:
+        distance = next(value for name, value in row.items() if name.startswith(("gfd_", "gfid")))
+        found.setdefault(row["scheduler"], {})[str(row["num_inference_steps"])] = distance
+    return found
 
 
 def seconds_of(experiment: dict[str, Any], name: str, output_dir: Path, repeat: int) -> float:
@@ -105,7 +132,9 @@ def seconds_of(experiment: dict[str, Any], name: str, output_dir: Path, repeat: 
 def measure(experiment: dict[str, Any], output_dir: Path) -> Runs:
     """Everything that is not measured yet; kept in `runs.json` piece by piece."""
     path = output_dir / "runs.json"
-    shared = {key: value for key, value in experiment.items() if key not in ("recipes", "seeds", "repeats")}
+    shared = {
+        key: value for key, value in experiment.items() if key not in ("recipes", "seeds", "repeats", "evaluations")
+    }
     recipes = {f"recipe {name}": recipe for name, recipe in experiment["recipes"].items()}
     check_same_settings(output_dir / "settings.json", shared | recipes)
     runs = read_json(path) if path.exists() else {"seconds": {}, "curves": {}}
@@ -119,6 +148,10 @@ def measure(experiment: dict[str, Any], output_dir: Path) -> Runs:
         kept = runs["curves"].setdefault(name, {})
         if str(seed) not in kept:
             kept[str(seed)] = train(experiment, name, seed, output_dir)
+            write_json(path, runs)
+        kept = runs.setdefault("evaluations", {}).setdefault(name, {})
+        if "evaluations" in experiment and str(seed) not in kept:
+            kept[str(seed)] = over_evaluations(experiment, name, seed, output_dir)
             write_json(path, runs)
     return runs
 
@@ -174,6 +207,37 @@ def table(runs: Runs, classic: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_evaluations(evaluations: dict[str, Any]) -> str:
+    """A Markdown table: a row for each recipe and scheduler, a column for each number of function evaluations; means over seeds."""
+    means = mean_distances(evaluations)
+    columns = sorted({steps for row in means.values() for steps in row})
+    lines = [f"| recipe, scheduler | {' | '.join(map(str, columns))} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{row[steps]:.2f}' for steps in columns)} |" for name, row in means.items()]
+    return "\n".join(lines) + "\n"
+
+
+def mean_distances(evaluations: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """For each recipe and scheduler the mean distance of all seeds, by number of steps."""
+    means = {}
+    for name, seeds in evaluations.items():
+        for scheduler in next(iter(seeds.values()), {}):
+            found = [by_scheduler[scheduler] for by_scheduler in seeds.values()]
+            row = {int(steps): statistics.mean(each[steps] for each in found) for steps in found[0]}
+            means[f"{name}, {scheduler.removesuffix('Scheduler')}"] = row
+    return means
+
+
+def plot_evaluations(evaluations: dict[str, Any], path: Path) -> None:
+    """Distance over function evaluations, the mean of all seeds, with a line for each recipe and scheduler."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, row in mean_distances(evaluations).items():
+        axes.plot(*zip(*sorted(row.items()), strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="function evaluations", ylabel="gFD (lower is better)", xscale="log", yscale="log")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def plot(runs: Runs, path: Path) -> None:
     """Distance over time, the mean of all seeds, with a line for each recipe."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -198,6 +262,9 @@ def main(arguments: argparse.Namespace) -> None:
     experiment["judge"] = find_features(experiment["judge"], experiment["data"], arguments.output_dir)
     runs = measure(experiment, arguments.output_dir)
     text = table(runs, next(iter(runs["curves"])))
+    if any(runs["evaluations"].values()):
+        text += f"\n{table_of_evaluations(runs['evaluations'])}"
+        plot_evaluations(runs["evaluations"], arguments.output_dir / "evaluations.png")
     write_atomically(arguments.output_dir / "time_to_quality.md", text)
     plot(runs, arguments.output_dir / "time_to_quality.png")
     print(text)

@@ -17,16 +17,18 @@ def weights_by_part(parts: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def setting_of(row: dict[str, Any]) -> dict[str, float]:
-    r"""How the samples of a row were drawn: `guidance`, `from`, `to`, `steps`, those that the row has."""
+def setting_of(row: dict[str, Any]) -> dict[str, str]:
+    r"""How the samples of a row were drawn: `guidance`, `from`, `to`, `steps`, `by` (scheduler), those that the row has."""
     low, high = row.get("guidance_interval") or (None, None)
     setting = {"guidance": row.get("guidance_scale"), "from": low, "to": high, "steps": row.get("num_inference_steps")}
-    return {label: value for label, value in setting.items() if value is not None}
+    words = {label: f"{value:g}" for label, value in setting.items() if value is not None}
+    scheduler = row.get("scheduler")
+    return words if scheduler is None else {**words, "by": scheduler.removesuffix("Scheduler")}
 
 
 def name_of_setting(row: dict[str, Any]) -> str:
     r"""The part of a picture's file name that says how the samples of a row were drawn, such as `guidance-2-from-0-to-0.8-steps-25`."""
-    return "-".join(f"{label}-{value:g}" for label, value in setting_of(row).items()) or "default"
+    return "-".join(f"{label}-{value}" for label, value in setting_of(row).items()) or "default"
 
 
 def is_deviation(name: str, row: dict[str, Any]) -> bool:

@@ -494,6 +494,8 @@ def test_recipes_are_compared_by_the_time_to_the_same_quality():
 
 
 @pytest.mark.filterwarnings("ignore:.*larger than the data set")
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of a scheduler of diffusers
 def test_recipes_are_trained_on_the_same_latents(image_folder, tmp_path, monkeypatch, capsys):
     """One with diffusers' transformer, one with ours; a second call trains nothing."""
     script = load_benchmark("time_to_quality")
@@ -509,11 +511,12 @@ def test_recipes_are_trained_on_the_same_latents(image_folder, tmp_path, monkeyp
     }
     experiment = {
         "vae": str(tmp_path / "pipeline" / "vae"),
-        "data": {"train_data_dir": str(image_folder), "resolution": 16},
+        "data": {"train_data_dir": str(image_folder), "resolution": 16, "validation_fraction": 0.5},
         "judge": save_backbone(tmp_path / "judge", "classifier"),
         "metric": {"metric_images": 12, "metric_steps": 2, "sample_steps": 1},
-        "shared": shared | {"attention_head_dim": 8, "sample_steps": 1},
+        "shared": shared | {"attention_head_dim": 8, "sample_steps": 1, "sample_guidance_interval": [0.0, 1.0]},
         "recipes": {"classic": {"start": "noise"}, "ours": {"optimizer": "muon"}},
+        "evaluations": [1, 2],
         "seeds": [0],
         "repeats": 1,
     }
@@ -528,8 +531,11 @@ def test_recipes_are_trained_on_the_same_latents(image_folder, tmp_path, monkeyp
     with launched_here() as started:
         script.main(arguments)
     text = capsys.readouterr().out
-    assert len(started) == 2 and "| classic |" in text and "| ours |" in text
-    assert (tmp_path / "out/time_to_quality.png").exists()
+    assert len(started) == 4 and "| classic |" in text and "| ours |" in text
+    assert (
+        "| classic, DDPM |" in text and "| ours, UniPCMultistep |" in text and "| recipe, scheduler | 1 | 2 |" in text
+    )
+    assert (tmp_path / "out/time_to_quality.png").exists() and (tmp_path / "out/evaluations.png").exists()
     transformers = tmp_path.glob("out/*/seed-0/run/pipeline/transformer/config.json")
     assert {json.loads(path.read_text())["_class_name"] for path in transformers} == {
         "DiTTransformer2DModel", "DAEDiTTransformer2DModel",

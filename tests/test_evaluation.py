@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from functools import wraps
 from types import SimpleNamespace
 
@@ -64,10 +65,12 @@ from dae_diffusers.metrics.sampling import (
     draw_samples,
     generation_inputs,
     ids_in_pipeline,
+    image_batches,
     prompts_of,
     prompts_of_images,
     say_duration,
 )
+from dae_diffusers.metrics.schedulers import drawing_by
 from dae_diffusers.metrics.settings import SamplingConfig
 from dae_diffusers.metrics.statistics import FeatureStatistics
 from dae_diffusers.metrics.sweep import swept_settings, what_to_draw
@@ -551,17 +554,18 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     own.save_pretrained(tmp_path)
     rows = [{"gfd_x": number, **each.given()} for number, each in zip((3.0, 2.0, 1.0), swept, strict=True)]
     (tmp_path / "pipeline.py").write_text("# of an earlier version")
-    set_defaults(str(tmp_path), rows, "gfd_x")
+    set_defaults(str(tmp_path), None, rows, "gfd_x")
     assert "default_guidance_interval" in (tmp_path / "pipeline.py").read_text()
     own_code = (tmp_path / "pipeline.py").read_text() + "\n# changed by its user\n"
     (tmp_path / "pipeline.py").write_text(own_code)
-    set_defaults(str(tmp_path), rows, "gfd_x")
+    set_defaults(str(tmp_path), None, rows, "gfd_x")
     assert (tmp_path / "pipeline.py").read_text() == own_code  # it knows these defaults
     limited = DAEDiTPipeline.from_pretrained(tmp_path)
     assert limited.call_defaults == {
         "guidance_scale": 2, "guidance_interval": (0, 0.8), "num_inference_steps": 7, "velocity_scale": 1
     }  # fmt: skip
-    set_defaults(str(tmp_path), [{"gfd_x": 0.0, **swept[0].given()}], "gfd_x")  # without guidance the interval stays
+    rows = [{"gfd_x": 0.0, **swept[0].given()}]  # without guidance the interval stays
+    set_defaults(str(tmp_path), None, rows, "gfd_x")
     kept = DAEDiTPipeline.from_pretrained(tmp_path).call_defaults
     assert (kept["guidance_scale"], kept["guidance_interval"]) == (1, (0, 0.8))
     (setting,) = swept_settings(SamplingConfig(num_images=4), 0, Sampler(limited), images)
@@ -570,7 +574,7 @@ def test_a_pipeline_is_measured_as_it_draws_by_default(pipeline, images, tmp_pat
     )
     own.save_pretrained(tmp_path)
     row = {"gfd_x": 1.0, "guidance_scale": None, "num_inference_steps": 9}  # as where there is nothing to guide
-    set_defaults(str(tmp_path), [row], "gfd_x")
+    set_defaults(str(tmp_path), None, [row], "gfd_x")
     assert settings(DAEDiTPipeline.from_pretrained(tmp_path)) == [(1.5, 9)]
 
 
@@ -596,7 +600,7 @@ def test_velocity_scale_is_measured_and_becomes_the_default(pipeline, images, tm
     (setting,) = swept_settings(sampling, 0, Sampler(pipeline), images)
     assert setting.call_kwargs()["velocity_scale"] == 1.1
     pipeline.save_pretrained(tmp_path)
-    set_defaults(str(tmp_path), [{"gfd_x": 1.0, **setting.given()}], "gfd_x")
+    set_defaults(str(tmp_path), None, [{"gfd_x": 1.0, **setting.given()}], "gfd_x")
     again = DAEDiTPipeline.from_pretrained(tmp_path)
     (setting,) = swept_settings(SamplingConfig(num_images=4), 0, Sampler(again), images)
     assert setting.velocity_scale == 1.1  # so that samples which are kept of another scale do not count
@@ -769,3 +773,44 @@ def test_a_folder_of_images_takes_the_place_of_samples(image_folder, tmp_path):
         run(evaluate, flags, **folders | {"samples_dir": tmp_path / "empty"})
     with pytest.raises((UserError, SystemExit)):
         run(evaluate, flags, **folders, vae=tmp_path)
+
+
+def test_schedulers_are_compared_and_the_best_is_kept(pipeline, images, tmp_path):
+    """Drawn by a scheduler of its own class, images are the pipeline's own; its scheduler is the same afterwards."""
+    own = type(pipeline.scheduler).__name__
+    sampling = SamplingConfig(num_images=4, num_inference_steps=[4], schedulers=[own, "UniPCMultistep"])
+    sampler = Sampler(pipeline)
+    check_options(sampling, sampler)
+    same, other = swept_settings(sampling, 0, sampler, images)
+    assert [each.scheduler for each in (same, other)] == [own, "UniPCMultistepScheduler"]
+    assert name_of_setting(other.given()).endswith("steps-4-by-UniPCMultistep")
+
+    def drawn(settings):
+        with drawing_by(pipeline, settings.scheduler):
+            assert type(pipeline.scheduler).__name__ == settings.scheduler or settings.scheduler is None
+            ((batch, _),) = image_batches(pipeline, settings, Accelerator(), 4)(range(4))
+        return batch
+
+    plain = drawn(replace(same, scheduler=None))
+    assert torch.equal(drawn(same), plain) and not torch.equal(drawn(other), plain)
+    assert type(pipeline.scheduler).__name__ == own
+    pipeline.save_pretrained(tmp_path)
+    rows = [{"gfd_x": distance, **each.given()} for distance, each in ((2.0, same), (1.0, other))]
+    set_defaults(str(tmp_path), pipeline, rows, "gfd_x")
+    kept = DAEDiTPipeline.from_pretrained(tmp_path)
+    assert type(kept.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert kept.call_defaults["num_inference_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DDIM", "`schedulers` DDIM does not suit the pipeline: .*flow matching"),
+        ("UniPCMultistepp", "no scheduler 'UniPCMultistepp'. Did you mean UniPCMultistep"),
+        ("qqq", "Such names are"),
+        ("ModelMixin", "Such names are"),
+    ],
+)
+def test_schedulers_that_cannot_draw_are_refused(pipeline, name, message):
+    with pytest.raises(UserError, match=message):
+        check_options(SamplingConfig(num_images=4, schedulers=[name]), Sampler(pipeline))

@@ -192,7 +192,7 @@ def choose(
         part, _ = generator_of(pipeline)
         put_into_pipeline(folder, part, folder_of(output_dir, best["length"]) / part, best["length"])
     if isinstance(pipeline, DAEDiTPipeline | DAEVQGANPipeline):
-        set_defaults(str(folder / "pipeline"), [best], distance)
+        set_defaults(str(folder / "pipeline"), pipeline, [best], distance)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def main(config: EvaluateConfig) -> None:
         write_json(folder / "metrics.json", results)
         logger.info("%s\nwritten to %s", to_markdown(results), folder)
         if config.sampling.set_defaults:
-            set_defaults(of.pipeline, results["generation"], extractor.distance_name("g"))
+            set_defaults(of.pipeline, pipeline, results["generation"], extractor.distance_name("g"))
     accelerator.end_training()
     lock.release()
 

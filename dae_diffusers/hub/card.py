@@ -641,6 +641,7 @@ def _setting_of(values: dict[str, Any]) -> dict[str, Any]:
         "guidance_scale",
         "guidance_interval",
         "num_inference_steps",
+        "scheduler",
         "velocity_scale",
         "label_sampling",
         "seed",

@@ -530,7 +530,7 @@ def _evaluate_command(result: Result, config: dict[str, Any], *, is_of_samples: 
     )
     words += [word for name in images if known.get(name) for word in (f"--{name}", str(known[name]))]
     words += ["--features", str(config["features"])] if config.get("features") else []
-    for name in ("guidance_scales", "guidance_intervals", "num_inference_steps") if is_of_samples else ():
+    for name in ("guidance_scales", "guidance_intervals", "num_inference_steps", "schedulers") if is_of_samples else ():
         words += [f"--{name}", *map(str, config[name])] if config.get(name) else []
     return shlex.join(["dae-diffusers", "evaluate", *words, "--output_dir", str(result.folder / "evaluation")])
 

@@ -10,6 +10,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import Sampler
+from dae_diffusers.metrics.schedulers import drawing_by
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.metrics.sweep import SWEPT, is_by_class, values_of
 from dae_diffusers.settings import changes_of
@@ -83,6 +84,9 @@ def check_options(sampling: SamplingConfig, sampler: Sampler | None) -> None:
             logger.warning("`--%s` has no effect on what a %s draws.", name, type(sampler.pipeline).__name__)
     if sampler is None:
         return
+    for scheduler in sampling.schedulers or () if "scheduler" in sampler.accepted else ():
+        with drawing_by(sampler.pipeline, scheduler):
+            pass  # it suits the pipeline
     unused = []
     if not is_by_class(sampling, sampler) or sampler.num_classes is None:
         unused.append("label_sampling")

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.sampling import options_in_words
+from dae_diffusers.metrics.schedulers import drawing_by, keep_scheduler
 from dae_diffusers.metrics.sweep import NOT_SWEPT, SWEPT
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, save_code
 from dae_diffusers.pipelines.dae_vqgan import PIPELINE_FILE, DAEVQGANPipeline
@@ -41,11 +42,25 @@ def write_defaults(pipeline: Path, **options: float) -> None:
     write_json(path, index | {f"default_{option}": value for option, value in options.items()})
 
 
-def set_defaults(name: str, rows: list[dict[str, Any]], distance: str) -> None:
-    r"""Makes the settings of the row with the lowest distance those with which the pipeline draws by default."""
+def set_defaults(name: str, pipeline: DiffusionPipeline, rows: list[dict[str, Any]], distance: str) -> None:
+    r"""
+    Makes the settings of the row with the lowest distance those with which the pipeline draws by default.
+
+    Args:
+        name (`str`): The pipeline's folder.
+        pipeline (`DiffusionPipeline`): The pipeline, with the scheduler of its folder.
+        rows (`list[dict]`): The rows, with their settings.
+        distance (`str`): The column of the distance.
+    """
     best = min(rows, key=lambda row: row[distance])
     chosen = {option: best[option] for option in (*SWEPT, *NOT_SWEPT) if best.get(option) is not None}
     if chosen.get("guidance_scale") == 1:
         chosen.pop("guidance_interval", None)  # it was not used, and may not suit another scale
+    scheduler = chosen.pop("scheduler", None)
     write_defaults(Path(name), **chosen)
-    logger.info("%s now draws with %s by default", name, options_in_words(chosen))
+    words = options_in_words(chosen)
+    if scheduler is not None:
+        with drawing_by(pipeline, scheduler):
+            keep_scheduler(Path(name), pipeline)
+        words = f"{words}, {scheduler}"
+    logger.info("%s now draws with %s by default", name, words)

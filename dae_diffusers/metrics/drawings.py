@@ -13,6 +13,7 @@ from dae_diffusers.caching import CachedRows, cached_values
 from dae_diffusers.metrics.evaluation import TrainingFeatures, sample_metrics
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import SampleSettings, draw_samples, generation_inputs
+from dae_diffusers.metrics.schedulers import drawing_by
 from dae_diffusers.randomness import Stream, derived_seed
 
 
@@ -84,7 +85,8 @@ def measure_drawings(
         inputs = generation_inputs(pipeline, drawing, accelerator)
         return Drawing(drawing, inputs, samples, **cached_values(compare, accelerator, folder=parts, of=[*of, inputs]))
 
-    return [measure(drawing) for drawing in drawings_of(settings, num_drawings)]
+    with drawing_by(pipeline, settings.scheduler):
+        return [measure(drawing) for drawing in drawings_of(settings, num_drawings)]
 
 
 def drawings_of(settings: SampleSettings, number: int) -> list[SampleSettings]:

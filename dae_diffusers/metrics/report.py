@@ -240,9 +240,10 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 def _legend_of(row: dict[str, Any]) -> str:
     """How the samples of a row were drawn, in words, such as "guidance 2 from 0 to 0.8, 25 steps"."""
     setting = setting_of(row)
-    steps = f"{setting.pop('steps'):g} steps" if "steps" in setting else ""
-    guidance = " ".join(f"{label} {value:g}" for label, value in setting.items())
-    return ", ".join(filter(None, (guidance, steps)))
+    steps = f"{setting.pop('steps')} steps" if "steps" in setting else ""
+    scheduler = setting.pop("by", "")
+    guidance = " ".join(f"{label} {value}" for label, value in setting.items())
+    return ", ".join(filter(None, (guidance, steps, scheduler)))
 
 
 def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:

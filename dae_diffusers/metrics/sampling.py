@@ -22,6 +22,7 @@ from dae_diffusers.data.columns import class_name
 from dae_diffusers.data.condition_values import ConditionValues, as_call
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.metrics.schedulers import drawing_by
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
@@ -60,6 +61,8 @@ class SampleSettings:
         temperature, top_k, top_p (*optional*): For a pipeline that draws codes; None is its default.
         velocity_scale (`float`, *optional*): For a pipeline of flow matching; None is its default.
         guidance_interval (pair of `float`, *optional*): Noise levels with guidance; None is the pipeline's default.
+        scheduler (`str`, *optional*): Class of the scheduler, see [`~dae_diffusers.metrics.schedulers.drawing_by`]; None is the pipeline's
+            own.
         prompts (`tuple[str, ...]`, *optional*): For a text-to-image pipeline: a text for each class, or a single one without
             classes; or the captions of images.
         classes (`tuple[int, ...]`, *optional*): The class of each prompt or condition, for a pipeline that also has classes.
@@ -79,6 +82,7 @@ class SampleSettings:
     top_p: float | None = None
     velocity_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    scheduler: str | None = None
     prompts: tuple[str, ...] | None = None
     classes: tuple[int, ...] | None = None
     conditions: ConditionValues | None = None
@@ -189,7 +193,7 @@ class Sampler:
         UserError: For a pipeline of another kind, a text-to-image pipeline without prompts, or other conditions than the pipeline has.
 
     Attributes:
-        accepted (`set[str]`): Names of the call's options that change what this pipeline draws.
+        accepted (`set[str]`): What changes what this pipeline draws: names of the call's options, and `scheduler`.
         num_classes (`int` or `None`): See the table.
         arguments (`Callable`): Takes the labels of some images and their number, and gives the arguments of the call that differ
             from image to image.
@@ -210,6 +214,8 @@ class Sampler:
         has_prompt = takes_text(pipeline)
         if not has_prompt:
             self.accepted.discard("prompt")
+        if hasattr(pipeline, "scheduler") and not getattr(pipeline, "is_flow_map", False):
+            self.accepted.add("scheduler")
         if not getattr(pipeline, "is_flow_matching", False):
             self.accepted.discard("velocity_scale")
         has_rows = has_prompt or conditions is not None
@@ -239,7 +245,7 @@ class Sampler:
         else:
             raise UserError(
                 f"a {type(pipeline).__name__} cannot be evaluated: its call takes none of `class_labels` with "
-                f"`num_images_per_label`, `prompt` and `batch_size`, but {sorted(self.accepted - {'self'})}."
+                f"`num_images_per_label`, `prompt` and `batch_size`, but {sorted(self.accepted - {'self', 'scheduler'})}."
             )
 
     def __call__(
@@ -378,9 +384,10 @@ def say_duration(
     )
 
 
-def _way_of(settings: SampleSettings) -> tuple[float, float] | bool:
-    """What of the settings decides how long a step takes: whether, and between which noise levels, it is guided."""
-    return settings.guidance_scale not in (None, 1) and (settings.guidance_interval or True)
+def _way_of(settings: SampleSettings) -> tuple[Any, ...]:
+    """What of the settings decides how long a step takes: whether, and between which noise levels, it is guided, and the scheduler."""
+    is_guided = settings.guidance_scale not in (None, 1)
+    return is_guided, is_guided and settings.guidance_interval, settings.scheduler
 
 
 def _draw_costs(
@@ -394,7 +401,8 @@ def _draw_costs(
 
     def seconds(steps: int) -> float:
         start = time.monotonic()
-        with accelerator.autocast(), decoding_in_range(sampler.pipeline, accelerator):
+        by_its_scheduler = drawing_by(sampler.pipeline, settings.scheduler)
+        with by_its_scheduler, accelerator.autocast(), decoding_in_range(sampler.pipeline, accelerator):
             sampler(chosen, len(numbers), generators, **settings.call_kwargs() | {"num_inference_steps": steps})
         return time.monotonic() - start
 

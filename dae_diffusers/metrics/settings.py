@@ -126,10 +126,16 @@ class SamplingConfig(CallConfig):
         at_least=1,
         needs="pipeline",
     )
+    schedulers: list[str] | None = field(
+        None,
+        "one or more schedulers of diffusers to draw with, such as `UniPCMultistep DPMSolverMultistep`; default: the pipeline's own",
+        needs="pipeline",
+        advanced=True,
+    )
     set_defaults: bool = field(
         False,
-        "make the guidance scale, its interval and the steps with the lowest distance (for `ema.py`: and the weights), and a given "
-        "`--velocity_scale`, `--temperature`, `--top_k`, `--top_p`, those of the pipeline",
+        "give the pipeline the guidance scale, its interval, the steps and the scheduler with the lowest distance (for `ema.py`: and the "
+        "weights), and a given `--velocity_scale`, `--temperature`, `--top_k`, `--top_p`, as its defaults",
     )
     label_sampling: Literal["data", "balanced", "random"] = field(
         "data",

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.guidance import intervals_of
 from dae_diffusers.metrics.sampling import Sampler, SampleSettings, class_counts, prompts_of, prompts_of_images
+from dae_diffusers.metrics.schedulers import full_name
 from dae_diffusers.metrics.settings import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -18,9 +19,10 @@ SWEPT = {
     "guidance_scale": "guidance_scales",
     "guidance_interval": "guidance_intervals",
     "num_inference_steps": "num_inference_steps",
+    "scheduler": "schedulers",
 }
 # Their values for a pipeline without defaults of its own.
-_USUAL = {"guidance_scale": 1.0, "guidance_interval": None, "num_inference_steps": 25}
+_USUAL = {"guidance_scale": 1.0, "guidance_interval": None, "num_inference_steps": 25, "scheduler": None}
 
 # Options that are not swept.
 NOT_SWEPT = ("temperature", "top_k", "top_p", "velocity_scale")
@@ -52,6 +54,8 @@ def values_of(option: str, sampling: SamplingConfig, pipeline: DiffusionPipeline
         return [_USUAL[option]]
     if option == "guidance_interval":
         return intervals_of(flag, values)
+    if option == "scheduler":
+        return [full_name(name) for name in values]
     return values if isinstance(values, list) else [values]
 
 
