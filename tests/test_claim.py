@@ -16,9 +16,14 @@ from safetensors.torch import load_file, save_file
 from scripts import launched_here, load_benchmark
 
 from dae_diffusers import DAEDiTPipeline
+from dae_diffusers.cli import parse_config
+from dae_diffusers.comparison.scripts import words_of
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.metrics.features import PixelFeatures, SpectrumFeatures
+from dae_diffusers.search.candidates import read_candidates
+from dae_diffusers.search.settings import SearchConfig
+from dae_diffusers.training.settings import TrainDAEConfig, TrainDiTConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
 RESULTS = EXPERIMENTS.with_name("results")
@@ -550,3 +555,30 @@ def test_judges_without_a_network_take_gray_images_too(judge):
     gray, colored = (judge(channels)(torch.rand(2, channels, 16, 16)) for channels in (1, 3))
     assert (gray.shape[1], colored.shape[1]) == (judge(1).feature_dim, judge(3).feature_dim)
     assert colored.shape[1] == 3 * gray.shape[1]
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_flags_of_all_experiments_are_those_of_the_scripts(path):
+    """What a page of results says was run can still be started."""
+    experiment = yaml.safe_load(path.read_text())
+    if "candidates" in experiment:
+        config = SearchConfig(output_dir="out", candidates=str(path), seed=0)
+        assert (
+            read_candidates(config, {"dataset_name": "mine", "resolution": 16}).flags.keys()
+            == experiment["candidates"].keys()
+        )
+        return
+    flags = []
+    for recipe in experiment.get("recipes", {}).values():
+        own = {name: value for name, value in recipe.items() if name != "start"}
+        flags.append((TrainDiTConfig, {"vae": "vae", **experiment["data"], **experiment["shared"], **own}))
+    for name, options in experiment.get("conditions", {}).items():
+        if not {"latents_of", "decoder_of", "fit_of"} & options.keys():
+            budget = options.get("budgets", list(experiment["budgets"]))[0]
+            trial = load_benchmark("experiments.trial").Trial
+            flags.append((TrainDAEConfig, trial(experiment, Path("out"), budget, name, 0).autoencoder_flags()))
+    for generator in experiment.get("generators", {}).values():
+        flags.append((TrainDiTConfig, {"vae": "vae", **experiment["data"], **experiment["transformer"], **generator}))
+    assert flags
+    for config, given in flags:
+        parse_config(config, words_of(given))
