@@ -19,3 +19,8 @@ def with_arrow(metric: str, name: str | None = None) -> str:
     """
     arrow = next((arrow for arrow, names in _BETTER.items() if metric.lower().startswith(names)), "")
     return f"{name or metric} {arrow}".rstrip()
+
+
+def is_higher_better(metric: str) -> bool:
+    r"""Whether a larger number of the metric of this name is better."""
+    return with_arrow(metric).endswith("↑")

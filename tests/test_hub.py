@@ -964,6 +964,19 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     assert "gfd_tiny" in {each.metric for each in measurements(read_result(folder))}
 
 
+def test_best_validation_of_an_autoencoder_is_published_with_its_weights(tmp_path):
+    folder = save_measured_run(tmp_path / "run", **PUBLIC)
+    rows = [{"step": step, "validation/psnr": 20.0, "validation/rfd_tiny": float(step)} for step in (1, 3)]
+    (folder / "train_dae" / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "train_dae" / "run.json").write_text('{"exported_step": 1}')
+    grids = folder / "train_dae" / "grids"
+    shutil.copy(grids / "reconstruction-stage2-00000001.png", grids / "reconstruction-stage2-00000003.png")
+    result = read_result(folder)
+    assert {each.metric: each.value for each in measurements(result)} == {"psnr": 20.0, "rfd_tiny": 1.0}
+    assert result.pictures["reconstructions.png"][0] == grids / "reconstruction-stage2-00000001.png"
+    assert "those of step 1, which reconstructed held-out images best" in make_card(result, REPO).content
+
+
 def test_autoencoder_that_was_trained_again_does_not_describe_an_older_pipeline(tmp_path):
     folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
     shutil.copytree(folder / "pipeline" / "vae", folder / "vae")

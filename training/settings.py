@@ -40,8 +40,10 @@ from dae_diffusers.metrics.settings import (
     EvaluationConfig,
     MonitorConfig,
     OneSettingConfig,
+    ReconstructionMonitorConfig,
     SampleFolderConfig,
     SamplingConfig,
+    check_channels,
     check_monitor,
 )
 from dae_diffusers.search.settings import SearchConfig
@@ -70,6 +72,7 @@ class TrainDAEConfig:
     generated: GeneratedConfig = part()
     losses: LossConfig = part()
     regularization: RegularizationConfig = part()
+    monitor: ReconstructionMonitorConfig = part()
     optimization: OptimizationConfig = part()
     run: RunConfig = part()
     hub: HubConfig = part()
@@ -84,6 +87,7 @@ class TrainDAEConfig:
         self._check_vision_models()
         self.check_mixed_precision(self.optimization.mixed_precision)
         self._check_discriminator()
+        self._check_monitor()
         self.check_lpips(self.autoencoder.spatial_factor if self._is_new else None)
         self._check_codebook()
 
@@ -158,6 +162,24 @@ class TrainDAEConfig:
             raise ConfigError(
                 "`equivariance` shrinks images below what the PatchGAN judges: use it with `discriminator_model`, or "
                 f"without `{'adversarial_weight' if is_final else 'stage1_adversarial_weight'}`."
+            )
+
+    def _check_monitor(self) -> None:
+        check_channels(self.monitor, self.data)
+        flag = "export best" if self.monitor.export == "best" else "early_stopping_patience"
+        if self.monitor.looks_for_best and self.stages.stage == "1":
+            raise ConfigError(
+                f"`{flag}` does not go with `stage 1`: reconstructions of the auxiliary decoder, which is not kept, do not tell which "
+                "encoder is best. Leave it out, and give it to stage 2."
+            )
+        if self.monitor.looks_for_best and self.stages.stage == "3":
+            raise ConfigError(
+                f"`{flag}` does not go with `stage 3`, which gives up a little of the reconstructions for better samples. Leave it out."
+            )
+        if self.monitor.metric_features is not None and self.monitor.metric_features == self.stages.feature_model:
+            raise ConfigError(
+                f"`metric_features` {self.monitor.metric_features} is also the `feature_model` that the decoder is fitted in, which cannot "
+                "judge it. Choose another."
             )
 
     def _check_codebook(self) -> None:

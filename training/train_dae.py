@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -36,7 +36,8 @@ from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, open_l
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
 from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import set_statistics, write_latent_statistics
-from dae_diffusers.metrics.image_quality import peak_signal_to_noise_ratio
+from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures, peak_signal_to_noise_ratio
+from dae_diffusers.metrics.monitor import Monitor, ReconstructionJudge, best_or_last, make_reconstruction_monitor
 from dae_diffusers.plots import image_grid
 from dae_diffusers.script import run_script
 from dae_diffusers.store import replace_folder
@@ -44,6 +45,14 @@ from dae_diffusers.training.settings import TrainDAEConfig
 from dae_diffusers.weights import autoencoder_fingerprint
 
 logger = logging.getLogger(__name__)
+
+
+class HeldOut(NamedTuple):
+    """The validation images, and what is measured of their reconstructions: of each, and with a judge of all together."""
+
+    images: ImageDataset
+    measures: dict[str, ImageMeasure]
+    judge: ReconstructionJudge | None
 
 
 def main(config: TrainDAEConfig) -> None:
@@ -60,13 +69,16 @@ def main(config: TrainDAEConfig) -> None:
     stage_steps = number_of_steps(run, train_images)
     start = find_start(run, model, train_images, validation_images, stage_steps)
     check_vision_models(config, [stage for stage in stage_steps if stage >= start.state.get("stage", 0)])
+    held_out = what_to_measure(run, validation_images)
+    monitor = look_for_best(run, held_out, start)
     first_step = 0
     for stage, num_steps in stage_steps.items():
         if stage >= start.state.get("stage", 0):
             if stage == 2 and config.stages.warm_start_decoder and start.checkpoint is None:
                 start_warm(model)
             model.set_stage(stage)
-            model = train_stage(run, model, train_images, validation_images, first_step, num_steps, start)
+            looks = monitor if config.stages.trains_final_decoder(stage) else None
+            model = train_stage(run, model, train_images, held_out, first_step, num_steps, start, monitor=looks)
             start = Start()  # a later stage begins afresh
             if stage == 1 and model.is_decoupled and run.accelerator.is_main_process:
                 save_model(model, run.output_dir / "stage1", train_images)
@@ -77,7 +89,7 @@ def main(config: TrainDAEConfig) -> None:
     if run.end_dry_run():
         return
     if config.stages.stage != "1":
-        finish_autoencoder(run, model, train_images)
+        finish_autoencoder(run, model, train_images, monitor)
     run.finish("stage1" if config.stages.stage == "1" else "vae")
 
 
@@ -93,9 +105,10 @@ def fit_decoder(config: TrainDAEConfig) -> None:
     fit = DecoderFit(run, pipeline, train_images)
     stage_steps = number_of_steps(run, train_images)
     start = find_start(run, model, train_images, validation_images, stage_steps, fit)
-    fit.begin(start, lambda: validate(run, model.to(run.accelerator.device).eval(), validation_images, start.step))
-    model = train_stage(run, model, train_images, validation_images, 0, stage_steps[3], start, fit)
-    fit.finish(model, stage_steps[3], lambda: validate(run, model, validation_images, stage_steps[3]))
+    held_out = what_to_measure(run, validation_images)
+    fit.begin(start, lambda: validate(run, model.to(run.accelerator.device).eval(), held_out, start.step))
+    model = train_stage(run, model, train_images, held_out, 0, stage_steps[3], start, fit)
+    fit.finish(model, stage_steps[3], lambda: validate(run, model, held_out, stage_steps[3]))
     run.finish("pipeline")
 
 
@@ -160,6 +173,27 @@ def given_autoencoder(config: TrainDAEConfig, model) -> dict[str, str]:
     return {f"the autoencoder of `--{name}`": value for name, value in given.items()}
 
 
+def what_to_measure(run: TrainingRun, images: ImageDataset) -> HeldOut:
+    """PSNR, SSIM where this machine has it, and with `metric_features` the distance of the reconstructions."""
+    data = run.config.data
+    measures = image_measures((data.image_channels, *data.size))
+    has_judge = run.config.monitor.metric_features is not None and run.dry_run is None
+    return HeldOut(images, measures, ReconstructionJudge(run, images) if has_judge else None)
+
+
+def look_for_best(run: TrainingRun, held_out: HeldOut, start: Start) -> Monitor | None:
+    """What looks for the best weights of joint training or of stage 2; None unless flags ask for it."""
+    config, codebook = run.config, run.config.codebook
+    learns_codes = config.autoencoder.autoencoder == "vq" and config.stages.trains_final_decoder(1)
+    if config.monitor.export == "best" and held_out.judge is None and config.losses.adversarial_weight > 0:
+        logger.warning(
+            "`--export best` goes by PSNR, which is often highest before the adversarial loss makes images sharp: give `--metric_features`."
+        )
+    # Until k-means sets the codebook, the decoder learns latents that are not quantised.
+    after = codebook.codebook_warmup_steps if learns_codes and codebook.quantizer == "ema" else 0
+    return make_reconstruction_monitor(run, held_out.images, held_out.judge, start, after=after)
+
+
 def start_warm(model: DAEAutoencoderKL | DAEVQModel) -> None:
     """Copies the auxiliary decoder's weights into the real decoder, if they have counterparts."""
     if model.can_start_warm:
@@ -173,11 +207,12 @@ def train_stage(
     run: TrainingRun,
     model,
     images,
-    validation_images: ImageDataset,
+    held_out: HeldOut,
     first_step: int,
     num_steps: int,
     start: Start,
     fit: DecoderFit | None = None,
+    monitor: Monitor | None = None,
 ) -> DAEAutoencoderKL | DAEVQModel:
     """Trains the stage that `model` is set to, and returns it with averaged weights."""
     config, stage = run.config, model.stage
@@ -185,12 +220,13 @@ def train_stage(
         model.enable_gradient_checkpointing()
     objective = AutoencoderObjective(run, model, fit)
     is_final = config.stages.trains_final_decoder(stage)
+    first = max(start.step, first_step)
     loop = Loop(
         run,
         model,
-        steps=num_steps,
+        steps=num_steps if monitor is None or not monitor.is_exhausted else first - first_step,
         first_step=first_step,
-        step=max(start.step, first_step),
+        step=first,
         checkpoint=start.checkpoint,
         description=f"Stage {stage}",
         headline="reconstruction_loss",
@@ -200,7 +236,11 @@ def train_stage(
         after_step=objective.after_step,
         after_skip=objective.after_skip,
         snapshot=("vae", lambda model, folder: model.to_diffusers().save_pretrained(folder)) if is_final else None,
-        state={"stage": stage, **({} if fit is None else {"before": fit.before})},
+        state={
+            "stage": stage,
+            **({} if fit is None else {"before": fit.before}),
+            **({} if monitor is None else {"monitor": monitor.state}),
+        },
     )
     if (
         stage > 1
@@ -216,10 +256,12 @@ def train_stage(
         objective.check_balance(step)
         if step.validates:
             with loop.averaged() as averaged:
-                values = validate(run, averaged, validation_images, loop.step)
+                values = validate(run, averaged, held_out, loop.step)
                 step.write(values if fit is None else values | fit.validate(averaged, values, loop.step))
                 if stage == 2 and not step.is_last and run.accelerator.is_main_process:
                     save_newest(averaged, run.folder, loop.step)
+            if monitor is not None:
+                monitor.follow(loop, step, lambda model: model.to_diffusers(), values[monitor.name])
     return loop.finished_model()
 
 
@@ -252,9 +294,11 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     return ImagesWithLatents(images, latents)
 
 
-def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedImages) -> None:
+def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedImages, monitor: Monitor | None) -> None:
     """Measures the latents over all training images and saves the result, a plain autoencoder of diffusers."""
-    vae = model.to_diffusers().to(run.accelerator.device)
+    vae = model.to_diffusers()
+    vae.load_state_dict(best_or_last(run, vae, monitor).state_dict())
+    vae.to(run.accelerator.device)
     num_workers = run.config.data.dataloader_num_workers
     if is_vq(vae):
         metrics = codebook_metrics(count_codes(vae, run.pass_loader(images, num_workers=num_workers), run.accelerator))
@@ -319,15 +363,15 @@ def prefixes_of(model) -> list[int]:
 
 
 @torch.no_grad()
-def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[str, float]:
+def validate(run: TrainingRun, model, held_out: HeldOut, step: int) -> dict[str, float]:
     """
-    PSNR, also with the first channels of the latents alone where they are ordered, mean absolute error, use of the codebook and
-    diagnostics of the latents over the validation images, and a grid of originals above reconstructions. Raises `UserError` if latents
-    or reconstructions are not finite.
+    PSNR, also with the first channels of the latents alone where they are ordered, mean absolute error, SSIM, the distance that a judge
+    sees, use of the codebook and diagnostics of the latents over the validation images, and a grid of originals above reconstructions.
+    Raises `UserError` if latents or reconstructions are not finite.
     """
-    accelerator = run.accelerator
+    accelerator, (images, measures, judge) = run.accelerator, held_out
     fewer = {f"psnr_first_{count}": count for count in prefixes_of(model)}
-    of_images = {name: [] for name in ("psnr", "l1", *fewer)}
+    of_images = {name: [] for name in ("psnr", "l1", *fewer, *measures)}
     chosen, shown = images.spread(10), {}
     number = accelerator.process_index  # of the image in the data set: a pass deals them out one by one
     counts = diagnostics = None
@@ -345,7 +389,10 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         if model.stage == 1:  # stage 2 leaves the latents as they are
             diagnostics = diagnostics or LatentDiagnostics.empty(tuple(mean.shape[1:]))
             diagnostics.add(mean, std)
-        of_images["psnr"] += peak_signal_to_noise_ratio(reconstruction, pixel_values).tolist()
+        for name, measure in measures.items():
+            of_images[name] += measure(reconstruction, pixel_values).tolist()
+        if judge is not None:
+            judge.add(reconstruction)
         decoded = mean if counts is None else latent.straight_through  # what the auxiliary decoder gets
         for name, count in fewer.items():
             with accelerator.autocast():
@@ -363,6 +410,7 @@ def validate(run: TrainingRun, model, images: ImageDataset, step: int) -> dict[s
         run.log.write_grid(f"reconstruction-stage{model.stage}", grid, step)
     of_images = {name: gather_object(values) for name, values in of_images.items()}
     values = {f"validation/{name}": math.fsum(each) / len(each) for name, each in of_images.items()}
+    values |= {} if judge is None else {judge.name: judge.distance()}
     if counts is not None:
         metrics = codebook_metrics(accelerator.reduce(counts, reduction="sum"))
         values |= {f"validation/{name}": value for name, value in metrics.items()}

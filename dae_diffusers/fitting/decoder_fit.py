@@ -291,12 +291,11 @@ class DecoderFit:
             self.reference = reference_statistics(self.features, chosen, cache_dir=run.folder / "reference")
         self._check_counts(len(chosen))
         drawn_features = self.features_of_pool(self.vae) if start.checkpoint is None else None
-        self.before = start.state.get("before") or {
-            "psnr": validate()["validation/psnr"],
-            "generated_fd": self._distance(drawn_features),
-        }
-        if start.checkpoint is None:
-            run.log.write({f"validation/{name}": value for name, value in self.before.items()}, start.step)
+        self.before = start.state.get("before")
+        if self.before is None:
+            values = validate() | {"validation/generated_fd": self._distance(drawn_features)}
+            self.before = {name: values[f"validation/{name}"] for name in ("psnr", "generated_fd")}
+            run.log.write(values, start.step)
         if settings.generated_weight == 0:
             return
         if settings.generated_loss == "moments":

@@ -557,8 +557,12 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         is_by_class = 1 < len(names) <= 10 and not result.index.get("conditions")
         add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if is_by_class else "Samples")
     if "train_dae" in result.scripts and _has_decoder_of_its_training(result):
-        folder = result.scripts["train_dae"].folder
-        newest = latest_grid(folder, "reconstruction-stage2-*.png") or latest_grid(folder, "reconstruction-*.png")
+        script = result.scripts["train_dae"]
+        folder = script.folder
+        step = script.record.get("exported_step")
+        names = [f"reconstruction-{which}.png" for which in ("stage2-*", "*")]
+        names = names if step is None else [f"reconstruction-*-{step:08d}.png"]
+        newest = next((grid for name in names if (grid := latest_grid(folder, name))), None)
         add("reconstructions.png", newest, "Held-out images of the data set above their reconstructions")
     if result.decoder_fit and "train_dae_stage3" in result.scripts:
         newest = latest_grid(result.scripts["train_dae_stage3"].folder, "generated-stage3-*.png")

@@ -1,4 +1,4 @@
-"""The distance of samples to the training images, measured while a generator trains, and the best weights so far."""
+"""Distances of samples and of reconstructions, measured while a model trains, and the best weights so far."""
 
 import logging
 import shutil
@@ -9,38 +9,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.caching import cached_rows
 from dae_diffusers.data import ImageDataset
+from dae_diffusers.directions import is_higher_better
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, image_pixels, prompts_of_images
-from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, padded_size, reference_statistics
+from dae_diffusers.metrics.statistics import (
+    MAX_REFERENCE_IMAGES,
+    FeatureStatistics,
+    pad_batch,
+    padded_size,
+    reference_statistics,
+)
 from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json, replace_folder
 from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
+# What a run makes: an autoencoder or a pipeline.
+Result = ModelMixin | DiffusionPipeline
+
 
 class Monitor:
     r"""
-    Keeps the best pipeline of a run in `<folder>/best/step-<N>`, by a number that [`follow`] finds. All processes call its methods.
+    Keeps the best result of a run in `<folder>/best/step-<N>`, by a number that [`follow`] finds. All processes call its methods.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
         measure (`str`): A fingerprint of what the number depends on.
         state (`dict`, *optional*): The attribute `state` as a checkpoint holds it.
-        after (`int`, *optional*): Numbers up to this step do not count for the best and for patience: their pipelines lack what comes at
-            this step, such as a weaker transformer that guides.
+        after (`int`, *optional*): Numbers up to this step do not count for the best and for patience: their results lack what comes at
+            this step, such as a weaker transformer that guides, or a codebook.
 
     Attributes:
         name (`str`): What is measured, as the log calls it.
-        state (`dict`): `step` and `distance`, the number, of the best pipeline, `worse`, how many numbers came since, and `measure`. It
+        state (`dict`): `step` and `distance`, the number, of the best result, `worse`, how many numbers came since, and `measure`. It
             changes in place: save it with each checkpoint.
     """
 
@@ -50,9 +61,9 @@ class Monitor:
         self.run, self.config, self.after = run, run.config.monitor, after
         if state is not None and state.get("measure", measure) != measure:
             logger.warning(
-                "what is measured has changed since the checkpoint (`metric_features`, `metric_images`, the autoencoder, the validation "
-                "images, the noise levels, or how samples are drawn): the best weights so far no longer count, and the search for "
-                "the best begins again."
+                "what is measured has changed since the checkpoint (`metric_features`, the validation images, or for a generator "
+                "`metric_images`, the autoencoder, the noise levels, or how samples are drawn): the best weights so far no longer count, "
+                "and the search for the best begins again."
             )
             state = None
         if state is not None and state["step"] is not None and not self._folder_of(state["step"]).is_dir():
@@ -75,35 +86,39 @@ class Monitor:
         patience = self.config.early_stopping_patience
         return patience is not None and self.state["worse"] >= patience
 
-    def best_pipeline(self) -> Path | None:
-        r"""The folder of the best pipeline so far."""
+    def best_result(self) -> Path | None:
+        r"""The folder of the best result so far."""
         return None if self.state["step"] is None else self._folder_of(self.state["step"])
 
     def report(self) -> None:
         r"""Says what was best, if anything was measured."""
         if self.state["step"] is not None:
-            what = self.name.partition("/")[2]
-            logger.info("%s was smallest at step %d: %.4g", what, self.state["step"], self.state["distance"])
+            logger.info("%s was best at step %d: %.4g", self._metric, self.state["step"], self.state["distance"])
 
     def follow(
-        self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline], loss: float | None
+        self, loop: Loop, step: Step, result_of: Callable[[torch.nn.Module], Result], validated: float | None
     ) -> None:
         r"""
         Looks at each step of the loop, and ends the loop if patience is used up.
 
         Args:
             loop ([`~dae_diffusers.engine.loop.Loop`]), step ([`~dae_diffusers.engine.loop.Step`]): The present ones.
-            pipeline_of (`Callable`): Makes the pipeline of a model.
-            loss (`float`, *optional*): The validation loss, if the step validates.
+            result_of (`Callable`): Makes the result of a model.
+            validated (`float`, *optional*): The number of the validation, such as its loss, if the step validates.
         """
         raise NotImplementedError
 
-    def _compare(self, loop: Loop, pipeline: DiffusionPipeline, number: float) -> None:
-        """Keeps a pipeline that is better than all before."""
+    @property
+    def _metric(self) -> str:
+        return self.name.partition("/")[2]
+
+    def _compare(self, loop: Loop, result: Callable[[], Result], number: float) -> None:
+        """Keeps a result that is better than all before."""
         if loop.step > self.after:
-            if self.state["distance"] is None or number < self.state["distance"]:
+            best, sign = self.state["distance"], -1 if is_higher_better(self._metric) else 1
+            if best is None or sign * number < sign * best:
                 if self.run.accelerator.is_main_process:
-                    self._keep(pipeline, loop.step)
+                    self._keep(result(), loop.step)
                 self.state.update(step=loop.step, distance=number, worse=0)
             else:
                 self.state["worse"] += 1
@@ -115,27 +130,38 @@ class Monitor:
     def _folder_of(self, step: int) -> Path:
         return self.run.folder / "best" / f"step-{step}"
 
-    def _keep(self, pipeline: DiffusionPipeline, step: int) -> None:
-        """Saves a pipeline whole or not at all. The one before stays until then: an older checkpoint may still name it."""
+    def _keep(self, result: Result, step: int) -> None:
+        """Saves a result whole or not at all. The one before stays until then: an older checkpoint may still name it."""
         folder = self.run.folder / "best"
         kept = {f"step-{self.state['step']}", f"step-{step}"}
         for old in folder.glob("step-*"):
             if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
-        replace_folder(self._folder_of(step), pipeline.save_pretrained)
+        replace_folder(self._folder_of(step), result.save_pretrained)
 
 
-class ValidationLoss(Monitor):
-    r"""The pipeline with the lowest validation loss, from before the model learns its training images by heart."""
+class BestValidation(Monitor):
+    r"""
+    The result with the best number of a validation: the lowest loss, from before a generator learns its training images by heart, or the
+    best reconstructions.
 
-    name = "validation/loss"
+    Args:
+        run, measure, state, after: As [`Monitor`].
+        name (`str`): The number's name in the log.
+    """
+
+    def __init__(
+        self, run: TrainingRun, name: str, measure: str, state: dict[str, Any] | None = None, *, after: int = 0
+    ):
+        self.name = name
+        super().__init__(run, measure, state, after=after)
 
     def follow(
-        self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline], loss: float | None
+        self, loop: Loop, step: Step, result_of: Callable[[torch.nn.Module], Result], validated: float | None
     ) -> None:
-        if loss is not None:
+        if validated is not None:
             with loop.averaged() as model:
-                self._compare(loop, pipeline_of(model), loss)
+                self._compare(loop, lambda: result_of(model), validated)
 
 
 class SampleDistance(Monitor):
@@ -178,15 +204,15 @@ class SampleDistance(Monitor):
         self._started, self._spent = time.monotonic(), 0.0
 
     def follow(
-        self, loop: Loop, step: Step, pipeline_of: Callable[[torch.nn.Module], DiffusionPipeline], loss: float | None
+        self, loop: Loop, step: Step, result_of: Callable[[torch.nn.Module], Result], validated: float | None
     ) -> None:
         if not step.is_last and loop.step % self.config.metric_steps:
             return
         with loop.averaged() as model:
-            pipeline = pipeline_of(model)
+            pipeline = result_of(model)
             distance = self.measure(pipeline, loop.step)
             step.write({self.name: distance})
-            self._compare(loop, pipeline, distance)
+            self._compare(loop, lambda: pipeline, distance)
 
     def report(self) -> None:
         super().report()
@@ -236,6 +262,76 @@ class SampleDistance(Monitor):
         )["features"]
 
 
+class ReconstructionJudge:
+    r"""
+    Measures how far the reconstructions of held-out images are from these images, in the features of `metric_features`.
+
+    Args:
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `monitor` and `data` in its config.
+        images ([`~dae_diffusers.data.ImageDataset`]): The held-out images.
+
+    Attributes:
+        name (`str`): What is measured, as the log calls it.
+        fingerprint (`str`): Of the features.
+
+    Raises:
+        UserError: If the features cannot be loaded, or there are too few images.
+    """
+
+    def __init__(self, run: TrainingRun, images: ImageDataset):
+        if len(images) < 2:
+            raise UserError(
+                f"`metric_features` compares reconstructions with the held-out images, of which it needs 2 or more, but there is "
+                f"{len(images)}. Hold out more (`validation_fraction`), or leave it out."
+            )
+        self.run, self.images = run, images
+        self.extractor = load_feature_extractor(
+            run.config.monitor.metric_features, run.accelerator.device, channels=run.config.data.image_channels
+        )
+        self.name, self.fingerprint = f"validation/{self.extractor.distance_name('r')}", self.extractor.fingerprint
+        self.reference: FeatureStatistics | None = None
+        self._seen = FeatureStatistics.empty(self.extractor.feature_dim)
+
+    def add(self, reconstruction: torch.Tensor) -> None:
+        r"""Takes reconstructions of this process's share, `(B, C, H, W)`, about [-1, 1]."""
+        self._seen.add(self.extractor(pad_batch(reconstruction.clamp(-1, 1)))[: len(reconstruction)])
+
+    def distance(self) -> float:
+        r"""The distance of all reconstructions since the last call. All processes call it."""
+        run, nothing = self.run, FeatureStatistics.empty(self.extractor.feature_dim)
+        if self.reference is None:
+            self.reference = reference_statistics(
+                self.extractor,
+                self.images,
+                cache_dir=run.folder / "reference",
+                num_workers=run.config.data.dataloader_num_workers,
+                disable_progress=not run.accelerator.is_main_process,
+            )
+        shares, self._seen = gather_object([self._seen]), nothing
+        return frechet_distance(sum(shares, start=nothing), self.reference)
+
+
+def make_reconstruction_monitor(
+    run: TrainingRun, images: ImageDataset, judge: ReconstructionJudge | None, start: Start, *, after: int = 0
+) -> Monitor | None:
+    r"""
+    What looks for the best weights while an autoencoder trains: by the distance of held-out reconstructions, without a judge by their
+    PSNR. None unless `export` or `early_stopping_patience` asks for it.
+
+    Args:
+        run ([`~dae_diffusers.engine.run.TrainingRun`]): With the part `monitor` in its config.
+        images ([`~dae_diffusers.data.ImageDataset`]): The held-out images.
+        judge ([`ReconstructionJudge`], *optional*): What measures the distance.
+        start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
+        after (`int`, *optional*): As `after` of [`Monitor`].
+    """
+    if run.dry_run is not None or not run.config.monitor.looks_for_best:
+        return None
+    name = "validation/psnr" if judge is None else judge.name
+    measure = fingerprint_of_json([name, None if judge is None else judge.fingerprint, images.fingerprint, after])
+    return BestValidation(run, name, measure, start.state.get("monitor"), after=after)
+
+
 def make_monitor(
     run: TrainingRun,
     images: ImageDataset | None,
@@ -269,7 +365,8 @@ def make_monitor(
     if config.monitor.metric_features is None:
         measure = fingerprint_of_json(["validation loss", loss_inputs, after])
         state = start.state.get("monitor")
-        return ValidationLoss(run, measure, state, after=after) if config.monitor.looks_for_best else None
+        is_asked_for = config.monitor.looks_for_best
+        return BestValidation(run, "validation/loss", measure, state, after=after) if is_asked_for else None
     if len(images) < 2:
         raise UserError(
             f"`metric_features` compares samples with the training images, of which it needs 2 or more, but there is {len(images)}. Give "
@@ -284,21 +381,22 @@ def make_monitor(
     return SampleDistance(run, images, vae, settings, start.state.get("monitor"), after=after, settings_until=until)
 
 
-def best_or_last(run: TrainingRun, pipeline: DiffusionPipeline, monitor: Monitor | None) -> DiffusionPipeline:
+def best_or_last(run: TrainingRun, result: Result, monitor: Monitor | None) -> Result:
     r"""
-    The pipeline that a run makes: with the last weights, or with `export best` the best ones. Says and notes which.
+    What a run makes: with the last weights, or with `export best` the best ones. Says and notes which.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): The run.
-        pipeline (`DiffusionPipeline`): With the last weights.
+        result (`ModelMixin` or `DiffusionPipeline`): With the last weights.
         monitor ([`Monitor`], *optional*): What has looked for the best.
     """
     if monitor is None:
-        return pipeline
+        return result
     monitor.report()
-    best = monitor.best_pipeline() if monitor.config.export == "best" else None
+    best = monitor.best_result() if monitor.config.export == "best" else None
     if best is None:
-        return pipeline
-    run.note(exported_step=monitor.state["step"])
-    logger.info("the pipeline has the weights of step %d", monitor.state["step"])
-    return type(pipeline).from_pretrained(best)
+        return result
+    if run.accelerator.is_main_process:
+        run.note(exported_step=monitor.state["step"])
+    logger.info("the result has the weights of step %d", monitor.state["step"])
+    return type(result).from_pretrained(best)

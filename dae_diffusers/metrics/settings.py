@@ -203,19 +203,16 @@ class OneSettingConfig(CallConfig):
 
 
 @settings
-class MonitorConfig:
+class ReconstructionMonitorConfig:
     """Distance while training."""
 
     metric_features: str | None = field(
-        None, "while training, measure the distance of samples in these features (as `evaluate --features`)"
-    )
-    metric_images: int = field(2000, "samples for each measurement", at_least=2, needs="metric_features", advanced=True)
-    metric_steps: int = field(
-        2000, "measure every N steps, and at the end", at_least=1, needs="metric_features", advanced=True
+        None, "each validation measures rFD in these features (as `evaluate --features`)"
     )
     export: Literal["last", "best"] = field(
         "last",
-        "weights of the pipeline: the last, or those with the smallest distance, without `--metric_features` the lowest validation loss",
+        "weights of `vae/`: the last, or those of the validation with the smallest distance, without `--metric_features` the highest PSNR; "
+        "of joint training, or of stage 2",
         advanced=True,
     )
     early_stopping_patience: int | None = field(
@@ -227,7 +224,26 @@ class MonitorConfig:
 
     @property
     def looks_for_best(self) -> bool:
+        """Whether it matters which weights are the best."""
         return self.export == "best" or self.early_stopping_patience is not None
+
+
+@settings
+class MonitorConfig(ReconstructionMonitorConfig):
+    """Distance while training."""
+
+    metric_features: str | None = field(
+        None, "while training, measure the distance of samples in these features (as `evaluate --features`)"
+    )
+    export: Literal["last", "best"] = field(
+        "last",
+        "weights of the pipeline: the last, or those with the smallest distance, without `--metric_features` the lowest validation loss",
+        advanced=True,
+    )
+    metric_images: int = field(2000, "samples for each measurement", at_least=2, needs="metric_features", advanced=True)
+    metric_steps: int = field(
+        2000, "measure every N steps, and at the end", at_least=1, needs="metric_features", advanced=True
+    )
 
     def check_decoder(self, is_finished: bool) -> None:
         """Checks that distances of different steps are those of the same decoder."""
@@ -244,7 +260,12 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
         return
     data.require_images("`metric_features`")
     data.refuse_streaming("`metric_features`: evaluate afterwards, with `dae-diffusers evaluate`")
-    if monitor.metric_features not in JUDGES_WITHOUT_NETWORK:
+    check_channels(monitor, data)
+
+
+def check_channels(monitor: ReconstructionMonitorConfig, data: DataConfig) -> None:
+    """Raises `ConfigError` if the judge does not take images of so many channels."""
+    if monitor.metric_features not in (None, *JUDGES_WITHOUT_NETWORK):
         data.require_gray_or_rgb("`metric_features`", ANY_CHANNELS)
 
 
