@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import make_plain_vq_model, save_autoencoder
 from safetensors.torch import load_file
 from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
@@ -13,9 +14,9 @@ from scripts import TINY_DAE, TINY_DIT, TINY_PRIOR, TRANSFORMER, resume, run
 from dae_diffusers import duration as module
 from dae_diffusers.duration import Forecast, duration, pace
 from dae_diffusers.engine.checkpointing import Checkpointer, find_checkpoints
-from dae_diffusers.engine.dry_run import DryRun, gain_of_compiling
+from dae_diffusers.engine.dry_run import DryRun, gain_of_compiling, gain_of_precision
 from dae_diffusers.engine.optimization import make_lr_scheduler
-from dae_diffusers.engine.precision import faster_precision
+from dae_diffusers.engine.precision import computing_in_other_precision, faster_precision
 from dae_diffusers.engine.settings import OptimizationConfig
 from dae_diffusers.training import train_dae, train_dit, train_vqgan_prior
 
@@ -113,8 +114,8 @@ def test_dry_run_measures_each_stage_and_keeps_nothing(image_folder, tmp_path, c
         lines = capsys.readouterr().out.splitlines()
         names = [line[2:14].strip() for line in lines[1:]]
         all_stages = ["all stages"] if len(stages) > 1 else []
-        faster = ["faster"] if "bf16" in flags else []
-        assert names == ["parameters", *stages, *all_stages, *faster, "memory", "disk"], lines
+        other = ["float32", "faster"] if "bf16" in flags else []  # one step is too few to measure another precision
+        assert names == ["parameters", *stages, *all_stages, *other, "memory", "disk"], lines
         total = {train_dae: 4, train_dit: 6, train_vqgan_prior: 6}[script] if len(stages) > 1 or more else 1
         assert f"{total} steps: 1 second" in lines[2] and "passes over the images" in lines[2]
         assert lines[-1][14:].startswith(f"checkpoints of {max(weighed) / 2**20:,.1f} MiB, ")
@@ -133,14 +134,93 @@ def test_dry_run_measures_with_and_without_compiling(image_folder, tmp_path, cap
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
     vae, more = save_autoencoder(tmp_path / "vae"), " --dry_run --compile --max_train_steps "
-    seen, has_seen = [], DryRun.has_seen
-    monkeypatch.setattr(DryRun, "has_seen", lambda *args: seen.append(len(compiled)) or has_seen(*args))
-    for steps, measured in ((9, True), (8, False)):
-        seen.clear(), compiled.clear()
+    seen, has_seen_step = [], DryRun.has_seen_step
+    monkeypatch.setattr(DryRun, "has_seen_step", lambda dry_run: seen.append(len(compiled)) or has_seen_step(dry_run))
+    for steps, taken, has_units in ((19, 19, True), (9, 9, False), (8, 4, False)):
+        set_matrix_units(monkeypatch, has_units)
+        seen.clear(), compiled.clear(), torch.compiler.reset()
         run(train_dit, TINY_DIT + more + str(steps), train_data_dir=image_folder, output_dir=tmp_path / "run", vae=vae)
         rows = {line[2:14].strip(): line[14:] for line in capsys.readouterr().out.splitlines()[1:]}
-        assert (" instead of " in rows["compiled"]) == measured and ("too short" in rows["compiled"]) != measured
-        assert not any(seen[:4]) and len(seen) == (9 if measured else 4) and all(seen[4:])  # graphs that are compiled
+        assert (" instead of " in rows["compiled"]) != ("too short" in rows["compiled"]) == (steps == 8)
+        assert not any(seen[:4]) and len(seen) == taken and all(seen[4:])  # graphs that are compiled
+        assert ("bfloat16" in rows) == has_units and (taken < 19 or seen[9] > seen[8])  # for bfloat16 once more
+
+
+PRECISIONS = ("bfloat16", torch.bfloat16), ("float32", torch.float32)
+
+
+def prepared(precision: str):
+    """An accelerator, a model that it has prepared, and one call of the model."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    torch.manual_seed(0)
+    model = accelerator.prepare(torch.nn.Linear(32, 8))
+    images = torch.randn(4, 32)
+
+    def call():
+        with accelerator.autocast():
+            frozen = torch.nn.functional.linear(images, model.weight)
+        return model(images), frozen
+
+    return accelerator, model, call
+
+
+@pytest.mark.parametrize(("precision", "other"), [("no", "bf16"), ("bf16", "no")])
+def test_other_precision_computes_as_a_run_of_that_precision(precision, other):
+    """Bit for bit, and not a step longer."""
+    expected, before = prepared(other)[2](), prepared(precision)[2]()
+    accelerator, model, call = prepared(precision)
+    with computing_in_other_precision(accelerator, [model]):
+        found = call()
+    for result, same, unlike in zip(found, expected, before, strict=True):
+        assert torch.equal(result, same) and result.dtype == same.dtype and not torch.equal(result, unlike)
+    assert found[0].dtype == torch.float32  # losses are computed from it
+    assert all(map(torch.equal, call(), before))
+
+
+@pytest.mark.parametrize(("precision", "num_steps"), [("no", 12), ("no", 11), ("bf16", 12)])
+def test_dry_run_measures_the_other_precision(image_folder, tmp_path, capsys, monkeypatch, precision, num_steps):
+    """Four steps of networks that compute in the run's precision, then eight in the other and in that by turns."""
+    set_matrix_units(monkeypatch, True)
+    computed, seen, has_seen_step = set(), [], DryRun.has_seen_step
+
+    def note(module, inputs, output) -> None:
+        if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
+            computed.add((type(module), output.dtype))
+
+    def see(dry_run) -> bool:
+        seen.append(computed.copy()), computed.clear()
+        return has_seen_step(dry_run)
+
+    monkeypatch.setattr(DryRun, "has_seen_step", see)
+    flags = f"{TINY_DIT} --dry_run --mixed_precision {precision} --max_train_steps {num_steps}"
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        vae = save_autoencoder(tmp_path / "vae")
+        run(train_dit, flags, train_data_dir=image_folder, output_dir=tmp_path / "run", vae=vae)
+    finally:
+        hook.remove()
+    rows = {line[2:14].strip(): line[14:] for line in capsys.readouterr().out.splitlines()[1:]}
+    (name, other), (_, own) = PRECISIONS if precision == "no" else reversed(PRECISIONS)
+    is_measured = num_steps == 12
+    expected = [own] * 4 + [other, own] * 4 * is_measured
+    assert seen == [{(kind, dtype) for kind in (torch.nn.Linear, torch.nn.Conv2d)} for dtype in expected]
+    assert (" instead of " in rows[name]) == is_measured and ("too short" in rows[name]) != is_measured
+    assert ("faster" in rows) == (not is_measured)
+
+
+@pytest.mark.parametrize(
+    ("other", "measured", "words"),
+    [
+        ("bf16", (0.1, 0.14), "0.12 instead of 0.2 seconds a step: `--mixed_precision bf16` is faster"),
+        ("no", (0.1, 0.14), "0.12 instead of 0.2 seconds a step: `--mixed_precision no` is faster"),
+        ("bf16", (0.1, 0.2), "0.15 instead of 0.2 seconds a step: no clear difference, stay in float32"),
+        ("no", (0.2, 0.25), "0.23 instead of 0.2 seconds a step: no clear difference, stay in bfloat16"),
+        ("bf16", (0.3, 0.5), "0.4 instead of 0.2 seconds a step: stay in float32"),
+    ],
+)
+def test_precision_is_advised_if_each_of_its_steps_is_faster(other, measured, words):
+    assert gain_of_precision(other, [0.19, 0.21], list(measured)) == words
 
 
 @pytest.mark.parametrize(

@@ -121,18 +121,18 @@ class Loop:
         forecast = Forecast(run.last_step, run.images_per_step, run.num_images, faster_precision(self.accelerator))
         self.model.train()
         if run.dry_run is not None:
-            run.dry_run.begin()
+            run.dry_run.begin(self)
         with StopSignal(self.accelerator) as stop, Heartbeat(self.accelerator, run.folder) as heartbeat:
             while self.step < self.last_step:
                 step = self.present = Step(self)
                 yield step
                 step.check_whole()
                 heartbeat.beat(self.step)
-                if text := forecast.after(self.step):
-                    self.show(text)
-                if run.dry_run is not None and run.dry_run.has_seen(self):
+                if run.dry_run is not None and run.dry_run.has_seen_step():
                     self._save_checkpoint()
                     break
+                if run.dry_run is None and (text := forecast.after(self.step)):
+                    self.show(text)
                 if step.validates:
                     run.log.draw_curves()
                 step.is_last = self.step == self.last_step

@@ -1,7 +1,11 @@
 """Which numbers the hardware of a run multiplies fast, and the scale that fp16 needs."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 
 
 def multiplies_in_bfloat16(device: torch.device) -> bool:
@@ -35,3 +39,45 @@ def faster_precision(accelerator: Accelerator) -> str | None:
     if precision == "no" and device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return "`--mixed_precision bf16` is usually much faster on this processor."
     return None
+
+
+def other_precision(accelerator: Accelerator) -> str | None:
+    r"""
+    The `mixed_precision` that a run can be compared with by [`computing_in_other_precision`]: "bf16" for float32 on hardware that
+    multiplies in bfloat16, "no" for bfloat16 on a processor; else None. On a GPU float32 may need more memory than there is.
+    """
+    device, precision = accelerator.device, accelerator.mixed_precision
+    if accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):  # prepare models for one precision
+        return None
+    if precision == "no" and device.type in ("cpu", "cuda") and multiplies_in_bfloat16(device):
+        return "bf16"
+    return "no" if precision == "bf16" and device.type == "cpu" else None
+
+
+@contextmanager
+def computing_in_other_precision(accelerator: Accelerator, models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    r"""
+    Makes a float32 accelerator and the models that it has prepared compute as one for bfloat16 does, or the other way round. Weights
+    and outputs of the models are float32 in both.
+    """
+    device, models = accelerator.device.type, [accelerator.unwrap_model(model) for model in models]
+    forwards, dtype = [model.forward for model in models], torch.get_autocast_dtype(device)
+    accelerator.native_amp = not accelerator.native_amp
+    torch.set_autocast_dtype(
+        device, torch.bfloat16
+    )  # for `accelerator.autocast`, whose `mixed_precision` still is "no"
+    for model in models:
+        if accelerator.native_amp:
+            model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
+        else:
+            model.forward = model._original_forward  # where accelerate keeps it
+    try:
+        yield
+    finally:
+        accelerator.native_amp = not accelerator.native_amp
+        torch.set_autocast_dtype(device, dtype)
+        for model, forward in zip(models, forwards, strict=True):
+            model.forward = forward
