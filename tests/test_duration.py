@@ -69,13 +69,19 @@ def test_faster_precision_is_named_where_the_processor_has_it(monkeypatch, preci
     assert len(said) == 1 and said[0].endswith(f"passes over the images.{advice and ' ' + advice or ''}")
 
 
+def test_products_of_vectors_in_bfloat16_are_to_be_measured(monkeypatch):
+    set_matrix_units(monkeypatch, False, has_products=True)
+    assert "`--dry_run` measures it" in faster_precision(Accelerator(cpu=True, mixed_precision="no"))
+
+
 def test_pace_of_a_stream_of_unknown_length():
     assert pace(10, 0.5, 4, None) == "5 seconds, at 0.5 seconds a step, 8 images a second"
 
 
-def set_matrix_units(monkeypatch, has_units: bool) -> None:
-    """Lets the processor multiply in bfloat16, or not."""
+def set_matrix_units(monkeypatch, has_units: bool, has_products: bool = False) -> None:
+    """Lets the processor multiply in bfloat16, or not: with units for matrices, or with products of vectors alone."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units or has_products)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
 
 
