@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,7 @@ class StopSignal:
         self._pid = os.getpid()
         self._received = 0.0
         self._previous: dict[int, Any] = {}
+        self._at_once: dict[str, Any] | None = None
         self._launcher = _LAUNCHER[1] if _LAUNCHER[0] == self._pid else launcher_pid()
 
     def __enter__(self) -> "StopSignal":
@@ -105,6 +108,17 @@ class StopSignal:
             number = torch.tensor(self.signal_number, device=self.accelerator.device)
             self.signal_number = int(self.accelerator.gather(number).max())
         return self.signal_number != 0
+
+    @contextmanager
+    def at_once(self, **last_line: Any) -> Iterator[None]:
+        r"""Inside the `with` block, a signal ends the process at once, and so does one that came before; arguments as of [`exit`]."""
+        if self.signal_number:
+            self.exit(**last_line)
+        self._at_once = last_line
+        try:
+            yield
+        finally:
+            self._at_once = None
 
     def exit(self, *, step: int | None = None, command: str | None = None) -> None:
         r"""
@@ -129,7 +143,11 @@ class StopSignal:
         if not self.signal_number:
             self._received = now
             self.signal_number = number
-            self._say(f"received {signal.Signals(number).name}: finishing the step, then saving")
+            name = signal.Signals(number).name
+            if self._at_once is not None:
+                self._say(f"received {name} in a measurement, which is made again when the run goes on")
+                self.exit(**self._at_once)
+            self._say(f"received {name}: finishing the step, then saving")
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:

@@ -1,5 +1,6 @@
 """The distance of samples while a generator trains: kept weights, early end, resumed and distributed runs."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from scripts import (
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.metrics.monitor import SampleDistance
 from dae_diffusers.training import train_dit, train_vqgan_prior
 
 NAME = "validation/gfd_judge"
@@ -78,6 +80,27 @@ def test_resumed_run_finds_the_same_best(watched, inputs, tmp_path, caplog):
     found = {step: value for step, value in distances(tmp_path / "run").items() if step > 3}
     kept = tmp_path / "run" / "train_dit" / "best" / f"step-{min(found, key=found.get)}" / "transformer"
     assert_same_weights(weights(kept), weights((tmp_path / "run" / TRANSFORMER).parent))
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_signal_ends_a_measurement_at_once_and_loses_nothing(step, watched, inputs, tmp_path, monkeypatch, capsys):
+    flags = FLAGS + " --export best --learning_rate 0.3 --checkpointing_steps 100"
+    measure = SampleDistance.measure
+
+    def interrupted(monitor, pipeline, at):
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(monitor, pipeline, at)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(SampleDistance, "measure", interrupted)
+        run(train_dit, flags, output_dir=tmp_path, **inputs)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "made again when the run goes on" in capsys.readouterr().out
+    assert step not in distances(tmp_path)
+    run(train_dit, flags, output_dir=tmp_path, resume_from_checkpoint="latest", **inputs)
+    assert log_of(tmp_path, "train_dit") == log_of(watched, "train_dit")
+    assert_same_weights(weights((tmp_path / TRANSFORMER).parent), weights((watched / TRANSFORMER).parent))
 
 
 @pytest.mark.parametrize("change", ["images", "decoder"])

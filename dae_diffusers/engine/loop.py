@@ -1,6 +1,7 @@
 """The training loop: everything from a batch to a checkpoint that is the same for every model."""
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ from dae_diffusers.engine.precision import faster_precision
 from dae_diffusers.engine.run import TrainingRun
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.signals import StopSignal, resuming_command
+from dae_diffusers.store import finite_or_none
+
+# State of a checkpoint that was saved before the measurements of its step.
+_TO_REPEAT = "step_to_repeat"
 
 
 class Loop:
@@ -105,6 +110,7 @@ class Loop:
         if post_hoc is not None and post_hoc.post_hoc_ema:
             self.post_hoc = PostHocAverages(run, post_hoc, self.model, self.last_step)
             self.averages |= self.post_hoc.by_name
+        self._to_repeat = None if checkpoint is None else run.resumed_state.get(_TO_REPEAT)
         if checkpoint is not None:
             run.checkpointer.load(checkpoint, averages=self.averages)
 
@@ -123,8 +129,10 @@ class Loop:
         if run.dry_run is not None:
             run.dry_run.begin(self)
         with StopSignal(self.accelerator) as stop, Heartbeat(self.accelerator, run.folder) as heartbeat:
-            while self.step < self.last_step:
-                step = self.present = Step(self)
+            self._stop = stop
+            while self.step < self.last_step or self._to_repeat is not None:
+                step = self.present = Step(self, self._to_repeat)
+                self._to_repeat = None
                 yield step
                 step.check_whole()
                 heartbeat.beat(self.step)
@@ -166,6 +174,18 @@ class Loop:
             yield model.eval()
             model.train(was_training)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        r"""
+        For measurements that take long, in the body of the loop: inside the `with` block, a signal ends the process at once. Nothing is
+        lost, because a checkpoint is saved first. A run that goes on from it yields its step once more, without micro-batches. Enter it
+        before [`averaged`].
+        """
+        if not self.present.is_repeated:
+            self._save_checkpoint(**{_TO_REPEAT: self.present.state()})
+        with self._stop.at_once(step=self.step, command=resuming_command()):
+            yield
+
     def finished_model(self) -> torch.nn.Module:
         r"""Returns the unwrapped model, with averaged weights from now on. All processes call it."""
         if self.ema is not None:
@@ -186,8 +206,8 @@ class Loop:
         if self.accelerator.is_main_process:
             self.progress.write(text)
 
-    def _save_checkpoint(self) -> None:
-        self.run.save_checkpoint(self.step, averages=self.averages, **self.state)
+    def _save_checkpoint(self, **state: Any) -> None:
+        self.run.save_checkpoint(self.step, averages=self.averages, **self.state, **state)
 
     def _push_snapshot(self) -> None:
         if self.snapshot is not None:
@@ -205,19 +225,26 @@ class Step:
 
     Attributes:
         done (`int`): Steps of the loop before this one.
+        is_repeated (`bool`): Whether only its measurements are left, see [`Loop.interruptible`]. It has no micro-batches.
         validates (`bool`): After its micro-batches: whether a validation is due.
         is_last (`bool`): After its micro-batches: whether it is the loop's last.
         means (`dict[str, float]` or `None`): After its micro-batches: the means, if they were logged.
     """
 
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop, state: dict[str, Any] | None = None):
         self.loop = loop
         self.done = loop.step - loop.first_step
-        self.validates = self.is_last = False
+        self.is_repeated = state is not None
+        self.validates, self.is_last = False, self.is_repeated and loop.step == loop.last_step
         self.means: dict[str, float] | None = None
-        self._needs_backward = True
+        self._needs_backward = not self.is_repeated
+        if state is not None:
+            self.means, norm = state["means"], state["gradient_norm"]
+            self.gradient_norm = math.nan if norm is None else norm
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self.is_repeated:
+            return
         loop, seed = self.loop, self.loop.run.config.run.seed
         while self._needs_backward or not loop.accelerator.sync_gradients:
             batch = next(loop.batches)
@@ -230,6 +257,10 @@ class Step:
                     loop.after_step()
             loop.microbatch += loop.accelerator.num_processes
         self._end()
+
+    def state(self) -> dict[str, Any]:
+        r"""What a step that is repeated knows of its micro-batches, as JSON can hold it."""
+        return finite_or_none({"means": self.means, "gradient_norm": float(self.gradient_norm)})
 
     @property
     def microbatch(self) -> int:

@@ -208,7 +208,7 @@ class SampleDistance(Monitor):
     ) -> None:
         if not step.is_last and loop.step % self.config.metric_steps:
             return
-        with loop.averaged() as model:
+        with loop.interruptible(), loop.averaged() as model:
             pipeline = result_of(model)
             distance = self.measure(pipeline, loop.step)
             step.write({self.name: distance})
