@@ -171,7 +171,8 @@ def main(config: TrainDiTConfig) -> None:
     if run.end_dry_run():
         return
     if accelerator.is_main_process:
-        run.note(**conditioning.example())
+        loss = {"objective": type(objective).__name__, "timestep_shift": getattr(objective, "shift", None)}
+        run.note(**conditioning.example(), **loss)
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 

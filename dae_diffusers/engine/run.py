@@ -255,6 +255,8 @@ class TrainingRun:
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
                 "counts": self.counts,
+                "steps": self.plan.steps,
+                "inputs": self.plan.inputs,
                 **({"images_changed": self.plan.images_changed} if self.plan.images_changed else {}),
                 "local_data": self.config.data.is_local,
                 "seconds": _seconds_before(self.folder / "run.json") if step > 0 else 0.0,
