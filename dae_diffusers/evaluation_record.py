@@ -31,6 +31,15 @@ def name_of_setting(row: dict[str, Any]) -> str:
     return "-".join(f"{label}-{value}" for label, value in setting_of(row).items()) or "default"
 
 
+def words_of_setting(row: dict[str, Any]) -> str:
+    r"""How the samples of a row were drawn, in words, such as "guidance 2 from 0 to 0.8, 25 steps"."""
+    setting = setting_of(row)
+    steps = f"{setting.pop('steps')} steps" if "steps" in setting else ""
+    scheduler = setting.pop("by", "")
+    guidance = " ".join(f"{label} {value}" for label, value in setting.items())
+    return ", ".join(filter(None, (guidance, steps, scheduler)))
+
+
 def is_deviation(name: str, row: dict[str, Any]) -> bool:
     r"""Whether a number of a row is the standard deviation of another."""
     return name.endswith("_sd") and name.removesuffix("_sd") in row

@@ -238,6 +238,11 @@ def config_text(config: Any) -> str:
     return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
 
 
+def is_of_one_run(name: str) -> bool:
+    r"""Whether a setting belongs to a single run, such as its folder, and does not describe the model."""
+    return name in _OF_ONE_RUN or name.startswith(_PREFIXES_OF_ONE_RUN)
+
+
 def flags_of(config: Any, *, whole_paths: bool = False) -> list[str]:
     r"""
     The flags that change the defaults into these settings, without the folder, publishing and resuming. Of an absolute path only
@@ -246,7 +251,7 @@ def flags_of(config: Any, *, whole_paths: bool = False) -> list[str]:
     values, argv = flat(config), []
     for _, each, default in fields_of(type(config)):
         name, value = each.name, values[each.name]
-        if value == default or name in _OF_ONE_RUN or name.startswith(_PREFIXES_OF_ONE_RUN):
+        if value == default or is_of_one_run(name):
             continue
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no_{name}")

@@ -20,7 +20,7 @@ from dae_diffusers.weights import have_other_encoders, weights_fingerprint_of
 PIPELINE_INDEX = "model_index.json"
 
 # The scripts, in the order in which they run, and what their curves show. Each has a folder of its name in the output folder.
-_SCRIPTS = {
+SCRIPTS = {
     "train_dae": "Training of the autoencoder",
     "train_dit": "Training of the generator",
     "train_vqgan_prior": "Training of the generator",
@@ -43,9 +43,9 @@ _NOT_PUBLISHED = (
 # Pictures that show images of the data set themselves.
 DATA_PICTURES = ("reconstructions.png", "nearest.png")
 # All pictures that a result can have.
-PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}_curves.png" for name in _SCRIPTS))
+PICTURES = (*DATA_PICTURES, "samples.png", "stage3.png", "sweep.png", *(f"{name}_curves.png" for name in SCRIPTS))
 # What the repository of a pipeline says of its weights in numbers.
-NUMBERS = ("metrics.json", *(f"training/{name}.{suffix}" for name in _SCRIPTS for suffix in ("yaml", "json")))
+NUMBERS = ("metrics.json", *(f"training/{name}.{suffix}" for name in SCRIPTS for suffix in ("yaml", "json")))
 
 # Parts of an evaluation by what was measured.
 _OF_AUTOENCODER, _OF_SAMPLES = ("reconstruction", "latent_space", "codebook"), ("generation", "classes")
@@ -133,7 +133,7 @@ class Result:
     def data_script(self) -> Script | None:
         r"""The script whose images the result draws or reconstructs: that of the generator, else that of the autoencoder."""
         known = {name: script for name, script in self.scripts.items() if script.names_images}
-        return next((known[name] for name in (*_GENERATOR_SCRIPTS, *_SCRIPTS) if name in known), None)
+        return next((known[name] for name in (*_GENERATOR_SCRIPTS, *SCRIPTS) if name in known), None)
 
     @property
     def has_private_data(self) -> bool:
@@ -326,21 +326,21 @@ def _describe(result: Result, *, is_run: bool) -> Result:
     """Adds the information in the folder. Without `is_run`, the folder is only the parent of the model, and may not be ours."""
     if result.vae is not None:
         result.vae_config = read_json(result.vae / "config.json")
-    folders = [result.folder / name for name in _SCRIPTS if _is_script(result.folder / name)]
+    folders = [result.folder / name for name in SCRIPTS if is_script(result.folder / name)]
     if not is_run and not folders:
         return result
     for path in list(folders):  # the autoencoder may come from another run
-        used = _read_yaml(path / "config.yaml").get("vae")
+        used = read_yaml(path / "config.yaml").get("vae")
         if used and Path(used).is_dir():
             other = Path(used) if (Path(used) / "train_dae").is_dir() else Path(used).resolve().parent
             is_other = other.resolve() != result.folder.resolve() and not _has_own_autoencoder(result)
-            if is_other and _is_script(other / "train_dae"):
+            if is_other and is_script(other / "train_dae"):
                 folders.insert(0, other / "train_dae")
     for path in list(folders):  # stage 3 may have begun with the pipeline of another run
-        used = _read_yaml(path / "config.yaml").get("pipeline")
+        used = read_yaml(path / "config.yaml").get("pipeline")
         other = Path(used).resolve().parent if used and Path(used).is_dir() else result.folder
         if other.resolve() != result.folder.resolve():
-            folders[:0] = [other / name for name in list(_SCRIPTS)[:-1] if _is_script(other / name)]
+            folders[:0] = [other / name for name in list(SCRIPTS)[:-1] if is_script(other / name)]
     for path in folders:
         if result.pipeline is None and path.name != "train_dae":
             continue
@@ -387,20 +387,21 @@ def _leave_out_other_generator(result: Result) -> None:
 
 def _has_own_autoencoder(result: Result) -> bool:
     """Whether the run trained the autoencoder of its pipeline itself, wherever the generator found it: the run may be a copy."""
-    if result.vae is None or not _is_script(result.folder / "train_dae"):
+    if result.vae is None or not is_script(result.folder / "train_dae"):
         return False
     return weights_fingerprint_of(result.folder / "vae") == weights_fingerprint_of(result.vae) is not None
 
 
-def _is_script(folder: Path) -> bool:
+def is_script(folder: Path) -> bool:
+    r"""Whether a folder is that of a script, which has written its settings there."""
     path = folder / "config.yaml"
-    return path.exists() and isinstance(_read_yaml(path), dict)
+    return path.exists() and isinstance(read_yaml(path), dict)
 
 
 def _read_script(folder: Path) -> Script:
     config = {
         name: value
-        for name, value in _read_yaml(folder / "config.yaml").items()
+        for name, value in read_yaml(folder / "config.yaml").items()
         if name not in _NOT_PUBLISHED and not name.startswith(("hub_", "push_"))
     }
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
@@ -581,7 +582,7 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         )
         add("nearest.png", nearest[0] if nearest else None, "The samples most like a training image, above it")
     for name, script in result.scripts.items():
-        add(f"{name}_curves.png", script.folder / "curves.png", _SCRIPTS[name])
+        add(f"{name}_curves.png", script.folder / "curves.png", SCRIPTS[name])
     return pictures
 
 
@@ -593,7 +594,8 @@ def _grid_of_weights(script: Script) -> Path | None:
     return latest_grid(script.folder, "samples-*.png" if step is None else f"samples-{step:08d}.png")
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    r"""The content of a YAML file. Raises `UserError` if it cannot be read."""
     try:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

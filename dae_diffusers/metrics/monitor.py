@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.caching import cached_rows
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.directions import is_higher_better
+from dae_diffusers.directions import direction
 from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
@@ -115,7 +115,7 @@ class Monitor:
     def _compare(self, loop: Loop, result: Callable[[], Result], number: float) -> None:
         """Keeps a result that is better than all before."""
         if loop.step > self.after:
-            best, sign = self.state["distance"], -1 if is_higher_better(self._metric) else 1
+            best, sign = self.state["distance"], -1 if direction(self._metric) == "↑" else 1
             if best is None or sign * number < sign * best:
                 if self.run.accelerator.is_main_process:
                     self._keep(result(), loop.step)

@@ -18,7 +18,7 @@ from dae_diffusers.autoencoders.loading import decode_latents, encode_moments
 from dae_diffusers.caching import CachedRows
 from dae_diffusers.data import ImageDataset
 from dae_diffusers.directions import with_arrow
-from dae_diffusers.evaluation_record import is_deviation, setting_of, weights_by_part
+from dae_diffusers.evaluation_record import is_deviation, weights_by_part, words_of_setting
 from dae_diffusers.metrics.distances import few_images_note
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.sampling import scheduler_options
@@ -222,7 +222,7 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         others = {name: value for name, value in row.items() if name != along}
-        lines.setdefault(_legend_of(others), []).append((row[along], row[distance], row.get(f"{distance}_sd", 0)))
+        lines.setdefault(words_of_setting(others), []).append((row[along], row[distance], row.get(f"{distance}_sd", 0)))
     for label, points in lines.items():
         places, distances, deviations = zip(*sorted(points), strict=True)
         bars = deviations if any(deviations) else None
@@ -237,15 +237,6 @@ def plot_sweep(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _legend_of(row: dict[str, Any]) -> str:
-    """How the samples of a row were drawn, in words, such as "guidance 2 from 0 to 0.8, 25 steps"."""
-    setting = setting_of(row)
-    steps = f"{setting.pop('steps')} steps" if "steps" in setting else ""
-    scheduler = setting.pop("by", "")
-    guidance = " ".join(f"{label} {value}" for label, value in setting.items())
-    return ", ".join(filter(None, (guidance, steps, scheduler)))
-
-
 def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     r"""
     Draws the distance against the length of the averaged weights, a line for each way of drawing; dashed: the weights of the row whose
@@ -253,8 +244,8 @@ def plot_lengths(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
     """
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
-    for number, way in enumerate(dict.fromkeys(map(_legend_of, rows))):
-        of_way = [row for row in rows if _legend_of(row) == way]
+    for number, way in enumerate(dict.fromkeys(map(words_of_setting, rows))):
+        of_way = [row for row in rows if words_of_setting(row) == way]
         points = sorted((row["length"], row[distance]) for row in of_way if row["length"] is not None)
         axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=way or None)
         for row in (each for each in of_way if each["length"] is None):
