@@ -13,7 +13,7 @@ from importlib.resources import files
 from dae_diffusers import __version__
 from dae_diffusers.errors import did_you_mean, one_line
 
-_ALONE = {"assemble", "preview", "push"}  # no training: runs as a plain Python process
+_ALONE = {"assemble", "compare", "preview", "push"}  # no training: runs as a plain Python process
 _USAGE = """usage: dae-diffusers [flags of accelerate launch] SCRIPT [flags of the script]
 
 {scripts}

@@ -23,7 +23,7 @@ _LOST_PROCESS = ("closed by peer", "reset by peer", "remote process exited")  # 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # CPU, C++, GPU
 _LOST_FOLDER = ("Parent directory", "(os error 2)")  # torch's words, and safetensors'
 _SCRIPT = re.compile(
-    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|complexity|ema|evaluate|find_latents|preview|push|sample|train_[a-z_]+)\.py\b"  # noqa: E501
+    r"(?:accelerate launch |python )?(?:training/)?\b(assemble|cache_latents|compare|complexity|ema|evaluate|find_latents|preview|push|sample|train_[a-z_]+)\.py\b"  # noqa: E501
 )
 
 

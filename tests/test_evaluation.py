@@ -23,11 +23,15 @@ from diffusers import (
 )
 from matplotlib.figure import Figure
 from models import make_autoencoder, make_random_transformer, make_video_autoencoder, save_backbone
+from PIL import Image
 from scripts import launch, run, succeed
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.caching import CachedRows, cached_rows, cached_values
+from dae_diffusers.compared_runs.pictures import side_by_side
+from dae_diffusers.compared_runs.reading import read_runs
+from dae_diffusers.compared_runs.tables import write_tables
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
 from dae_diffusers.evaluation_record import name_of_setting
@@ -693,6 +697,18 @@ def test_unconditional_pipelines_without_an_autoencoder_are_evaluated(
         "samples-steps-2.png",
         "sweep.png",
     ]
+    (compared,), _ = read_runs([tmp_path / "evaluation"])
+    table = write_tables([compared], [])
+    best = min(results["generation"], key=lambda row: row[extractor.distance_name("g")])
+    words = (
+        f"{len(images)} ({images.fingerprint})",
+        extractor.fingerprint,
+        f"{best['num_inference_steps']} step",
+        "best of 2",
+    )
+    assert all(each in table for each in words) and "reconstruct" not in table
+    with Image.open(tmp_path / "evaluation" / f"samples-{name_of_setting(best)}.png") as grid:
+        assert side_by_side([compared]).width == grid.width
 
 
 @pytest.mark.parametrize(

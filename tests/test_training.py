@@ -38,6 +38,8 @@ from scripts import (
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline
 from dae_diffusers.autoencoders.settings import AuxiliaryDecoderType, StageConfig
 from dae_diffusers.cli import parse_config
+from dae_diffusers.compared_runs.reading import read_runs
+from dae_diffusers.compared_runs.tables import write_tables
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.engine import loop
 from dae_diffusers.engine.log import RunLog, read_log
@@ -85,6 +87,27 @@ def test_run_leaves_logs_curves_and_grids(trained):
         assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
         assert {"train/learning_rate", "train/gradient_norm"} <= rows[0].keys()
     assert any("validation/loss" in row for row in rows)
+
+
+def test_what_a_run_records_is_compared_with_its_copy(trained, tmp_path):
+    """Also in a run as an earlier version has left it: then steps and inputs come from the checkpoints."""
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    for script in ("train_dae", "train_dit"):
+        record = json.loads((copy / script / "run.json").read_text())
+        for name in ("steps", "inputs"):
+            del record[name]
+        (copy / script / "run.json").write_text(json.dumps(record))
+    compared = read_runs([trained, copy])[0]
+    first, second = ({name: each.record for name, each in run.scripts.items()} for run in compared)
+    for script, steps in (("train_dae", 8), ("train_dit", 6)):
+        assert compared[1].scripts[script].steps_planned == compared[0].scripts[script].steps_done == steps
+        assert second[script] == first[script]
+    text = write_tables(compared, [])
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = {name: values for _, name, *values in cells}
+    assert text.count("None: all settings are the same.") == 2 and "Not comparable" not in text
+    assert rows["steps"][:2] == ["6 of 6"] * 2 and rows["training time"][0].endswith("seconds")
+    assert {"psnr ↑, last", "l1 ↓, best", "loss ↓, best", "parameters", "seconds a step"} <= rows.keys()
 
 
 def test_grid_shows_held_out_images_of_every_class(trained, image_folder):

@@ -509,6 +509,18 @@ class AssembleConfig:
 
 
 @settings
+class CompareConfig:
+    """Comparison."""
+
+    LEADING = "RUN RUN ... "
+
+    runs: list[str] = field(
+        help="output folders of trainings or of `evaluate` (also the first words); one alone is summed up"
+    )
+    output_dir: str = field("compare", "folder for the tables and the pictures")
+
+
+@settings
 class EMAConfig:
     """Settings of ema.py."""
 
@@ -538,6 +550,7 @@ class SampleConfig:
 SCRIPTS = {
     "assemble": AssembleConfig,
     "cache-latents": CacheLatentsConfig,
+    "compare": CompareConfig,
     "complexity": MeasureComplexityConfig,
     "ema": EMAConfig,
     "evaluate": EvaluateConfig,
@@ -584,8 +597,10 @@ _LEADING = {"ema": ("--folder",), "push": ("--folder", "--repo_id"), "sample": (
 
 
 def with_flags(script: str, argv: list[str]) -> list[str]:
-    """The flags of a script; words that may lead those of `ema`, `push` and `sample` become flags."""
+    """The flags of a script; words that may lead those of `compare`, `ema`, `push` and `sample` become flags."""
     words = []
+    if script == "compare" and argv and not argv[0].startswith("--"):
+        return ["--runs", *argv]  # any number of words
     for flag in _LEADING.get(script, ()):
         if argv and not argv[0].startswith("--"):
             words += [flag, argv[0]]
