@@ -1,8 +1,8 @@
 r"""
-Compare runs: which settings differ, which results are better, curves and samples side by side. Trains and measures nothing.
+Compare runs: which settings differ, and which results are better. Trains and measures nothing.
 
     dae-diffusers compare runs/a runs/b runs/c
-    dae-diffusers compare runs/* --output_dir compare
+    dae-diffusers compare runs/* --output_dir runs-compared
 
 Takes output folders of training scripts and of `evaluate`, also of runs that are not finished; a single one is summed up. `compare.md`
 has the tables, which are also printed: settings that differ, and results with the best of each row in bold. Numbers that were measured
