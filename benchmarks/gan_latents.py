@@ -122,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     accelerator, config = Accelerator(), DataConfig(**arguments.data)
-    train, others = halves(load_images(config, 0)[0].choose(2 * arguments.num_images))
+    train, others = halves(load_images(config)[0].choose(2 * arguments.num_images))
     extractor = load_feature_extractor(arguments.features, accelerator.device, channels=train.config.image_channels)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     reference = reference_statistics(extractor, train, cache_dir=arguments.output_dir / "reference")

@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     config = DataConfig(dataset_name=arguments.images, resolution=arguments.resolution, label_column="none")
-    write_turned(load_images(config, 0), arguments.output_dir)
+    write_turned(load_images(config), arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Bench:
             image_channels=self.pipeline.vae.config.in_channels,
         )
         self.judge = load_feature_extractor(arguments.features, self.accelerator.device)
-        images = load_images(data, 0)[0]
+        images = load_images(data)[0]
         self.class_counts = class_counts(self.pipeline, images, self.pipeline.null_class)
         self.reference = reference_statistics(self.judge, images, cache_dir=Path(arguments.output_dir) / "reference")
 

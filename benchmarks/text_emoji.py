@@ -93,7 +93,7 @@ def show(arguments: argparse.Namespace) -> Image.Image:
     """Rows of samples, each with its nearest training image at the end."""
     name = arguments.dataset_name
     data = DataConfig(dataset_name=name, label_column="none", caption_column="text", resolution=64)
-    train, validation = load_images(data, 0)
+    train, validation = load_images(data)
     held_out = [validation.captions[number][0] for number in validation.spread(arguments.num_held_out)]
     prompts = [*held_out, *PROMPTS]
     wanted = [prompt for prompt in prompts for _ in range(PER_PROMPT)]

@@ -674,7 +674,7 @@ def with_outlier(folder) -> dict:
 
 def test_an_outlier_that_widens_the_range_is_said_with_what_to_do(tmp_path, caplog):
     flags = with_outlier(tmp_path)
-    train, validation = load_images(DataConfig(**flags), 1)
+    train, validation = load_images(DataConfig(**flags))
     (text,) = train.range_warnings
     assert len(validation) == 1 and train.value_range[0] == -9999 and text in caplog.text
     low, high = map(float, re.search(r"pass `--value_range (\S+) (\S+)`", text).groups())

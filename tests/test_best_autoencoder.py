@@ -49,7 +49,7 @@ def test_exported_autoencoder_is_that_of_the_best_validation(joint, inputs):
     data = DataConfig(
         train_data_dir=str(inputs["train_data_dir"]), resolution=16, image_channels=3, validation_fraction=0.5
     )
-    train, validation = load_images(data, 0)
+    train, validation = load_images(data)
     statistics = compute_latent_statistics(vae, make_pass_loader(train, batch_size=4))
     torch.testing.assert_close(vae.config.latents_mean, statistics.mean.tolist())
     torch.testing.assert_close(vae.config.latents_std, statistics.std.tolist())

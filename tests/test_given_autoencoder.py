@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,15 +105,15 @@ def test_a_cache_brings_its_images_and_flags_without_effect_are_named(caplog):
 
 def test_images_that_training_has_seen_are_not_held_out_unsaid(image_folder, tmp_path, caplog):
     (tmp_path / "train_dae").mkdir()
-    settings = {"train_data_dir": str(image_folder), "seed": 3, "validation_fraction": 0.05, "train_split": "train"}
+    settings = {"train_data_dir": str(image_folder), "seed": 3, "validation_fraction": 0.3, "train_split": "train"}
     (tmp_path / "train_dae" / "config.yaml").write_text(yaml.safe_dump(settings))
     config = DataConfig(train_data_dir=str(image_folder), resolution=16)
-    load_images(config, 0, model=str(tmp_path / "vae"))
-    assert "trained with `--seed 3`: other images were held out" in caplog.text
+    load_images(config, model=str(tmp_path / "vae"))
+    assert "trained with `--validation_fraction 0.3`: other images were held out" in caplog.text
     caplog.clear()
-    load_images(config, 3, model=str(tmp_path / "vae"))
-    warn_of_seen_images(DataConfig(dataset_name="digits"), 0, str(tmp_path))
-    warn_of_seen_images(config, 0, "user/model")
+    load_images(replace(config, validation_fraction=0.3), model=str(tmp_path / "vae"))
+    warn_of_seen_images(DataConfig(dataset_name="digits"), str(tmp_path))
+    warn_of_seen_images(config, "user/model")
     assert caplog.text == ""
 
 

@@ -16,7 +16,7 @@ from test_tables import PICTURES, write
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import parse_config
-from dae_diffusers.data import DataConfig, ImageDataset, load_images
+from dae_diffusers.data import DataConfig, ImageDataset, load_images, loading
 from dae_diffusers.data.groups import choose_groups, whole_groups
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.cache import CachedLatents, follow_cache
@@ -53,7 +53,9 @@ def numbers_in(images: ImageDataset) -> list[int]:
 
 def sides_of(config: DataConfig, seed: int = 0) -> list[list[int]]:
     """The numbers of the training images, and of those that are held out."""
-    return [numbers_in(images) for images in load_images(config, seed)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_SPLIT_SEED", seed)
+        return [numbers_in(images) for images in load_images(config)]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_scripts_hold_out_what_a_run_has_held_out(tmp_path, caplog):
     run(train_dae, f"{flags} --group_column patient", **again)
     caplog.clear()
 
-    trained = load_images(config_of(images), 3)[0].fingerprint
+    trained = load_images(config_of(images))[0].fingerprint
     for column in ("patient", None):
         options = {"vae": folder / "stage1", "output_dir": tmp_path / "evaluation"}
         options |= {} if column is None else {"group_column": column}
@@ -254,9 +256,11 @@ def test_scripts_hold_out_what_a_run_has_held_out(tmp_path, caplog):
         assert said == (column is None)
     recorded = yaml.safe_load((folder / "train_dae" / "config.yaml").read_text())
     caplog.clear()
-    (folder / "train_dae" / "config.yaml").write_text(yaml.safe_dump(recorded | {"group_column": None, "seed": 5}))
-    load_images(config_of(images), 3, model=str(folder / "stage1"))
-    assert "was trained with `--seed 5` and without `--group_column`: other images" in caplog.text
+    (folder / "train_dae" / "config.yaml").write_text(
+        yaml.safe_dump(recorded | {"group_column": None, "validation_fraction": 0.3})
+    )
+    load_images(config_of(images), model=str(folder / "stage1"))
+    assert "was trained with `--validation_fraction 0.3` and without `--group_column`: other images" in caplog.text
 
 
 def test_preview_counts_the_groups(tmp_path):

@@ -524,7 +524,7 @@ def test_images_of_one_class_are_judged_as_those_without_classes(image_folder, t
     rows = [f"{path.name},cat\n" for path in images.iterdir()]
     (images / "metadata.csv").write_text("".join(["file_name,animal\n", *rows]))
     data = {"train_data_dir": str(images), "label_column": "animal", "resolution": 16, "validation_fraction": 0.5}
-    assert load_images(DataConfig(**data), 0)[0].id2label == {0: "cat"}
+    assert load_images(DataConfig(**data))[0].id2label == {0: "cat"}
     content = CANDIDATES | {"judge": {**CANDIDATES["judge"], "train_batch_size": 8}}
     config = SearchConfig(output_dir=str(tmp_path / "find"), candidates=written(tmp_path, content))
     with launched_here():

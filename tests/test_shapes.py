@@ -120,7 +120,7 @@ def test_arrays_of_the_right_shape_are_not_touched(tmp_path):
     for number, array in enumerate(values):
         np.save(tmp_path / f"{number}.npy", array)
     config = DataConfig(train_data_dir=str(tmp_path), resolution=[10, 24], image_channels=1, value_range=[-5, 5])
-    train, validation = load_images(config, 0)
+    train, validation = load_images(config)
     found = torch.cat(
         [each["pixel_values"] for part in (train, validation) for each in map(part.__getitem__, range(len(part)))]
     )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_data import encoded
 
-from dae_diffusers.data import DataConfig, load_images, make_pass_loader
+from dae_diffusers.data import DataConfig, load_images, loading, make_pass_loader
 from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
@@ -237,7 +237,7 @@ def test_labels_in_a_field_of_a_column(tmp_path):
         ([0.0, 1.0, float("nan"), 1.0, 0.0, 1.0], [0.0, 1.0], "holds none in 1 of 6 rows of the split 'train'. Remove"),
         ([0.0, 0.5, 1.0, 1.0, 0.0, 1.0], [0.0, 1.0], "such as 0.5; `none`"),
         (
-            ["a", "b", "a", None, "a", "b"],
+            ["a", "b", "a", "b", "a", None],  # the image that is held out
             None,
             "none in 1 of 1 rows of the held-out part of the split 'train'. Remove",
         ),
@@ -248,7 +248,7 @@ def test_labels_that_do_not_fit_are_said(labels, of_test, message, tmp_path):
     if of_test is not None:
         write(tmp_path, "test", image=PICTURES[:2], label=of_test)
     with pytest.raises(UserError, match=re.escape(message)):
-        load_images(DataConfig(dataset_name=folder, resolution=8), 3)  # a seed that holds out the image without a label
+        load_images(DataConfig(dataset_name=folder, resolution=8))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -267,7 +267,7 @@ def test_unlabelled_test_split_is_named_and_a_part_can_be_held_out(test_labels, 
 
 
 @pytest.mark.parametrize("kind", ["metadata", "paths", "bytes"])
-def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog):
+def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog, monkeypatch):
     """Tables of captions often have one caption a row. No held-out image is a training image."""
     caplog.set_level("INFO")
     folder, names, texts = tmp_path / "data", save_files(tmp_path / "data"), [f"caption {n}" for n in range(18)]
@@ -280,8 +280,9 @@ def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog):
         (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     flags = {"train_data_dir" if kind == "metadata" else "dataset_name": str(folder)}
     for seed in range(3):
+        monkeypatch.setattr(loading, "_SPLIT_SEED", seed)
         config = DataConfig(**flags, caption_column="text", resolution=8, validation_fraction=0.34)
-        train, validation = load_images(config, seed)
+        train, validation = load_images(config)
         seen = [{text for (text,) in images.captions} for images in (train, validation)]
         assert len(train) == 12 and len(validation) == 6 and seen[0] | seen[1] == set(texts)
         files = [{images.name_of(n) for n in range(len(images))} for images in (train, validation)]
@@ -289,15 +290,16 @@ def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog):
     assert "18 rows name 6 files" in caplog.text
 
 
-def test_links_are_held_out_with_their_file(tmp_path, caplog):
+def test_links_are_held_out_with_their_file(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     names = save_files(tmp_path)
     for number, name in enumerate(names):
         (tmp_path / "files" / f"soft{number}.png").symlink_to(f"{number}.png")
         (tmp_path / "files" / f"hard{number}.png").hardlink_to(tmp_path / name)
     for seed in range(3):
+        monkeypatch.setattr(loading, "_SPLIT_SEED", seed)
         config = DataConfig(train_data_dir=str(tmp_path), resolution=8, validation_fraction=0.34)
-        both = load_images(config, seed)
+        both = load_images(config)
         seen = [{float(images[n]["pixel_values"][0, 0, 0]) for n in range(len(images))} for images in both]
         assert [len(images) for images in both] == [12, 6] and not seen[0] & seen[1]
     assert "12 files are links to others" in caplog.text
@@ -331,8 +333,8 @@ def test_pictures_of_one_name_are_files_of_their_own(name, tmp_path, caplog):
     caplog.set_level("INFO")
     pictures = [encoded(Image.new("RGB", (8, 8), (n, 0, 0)), "bmp") for n in range(40)]
     folder = write(tmp_path, image=[{"bytes": data, "path": name} for data in pictures])
-    split = load_images(DataConfig(dataset_name=folder, resolution=8, validation_fraction=0.25), 3)
-    order = np.random.default_rng(derived_seed(3, 2)).permutation(40)
+    split = load_images(DataConfig(dataset_name=folder, resolution=8, validation_fraction=0.25))
+    order = np.random.default_rng(derived_seed(0, 2)).permutation(40)
     for images, expected in zip(split, (order[10:], np.sort(order[:10])), strict=True):
         values = [float(images[n]["pixel_values"][0, 0, 0]) * 127.5 + 127.5 for n in range(len(images))]
         assert [round(value) for value in values] == expected.tolist()

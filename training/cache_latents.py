@@ -38,7 +38,7 @@ def main(config: CacheLatentsConfig) -> None:
     vae = as_plain(load_any_autoencoder(cache.vae, takes_stage1=True)).to(accelerator.device)
     settle_images(config, vae)
     with accelerator.main_process_first():
-        splits = load_images(data, cache.seed, model=cache.vae)
+        splits = load_images(data, model=cache.vae)
     for name, images in zip(("train", "validation"), splits, strict=True):
         try:
             write_latent_cache(

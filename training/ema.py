@@ -152,7 +152,7 @@ def measure(
     of, data, sampling = config.lengths, config.data, config.sampling
     name = str(Path(of.folder) / "pipeline")
     check_guidance(sampling, name, pipeline)
-    train, _, sampler = prepare_evaluation(config, of.seed, pipeline, [extractor], accelerator, name=name)
+    train, _, sampler = prepare_evaluation(config, pipeline, [extractor], accelerator, name=name)
     work = {"batch_size": of.batch_size, "num_workers": data.dataloader_num_workers}
     some = train.choose(sampling.num_images)
     training = training_features(extractor, train, some, accelerator, folder=output_dir, **work)

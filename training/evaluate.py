@@ -69,7 +69,7 @@ def main(config: EvaluateConfig) -> None:
     limit = config.sampling.num_images or MAX_DRAWN_IMAGES
     has_samples = of.samples_dir is not None
     train, validation, sampler = prepare_evaluation(
-        config, of.seed, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae, has_samples=has_samples
+        config, pipeline, judges, accelerator, name=of.pipeline, vae=of.vae, has_samples=has_samples
     )
     extractor, *others = judges or [None]
     given = None

@@ -34,7 +34,7 @@ def main(config: PreviewConfig) -> None:
         config.data.settle()
     else:
         settle_images(config, load_autoencoder(config.preview.vae))
-    train, validation = load_images(config.data, seed, value_range=read_value_range(config.preview.vae))
+    train, validation = load_images(config.data, value_range=read_value_range(config.preview.vae))
     indices = () if isinstance(train, StreamedImages) else choose_indices(len(train), LOOKED_AT)
     looked = list(look(train, seed, indices))
     table = (

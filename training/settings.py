@@ -478,7 +478,7 @@ class PreviewOutputConfig:
     num_compared: int = field(
         20_000, "look for copies among at most N training images, a fixed random choice; 0: look for none", at_least=0
     )
-    seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
+    seed: int = field(0, "chooses which pictures are shown, and how they are augmented", at_least=0, at_most=MAX_SEED)
     vae: str | None = field(None, "autoencoder that the resolution is taken from if none is given, as in training")
 
 

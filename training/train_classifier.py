@@ -49,7 +49,7 @@ def main(config: TrainClassifierConfig) -> None:
     lock = take_folder(output_dir, accelerator)
     set_seed(training.seed)
     with accelerator.main_process_first():
-        train_images, test_images = load_images(config.data, training.seed)
+        train_images, test_images = load_images(config.data)
     if not train_images.has_classes:
         seen = "no labels to learn from" if train_images.id2label is None else "training images of one class only"
         raise UserError(

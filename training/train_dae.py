@@ -116,7 +116,7 @@ def load_both(run: TrainingRun, starts_from: str | None) -> tuple[ImageDataset |
     """Training and validation images, in the range of values that a trained model knows."""
     config = run.config
     with run.accelerator.main_process_first():
-        train, validation = load_images(config.data, config.run.seed, model=starts_from)
+        train, validation = load_images(config.data, model=starts_from)
     logger.info("%s, %d validation images", describe_size(train), len(validation))
     return train, validation
 

@@ -421,7 +421,7 @@ def load_data(run: TrainingRun, vae: AutoencoderKL, patch_size: int) -> Training
     if config.data.has_source:
         with run.accelerator.main_process_first():
             name = config.transformer.vae
-            images = load_images(config.data, config.run.seed, model=name)
+            images = load_images(config.data, model=name)
     if caches is None:
         return TrainingData(*images, images)
     fingerprint = autoencoder_fingerprint(vae)

@@ -48,7 +48,7 @@ def main(config: TrainPriorConfig) -> None:
     vae = autoencoder.vae
     with accelerator.main_process_first():
         name = config.prior.vae
-        images = load_images(config.data, config.run.seed, model=name)
+        images = load_images(config.data, model=name)
     prior = make_prior(config, vae, images[0])
     steps = run.num_steps(config.prior.max_train_steps, images[0])
     start = find_start(run, prior, images[0], steps)

@@ -29,7 +29,7 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
         if all(set(names) <= judged.get(scale, {}).keys() for scale in scales):
             continue
         accelerator = Accelerator(mixed_precision="no")
-        train = load_images(DataConfig(**experiment["data"]), trial.seed)[0]
+        train = load_images(DataConfig(**experiment["data"]))[0]
         channels = train.config.image_channels
         judges = {name: load_feature_extractor(name, channels=channels) for name in names}
         references = {

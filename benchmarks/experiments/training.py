@@ -44,7 +44,7 @@ def _train(trial: Trial, generators: list[str]) -> None:
     _keep_autoencoder(trial, ruler, lambda: _cost_of(flags, folder))
     latents = folder / "latents"
     if missing:
-        cache_latents(experiment, folder / "vae", latents, trial.seed)
+        cache_latents(experiment, folder / "vae", latents)
     for name in missing:
         row = train_generator(experiment, name, folder / "vae", latents, folder / name, trial.seed)
         row["generation"] = ruler.samples(folder / name / "pipeline", folder / name)

@@ -239,8 +239,8 @@ def _results(names: Iterable[str], facts: list[list[str]], rows: list[Row]) -> l
         lines += ["", f"{_MARK} Not comparable: {listed}, because these differ: {reason}."]
     if any(TRAINING_IMAGES in row.obstacles for row in rows):
         lines.append(
-            "Other training images leave other images to validate on; so does another `seed`, unless the data set has a validation "
-            "split. Measure all runs on the same images with `evaluate`."
+            "Other training images leave other images to validate on, unless the data set has a validation split. Measure all runs on the "
+            "same images with `evaluate`."
         )
     return lines
 

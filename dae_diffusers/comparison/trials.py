@@ -29,7 +29,7 @@ class Ruler:
     Args:
         experiment (`dict`): Its `data`, `features`, `num_images` and `num_inference_steps` are used.
         vae (`Path` or `str`): The autoencoder: a folder or a Hub id.
-        seed (`int`): Chooses held-out images and noise.
+        seed (`int`): Chooses noise.
         reference (`Path`): Folder of the training images' statistics.
     """
 
@@ -38,7 +38,7 @@ class Ruler:
         use_tf32(False)
         self.accelerator = Accelerator(mixed_precision="no")  # whatever accelerate was configured for
         data = DataConfig(**experiment["data"])
-        self.train, self.validation = load_images(data, seed, value_range=read_value_range(str(vae)))
+        self.train, self.validation = load_images(data, value_range=read_value_range(str(vae)))
         self.some = self.train.choose(experiment["num_images"])
         self.extractor = load_feature_extractor(
             experiment["features"], self.accelerator.device, channels=self.train.config.image_channels
@@ -117,6 +117,6 @@ def train_generator(
     }
 
 
-def cache_latents(experiment: dict[str, Any], vae: Path, folder: Path, seed: int) -> dict[str, float]:
+def cache_latents(experiment: dict[str, Any], vae: Path, folder: Path) -> dict[str, float]:
     r"""Caches the latents of the experiment's images, and returns the cost."""
-    return launch_script("cache_latents", {**experiment["data"], "vae": vae, "output_dir": folder, "seed": seed})
+    return launch_script("cache_latents", {**experiment["data"], "vae": vae, "output_dir": folder})

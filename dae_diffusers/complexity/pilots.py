@@ -49,7 +49,7 @@ def measure_pilots(
         config ([`ComplexityConfig`]): The ladder of pilots.
         folder (`Path`): Where to work.
         features (`str`, *optional*): Feature extractor for gFD; without one, only the loss is measured.
-        seed (`int`, *optional*): Chooses the held-out images.
+        seed (`int`, *optional*): Of the samples, and of the decoder that is trained again.
         reference (`Path`, *optional*): Folder of the training images' statistics, which several autoencoders may share.
 
     Returns:
@@ -64,7 +64,7 @@ def measure_pilots(
         name: value for name, value in vars(config).items() if name not in ("widths", "pilot_steps", "pilot_seeds")
     }
     value_range = read_value_range(vae)
-    splits = load_images(DataConfig(**data), seed, value_range=value_range)
+    splits = load_images(DataConfig(**data), value_range=value_range)
     extractor = None if features is None else load_feature_extractor(features, channels=splits[0].config.image_channels)
     if extractor is not None:
         check_judge(vae, extractor)
@@ -102,7 +102,7 @@ def measure_pilots(
             latents.name,
             home,
             are_cached,
-            lambda: write_json(cached, cache_latents(experiment, used, latents, seed)),
+            lambda: write_json(cached, cache_latents(experiment, used, latents)),
         )
 
     @cache

@@ -74,4 +74,4 @@ class LatentSpaceConfig:
         "`inception`, a vision model (Hub id or folder), `pixels` or `spectrum`, for gFD; default: only the pilots' loss is measured",
     )
     output_dir: str = field("runs/my-model/complexity", "folder for the results")
-    seed: int = field(0, "chooses the held-out images; use the seed of the training", at_least=0, at_most=MAX_SEED)
+    seed: int = field(0, "seed of the samples, and of the decoder that is trained again", at_least=0, at_most=MAX_SEED)

@@ -23,17 +23,16 @@ _OF_OLDER_RUNS = {"group_column": None, "drop_copies": False}  # which do not sa
 _MOST_COMPARED, _MOST_COMPARED_BYTES = 20_000, 2**28
 
 
-def warn_of_seen_images(config: DataConfig, seed: int, model: str | None, num_images: int | None = None) -> None:
+def warn_of_seen_images(config: DataConfig, model: str | None, num_images: int | None = None) -> None:
     r"""
     Warns if a model was trained on the same data, but with other images held out: then it has seen images of this validation.
 
     Args:
         config ([`DataConfig`]): The images, of which a part is held out.
-        seed (`int`): Chooses that part.
         model (`str` or `None`): Folder of an autoencoder or a pipeline, in the output folder of its run, or that folder.
         num_images (`int`, *optional*): How many images are left for training, before any limit.
     """
-    now = {name: getattr(config, name) for name in _CHOICE} | {"seed": seed}
+    now = {name: getattr(config, name) for name in _CHOICE}
     for folder in (Path(model), Path(model).absolute().parent) if model else ():
         for script in _SCRIPTS:
             before = {**_OF_OLDER_RUNS, **_settings_of(folder / script)}

@@ -43,9 +43,12 @@ logger = logging.getLogger(__name__)
 # How many pictures (for their depth) and 16-bit files (for their values) are inspected before training.
 _LOOKED_AT = 64
 
+# The same images are held out in every run, whatever its seed: of a model, and of those that it is compared with.
+_SPLIT_SEED = 0
+
 
 def load_images(
-    config: DataConfig, seed: int = 0, *, value_range: list[float] | None = None, model: str | None = None
+    config: DataConfig, *, value_range: list[float] | None = None, model: str | None = None
 ) -> tuple[ImageDataset | StreamedImages, ImageDataset]:
     r"""
     Loads the training and validation images, and logs their number, source, column, classes and range of values, and the files
@@ -53,7 +56,6 @@ def load_images(
 
     Args:
         config ([`DataConfig`]): What to load.
-        seed (`int`, *optional*): Chooses the held-out images if the data have no validation split.
         value_range (`list[float]`, *optional*): Range of the autoencoder that will see the images; default: that of `model`
             ([`~dae_diffusers.data.arrays.read_value_range`]). The range in `config` comes first. Without any, the depth of pictures gives
             the range, or it is measured.
@@ -93,8 +95,8 @@ def load_images(
     if config.drop_copies:
         train = without_copies(train, validation, image_column, loaded.root)
     if validation is None:
-        train, validation = _hold_out(config, train, image_column, loaded.root, seed)
-        warn_of_seen_images(config, seed, model, len(train))
+        train, validation = _hold_out(config, train, image_column, loaded.root)
+        warn_of_seen_images(config, model, len(train))
     else:
         _require_labels(validation, label_column, validation_name)
         if config.group_column is not None:
@@ -175,16 +177,18 @@ def load_images(
 
 
 def _hold_out(
-    config: DataConfig, rows: datasets.Dataset, image_column: str, root: Root | None, seed: int
+    config: DataConfig, rows: datasets.Dataset, image_column: str, root: Root | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and validation images of a split. All rows of a file, and all images of a group, go to one side."""
+    """
+    Training and validation images of a split, the same in every run. All rows of a file, and all images of a group, go to one side.
+    """
     files = files_of(rows, image_column, root)
     num_files = int(files.max(initial=-1)) + 1
     if num_files < 2:
         raise UserError(f"the split {config.train_split!r} has {num_files} images; at least 2 are needed.")
     if num_files < len(rows):
         logger.info("%d rows name %d files: all rows of a file are held out, or none", len(rows), num_files)
-    random = np.random.default_rng(derived_seed(seed, Stream.SPLIT))
+    random = np.random.default_rng(derived_seed(_SPLIT_SEED, Stream.SPLIT))
     wanted = max(1, round(config.validation_fraction * num_files))
     if config.group_column is None:
         parts, order = files, random.permutation(num_files)

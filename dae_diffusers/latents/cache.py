@@ -213,7 +213,7 @@ class CachedLatents(BatchDataset):
             same = ""
             if wanted.data != self.identity.data:
                 same = (
-                    "Give the images that it was made of, with the same `seed`, `validation_fraction`, `group_column` and `drop_copies`, "
+                    "Give the images that it was made of, with the same `validation_fraction`, `group_column` and `drop_copies`, "
                     "which choose those that are held out. Or make"
                 )
             raise UserError(

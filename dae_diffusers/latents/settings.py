@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from dae_diffusers.engine.settings import MAX_SEED
 from dae_diffusers.settings import field, settings
 
 
@@ -15,9 +14,3 @@ class CacheConfig:
     batch_size: int = field(64, "images encoded at once", at_least=1)
     dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "data type of the stored latents")
     shard_size: int = field(8192, "images in a file of the cache", at_least=1, advanced=True)
-    seed: int = field(
-        0,
-        "chooses the held-out images if there is no validation split; use the seed of the training",
-        at_least=0,
-        at_most=MAX_SEED,
-    )

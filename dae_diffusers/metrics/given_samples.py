@@ -65,7 +65,7 @@ def load_samples(folder: str, data: DataConfig, value_range: Sequence[float] | N
     level = loading.level
     loading.setLevel(logging.ERROR)  # it would speak of training images, of which a part is held out
     try:
-        splits = load_images(plain, 0)
+        splits = load_images(plain)
     finally:
         loading.setLevel(level)
     places = [(images, number) for images in splits for number in range(len(images))]

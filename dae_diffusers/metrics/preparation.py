@@ -21,7 +21,6 @@ MAX_DRAWN_IMAGES = 10_000
 
 def prepare_evaluation(
     config: Any,
-    seed: int,
     pipeline: DiffusionPipeline | None,
     judges: Sequence[FeatureExtractor],
     accelerator: Accelerator,
@@ -35,7 +34,6 @@ def prepare_evaluation(
 
     Args:
         config: A composed settings class with the parts `data`, whose size is settled, and `sampling`, which gets its `num_images` here.
-        seed (`int`): Chooses the held-out images.
         pipeline (`DiffusionPipeline`, *optional*): What draws; None if only an autoencoder is measured.
         judges (`list` of [`~dae_diffusers.metrics.features.FeatureExtractor`]): The judges, if any. The first measures all, the others
             distances only.
@@ -56,7 +54,7 @@ def prepare_evaluation(
     take_columns(data, pipeline)
     value_range = read_value_range(vae) or (pipeline and pipeline.config.get("value_range"))
     with accelerator.main_process_first():
-        train, validation = load_images(data, seed, value_range=value_range, model=name or vae)
+        train, validation = load_images(data, value_range=value_range, model=name or vae)
     sampling.num_images = sampling.num_images or min(MAX_DRAWN_IMAGES, len(train))
     described = validation if sampling.draw_from == "validation" else train
     sampler = None if pipeline is None else Sampler(pipeline, **what_to_draw(sampling, described, pipeline))

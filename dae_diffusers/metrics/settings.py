@@ -43,7 +43,7 @@ class EvaluationConfig:
     )
     seed: int = field(
         0,
-        "seed of noise, labels and held-out images; the seed of the training holds out the same images",
+        "seed of noise and labels",
         at_least=0,
         at_most=MAX_SEED,
     )

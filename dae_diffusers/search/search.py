@@ -55,7 +55,7 @@ class Search:
         self.folder, self.began = Path(config.output_dir), time.monotonic()
         self.planned: dict[str, Any] = {"seconds": 0.0}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.images = load_images(DataConfig(**data), config.seed)
+        self.images = load_images(DataConfig(**data))
         described = {
             "data": data,
             "images": {"fingerprints": [split.fingerprint for split in self.images]},

@@ -33,7 +33,7 @@ class SearchConfig:
         advanced=True,
     )
     num_inference_steps: int = field(15, "denoising steps with which they are generated", at_least=1, advanced=True)
-    seed: int = field(0, "of weights, data order and held-out images", at_least=0, at_most=MAX_SEED)
+    seed: int = field(0, "of weights and data order", at_least=0, at_most=MAX_SEED)
 
     def __post_init__(self):
         self.seconds  # noqa: B018 (checks it)

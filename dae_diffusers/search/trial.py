@@ -93,7 +93,7 @@ class CandidateTrial:
         row = {"vae": vae, **ruler.autoencoder()}
         draw_reconstructions(ruler.vae, ruler.validation, folder / "reconstructions.png", count=8)
         if with_generator:
-            self._count(cache_latents(self.experiment, vae, folder / "latents", self.seed))
+            self._count(cache_latents(self.experiment, vae, folder / "latents"))
             target = folder / "generator"
             row |= train_generator(
                 self.experiment,

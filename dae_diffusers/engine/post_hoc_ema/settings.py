@@ -54,7 +54,7 @@ class LengthsConfig:
     batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
     seed: int = field(
         0,
-        "seed of noise, labels and held-out images; use the seed of the training",
+        "seed of noise and labels",
         at_least=0,
         at_most=MAX_SEED,
     )
