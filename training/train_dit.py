@@ -12,6 +12,7 @@ The result is `<output_dir>/pipeline`, for `DAEDiTPipeline.from_pretrained`. Tra
 import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ from dae_diffusers.latents.statistics import (
     set_statistics,
     write_latent_statistics,
 )
-from dae_diffusers.metrics.monitor import make_monitor
+from dae_diffusers.metrics.monitor import Monitor, make_monitor
 from dae_diffusers.metrics.sampling import prompts_of_images
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, is_representation_autoencoder
 from dae_diffusers.randomness import Stream, derived_seed
@@ -74,59 +75,105 @@ class TrainingData(NamedTuple):
     images: tuple[Dataset, ImageDataset] | None
 
 
+@dataclass(frozen=True)
+class Task:
+    """
+    What a run asks of its transformer, settled before there is one.
+
+    Attributes:
+        vae: Its latents are learnt.
+        statistics: Those of the latents, as in the autoencoder's config.
+        data, conditioning: What is learnt, and what it is drawn from.
+        origin: What the transformer starts from; None for a new one.
+        architecture: Arguments of the transformer's constructor that define its size.
+        objective, scheduler: What it learns to predict, and what samples from that.
+    """
+
+    run: TrainingRun
+    vae: AutoencoderKL
+    statistics: dict[str, Any]
+    data: TrainingData
+    conditioning: Conditioning
+    origin: WarmStart | None
+    architecture: dict[str, int]
+    objective: Objective
+    scheduler: SchedulerMixin
+
+    @classmethod
+    def of(cls, run: TrainingRun, vae: AutoencoderKL) -> "Task":
+        """Reads and checks what the settings name."""
+        origin = find_origin(run)
+        architecture = architecture_of(run.config, origin)
+        objective, scheduler = make_objective(run, origin)
+        data = load_data(run, vae, architecture["patch_size"])
+        conditioning = find_conditioning(run, data, vae, origin)
+        warn_of_idle_guidance(run.config, conditioning, data.train)
+        statistics = measure_statistics(run, vae, data.train, origin)
+        return cls(run, vae, statistics, data, conditioning, origin, architecture, objective, scheduler)
+
+    @property
+    def is_flow_matching(self) -> bool:
+        return not isinstance(self.objective, Diffusion)
+
+    @property
+    def token(self) -> int:
+        """Side of one of the transformer's positions, in pixels."""
+        return spatial_factor(self.vae) * self.architecture["patch_size"]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of it, so that a resumed run has the same task."""
+        return {
+            "latent_statistics": self.statistics,
+            **({} if self.origin is None else {"warm_start": self.origin.state(self.scheduler)}),
+            **({} if self.conditioning.conditions is None else {"conditions": self.conditioning.conditions.config}),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What the run's record says of it, for the model card and `compare`."""
+        objective = {
+            "objective": type(self.objective).__name__,
+            "timestep_shift": getattr(self.objective, "shift", None),
+        }
+        return objective | self.conditioning.example()
+
+
+class PipelineMaker:
+    """Makes the pipeline of a transformer that trains, with the weaker version that guides it, once there is one."""
+
+    def __init__(self, task: Task, weaker: WeakerWeights):
+        data = task.data.train
+        self.task, self.weaker = task, weaker
+        self.parts = {
+            "vae": task.vae,
+            "scheduler": task.scheduler,
+            "id2label": data.id2label,
+            "value_range": data.value_range,
+            "is_flow_matching": task.is_flow_matching,
+            **task.conditioning.pipeline_kwargs(),
+        }
+
+    def __call__(self, model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
+        weaker = self.weaker.parts()
+        defaults = {f"default_{name}": value for name, value in sampling_options(self.task, bool(weaker)).items()}
+        return DAEDiTPipeline(model, **self.parts | defaults | weaker | instead)
+
+    def save(self, model: ModelMixin, folder: Path) -> None:
+        self(model).save_pretrained(folder)
+
+
 def main(config: TrainDiTConfig) -> None:
     run = TrainingRun("train_dit", config, one_model=True)
-    accelerator = run.accelerator
-    autoencoder = GrowingAutoencoder(config.transformer.vae, run.output_dir, accelerator.device)
-    config.hub.check_snapshots(autoencoder.is_finished)
-    config.monitor.check_decoder(autoencoder.is_finished)
-    vae = autoencoder.vae
-    origin = find_origin(run)
-    architecture = architecture_of(config, origin)
-    objective, scheduler = make_objective(run, origin)
-    data = load_data(run, vae, architecture["patch_size"])
-    conditioning = find_conditioning(run, data, vae, origin)
-    warn_of_idle_guidance(config, conditioning, data.train)
-    statistics = measure_statistics(run, vae, data.train, origin)
-    transformer = prepare_transformer(run, origin, architecture, vae, data, conditioning, objective)
-    token = spatial_factor(vae) * architecture["patch_size"]
-    alignment = make_representation_alignment(config.alignment, transformer, token, accelerator, config.run.seed)
-    steps = run.num_steps(config.transformer.max_train_steps, data.train)
-    plan = plan_of(config, architecture, origin, objective)
-    start = find_start(run, vae, transformer, data.train, steps, plan, conditioning, objective)
-    weaker = WeakerWeights(run, transformer, start.step, steps)
-    is_flow = not isinstance(objective, Diffusion)
-    parts = {
-        "vae": vae,
-        "scheduler": scheduler,
-        "id2label": data.train.id2label,
-        "value_range": data.train.value_range,
-        "is_flow_matching": is_flow,
-        **conditioning.pipeline_kwargs(),
-    }
-
-    def pipeline_of(model: ModelMixin, **instead: Any) -> DAEDiTPipeline:
-        defaults = sampling_options(config, is_flow, before_weaker=not weaker.parts())
-        defaults = {f"default_{name}": value for name, value in defaults.items()}
-        return DAEDiTPipeline(model, **parts | defaults | weaker.parts() | instead)
-
-    monitor = make_monitor(
-        run,
-        data.images and data.images[0],
-        vae,
-        start,
-        sampling_options(config, is_flow),
-        loss_inputs=[
-            autoencoder_fingerprint(vae),
-            statistics,
-            data.validation.fingerprint,
-            conditioning.fingerprints,
-            type(objective).__name__,
-            getattr(objective, "shift", None),
-        ],
-        after=config.flow.autoguidance_steps or 0,
-        options_until=sampling_options(config, is_flow, before_weaker=True),
+    autoencoder = load_autoencoder(run)
+    task = Task.of(run, autoencoder.vae)
+    transformer = prepare_transformer(task)
+    alignment = make_representation_alignment(
+        config.alignment, transformer, task.token, run.accelerator, config.run.seed
     )
+    steps = run.num_steps(config.transformer.max_train_steps, task.data.train)
+    start = find_start(task, transformer, steps)
+    weaker = WeakerWeights(run, transformer, start.step, steps)
+    pipeline_of = PipelineMaker(task, weaker)
+    monitor = find_monitor(task, start)
     loop = Loop(
         run,
         transformer,
@@ -135,22 +182,14 @@ def main(config: TrainDiTConfig) -> None:
         checkpoint=start.checkpoint,
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
-        snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
+        snapshot=("pipeline", pipeline_of.save),
         post_hoc=config.post_hoc,
-        state={
-            "latent_statistics": statistics,
-            **({} if monitor is None else {"monitor": monitor.state}),
-            **({} if origin is None else {"warm_start": origin.state(scheduler)}),
-            **({} if conditioning.conditions is None else {"conditions": conditioning.conditions.config}),
-        },
+        state=task.state() | ({} if monitor is None else {"monitor": monitor.state}),
     )
-    train_data = data.train
-    if alignment is not None and isinstance(train_data, CachedLatents):
-        train_data = ImagesWithLatents(data.images[0], train_data)
-    train_data, validation_data = conditioning.beside(train_data, data.validation)
+    train_data, validation_data = with_conditions(task, needs_images=alignment is not None)
     for step in loop.over(train_data):
         for batch in step:
-            loss = denoising_loss(run, loop.model, batch, vae, objective, conditioning)
+            loss = denoising_loss(task, loop.model, batch)
             step.add(loss=loss)
             if alignment is not None:
                 term, values = alignment.term(batch["pixel_values"])
@@ -161,39 +200,68 @@ def main(config: TrainDiTConfig) -> None:
         value = None
         if step.validates:
             with loop.averaged() as model:
-                value = validation_loss(run, model, vae, validation_data, objective, conditioning)
+                value = validation_loss(task, model, validation_data)
                 run.guard.check_validation(loop.step, loss=value)
                 newest = autoencoder.newest(of_same_size=config.data.condition_column is not None)
-                draw_samples(run, pipeline_of(model, vae=newest), loop.step, data.images)
+                draw_samples(task, pipeline_of(model, vae=newest), loop.step)
             step.write({"validation/loss": value})
         if monitor is not None:
             monitor.follow(loop, step, pipeline_of, value)
     if run.end_dry_run():
         return
-    if accelerator.is_main_process:
-        loss = {"objective": type(objective).__name__, "timestep_shift": getattr(objective, "shift", None)}
-        run.note(**conditioning.example(), **loss)
+    if run.accelerator.is_main_process:
+        run.note(**task.record())
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)
 
 
-def denoising_loss(
-    run: TrainingRun,
-    model: torch.nn.Module,
-    batch: dict[str, torch.Tensor],
-    vae: AutoencoderKL,
-    objective: Objective,
-    conditioning: Conditioning,
-) -> torch.Tensor:
+def load_autoencoder(run: TrainingRun) -> GrowingAutoencoder:
+    """The autoencoder, and checks that the settings can do without its decoder if that is not finished."""
+    autoencoder = GrowingAutoencoder(run.config.transformer.vae, run.output_dir, run.accelerator.device)
+    run.config.hub.check_snapshots(autoencoder.is_finished)
+    run.config.monitor.check_decoder(autoencoder.is_finished)
+    return autoencoder
+
+
+def find_monitor(task: Task, start: Start) -> Monitor | None:
+    """What looks for the best weights, if the settings ask for it."""
+    return make_monitor(
+        task.run,
+        task.data.images and task.data.images[0],
+        task.vae,
+        start,
+        sampling_options(task, has_weaker=True),
+        loss_inputs=[
+            autoencoder_fingerprint(task.vae),
+            task.statistics,
+            task.data.validation.fingerprint,
+            task.conditioning.fingerprints,
+            type(task.objective).__name__,
+            getattr(task.objective, "shift", None),
+        ],
+        after=task.run.config.flow.autoguidance_steps or 0,
+        options_until=sampling_options(task, has_weaker=False),
+    )
+
+
+def with_conditions(task: Task, *, needs_images: bool) -> list[Dataset]:
+    """Training and validation data with texts and conditions, and on request the images beside latents that are trained on."""
+    train = task.data.train
+    if needs_images and isinstance(train, CachedLatents):
+        train = ImagesWithLatents(task.data.images[0], train)
+    return task.conditioning.beside(train, task.data.validation)
+
+
+def denoising_loss(task: Task, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The transformer's loss on a micro-batch of images or latents, at noise levels that are drawn here."""
-    with encoding(run):
-        mean, std = (moment.float() for moment in moments_of(batch, vae, run.accelerator.device))
-    latents = normalize_latents(mean + std * torch.randn_like(mean), vae)
+    with encoding(task.run):
+        mean, std = (moment.float() for moment in moments_of(batch, task.vae, task.run.accelerator.device))
+    latents = normalize_latents(mean + std * torch.randn_like(mean), task.vae)
     noise = torch.randn_like(latents)
-    levels = objective.draw(len(latents), latents.device)
-    given = conditioning.with_dropout(batch, latents)
-    if isinstance(objective, FlowMap):
-        given["unconditional"] = conditioning.nothing(batch, latents)
-    return objective.loss(model, latents, noise, levels, **given).mean()
+    levels = task.objective.draw(len(latents), latents.device)
+    given = task.conditioning.with_dropout(batch, latents)
+    if isinstance(task.objective, FlowMap):
+        given["unconditional"] = task.conditioning.nothing(batch, latents)
+    return task.objective.loss(model, latents, noise, levels, **given).mean()
 
 
 def encoding(run: TrainingRun) -> AbstractContextManager:
@@ -249,15 +317,14 @@ def warn_of_idle_guidance(config: TrainDiTConfig, conditioning: Conditioning, da
         logger.warning("`--%s` has no effect: the images have no classes, captions or conditions.", name)
 
 
-def plan_of(
-    config: TrainDiTConfig, architecture: dict[str, int], origin: WarmStart | None, objective: Objective
-) -> dict[str, Any]:
+def plan_of(task: Task) -> dict[str, Any]:
     """The settings that a run must keep when it goes on."""
+    config, origin, objective = task.run.config, task.origin, task.objective
     interval = list(objective.guidance_interval) if isinstance(objective, FlowMap) else None
     return {
         "pretrained_model_name_or_path": config.transformer.pretrained_model_name_or_path or (origin and origin.name),
         "caption_column": config.data.caption_column,
-        **architecture,
+        **task.architecture,
         **config.data.condition_columns(),
         "distill_guidance_scale": config.flow.distill_guidance_scale,
         "sample_guidance_interval": interval,
@@ -265,65 +332,49 @@ def plan_of(
     }
 
 
-def prepare_transformer(
-    run: TrainingRun,
-    origin: WarmStart | None,
-    architecture: dict[str, int],
-    vae: AutoencoderKL,
-    data: TrainingData,
-    conditioning: Conditioning,
-    objective: Objective,
-) -> ModelMixin:
+def prepare_transformer(task: Task) -> ModelMixin:
     """The transformer as the settings want it, with what the objective needs besides."""
-    config, size = run.config, size_of_latents(run.config.data, vae)
-    if origin is None and config.flow.timestep_shift is None:
-        warn_of_large_latents(config.data, num_latent_channels(vae), height_and_width(size))
-    is_flow_map = isinstance(objective, FlowMap)
+    run, config, size = task.run, task.run.config, size_of_latents(task.run.config.data, task.vae)
+    if task.origin is None and config.flow.timestep_shift is None:
+        warn_of_large_latents(config.data, num_latent_channels(task.vae), height_and_width(size))
+    is_flow_map = isinstance(task.objective, FlowMap)
     if is_flow_map and (config.optimization.optimizer == "muon" or config.optimization.learning_rate > 3e-4):
         logger.warning(
             "distillation collapsed with Muon, and in some runs with AdamW at rates from 5e-4 on: images became shapeless, and the last "
             "loss hardly showed it. Use `--optimizer adamw --learning_rate 2.5e-4`, and look at the grids."
         )
-    transformer = make_transformer(origin, architecture, vae, data.train, size, conditioning, is_flow_map)
+    transformer = make_transformer(task, size)
     if is_flow_map:
-        set_teachers(run, objective, origin)
+        set_teachers(run, task.objective, task.origin)
     if config.optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     run.compile_blocks(transformer.transformer_blocks)
     return transformer
 
 
-def make_transformer(
-    origin: WarmStart | None,
-    architecture: dict[str, int],
-    vae: AutoencoderKL,
-    data: Dataset,
-    size: int | list[int],
-    conditioning: Conditioning,
-    flow_map: bool,
-) -> ModelMixin:
-    """A transformer for latents of this size, drawn from these captions and conditions: a new one, or the given one."""
-    channels, more = num_latent_channels(vae), conditioning.transformer_kwargs()
-    if origin is not None:
-        conditions = conditioning.conditions
-        return origin.continued(
+def make_transformer(task: Task, size: int | list[int]) -> ModelMixin:
+    """A transformer for latents of this size: a new one, or the given one."""
+    channels, more = num_latent_channels(task.vae), task.conditioning.transformer_kwargs()
+    id2label, conditions = task.data.train.id2label, task.conditioning.conditions
+    if task.origin is not None:
+        return task.origin.continued(
             size,
             channels,
-            architecture["patch_size"],
-            data.id2label,
-            conditioning.text_encoder,
+            task.architecture["patch_size"],
+            id2label,
+            task.conditioning.text_encoder,
             conditions=None if conditions is None else conditions.config,
             condition_channels=more.get("condition_channels", 0),
-            flow_map=flow_map,
+            flow_map=isinstance(task.objective, FlowMap),
         )
-    num_classes = None if data.id2label is None else len(data.id2label)
+    num_classes = None if id2label is None else len(id2label)
     # By name: `from_config` takes positional arguments for defaults.
     return DAEDiTTransformer2DModel(
         sample_size=size,
         in_channels=channels,
         num_classes=num_classes,
         **more,
-        **architecture,
+        **task.architecture,
     )
 
 
@@ -377,33 +428,24 @@ def set_teachers(run: TrainingRun, objective: FlowMap, origin: WarmStart) -> Non
     objective.teacher, objective.guide = (*origin.teachers, None)[:2]
 
 
-def find_start(
-    run: TrainingRun,
-    vae: AutoencoderKL,
-    transformer: ModelMixin,
-    data: Dataset,
-    steps: int,
-    plan: dict,
-    conditioning: Conditioning,
-    objective: Objective,
-) -> Start:
+def find_start(task: Task, transformer: ModelMixin, steps: int) -> Start:
     """Checks that the plan fits the checkpoint, and returns where to begin."""
-    num_parameters = transformer.num_parameters()
+    data, objective, num_parameters = task.data.train, task.objective, transformer.num_parameters()
     logger.info(
         "%s, %s classes, %.1f M parameters",
         describe_size(data),
         len(data.id2label or {}) or "no",
         num_parameters / 1e6,
     )
-    inputs = {TRAINING_IMAGES: data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(vae)}
-    inputs |= conditioning.fingerprints
+    inputs = {TRAINING_IMAGES: data.fingerprint, "the encoder of `--vae`": autoencoder_fingerprint(task.vae)}
+    inputs |= task.conditioning.fingerprints
     if isinstance(objective, FlowMap):
         inputs["the distilled transformer"] = model_fingerprint(objective.teacher)
         if objective.guide is not None:
             inputs["the `guidance_transformer` of the distilled one"] = model_fingerprint(objective.guide)
-    return run.find_start(
+    return task.run.find_start(
         inputs=inputs,
-        settings=plan | held_out_settings(data),
+        settings=plan_of(task) | held_out_settings(data),
         counts={**count_images(data), "parameters": num_parameters},
         steps={"max_train_steps": steps},
         classes=data.id2label,
@@ -474,15 +516,9 @@ def find_conditions(
 
 
 @torch.no_grad()
-def validation_loss(
-    run: TrainingRun,
-    model: ModelMixin,
-    vae: AutoencoderKL,
-    data: Dataset,
-    objective: Objective,
-    conditioning: Conditioning,
-) -> float:
+def validation_loss(task: Task, model: ModelMixin, data: Dataset) -> float:
     """The loss over the validation data, with the same noise and evenly spread noise levels every time."""
+    run, objective = task.run, task.objective
     generator = torch.Generator().manual_seed(derived_seed(run.config.run.seed, Stream.VALIDATION_NOISE))
     quantiles = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)
     all_levels = objective.spread(quantiles)
@@ -492,54 +528,49 @@ def validation_loss(
     losses, start, step = [], run.accelerator.process_index, run.accelerator.num_processes
     for batch in run.pass_loader(data):
         with encoding(run):
-            mean, _ = moments_of(batch, vae, run.accelerator.device)
-        latents = normalize_latents(mean.float(), vae)
+            mean, _ = moments_of(batch, task.vae, run.accelerator.device)
+        latents = normalize_latents(mean.float(), task.vae)
         mine = slice(start, start + len(latents) * step, step)
         start = mine.stop
         noise, levels = all_noise[mine].to(latents), all_levels[mine].to(latents.device)
         given = {name: batch[name].to(latents.device) for name in DRAWN_FROM if name in batch}
         if isinstance(objective, FlowMap):
-            given |= {"unconditional": conditioning.nothing(given, latents), "in_halves": False}
+            given |= {"unconditional": task.conditioning.nothing(given, latents), "in_halves": False}
         with run.accelerator.autocast():
             losses += objective.loss(model, latents, noise, levels, **given).tolist()
     losses = gather_object(losses)
     return math.fsum(losses) / len(losses)
 
 
-def draw_samples(
-    run: TrainingRun, pipeline: DAEDiTPipeline, step: int, images: tuple[Dataset, ImageDataset] | None
-) -> None:
+def draw_samples(task: Task, pipeline: DAEDiTPipeline, step: int) -> None:
     """Draws the grid of samples at a validation, from captions and conditions of validation images where there are any."""
-    config, flow = run.config, run.config.flow
+    run, images, flow, shown = task.run, task.data.images, task.run.config.flow, {}
     if flow.validation_prompts:
         shown = {"prompts": flow.validation_prompts}
-    else:
-        shown = (
-            {} if images is None else prompts_of_images(images[1], max(1, flow.num_sample_images // 5), to_show=True)
-        )
+    elif images is not None:
+        shown = prompts_of_images(images[1], max(1, flow.num_sample_images // 5), to_show=True)
     if not run.accelerator.is_main_process:
         return
     grid = draw_sample_grid(
         pipeline,
         num_classes=pipeline.null_class,
         num_images=flow.num_sample_images,
-        batch_size=config.optimization.train_batch_size,
-        seed=config.run.seed,
-        **sampling_options(config, pipeline.is_flow_matching, before_weaker=pipeline.guidance_transformer is None),
+        batch_size=run.config.optimization.train_batch_size,
+        seed=run.config.run.seed,
+        **sampling_options(task, has_weaker=pipeline.guidance_transformer is not None),
         **shown,
     )
     run.log.write_grid("samples", grid, step)
 
 
-def sampling_options(config: TrainDiTConfig, is_flow: bool, *, before_weaker: bool = False) -> dict[str, Any]:
+def sampling_options(task: Task, has_weaker: bool) -> dict[str, Any]:
     """
-    How the pipeline draws while the transformer trains; without guidance if it has learnt none. `before_weaker`: the weaker transformer of
-    `autoguidance_steps` is not there yet. Guidance acts at all noise levels with it, and for diffusion.
+    How the pipeline draws while the transformer trains, with or without the weaker transformer of `autoguidance_steps`; without guidance if
+    it has learnt none. Guidance acts at all noise levels for diffusion, and where a weaker transformer guides sooner or later.
     """
-    flow = config.flow
-    has_weaker = flow.autoguidance_steps is not None and not before_weaker
-    is_guided = config.transformer.class_dropout_prob or has_weaker
-    is_limited = is_flow and flow.autoguidance_steps is None and flow.distill_guidance_scale is None
+    flow = task.run.config.flow
+    is_guided = task.run.config.transformer.class_dropout_prob or (has_weaker and flow.autoguidance_steps is not None)
+    is_limited = task.is_flow_matching and flow.autoguidance_steps is None and flow.distill_guidance_scale is None
     return {
         "guidance_scale": flow.sample_guidance_scale if is_guided else 1.0,
         "guidance_interval": tuple(flow.sample_guidance_interval or DEFAULT_INTERVAL) if is_limited else ALL_LEVELS,
