@@ -7,14 +7,18 @@ import re
 import shutil
 import sys
 import textwrap
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import (
+    SUPPRESS,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
 from dae_diffusers.errors import ConfigError, did_you_mean, one_line
 from dae_diffusers.script import as_typed, with_dashes
@@ -27,6 +31,7 @@ OF_SOURCE = SOURCES | {"dataset_config_name"}
 # `num_train_epochs` replaces these. `stage1_steps` and `stage2_steps` stay: beside passes they say how the stages share them.
 _PASSES, _STEPS = "num_train_epochs", {"max_train_steps", "stage3_steps"}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
+_YES, _NO = {"yes", "true", "t", "y", "1", "on"}, {"no", "false", "f", "n", "0", "off"}
 
 
 def parse_config(
@@ -82,11 +87,9 @@ def typed_flags(config_class: type, flags: dict[str, Any], where: str) -> dict[s
     Raises:
         ConfigError: For a value of another type, and a flag that the class does not have.
     """
-    parser, argv = _Parser(config_class), _to_argv(flags, where, config_class)
-    for action in parser._actions:
-        action.required = False
+    argv = _to_argv(flags, where, config_class)
     try:
-        values = parser.parse(argv)
+        values = _Parser(config_class, takes_any=True).parse(argv)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return {name: values[name] for name in flags}
@@ -131,8 +134,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
         return super()._get_help_string(action)
 
 
-class _Parser(HfArgumentParser):
-    """`HfArgumentParser` with a group for each part, a short and a full help, and errors of one line."""
+class _Parser(ArgumentParser):
+    """A parser with a group for each part of the settings, a short and a full help, and errors of one line."""
 
     def __init__(
         self,
@@ -141,10 +144,10 @@ class _Parser(HfArgumentParser):
         help_all: bool = False,
         prog: str | None = None,
         is_command: bool | None = None,
+        takes_any: bool = False,
     ):
         self.leading = getattr(config_class, "LEADING", "")
         super().__init__(
-            None,
             prog=prog,
             usage=f"%(prog)s {self.leading}[--config NAME or FILE.yaml] [--flag value ...]",
             description=textwrap.dedent(description).strip(),
@@ -159,34 +162,43 @@ class _Parser(HfArgumentParser):
             help="YAML file with flags, or a packaged recipe such as digits; the command line wins",
         )
         self.add_argument("--help_all", action="help", help="show every flag")
-        groups, advanced = {}, set()
-        for owner, config_field, default in fields_of(config_class):
+        self.flags = ["-h", "--help", "--config", "--help_all"]
+        self.is_command, self.takes_any = is_command, takes_any
+        groups = {}
+        for owner, each, default in fields_of(config_class):
             if owner not in groups:
                 groups[owner] = self.add_argument_group((owner.__doc__ or owner.__name__).strip().rstrip("."))
-            self._parse_dataclass_field(groups[owner], _with_type(owner, config_field, default))
-            if config_field.metadata.get("advanced"):
-                advanced.add(config_field.name)
+            is_shown = help_all or not each.metadata.get("advanced")
+            self._add_setting(groups[owner], each, _kind(owner, each), default, is_shown)
         self.passed_over = _passed_over(config_class)
-        for owner, config_field, default in self.passed_over.values():
-            self._parse_dataclass_field(self, _with_type(owner, config_field, default))
-        for action in self._actions:
-            if action.type is string_to_bool:
-                action.type = _switch
-            if action.dest != "help":
-                action.option_strings = [s for s in action.option_strings if "-" not in s.removeprefix("--")]
-            if action.option_strings and action.option_strings[0] == f"--no_{action.dest}":
-                action.help = f"switch `--{action.dest}` off"
-            if action.metavar is None and action.choices is None and action.nargs != 0:
-                action.metavar = _METAVARS.get(action.type, "yes|no")
-            if action.choices and len("".join(action.choices)) > 20:
-                chosen = str(action.default)
-                shown = [f"{choice} (default)" if choice == chosen else choice for choice in action.choices]
-                action.metavar, action.help = "KIND", f"{', '.join(shown)}: {action.help}"
-            if action.required:
-                action.help, action.default = f"{action.help} (required)", SUPPRESS
-            if action.dest in self.passed_over or (action.dest in advanced and not help_all):
-                action.help = SUPPRESS
-            action.help = action.help and as_typed(action.help, is_command)
+        for owner, each, default in self.passed_over.values():
+            self._add_setting(self, each, _kind(owner, each), default, is_shown=False)
+
+    def _add_setting(self, group, each: dataclasses.Field, kind: Any, default: Any, is_shown: bool) -> None:
+        """Adds the flag of a setting, and `--no_...` for one that is on."""
+        options = {"type": kind, "metavar": _METAVARS.get(kind)}
+        text = each.metadata.get("help", "")
+        if kind is bool:
+            options = {"type": _switch, "nargs": "?", "const": True, "metavar": "yes|no"}
+        elif get_origin(kind) is list:
+            (item,) = get_args(kind)
+            options = {"type": item, "nargs": "+", "metavar": _METAVARS[item]}
+        elif get_origin(kind) is Literal:
+            options = {"choices": get_args(kind)}
+            if len("".join(options["choices"])) > 20:
+                options["metavar"] = "KIND"
+                shown = (f"{choice} (default)" if choice == default else choice for choice in options["choices"])
+                text = f"{', '.join(shown)}: {text}"
+        if default is dataclasses.MISSING:
+            options["required"], text, default = not self.takes_any, f"{text} (required)", SUPPRESS
+        self._add_flag(group, f"--{each.name}", text, is_shown, default=copy.copy(default), **options)
+        if default is True:
+            off = f"switch `--{each.name}` off"
+            self._add_flag(group, f"--no_{each.name}", off, is_shown, action="store_false", dest=each.name)
+
+    def _add_flag(self, group, flag: str, text: str, is_shown: bool, **options: Any) -> None:
+        self.flags.append(flag)
+        group.add_argument(flag, help=as_typed(text, self.is_command) if is_shown else SUPPRESS, **options)
 
     def print_help(self, file=None) -> None:
         try:
@@ -197,10 +209,9 @@ class _Parser(HfArgumentParser):
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The value of every setting, by name."""
-        known = [flag for action in self._actions for flag in action.option_strings]
         for name in _names(argv):  # before argparse, which looks first for flags that are missing
-            if f"--{name}" not in known:
-                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(f'--{name}', known)} See --help_all.")
+            if f"--{name}" not in self.flags:
+                raise ConfigError(f"unknown flag `--{name}`.{did_you_mean(f'--{name}', self.flags)} See --help_all.")
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             raise ConfigError(f"unexpected argument {unknown[0]!r}; a value follows its flag. See --help.")
@@ -218,8 +229,12 @@ class _Parser(HfArgumentParser):
 
 
 def _switch(text: str) -> bool:
-    """Reads what YAML and argparse take for yes or no."""
-    return string_to_bool({"on": "yes", "off": "no"}.get(text.lower(), text))
+    """Reads what YAML and people take for yes or no."""
+    if text.lower() not in _YES | _NO:
+        raise ArgumentTypeError(
+            f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
+        )
+    return text.lower() in _YES
 
 
 def _passed_over(config_class: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
@@ -233,19 +248,11 @@ def _passed_over(config_class: type) -> dict[str, tuple[type, dataclasses.Field,
     }
 
 
-def _with_type(owner: type, config_field: dataclasses.Field, default: Any) -> dataclasses.Field:
-    """A field in the form that `HfArgumentParser` reads: with its type instead of the type's name, and with this default."""
-    kind = get_type_hints(owner)[config_field.name]
-    lists = [each for each in get_args(kind) if get_origin(each) is list]  # of `int | list[int]` it reads the list
-    kind = lists[0] if lists else kind
-    is_list = get_origin(kind) is list and default is not dataclasses.MISSING
-    readable = dataclasses.field(
-        default=dataclasses.MISSING if is_list else default,
-        default_factory=(lambda: copy.copy(default)) if is_list else dataclasses.MISSING,
-        metadata={"help": config_field.metadata.get("help", "")},
-    )
-    readable.name, readable.type = config_field.name, kind
-    return readable
+def _kind(owner: type, each: dataclasses.Field) -> Any:
+    """The type of a setting, without None; of `int | list[int]` the list."""
+    kind = get_type_hints(owner)[each.name]
+    kinds = [kind] if get_origin(kind) in (None, list, Literal) else get_args(kind)
+    return next((one for one in kinds if get_origin(one) is list), kinds[0])
 
 
 def _expand_home(value: Any) -> Any:
