@@ -232,7 +232,7 @@ def _switch(text: str) -> bool:
     """Reads what YAML and people take for yes or no."""
     if text.lower() not in _YES | _NO:
         raise ArgumentTypeError(
-            f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
+            f"{text!r} is neither yes nor no. Give yes, true, on or 1, or else no, false, off or 0."
         )
     return text.lower() in _YES
 

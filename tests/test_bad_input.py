@@ -139,6 +139,7 @@ TABLE = [
     ),
     ("train_dae", "--train_data_dir {images} --stage4_steps 4", 2, "unknown flag `--stage4_steps`. Did you mean"),
     ("train_dae", "--train_data_dir {images} --resolution big", 2, "invalid int value: 'big'"),
+    ("train_dae", "--train_data_dir {images} --random_flip maybe", 2, "'maybe' is neither yes nor no"),
     ("train_dae", "--train_data_dir {images} --auxiliary_decoder weak", 2, "invalid choice: 'weak'"),
     (
         "train_dae",
