@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class StopSignal:
         self._pid = os.getpid()
         self._received = 0.0
         self._previous: dict[int, Any] = {}
-        self._at_once: dict[str, Any] | None = None
+        self._at_once: Callable[[], None] | None = None
         self._launcher = _LAUNCHER[1] if _LAUNCHER[0] == self._pid else launcher_pid()
 
     def __enter__(self) -> "StopSignal":
@@ -110,11 +110,9 @@ class StopSignal:
         return self.signal_number != 0
 
     @contextmanager
-    def at_once(self, **last_line: Any) -> Iterator[None]:
-        r"""Inside the `with` block, a signal ends the process at once, and so does one that came before; arguments as of [`exit`]."""
-        if self.signal_number:
-            self.exit(**last_line)
-        self._at_once = last_line
+    def at_once(self, leave: Callable[[], None]) -> Iterator[None]:
+        r"""Inside the `with` block, a signal makes this process call `leave` at once, which ends with [`exit`]."""
+        self._at_once = leave
         try:
             yield
         finally:
@@ -146,7 +144,7 @@ class StopSignal:
             name = signal.Signals(number).name
             if self._at_once is not None:
                 self._say(f"received {name} in a measurement, which is made again when the run goes on")
-                self.exit(**self._at_once)
+                self._at_once()
             self._say(f"received {name}: finishing the step, then saving")
 
     def _say(self, text: str) -> None:

@@ -103,6 +103,21 @@ def test_a_signal_ends_a_measurement_at_once_and_loses_nothing(step, watched, in
     assert_same_weights(weights((tmp_path / TRANSFORMER).parent), weights((watched / TRANSFORMER).parent))
 
 
+def test_a_kill_after_a_measurement_leaves_the_same_log(watched, inputs, tmp_path, monkeypatch):
+    flags = FLAGS + " --export best --learning_rate 0.3 --checkpointing_steps 100 --checkpoints_total_limit 1"
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(SampleDistance, "_compare", killed)  # the distance is in the log
+        run(train_dit, flags, output_dir=tmp_path, **inputs)
+    assert list(distances(tmp_path)) == [2]
+    run(train_dit, flags, output_dir=tmp_path, resume_from_checkpoint="latest", **inputs)
+    assert log_of(tmp_path, "train_dit") == log_of(watched, "train_dit")
+    assert_same_weights(weights((tmp_path / TRANSFORMER).parent), weights((watched / TRANSFORMER).parent))
+
+
 @pytest.mark.parametrize("change", ["images", "decoder"])
 def test_best_of_another_measure_no_longer_counts(change, watched, inputs, tmp_path, caplog):
     flags = FLAGS + " --export best --learning_rate 0.3" + " --metric_images 20" * (change == "images")

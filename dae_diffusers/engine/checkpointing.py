@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.engine.sharding import whole_tensor
 from dae_diffusers.errors import REMOVED, ConfigError, UserError, one_line, storage_problem
 from dae_diffusers.locks import OWNER
-from dae_diffusers.store import sha256_of
+from dae_diffusers.store import sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,28 @@ class Checkpointer:
         """
         averages = averages or {}
         self._raise_if_not_finite(step, averages)
+        self._write(step, lambda: self._save(step, averages, state))
+
+    def update(self, step: int, **state: Any) -> None:
+        r"""
+        Replaces the state in the checkpoint that this process has saved of a step, whose weights have not changed since. All processes
+        call it. Arguments and errors are those of [`save`].
+        """
+
+        def replace() -> None:
+            path = self.folder / _name_of(step) / _MANIFEST
+            manifest = json.loads(path.read_text()) | {"state": state, "saved": time.time()}
+            write_atomically(path, json.dumps(manifest, indent=2))
+
+        if self.accelerator.is_main_process:
+            self._raise_if_removed()
+            self._write(step, replace)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, step: int, write: Callable[[], None]) -> None:
+        """Calls something that writes a checkpoint; an error says what to do."""
         try:
-            self._save(step, averages, state)
+            write()
         except UserError:
             shutil.rmtree(self.folder / f"{_TEMPORARY}{_name_of(step)}", ignore_errors=True)
             raise
@@ -154,10 +175,11 @@ class Checkpointer:
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
             self._raise_if_removed()  # accelerate makes folders that are missing
-            if final.exists():
-                self._make_room(final)
+            replaced = self._make_room(final) if final.exists() else None
             temporary.rename(final)
             _flush_folder(self.folder)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
             self._rotate(final)
         self.accelerator.wait_for_everyone()
 
@@ -322,23 +344,27 @@ class Checkpointer:
         manifest = _read_manifest(checkpoint)
         return manifest is not None and manifest.get("run") == self._run and manifest["step"] == _step_of(checkpoint)
 
-    def _make_room(self, path: Path) -> None:
-        """Moves or removes an existing checkpoint of the same step."""
+    def _make_room(self, path: Path) -> Path | None:
+        """Renames an existing checkpoint of the same step. Returns where it is, if it is to be removed."""
         if self._is_ours(path) or _read_manifest(path) is None:
-            self._discard(path)
-            return
+            return self._doom(path)
         number = 1
         while (aside := path.with_name(f"{path.name}-other-run-{number}")).exists():
             number += 1
         logger.warning("%s does not belong to this run: renamed to %s.", path, aside.name)
         path.rename(aside)
+        return None
 
     def _discard(self, checkpoint: Path) -> None:
         # Renamed first: a kill while deleting must not leave something that looks like a checkpoint.
+        shutil.rmtree(self._doom(checkpoint), ignore_errors=True)
+
+    def _doom(self, checkpoint: Path) -> Path:
+        """Renames a checkpoint to what is no checkpoint."""
         doomed = checkpoint.with_name(f"{_TEMPORARY}old-{checkpoint.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        return doomed
 
 
 def _file_of(checkpoint: Path, average: str) -> Path:

@@ -42,7 +42,9 @@ class RunLog:
         self._marks: dict[str, int] = {}
         self._has_warned = False
 
-    def begin(self, step: int, project: str, name: str, settings: dict[str, Any]) -> None:
+    def begin(
+        self, step: int, project: str, name: str, settings: dict[str, Any], rows_of_step: int | None = None
+    ) -> None:
         r"""
         Drops the rows after `step` from an earlier log, and starts the trackers.
 
@@ -50,9 +52,12 @@ class RunLog:
             step (`int`): Where the run begins.
             project, name (`str`): What trackers call the project and the run in it. A resumed run goes on under its name.
             settings (`dict`): What they show as the run's settings.
+            rows_of_step (`int`, *optional*): How many rows of `step` stay, from the first on; default: all.
         """
         if self.accelerator.is_main_process:
-            rows = [row for row in read_log(self.folder) if row["step"] <= step]
+            log = read_log(self.folder)
+            rows = [row for row in log if row["step"] < step]
+            rows += [row for row in log if row["step"] == step][:rows_of_step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(self.folder / "log.jsonl", text)
         if self.accelerator.log_with:
@@ -61,6 +66,10 @@ class RunLog:
                     project, config=settings, init_kwargs=self._tracker_options(name, is_new=step == 0)
                 )
             )
+
+    def rows_of(self, step: int) -> int:
+        r"""How many rows the log has of a step, as this process sees it."""
+        return sum(row["step"] == step for row in read_log(self.folder))
 
     def mark(self, name: str, step: int) -> None:
         r"""Marks a step in `curves.png`, such as the border between two stages."""

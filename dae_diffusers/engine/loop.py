@@ -111,13 +111,14 @@ class Loop:
             self.post_hoc = PostHocAverages(run, post_hoc, self.model, self.last_step)
             self.averages |= self.post_hoc.by_name
         self._to_repeat = None if checkpoint is None else run.resumed_state.get(_TO_REPEAT)
+        self._saved_step: int | None = None  # whose checkpoint has the weights of now
         if checkpoint is not None:
             run.checkpointer.load(checkpoint, averages=self.averages)
 
     def over(self, dataset: Dataset) -> Iterator["Step"]:
         r"""Yields the steps that are left, on the batches of a data set. Before the first, the run's settings are written."""
         run, settings = self.run, self.run.config.run
-        run.begin(self.step)
+        run.begin(self.step, None if self._to_repeat is None else self._to_repeat["rows"])
         if self.post_hoc is not None:
             self.post_hoc.begin(self.step)
         per_step = self.accelerator.num_processes * run.config.optimization.gradient_accumulation_steps
@@ -147,15 +148,14 @@ class Loop:
                 if self.post_hoc is not None:
                     self.post_hoc.keep(self.step, self.last_step)
                 is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
-                if is_due:
+                has_measured = step.is_repeated or self._saved_step == self.step
+                must_stop = stop.requested()
+                if is_due or has_measured or must_stop:
                     self._save_checkpoint()
-                    if not step.is_last:
-                        self._push_snapshot()
-                if stop.requested():
-                    if not is_due:
-                        self._save_checkpoint()
-                    self.progress.close()  # else it is drawn again after the last line
-                    stop.exit(step=self.step, command=resuming_command())
+                if is_due and not step.is_last:
+                    self._push_snapshot()
+                if must_stop:
+                    self._leave()
         self.progress.close()
         self.accelerator.wait_for_everyone()
 
@@ -181,10 +181,18 @@ class Loop:
         lost, because a checkpoint is saved first. A run that goes on from it yields its step once more, without micro-batches. Enter it
         before [`averaged`].
         """
-        if not self.present.is_repeated:
-            self._save_checkpoint(**{_TO_REPEAT: self.present.state()})
-        with self._stop.at_once(step=self.step, command=resuming_command()):
+        step = self.present
+        if not step.is_repeated:
+            self._save_checkpoint(**{_TO_REPEAT: step.state()})
+        if self._stop.requested():
+            self._leave()
+        with self._stop.at_once(self._leave):
             yield
+
+    def _leave(self) -> None:
+        """Ends the process, after a signal."""
+        self.progress.close()  # else it is drawn again after the last line
+        self._stop.exit(step=self.step, command=resuming_command())
 
     def finished_model(self) -> torch.nn.Module:
         r"""Returns the unwrapped model, with averaged weights from now on. All processes call it."""
@@ -207,7 +215,9 @@ class Loop:
             self.progress.write(text)
 
     def _save_checkpoint(self, **state: Any) -> None:
-        self.run.save_checkpoint(self.step, averages=self.averages, **self.state, **state)
+        only_state = self._saved_step == self.step
+        self.run.save_checkpoint(self.step, averages=self.averages, only_state=only_state, **self.state, **state)
+        self._saved_step = self.step
 
     def _push_snapshot(self) -> None:
         if self.snapshot is not None:
@@ -260,7 +270,8 @@ class Step:
 
     def state(self) -> dict[str, Any]:
         r"""What a step that is repeated knows of its micro-batches, as JSON can hold it."""
-        return finite_or_none({"means": self.means, "gradient_norm": float(self.gradient_norm)})
+        rows = self.loop.run.log.rows_of(self.loop.step)
+        return finite_or_none({"means": self.means, "gradient_norm": float(self.gradient_norm), "rows": rows})
 
     @property
     def microbatch(self) -> int:

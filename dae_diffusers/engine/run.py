@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -239,10 +239,10 @@ class TrainingRun:
                 self.accelerator.num_processes,
             )
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, rows_of_step: int | None = None) -> None:
         r"""
         Sets aside what a resumed run has left behind after `step`, writes the run's settings and opens its log at `step`, unless that
-        has been done. All processes call it.
+        has been done. All processes call it. Arguments are those of [`RunLog.begin`].
         """
         if self._record is not None:
             return
@@ -267,20 +267,24 @@ class TrainingRun:
         name = trackers.tracker_run_name or f"{self.output_dir.resolve().name}-{self.folder.name}"
         shown = {name: value for name, value in flat(self.config).items() if value is not None}
         is_simple = (bool, int, float, str)
-        self.log.begin(step, project, name, {k: v if isinstance(v, is_simple) else str(v) for k, v in shown.items()})
+        shown = {k: v if isinstance(v, is_simple) else str(v) for k, v in shown.items()}
+        self.log.begin(step, project, name, shown, rows_of_step)
 
-    def save_checkpoint(self, step: int, *, averages: dict[str, EMAModel] | None = None, **state: Any) -> None:
+    def save_checkpoint(
+        self, step: int, *, averages: dict[str, EMAModel] | None = None, only_state: bool = False, **state: Any
+    ) -> None:
         r"""
         Saves everything needed to go on from here, the means that are being gathered for the log included.
 
         Args:
             step (`int`): Optimiser steps done.
             averages (`dict[str, EMAModel]`, *optional*): Moving averages, by name.
+            only_state (`bool`, *optional*, defaults to `False`): Whether this step's checkpoint is there, and only `state` is new.
             state: Anything JSON can hold; [`find_start`] gives it back.
         """
-        self.checkpointer.save(
+        save = self.checkpointer.update if only_state else partial(self.checkpointer.save, averages=averages)
+        save(
             step,
-            averages=averages,
             skipped=self.guard.skipped,
             stream=self.batches.state(),
             **self.plan.state(),
