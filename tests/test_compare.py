@@ -309,3 +309,33 @@ def test_command_writes_and_prints_tables_and_pictures(tmp_path, monkeypatch, ca
     Path("file").touch()
     with pytest.raises(UserError, match="`output_dir` file cannot be written"):
         run("a", "b", "--output_dir", "file")
+
+
+def test_the_decoder_of_stage_1_is_no_result(tmp_path):
+    """It is thrown away: its numbers count only where there are no others, and not beside those of a final one."""
+    steps = {"steps": {"stage1_steps": 10, "stage2_steps": 10}}
+    log = [{"step": 10, "validation/psnr": 28.0}, {"step": 20, "validation/psnr": 26.0}]
+    two = write_run(tmp_path / "two", log, record=steps)
+    joint = write_run(tmp_path / "joint", [{"step": 20, "validation/psnr": 27.0}], record={"steps": {"stage1_steps": 20}})
+    early = write_run(tmp_path / "early", log[:1], record=steps)
+    found = tables_of(two, joint)["Results train_dae"]
+    assert found["psnr ↑, best"] == ["26 (step 20)", "**27** (step 20)"]
+    found = tables_of(early, joint)
+    assert found["Results train_dae"]["psnr ↑, best †"] == ["28 (step 10)", "27 (step 20)"]
+    assert "Not comparable: `psnr`, because these differ: decoder" in found["text"]
+
+
+def test_distances_of_two_judges_with_one_name_have_no_winner(tmp_path):
+    runs = [
+        write_run(tmp_path / name, [{"step": 20, "validation/rfd_x": value}], metric_features=f"{name}/x")
+        for name, value in (("a", 6.0), ("b", 8.0))
+    ]
+    found = tables_of(*runs)
+    assert found["Results train_dae"]["rfd_x ↓, last †"] == ["6", "8"] and "metric_features" in found["text"]
+
+
+def test_a_file_beside_runs_is_left_out_and_named(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    (tmp_path / "notes.txt").write_text("mine")
+    found, left_out = read_runs([*runs, tmp_path / "notes.txt"])
+    assert [run.name for run in found] == ["a", "b"] and left_out == [f"{tmp_path / 'notes.txt'} is a file."]

@@ -47,6 +47,12 @@ class Script:
         r"""Steps and values of a logged number."""
         return [(row["step"], row[name]) for row in self.log if name in row]
 
+    def final_curve(self, name: str) -> list[tuple[int, float]]:
+        r"""The part of a curve that is of what is kept: after a stage 1, whose decoder is not. Empty if there is none yet."""
+        steps = self.record.get("steps", {})
+        first = steps.get("stage1_steps", 0) if "stage2_steps" in steps else 0
+        return [point for point in self.curve(name) if point[0] > first or not first]
+
     @property
     def logged(self) -> list[str]:
         r"""Names of all logged numbers, in the order in which they appear."""
@@ -102,6 +108,9 @@ def read_runs(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     found: dict[Path, Run] = {}
     left_out = []
     for folder in map(Path, folders):
+        if folder.is_file():
+            left_out.append(f"{folder} is a file.")
+            continue
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder. {_WHAT_TO_GIVE}{in_full(folder)}.")
         place = folder.resolve()

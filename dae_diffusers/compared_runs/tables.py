@@ -21,6 +21,8 @@ _ABSENT = object()
 _DEPENDS_ON = {
     "gfd_": ("metric_features", "metric_images"),
     "gfid": ("metric_features", "metric_images"),
+    "rfd_": ("metric_features",),
+    "rfid": ("metric_features",),
     "generated_fd": ("feature_model", "pool_size"),
     "loss": ("distill_guidance_scale",),
 }
@@ -148,7 +150,9 @@ def _training_table(of: dict[str, Script]) -> list[str]:
 def _validation_rows(key: str, scripts: list[Script]) -> list[Row]:
     """The last value of a validation number, and the best with its step."""
     name, depends_on = key.removeprefix("validation/"), _measured_with(key, scripts)
-    curves = [each.curve(key) for each in scripts]
+    final = [each.final_curve(key) for each in scripts]
+    curves = [of_end or each.curve(key) for each, of_end in zip(scripts, final, strict=True)]
+    depends_on["decoder (stage 1 has another)"] = ["final" if of_end else "of stage 1" for of_end in final]
     last = [curve[-1][1] if curve else None for curve in curves]
     rows = [Row(name, last, [""] * len(scripts), ", last", depends_on)]
     if arrow := direction(name):
