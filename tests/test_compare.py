@@ -316,7 +316,9 @@ def test_the_decoder_of_stage_1_is_no_result(tmp_path):
     steps = {"steps": {"stage1_steps": 10, "stage2_steps": 10}}
     log = [{"step": 10, "validation/psnr": 28.0}, {"step": 20, "validation/psnr": 26.0}]
     two = write_run(tmp_path / "two", log, record=steps)
-    joint = write_run(tmp_path / "joint", [{"step": 20, "validation/psnr": 27.0}], record={"steps": {"stage1_steps": 20}})
+    joint = write_run(
+        tmp_path / "joint", [{"step": 20, "validation/psnr": 27.0}], record={"steps": {"stage1_steps": 20}}
+    )
     early = write_run(tmp_path / "early", log[:1], record=steps)
     found = tables_of(two, joint)["Results train_dae"]
     assert found["psnr ↑, best"] == ["26 (step 20)", "**27** (step 20)"]

@@ -39,7 +39,7 @@ def faster_precision(accelerator: Accelerator) -> str | None:
     if precision == "no" and device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return "`--mixed_precision bf16` is usually much faster on this processor."
     if precision == "no" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return "`--mixed_precision bf16` can be twice as fast on this processor: `--dry_run` measures it."
+        return "`--mixed_precision bf16` can be twice as fast on this processor: try it."
     return None
 
 

@@ -393,8 +393,11 @@ def best_or_last(run: TrainingRun, result: Result, monitor: Monitor | None) -> R
     if monitor is None:
         return result
     monitor.report()
-    best = monitor.best_result() if monitor.config.export == "best" else None
+    if monitor.config.export != "best":
+        return result
+    best = monitor.best_result()
     if best is None:
+        logger.warning("nothing was measured since `export best` was given, so the result has the last weights.")
         return result
     if run.accelerator.is_main_process:
         run.note(exported_step=monitor.state["step"])

@@ -214,7 +214,7 @@ class Sampler:
         has_prompt = takes_text(pipeline)
         if not has_prompt:
             self.accepted.discard("prompt")
-        if hasattr(pipeline, "scheduler") and not getattr(pipeline, "is_flow_map", False):
+        if isinstance(pipeline, DAEDiTPipeline) and not pipeline.is_flow_map:  # it checks what suits it
             self.accepted.add("scheduler")
         if not getattr(pipeline, "is_flow_matching", False):
             self.accepted.discard("velocity_scale")

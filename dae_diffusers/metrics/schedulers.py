@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -53,14 +54,28 @@ def keep_scheduler(folder: Path, pipeline: DiffusionPipeline) -> None:
 
 
 def _class_of(name: str) -> type[SchedulerMixin]:
-    found = getattr(diffusers, name if name.endswith(_ENDING) else name + _ENDING, None)
-    if isinstance(found, type) and issubclass(found, SchedulerMixin):
+    known = {each.removesuffix(_ENDING): getattr(diffusers, each) for each in dir(diffusers) if each.endswith(_ENDING)}
+    found = known.get(name.removesuffix(_ENDING))
+    if _is_scheduler(found):
         return found
-    known = [each for each in dir(diffusers) if each.endswith(_ENDING) and not each.startswith("Flax")]
-    alike = difflib.get_close_matches(name, known + [each.removesuffix(_ENDING) for each in known], n=3)
-    hint = (
-        f"Did you mean {' or '.join(alike)}?"
-        if alike
-        else "Such names are DDIM, DDPM, DPMSolverMultistep, UniPCMultistep."
-    )
+    if found is not None:
+        raise UserError(f"`schedulers`: {name} needs a package that is not installed: {one_line(_reason(found), 200)}")
+    usable = {each.lower(): each for each, found in known.items() if _is_scheduler(found)}
+    alike = [each for each in usable if each.startswith(name.lower())]
+    alike += difflib.get_close_matches(name.removesuffix(_ENDING).lower(), usable, n=3)
+    names = " or ".join(dict.fromkeys(usable[each] for each in alike[:3]))
+    hint = f"Did you mean {names}?" if names else "Such names are DDIM, DDPM, DPMSolverMultistep, UniPCMultistep."
     raise UserError(f"`schedulers`: diffusers has no scheduler {name!r}. {hint}")
+
+
+def _is_scheduler(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, SchedulerMixin)
+
+
+def _reason(stand_in: Any) -> str:
+    """What diffusers says when a class is used whose package is missing."""
+    try:
+        stand_in()
+    except ImportError as error:
+        return str(error)
+    return "diffusers does not say which."
