@@ -3,7 +3,7 @@
 _BETTER = {
     "↑": (
         *("psnr", "ssim", "precision", "recall", "density", "coverage", "inception_score", "classifier_score"),
-        *("probe_accuracy", "class_agreement", "train_codebook", "validation_codebook", "codebook"),
+        *("probe_accuracy", "class_agreement", "clip_score", "train_codebook", "validation_codebook", "codebook"),
     ),
     "↓": (
         *("lpips", "rfd", "rfid", "gfd", "gfid", "ifd", "ifid", "gap", "kernel_distance", "l1", "loss"),

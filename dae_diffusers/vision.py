@@ -3,7 +3,8 @@
 import math
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoTokenizer,
     ImageProcessingMixin,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ViTModel,
 )
 from transformers.utils import ModelOutput
@@ -143,7 +146,7 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
     Raises:
         UserError: If the model or its image processor does not exist, is no vision model, or lacks weights.
     """
-    try:
+    with _loading(f"the vision model {name_or_path!r}", "vision models with a preprocessor_config.json"):
         # Without the flag, transformers would ask on a terminal.
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         architectures = config.architectures or []
@@ -155,18 +158,6 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
         model, loading = model_class.from_pretrained(
             name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **more
         )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"the vision model {name_or_path!r} cannot be loaded: its weights are a pickle with more in it than tensors. Code in "
-            "it is not run. Use a model whose weights are safetensors."
-        ) from None
-    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise
-        raise UserError(
-            f"the vision model {name_or_path!r} cannot be loaded: {one_line(error, 300)} (Allowed "
-            "are vision models with a preprocessor_config.json on the Hub or in a local folder.)"
-        ) from None
     model = getattr(model, "vision_model", model)  # of CLIP and similar models, only the vision half
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise UserError(f"{name_or_path!r} is a {type(model).__name__}, which takes no images.")
@@ -177,6 +168,63 @@ def load_vision_model(name_or_path: str) -> tuple[PreTrainedModel, dict[str, Any
     preprocessing = _preprocessing_of(processor)
     _check_features(name_or_path, model, preprocessing["size"])
     return model, preprocessing
+
+
+@contextmanager
+def _loading(what: str, allowed: str) -> Iterator[None]:
+    """Inside the `with` block, what goes wrong with files becomes a `UserError` of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{what} cannot be loaded: its weights are a pickle with more in it than tensors. Code in it is not run. Use a model whose "
+            "weights are safetensors."
+        ) from None
+    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        raise UserError(
+            f"{what} cannot be loaded: {one_line(error, 300)} (Allowed are {allowed} on the Hub or in a local folder.)"
+        ) from None
+
+
+def load_image_text_model(
+    name_or_path: str,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    r"""
+    Loads a model of `transformers` that compares images with texts, as CLIP and SigLIP do.
+
+    Args:
+        name_or_path (`str`): A model on the Hub or in a local folder, with its tokenizer and a `preprocessor_config.json`.
+
+    Returns:
+        `tuple`: The model in float32, its tokenizer, and `size`, `mean` and `std` as in [`load_vision_model`].
+
+    Raises:
+        UserError: If a part does not exist, or lacks weights or words, or if the model is of another kind.
+    """
+    what = f"`clip_model` {name_or_path}"
+    advice = "Give a CLIP or SigLIP of transformers, such as openai/clip-vit-base-patch32."
+    with _loading(what, "a CLIP or SigLIP with its tokenizer and a preprocessor_config.json"):
+        model, loading = AutoModel.from_pretrained(
+            name_or_path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise UserError(f"{what} is a {type(model).__name__}, which does not compare images with texts. {advice}")
+        if loading["missing_keys"]:
+            raise UserError(f"{what} lacks weights, such as {min(loading['missing_keys'])}. {advice}")
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    if not has_words(tokenizer):
+        raise UserError(f"{what} has no tokenizer in its folder. Save it there, too.")
+    return model.eval().requires_grad_(False), tokenizer, _preprocessing_of(processor)
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    r"""Whether a tokenizer knows words. Where a folder has none, transformers makes one without."""
+    return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) > 1
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,6 +19,8 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
+    SiglipConfig,
+    SiglipModel,
     T5Config,
     T5EncoderModel,
     ViTConfig,
@@ -154,6 +156,22 @@ def save_text_encoder(folder: Path, kind: str = "bert", *, marks: bool = True) -
         model = BertModel(BertConfig(**size)) if kind == "bert" else DPRQuestionEncoder(DPRConfig(**size))
     model.save_pretrained(folder)
     save_tokenizer(folder, marks=marks)
+    return str(folder)
+
+
+def save_clip(folder: Path, kind: str = "clip") -> str:
+    """Saves a model that compares images with texts, `clip` or `siglip`, with random weights, its tokenizer and image processor."""
+    save_text_encoder(folder, "clip")
+    if kind == "siglip":
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        halves = {
+            "text_config": {**size, "vocab_size": 14, "projection_size": 16, "max_position_embeddings": 8},
+            "vision_config": {**size, "image_size": 8, "patch_size": 4},
+        }
+        SiglipModel(SiglipConfig(**halves)).save_pretrained(folder)
+    size = {"height": 8, "width": 8} if kind == "siglip" else {"shortest_edge": 8}
+    processor = {"size": size, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
 
 

@@ -188,20 +188,23 @@ def test_evaluations_count_at_their_best_setting(tmp_path):
     [
         ({"features": {"name": "tiny", "fingerprint": "other"}}, 50, {"rfd_tiny", "gfd_tiny", "gap"}),
         ({"validation_images": {"number": 9, "fingerprint": "two"}}, 50, {"psnr", "rfd_tiny"}),
-        ({"train_images": {"number": 9, "fingerprint": "two"}}, 50, {"gfd_tiny", "gfd_pixels", "gap"}),
-        ({}, 60, {"gfd_tiny", "gfd_pixels", "gap"}),
+        ({"train_images": {"number": 9, "fingerprint": "two"}}, 50, {"gfd_tiny", "gfd_pixels", "gap", "clip_score_b"}),
+        ({}, 60, {"gfd_tiny", "gfd_pixels", "gap", "clip_score_b"}),
         ({"more_features": {"pixels": "other"}}, 50, {"gfd_pixels"}),
+        ({"clip_model": {"name": "b", "fingerprint": "other"}}, 50, {"clip_score_b"}),
+        ({"config": {"output_dir": "b", "resolution": 16, "prompt": "a dog"}}, 50, {"clip_score_b"}),
         ({"weights": {"vae": "two"}}, 50, {"gap"}),
     ],
 )
 def test_evaluations_with_other_judges_images_or_numbers_are_marked(tmp_path, setting, number, marked):
-    row = {"num_images": 50, "gfd_tiny": 4.0, "gap": 1.0, "gfd_pixels": 3.0}
-    first = write_evaluation(tmp_path / "a", [row], {"psnr": 20.0, "rfd_tiny": 1.0}, weights={"vae": "one"})
-    changed = {"weights": {"vae": "one"}} | setting
+    row = {"num_images": 50, "gfd_tiny": 4.0, "gap": 1.0, "gfd_pixels": 3.0, "clip_score_b": 30.0}
+    same = {"weights": {"vae": "one"}, "clip_model": {"name": "b", "fingerprint": "one"}}
+    first = write_evaluation(tmp_path / "a", [row], {"psnr": 20.0, "rfd_tiny": 1.0}, **same)
+    changed = same | setting
     other = {name: value + 1 for name, value in row.items()} | {"num_images": number}
     second = write_evaluation(tmp_path / "b", [other], {"psnr": 21.0, "rfd_tiny": 2.0}, **changed)
     results = tables_of(first, second)["Results evaluate"]
-    names = ("psnr", "rfd_tiny", "gfd_tiny", "gap", "gfd_pixels")
+    names = ("psnr", "rfd_tiny", "gfd_tiny", "gap", "gfd_pixels", "clip_score_b")
     found = {name: next(cells for key, cells in results.items() if key.startswith(f"{name} ")) for name in names}
     assert {key.split()[0] for key in results if "†" in key} == marked
     assert {name for name, cells in found.items() if not any("**" in cell for cell in cells)} == marked

@@ -27,7 +27,8 @@ from dae_diffusers.engine.distributed import PROCESS_GROUP
 from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
-from dae_diffusers.metrics.checks import check_enough_images, check_guidance
+from dae_diffusers.metrics.checks import check_enough_images, check_guidance, check_takes_text
+from dae_diffusers.metrics.clip_score import load_clip
 from dae_diffusers.metrics.defaults import check_takes_defaults, set_defaults
 from dae_diffusers.metrics.drawings import Drawing
 from dae_diffusers.metrics.evaluator import Evaluator
@@ -53,6 +54,9 @@ def main(config: EvaluateConfig) -> None:
     lock = take_folder(folder, accelerator)
     pipeline = None if of.pipeline is None else load_pipeline(of.pipeline, accelerator.device)
     check_guidance(config.sampling, of.pipeline, pipeline)
+    clip_model = None if pipeline is None else of.clip_model
+    if clip_model is not None:
+        check_takes_text(of.pipeline, pipeline)
     if config.sampling.set_defaults:
         check_takes_defaults(of.pipeline, pipeline)
     vae = choose_autoencoder(of, pipeline, accelerator.device)
@@ -66,6 +70,7 @@ def main(config: EvaluateConfig) -> None:
     else:
         settle_images(config, vae.eval(), side=sides)
     judges = [*load_judges(config, accelerator.device)]
+    clip = None if clip_model is None else load_clip(clip_model, accelerator.device)
     limit = config.sampling.num_images or MAX_DRAWN_IMAGES
     has_samples = of.samples_dir is not None
     train, validation, sampler = prepare_evaluation(
@@ -91,11 +96,13 @@ def main(config: EvaluateConfig) -> None:
         results |= evaluator.measure_baseline(drawn)
     if sampler is not None:
         evaluator.add_class_agreement(results, drawn)
+        if clip is not None:
+            evaluator.add_clip_score(results, clip, drawn)
     for judge in others:
         evaluator.add_distances(results, judge, drawn)
 
     if accelerator.is_main_process:
-        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator, others)
+        results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator, others, clip)
         write_atomically(folder / "metrics.md", to_markdown(results))
         if len(drawn) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")

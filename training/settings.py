@@ -400,6 +400,8 @@ class EvaluateConfig:
     def __post_init__(self):
         for features in [self.evaluation.features, *(self.evaluation.more_features or [])]:
             check_measured_data(self.data, features, "evaluate.py, which counts every image once")
+        if self.evaluation.clip_model is not None:
+            self.data.require_gray_or_rgb("`clip_model`")
         if self.sampling.set_defaults and self.evaluation.pipeline is None:
             raise ConfigError("`set_defaults` needs the `pipeline` that gets them.")
 
@@ -568,7 +570,7 @@ SCRIPTS = {
 _PLACES = (
     "vae", "pipeline", "latent_cache", "stage1_dir", "pretrained_model_name_or_path", "published_vae", "text_encoder", "features",
     "more_features", "metric_features", "feature_model", "perceptual_model", "discriminator_model", "vf_model", "repa_model",
-    "samples_dir",
+    "samples_dir", "clip_model",
 )  # fmt: skip
 # What begins so is no name on the Hub: the scripts write into `runs/` by default.
 _PATHS = (".", "/", "runs/")

@@ -28,6 +28,8 @@ _DEPENDS_ON = {
 }
 # What held-out images depend on beside the training images that are left.
 _OF_HELD_OUT_IMAGES = ("validation_split", "max_validation_samples", "resolution", "image_channels", "pad")
+# What the texts depend on that samples are drawn from.
+_OF_TEXTS = ("caption_column", "draw_from", "prompt")
 # What stands for the fingerprint of images, and for the objective of a generator, where these were not recorded.
 _OF_IMAGES = ("dataset_name", "dataset_config_name", "train_data_dir", "training images")
 _OF_OBJECTIVE = ("pretrained_model_name_or_path", "timestep_shift")
@@ -215,6 +217,8 @@ def _evaluation_table(of: dict[str, Evaluation]) -> list[str]:
                 depends_on["judge"] = [_judge_of(name, each) for each in settings]
             if found is parts["training images"][0]:
                 depends_on["samples"] = shown["samples"]
+            if name.startswith("clip_score"):
+                depends_on["texts"] = [[each.settings.get(flag) for flag in _OF_TEXTS] for each in evaluations]
             if name == "gap":
                 depends_on["autoencoder"] = [each.get("weights", {}).get("vae") for each in settings]
             more = [f" ± {each[f'{name}_sd']:.2g}" if each.get(f"{name}_sd") else "" for each in found]
@@ -226,6 +230,8 @@ def _evaluation_table(of: dict[str, Evaluation]) -> list[str]:
 
 def _judge_of(metric: str, setting: dict[str, Any]) -> str | None:
     """The fingerprint of a metric's judge: a distance in the features of a further judge has their name."""
+    if metric.startswith("clip_score"):
+        return (setting.get("clip_model") or {}).get("fingerprint")
     further = (setting.get("more_features") or {}).get(metric.partition("fd_")[2])
     return further or (setting.get("features") or {}).get("fingerprint")
 

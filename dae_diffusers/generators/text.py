@@ -20,6 +20,7 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.pipelines.dae_dit import encode_texts, token_limit
 from dae_diffusers.randomness import Stream, derived_seed
 from dae_diffusers.store import fingerprint_of_json
+from dae_diffusers.vision import has_words
 from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,7 @@ def _class_of(config: transformers.PretrainedConfig) -> type[transformers.PreTra
 
 
 def _check_hidden_states(name: str, tokenizer, model: transformers.PreTrainedModel) -> None:
-    # Where a folder has no tokenizer, transformers makes one without words.
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    if getattr(model, "main_input_name", None) != "input_ids" or len(words) < 2:
+    if getattr(model, "main_input_name", None) != "input_ids" or not has_words(tokenizer):
         raise UserError(
             f"`text_encoder` {name} is a {type(model).__name__} without a tokenizer of texts. Give a text encoder, and save its "
             "tokenizer in the same folder."

@@ -71,11 +71,15 @@ METRICS = {
     "authenticity": ("Authenticity", "share of samples that are no near copies; compare with that of real images"),
     "inception_score": ("Inception score", "samples, higher is better"),
     "class_agreement": ("Class agreement", "share of samples that a classifier assigns to the requested class"),
+    "clip_score": (
+        "CLIP score",
+        "how well samples follow their texts, higher is better; compare with that of real images",
+    ),
 }
 
 
 # Metrics in the metadata, which the Hub's pages and leaderboards read; the table of the card has the rest.
-HEADLINES = ("psnr", "ssim", "rfid", "rfd", "gfid", "gfd", "precision", "recall", "class_agreement")
+HEADLINES = ("psnr", "ssim", "rfid", "rfd", "gfid", "gfd", "precision", "recall", "class_agreement", "clip_score")
 MAX_METADATA_ROWS = 10
 EARLY_STEPS = 10_000  # of a generator
 

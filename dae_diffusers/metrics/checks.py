@@ -9,7 +9,7 @@ from dae_diffusers.data import ImageDataset
 from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.metrics.features import FeatureExtractor
-from dae_diffusers.metrics.sampling import Sampler
+from dae_diffusers.metrics.sampling import Sampler, takes_text
 from dae_diffusers.metrics.schedulers import drawing_by
 from dae_diffusers.metrics.settings import JUDGES_WITHOUT_NETWORK, SamplingConfig
 from dae_diffusers.metrics.sweep import SWEPT, is_by_class, values_of
@@ -45,6 +45,15 @@ def check_guidance(sampling: SamplingConfig, name: str | None, pipeline: Diffusi
     ) == {1.0}:
         raise UserError(
             "`guidance_intervals` compares intervals of guidance, but `guidance_scales` is 1, which is none. Give others, such as 1.5 2 3."
+        )
+
+
+def check_takes_text(name: str, pipeline: DiffusionPipeline) -> None:
+    r"""Raises `UserError` if a pipeline draws from no text that its samples could follow."""
+    if not takes_text(pipeline):
+        raise UserError(
+            f"`clip_model` compares samples with the texts that they are drawn from, but {name} is a {type(pipeline).__name__} that takes "
+            "no text: leave it out."
         )
 
 

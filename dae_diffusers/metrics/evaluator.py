@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dae_diffusers.data import ImageDataset
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.latents.diagnostics import plot_latent_space
 from dae_diffusers.metrics.agreement import class_agreement, share_by_class
+from dae_diffusers.metrics.clip_score import ImageTextModel, clip_scores, text_features
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.drawings import Drawing, drawings_of, measure_drawings, over_drawings
 from dae_diffusers.metrics.evaluation import (
@@ -25,6 +27,7 @@ from dae_diffusers.metrics.evaluation import (
     compared_for_copies,
     encode_images,
     evaluation_inputs,
+    image_features,
     kept_reference,
     latent_metrics,
     reconstruction_metrics,
@@ -37,7 +40,7 @@ from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
 from dae_diffusers.metrics.report import draw_reconstructions, save_grids
 from dae_diffusers.metrics.sampling import Sampler, ids_in_pipeline, say_duration
 from dae_diffusers.metrics.statistics import FeatureStatistics
-from dae_diffusers.metrics.sweep import is_by_class, swept_settings
+from dae_diffusers.metrics.sweep import is_by_class, swept_settings, texts_of
 from dae_diffusers.metrics.yardstick import Yardstick
 from dae_diffusers.store import fingerprint
 
@@ -204,6 +207,42 @@ class Evaluator:
             }
             for label, (share, of) in enumerate(zip(*shares, strict=True))
         ]
+
+    def add_clip_score(self, results: dict[str, Any], clip: ImageTextModel, drawn: Sequence[list[Drawing]]) -> None:
+        r"""
+        Adds to the results how well samples follow the texts that they were drawn from (`clip_score_<name>`), and what the same images
+        reach with the texts of others (`clip_chance_<name>`). Images without a text do not count.
+
+        Args:
+            results (`dict`): With `generation` and `floor`.
+            clip ([`~dae_diffusers.metrics.clip_score.ImageTextModel`]): What compares images with texts.
+            drawn (`list[list[Drawing]]`): The drawings of each setting.
+        """
+        drawings = [drawing for each in drawn for drawing in each]
+        keep = {"folder": self._parts, "description": "Features of real images", **self._work}
+        images = [image_features(self.validation, clip, self.accelerator, **keep)]
+        images += [self._features(drawing.samples, clip) for drawing in drawings]
+        texts = [texts_of(self.config.sampling, self.validation)]
+        texts += [self.sampler.texts(drawing.settings) for drawing in drawings]
+        work = {"batch_size": self._batch_size, "folder": self._parts}
+        encoded = text_features(list(chain(*texts)), clip, self.accelerator, **work).split([*map(len, texts)])
+        name = f"clip_score_{clip.name}"
+
+        def scores(number: int, limit: int | None = None) -> dict[str, float]:
+            """Of the held-out images, 0, or of a drawing, counted from 1."""
+            counted = [place for place, text in enumerate(texts[number][:limit]) if text]
+            score, chance = clip_scores(images[number][counted], encoded[number][counted])
+            return {name: score, f"clip_chance_{clip.name}": chance}
+
+        numbers = iter(range(1, len(images)))
+        by_setting = [[next(numbers) for _ in each] for each in drawn]
+        for row, of_row in zip(results["generation"], by_setting, strict=True):
+            row |= over_drawings([*map(scores, of_row)], name)
+        floor = results["floor"].get("generation")
+        if floor:
+            floor["real"] |= scores(0)
+            for row, (first, *_) in zip(floor["samples"], by_setting, strict=True):
+                row |= scores(first, floor["num_images"])
 
     def add_distances(
         self, results: dict[str, Any], judge: FeatureExtractor, drawn: Sequence[list[Drawing]] = ()

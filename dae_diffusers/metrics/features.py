@@ -105,10 +105,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self._preprocessing = {"size": size, "mean": tuple(mean), "std": tuple(std)}
-        self.description = (
-            f"8-bit, bicubic with antialiasing to {size[0]}x{size[1]} without cropping, "
-            f"mean {tuple(mean)}, std {tuple(std)}"
-        )
+        self.description = describe_preparation(**self._preprocessing)
         if backbone_of(model) is not model.base_model:
             self.description += ", its own output"  # earlier versions took that of a part of it
         features, logits = self._run(torch.zeros(1, 3, *size))
@@ -247,6 +244,11 @@ def prepare_images(
     mean = torch.tensor(mean, device=levels.device).view(1, 3, 1, 1)
     std = torch.tensor(std, device=levels.device).view(1, 3, 1, 1)
     return (levels / 255 - mean) / std
+
+
+def describe_preparation(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> str:
+    r"""What [`prepare_images`] does, in words."""
+    return f"8-bit, bicubic with antialiasing to {size[0]}x{size[1]} without cropping, mean {tuple(mean)}, std {tuple(std)}"
 
 
 def _to_rgb_levels(images: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,12 @@ def describe(
     extractor: FeatureExtractor | None,
     accelerator: Accelerator,
     others: Sequence[FeatureExtractor] = (),
+    clip: FeatureExtractor | None = None,
 ) -> dict[str, Any]:
-    r"""Everything that the numbers depend on; `config` is the script's settings class, `others` are further judges."""
+    r"""
+    Everything that the numbers depend on; `config` is the script's settings class, `others` are further judges, `clip` is the model of
+    the CLIP score.
+    """
     parts = ("_class_name", "latent_channels", "block_out_channels")
     packages = ["dae-diffusers", "diffusers", "torch", "transformers", "accelerate", "datasets"]
     packages += [name for name in ("torchmetrics", "torch-fidelity", "lpips") if find_spec(name.replace("-", "_"))]
@@ -58,6 +62,7 @@ def describe(
             "dim": extractor.feature_dim,
         },
         "more_features": {each.name: each.fingerprint for each in others},
+        "clip_model": clip and {"name": clip.name, "description": clip.description, "fingerprint": clip.fingerprint},
         "train_images": {"number": len(train), "fingerprint": train.fingerprint},
         "validation_images": {"number": len(validation), "fingerprint": validation.fingerprint},
         "num_processes": accelerator.num_processes,
@@ -86,6 +91,12 @@ def to_markdown(results: dict[str, Any]) -> str:
             "is no larger, this judge cannot tell your images from real ones. Compare only equal numbers of images.",
             "",
         ]
+    if setting["clip_model"]:
+        lines += [
+            "CLIP score: 100 times the cosine between a sample and the text that it was drawn from; between a real image and its own text. "
+            "`clip_chance`: the same images with the texts of all. A model that ignores its text reaches no more than that.",
+            "",
+        ]
     lines += class_lines(results.get("classes", []), results)
     lines += copies_lines(results.get("generation", []), floor.get("generation", {}))
     number = setting["train_images"]["number"]
@@ -100,7 +111,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         "training images": "{number} ({fingerprint})".format(**setting["train_images"]),
         "validation images": "{number} ({fingerprint})".format(**setting["validation_images"]),
         "resolution": setting["config"]["resolution"],
-        "features": setting["features"] and "{name} ({fingerprint}): {description}".format(**setting["features"]),
+        "features": _judge_in_words(setting["features"]),
+        "CLIP model": _judge_in_words(setting["clip_model"]),
         "autoencoder": setting["autoencoder"] and setting["autoencoder"]["_class_name"],
         "pipeline": setting["pipeline"],
         "scheduler": setting["scheduler"] and setting["scheduler"].get("_class_name"),
@@ -109,6 +121,10 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines += ["### Setting", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def _judge_in_words(judge: dict[str, Any] | None) -> str | None:
+    return judge and "{name} ({fingerprint}): {description}".format(**judge)
 
 
 def judge_lines(results: dict[str, Any]) -> list[str]:

@@ -248,6 +248,11 @@ class Sampler:
                 f"`num_images_per_label`, `prompt` and `batch_size`, but {sorted(self.accepted - {'self', 'scheduler'})}."
             )
 
+    def texts(self, settings: SampleSettings) -> list[str]:
+        r"""The text that each image of some settings is drawn from, for a pipeline that takes text."""
+        labels = settings.labels(self.num_classes)
+        return chosen_of(self.prompts, [0] * settings.num_images if labels is None else labels.tolist())
+
     def __call__(
         self, labels: list[int] | None, count: int, generators: list[torch.Generator], **options
     ) -> torch.Tensor:

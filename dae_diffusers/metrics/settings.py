@@ -36,6 +36,12 @@ class EvaluationConfig:
         "further judges, which add a column with their distance: what several of different kinds see does not hang on one of them",
         needs="features",
     )
+    clip_model: str | None = field(
+        None,
+        "a CLIP or SigLIP of transformers (Hub id or folder), such as openai/clip-vit-base-patch32: measures how well samples follow "
+        "the texts that they are drawn from",
+        needs="pipeline",
+    )
     output_dir: str = field("runs/my-model/evaluation", "folder for the results")
     batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
     lpips_net: Literal["alex", "vgg", "squeeze", "none"] = field(

@@ -41,6 +41,14 @@ def what_to_draw(sampling: SamplingConfig, images: ImageDataset, pipeline: Diffu
     return of_images | {"prompts": texts}
 
 
+def texts_of(sampling: SamplingConfig, images: ImageDataset) -> list[str]:
+    r"""The text of each image, as [`what_to_draw`] would draw it: its first caption, or the `prompt` with the name of its class."""
+    if sampling.prompt is None:
+        return [captions[0] for captions in images.captions]
+    texts = prompts_of(sampling.prompt, images.id2label)
+    return [texts[label] for label in images.labels] if len(texts) > 1 else [*texts] * len(images)
+
+
 def is_by_class(sampling: SamplingConfig, sampler: Sampler) -> bool:
     r"""Whether samples are drawn from classes, or from a text for each, and not from captions or conditions of the images."""
     return sampler.conditions is None and (sampler.prompts is None or sampling.prompt is not None)

@@ -27,7 +27,7 @@ INTERPOLATION_STEPS = 8
 GRID_PIXELS = 1024  # about the width of a grid; small pictures are enlarged by whole factors
 MAX_SEED = 2**31 - 1
 EACH_CLASS = "every class"
-HEADLINES = ("psnr", "class_agreement", "gfid", "gfd", "rfid", "rfd")  # numbers under the title
+HEADLINES = ("psnr", "class_agreement", "clip_score", "gfid", "gfd", "rfid", "rfd")  # numbers under the title
 Image.MAX_IMAGE_PIXELS = 20_000_000  # pillow refuses pictures of twice as many
 
 CSS = """
