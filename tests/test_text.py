@@ -567,6 +567,19 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
     assert load(archive, "txt") == one and load(archive, "json.all") == several
     with pytest.raises(UserError, match="`caption_column` 'json.size' holds Value.*, not texts"):
         load(archive, "json.size")
+    # A list in a CSV file is shown as JSON, or as Python or NumPy show it.
+    lists = ['["0", "so 0"]', "[ '1', \"so 1\"]", "['2' 'so\\n2']", "['3', 'so 3' ]"]
+    shown = [{"file_name": f"{n}.png", "text": each} for n, each in enumerate(lists)]
+    assert load(make(lambda folder: write_table(folder, "csv", shown)), "text") == several
+    shown[0]["text"], shown[1]["text"], shown[2]["text"] = "['a', 1]", "[a] 'b'", "['it's']"
+    kept = load(make(lambda folder: write_table(folder, "csv", shown)), "text")
+    assert [kept[str(n)] for n in range(3)] == [[each["text"]] for each in shown[:3]]
+    # That the few images that are held out have no text is no mistake.
+    caplog.clear()
+    for n in range(4):
+        lone = [{"file_name": f"{each}.png", "text": "" if each == n else "a"} for each in range(4)]
+        assert load(make(lambda folder, lone=lone: write_table(folder, "jsonl", lone)), "text")[str(n)] == [""]
+    assert "1 of 1 images of the held-out part of the split 'train' have no caption" in caplog.text
     empty = make(
         lambda folder: write_table(folder, "jsonl", [{"file_name": f"{n}.png", "text": " "} for n in range(4)])
     )

@@ -1,5 +1,6 @@
 """Finds the columns of a data set that hold the images and the labels, and the names of the classes."""
 
+import ast
 import contextlib
 import json
 import logging
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 Rows = datasets.Dataset | datasets.IterableDataset
 
 _TEXT = (datasets.Value("string"), datasets.Value("large_string"))
+# A text in quotes, and a list of such texts.
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_LISTED = re.compile(rf"\[\s*(?:{_QUOTED})(?:[\s,]+(?:{_QUOTED}))*\s*\]")
 # Names of columns that hold classes, if no type says so; the second group counts only without one of the first.
 _LABELS = (("label", "labels", "class"), ("cls",))
 LABELS = (*_LABELS[0], *_LABELS[1])
@@ -289,7 +293,7 @@ def label_ids(
     return ids
 
 
-def captions_of(rows: datasets.Dataset, column: str, split: str) -> list[list[str]]:
+def captions_of(rows: datasets.Dataset, column: str, split: str, *, is_held_out: bool = False) -> list[list[str]]:
     r"""
     The texts of each image, at least one; an image without any has the empty text.
 
@@ -297,6 +301,7 @@ def captions_of(rows: datasets.Dataset, column: str, split: str) -> list[list[st
         rows (`datasets.Dataset`): The rows of a split.
         column (`str`): A column, or a field of one, of texts or of lists of texts.
         split (`str`): Name of the split, for messages.
+        is_held_out (`bool`, *optional*): Whether these are a part of the training split: all of a few may lack a text.
 
     Raises:
         UserError: If there is no such column, or it holds no texts.
@@ -316,21 +321,26 @@ def captions_of(rows: datasets.Dataset, column: str, split: str) -> list[list[st
         [text for text in map(one_line, texts) if text] or [""] for texts in map(_texts, column_values(rows, column))
     ]
     empty = captions.count([""])
-    if empty == len(captions):
+    if empty == len(captions) and not is_held_out:
         raise UserError(f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column.")
     if empty:
+        part = "the held-out part of " if is_held_out else ""
         logger.warning(
-            "%d of %d images of the split %r have no caption: their text is empty.", empty, len(captions), split
+            "%d of %d images of %sthe split %r have no caption: their text is empty.", empty, len(captions), part, split
         )
     return captions
 
 
 def _texts(value: str | list[str | None] | None) -> list[str]:
-    """A text, or several; a list in the JSON file of a webdataset's sample arrives as JSON."""
-    if isinstance(value, str) and value.startswith('["'):
-        with contextlib.suppress(ValueError):
-            found = json.loads(value)
-            value = found if all(isinstance(text, str) for text in found) else value
+    """
+    A text, or several; a list in the JSON file of a webdataset's sample arrives as JSON, and one in a CSV file as Python or NumPy show it.
+    """
+    if isinstance(value, str) and _LISTED.fullmatch(value.strip()):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = [ast.literal_eval(text) for text in re.findall(_QUOTED, value)]
     return [value] if isinstance(value, str) else [text for text in value or [] if text]
 
 

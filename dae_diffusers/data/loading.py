@@ -120,13 +120,13 @@ def load_images(
     both = ((config.train_split, train), (validation_name or config.train_split, validation))
     for (name, rows), conditions in zip(both, conditions_of(config, both, image_column, label_column), strict=True):
         labels = None
+        is_held_out = bool(result) and name == config.train_split
         if label_column is not None:
             values = class_values(rows, label_column, train.features)
-            is_held_out = bool(result) and name == config.train_split
             labels = label_ids(values, value2id, id2label, label_column, name, is_held_out=is_held_out)
         captions = None
         if config.caption_column is not None:
-            captions = captions_of(rows, config.caption_column, name)
+            captions = captions_of(rows, config.caption_column, name, is_held_out=is_held_out)
         groups = None
         if config.group_column is not None:
             groups = group_names(rows, config.group_column, train.features)
