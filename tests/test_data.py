@@ -22,7 +22,7 @@ from dae_diffusers.data import (
     make_training_loader,
     resize_and_crop,
 )
-from dae_diffusers.data.columns import class_values, label_ids, label_names
+from dae_diffusers.data.columns import Classes
 from dae_diffusers.data.dataset import encoded_sizes, spread_over_classes
 from dae_diffusers.data.formats import reads_heif
 from dae_diffusers.data.images import ImageReader, read_content
@@ -473,18 +473,18 @@ def test_spaces_and_accents_make_no_further_class(is_declared):
     feature = datasets.ClassLabel(names=written) if is_declared else datasets.Value("string")
     values = list(map(written.index, names)) if is_declared else names
     rows = datasets.Dataset.from_dict({"y": values}, features=datasets.Features({"y": feature}))
-    id2label, value2id = label_names(rows, rows, "y")
-    assert id2label == {0: "cat", 1: "ant\u00e9"}
-    assert label_ids(class_values(rows, "y", rows.features), value2id, id2label, "y") == [0, 1, 1, 0, 1]
+    classes = Classes.of(rows, rows, "y")
+    assert classes.id2label == {0: "cat", 1: "ant\u00e9"}
+    assert classes.ids(rows, "train") == [0, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("value", ["", " ", None])
 def test_empty_text_is_no_class(value):
     rows = datasets.Dataset.from_dict({"y": ["a", value, "b"]})
-    id2label, value2id = label_names(rows, rows, "y")
-    assert id2label == {0: "a", 1: "b"}
-    with pytest.raises(UserError, match="holds none in 1 of 3 rows"):
-        label_ids(class_values(rows, "y", rows.features), value2id, id2label, "y")
+    classes = Classes.of(rows, rows, "y")
+    assert classes.id2label == {0: "a", 1: "b"}
+    with pytest.raises(UserError, match="holds none in 1 of 3 rows of the split 'train'"):
+        classes.ids(rows, "train")
 
 
 def test_missing_folder_is_named(tmp_path):

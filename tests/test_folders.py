@@ -20,7 +20,7 @@ from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.data import DataConfig, archives, load_images, make_pass_loader
-from dae_diffusers.data.columns import column_values, find_image_column, label_names
+from dae_diffusers.data.columns import Classes, column_values, find_image_column
 from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import UserError
@@ -265,7 +265,7 @@ def test_table_without_further_columns_hides_no_other(make_folder, caplog):
 def test_column_of_lists_is_no_class():
     rows = datasets.Dataset.from_dict({"tags": [["a"], ["b", "c"]]})
     with pytest.raises(UserError, match="not one class for each image"):
-        label_names(rows, rows, "tags")
+        Classes.of(rows, rows, "tags")
 
 
 def test_column_of_lists_of_pixels_is_pointed_to():

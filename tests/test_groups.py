@@ -16,7 +16,7 @@ from test_tables import PICTURES, write
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.cli import parse_config
-from dae_diffusers.data import DataConfig, ImageDataset, load_images, loading
+from dae_diffusers.data import DataConfig, ImageDataset, held_out, load_images
 from dae_diffusers.data.groups import choose_groups, whole_groups
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.latents.cache import CachedLatents, follow_cache
@@ -54,7 +54,7 @@ def numbers_in(images: ImageDataset) -> list[int]:
 def sides_of(config: DataConfig, seed: int = 0) -> list[list[int]]:
     """The numbers of the training images, and of those that are held out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_SPLIT_SEED", seed)
+        patch.setattr(held_out, "_SPLIT_SEED", seed)
         return [numbers_in(images) for images in load_images(config)]
 
 

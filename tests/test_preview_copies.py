@@ -16,7 +16,7 @@ from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.cli import parse_config
-from dae_diffusers.data import DataConfig, load_images, loading, near_copies
+from dae_diffusers.data import DataConfig, held_out, load_images, near_copies
 from dae_diffusers.data.near_copies import first_alike, thumbnail
 from dae_diffusers.errors import ConfigError
 from dae_diffusers.preview_copies import describe_copies, find_copies
@@ -77,7 +77,7 @@ def test_preview_names_copies_and_shows_them(scraped, tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_of_training_images_that_validate_are_counted_apart(scraped, seed, monkeypatch):
-    monkeypatch.setattr(loading, "_SPLIT_SEED", seed)
+    monkeypatch.setattr(held_out, "_SPLIT_SEED", seed)
     train, validation = load_images(DataConfig(train_data_dir=str(scraped), resolution=32, validation_fraction=0.4))
     copies = find_copies(train, validation, 1000)
     sides = [(pair.first.validates, pair.copy.validates) for pair in copies.pairs]

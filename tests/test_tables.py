@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_data import encoded
 
-from dae_diffusers.data import DataConfig, load_images, loading, make_pass_loader
+from dae_diffusers.data import DataConfig, held_out, load_images, make_pass_loader
 from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError
 from dae_diffusers.randomness import derived_seed
@@ -280,7 +280,7 @@ def test_rows_of_one_file_are_on_one_side(kind, tmp_path, caplog, monkeypatch):
         (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     flags = {"train_data_dir" if kind == "metadata" else "dataset_name": str(folder)}
     for seed in range(3):
-        monkeypatch.setattr(loading, "_SPLIT_SEED", seed)
+        monkeypatch.setattr(held_out, "_SPLIT_SEED", seed)
         config = DataConfig(**flags, caption_column="text", resolution=8, validation_fraction=0.34)
         train, validation = load_images(config)
         seen = [{text for (text,) in images.captions} for images in (train, validation)]
@@ -297,7 +297,7 @@ def test_links_are_held_out_with_their_file(tmp_path, caplog, monkeypatch):
         (tmp_path / "files" / f"soft{number}.png").symlink_to(f"{number}.png")
         (tmp_path / "files" / f"hard{number}.png").hardlink_to(tmp_path / name)
     for seed in range(3):
-        monkeypatch.setattr(loading, "_SPLIT_SEED", seed)
+        monkeypatch.setattr(held_out, "_SPLIT_SEED", seed)
         config = DataConfig(train_data_dir=str(tmp_path), resolution=8, validation_fraction=0.34)
         both = load_images(config)
         seen = [{float(images[n]["pixel_values"][0, 0, 0]) for n in range(len(images))} for images in both]

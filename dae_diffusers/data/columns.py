@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -193,15 +194,69 @@ def _named_values(rows: datasets.Dataset, column: str, train: datasets.Features)
     return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
 
 
-def label_names(
-    train: datasets.Dataset, validation: datasets.Dataset, column: str | None, *, is_chosen: bool = True
-) -> tuple[dict[int, str] | None, dict | None]:
+@dataclass(frozen=True)
+class Classes:
+    r"""
+    The classes in a column.
+
+    Attributes:
+        column (`str`): The column, or a field of one.
+        id2label (`dict[int, str]`): Their names.
+        value2id (`dict` or `None`): The id of each of [`class_values`] that is no id already.
+        train (`datasets.Features`): Features of the training split.
     """
-    Names of the classes by id, and the id of each of [`class_values`] if it is no id already. Classes that only the validation images
-    have count too. A column that the user did not choose must look like classes.
-    """
-    if column is None:
-        return None, None
+
+    column: str
+    id2label: dict[int, str]
+    value2id: dict | None
+    train: datasets.Features
+
+    @classmethod
+    def of(
+        cls, train: datasets.Dataset, validation: datasets.Dataset, column: str, *, is_chosen: bool = True
+    ) -> "Classes":
+        r"""
+        The classes of the training images, and those that only the validation images have.
+
+        Args:
+            train, validation (`datasets.Dataset`): The rows of both.
+            column (`str`): The column, or a field of one.
+            is_chosen (`bool`, *optional*): Whether the user named it; another column must look like classes.
+
+        Raises:
+            UserError: If the column holds no classes.
+        """
+        return cls(column, *_names_and_ids(train, validation, column, is_chosen), train.features)
+
+    def ids(self, rows: datasets.Dataset, split: str, *, is_held_out: bool = False) -> list[int]:
+        r"""
+        The class of each row of a split, or of a part of the training split that is held out.
+
+        Raises:
+            UserError: For values that are no labels, such as the -1 of an unlabelled split; the message names the split.
+        """
+        values, known = class_values(rows, self.column, self.train), self.value2id
+        ids = [value if known is None else known.get(value, value) for value in values]
+        bad = [value for value in ids if not isinstance(value, int) or not 0 <= value < len(self.id2label)]
+        if bad:
+            part = "the held-out part of " if is_held_out else ""
+            place = f"{len(bad)} of {len(ids)} rows of {part}the split {split!r}"
+            problem = f"holds {bad[0]}, but labels must lie in 0..{len(self.id2label) - 1}: {place}."
+            if isinstance(bad[0], str):
+                problem = f"holds {bad[0]!r}, which is no class of the training images: {place}."
+            if bad[0] is None:
+                problem = f"must hold integers or strings without gaps, but holds none in {place}."
+            if len(bad) == len(ids) and not is_held_out:
+                problem += " `validation_split train` holds out a part of the training images instead."
+            raise UserError(
+                f"`label_column` {self.column!r} {problem} Remove the unlabelled rows or train without labels (`label_column none`)."
+            )
+        return ids
+
+
+def _names_and_ids(
+    train: datasets.Dataset, validation: datasets.Dataset, column: str, is_chosen: bool
+) -> tuple[dict[int, str], dict | None]:
     feature = feature_of(train.features, column)
     of_validation = _named_values(validation, column, train.features)
     if isinstance(feature, datasets.ClassLabel):
@@ -258,39 +313,6 @@ def _is_whole(value: Any) -> bool:
 def _distinct(names: Iterable[str]) -> list[str]:
     """Normalised names without repeats, in the order of the raw ones, so that the numbers of classes stay those of earlier versions."""
     return list(dict.fromkeys(map(class_name, names)))
-
-
-def label_ids(
-    values: list,
-    value2id: dict | None,
-    id2label: dict[int, str],
-    column: str,
-    split: str | None = None,
-    *,
-    is_held_out: bool = False,
-) -> list[int]:
-    r"""
-    The class ids of a column, in a split or in a part of the training split that is held out.
-
-    Raises:
-        UserError: For values that are no labels, such as the -1 of an unlabelled split; the message names the split.
-    """
-    ids = [value if value2id is None else value2id.get(value, value) for value in values]
-    bad = [value for value in ids if not isinstance(value, int) or not 0 <= value < len(id2label)]
-    if bad:
-        part = "the held-out part of " if is_held_out else ""
-        place = f"{len(bad)} of {len(ids)} rows" + ("" if split is None else f" of {part}the split {split!r}")
-        problem = f"holds {bad[0]}, but labels must lie in 0..{len(id2label) - 1}: {place}."
-        if isinstance(bad[0], str):
-            problem = f"holds {bad[0]!r}, which is no class of the training images: {place}."
-        if bad[0] is None:
-            problem = f"must hold integers or strings without gaps, but holds none in {place}."
-        if len(bad) == len(ids) and not is_held_out:
-            problem += " `validation_split train` holds out a part of the training images instead."
-        raise UserError(
-            f"`label_column` {column!r} {problem} Remove the unlabelled rows or train without labels (`label_column none`)."
-        )
-    return ids
 
 
 def captions_of(rows: datasets.Dataset, column: str, split: str, *, is_held_out: bool = False) -> list[list[str]]:

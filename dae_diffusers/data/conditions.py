@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import datasets
 
-from dae_diffusers.data.columns import class_values, column_values, feature_of, label_ids, label_names
+from dae_diffusers.data.columns import Classes, column_values, feature_of
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError, did_you_mean
 
@@ -73,14 +73,11 @@ def conditions_of(
     labels, names = [{} for _ in splits], {}
     for column in others:
         train, validation = (rows for _, rows in splits)
-        id2label, value2id = label_names(train, validation, column)
-        names[column] = list(id2label.values())
+        classes = Classes.of(train, validation, column)
+        names[column] = list(classes.id2label.values())
         for found, (split, rows) in zip(labels, splits, strict=True):
-            values, is_held_out = (
-                class_values(rows, column, train.features),
-                rows is validation and split == splits[0][0],
-            )
-            found[column] = label_ids(values, value2id, id2label, column, split, is_held_out=is_held_out)
+            is_held_out = rows is validation and split == splits[0][0]
+            found[column] = classes.ids(rows, split, is_held_out=is_held_out)
     return [
         ConditionColumns(
             found,
