@@ -1,6 +1,7 @@
 """What a resumed run must keep. What the scripts say about it is tested with them, in test_training.py and test_faults.py."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,3 +57,20 @@ def test_plan_that_contradicts_the_checkpoint_is_refused(change, message):
         plan.resume(PLAN, CHECKPOINT, 5, num_epochs=2.0)
     if "inputs" in change:
         assert plan.resume(PLAN, CHECKPOINT, 5, may_lack=["the moon", TRAINING_IMAGES]) == plan
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        (True, None, "with `a`, but now it is left out. Give it again, or"),
+        (True, False, "with `a`, but now it is off. Give it again, or"),
+        (False, True, "without `a`, but now it is on. Give `a no`, or"),
+        (None, True, "without `a`, but now it is on. Continue without it, or"),
+        (None, 0.0, "without `a`, but now it is 0.0. Continue without it, or"),
+        (0.0, 1.0, "with `a` 0.0, but now it is 1.0. Continue with 0.0, or"),
+    ],
+)
+def test_a_switch_has_no_value_in_a_message(was, now, message):
+    before, plan = (replace(PLAN, settings={"a": value}) for value in (was, now))
+    with pytest.raises(UserError, match=f"was trained {re.escape(message)} train in another `output_dir`"):
+        plan.resume(before, CHECKPOINT, 5)

@@ -284,10 +284,10 @@ def test_a_run_that_begins_again_has_only_its_own_snapshots(trained, inputs, tmp
 
 
 def test_resumed_run_keeps_what_it_began_with(trained, inputs, tmp_path):
-    with pytest.raises(UserError, match="was trained with `post_hoc_ema` True, but now it is left out"):
+    with pytest.raises(UserError, match="was trained with `post_hoc_ema`, but now it is left out. Give it again"):
         resume(train_dit, TINY_DIT, trained, tmp_path / "run", 3, ("pipeline",), **inputs)
     run(train_dit, TINY_DIT, output_dir=tmp_path / "without", **inputs)
-    with pytest.raises(UserError, match="was trained without `post_hoc_ema`, but now it is True"):
+    with pytest.raises(UserError, match="was trained without `post_hoc_ema`, but now it is on. Continue without it"):
         resume(train_dit, FLAGS, tmp_path / "without", tmp_path / "with", 3, ("pipeline",), **inputs)
 
 

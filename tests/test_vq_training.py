@@ -118,7 +118,7 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, image_folder, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--no_l2_normalize_codes", "was trained with `l2_normalize_codes` True, but now it is False"),
+        ("--no_l2_normalize_codes", "was trained with `l2_normalize_codes`, but now it is off. Give it again"),
         ("--quantizer vq", "was trained with `quantizer` ema, but now it is vq"),
     ],
 )

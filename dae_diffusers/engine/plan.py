@@ -142,14 +142,10 @@ class Plan:
     def _check_settings(self, before: "Plan", checkpoint: Path) -> None:
         for name, value in before.settings.items():
             if name in self.settings and self.settings[name] != value:
-                was, again = (
-                    (f"without `{name}`", "without it")
-                    if value is None
-                    else (f"with `{name}` {_flag_value(value)}", f"with {_flag_value(value)}")
-                )
-                now = "left out" if self.settings[name] is None else _flag_value(self.settings[name])
+                was, again, _ = _words(name, value)
+                *_, now = _words(name, self.settings[name])
                 raise UserError(
-                    f"{checkpoint} was trained {was}, but now it is {now}. Continue {again}, or train in another `output_dir`."
+                    f"{checkpoint} was trained {was}, but now it is {now}. {again}, or train in another `output_dir`."
                 )
 
     def _check_steps(self, before: "Plan", checkpoint: Path, step: int, num_epochs: float | None) -> None:
@@ -186,5 +182,14 @@ class Plan:
             )
 
 
-def _flag_value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _words(name: str, value: Any) -> tuple[str, str, str]:
+    """A setting of this value in a message: how a run was trained, what to do to continue it, and what the setting is in another run."""
+    match value:
+        case None:
+            return f"without `{name}`", "Continue without it", "left out"
+        case False:
+            return f"without `{name}`", f"Give `{name} no`", "off"
+        case True:
+            return f"with `{name}`", "Give it again", "on"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"with `{name}` {text}", f"Continue with {text}", text
