@@ -77,8 +77,8 @@ def main(config: TrainDAEConfig) -> None:
             if stage == 2 and config.stages.warm_start_decoder and start.checkpoint is None:
                 start_warm(model)
             model.set_stage(stage)
-            looks = monitor if config.stages.trains_final_decoder(stage) else None
-            model = train_stage(run, model, train_images, held_out, first_step, num_steps, start, monitor=looks)
+            looks = monitor if config.stages.trains_final_decoder(stage) else Monitor()
+            model = train_stage(run, model, train_images, held_out, first_step, num_steps, start, looks)
             start = Start()  # a later stage begins afresh
             if stage == 1 and model.is_decoupled and run.accelerator.is_main_process:
                 save_model(model, run.output_dir / "stage1", train_images)
@@ -107,7 +107,7 @@ def fit_decoder(config: TrainDAEConfig) -> None:
     start = find_start(run, model, train_images, validation_images, stage_steps, fit)
     held_out = what_to_measure(run, validation_images)
     fit.begin(start, lambda: validate(run, model.to(run.accelerator.device).eval(), held_out, start.step))
-    model = train_stage(run, model, train_images, held_out, 0, stage_steps[3], start, fit)
+    model = train_stage(run, model, train_images, held_out, 0, stage_steps[3], start, Monitor(), fit)
     fit.finish(model, stage_steps[3], lambda: validate(run, model, held_out, stage_steps[3]))
     run.finish("pipeline")
 
@@ -181,8 +181,8 @@ def what_to_measure(run: TrainingRun, images: ImageDataset) -> HeldOut:
     return HeldOut(images, measures, ReconstructionJudge(run, images) if has_judge else None)
 
 
-def look_for_best(run: TrainingRun, held_out: HeldOut, start: Start) -> Monitor | None:
-    """What looks for the best weights of joint training or of stage 2; None unless flags ask for it."""
+def look_for_best(run: TrainingRun, held_out: HeldOut, start: Start) -> Monitor:
+    """What looks for the best weights of joint training or of stage 2, if flags ask for it."""
     config, codebook = run.config, run.config.codebook
     learns_codes = config.autoencoder.autoencoder == "vq" and config.stages.trains_final_decoder(1)
     if config.monitor.export == "best" and held_out.judge is None and config.losses.adversarial_weight > 0:
@@ -211,8 +211,8 @@ def train_stage(
     first_step: int,
     num_steps: int,
     start: Start,
+    monitor: Monitor,
     fit: DecoderFit | None = None,
-    monitor: Monitor | None = None,
 ) -> DAEAutoencoderKL | DAEVQModel:
     """Trains the stage that `model` is set to, and returns it with averaged weights."""
     config, stage = run.config, model.stage
@@ -224,7 +224,7 @@ def train_stage(
     loop = Loop(
         run,
         model,
-        steps=num_steps if monitor is None or not monitor.is_exhausted else first - first_step,
+        steps=first - first_step if monitor.is_exhausted else num_steps,
         first_step=first_step,
         step=first,
         checkpoint=start.checkpoint,
@@ -236,11 +236,7 @@ def train_stage(
         after_step=objective.after_step,
         after_skip=objective.after_skip,
         snapshot=("vae", lambda model, folder: model.to_diffusers().save_pretrained(folder)) if is_final else None,
-        state={
-            "stage": stage,
-            **({} if fit is None else {"before": fit.before}),
-            **({} if monitor is None else {"monitor": monitor.state}),
-        },
+        state={"stage": stage, "monitor": monitor.state, **({} if fit is None else {"before": fit.before})},
     )
     if (
         stage > 1
@@ -260,8 +256,7 @@ def train_stage(
                 step.write(values if fit is None else values | fit.validate(averaged, values, loop.step))
                 if stage == 2 and not step.is_last and run.accelerator.is_main_process:
                     save_newest(averaged, run.folder, loop.step)
-            if monitor is not None:
-                monitor.follow(loop, step, lambda model: model.to_diffusers(), values[monitor.name])
+            monitor.follow(loop, step, lambda model: model.to_diffusers(), values.get(monitor.name))
     return loop.finished_model()
 
 
@@ -294,7 +289,7 @@ def with_cached_latents(run: TrainingRun, model, images: ImageDataset) -> Images
     return ImagesWithLatents(images, latents)
 
 
-def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedImages, monitor: Monitor | None) -> None:
+def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedImages, monitor: Monitor) -> None:
     """Measures the latents over all training images and saves the result, a plain autoencoder of diffusers."""
     vae = model.to_diffusers()
     vae.load_state_dict(best_or_last(run, vae, monitor).state_dict())

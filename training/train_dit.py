@@ -177,14 +177,14 @@ def main(config: TrainDiTConfig) -> None:
     loop = Loop(
         run,
         transformer,
-        steps=steps if monitor is None or not monitor.is_exhausted else start.step,
+        steps=start.step if monitor.is_exhausted else steps,
         step=start.step,
         checkpoint=start.checkpoint,
         description="DiT",
         also=[] if alignment is None else [alignment.projector],
         snapshot=("pipeline", pipeline_of.save),
         post_hoc=config.post_hoc,
-        state=task.state() | ({} if monitor is None else {"monitor": monitor.state}),
+        state=task.state() | {"monitor": monitor.state},
     )
     train_data, validation_data = with_conditions(task, needs_images=alignment is not None)
     for step in loop.over(train_data):
@@ -205,8 +205,7 @@ def main(config: TrainDiTConfig) -> None:
                 newest = autoencoder.newest(of_same_size=config.data.condition_column is not None)
                 draw_samples(task, pipeline_of(model, vae=newest), loop.step)
             step.write({"validation/loss": value})
-        if monitor is not None:
-            monitor.follow(loop, step, pipeline_of, value)
+        monitor.follow(loop, step, pipeline_of, value)
     if run.end_dry_run():
         return
     if run.accelerator.is_main_process:
@@ -222,7 +221,7 @@ def load_autoencoder(run: TrainingRun) -> GrowingAutoencoder:
     return autoencoder
 
 
-def find_monitor(task: Task, start: Start) -> Monitor | None:
+def find_monitor(task: Task, start: Start) -> Monitor:
     """What looks for the best weights, if the settings ask for it."""
     return make_monitor(
         task.run,

@@ -69,13 +69,13 @@ def main(config: TrainPriorConfig) -> None:
     loop = Loop(
         run,
         prior,
-        steps=steps if monitor is None or not monitor.is_exhausted else start.step,
+        steps=start.step if monitor.is_exhausted else steps,
         step=start.step,
         checkpoint=start.checkpoint,
         description="Prior",
         snapshot=("pipeline", lambda model, folder: pipeline_of(model).save_pretrained(folder)),
         post_hoc=config.post_hoc,
-        state={} if monitor is None else {"monitor": monitor.state},
+        state={"monitor": monitor.state},
     )
     for step in loop.over(train_codes):
         for batch in step:
@@ -93,8 +93,7 @@ def main(config: TrainPriorConfig) -> None:
                 run.guard.check_validation(loop.step, loss=value)
                 draw_samples(run, pipeline_of(model, vae=autoencoder.newest()), loop.step)
             step.write({"validation/loss": value})
-        if monitor is not None:
-            monitor.follow(loop, step, pipeline_of, value)
+        monitor.follow(loop, step, pipeline_of, value)
     if run.end_dry_run():
         return
     autoencoder.finish(run, pipeline_of(loop.finished_model().eval()), monitor)

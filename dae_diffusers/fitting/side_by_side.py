@@ -92,14 +92,14 @@ class GrowingAutoencoder:
             self._origin = origin
         return with_statistics_of(self.vae, vae).to(self.device)
 
-    def finish(self, run: TrainingRun, pipeline: DiffusionPipeline, monitor: Monitor | None) -> None:
+    def finish(self, run: TrainingRun, pipeline: DiffusionPipeline, monitor: Monitor) -> None:
         r"""
         Saves the pipeline of a generator that is trained, whole or [`WAITING`], and finishes its run. All processes call it.
 
         Args:
             run ([`~dae_diffusers.engine.run.TrainingRun`]): The generator's.
             pipeline (`DiffusionPipeline`): With the last weights.
-            monitor ([`~dae_diffusers.metrics.monitor.Monitor`], *optional*): What has looked for the best weights.
+            monitor ([`~dae_diffusers.metrics.monitor.Monitor`]): What has looked for the best weights.
         """
         is_whole = self.is_finished
         if run.accelerator.is_main_process:

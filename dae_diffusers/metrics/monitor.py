@@ -40,7 +40,41 @@ Result = ModelMixin | DiffusionPipeline
 
 class Monitor:
     r"""
-    Keeps the best result of a run in `<folder>/best/step-<N>`, by a number that [`follow`] finds. All processes call its methods.
+    What follows a training. This one watches nothing, for runs that do not look for their best weights. All processes call its methods.
+
+    Attributes:
+        name (`str`): What is measured, as the log calls it.
+        state (`dict` or `None`): Save it with each checkpoint.
+        is_exhausted (`bool`): Whether the last `early_stopping_patience` numbers brought nothing better.
+    """
+
+    name = ""
+    state: dict[str, Any] | None = None
+    is_exhausted = False
+
+    def best_result(self) -> Path | None:
+        r"""The folder of the best result so far."""
+        return None
+
+    def report(self) -> None:
+        r"""Says what was best, if anything was measured."""
+
+    def follow(
+        self, loop: Loop, step: Step, result_of: Callable[[torch.nn.Module], Result], validated: float | None
+    ) -> None:
+        r"""
+        Looks at each step of the loop, and ends the loop if patience is used up.
+
+        Args:
+            loop ([`~dae_diffusers.engine.loop.Loop`]), step ([`~dae_diffusers.engine.loop.Step`]): The present ones.
+            result_of (`Callable`): Makes the result of a model.
+            validated (`float`, *optional*): The number of the validation, such as its loss, if the step validates.
+        """
+
+
+class BestResult(Monitor):
+    r"""
+    Keeps the best result of a run in `<folder>/best/step-<N>`, by a number that [`follow`] finds.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): With the parts `monitor`, `optimization` and `run` in its config.
@@ -50,12 +84,9 @@ class Monitor:
             this step, such as a weaker transformer that guides, or a codebook.
 
     Attributes:
-        name (`str`): What is measured, as the log calls it.
         state (`dict`): `step` and `distance`, the number, of the best result, `worse`, how many numbers came since, and `measure`. It
-            changes in place: save it with each checkpoint.
+            changes in place.
     """
-
-    name: str
 
     def __init__(self, run: TrainingRun, measure: str, state: dict[str, Any] | None = None, *, after: int = 0):
         self.run, self.config, self.after = run, run.config.monitor, after
@@ -82,31 +113,15 @@ class Monitor:
 
     @property
     def is_exhausted(self) -> bool:
-        r"""Whether the last `early_stopping_patience` numbers brought nothing better."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.state["worse"] >= patience
 
     def best_result(self) -> Path | None:
-        r"""The folder of the best result so far."""
         return None if self.state["step"] is None else self._folder_of(self.state["step"])
 
     def report(self) -> None:
-        r"""Says what was best, if anything was measured."""
         if self.state["step"] is not None:
             logger.info("%s was best at step %d: %.4g", self._metric, self.state["step"], self.state["distance"])
-
-    def follow(
-        self, loop: Loop, step: Step, result_of: Callable[[torch.nn.Module], Result], validated: float | None
-    ) -> None:
-        r"""
-        Looks at each step of the loop, and ends the loop if patience is used up.
-
-        Args:
-            loop ([`~dae_diffusers.engine.loop.Loop`]), step ([`~dae_diffusers.engine.loop.Step`]): The present ones.
-            result_of (`Callable`): Makes the result of a model.
-            validated (`float`, *optional*): The number of the validation, such as its loss, if the step validates.
-        """
-        raise NotImplementedError
 
     @property
     def _metric(self) -> str:
@@ -140,13 +155,13 @@ class Monitor:
         replace_folder(self._folder_of(step), result.save_pretrained)
 
 
-class BestValidation(Monitor):
+class BestValidation(BestResult):
     r"""
     The result with the best number of a validation: the lowest loss, from before a generator learns its training images by heart, or the
     best reconstructions.
 
     Args:
-        run, measure, state, after: As [`Monitor`].
+        run, measure, state, after: As [`BestResult`].
         name (`str`): The number's name in the log.
     """
 
@@ -164,13 +179,13 @@ class BestValidation(Monitor):
                 self._compare(loop, lambda: result_of(model), validated)
 
 
-class SampleDistance(Monitor):
+class SampleDistance(BestResult):
     r"""
     Measures how far samples are from the training images at every `metric_steps` steps. The samples of a step depend on the weights and
     the run's seed alone, so that the number of processes and interruptions change nothing.
 
     Args:
-        run, state, after: As [`Monitor`].
+        run, state, after: As [`BestResult`].
         images ([`~dae_diffusers.data.ImageDataset`]): The training images.
         vae ([`~diffusers.ModelMixin`]): Decodes the samples.
         settings ([`~dae_diffusers.metrics.sampling.SampleSettings`]): How samples are drawn.
@@ -313,20 +328,20 @@ class ReconstructionJudge:
 
 def make_reconstruction_monitor(
     run: TrainingRun, images: ImageDataset, judge: ReconstructionJudge | None, start: Start, *, after: int = 0
-) -> Monitor | None:
+) -> Monitor:
     r"""
     What looks for the best weights while an autoencoder trains: by the distance of held-out reconstructions, without a judge by their
-    PSNR. None unless `export` or `early_stopping_patience` asks for it.
+    PSNR. It watches nothing unless `export` or `early_stopping_patience` asks for it.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): With the part `monitor` in its config.
         images ([`~dae_diffusers.data.ImageDataset`]): The held-out images.
         judge ([`ReconstructionJudge`], *optional*): What measures the distance.
         start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
-        after (`int`, *optional*): As `after` of [`Monitor`].
+        after (`int`, *optional*): As `after` of [`BestResult`].
     """
     if run.dry_run is not None or not run.config.monitor.looks_for_best:
-        return None
+        return Monitor()
     name = "validation/psnr" if judge is None else judge.name
     measure = fingerprint_of_json([name, None if judge is None else judge.fingerprint, images.fingerprint, after])
     return BestValidation(run, name, measure, start.state.get("monitor"), after=after)
@@ -342,10 +357,10 @@ def make_monitor(
     loss_inputs: list[Any],
     after: int = 0,
     options_until: dict[str, Any] | None = None,
-) -> Monitor | None:
+) -> Monitor:
     r"""
     What looks for the best weights while a generator trains: by the distance of samples with `metric_features`, else by the validation
-    loss, and then only if `export` or `early_stopping_patience` asks for it.
+    loss, and then it watches nothing unless `export` or `early_stopping_patience` asks for it.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): See [`SampleDistance`].
@@ -354,19 +369,19 @@ def make_monitor(
         start ([`~dae_diffusers.engine.run.Start`]): Where the run begins.
         options (`dict`): Fields of [`~dae_diffusers.metrics.sampling.SampleSettings`] that say how samples are drawn.
         loss_inputs (`list`): What the validation loss depends on beside the weights: fingerprints and settings.
-        after (`int`, *optional*), options_until (`dict`, *optional*): As `after` of [`Monitor`] and `settings_until` of [`SampleDistance`].
+        after (`int`, *optional*): As `after` of [`BestResult`].
+        options_until (`dict`, *optional*): As `settings_until` of [`SampleDistance`].
 
     Raises:
         UserError: As [`SampleDistance`], and if there are too few training images to compare with.
     """
     config, count = run.config, run.config.monitor.metric_images
-    if run.dry_run is not None:
-        return None
+    is_asked_for = config.monitor.looks_for_best or config.monitor.metric_features is not None
+    if run.dry_run is not None or not is_asked_for:
+        return Monitor()
     if config.monitor.metric_features is None:
         measure = fingerprint_of_json(["validation loss", loss_inputs, after])
-        state = start.state.get("monitor")
-        is_asked_for = config.monitor.looks_for_best
-        return BestValidation(run, "validation/loss", measure, state, after=after) if is_asked_for else None
+        return BestValidation(run, "validation/loss", measure, start.state.get("monitor"), after=after)
     if len(images) < 2:
         raise UserError(
             f"`metric_features` compares samples with the training images, of which it needs 2 or more, but there is {len(images)}. Give "
@@ -381,19 +396,17 @@ def make_monitor(
     return SampleDistance(run, images, vae, settings, start.state.get("monitor"), after=after, settings_until=until)
 
 
-def best_or_last(run: TrainingRun, result: Result, monitor: Monitor | None) -> Result:
+def best_or_last(run: TrainingRun, result: Result, monitor: Monitor) -> Result:
     r"""
     What a run makes: with the last weights, or with `export best` the best ones. Says and notes which.
 
     Args:
         run ([`~dae_diffusers.engine.run.TrainingRun`]): The run.
         result (`ModelMixin` or `DiffusionPipeline`): With the last weights.
-        monitor ([`Monitor`], *optional*): What has looked for the best.
+        monitor ([`Monitor`]): What has looked for the best.
     """
-    if monitor is None:
-        return result
     monitor.report()
-    if monitor.config.export != "best":
+    if run.config.monitor.export != "best":
         return result
     best = monitor.best_result()
     if best is None:
