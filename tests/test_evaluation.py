@@ -594,6 +594,14 @@ def test_samples_of_arrays_are_in_the_range_of_the_training_images(tmp_path):
     assert len(samples) == 10 and samples.max() <= 128
 
 
+def test_samples_of_all_folders_count_whatever_their_names(tmp_path):
+    for name in ("train", "validation", "test"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", np.full((8, 8, 1), 0.5, dtype=np.float32))
+    data = DataConfig(train_data_dir=str(tmp_path), resolution=8, image_channels=1)
+    assert len(load_samples(str(tmp_path), data, [0.0, 1.0], 10)) == 3
+
+
 def test_flags_that_choose_nothing_are_named(pipeline, caplog):
     check_options(SamplingConfig(num_images=4, draw_from="validation"), Sampler(pipeline))
     assert "`--draw_from` has no effect" in caplog.text and "`--label_sampling`" not in caplog.text

@@ -52,11 +52,6 @@ class ConditionImages(ImageDataset):
         r"""The condition images of other images, read in the same way."""
         return ConditionImages(images, self)
 
-    def settle_range(self) -> None:
-        r"""Sets the range of values of arrays, which is that of their depth, or measured."""
-        if self.is_array and not self.value_range:
-            self.value_range = RANGES.get(self.depth) or self.measure_range()
-
     def warn_if_dark(self, indices: Sequence[int]) -> None:
         r"""Warns if none of these images has a value in the upper three quarters of their range, as masks of class numbers do."""
         if self.depth not in RANGES:

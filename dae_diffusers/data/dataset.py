@@ -17,7 +17,7 @@ import torch
 from diffusers.training_utils import find_nearest_bucket
 from tqdm.auto import tqdm
 
-from dae_diffusers.data.arrays import Depth, without_warnings
+from dae_diffusers.data.arrays import RANGES, Depth, without_warnings
 from dae_diffusers.data.batches import BatchDataset
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.conditions import ConditionColumns
@@ -283,15 +283,15 @@ class ImageDataset(BatchDataset):
         chosen.beside = None if self.beside is None else self.beside.of(chosen)
         return chosen
 
-    def measure_range(self) -> list[float]:
+    def settle_range(self) -> None:
         r"""
-        Measures the lowest and highest value as [`survey_values`] does. For 8-bit and 16-bit pictures it need not be measured:
-        see `RANGES`.
+        Sets the range of values of arrays, if it has none: that of their depth (see `RANGES`), or measured as [`survey_values`] does.
 
         Raises:
             UserError: If all values are the same.
         """
-        return self.survey_values().range
+        if self.is_array and not self.value_range:
+            self.value_range = RANGES.get(self.depth) or self.survey_values().range
 
     @without_warnings()
     def survey_values(self, indices: Sequence[int] | None = None) -> ValueSurvey:

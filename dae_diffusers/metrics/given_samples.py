@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from datasets import concatenate_datasets
 from PIL import ImageOps
 
-from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.data.dataset import choose_indices
+from dae_diffusers.data import DataConfig, ImageDataset
+from dae_diffusers.data.columns import find_image_column, with_image_column
 from dae_diffusers.data.formats import SUFFIXES, open_picture
+from dae_diffusers.data.sources import load_splits
 from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
-
-_ALL = 2**31 - 1
 
 
 def side_of(folder: str) -> list[int]:
@@ -50,7 +50,7 @@ def load_samples(folder: str, data: DataConfig, value_range: Sequence[float] | N
         `torch.Tensor` of shape `(N, C, H, W)`: uint8.
 
     Raises:
-        UserError: If there are fewer than two images, or one cannot be read.
+        UserError: If there are no images, or one cannot be read.
     """
     plain = DataConfig(
         train_data_dir=folder,
@@ -59,19 +59,14 @@ def load_samples(folder: str, data: DataConfig, value_range: Sequence[float] | N
         image_channels=data.image_channels,
         value_range=list(value_range or ()),
         pad=data.pad,
-        max_validation_samples=_ALL,
     )
-    loading = logging.getLogger("dae_diffusers.data")
-    level = loading.level
-    loading.setLevel(logging.ERROR)  # it would speak of training images, of which a part is held out
-    try:
-        splits = load_images(plain)
-    finally:
-        loading.setLevel(level)
-    places = [(images, number) for images in splits for number in range(len(images))]
-    chosen = [places[index] for index in choose_indices(len(places), limit)]
-    logger.info("%d images of %s take the place of samples", len(chosen), folder)
-    return torch.stack([_levels(images[number]["pixel_values"]) for images, number in chosen])
+    splits, root, _ = load_splits(plain)
+    column = find_image_column(next(iter(splits.values())), None)
+    rows = concatenate_datasets([with_image_column(each, column)[0].select_columns(column) for each in splits.values()])
+    images = ImageDataset(rows, plain, image_column=column, root=root).choose(limit)
+    images.settle_range()
+    logger.info("%d images of %s take the place of samples", len(images), folder)
+    return torch.stack([_levels(images[number]["pixel_values"]) for number in range(len(images))])
 
 
 def _levels(pixel_values: torch.Tensor) -> torch.Tensor:
