@@ -243,6 +243,15 @@ def is_of_one_run(name: str) -> bool:
     return name in _OF_ONE_RUN or name.startswith(_PREFIXES_OF_ONE_RUN)
 
 
+def without_paths(value: Any) -> Any:
+    r"""A value that JSON can hold, with absolute paths, which reveal a machine and its user, shortened to their last part."""
+    if isinstance(value, dict):
+        return {name: without_paths(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
 def flags_of(config: Any, *, whole_paths: bool = False) -> list[str]:
     r"""
     The flags that change the defaults into these settings, without the folder, publishing and resuming. Of an absolute path only
@@ -258,6 +267,5 @@ def flags_of(config: Any, *, whole_paths: bool = False) -> list[str]:
         elif isinstance(value, list):
             argv += [f"--{name}", *map(str, value)]
         else:
-            is_cut = not whole_paths and isinstance(value, str) and os.path.isabs(value)
-            argv += [f"--{name}", Path(value).name if is_cut else str(value)]
+            argv += [f"--{name}", str(value if whole_paths else without_paths(value))]
     return argv

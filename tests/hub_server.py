@@ -32,6 +32,7 @@ class Repository:
     private: bool
     commits: dict[str, dict[str, str]] = field(default_factory=dict)  # commit -> path -> id of the content
     messages: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -42,7 +43,16 @@ class Repository:
         parent = self.branches.get(branch)
         sha = hashlib.sha1(json.dumps([self.id, parent, files, message]).encode()).hexdigest()
         self.commits[sha], self.messages[sha], self.branches[branch] = files, message, sha
+        self.parents[sha] = parent
         return sha
+
+    def history(self, branch: str) -> list[str]:
+        """The messages of the commits of a branch, the newest first."""
+        sha, found = self.branches[branch], []
+        while sha is not None:
+            found.append(self.messages[sha])
+            sha = self.parents[sha]
+        return found
 
     def resolve(self, revision: str) -> str | None:
         if revision in self.commits:
@@ -181,6 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", _API + r"/auth-check(?P<write>/write)?", "auth_check"),
         ("POST", _API + r"/restart", "restart"),
         ("POST", _API + r"/branch/(?P<branch>[^/]+)", "create_branch"),
+        ("POST", _API + r"/super-squash/(?P<branch>[^/]+)", "super_squash"),
         ("POST", _API + r"/tag/(?P<revision>[^/]+)", "create_tag"),
         ("GET", _API + r"(?:/revision/(?P<revision>[^/]+))?", "info"),
         ("POST", _WEB + r"\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -433,6 +444,13 @@ class _Handler(BaseHTTPRequestHandler):
         if branch in repository.branches:
             raise _error(409, f"Reference already exists: refs/heads/{branch}")
         repository.branches[branch] = self._commit(repository, start)
+        raise _Answer(200, {})
+
+    def super_squash(self, type: str, id: str, branch: str):
+        repository = self._repository(type, id, write=True)
+        files = repository.commits[self._commit(repository, branch)]
+        del repository.branches[branch]
+        repository.commit(branch, files, json.loads(self.body)["message"])
         raise _Answer(200, {})
 
     def restart(self, type: str, id: str):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
@@ -26,16 +28,19 @@ from huggingface_hub import EvalResult, HfApi, ModelCard
 from models import make_autoencoder, make_prior, make_prior_pipeline, make_vq_model, save_autoencoder, save_run
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
-from scripts import TINY_DAE, TINY_DIT, TRANSFORMER, run
+from scripts import TINY_DAE, TINY_DIT, TRANSFORMER, assert_same_weights, log_of, run, weights
 
 from dae_diffusers import DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
+from dae_diffusers.engine.checkpointing import Checkpointer
+from dae_diffusers.engine.hub_checkpoints import HubCheckpoints
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub import upload
 from dae_diffusers.hub.card import _data_description, make_card, measurements, repository_files
+from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import Script, read_result, remove_leftovers
-from dae_diffusers.hub.settings import PushConfig
+from dae_diffusers.hub.settings import HubConfig, PushConfig
 from dae_diffusers.hub.upload import (
     BackgroundUpload,
     check_hub_access,
@@ -1392,6 +1397,187 @@ def test_training_ends_well_when_the_hub_fails(client, image_folder, tmp_path, c
     command = re.search(r"dae-diffusers push (.*)", caplog.text)[1]
     push_script(*command.split())
     assert "vae/config.json" in client.files("writer/lost")
+
+
+def stop_after(step: int, monkeypatch) -> None:
+    """Once the checkpoint of a step is saved, this process gets the signal that precedes the end of a spot instance."""
+    save = Checkpointer.save
+
+    def save_and_stop(self, now, **state):
+        found = save(self, now, **state)
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(Checkpointer, "save", save_and_stop)
+
+
+def run_until(step: int, script, flags: str, **more) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        stop_after(step, patch)
+        run(script, flags, **more)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_run_goes_on_elsewhere_from_its_checkpoint_on_the_hub(client, trained, image_folder, tmp_path, caplog):
+    flags = TINY_DAE + " --push_to_hub --hub_model_id writer/moved --hub_strategy checkpoint --hub_license mit"
+    flags += " --resume_from_checkpoint latest"
+    here, there = tmp_path / "here", tmp_path / "there"
+    run_until(3, train_dae, flags, train_data_dir=image_folder, output_dir=here)
+    run_until(6, train_dae, flags, train_data_dir=image_folder, output_dir=there)
+    shutil.rmtree(there)
+    with caplog.at_level(logging.INFO):  # the first machine has an older checkpoint of the run
+        run(train_dae, flags, train_data_dir=image_folder, output_dir=here)
+    assert "downloading the checkpoint of step 6 from writer/moved (branch checkpoint-train_dae)" in caplog.text
+    for name in ("stage1", "vae"):
+        assert_same_weights(weights(trained / name), weights(here / name))
+    assert log_of(here) == log_of(trained)
+    assert not (here / "train_dae" / "hub").exists() and not list(here.rglob(".cache"))
+    # The last checkpoint is there too, and nothing else is; the model stands on `main`.
+    names = client.files("writer/moved", revision="checkpoint-train_dae").keys() - {".gitattributes"}
+    assert {Path(name).parts[0] for name in names} == {"train_dae", "stage1"}
+    found = {Path(name).parts[2] for name in names if "checkpoints" in name}
+    assert found == {"checkpoint-00000008"} and not any(name.endswith(".png") for name in names)
+    repository = client.repositories["model", "writer/moved"]
+    assert repository.history("checkpoint-train_dae") == ["Checkpoint of step 8"]
+    assert repository.history("main") == ["Upload autoencoder", "initial commit"]
+
+
+def test_all_that_a_generator_needs_goes_along_and_tells_nothing_of_the_machine(
+    client, trained, image_folder, tmp_path, caplog
+):
+    flags = (
+        TINY_DIT + " --export best --autoguidance_steps 2 --post_hoc_ema --post_hoc_ema_steps 2 --validation_steps 2"
+    )
+    more = {"train_data_dir": image_folder, "vae": trained / "vae"}
+    for name in ("plain", "here", "there"):  # the same pipeline lies elsewhere on each machine
+        shutil.copytree(trained / "pipeline", tmp_path / name / "start")
+    run(
+        train_dit,
+        flags,
+        output_dir=tmp_path / "plain/run",
+        pretrained_model_name_or_path=tmp_path / "plain/start",
+        **more,
+    )
+    flags += " --push_to_hub --hub_model_id writer/generator --hub_strategy checkpoint --hub_license mit"
+    flags += " --resume_from_checkpoint latest"
+    for name, step in (("here", 3), ("there", None)):
+        places = {"output_dir": tmp_path / name / "run", "pretrained_model_name_or_path": tmp_path / name / "start"}
+        if step is None:
+            run(train_dit, flags, **places, **more)
+        else:
+            run_until(step, train_dit, flags, **places, **more)
+    published = client.files("writer/generator", revision="checkpoint-train_dit")
+    kinds = {Path(name).parts[1] for name in published if name != ".gitattributes"}
+    assert kinds == {"best", "checkpoints", "guidance_transformer", "log.jsonl", "post_hoc_ema", "run.json"}
+    secrets = [str(tmp_path), str(trained.parent), str(image_folder.parent), os.path.expanduser("~") + "/", "hf_writer"]
+    for name, content in published.items():
+        assert not [secret for secret in secrets if secret.encode() in content], name
+    plain, moved = (tmp_path / name / "run" for name in ("plain", "there"))
+    assert log_of(moved, "train_dit") == log_of(plain, "train_dit")
+    assert "begins again" not in caplog.text
+    for name in ("pipeline", "train_dit/post_hoc_ema"):
+        files = sorted(path.relative_to(plain) for path in (plain / name).rglob("*.safetensors"))
+        assert len(files) == 3
+        assert all(
+            torch.equal(value, load_file(moved / path)[key])
+            for path in files
+            for key, value in load_file(plain / path).items()
+        )
+
+
+def checkpoints_on_hub(folder: Path, repo_id: str) -> HubCheckpoints:
+    """Of a run that trains nothing."""
+    publisher = Publisher(HubConfig(push_to_hub=True, hub_model_id=repo_id), folder, folder / "train_dit")
+    return HubCheckpoints(publisher, Checkpointer(Accelerator(cpu=True), folder / "train_dit" / "checkpoints"))
+
+
+def save(folder: Path, on_hub: HubCheckpoints, step: int) -> Path:
+    (folder / "train_dit").mkdir(parents=True, exist_ok=True)
+    with (folder / "train_dit" / "log.jsonl").open("a") as file:
+        file.write(f'{{"step": {step}}}\n')
+    return on_hub.checkpointer.save(step)
+
+
+def test_upload_of_a_checkpoint_that_fails_is_said_once_and_made_up_for(client, tmp_path, caplog):
+    on_hub = checkpoints_on_hub(tmp_path, "writer/failing")
+    on_hub.fetch(None)
+    with client.failing("POST", "/commit/checkpoint-train_dit", 500):
+        for step in (1, 2):
+            on_hub.push(save(tmp_path, on_hub, step), step)
+            on_hub.publisher.background.wait()
+    assert caplog.text.count("an upload while training failed (step 1: ") == caplog.text.count("failed") == 1
+    last = save(tmp_path, on_hub, 3)
+    with client.lock:  # the Hub is slow
+        on_hub.push(last, 3)
+        (tmp_path / "train_dit" / "log.jsonl").write_text(
+            ""
+        )  # a run goes on, and its checkpoints give way to newer ones
+        shutil.rmtree(last)
+        on_hub.push(save(tmp_path, on_hub, 4), 4)  # not piled up
+    on_hub.publisher.background.wait()
+    assert client.files("writer/failing", revision="checkpoint-train_dit")["train_dit/log.jsonl"].count(b"step") == 3
+    on_hub.finish()
+    with client.failing("POST", "/super-squash/", 500):
+        on_hub.push(save(tmp_path, on_hub, 5), 5)
+        on_hub.finish()
+    assert client.repositories["model", "writer/failing"].history("checkpoint-train_dit") == [
+        "Checkpoint of step 5",
+        "Checkpoint of step 4",
+    ]
+    assert not (tmp_path / "train_dit" / "hub").exists() and not client.files("writer/failing")
+    with client.failing("POST", "/commit/checkpoint-train_dit", 500):
+        on_hub.push(save(tmp_path, on_hub, 6), 6)
+        on_hub.finish()
+    assert "the checkpoint of step 6 is not in writer/failing (branch checkpoint-train_dit) (step 6: " in caplog.text
+
+
+def test_checkpoint_on_the_hub_is_neither_replaced_by_another_run_nor_used_if_damaged(client, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    first, other = (checkpoints_on_hub(tmp_path / name, "writer/kept") for name in ("first", "other"))
+    other.fetch("latest")
+    assert "writer/kept (branch checkpoint-train_dit) has no checkpoint" in caplog.text
+    first.push(save(tmp_path / "first", first, 3), 3)
+    first.finish()
+    files = client.files("writer/kept", revision="checkpoint-train_dit")
+    with pytest.raises(
+        UserError, match=r"has the checkpoint of step 3, which this run would replace.*`resume_from_checkpoint latest`"
+    ):
+        other.fetch(None)
+    with (
+        client.failing("GET", "/tree/", 503),
+        pytest.raises(UserError, match="cannot be read .*Give the same command again"),
+    ):
+        other.fetch("latest")
+    with (
+        client.failing("GET", "/resolve/.*random", 503),
+        pytest.raises(UserError, match="cannot be downloaded .*Give the same command again"),
+    ):
+        other.fetch("latest")
+    checkpoint = save(tmp_path / "other", other, 1)
+    with pytest.raises(
+        UserError, match=r"has a checkpoint of another run, of step 3.*hf repos branch delete writer/kept"
+    ):
+        other.fetch(str(checkpoint))
+    other.push(checkpoint, 1)  # the Hub could not be read at the start
+    other.publisher.background.wait()
+    assert "has a checkpoint of another run" in other.publisher.background.failures[0]
+    assert client.files("writer/kept", revision="checkpoint-train_dit") == files
+    with client.failing("GET", "/tree/", 503):  # a run that goes on from its own folder does not depend on the Hub
+        other.fetch("latest")
+    assert "cannot be read now" in caplog.text
+    last = tmp_path / "last"
+    (last / "train_dit").mkdir(parents=True)
+    name = "train_dit/checkpoints/checkpoint-00000003/"
+    for damage, problem in (("random_states_0.pkl", "is missing"), ("checkpoint.json", "cannot be read")):
+        HfApi().upload_file(
+            path_or_fileobj=b"[", path_in_repo=name + damage, repo_id="writer/kept", revision="checkpoint-train_dit"
+        )
+        if problem == "is missing":
+            HfApi().delete_file(name + damage, "writer/kept", revision="checkpoint-train_dit")
+        with pytest.raises(UserError, match=f"is damaged: .*{problem}.*hf repos branch delete"):
+            checkpoints_on_hub(last, "writer/kept").fetch("latest")
+    assert not list(last.rglob("*.jsonl")) and not list(last.rglob("*.json"))
 
 
 def test_upload_in_the_background_never_makes_training_wait(tmp_path):

@@ -29,7 +29,7 @@ from dae_diffusers.store import sha256_of, write_atomically
 logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
-_MANIFEST = "checkpoint.json"
+MANIFEST = "checkpoint.json"
 _TEMPORARY = "tmp-"
 _ABANDONED = "abandoned-"  # before the name of a checkpoint ahead of the one that the run went on from
 _BESIDE = (OWNER, "config.yaml", "log.jsonl")  # what a run has in its folder, beside that of the checkpoints
@@ -86,7 +86,7 @@ class Checkpointer:
         # None: a run that began before checkpoints named their run.
         self._run: str | None = uuid.uuid4().hex
 
-    def save(self, step: int, *, averages: dict[str, EMAModel] | None = None, **state: Any) -> None:
+    def save(self, step: int, *, averages: dict[str, EMAModel] | None = None, **state: Any) -> Path:
         r"""
         Saves a checkpoint. All processes call it.
 
@@ -96,6 +96,9 @@ class Checkpointer:
                 many steps.
             state: Other state of the run, as JSON can hold it; [`newest`] returns it.
 
+        Returns:
+            `Path`: Its folder.
+
         Raises:
             UserError: If a weight or an average is not finite, the disk is full or the folder cannot be written; earlier
                 checkpoints stay as they are.
@@ -103,6 +106,7 @@ class Checkpointer:
         averages = averages or {}
         self._raise_if_not_finite(step, averages)
         self._write(step, lambda: self._save(step, averages, state))
+        return self.folder / _name_of(step)
 
     def update(self, step: int, **state: Any) -> None:
         r"""
@@ -111,7 +115,7 @@ class Checkpointer:
         """
 
         def replace() -> None:
-            path = self.folder / _name_of(step) / _MANIFEST
+            path = self.folder / _name_of(step) / MANIFEST
             manifest = json.loads(path.read_text()) | {"state": state, "saved": time.time()}
             write_atomically(path, json.dumps(manifest, indent=2))
 
@@ -172,7 +176,7 @@ class Checkpointer:
                     if path.is_file()
                 },
             }
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
             _flush(temporary)
             self._raise_if_removed()  # accelerate makes folders that are missing
             replaced = self._make_room(final) if final.exists() else None
@@ -219,7 +223,7 @@ class Checkpointer:
             raise UserError(problem)
         if found is not None:
             self._run = found[1].pop("run")
-        if found is not None and not all(gather_object([(found[0] / _MANIFEST).exists()])):
+        if found is not None and not all(gather_object([(found[0] / MANIFEST).exists()])):
             raise UserError(
                 f"{found[0]} is not visible to all processes. Choose an `output_dir` that all machines share."
             )
@@ -228,13 +232,13 @@ class Checkpointer:
     def _find(self, path: str) -> tuple[Path, dict[str, Any]] | None:
         """The result of [`newest`] as this process sees it."""
         if path != "latest":
-            problem, manifest = _verify(Path(path))
+            problem, manifest = verify(Path(path))
             if problem:
                 raise UserError(f"`resume_from_checkpoint` {path} cannot be used: {problem}. Try `latest`.")
             return Path(path), manifest
         candidates = self._candidates()
         for candidate in candidates:
-            problem, manifest = _verify(candidate)
+            problem, manifest = verify(candidate)
             if not problem and manifest["step"] != _step_of(candidate):
                 problem = f"it holds step {manifest['step']}; name it if you want to go on from it"
             if not problem:
@@ -249,7 +253,7 @@ class Checkpointer:
         What `latest` may mean, best first. Of several runs, such as where one was copied into the folder of another, those of
         the run that saved last come first.
         """
-        manifests = {path: _read_manifest(path) for path in find_checkpoints(self.folder)}
+        manifests = {path: read_manifest(path) for path in find_checkpoints(self.folder)}
         # A damaged manifest, or one of another step, does not name its run. It is tried, and reported, in the order of steps.
         known = {path: facts for path, facts in manifests.items() if facts and facts["step"] == _step_of(path)}
         last = max(known, key=lambda path: known[path].get("saved", 0), default=None)
@@ -259,6 +263,20 @@ class Checkpointer:
             key=lambda path: (path not in known or known[path].get("run") == run, _step_of(path)),
             reverse=True,
         )
+
+    def newest_manifest(self) -> dict[str, Any] | None:
+        r"""The manifest of the checkpoint that `latest` means, if its files are whole; None if there is none."""
+        return next(filter(None, map(read_manifest, self._candidates())), None)
+
+    def adopt(self, checkpoint: Path) -> None:
+        r"""Moves a whole checkpoint from elsewhere on the same disk to those of the run."""
+        final = self.folder / checkpoint.name
+        self.folder.mkdir(exist_ok=True)
+        if final.exists():
+            self._make_room(final)
+        _flush(checkpoint)
+        checkpoint.rename(final)
+        _flush_folder(self.folder)
 
     def set_aside_after(self, step: int) -> None:
         r"""
@@ -313,7 +331,7 @@ class Checkpointer:
                 group.update(of_group)
         for scheduler, of_scheduler in zip(schedulers, base_lrs, strict=True):
             _set_base_lrs(scheduler, of_scheduler)
-        ema_steps = json.loads((path / _MANIFEST).read_text())["ema_steps"]
+        ema_steps = json.loads((path / MANIFEST).read_text())["ema_steps"]
         for name, average in averages.items():
             shadow = load_file(_file_of(path, name))
             for n, value in enumerate(average.shadow_params):
@@ -330,7 +348,7 @@ class Checkpointer:
             logger.warning("removing %s: the run continued from an earlier step, so it is not part of this run.", ahead)
             self._discard(ahead)
         for aside in self.folder.glob(f"{_ABANDONED}{_PREFIX}*"):
-            if (_read_manifest(aside) or {}).get("run") == self._run:
+            if (read_manifest(aside) or {}).get("run") == self._run:
                 shutil.rmtree(aside, ignore_errors=True)
         if self.total_limit is not None:
             for old in checkpoints[: max(0, position + 1 - self.total_limit)]:
@@ -341,12 +359,12 @@ class Checkpointer:
 
     def _is_ours(self, checkpoint: Path) -> bool:
         """Whether this run has saved the checkpoint under this name. A damaged one that does not name its run is left alone."""
-        manifest = _read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint)
         return manifest is not None and manifest.get("run") == self._run and manifest["step"] == _step_of(checkpoint)
 
     def _make_room(self, path: Path) -> Path | None:
         """Renames an existing checkpoint of the same step. Returns where it is, if it is to be removed."""
-        if self._is_ours(path) or _read_manifest(path) is None:
+        if self._is_ours(path) or read_manifest(path) is None:
             return self._doom(path)
         number = 1
         while (aside := path.with_name(f"{path.name}-other-run-{number}")).exists():
@@ -381,22 +399,22 @@ def _set_base_lrs(scheduler: LambdaLR, base_lrs: list[float]) -> None:
         group["lr"] = lr
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder, or None if it is none."""
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    r"""The manifest in a checkpoint's folder, or None if it is none."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
         return None
     has_step = isinstance(manifest, dict) and type(manifest.get("step")) is int
     return manifest if has_step and isinstance(manifest.get("saved", 0), (int, float)) else None
 
 
-def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """The problem of a checkpoint (or None), and its manifest."""
+def verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    r"""The problem of a checkpoint (or None), and its manifest."""
     if not folder.is_dir():
         return "it does not exist", {}
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         listed = manifest["files"]
         for name, facts in listed.items():
             path = folder / name
@@ -406,12 +424,12 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
                 return f"{name} has other content than when it was saved", {}
         kinds = {"step": int, "state": dict, "num_processes": int}
         if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
-            return f"its {_MANIFEST} cannot be read", {}
+            return f"its {MANIFEST} cannot be read", {}
         return None, {key: manifest[key] for key in kinds} | {"run": manifest.get("run")}
     except FileNotFoundError:
-        return f"it has no {_MANIFEST}", {}
+        return f"it has no {MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"its {_MANIFEST} cannot be read", {}
+        return f"its {MANIFEST} cannot be read", {}
 
 
 def _flush(folder: Path) -> None:

@@ -186,12 +186,22 @@ class Loop:
             self._save_checkpoint(**{_TO_REPEAT: step.state()})
         if self._stop.requested():
             self._leave()
-        with self._stop.at_once(self._leave):
-            yield
+        try:
+            with self._stop.at_once(self._exit):
+                yield
+        except SystemExit:
+            self.run.finish_upload()
+            raise
 
     def _leave(self) -> None:
-        """Ends the process, after a signal."""
+        """Ends the run, after a signal. All processes call it."""
         self.progress.close()  # else it is drawn again after the last line
+        self.run.finish_upload()
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one ends
+        self._exit()
+
+    def _exit(self) -> None:
+        self.progress.close()
         self._stop.exit(step=self.step, command=resuming_command())
 
     def finished_model(self) -> torch.nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dae_diffusers.errors import UserError
+from dae_diffusers.settings import without_paths
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ class Plan:
     What a run must keep to go on from a checkpoint. Each checkpoint holds the plan of its run.
 
     Attributes:
-        settings (`dict`): Settings that determine the model, by name; None for one that is left out.
+        settings (`dict`): Settings that determine the model, by name; None for one that is left out. Of an absolute path only the last
+            part, since a run may go on on another machine.
         steps (`dict[str, int]`): Optimiser steps of each stage, in order, by the name of their setting.
         images_per_step (`int`): Images that one optimiser step sees, over all processes.
         inputs (`dict[str, str]`): Fingerprints of the run's inputs, such as its images, by name.
@@ -39,7 +41,7 @@ class Plan:
         r"""The plan in the state of a checkpoint. What an earlier version did not save is as in `default`."""
         plan = state.get("plan") or {}
         return cls(
-            plan.get("settings", default.settings),
+            without_paths(plan.get("settings", default.settings)),
             plan.get("steps", default.steps),
             plan.get("images_per_step", default.images_per_step),
             state.get("inputs", default.inputs),

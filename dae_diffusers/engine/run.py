@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dae_diffusers.engine.checkpointing import Checkpointer, find_checkpoints
 from dae_diffusers.engine.distributed import PROCESS_GROUP, describe_hardware, settle_backend
 from dae_diffusers.engine.dry_run import DryRun
 from dae_diffusers.engine.guard import NonFiniteGuard
+from dae_diffusers.engine.hub_checkpoints import HubCheckpoints
 from dae_diffusers.engine.log import RunLog, read_log
 from dae_diffusers.engine.plan import Plan
 from dae_diffusers.engine.precision import use_tf32
@@ -34,7 +35,7 @@ from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
 from dae_diffusers.script import num_cores, show_messages
-from dae_diffusers.settings import config_text, flags_of, flat
+from dae_diffusers.settings import config_text, flags_of, flat, without_paths
 from dae_diffusers.signals import launcher_pid
 from dae_diffusers.store import read_json_or, write_atomically, write_json
 
@@ -121,6 +122,12 @@ class TrainingRun:
         self._publisher: Publisher | None = None
         if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
             self._publisher = Publisher(config.hub, self.output_dir, self.folder)
+        self._hub_checkpoints: HubCheckpoints | None = None
+        if config.hub.push_to_hub and config.hub.hub_strategy == "checkpoint" and self.dry_run is None:
+            if self._publisher is not None:
+                self._hub_checkpoints = HubCheckpoints(self._publisher, self.checkpointer)
+                self._hub_checkpoints.fetch(config.run.resume_from_checkpoint)
+            self.accelerator.wait_for_everyone()
         self._record: dict[str, Any] | None = None
         self._started = time.monotonic()
         # `find_start` sets these.
@@ -201,7 +208,7 @@ class TrainingRun:
             "drop_copies": data.drop_copies or None,
         }
         names = None if classes is None else list(classes.values())
-        self.plan = Plan(settings | of_images, steps, self.images_per_step, inputs, names)
+        self.plan = Plan(without_paths(settings | of_images), steps, self.images_per_step, inputs, names)
         if self.resumed is None:
             return Start()
         path, manifest = self.resumed
@@ -282,16 +289,25 @@ class TrainingRun:
             only_state (`bool`, *optional*, defaults to `False`): Whether this step's checkpoint is there, and only `state` is new.
             state: Anything JSON can hold; [`find_start`] gives it back.
         """
-        save = self.checkpointer.update if only_state else partial(self.checkpointer.save, averages=averages)
-        save(
-            step,
-            skipped=self.guard.skipped,
-            stream=self.batches.state(),
+        state |= {
+            "skipped": self.guard.skipped,
+            "stream": self.batches.state(),
             **self.plan.state(),
             **self.log.state(),
-            **state,
-        )
+        }
+        if only_state:
+            self.checkpointer.update(step, **state)
+            self._write_record()
+            return
+        checkpoint = self.checkpointer.save(step, averages=averages, **state)
         self._write_record()
+        if self._hub_checkpoints is not None:
+            self._hub_checkpoints.push(checkpoint, step)
+
+    def finish_upload(self) -> None:
+        r"""With `hub_strategy checkpoint`: waits until the newest checkpoint is on the Hub. Needed before the process ends."""
+        if self._hub_checkpoints is not None:
+            self._hub_checkpoints.finish()
 
     def note(self, **values: Any) -> None:
         r"""Adds values to `run.json`, for the model card."""
@@ -359,6 +375,7 @@ class TrainingRun:
         self.log.finish()
         self.accelerator.end_training()  # ends the process group: no process waits for the upload
         self._lock.release()
+        self.finish_upload()
         if self._publisher is not None and result is not None:
             self._publisher.push_result(result)
         elif self._publisher is not None:

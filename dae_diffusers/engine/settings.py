@@ -87,7 +87,9 @@ class RunConfig:
 
     output_dir: str = field("runs/my-model", "folder for all results")
     seed: int = field(0, "the same seed on the same machine gives the same weights", at_least=0, at_most=MAX_SEED)
-    resume_from_checkpoint: str | None = field(None, "`latest`, or the folder of a checkpoint")
+    resume_from_checkpoint: str | None = field(
+        None, "`latest` (also from the Hub, see `hub_strategy`), or a checkpoint's folder"
+    )
     accept_changed_images: bool = field(
         False,
         "resume although the training images are others than those of the checkpoint: more, fewer, or one replaced",

@@ -32,6 +32,7 @@ from dae_diffusers.generators.take_over import (
 from dae_diffusers.guidance import ALL_LEVELS
 from dae_diffusers.latents.statistics import set_statistics
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline, columns_of
+from dae_diffusers.settings import without_paths
 from dae_diffusers.transformer_dae_dit import DAEDiTTransformer2DModel
 from dae_diffusers.weights import STATISTICS, autoencoder_fingerprint, weights_fingerprint
 
@@ -218,9 +219,11 @@ class WarmStart:
         Args:
             scheduler ([`~diffusers.SchedulerMixin`]): Samples from the trained transformer; a new one after a flow map.
         """
+        transformer = json.loads(self.transformer.to_json_string())
+        transformer.pop("_name_or_path", None)
         return {
-            "name": self.name,
-            "transformer": json.loads(self.transformer.to_json_string()),
+            "name": without_paths(self.name),
+            "transformer": transformer,
             "scheduler": json.loads(scheduler.to_json_string()),
             "is_flow_matching": self.is_flow_matching,
             "guidance_interval": list(self.guidance_interval),

@@ -307,12 +307,12 @@ def _shows_data(result: Result, data_pictures: bool | None) -> bool:
 
 
 # What `run.json` records of a held-out image, as an example for the card.
-_EXAMPLES = ("prompt", "conditions")
+EXAMPLES = ("prompt", "conditions")
 
 
 def has_example(result: Result) -> bool:
     r"""Whether a script recorded the caption or the conditions of a held-out image."""
-    return any(name in script.record for script in result.scripts.values() for name in _EXAMPLES)
+    return any(name in script.record for script in result.scripts.values() for name in EXAMPLES)
 
 
 def _with_published_words(result: Result, data_pictures: bool | None) -> Result:
@@ -320,7 +320,7 @@ def _with_published_words(result: Result, data_pictures: bool | None) -> Result:
     if _shows_data(result, data_pictures):
         return result
     scripts = {
-        name: replace(script, record={key: value for key, value in script.record.items() if key not in _EXAMPLES})
+        name: replace(script, record={key: value for key, value in script.record.items() if key not in EXAMPLES})
         for name, script in result.scripts.items()
     }
     return replace(result, scripts=scripts)

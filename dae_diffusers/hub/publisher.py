@@ -22,6 +22,10 @@ class Publisher:
         output_dir (`Path`): Folder of the run's results.
         folder (`Path`): Folder of the script's own files, where snapshots lie during the upload.
 
+    Attributes:
+        repo_id (`str`): The full `user/name`.
+        background ([`~dae_diffusers.hub.upload.BackgroundUpload`]): Uploads during training.
+
     Raises:
         UserError: If the Hub does not let this token write to the repository.
     """
@@ -34,7 +38,7 @@ class Publisher:
             private=config.hub_private_repo,
             license=config.hub_license,
         )
-        self._background = upload.BackgroundUpload(folder / "hub")
+        self.background = upload.BackgroundUpload(folder / "hub")
 
     def push_snapshot(self, step: int, result: str, save: Callable[[Path], None]) -> None:
         r"""
@@ -46,7 +50,7 @@ class Publisher:
             save: Function that writes the model into a path.
         """
         if self.config.hub_strategy == "every_save":
-            self._background.start(
+            self.background.start(
                 step,
                 save=lambda folder: self._save_snapshot(folder, result, save),
                 push=lambda folder: self._push(folder / result, step),
@@ -54,11 +58,9 @@ class Publisher:
 
     def push_result(self, result: str) -> None:
         r"""Waits for the snapshots and uploads a result. If an upload fails, a warning gives the command for later."""
-        if self._background.is_running:
+        if self.background.is_running:
             logger.info("waiting for the upload of the last checkpoint")
-        self._background.wait()
-        for failure in self._background.failures:
-            logger.warning("an upload while training failed (%s).", failure)
+        self.background.wait()
         folder = self.output_dir / result
         try:
             logger.info("pushed to %s", self._push(folder))

@@ -14,6 +14,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
+from dae_diffusers.settings import without_paths
 from dae_diffusers.store import read_json, read_json_or, read_rows
 from dae_diffusers.weights import have_other_encoders, weights_fingerprint_of
 
@@ -118,7 +119,7 @@ class Result:
     @property
     def decoder_fit(self) -> dict[str, Any]:
         r"""How stage 3 fitted the pipeline's decoder to its generator; empty where it did not."""
-        return {} if self.pipeline is None else _without_paths(read_fit(self.pipeline))
+        return {} if self.pipeline is None else without_paths(read_fit(self.pipeline))
 
     @property
     def average_length(self) -> float | None:
@@ -413,7 +414,7 @@ def _read_script(folder: Path) -> Script:
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         validation = {**values, "step": row["step"]} if values else validation
     is_local = _is_local(config.get("dataset_name"), folder, record.get("local_data"))
-    return Script(folder, _without_paths(config), _without_paths(record), validation, is_local)
+    return Script(folder, without_paths(config), without_paths(record), validation, is_local)
 
 
 def _read_evaluation(run: Path) -> Script:
@@ -423,7 +424,7 @@ def _read_evaluation(run: Path) -> Script:
     setting = metrics.get("setting") or {}
     config = setting.get("config") or {}
     is_local = _is_local(config.get("dataset_name"), folder, setting.get("local_data"))
-    return Script(folder, _without_paths(config), {}, {}, is_local)
+    return Script(folder, without_paths(config), {}, {}, is_local)
 
 
 def _is_local(name: str | None, folder: Path, noted: bool | None) -> bool:
@@ -445,7 +446,7 @@ def _read_metrics(result: Result) -> dict[str, Any]:
         metrics.pop("train_dae_stage3", None)
     evaluation, check = (result.folder / name for name in ("evaluation/metrics.json", "metrics.json"))
     if evaluation.exists() and (found := _of_these_weights(result, evaluation)):
-        metrics["evaluation"] = _without_paths(found)
+        metrics["evaluation"] = without_paths(found)
     if check.exists():
         found = read_json(check)
         if _differing_parts(result, found.get("weights") or {}):
@@ -453,7 +454,7 @@ def _read_metrics(result: Result) -> dict[str, Any]:
                 f"{check} is not published: it is of other weights. Run the script that wrote it again."
             )
         else:
-            metrics["check"] = _without_paths(found)
+            metrics["check"] = without_paths(found)
     return metrics
 
 
@@ -600,12 +601,3 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from None
-
-
-def _without_paths(value: Any) -> Any:
-    """Shortens absolute paths, which reveal a machine and its user, to their last part."""
-    if isinstance(value, dict):
-        return {name: _without_paths(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -27,9 +27,10 @@ class HubConfig:
         needs="push_to_hub",
         advanced=True,
     )
-    hub_strategy: Literal["end", "every_save"] = field(
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = field(
         "end",
-        "end: upload the result; every_save: also at each checkpoint, in the background",
+        "end: upload the result; every_save: also at each checkpoint, in the background; checkpoint: also each checkpoint, so that "
+        "`resume_from_checkpoint latest` goes on on another machine",
         needs="push_to_hub",
         advanced=True,
     )

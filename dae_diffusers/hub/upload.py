@@ -327,16 +327,7 @@ def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> s
     Raises:
         UserError: If there is no stage 1 in the folder.
     """
-    files = stage1_files(folder)
-    api = HfApi()
-    repository = _repository(api, repo_id, private=private)
-    api.create_branch(repository.repo_id, branch=STAGE1_BRANCH, exist_ok=True)
-    published = api.list_repo_files(repository.repo_id, revision=STAGE1_BRANCH)
-    # A new branch begins as a copy of `main`, which may have pictures and cards that `main` will lose.
-    copied = [name for name in published if not name.startswith("stage1/") and name != ".gitattributes"]
-    options = {"published": published, "stale": copied, "revision": STAGE1_BRANCH}
-    _commit(api, repository.repo_id, files, message="Upload stage 1", **options)
-    return f"{repository}/tree/{STAGE1_BRANCH}"
+    return replace_branch(repo_id, STAGE1_BRANCH, stage1_files(folder), message="Upload stage 1", private=private)
 
 
 def stage1_files(folder: str | Path) -> dict[str, Path | bytes]:
@@ -354,6 +345,45 @@ def stage1_files(folder: str | Path) -> dict[str, Path | bytes]:
         for path in sorted(stage1.iterdir())
         if path.is_file() and not is_leftover(path)
     }
+
+
+@waiting_at_most()
+def replace_branch(
+    repo_id: str,
+    branch: str,
+    files: dict[str, Path | bytes],
+    *,
+    message: str,
+    private: bool = False,
+    forgets: bool = False,
+) -> str:
+    r"""
+    Makes files the content of a branch, in one commit: no other file stays.
+
+    Args:
+        repo_id, private: As in [`push_folder`].
+        branch (`str`): Created if it does not exist.
+        files (`dict`): Path in the repository to a file on disk or to content.
+        message (`str`): Of the commit.
+        forgets (`bool`, *optional*): Drop the earlier commits of the branch, with their large files.
+
+    Returns:
+        `str`: Address of the branch.
+
+    Raises:
+        Exception: Whatever the connection fails with.
+    """
+    api = HfApi()
+    repository = _repository(api, repo_id, private=private)
+    api.create_branch(repository.repo_id, branch=branch, exist_ok=True)
+    # A new branch begins as a copy of `main`, which may have pictures and cards that `main` will lose.
+    published = api.list_repo_files(repository.repo_id, revision=branch)
+    stale = [name for name in published if name not in files and name != ".gitattributes"]
+    _commit(api, repository.repo_id, files, message=message, stale=stale, revision=branch)
+    if forgets:
+        with suppress(Exception):  # the files are there; the next call drops these commits too
+            api.super_squash_history(repository.repo_id, branch=branch, commit_message=message)
+    return f"{repository}/tree/{branch}"
 
 
 @waiting_at_most()
@@ -468,12 +498,14 @@ class BackgroundUpload:
         folder (`Path`): Folder for a snapshot until it is uploaded.
 
     Attributes:
-        failures (`list[str]`): Errors, to be reported at the end.
+        failures (`list[str]`): Errors since the last upload that went well. The first is logged.
+        uploaded (`int` or `None`): Step of the last upload that went well.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.failures: list[str] = []
+        self.uploaded: int | None = None
         self._thread: threading.Thread | None = None
         self._hides_bars = False
 
@@ -497,15 +529,16 @@ class BackgroundUpload:
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             save(self.folder)
-        except (OSError, SafetensorError) as error:
-            self.failures.append(f"step {step}: {reason_of(error)}")
+        except (OSError, SafetensorError, UserError) as error:
+            self._note_failure(step, error)
             return
 
         def run():
             try:
                 push(self.folder)
+                self.failures, self.uploaded = [], step
             except Exception as error:  # an upload may fail in any way; the run must not
-                self.failures.append(f"step {step}: {reason_of(error)}")
+                self._note_failure(step, error)
 
         if not are_progress_bars_disabled():  # they would run through that of training
             disable_progress_bars()
@@ -520,6 +553,14 @@ class BackgroundUpload:
         if self._hides_bars:
             enable_progress_bars()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _note_failure(self, step: int, error: Exception) -> None:
+        self.failures.append(f"step {step}: {reason_of(error)}")
+        if len(self.failures) == 1:
+            logger.warning(
+                "an upload while training failed (%s). Training goes on; the next checkpoint tries again.",
+                self.failures[0],
+            )
 
 
 def half_precision_files(files: dict[str, Path | bytes], folder: Path) -> dict[str, Path]:
