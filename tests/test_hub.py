@@ -1545,7 +1545,7 @@ def test_checkpoint_on_the_hub_is_neither_replaced_by_another_run_nor_used_if_da
     ):
         other.fetch(None)
     with (
-        client.failing("GET", "/tree/", 503),
+        client.failing("GET", "/revision/checkpoint-", 503),
         pytest.raises(UserError, match="cannot be read .*Give the same command again"),
     ):
         other.fetch("latest")
@@ -1563,7 +1563,9 @@ def test_checkpoint_on_the_hub_is_neither_replaced_by_another_run_nor_used_if_da
     other.publisher.background.wait()
     assert "has a checkpoint of another run" in other.publisher.background.failures[0]
     assert client.files("writer/kept", revision="checkpoint-train_dit") == files
-    with client.failing("GET", "/tree/", 503):  # a run that goes on from its own folder does not depend on the Hub
+    with client.failing(
+        "GET", "/revision/checkpoint-", 503
+    ):  # a run that goes on from its own folder does not depend on the Hub
         other.fetch("latest")
     assert "cannot be read now" in caplog.text
     last = tmp_path / "last"

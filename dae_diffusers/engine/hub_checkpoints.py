@@ -118,14 +118,16 @@ class HubCheckpoints:
     def _how_to_remove(self) -> str:
         return f"remove it: hf repos branch delete {self.repo_id} {self.branch}"
 
-    @upload.waiting_at_most(upload.CHECK_SECONDS)
     def _published(self) -> tuple[str, dict[str, Any]] | None:
         """The folder of the checkpoint on the Hub, and its manifest; None if there is none. Raises what the connection fails with."""
         api, start = HfApi(), f"{self.folder.name}/{self.checkpointer.folder.name}/"
         try:
-            names = api.list_repo_files(self.repo_id, revision=self.branch)
+            info = api.model_info(
+                self.repo_id, revision=self.branch, timeout=upload.CHECK_SECONDS
+            )  # it does not try again
         except RevisionNotFoundError:
             return None
+        names = (file.rfilename for file in info.siblings)
         name = next((name for name in names if name.startswith(start) and name.endswith(f"/{MANIFEST}")), None)
         if name is None:
             return None
