@@ -251,7 +251,7 @@ def test_teacher_knows_classes_and_conditions_by_their_numbers_now(tmp_path):
     start = WarmStart.load(str(tmp_path / "given"))
     student = start.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
     torch.nn.init.zeros_(student.proj_out.weight)
-    resumed = WarmStart.from_state(json.loads(json.dumps(start.state(start.scheduler))))
+    resumed = WarmStart.from_state(json.loads(json.dumps(start.state(start.scheduler))), start.name)
     resumed.continued(8, 3, 2, {0: "dog", 1: "cat"}, conditions=wanted, flow_map=True)
     before = {"class_labels": [0], "attribute_labels": [[1, 2]]}
     now = {"class_labels": [1], "attribute_labels": [[0, 0]]}

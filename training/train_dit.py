@@ -293,7 +293,7 @@ def find_origin(run: TrainingRun) -> WarmStart | None:
     name = run.config.transformer.pretrained_model_name_or_path
     if run.resumed is not None:
         state = run.resumed_state.get("warm_start")
-        return None if state is None else WarmStart.from_state(state)
+        return None if state is None else WarmStart.from_state(state, name)
     return None if name is None else WarmStart.load(name)
 
 

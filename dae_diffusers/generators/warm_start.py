@@ -147,13 +147,15 @@ class WarmStart:
         return cls(name, DAEDiTTransformer2DModel.from_pretrained(name), flow_scheduler())
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "WarmStart":
-        r"""What a checkpoint holds of it; the weights follow with the checkpoint."""
+    def from_state(cls, state: dict[str, Any], name: str | None = None) -> "WarmStart":
+        r"""
+        What a checkpoint holds of it; the weights follow with the checkpoint. A flow map learns from what lies at `name` now.
+        """
         transformer = LAYOUTS[state["transformer"]["_class_name"]].model_class.from_config(state["transformer"])
         scheduler = getattr(diffusers, state["scheduler"]["_class_name"]).from_config(state["scheduler"])
         interval = tuple(state.get("guidance_interval", ALL_LEVELS))
         return cls(
-            state["name"],
+            name or state["name"],
             transformer,
             scheduler,
             state["is_flow_matching"],
