@@ -148,13 +148,16 @@ class Loop:
                 if self.post_hoc is not None:
                     self.post_hoc.keep(self.step, self.last_step)
                 is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
-                has_measured = step.is_repeated or self._saved_step == self.step
-                must_stop = stop.requested()
-                if is_due or has_measured or must_stop:
+                saves = (
+                    is_due or step.is_repeated or self._saved_step == self.step
+                )  # what was measured is part of the state
+                if saves:
                     self._save_checkpoint()
                 if is_due and not step.is_last:
                     self._push_snapshot()
-                if must_stop:
+                if stop.requested():
+                    if not saves:
+                        self._save_checkpoint()
                     self._leave()
         self.progress.close()
         self.accelerator.wait_for_everyone()
