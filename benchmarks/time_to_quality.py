@@ -24,6 +24,7 @@ import yaml
 from claim_tables import T_QUANTILES
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from experiments.settings import check_same_settings, choose_data
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dae_diffusers import DAEDiTPipeline, DAEDiTTransformer2DModel
@@ -232,14 +233,23 @@ def mean_distances(evaluations: dict[str, Any]) -> dict[str, dict[int, float]]:
     return means
 
 
+def finish(axes: Axes) -> None:
+    """Logarithmic axes with plain numbers, and a legend."""
+    axes.set(ylabel="gFD (lower is better)", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.legend(fontsize=8)
+
+
 def plot_evaluations(evaluations: dict[str, Any], path: Path) -> None:
     """Distance over denoising steps, the mean of all seeds, with a line for each recipe and scheduler."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, row in mean_distances(evaluations).items():
         axes.plot(*zip(*sorted(row.items()), strict=True), marker="o", markersize=3, label=name)
-    axes.set(xlabel="denoising steps", ylabel="gFD (lower is better)", xscale="log", yscale="log")
-    axes.legend(fontsize=8)
+    axes.set_xlabel("denoising steps")
+    finish(axes)
     figure.savefig(path, dpi=120)
 
 
@@ -254,8 +264,8 @@ def plot(runs: Runs, path: Path) -> None:
             statistics.mean(values) for values in zip(*(each["distances"] for each in curves.values()), strict=True)
         ]
         axes.plot([step * seconds / 60 for step in steps], means, marker="o", markersize=3, label=name)
-    axes.set(xlabel="minutes of processor time", ylabel="gFD (lower is better)", xscale="log", yscale="log")
-    axes.legend(fontsize=8)
+    axes.set_xlabel("minutes of processor time")
+    finish(axes)
     figure.savefig(path, dpi=120)
 
 
