@@ -148,15 +148,13 @@ class Loop:
                 if self.post_hoc is not None:
                     self.post_hoc.keep(self.step, self.last_step)
                 is_due = self.step % settings.checkpointing_steps == 0 or step.is_last
-                saves = (
-                    is_due or step.is_repeated or self._saved_step == self.step
-                )  # what was measured is part of the state
-                if saves:
+                has_measured = step.is_repeated or self._saved_step == self.step
+                if is_due or has_measured:  # what was measured is part of the state
                     self._save_checkpoint()
                 if is_due and not step.is_last:
                     self._push_snapshot()
                 if stop.requested():
-                    if not saves:
+                    if not (is_due or has_measured):
                         self._save_checkpoint()
                     self._leave()
         self.progress.close()

@@ -49,11 +49,8 @@ def other_precision(accelerator: Accelerator) -> str | None:
     multiplies in bfloat16, "no" for bfloat16 on a processor; else None. On a GPU float32 may need more memory than there is.
     """
     device, precision = accelerator.device, accelerator.mixed_precision
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    ):  # prepare models for one precision
-        return None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return None  # they prepare models for one precision
     if precision == "no" and device.type in ("cpu", "cuda") and multiplies_in_bfloat16(device):
         return "bf16"
     return "no" if precision == "bf16" and device.type == "cpu" else None
@@ -68,9 +65,8 @@ def computing_in_other_precision(accelerator: Accelerator, models: Iterable[torc
     device, models = accelerator.device.type, [accelerator.unwrap_model(model) for model in models]
     forwards, dtype = [model.forward for model in models], torch.get_autocast_dtype(device)
     accelerator.native_amp = not accelerator.native_amp
-    torch.set_autocast_dtype(
-        device, torch.bfloat16
-    )  # for `accelerator.autocast`, whose `mixed_precision` still is "no"
+    # For `accelerator.autocast`, whose `mixed_precision` still is "no".
+    torch.set_autocast_dtype(device, torch.bfloat16)
     for model in models:
         if accelerator.native_amp:
             model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))

@@ -313,7 +313,6 @@ def _is_public(name: str) -> bool:
     return not (info.private or info.gated)
 
 
-@waiting_at_most()
 def push_stage1(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     r"""
     Uploads the autoencoder of stage 1, with its auxiliary decoder, to the branch `stage1`.

@@ -19,7 +19,7 @@ from dae_diffusers.engine.loop import Loop, Step
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
 from dae_diffusers.metrics.distances import frechet_distance
-from dae_diffusers.metrics.features import load_feature_extractor
+from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.sampling import SampleSettings, class_counts, image_batches, image_pixels, prompts_of_images
 from dae_diffusers.metrics.statistics import (
     MAX_REFERENCE_IMAGES,
@@ -249,13 +249,7 @@ class SampleDistance(BestResult):
         """
         start, run = time.monotonic(), self.run
         if self.reference is None:
-            self.reference = reference_statistics(
-                self.extractor,
-                self.images,
-                cache_dir=run.folder / "reference",
-                num_workers=run.config.data.dataloader_num_workers,
-                disable_progress=not run.accelerator.is_main_process,
-            )
+            self.reference = _reference(run, self.extractor, self.images)
         settings = self.settings_until if step < self.after else self.settings
         statistics = FeatureStatistics.of(self._features(pipeline, settings))
         distance = frechet_distance(statistics, self.reference)
@@ -315,15 +309,20 @@ class ReconstructionJudge:
         r"""The distance of all reconstructions since the last call. All processes call it."""
         run, nothing = self.run, FeatureStatistics.empty(self.extractor.feature_dim)
         if self.reference is None:
-            self.reference = reference_statistics(
-                self.extractor,
-                self.images,
-                cache_dir=run.folder / "reference",
-                num_workers=run.config.data.dataloader_num_workers,
-                disable_progress=not run.accelerator.is_main_process,
-            )
+            self.reference = _reference(run, self.extractor, self.images)
         shares, self._seen = gather_object([self._seen]), nothing
         return frechet_distance(sum(shares, start=nothing), self.reference)
+
+
+def _reference(run: TrainingRun, extractor: FeatureExtractor, images: ImageDataset) -> FeatureStatistics:
+    """The statistics of images that others are compared with, kept in the run's folder."""
+    return reference_statistics(
+        extractor,
+        images,
+        cache_dir=run.folder / "reference",
+        num_workers=run.config.data.dataloader_num_workers,
+        disable_progress=not run.accelerator.is_main_process,
+    )
 
 
 def make_reconstruction_monitor(

@@ -47,12 +47,7 @@ class EvaluationConfig:
     lpips_net: Literal["alex", "vgg", "squeeze", "none"] = field(
         "alex", "network of LPIPS, which is measured if the package `lpips` is installed", advanced=True
     )
-    seed: int = field(
-        0,
-        "seed of noise and labels",
-        at_least=0,
-        at_most=MAX_SEED,
-    )
+    seed: int = field(0, "seed of noise and labels", at_least=0, at_most=MAX_SEED)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         None, "autocast while sampling; default: no", needs="pipeline"
     )

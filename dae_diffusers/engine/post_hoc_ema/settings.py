@@ -52,10 +52,5 @@ class LengthsConfig:
         "is measured",
     )
     batch_size: int = field(64, "images at once in each process; does not change the results", at_least=1)
-    seed: int = field(
-        0,
-        "seed of noise and labels",
-        at_least=0,
-        at_most=MAX_SEED,
-    )
+    seed: int = field(0, "seed of noise and labels", at_least=0, at_most=MAX_SEED)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(None, "autocast while sampling; default: no")
