@@ -20,6 +20,7 @@ _PANELS = {
     "loss": r"(train|validation)/loss",
     "reconstruction": r"train/reconstruction_loss|validation/l1",
     "PSNR in dB": r".*/psnr",
+    "SSIM": r".*/ssim",
     "other losses": r"train/(?!discriminator|adversarial).*_loss",
     "discriminator": r"train/(discriminator_loss|adversarial_loss|logits_.*|discriminator_accuracy)",
     "adaptive weights": r"train/.*adaptive_weight",
