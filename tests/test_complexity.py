@@ -267,7 +267,7 @@ def test_script_runs_in_a_process_of_its_own_which_ends_with_the_one_that_starte
     flags |= {"auxiliary_decoder": "none", "stage1_steps": 1, "stage2_steps": 1, "resume_from_checkpoint": "latest"}
 
     def launch_three():
-        assert launch_script("train_dae", {**flags, "output_dir": tmp_path / "a"})["cpu_seconds"] > 1
+        assert launch_script("train_dae", {**flags, "output_dir": tmp_path / "a"})["cpu_seconds"] > 0
         with pytest.raises(ScriptError, match="train-dae failed: unknown flag `--stage1_stpes`. Did you mean"):
             launch_script("train_dae", {"stage1_stpes": 1, "output_dir": tmp_path / "b"})
         (tmp_path / "both").touch()

@@ -22,7 +22,7 @@ from dae_diffusers.data import (
     make_training_loader,
     resize_and_crop,
 )
-from dae_diffusers.data.columns import Classes
+from dae_diffusers.data.classes import Classes
 from dae_diffusers.data.dataset import encoded_sizes, spread_over_classes
 from dae_diffusers.data.formats import reads_heif
 from dae_diffusers.data.images import ImageReader, read_content

@@ -20,7 +20,8 @@ from pictures import encoded
 from PIL import Image
 
 from dae_diffusers.data import DataConfig, archives, load_images, make_pass_loader
-from dae_diffusers.data.columns import Classes, column_values, find_image_column
+from dae_diffusers.data.classes import Classes
+from dae_diffusers.data.columns import column_values, find_image_column
 from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
 from dae_diffusers.errors import UserError

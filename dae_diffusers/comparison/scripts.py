@@ -68,7 +68,8 @@ def launch_script(name: str, flags: dict[str, Any]) -> dict[str, float]:
         flags (`dict`): Its flags, among them `output_dir`; None is left out.
 
     Returns:
-        `dict`: `cpu_seconds`, the processor time that it took, the imports included; after an interruption, that since then.
+        `dict`: `cpu_seconds`, the processor time that it took, without the imports, which all scripts share; after an interruption,
+            that since then.
 
     Raises:
         ScriptError: If it fails.
@@ -124,13 +125,11 @@ def _context():
         return multiprocessing.get_context("spawn")
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # a server that forks has no threads
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *(f"{_PACKAGE}.{name}" for name in _IMPORTED), f"{__package__}.startup"])
+    context.set_forkserver_preload([__name__, *(f"{_PACKAGE}.{name}" for name in _IMPORTED)])
     return context
 
 
 def _run(name: str, words: list[str], log: str, answer: Connection) -> None:
-    from dae_diffusers.comparison.startup import IMPORT_SECONDS
-
     before = time.process_time()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for number in (1, 2):
@@ -140,7 +139,7 @@ def _run(name: str, words: list[str], log: str, answer: Connection) -> None:
     script = importlib.import_module(f"{_PACKAGE}.{name}")
     run_script(script.main, parse_config(SCRIPTS[name.replace("_", "-")], words))
     times = os.times()
-    answer.send(IMPORT_SECONDS + time.process_time() - before + times.children_user + times.children_system)
+    answer.send(time.process_time() - before + times.children_user + times.children_system)
 
 
 def _end_with_parent() -> None:

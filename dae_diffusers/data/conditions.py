@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import datasets
 
-from dae_diffusers.data.columns import Classes, column_values, feature_of
+from dae_diffusers.data.classes import Classes
+from dae_diffusers.data.columns import column_values, feature_of
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.errors import UserError, did_you_mean
 

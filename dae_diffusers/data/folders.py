@@ -25,7 +25,8 @@ from dae_diffusers.data.archives import (
     streamed_samples,
     warn_of_lone_files,
 )
-from dae_diffusers.data.columns import LABELS, class_order
+from dae_diffusers.data.classes import class_order
+from dae_diffusers.data.columns import LABELS
 from dae_diffusers.data.contents import column_path, packed_path, read_content
 from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.data.formats import HEIF_SUFFIXES, INSTALL_HEIF, OTHER_SUFFIXES, SUFFIXES, reads_heif

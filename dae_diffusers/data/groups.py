@@ -5,7 +5,8 @@ import logging
 import datasets
 import numpy as np
 
-from dae_diffusers.data.columns import class_values, feature_of
+from dae_diffusers.data.classes import class_values
+from dae_diffusers.data.columns import feature_of
 from dae_diffusers.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)

@@ -5,15 +5,9 @@ import logging
 import datasets
 
 from dae_diffusers.data.arrays import RANGES, Depth, read_value_range
-from dae_diffusers.data.columns import (
-    Classes,
-    captions_of,
-    class_name,
-    describe_classes,
-    feature_of,
-    value_of,
-    with_image_column,
-)
+from dae_diffusers.data.captions import captions_of
+from dae_diffusers.data.classes import Classes, class_name, describe_classes
+from dae_diffusers.data.columns import feature_of, value_of, with_image_column
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import ConditionColumns, conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, DataConfig

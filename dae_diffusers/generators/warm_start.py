@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from dae_diffusers.autoencoders.loading import check_has_weights
-from dae_diffusers.data.columns import class_name
+from dae_diffusers.data.classes import class_name
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.generators.denoising import flow_scheduler
 from dae_diffusers.generators.take_over import (

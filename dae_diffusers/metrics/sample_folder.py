@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from dae_diffusers.data.arrays import RANGES
-from dae_diffusers.data.columns import class_name
+from dae_diffusers.data.classes import class_name
 from dae_diffusers.data.folders import DRAWN, SPLITS, UNSEEN
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.store import read_rows, remove_leftovers, write_atomically

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from dae_diffusers.autoencoders.loading import check_finite, check_has_weights, spatial_factor, takes_images
 from dae_diffusers.caching import CachedRows, cached_rows
 from dae_diffusers.data import ImageDataset
-from dae_diffusers.data.columns import class_name
+from dae_diffusers.data.classes import class_name
 from dae_diffusers.data.condition_values import ConditionValues, as_call
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line

@@ -1,0 +1,74 @@
+"""The captions of images."""
+
+import ast
+import contextlib
+import json
+import logging
+import re
+from typing import Any
+
+import datasets
+
+from dae_diffusers.data.columns import TEXT, column_values, feature_of
+from dae_diffusers.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+# A text in quotes, and a list of such texts.
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_LISTED = re.compile(rf"\[\s*(?:{_QUOTED})(?:[\s,]+(?:{_QUOTED}))*\s*\]")
+
+
+def captions_of(rows: datasets.Dataset, column: str, split: str, *, is_held_out: bool = False) -> list[list[str]]:
+    r"""
+    The texts of each image, at least one; an image without any has the empty text.
+
+    Args:
+        rows (`datasets.Dataset`): The rows of a split.
+        column (`str`): A column, or a field of one, of texts or of lists of texts.
+        split (`str`): Name of the split, for messages.
+        is_held_out (`bool`, *optional*): Whether these are a part of the training split: all of a few may lack a text.
+
+    Raises:
+        UserError: If there is no such column, or it holds no texts.
+    """
+    feature = feature_of(rows.features, column)
+    if feature is None:
+        texts = [name for name, each in rows.features.items() if _is_text(each)]
+        raise UserError(
+            f"`caption_column` {column!r} is not among the columns {list(rows.features)} of the split {split!r}; columns with text are "
+            f"{texts}. A .txt beside each image is the column `txt`."
+        )
+    if not _is_text(feature):
+        raise UserError(
+            f"`caption_column` {column!r} holds {feature}, not texts. Name a column of texts, or of lists of texts."
+        )
+    captions = [
+        [text for text in map(one_line, texts) if text] or [""] for texts in map(_texts, column_values(rows, column))
+    ]
+    empty = captions.count([""])
+    if empty == len(captions) and not is_held_out:
+        raise UserError(f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column.")
+    if empty:
+        part = "the held-out part of " if is_held_out else ""
+        logger.warning(
+            "%d of %d images of %sthe split %r have no caption: their text is empty.", empty, len(captions), part, split
+        )
+    return captions
+
+
+def _texts(value: str | list[str | None] | None) -> list[str]:
+    """
+    A text, or several; a list in the JSON file of a webdataset's sample arrives as JSON, and one in a CSV file as Python or NumPy show it.
+    """
+    if isinstance(value, str) and _LISTED.fullmatch(value.strip()):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = [ast.literal_eval(text) for text in re.findall(_QUOTED, value)]
+    return [value] if isinstance(value, str) else [text for text in value or [] if text]
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "feature", feature) in TEXT
