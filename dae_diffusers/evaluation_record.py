@@ -1,5 +1,6 @@
 """What an evaluation records for publishing: which weights it measured, and how its numbers and pictures are called."""
 
+import math
 from typing import Any
 
 from dae_diffusers.weights import weights_fingerprint
@@ -38,6 +39,17 @@ def words_of_setting(row: dict[str, Any]) -> str:
     scheduler = setting.pop("by", "")
     guidance = " ".join(f"{label} {value}" for label, value in setting.items())
     return ", ".join(filter(None, (guidance, steps, scheduler)))
+
+
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    r"""The row of samples with the smallest distance in the features of the first judge; the first if none has one, empty without rows."""
+    name = next((name for row in rows for name in row if name.startswith(("gfd", "gfid"))), None)
+
+    def distance(row: dict[str, Any]) -> float:
+        value = row.get(name)
+        return value if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+
+    return min(rows, key=distance, default={})
 
 
 def is_deviation(name: str, row: dict[str, Any]) -> bool:

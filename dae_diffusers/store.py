@@ -33,6 +33,8 @@ _HEADER = "kept"  # the entry of a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.(?P<host>\w+)-(?P<process>\d+)\.tmp$")
 # Files of weights and their indexes, of any variant.
 _WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model[.-].*(safetensors|bin)(\.index.*)?")
+OLD = ".old.tmp"  # the end of the name of a folder that another one replaces
+_IS_WINDOWS = os.name == "nt"
 _OLD_SECONDS = 24 * 3600  # after so long without a write, a temporary file of another machine is a leftover
 _UNREADABLE = (
     ValueError,
@@ -101,18 +103,45 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
     r"""
-    Puts a new folder in the place of an old one, which may be missing. Others see one of them whole, or none for an instant.
+    Puts a new folder in the place of an old one, which may be missing. Others see one of them whole, or none for an instant; if the
+    process is killed in that instant, the next call brings the old one back.
 
     Args:
         folder (`Path`): The folder.
         save: Writes the new one into the path that it gets.
     """
     folder = folder.resolve()  # a link stays one
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = (folder.with_name(f"{folder.name}{suffix}") for suffix in (".tmp", OLD))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    flush(temporary)
+    if folder.exists():
+        folder.rename(old)
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    r"""Waits until the files of a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("r+b" if _IS_WINDOWS else "rb") as file:  # Windows flushes only what is open for writing
+                os.fsync(file.fileno())
+    flush_entries(folder)
+
+
+def flush_entries(folder: Path) -> None:
+    r"""Waits until the names in a folder are on the disk."""
+    if _IS_WINDOWS:  # it cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
@@ -127,6 +156,7 @@ def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
     temporary = folder / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)
+    flush(temporary)
     new = sorted(temporary.iterdir())
     for path in new:
         os.replace(path, folder / path.name)

@@ -165,7 +165,7 @@ def test_a_part_of_the_images_is_read_like_the_whole(tmp_path):
     assert all(torch.equal(part[n]["pixel_values"], train[0]["pixel_values"]) for n in range(2))
 
 
-def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch):
+def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch, caplog):
     assert read_value_range(str(tmp_path)) is None and read_value_range(None) is None
     for place in ("vae", "stage1"):
         (tmp_path / place).mkdir()
@@ -183,6 +183,10 @@ def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch):
     (tmp_path / "vae").rename(repository / "snapshots" / ("0" * 40))
     assert read_value_range("user/model") == [-5, 7]
     assert read_value_range("user/other") is None and read_value_range("no/such/folder") is None  # offline too
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not caplog.messages and read_value_range("user/other") is None
+    assert "model_index.json of user/other could not be fetched" in caplog.text
 
 
 def test_array_columns_of_a_dataset(tmp_path):

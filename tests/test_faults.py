@@ -85,8 +85,8 @@ def killed_at(point: str, call: int, action) -> None:
     elif point == "before the rename":
         Path.rename = _before(Path.rename, lambda path, new: path.name.startswith("tmp-checkpoint") and is_due())
     elif point == "after the rename":
-        checkpointing._flush_folder = _before(
-            checkpointing._flush_folder, lambda folder: folder.name == "checkpoints" and is_due()
+        checkpointing.flush_entries = _before(
+            checkpointing.flush_entries, lambda folder: folder.name == "checkpoints" and is_due()
         )
     elif point == "before the rotation's rename":
         Path.rename = _before(Path.rename, lambda path, new: new.name.startswith("tmp-old-") and is_due())

@@ -1,9 +1,11 @@
 """What is kept in files is whole, or said to be damaged; a fingerprint has the value that it always had."""
 
+import contextlib
 import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from models import make_autoencoder, make_prior_pipeline, make_vq_model
 from dae_diffusers import store
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
+from dae_diffusers.hub.results import is_leftover
 from dae_diffusers.weights import (
     autoencoder_fingerprint,
     model_fingerprint,
@@ -149,6 +152,35 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
 
     store.replace_folder(tmp_path / "vae", save)
     assert (tmp_path / "vae").is_symlink() and (tmp_path / "disk" / "config.json").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_folder_is_not_lost_when_its_replacement_is_killed(renames, tmp_path, monkeypatch):
+    folder = tmp_path / "vae"
+
+    def save(text):
+        return lambda target: (target.mkdir(), (target / "config.json").write_text(text))
+
+    store.replace_folder(folder, save("old"))
+    left, rename = [renames], type(folder).rename
+
+    def until_killed(path, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(type(folder), "rename", until_killed)
+        store.replace_folder(folder, save("new"))
+    for path in filter(is_leftover, tmp_path.iterdir()):
+        shutil.rmtree(path)
+    whole = [path for path in tmp_path.iterdir() if path.name != "vae.tmp"]
+    assert [path.name for path in whole] == (["vae.old.tmp"] if renames == 1 else ["vae"])
+    assert (whole[0] / "config.json").read_text() == ("new" if renames == 2 else "old")
+    with pytest.raises(OSError, match="full"):
+        store.replace_folder(folder, lambda _: (_ for _ in ()).throw(OSError("full")))
+    assert (folder / "config.json").read_text() == ("new" if renames == 2 else "old")
 
 
 def test_damaged_json_is_one_line_or_not_used(tmp_path, caplog):

@@ -12,26 +12,21 @@ Give the same command again to continue an interrupted run and to repair damaged
 import logging
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import load_images
-from dae_diffusers.engine.distributed import PROCESS_GROUP
-from dae_diffusers.engine.precision import use_tf32
+from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import write_latent_cache
 from dae_diffusers.locks import take_folder
-from dae_diffusers.script import run_script, show_messages
+from dae_diffusers.script import run_script
 from dae_diffusers.training.settings import CacheLatentsConfig
 
 logger = logging.getLogger(__name__)
 
 
 def main(config: CacheLatentsConfig) -> None:
-    use_tf32(False)
-    accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
-    show_messages(accelerator.is_main_process)
+    accelerator = make_accelerator()
     cache, data = config.cache, config.data
     folder = Path(cache.output_dir)
     lock = take_folder(folder, accelerator)

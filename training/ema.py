@@ -23,10 +23,9 @@ from diffusers import DiffusionPipeline
 
 from dae_diffusers.autoencoders.loading import settle_images
 from dae_diffusers.cli import parse_config
-from dae_diffusers.engine.distributed import PROCESS_GROUP
+from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
-from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.errors import UserError, in_full
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
@@ -41,7 +40,7 @@ from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pip
 from dae_diffusers.metrics.sweep import NOT_SWEPT, SWEPT, swept_settings
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.pipelines.dae_vqgan import DAEVQGANPipeline
-from dae_diffusers.script import run_script, show_messages
+from dae_diffusers.script import run_script
 from dae_diffusers.store import replace_folder, write_atomically, write_json
 from dae_diffusers.training.settings import EMAConfig, with_flags
 
@@ -52,9 +51,7 @@ SCRIPTS = {"transformer": "train_dit", "prior": "train_vqgan_prior"}
 
 
 def main(config: EMAConfig) -> None:
-    use_tf32(False)
-    accelerator = Accelerator(mixed_precision=config.lengths.mixed_precision or "no", kwargs_handlers=[PROCESS_GROUP])
-    show_messages(accelerator.is_main_process)
+    accelerator = make_accelerator(config.lengths.mixed_precision or "no")
     folder = Path(config.lengths.folder)
     pipeline = load_own_pipeline(folder, accelerator.device)
     part, _ = generator_of(pipeline)

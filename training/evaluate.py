@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
-from dae_diffusers.engine.distributed import PROCESS_GROUP
-from dae_diffusers.engine.precision import use_tf32
+from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.checks import check_enough_images, check_guidance, check_takes_text
@@ -38,7 +36,7 @@ from dae_diffusers.metrics.preparation import MAX_DRAWN_IMAGES, prepare_evaluati
 from dae_diffusers.metrics.report import describe, plot_sweep, to_markdown
 from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pipeline
 from dae_diffusers.metrics.settings import EvaluationConfig
-from dae_diffusers.script import run_script, show_messages
+from dae_diffusers.script import run_script
 from dae_diffusers.store import write_atomically, write_json
 from dae_diffusers.training.settings import EvaluateConfig
 
@@ -47,9 +45,7 @@ logger = logging.getLogger(__name__)
 
 def main(config: EvaluateConfig) -> None:
     of = config.evaluation
-    use_tf32(False)
-    accelerator = Accelerator(mixed_precision=of.mixed_precision or "no", kwargs_handlers=[PROCESS_GROUP])
-    show_messages(accelerator.is_main_process)
+    accelerator = make_accelerator(of.mixed_precision or "no")
     folder = Path(of.output_dir)
     lock = take_folder(folder, accelerator)
     pipeline = None if of.pipeline is None else load_pipeline(of.pipeline, accelerator.device)

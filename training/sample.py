@@ -26,8 +26,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data.encodings import decode_text
-from dae_diffusers.engine.distributed import PROCESS_GROUP
-from dae_diffusers.engine.precision import use_tf32
+from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
@@ -48,7 +47,7 @@ from dae_diffusers.metrics.sampling import (
 )
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import autoencoder_shape
-from dae_diffusers.script import run_script, show_messages
+from dae_diffusers.script import run_script
 from dae_diffusers.store import write_bytes
 from dae_diffusers.training.settings import SampleConfig, with_flags
 
@@ -56,9 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: SampleConfig) -> None:
-    use_tf32(False)
-    accelerator = Accelerator(mixed_precision=config.samples.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
-    show_messages(accelerator.is_main_process)
+    accelerator = make_accelerator(config.samples.mixed_precision)
     folder = Path(config.samples.output_dir)
     check_is_free(folder)
     prompts = read_prompts(config.samples.prompts)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -26,14 +25,13 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
-from dae_diffusers.engine.distributed import PROCESS_GROUP
-from dae_diffusers.engine.precision import use_tf32
+from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
 from dae_diffusers.randomness import seed_microbatch
 from dae_diffusers.script import run_script
-from dae_diffusers.store import write_json
+from dae_diffusers.store import replace_files, write_json
 from dae_diffusers.training.settings import ClassifierConfig, TrainClassifierConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -44,8 +42,7 @@ def main(config: TrainClassifierConfig) -> None:
     output_dir = Path(training.output_dir)
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
-    use_tf32(False)
-    accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[PROCESS_GROUP])
+    accelerator = make_accelerator(training.mixed_precision)
     lock = take_folder(output_dir, accelerator)
     set_seed(training.seed)
     with accelerator.main_process_first():
@@ -99,9 +96,10 @@ def main(config: TrainClassifierConfig) -> None:
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise UserError("the weights became NaN or infinite; nothing is saved. Lower `--learning_rate`.")
-    if accelerator.is_main_process:
-        save_classifier(model, side, output_dir)
-        extractor = load_feature_extractor(str(output_dir), accelerator.device)  # what users will get
+
+    def save(folder: Path) -> None:
+        save_classifier(model, side, folder)
+        extractor = load_feature_extractor(str(folder), accelerator.device)  # what users will get
         results = {
             "test_accuracy": round(accuracy(extractor, test_images, training.train_batch_size), 4),
             "num_test_images": len(test_images),
@@ -110,9 +108,13 @@ def main(config: TrainClassifierConfig) -> None:
             "train_steps": training.train_steps,
             "train_seconds": round(seconds, 1),
         }
-        write_json(output_dir / "results.json", results)
+        write_json(folder / "results.json", results)
         print(json.dumps(results))
+
+    if accelerator.is_main_process:
+        replace_files(output_dir, save)  # whole or not at all
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     lock.release()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dae_diffusers.errors import UserError, in_full
+from dae_diffusers.evaluation_record import best_row
 from dae_diffusers.hub.results import SCRIPTS, is_script, read_yaml
 from dae_diffusers.settings import is_of_one_run
 from dae_diffusers.store import read_json_or, read_rows
@@ -75,10 +76,8 @@ class Evaluation:
 
     @property
     def best(self) -> dict[str, Any]:
-        r"""The row of samples with the smallest distance in the features of the first judge; empty without samples."""
-        rows = self.metrics.get("generation") or []
-        name = next((name for row in rows for name in row if name.startswith(("gfd_", "gfid"))), None)
-        return min(rows, key=lambda row: math.inf if row.get(name) is None else row[name], default={})
+        r"""The best row of samples ([`~dae_diffusers.evaluation_record.best_row`])."""
+        return best_row(self.metrics.get("generation") or [])
 
 
 @dataclass(frozen=True)

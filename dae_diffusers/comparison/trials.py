@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.scripts import launch_script, shared_flags
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.engine.precision import use_tf32
+from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.metrics.drawings import measure_drawings
 from dae_diffusers.metrics.evaluation import TrainingFeatures, encode_images, latent_metrics, reconstruction_metrics
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -35,8 +34,7 @@ class Ruler:
 
     def __init__(self, experiment: dict[str, Any], vae: Path | str, seed: int, reference: Path):
         self.experiment, self.seed, self.reference = experiment, seed, reference
-        use_tf32(False)
-        self.accelerator = Accelerator(mixed_precision="no")  # whatever accelerate was configured for
+        self.accelerator = make_accelerator("no")  # whatever accelerate was configured for
         data = DataConfig(**experiment["data"])
         self.train, self.validation = load_images(data, value_range=read_value_range(str(vae)))
         self.some = self.train.choose(experiment["num_images"])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import re
 import warnings
@@ -13,14 +14,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from PIL import Image
 
 from dae_diffusers.data.formats import decode_picture, open_picture, precisions
-from dae_diffusers.errors import UserError
+from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import write_atomically
+
+logger = logging.getLogger(__name__)
 
 NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
@@ -317,11 +327,17 @@ def _is_cut(image: Image.Image, content: bytes) -> bool:
 
 
 def find_file(name_or_path: str, name: str) -> Path | None:
-    r"""A file of a local folder or of a repository on the Hub; None if it is not there or cannot be fetched."""
+    r"""A file of a local folder or of a repository on the Hub; None if it is not there, or, with a warning, if it cannot be fetched."""
     path = Path(name_or_path) / name
     if Path(name_or_path).is_dir():
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(name_or_path, name))
-    except (HFValidationError, HfHubHTTPError, EntryNotFoundError):  # no Hub id, nothing there, or offline
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
+        return None  # no Hub id, or nothing there
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        if not constants.HF_HUB_OFFLINE:
+            logger.warning(
+                "%s of %s could not be fetched, and counts as missing: %s", name, name_or_path, one_line(error, 200)
+            )
         return None

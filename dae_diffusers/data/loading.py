@@ -97,7 +97,8 @@ def _rows_of_both(found: Found, model: str | None) -> tuple[datasets.Dataset, da
         both = ((config.train_split, train), (found.validation_name, validation))
         names = [read_groups(rows, config.group_column, split, train.features) for split, rows in both]
         warn_of_shared_groups(*names, config.group_column)
-    warn_of_copies(train, validation, column, root)
+    if not config.drop_copies:  # then there are none
+        warn_of_copies(train, validation, column, root)
     warn_of_masks(train, column)
     if config.max_train_samples is not None:
         train = train.select(choose_indices(len(train), config.max_train_samples))

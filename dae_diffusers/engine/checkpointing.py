@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -24,7 +23,7 @@ from dae_diffusers.engine.guard import raise_if_not_finite_weights
 from dae_diffusers.engine.sharding import whole_tensor
 from dae_diffusers.errors import REMOVED, ConfigError, UserError, one_line, storage_problem
 from dae_diffusers.locks import OWNER
-from dae_diffusers.store import sha256_of, write_atomically
+from dae_diffusers.store import flush, flush_entries, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +176,11 @@ class Checkpointer:
                 },
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-            _flush(temporary)
+            flush(temporary)
             self._raise_if_removed()  # accelerate makes folders that are missing
             replaced = self._make_room(final) if final.exists() else None
             temporary.rename(final)
-            _flush_folder(self.folder)
+            flush_entries(self.folder)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
             self._rotate(final)
@@ -274,9 +273,9 @@ class Checkpointer:
         self.folder.mkdir(exist_ok=True)
         if final.exists():
             self._make_room(final)
-        _flush(checkpoint)
+        flush(checkpoint)
         checkpoint.rename(final)
-        _flush_folder(self.folder)
+        flush_entries(self.folder)
 
     def set_aside_after(self, step: int) -> None:
         r"""
@@ -430,19 +429,3 @@ def verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
         return f"it has no {MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} cannot be read", {}
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,12 +11,22 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import PreTrainedModel
 
+from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.engine.sharding import whole_tensor
 from dae_diffusers.errors import ConfigError
+from dae_diffusers.script import show_messages
 from dae_diffusers.settings import flat
 
 # The others wait while the main process prepares a data set or measures something: NCCL would give up after ten minutes.
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+
+
+def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
+    r"""An accelerator for a script that measures or draws: products in full float32, and messages of the main process only."""
+    use_tf32(False)
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[PROCESS_GROUP])
+    show_messages(accelerator.is_main_process)
+    return accelerator
 
 
 def settle_backend(name: str, config: Any, accelerator: Accelerator, one_model: bool) -> None:

@@ -18,7 +18,7 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.directions import with_arrow
 from dae_diffusers.duration import duration
 from dae_diffusers.errors import UserError, one_line
-from dae_diffusers.evaluation_record import is_deviation
+from dae_diffusers.evaluation_record import best_row, is_deviation
 from dae_diffusers.fit_record import FIT_FILE
 from dae_diffusers.hub.results import DATA_PICTURES, Result, Script, components_of, is_leftover
 from dae_diffusers.pipelines.dae_dit import FLOW_MAP_SCHEDULER, autoencoder_shape, is_representation_autoencoder
@@ -139,7 +139,7 @@ def measurements(result: Result) -> list[Measurement]:
     for part in ("reconstruction", "latent_space"):
         setting = {"num_images": number} if number else {}
         add(evaluation.get(part, {}), setting, result.evaluation, "validation_split", floor.get("reconstruction"))
-    row = _best_row(evaluation.get("generation", []))
+    row = best_row(evaluation.get("generation", []))
     add(row, _setting_of(row), result.evaluation, "train_split", floor.get("generation", {}).get("real"))
     check = result.metrics.get("check", {})
     add(check, _setting_of(check), result.data_script, "train_split")
@@ -147,16 +147,6 @@ def measurements(result: Result) -> list[Measurement]:
         values = result.metrics.get(name, {})
         add(values, {"logged_by": name, "step": values.get("step")}, script, "validation_split")
     return list(found.values())
-
-
-def _best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row with the smallest distance; the first if none has a distance."""
-
-    def distance(row: dict[str, Any]) -> float:
-        values = [v for k, v in row.items() if k.startswith(("gfid", "gfd")) and isinstance(v, (int, float))]
-        return values[0] if values and math.isfinite(values[0]) else math.inf
-
-    return min(rows, key=distance, default={})
 
 
 def make_card(

@@ -14,8 +14,8 @@ from dae_diffusers.data import EMBEDDED
 from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
-from dae_diffusers.settings import without_paths
-from dae_diffusers.store import read_json, read_json_or, read_rows
+from dae_diffusers.settings import is_of_one_run, without_paths
+from dae_diffusers.store import OLD, read_json, read_json_or, read_rows
 from dae_diffusers.weights import have_other_encoders, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
@@ -29,17 +29,8 @@ SCRIPTS = {
 }
 _GENERATOR_SCRIPTS = ("train_dit", "train_vqgan_prior")
 
-# Flags for the machine and for publishing, which do not describe the model.
-_NOT_PUBLISHED = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "accept_changed_images",
-    "report_to",
-    "tracker_project_name",
-    "tracker_run_name",
-    "logging_steps",
-    "checkpoints_total_limit",
-)
+# Flags for the machine, which do not describe the model.
+_OF_MACHINE = ("logging_steps", "checkpoints_total_limit")
 
 # Pictures that show images of the data set themselves.
 DATA_PICTURES = ("reconstructions.png", "nearest.png")
@@ -230,6 +221,8 @@ def is_stage1_alone(folder: str | Path) -> bool:
 
 def is_leftover(path: Path) -> bool:
     r"""Whether a file or folder is a leftover of a kill during a write: by safetensors, by our files, or by checkpoints."""
+    if path.name.endswith(OLD) and not path.with_name(path.name.removesuffix(OLD)).exists():
+        return False  # the only copy: the kill came before the new one took its place
     return re.fullmatch(r"\.tmp\w{6}|.+\.tmp|tmp-(old-)?checkpoint-\d+", path.name) is not None
 
 
@@ -403,7 +396,7 @@ def _read_script(folder: Path) -> Script:
     config = {
         name: value
         for name, value in read_yaml(folder / "config.yaml").items()
-        if name not in _NOT_PUBLISHED and not name.startswith(("hub_", "push_"))
+        if name not in _OF_MACHINE and not is_of_one_run(name)
     }
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     validation: dict[str, float] = {}

@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import ModelMixin
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from dae_diffusers.autoencoders.loading import check_finite, encode_moments
-from dae_diffusers.data import ImageDataset, is_flipped, split_items
+from dae_diffusers.data import ImageDataset, is_flipped, make_pass_loader, split_items
 from dae_diffusers.data.batches import BatchDataset, ExtendedDataset
 from dae_diffusers.data.buckets import Buckets
 from dae_diffusers.data.configuration import DataConfig
@@ -348,9 +348,7 @@ def write_latent_cache(
     if unusable and accelerator.is_main_process:
         logger.warning("%s. Shards to be made again: %d of %d.", unusable[0], len(unusable), len(numbers))
     for number in tqdm(missing, desc="Caching latents", unit="shard", disable=not is_shown):
-        loader = DataLoader(
-            Subset(images, shards[number]), batch_size=batch_size, num_workers=num_workers, collate_fn=images.collate_fn
-        )
+        loader = make_pass_loader(Subset(images, shards[number]), batch_size=batch_size, num_workers=num_workers)
         tensors = _encode_shard(vae, loader, accelerator, identity.flips, _DTYPES[dtype])
         cache_tensors(paths[number], tensors, _of_shard(identity, shard_size, number))
     accelerator.wait_for_everyone()
