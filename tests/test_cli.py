@@ -18,6 +18,7 @@ from scripts import in_child
 from tqdm.auto import tqdm
 
 from dae_diffusers.cli import parse_config
+from dae_diffusers.console import find_scripts
 from dae_diffusers.errors import ConfigError, UserError, in_full
 from dae_diffusers.generators.settings import DIT_LAYERS
 from dae_diffusers.metrics.settings import SamplingConfig
@@ -149,6 +150,8 @@ def test_scripts_are_named_as_they_were_called():
         == "Run `dae-diffusers train-dit --vae x`, or `dae-diffusers evaluate`; not `my_evaluate.py`."
     )
     assert as_typed(text, False) == text
+    for name in find_scripts():
+        assert as_typed(f"training/{name.replace('-', '_')}.py", True) == f"dae-diffusers {name}"
 
 
 def test_paths_are_shown_in_full(monkeypatch, tmp_path):

@@ -10,6 +10,16 @@ from dae_diffusers.settings import field, settings
 from dae_diffusers.sizes import height_and_width, words_of_size
 
 EMBEDDED = {"digits"}
+# What does not go with `streaming`, and why.
+_NOT_STREAMED = {
+    "aspect_buckets": "because it sorts the images before training: leave one of them out",
+    "balance_classes": "because it needs the classes of all images before training: leave one of them out",
+    "caption_column": "because texts are encoded once, before training: leave `streaming` out",
+    "drop_copies": "because all images are compared before training: leave one of them out",
+    "group_column": "which holds out the first images of the stream. Leave `streaming` out, or move whole groups into a validation split "
+    "and leave `group_column` out",
+    "max_train_samples": "which reads all images: leave one of them out",
+}
 DEFAULT_RESOLUTION = 32
 DEFAULT_CHANNELS = 3
 DEFAULT_MULTIPLE = 8  # of the sides of buckets, where no autoencoder says more
@@ -174,15 +184,10 @@ class DataConfig:
         if self.pad is not None and self.crops_at_random:
             raise ConfigError("`pad` keeps the whole image: leave `random_crop` and `random_resized_crop` out.")
         self._check_turns()
-        if self.balance_classes and (self.streaming or self.aspect_buckets):
-            other = "streaming" if self.streaming else "aspect_buckets"
-            raise ConfigError(f"`balance_classes` does not go with `{other}`; leave one of them out.")
+        if self.balance_classes and self.aspect_buckets:
+            raise ConfigError("`balance_classes` does not go with `aspect_buckets`; leave one of them out.")
         if self.num_classes is not None and not self.streaming:
             raise ConfigError("`num_classes` goes with `streaming` only. Leave it out: the classes are counted.")
-        if self.streaming and self.caption_column is not None:
-            raise ConfigError(
-                "`caption_column` does not go with `streaming`, because texts are encoded once, before training: leave `streaming` out."
-            )
         columns = [*self.label_columns, *self.continuous_columns, self.condition_column]
         twice = [column for column in filter(None, columns) if columns.count(column) > 1]
         if twice or ("none" in columns and len(self.label_columns) > 1):
@@ -192,25 +197,20 @@ class DataConfig:
             )
         self._check_group_column()
         if self.streaming:
-            self.refuse_conditions("`streaming`, because all values are read before training: leave `streaming` out")
-        if self.streaming and self.max_train_samples is not None:
-            raise ConfigError("`max_train_samples` does not go with `streaming`; leave one of them out.")
-        if self.streaming and self.drop_copies:
-            raise ConfigError(
-                "`drop_copies` does not go with `streaming`, because all images are compared before training: leave one of them out."
-            )
-        if self.streaming and self.dataset_name in EMBEDDED:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        for name, why in _NOT_STREAMED.items():
+            if getattr(self, name):
+                raise ConfigError(f"`{name}` does not go with `streaming`, {why}.")
+        self.refuse_conditions("`streaming`, because all values are read before training: leave `streaming` out")
+        if self.dataset_name in EMBEDDED:
             raise ConfigError(f"`dataset_name {self.dataset_name}` is on the disk already: leave `streaming` out.")
 
     def _check_group_column(self) -> None:
         column = self.group_column
         if column is None:
             return
-        if self.streaming:
-            raise ConfigError(
-                "`group_column` does not go with `streaming`, which holds out the first images of the stream. Leave `streaming` out, or "
-                "move whole groups into a validation split and leave `group_column` out."
-            )
         others = {"image_column": self.image_column} | self.condition_columns() | {"label_column": self.label_columns}
         for name, columns in others.items():
             if column == columns or column in (columns if isinstance(columns, list) else ()):
@@ -227,8 +227,6 @@ class DataConfig:
 
     def _check_buckets(self) -> None:
         given = self.aspect_buckets
-        if given and self.streaming:
-            raise ConfigError("`aspect_buckets` does not go with `streaming`, because it sorts the images first.")
         if given and self.condition_column is not None:
             raise ConfigError("`aspect_buckets` does not go with `condition_column`: condition images have one shape.")
         if len(given) == 1 and given[0] % 2 == 0:
