@@ -14,7 +14,6 @@ there, under a hash of what they depend on. You can remove these folders at the 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -28,7 +27,6 @@ from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.checks import check_enough_images, check_guidance, check_takes_text
 from dae_diffusers.metrics.clip_score import load_clip
 from dae_diffusers.metrics.defaults import check_takes_defaults, set_defaults
-from dae_diffusers.metrics.drawings import Drawing
 from dae_diffusers.metrics.evaluator import Evaluator
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor
 from dae_diffusers.metrics.given_samples import load_samples, side_of
@@ -80,23 +78,7 @@ def main(config: EvaluateConfig) -> None:
         check_enough_images(extractor, train, validation, len(given))
 
     evaluator = Evaluator(config, accelerator, train, validation, extractor=extractor, vae=vae, sampler=sampler)
-    results: dict[str, Any] = {}
-    drawn: list[list[Drawing]] = []
-    if vae is not None:
-        results |= evaluator.measure_autoencoder()
-    if sampler is not None:
-        results["generation"], drawn = evaluator.measure_samples()
-    elif given is not None:
-        results["generation"], drawn = evaluator.measure_given(given)
-    if extractor is not None:
-        results |= evaluator.measure_baseline(drawn)
-    if sampler is not None:
-        evaluator.add_class_agreement(results, drawn)
-        if clip is not None:
-            evaluator.add_clip_score(results, clip, drawn)
-    for judge in others:
-        evaluator.add_distances(results, judge, drawn)
-
+    results, drawn = evaluator.measure(given, others, clip)
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator, others, clip)
         write_atomically(folder / "metrics.md", to_markdown(results))

@@ -132,24 +132,7 @@ def load_folder(
         )
     metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
     if pictures or arrays:
-        folders = {path.parent for path in pictures + arrays}
-        beside = {each.parent for each in folders if each.name}
-        for path in found.archives:
-            is_class = path.parent in beside and path.with_suffix("") not in folders
-            found.left_out[path] = _BESIDE_CLASSES if is_class else "archives beside images"
-        found.left_out.update(dict.fromkeys(found.tables, _NO_METADATA))
-        texts = _texts_by_image(found.left_out) if caption_column == "txt" else {}
-        entries = [
-            Entry(
-                path,
-                {"bytes": None, "path": column_path(str(folder.absolute() / path))},
-                _text_beside(folder, texts.get(path.with_suffix(""))),
-                path,
-            )
-            for path in pictures + arrays
-        ]
-        for path in pictures + arrays:
-            found.left_out.pop(texts.get(path.with_suffix("")), None)
+        entries = _loose_entries(folder, found, caption_column == "txt")
     elif found.archives:
         found.left_out.update(dict.fromkeys(found.tables, _NO_METADATA))
         entries, packed = _packed_entries(folder, found, caption_column == "txt")
@@ -159,12 +142,7 @@ def load_folder(
             f"`{flag}` {folder} cannot be loaded: it holds no images{_listed(found.left_out, ': ')}. Pictures, `.npy` arrays, "
             "`.tar` and `.zip` archives, and Parquet, CSV and JSON tables are read."
         )
-    if found.left_out:
-        is_loss = not {_READ_ALREADY, _DEAD, _BESIDE_CLASSES}.isdisjoint(found.left_out.values())
-        is_loss |= any(_is_image(path) or path.suffix.lower() in TABLES for path in found.left_out)
-        logger.log(
-            logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(found.left_out, ": ")
-        )
+    _say_left_out(folder, found.left_out)
     names_of = {*(label_columns or LABELS), group_column}
     metadata = [replace(each, name_columns=names_of, caption_column=caption_column) for each in metadata]
     names = _names_of(entries)
@@ -178,6 +156,39 @@ def load_folder(
     if pictures or arrays:
         _check_kinds(folder, [entry.place for entry in entries])
     return _rows_of(folder, entries, metadata, found, with_labels, condition_column, files, names)
+
+
+def _loose_entries(folder: Path, found: Survey, has_texts: bool) -> list[Entry]:
+    """The files that lie in a folder, with the text beside each if `has_texts`. Archives and tables beside them are left out."""
+    loose = found.pictures + found.arrays
+    folders = {path.parent for path in loose}
+    beside = {each.parent for each in folders if each.name}
+    for path in found.archives:
+        is_class = path.parent in beside and path.with_suffix("") not in folders
+        found.left_out[path] = _BESIDE_CLASSES if is_class else "archives beside images"
+    found.left_out.update(dict.fromkeys(found.tables, _NO_METADATA))
+    texts = _texts_by_image(found.left_out) if has_texts else {}
+    entries = [
+        Entry(
+            path,
+            {"bytes": None, "path": column_path(str(folder.absolute() / path))},
+            _text_beside(folder, texts.get(path.with_suffix(""))),
+            path,
+        )
+        for path in loose
+    ]
+    for path in loose:
+        found.left_out.pop(texts.get(path.with_suffix("")), None)
+    return entries
+
+
+def _say_left_out(folder: Path, left_out: dict[PurePosixPath, str]) -> None:
+    """Logs the files that are left out, as a warning if images or tables are among them."""
+    if not left_out:
+        return
+    is_loss = not {_READ_ALREADY, _DEAD, _BESIDE_CLASSES}.isdisjoint(left_out.values())
+    is_loss |= any(_is_image(path) or path.suffix.lower() in TABLES for path in left_out)
+    logger.log(logging.WARNING if is_loss else logging.INFO, "left out of %s%s", folder, _listed(left_out, ": "))
 
 
 def _names_of(entries: list[Entry]) -> dict[PurePosixPath, PurePosixPath | None]:

@@ -73,6 +73,41 @@ class Evaluator:
     vae: ModelMixin | None = None
     sampler: Sampler | None = None
 
+    def measure(
+        self,
+        given: torch.Tensor | None = None,
+        others: Sequence[FeatureExtractor] = (),
+        clip: ImageTextModel | None = None,
+    ) -> tuple[dict[str, Any], list[list[Drawing]]]:
+        r"""
+        Measures all that there is.
+
+        Args:
+            given (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Samples that are there already: uint8.
+            others (`Sequence[FeatureExtractor]`, *optional*): Judges that give distances alone.
+            clip ([`~dae_diffusers.metrics.clip_score.ImageTextModel`], *optional*): What compares samples with their texts.
+
+        Returns:
+            The numbers by part, and the drawings of each row of `generation`.
+        """
+        results: dict[str, Any] = {}
+        drawn: list[list[Drawing]] = []
+        if self.vae is not None:
+            results |= self.measure_autoencoder()
+        if self.sampler is not None:
+            results["generation"], drawn = self.measure_samples()
+        elif given is not None:
+            results["generation"], drawn = self.measure_given(given)
+        if self.extractor is not None:
+            results |= self.measure_baseline(drawn)
+        if self.sampler is not None:
+            self.add_class_agreement(results, drawn)
+            if clip is not None:
+                self.add_clip_score(results, clip, drawn)
+        for judge in others:
+            self.add_distances(results, judge, drawn)
+        return results, drawn
+
     def measure_autoencoder(self) -> dict[str, Any]:
         r"""Numbers of `reconstruction` and `latent_space`, and of a `VQModel` those of its `codebook`."""
         vae, held_out, seen = self.vae, self.held_out, self.seen
