@@ -396,6 +396,14 @@ def test_classes_that_are_numbers_are_sorted_by_number(make_folder, caplog):
     )
 
 
+def test_folders_below_those_of_classes_are_said_if_they_are_alike(make_folder, caplog):
+    caplog.set_level("INFO")
+    load_folder(make_folder("batch0/images/1.png", "batch1/images/1.png", "batch0/8/1.png", "batch1/9/1.png"))
+    assert "called alike" not in caplog.text
+    load_folder(make_folder("batch0/6/1.png", "batch1/6/1.png"))
+    assert "batch0, batch1 of" in caplog.text and "2 folders below them, such as 6, images, are called" in caplog.text
+
+
 @pytest.mark.skipif(os.name == "nt", reason="names are UTF-16 there")
 def test_names_need_not_be_utf8(tmp_path):
     for name in (b"cat", b"d\xf6g"):

@@ -631,6 +631,7 @@ def _classes_of(
     _warn_of_unread(found, classes, below + len(shared.parts), folder)
     if len(classes) < 2 or not any(names["train"]):
         return {}
+    _say_folders_below([place for rows in splits.values() for place, *_ in rows], below, folder)
     shown = [os.fsencode(name).decode(errors="replace") for name in classes]
     ids, labels = {name: number for number, name in enumerate(classes)}, {}
     for split, of_split in names.items():
@@ -646,6 +647,21 @@ def _classes_of(
                 "`label_column none`."
             )
     return labels
+
+
+def _say_folders_below(places: list[PurePosixPath], level: int, folder: Path) -> None:
+    """Says if the folders of classes are divided alike, such as `batch0/cat` and `batch1/cat`: those below may be meant."""
+    below: dict[str, set[str]] = {}
+    for place in places:
+        if len(place.parts) > level + 2:
+            below.setdefault(place.parts[level + 1], set()).add(place.parts[level])
+    alike = sorted(name for name, classes in below.items() if len(classes) > 1)
+    if len(alike) > 1:
+        logger.info(
+            "the folders %s of %s are the classes, and %d folders below them, such as %s, are called alike in several. If those are the "
+            "classes, or splits, move them to the top.",
+            ", ".join(sorted(below[alike[0]])[:3]), folder, len(alike), ", ".join(alike[:3]),
+        )  # fmt: skip
 
 
 def _warn_of_unread(found: Survey, classes: list[str], level: int, folder: Path) -> None:
