@@ -81,6 +81,7 @@ def show_messages(is_main: bool = True) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main else logging.ERROR)
     for chatty in ("httpx", "httpx2", "accelerate"):  # the Hub's client has two names, by its version
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it writes its messages itself
 
 
 def with_dashes(message: str, flags: Iterable[str]) -> str:
