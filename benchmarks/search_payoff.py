@@ -40,7 +40,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generator_steps", type=int, required=True, help="of a generator in full")
     parser.add_argument("--shares", nargs="+", type=float, default=[1 / 9, 1 / 3], help="of the full length, by rung")
     parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0, 1.5])
+    parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.5])
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, required=True)

@@ -28,8 +28,8 @@ class SearchConfig:
     keep_one_in: int = field(3, "keep the best 1 in N candidates for the next rung", at_least=2, advanced=True)
     num_images: int = field(2000, "images that are generated to judge a pilot", at_least=2, advanced=True)
     guidance_scales: list[float] = field(
-        [1.0, 1.5],
-        "scales of classifier-free guidance with which they are generated; the best of them counts",
+        [1.5],
+        "scales of classifier-free guidance with which they are generated; the best of several counts",
         advanced=True,
     )
     num_inference_steps: int = field(15, "denoising steps with which they are generated", at_least=1, advanced=True)
