@@ -11,6 +11,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dae_diffusers.engine.guard import NonFiniteGuard
+from dae_diffusers.signals import StopSignal
 from dae_diffusers.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -20,7 +22,8 @@ PATIENCE_SECONDS = 300.0
 
 # What waiting processes do: they exchange tensors, or wait for those of the backward pass.
 # On a GPU they do not wait before they read a number back, as the questions to the guard and to the stop signal do.
-_WAITING = ("distributed_c10d.py", "_engine_run_backward", "wait_for_everyone", "requested", "allows")
+_QUESTIONS = (StopSignal.requested.__name__, NonFiniteGuard.allows.__name__)
+_WAITING = ("distributed_c10d.py", "_engine_run_backward", Accelerator.wait_for_everyone.__name__, *_QUESTIONS)
 
 
 class Heartbeat:
