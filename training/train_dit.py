@@ -68,7 +68,7 @@ Objective = FlowMatching | FlowMap | Diffusion
 
 
 class TrainingData(NamedTuple):
-    """Training and validation data: images or their cached latents. And both as images, None if only latents are given."""
+    """Training and validation data, as images or cached latents; and `images`, both as images, None if only latents are given."""
 
     train: Dataset
     validation: Dataset

@@ -26,7 +26,7 @@ _MUCH = 0.9  # of memory or disk
 @dataclass(frozen=True)
 class Phase:
     r"""
-    Some steps of a loop, taken in one way, or in two by turns.
+    Steps of a loop that are timed, all in one way or alternately in two.
 
     Attributes:
         name (`str`): Of its row in the report.

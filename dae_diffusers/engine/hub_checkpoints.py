@@ -211,7 +211,7 @@ class HubCheckpoints:
 
 
 def _files_in(place: Path) -> list[Path]:
-    """The files in a folder; a file is its own only one."""
+    """The files below a folder; for a file, the file itself."""
     return [path for path in ([place] if place.is_file() else sorted(place.rglob("*"))) if path.is_file()]
 
 

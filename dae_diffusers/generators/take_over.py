@@ -177,7 +177,7 @@ def _condition_weight(
         return torch.zeros_like(value) if old is None or old.shape != value.shape else old
     number, end = int(rest[0]), ".".join(rest[1:])
     place, rows = conditions.attributes[number] if part == "attribute_embeds" else (conditions.numbers[number], [])
-    if place is None:  # nothing else is zero of a new one
+    if place is None:  # a new one adds nothing at first: all its layers but the first are zero
         return value if end.startswith("linear_1") else torch.zeros_like(value)
     old = taken[f"{part}.{place}.{end}"]  # the last row of a table is that of an unknown class, and zero
     return old[[-1 if row is None else row for row in (*rows, None)]] if rows else old

@@ -142,7 +142,7 @@ def draw(
     progress=gr.Progress(),  # noqa: B008, this is how gradio passes it
     *values,
 ):
-    """A gallery of samples, from the values of `CONDITIONS` too, with the prompt or the names of their classes, in which a class has a row of its own; and the seed."""
+    """Draws images. Returns a gallery, captioned with the prompt or the names of classes, one row for each class, and the seed. `values` are those of `CONDITIONS`."""
     count, steps = int(count), int(steps)
     seed = random.randint(0, MAX_SEED) if is_random else int(seed or 0)
     if class_id == EACH_CLASS:
