@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; code that only reads and wri
     from diffusers import ModelMixin
 
 # The children of an autoencoder that make the latents or codes that a generator learns.
-LATENT_PARTS = ("encoder", "quant_conv", "quantize")
+_ENCODER = ("encoder", "quant_conv")
+LATENT_PARTS = (*_ENCODER, "quantize")
 # What an autoencoder's config says of its latents, for generators.
 STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 
@@ -50,8 +51,11 @@ def weights_fingerprint_of(folder: Path, children: tuple[str, ...] | None = None
 
 
 def have_other_encoders(first: Path, second: Path) -> bool:
-    r"""Whether the autoencoders in two folders make other latents or codes; False where one is missing or cannot be read."""
-    found = [weights_fingerprint_of(folder, LATENT_PARTS) for folder in (first, second)]
+    r"""
+    Whether the autoencoders in two folders make other latents or codes; False where one is missing or cannot be read. Codebooks are not
+    compared: one that is being trained holds more, and may hold codes that are not normalised yet.
+    """
+    found = [weights_fingerprint_of(folder, _ENCODER) for folder in (first, second)]
     return None not in found and found[0] != found[1]
 
 
@@ -62,7 +66,7 @@ def model_fingerprint(model: "torch.nn.Module") -> str:
     return fingerprint(itertools.chain([described], weights_of(model)))
 
 
-def autoencoder_fingerprint(vae: "ModelMixin", parts: tuple[str, ...] = ("encoder", "quant_conv")) -> str:
+def autoencoder_fingerprint(vae: "ModelMixin", parts: tuple[str, ...] = _ENCODER) -> str:
     r"""The fingerprint of the weights that make latents. The decoder may change: the cache stays valid."""
     return fingerprint(weights_of(vae, parts))
 

@@ -220,6 +220,11 @@ def test_what_needs_a_setting_that_the_script_lacks_is_no_idle_flag():
             "--stage 3 --pipeline x --generated_loss adversarial --generated_batch_size 7 --moments_share 0.5",
             "`generated_batch_size`, `moments_share` have no effect without `generated_loss moments`.",
         ),
+        (
+            "train-dae",
+            "--stage 3 --pipeline x --autoencoder vq --latent_channels 7 --codebook_size 99",
+            "`autoencoder`, `latent_channels`, `codebook_size` have no effect without `stage 1` or `stage 2`.",
+        ),
         ("train-dit", "--learning_rate 1e-4 --lr_warmup_steps 9", ""),
         (
             "train-dit",

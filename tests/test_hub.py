@@ -951,7 +951,7 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     result = read_result(folder)
     assert {each.metric: each.value for each in measurements(result)} == {"psnr": 20.0, "gfd_tiny": 4.0}
     assert "reconstructions.png" in result.pictures and result.pictures["samples.png"][0] == grids[1]
-    assert "The weights are those of step 4" in make_card(result, REPO).content and result.doubts == []
+    assert "those of step 4, whose samples came closest" in make_card(result, REPO).content and result.doubts == []
     grids[1].unlink()
     assert "samples.png" not in read_result(folder).pictures
     shutil.copy(grids[0], grids[1])

@@ -227,6 +227,12 @@ def test_resumed_fit_equals_an_uninterrupted_one(fitted, generators, kind, image
     fewer = {**flags_of(folder, tmp_path / "fewer"), "accept_changed_images": "yes", "resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match="the training images differ from those that stage 3 began with.*Begin again"):
         run(train_dae, FIT, **fewer, feature_model=backbone)
+    index = folder / "pipeline" / "model_index.json"
+    before, option = index.read_text(), "velocity_scale" if kind is DAEDiTPipeline else "temperature"
+    index.write_text(json.dumps({**json.loads(before), f"default_{option}": 1.25}))
+    with pytest.raises(UserError, match="how `--pipeline` draws changed since"):
+        run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint="latest")
+    index.write_text(before)
     add_to_decoder(folder / "pipeline" / "vae")
     with pytest.raises(UserError, match="the autoencoder that stage 3 starts from changed since"):
         run(train_dae, FIT, **flags_of(folder, image_folder), feature_model=backbone, resume_from_checkpoint="latest")
@@ -396,6 +402,7 @@ def test_pipelines_and_flags_that_do_not_fit_are_refused(generators, image_folde
         f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'other'}": "has another encoder",
         f"--pipeline {source} --pretrained_model_name_or_path {tmp_path / 'larger'}": "decoder of another size .* assemble`",
         f"--pipeline {source} --output_dir {generators[DAEVQGANPipeline]}": "holds a pipeline already",
+        f"--pipeline {source / 'vae'}": "holds no pipeline.* Give the output folder of a finished",
         f"--pipeline {source} --label_column none": "knows 2 classes, but the images have no labels",
         f"--pipeline {source} --resolution 15": "is not divisible by",
     }.items():

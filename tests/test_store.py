@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import make_autoencoder, make_prior_pipeline, make_vq_model
+from models import QUANTIZERS, make_autoencoder, make_prior_pipeline, make_vq_model
 
 from dae_diffusers import store
 from dae_diffusers.data import DataConfig, load_images
@@ -20,6 +20,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.hub.results import is_leftover
 from dae_diffusers.weights import (
     autoencoder_fingerprint,
+    have_other_encoders,
     model_fingerprint,
     weights_fingerprint,
     weights_fingerprint_of,
@@ -152,6 +153,19 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
 
     store.replace_folder(tmp_path / "vae", save)
     assert (tmp_path / "vae").is_symlink() and (tmp_path / "disk" / "config.json").exists()
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_codebook_in_training_makes_the_codes_of_the_finished_one(quantizer, tmp_path):
+    model = make_vq_model(quantizer)
+    model.save_pretrained(tmp_path / "stage1")
+    vae = model.to_diffusers()
+    vae.save_pretrained(tmp_path / "vae")
+    assert not have_other_encoders(tmp_path / "stage1", tmp_path / "vae")
+    with torch.no_grad():
+        vae.encoder.conv_out.bias.add_(0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    assert have_other_encoders(tmp_path / "stage1", tmp_path / "vae")
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])

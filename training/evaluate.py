@@ -32,7 +32,7 @@ from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extrac
 from dae_diffusers.metrics.given_samples import load_samples, side_of
 from dae_diffusers.metrics.preparation import MAX_DRAWN_IMAGES, prepare_evaluation
 from dae_diffusers.metrics.report import describe, plot_sweep, to_markdown
-from dae_diffusers.metrics.sampling import autoencoder_of, image_sides, load_pipeline
+from dae_diffusers.metrics.sampling import autoencoder_of, find_pipeline, image_sides, load_pipeline
 from dae_diffusers.metrics.settings import EvaluationConfig
 from dae_diffusers.script import run_script
 from dae_diffusers.store import write_atomically, write_json
@@ -46,7 +46,8 @@ def main(config: EvaluateConfig) -> None:
     accelerator = make_accelerator(of.mixed_precision or "no")
     folder = Path(of.output_dir)
     lock = take_folder(folder, accelerator)
-    pipeline = None if of.pipeline is None else load_pipeline(of.pipeline, accelerator.device)
+    of.pipeline = of.pipeline and find_pipeline(of.pipeline)
+    pipeline = of.pipeline and load_pipeline(of.pipeline, accelerator.device)
     check_guidance(config.sampling, of.pipeline, pipeline)
     clip_model = None if pipeline is None else of.clip_model
     if clip_model is not None:

@@ -28,7 +28,6 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data.encodings import decode_text
 from dae_diffusers.engine.distributed import make_accelerator
 from dae_diffusers.errors import UserError, in_full, one_line
-from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.sample_folder import METADATA, check_is_free, class_folders, encode, prepare, suffix_of
 from dae_diffusers.metrics.sampling import (
@@ -36,6 +35,7 @@ from dae_diffusers.metrics.sampling import (
     Sampler,
     SampleSettings,
     autoencoder_of,
+    find_pipeline,
     generation_inputs,
     image_batches,
     image_pixels,
@@ -80,20 +80,6 @@ def main(config: SampleConfig) -> None:
         logger.info("written to %s; how to draw each image again is in %s", folder, METADATA)
     accelerator.end_training()
     lock.release()
-
-
-def find_pipeline(name_or_path: str) -> str:
-    """The pipeline itself, or that of a training's output folder."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return name_or_path  # on the Hub
-    found = next((each for each in (folder, folder / "pipeline") if (each / PIPELINE_INDEX).exists()), None)
-    if found is None:
-        raise UserError(
-            f"`pipeline` {folder} holds no pipeline{in_full(folder)}: neither {PIPELINE_INDEX} nor "
-            f"pipeline/{PIPELINE_INDEX}. Give the output folder of a finished train_dit.py or train_vqgan_prior.py, or a pipeline's folder."
-        )
-    return str(found)
 
 
 def read_prompts(given: list[str] | None) -> tuple[str, ...] | None:

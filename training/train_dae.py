@@ -30,7 +30,7 @@ from dae_diffusers.engine.loop import Loop
 from dae_diffusers.engine.plan import TRAINING_IMAGES
 from dae_diffusers.engine.run import Start, TrainingRun
 from dae_diffusers.errors import UserError
-from dae_diffusers.fitting.decoder_fit import STARTED_FROM, DecoderFit, load_generator
+from dae_diffusers.fitting.decoder_fit import HOW_IT_DRAWS, STARTED_FROM, DecoderFit, load_generator
 from dae_diffusers.fitting.side_by_side import NEWEST, join_waiting, save_newest
 from dae_diffusers.latents.cache import CachedLatents, ImagesWithLatents, open_latent_cache, write_latent_cache
 from dae_diffusers.latents.codes import codebook_metrics, count_codes
@@ -38,6 +38,7 @@ from dae_diffusers.latents.diagnostics import LatentDiagnostics
 from dae_diffusers.latents.statistics import set_statistics, write_latent_statistics
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures, peak_signal_to_noise_ratio
 from dae_diffusers.metrics.monitor import Monitor, ReconstructionJudge, best_or_last, make_reconstruction_monitor
+from dae_diffusers.metrics.sampling import find_pipeline
 from dae_diffusers.plots import image_grid
 from dae_diffusers.script import run_script
 from dae_diffusers.store import replace_folder
@@ -95,6 +96,7 @@ def main(config: TrainDAEConfig) -> None:
 
 def fit_decoder(config: TrainDAEConfig) -> None:
     """Stage 3, which has a folder of its own: the generator's training lies between it and the other stages."""
+    config.stages.pipeline = find_pipeline(config.stages.pipeline)
     run = TrainingRun("train_dae", config, folder="train_dae_stage3")
     config.check_mixed_precision(run.accelerator.mixed_precision)
     pipeline = load_generator(config)
@@ -157,7 +159,7 @@ def find_start(
             "parameters": model.num_parameters(),
         },
         steps={f"stage{stage}_steps": steps for stage, steps in stage_steps.items()},
-        may_lack=more if fit is None else [STARTED_FROM],
+        may_lack=more if fit is None else [HOW_IT_DRAWS, STARTED_FROM],
         classes=images.id2label,
     )
 

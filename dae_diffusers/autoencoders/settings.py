@@ -16,20 +16,25 @@ _STRENGTHS = {
     "narrow": "auxiliary_channel_multiplier",
     "shallow": "auxiliary_layers_per_block",
 }
-_WITH_CODEBOOK = "quantizer ema or quantizer vq"  # the codes of fsq are a grid
+_MADE = "stage 1 or stage 2"  # stage 3 takes the autoencoder of its pipeline
+_OF_CODES = f"{_MADE} and quantizer ema or quantizer vq"  # the codes of fsq are a grid
 
 
 @settings
 class AutoencoderConfig:
     """Autoencoder."""
 
-    autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook")
+    autoencoder: Literal["kl", "vq"] = field("kl", "kl: Gaussian latents; vq: a codebook", needs=_MADE)
     pretrained_model_name_or_path: str | None = field(None, "start from this autoencoder (Hub id or folder)")
     block_out_channels: list[int] = field(
-        [32, 64, 64], "channels per resolution; each after the first halves it", at_least=1
+        [32, 64, 64], "channels per resolution; each after the first halves it", at_least=1, needs=_MADE
     )
     layers_per_block: int = field(
-        1, "residual blocks at each resolution of the encoder; the decoder has one more", at_least=1, advanced=True
+        1,
+        "residual blocks at each resolution of the encoder; the decoder has one more",
+        at_least=1,
+        advanced=True,
+        needs=_MADE,
     )
     decoder_block_out_channels: list[int] = field(
         [],
@@ -37,22 +42,25 @@ class AutoencoderConfig:
         "same; default: `--block_out_channels`",
         at_least=1,
         advanced=True,
+        needs=_MADE,
     )
     decoder_layers_per_block: int | None = field(
         None,
         "residual blocks at each resolution of the real decoder, minus one; default: `--layers_per_block`",
         at_least=0,
         advanced=True,
+        needs=_MADE,
     )
     decoder: Literal["mirror", "small", "tiny", "x2"] = field(
         "mirror",
         "the real decoder: small has half the encoder's channels, tiny a quarter of them and as few layers as can be; x2 (with "
         "`--stage 2`) makes images of twice the sides",
         advanced=True,
+        needs=_MADE,
     )
-    latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1, needs=_WITH_CODEBOOK)
-    norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True)
-    mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True)
+    latent_channels: int = field(4, "channels of the latents, or of the codes", at_least=1, needs=_OF_CODES)
+    norm_num_groups: int = field(8, "groups of the group normalisation", at_least=1, advanced=True, needs=_MADE)
+    mid_block_add_attention: bool = field(False, "attention at the lowest resolution", advanced=True, needs=_MADE)
 
     def __post_init__(self):
         bad = [width for width in self.block_out_channels if width % self.norm_num_groups]
@@ -118,14 +126,15 @@ class CodebookConfig:
         "ema",
         "ema: moving averages; vq: learnt by gradient; fsq: a fixed grid (finite scalar quantisation)",
         advanced=True,
+        needs=_MADE,
     )
-    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", at_least=2, needs=_WITH_CODEBOOK, advanced=True)
-    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", needs=_WITH_CODEBOOK, advanced=True)
+    codebook_size: int = field(1024, "number of codes (`ema`, `vq`)", at_least=2, needs=_OF_CODES, advanced=True)
+    l2_normalize_codes: bool = field(True, "codes of norm 1 (`ema`, `vq`)", needs=_OF_CODES, advanced=True)
     codebook_warmup_steps: int = field(
         100,
         "steps without quantisation, before k-means sets the codes (`ema`)",
         at_least=1,
-        needs="quantizer ema",
+        needs=f"quantizer ema and {_MADE}",
         advanced=True,
     )
     fsq_levels: list[int] = field(
@@ -133,6 +142,7 @@ class CodebookConfig:
         "levels of each channel, such as 8 5 5 5; they give the size and dimension (`fsq`)",
         at_least=2,
         advanced=True,
+        needs=_MADE,
     )
     commitment_weight: float = field(
         0.25,

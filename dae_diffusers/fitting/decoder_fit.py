@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 # The autoencoder as it was, in the output folder.
 KEPT_VAE = "vae_before_stage3"
-# The input of a run that its fingerprint is compared under.
+# Inputs of a run, by the names that their fingerprints are compared under. Checkpoints of earlier versions may lack them.
 STARTED_FROM = "the autoencoder that stage 3 starts from"
+HOW_IT_DRAWS = "how `--pipeline` draws"
 
 
 def load_generator(config: Any) -> DAEDiTPipeline | DAEVQGANPipeline:
@@ -128,14 +129,10 @@ def draw_latents(
     """
     pipeline.set_progress_bar_config(disable=True)
     is_codes = isinstance(pipeline, DAEVQGANPipeline)
-    if is_codes:
-        options, own = {"output_type": "codes"}, ("temperature", "top_k", "top_p")
-    else:
-        options = {"output_type": "latent", "num_inference_steps": num_inference_steps}
-        own = ("velocity_scale", "guidance_interval")
-    defaults = {name: pipeline.config.get(f"default_{name}") for name in own}
-    # Given by name, because kept latents are known by their options.
-    options |= {name: value for name, value in defaults.items() if value is not None}
+    options = (
+        {"output_type": "codes"} if is_codes else {"output_type": "latent", "num_inference_steps": num_inference_steps}
+    )
+    options |= own_defaults(pipeline)  # given by name, because kept latents are known by their options
     guide = guide_of(pipeline)
     if labels is not None or guide is not None:
         options["guidance_scale"] = guidance_scale
@@ -185,6 +182,15 @@ def decoder_inputs(pipeline: DAEDiTPipeline | DAEVQGANPipeline, latents: torch.T
     return torch.cat([vae.quantize(part.to(vae.device))[0].cpu() for part in latents.split(64)])
 
 
+def own_defaults(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> dict[str, Any]:
+    r"""How a pipeline draws by default, beside its guidance scale and its steps, by the names of its call."""
+    own = ("velocity_scale", "guidance_interval")
+    if isinstance(pipeline, DAEVQGANPipeline):
+        own = ("temperature", "top_k", "top_p")
+    defaults = {name: pipeline.config.get(f"default_{name}") for name in own}
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
 def guide_of(pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> torch.nn.Module | None:
     r"""The weaker transformer that guides the one of a pipeline."""
     return getattr(pipeline, "guidance_transformer", None)
@@ -199,6 +205,9 @@ def _decoder_size(vae: ModelMixin) -> dict[str, Any]:
 def as_the_pipeline_draws(settings: GeneratedConfig, pipeline: DAEDiTPipeline | DAEVQGANPipeline) -> GeneratedConfig:
     r"""The settings with the pipeline's own guidance and steps, where none are given."""
     config = pipeline.config
+    if isinstance(pipeline, DAEVQGANPipeline) and settings.pool_inference_steps is not None:
+        logger.warning("`--pool_inference_steps` has no effect: a DAEVQGANPipeline draws code by code.")
+        settings = replace(settings, pool_inference_steps=None)
     given = {
         "pool_guidance_scale": (settings.pool_guidance_scale, config.get("default_guidance_scale"), 1.5),
         "pool_inference_steps": (settings.pool_inference_steps, config.get("default_num_inference_steps"), 25),
@@ -240,12 +249,20 @@ class DecoderFit:
 
     def inputs(self) -> dict[str, str]:
         r"""What a resumed run must find unchanged, by name: fingerprints."""
-        guide, interval = guide_of(self.pipeline), self.pipeline.config.get("default_guidance_interval")
+        guide, options = guide_of(self.pipeline), own_defaults(self.pipeline)
+        interval = options.pop("guidance_interval", None)
         return {
             "the generator of `--pipeline`": model_fingerprint(generator_of(self.pipeline)[1]),
             **({} if guide is None else {"the `guidance_transformer` of `--pipeline`": model_fingerprint(guide)}),
             **({} if interval is None else {"the guidance interval of `--pipeline`": fingerprint_of_json(interval)}),
             "the encoder of `--pipeline`": latents_fingerprint(self.pipeline.vae),
+            HOW_IT_DRAWS: fingerprint_of_json(
+                {
+                    "options": options,
+                    "scheduler": scheduler_options(self.pipeline),
+                    "statistics": {name: self.pipeline.vae.config.get(name) for name in STATISTICS},
+                }
+            ),
             STARTED_FROM: self.started_from,
             "`--feature_model`": self.features.fingerprint,
         }

@@ -41,7 +41,7 @@ GENERATORS = {
         "script": "train_dit",
     },
     "DAEVQGANPipeline": {
-        "what": "An autoregressive transformer over the codes of a vector-quantised autoencoder",
+        "what": "An autoregressive transformer over codes",
         "tags": ["vqgan", "autoregressive"],
         "script": "train_vqgan_prior",
         "draws_codes": True,
@@ -581,6 +581,7 @@ def _script_description(name: str, script: Script, result: Result) -> dict[str, 
     described["hardware"] = record.get("hardware")
     described["counts"] = record.get("counts", {})
     described["exported_step"] = record.get("exported_step")
+    described["was_judged"] = script.config.get("metric_features") is not None
     described["images_changed"] = ", ".join(f"{step:,}" for step in record.get("images_changed", []))
     if name in ("train_dit", "train_vqgan_prior"):
         described["average_length"] = result.average_length
@@ -604,8 +605,8 @@ def _command(script: Script, result: Result) -> str | None:
     }
     for position, word in enumerate(words[1:], start=1):
         name, before = given.get(words[position - 1]), words[position - 1]
-        may_be_on_hub = before in ("--vae", "--text_encoder")
-        if name is not None and (not may_be_on_hub or "/" not in word or word.startswith((".", "/"))):
+        is_on_hub = before in ("--vae", "--text_encoder") and word.count("/") == 1 and not word.startswith((".", "/"))
+        if name is not None and (not is_on_hub or Path(word).exists()):
             words[position] = name
     return shlex.join([*words, "--output_dir", folder])
 
@@ -637,6 +638,9 @@ def _setting_of(values: dict[str, Any]) -> dict[str, Any]:
         "num_inference_steps",
         "scheduler",
         "velocity_scale",
+        "temperature",
+        "top_k",
+        "top_p",
         "label_sampling",
         "seed",
     )

@@ -527,6 +527,8 @@ def _evaluate_command(result: Result, config: dict[str, Any], *, is_of_samples: 
     words += ["--features", str(config["features"])] if config.get("features") else []
     for name in ("guidance_scales", "guidance_intervals", "num_inference_steps", "schedulers") if is_of_samples else ():
         words += [f"--{name}", *map(str, config[name])] if config.get(name) else []
+    for name in ("velocity_scale", "temperature", "top_k", "top_p") if is_of_samples else ():
+        words += [f"--{name}", str(config[name])] if config.get(name) is not None else []
     return shlex.join(["dae-diffusers", "evaluate", *words, "--output_dir", str(result.folder / "evaluation")])
 
 

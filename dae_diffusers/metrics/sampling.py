@@ -21,7 +21,7 @@ from dae_diffusers.data import ImageDataset
 from dae_diffusers.data.classes import class_name
 from dae_diffusers.data.condition_values import ConditionValues, as_call
 from dae_diffusers.duration import duration
-from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.metrics.schedulers import drawing_by
 from dae_diffusers.metrics.statistics import padded_size
 from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
@@ -577,6 +577,25 @@ def load_pipeline(name_or_path: str, device: torch.device) -> DiffusionPipeline:
     except Exception as error:  # a damaged folder can fail in any way
         reason = one_line(error, 300)
         raise UserError(f"`pipeline` {name_or_path} cannot be loaded: {reason}") from None
+
+
+def find_pipeline(name_or_path: str) -> str:
+    r"""
+    Where a pipeline is: the folder or Hub id that was given, or `pipeline/` in the output folder of its training.
+
+    Raises:
+        UserError: For a folder that holds neither.
+    """
+    folder, index = Path(name_or_path), DiffusionPipeline.config_name
+    if not folder.is_dir():
+        return name_or_path  # on the Hub
+    found = next((each for each in (folder, folder / "pipeline") if (each / index).exists()), None)
+    if found is None:
+        raise UserError(
+            f"`pipeline` {folder} holds no pipeline{in_full(folder)}: neither {index} nor "
+            f"pipeline/{index}. Give the output folder of a finished train_dit.py or train_vqgan_prior.py, or a pipeline's folder."
+        )
+    return str(found)
 
 
 def prompts_of_images(

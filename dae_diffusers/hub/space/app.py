@@ -220,7 +220,13 @@ def reconstruct(first, second):
     shrunk = pixels[0].numel() / latents[0].numel()
     size = "x".join(map(str, latents.shape[1:]))
     text = f"**PSNR {psnr}** between the picture (left) and its reconstruction (right), at {SIDE}x{SIDE} pixels. "
-    text += f"The latents hold {size} numbers (channels x height x width), {shrunk:.3g} times fewer than the picture."
+    if "num_vq_embeddings" in VAE.config:
+        places = "x".join(map(str, latents.shape[2:]))
+        text += f"The picture became {places} codes out of {VAE.config.num_vq_embeddings:,}."
+    else:
+        text += (
+            f"The latents hold {size} numbers (channels x height x width), {shrunk:.3g} times fewer than the picture."
+        )
     channels = (latents[0] - latents[0].mean((1, 2), keepdim=True)) / (6 * latents[0].std((1, 2), keepdim=True) + 1e-6)
     channels = grid((channels + 0.5).clamp(0, 1)[:, None], min(len(channels), 4))
     if second is None:
