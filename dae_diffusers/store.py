@@ -104,7 +104,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
     r"""
     Puts a new folder in the place of an old one, which may be missing. Others see one of them whole, or none for an instant; if the
-    process is killed in that instant, the next call brings the old one back.
+    process is killed in that instant, [`bring_back`] finds the old one.
 
     Args:
         folder (`Path`): The folder.
@@ -112,8 +112,7 @@ def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
     """
     folder = folder.resolve()  # a link stays one
     temporary, old = (folder.with_name(f"{folder.name}{suffix}") for suffix in (".tmp", OLD))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    _bring_back(old)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     save(temporary)
@@ -122,6 +121,19 @@ def replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def bring_back(folder: Path) -> None:
+    r"""Brings back what kills during [`replace_folder`] have left under another name in a folder and in those in it."""
+    for pattern in (f"*{OLD}", f"*/*{OLD}"):
+        for old in sorted(folder.glob(pattern)):
+            _bring_back(old)
+
+
+def _bring_back(old: Path) -> None:
+    place = old.with_name(old.name.removesuffix(OLD))
+    if old.exists() and not place.exists():
+        old.rename(place)
 
 
 def flush(folder: Path) -> None:
@@ -157,7 +169,9 @@ def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)
     flush(temporary)
-    new = sorted(temporary.iterdir())
+    new = sorted(
+        temporary.iterdir(), key=lambda path: (path.name == "config.json", path.name)
+    )  # where it is, weights are
     for path in new:
         os.replace(path, folder / path.name)
     temporary.rmdir()

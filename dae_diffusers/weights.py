@@ -12,9 +12,9 @@ if TYPE_CHECKING:  # torch takes seconds to import; code that only reads and wri
     import torch
     from diffusers import ModelMixin
 
-# The children of an autoencoder that make the latents or codes that a generator learns.
-_ENCODER = ("encoder", "quant_conv")
-LATENT_PARTS = (*_ENCODER, "quantize")
+# The children of an autoencoder that make latents, and with its codebook the codes, that a generator learns.
+ENCODER = ("encoder", "quant_conv")
+LATENT_PARTS = (*ENCODER, "quantize")
 # What an autoencoder's config says of its latents, for generators.
 STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 
@@ -50,12 +50,15 @@ def weights_fingerprint_of(folder: Path, children: tuple[str, ...] | None = None
     return None
 
 
-def have_other_encoders(first: Path, second: Path) -> bool:
+def have_other_encoders(first: Path, second: Path, parts: tuple[str, ...] = LATENT_PARTS) -> bool:
     r"""
-    Whether the autoencoders in two folders make other latents or codes; False where one is missing or cannot be read. Codebooks are not
-    compared: one that is being trained holds more, and may hold codes that are not normalised yet.
+    Whether the autoencoders in two folders make other latents or codes; False where one is missing or cannot be read.
+
+    Args:
+        first, second (`Path`): The folders.
+        parts (`tuple[str, ...]`, *optional*): What is compared: [`ENCODER`] if one is still in training, because its codebook holds more.
     """
-    found = [weights_fingerprint_of(folder, _ENCODER) for folder in (first, second)]
+    found = [weights_fingerprint_of(folder, parts) for folder in (first, second)]
     return None not in found and found[0] != found[1]
 
 
@@ -66,7 +69,7 @@ def model_fingerprint(model: "torch.nn.Module") -> str:
     return fingerprint(itertools.chain([described], weights_of(model)))
 
 
-def autoencoder_fingerprint(vae: "ModelMixin", parts: tuple[str, ...] = _ENCODER) -> str:
+def autoencoder_fingerprint(vae: "ModelMixin", parts: tuple[str, ...] = ENCODER) -> str:
     r"""The fingerprint of the weights that make latents. The decoder may change: the cache stays valid."""
     return fingerprint(weights_of(vae, parts))
 

@@ -19,7 +19,7 @@ from PIL import Image, TiffImagePlugin
 from scripts import TINY_DAE, TINY_DIT, run
 
 from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.data import DataConfig, decode_image, load_images, make_pass_loader, resize_and_crop
+from dae_diffusers.data import DataConfig, arrays, decode_image, load_images, make_pass_loader, resize_and_crop
 from dae_diffusers.data.arrays import (
     LossyDepthError,
     decode_array,
@@ -184,9 +184,16 @@ def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch, c
     assert read_value_range("user/model") == [-5, 7]
     assert read_value_range("user/other") is None and read_value_range("no/such/folder") is None  # offline too
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    tried = []
+
+    def not_reached(repository, name):
+        tried.append(name)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(arrays, "hf_hub_download", not_reached)
     assert not caplog.messages and read_value_range("user/other") is None
-    assert "model_index.json of user/other could not be fetched" in caplog.text
+    assert len(tried) == len(caplog.messages) == 1 and "what user/other says of its images" in caplog.text
+    assert read_value_range("user/model") == [-5, 7]  # from the cache
 
 
 def test_array_columns_of_a_dataset(tmp_path):

@@ -584,6 +584,9 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         "12",
         "--num_inference_steps",
         "1",
+        "--guidance_scales",
+        "1",
+        "1.5",
     ]
     command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
     monkeypatch.setattr(sys, "argv", command)
@@ -618,6 +621,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
             channels = 2 if path.parents[1].name == "ordered-2" else 3
             assert read_json(pipeline / "vae" / "config.json")["latent_channels"] == channels
         config = SearchConfig(output_dir=str(folder), candidates=command[2], num_images=12, num_inference_steps=1)
+        config.guidance_scales = [1.0, 1.5]
         config.features, data = (
             command[-1],
             benchmark.choose_data(command[command.index("--data") + 1 : command.index("--shares")]),

@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -17,8 +16,9 @@ from models import QUANTIZERS, make_autoencoder, make_prior_pipeline, make_vq_mo
 from dae_diffusers import store
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.errors import UserError
-from dae_diffusers.hub.results import is_leftover
+from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.weights import (
+    ENCODER,
     autoencoder_fingerprint,
     have_other_encoders,
     model_fingerprint,
@@ -161,7 +161,7 @@ def test_a_codebook_in_training_makes_the_codes_of_the_finished_one(quantizer, t
     model.save_pretrained(tmp_path / "stage1")
     vae = model.to_diffusers()
     vae.save_pretrained(tmp_path / "vae")
-    assert not have_other_encoders(tmp_path / "stage1", tmp_path / "vae")
+    assert not have_other_encoders(tmp_path / "stage1", tmp_path / "vae", ENCODER)
     with torch.no_grad():
         vae.encoder.conv_out.bias.add_(0.5)
     vae.save_pretrained(tmp_path / "vae")
@@ -187,11 +187,10 @@ def test_a_folder_is_not_lost_when_its_replacement_is_killed(renames, tmp_path, 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(type(folder), "rename", until_killed)
         store.replace_folder(folder, save("new"))
-    for path in filter(is_leftover, tmp_path.iterdir()):
-        shutil.rmtree(path)
-    whole = [path for path in tmp_path.iterdir() if path.name != "vae.tmp"]
-    assert [path.name for path in whole] == (["vae.old.tmp"] if renames == 1 else ["vae"])
-    assert (whole[0] / "config.json").read_text() == ("new" if renames == 2 else "old")
+    assert (tmp_path / "vae.old.tmp").exists() == (renames == 1) and folder.exists() == (renames != 1)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    assert (folder / "config.json").read_text() == ("new" if renames == 2 else "old")
     with pytest.raises(OSError, match="full"):
         store.replace_folder(folder, lambda _: (_ for _ in ()).throw(OSError("full")))
     assert (folder / "config.json").read_text() == ("new" if renames == 2 else "old")

@@ -15,12 +15,14 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fitting.side_by_side import WAITING, assemble
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.script import run_script, show_messages
+from dae_diffusers.store import bring_back
 from dae_diffusers.training.settings import AssembleConfig
 
 
 def main(config: AssembleConfig) -> None:
     show_messages()
     given = Path(config.pipeline)
+    bring_back(given)
     found = next(
         (each for each in (given, given / WAITING, given / "pipeline") if (each / PIPELINE_INDEX).exists()), None
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from dae_diffusers.autoencoders.loading import as_plain, load_any_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import load_images
-from dae_diffusers.engine.distributed import make_accelerator
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.errors import UserError
 from dae_diffusers.latents.cache import write_latent_cache
 from dae_diffusers.locks import take_folder
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: CacheLatentsConfig) -> None:
-    accelerator = make_accelerator()
+    accelerator = measuring_accelerator()
     cache, data = config.cache, config.data
     folder = Path(cache.output_dir)
     lock = take_folder(folder, accelerator)

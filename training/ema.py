@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 
 from dae_diffusers.autoencoders.loading import settle_images
 from dae_diffusers.cli import parse_config
-from dae_diffusers.engine.distributed import make_accelerator
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
 from dae_diffusers.errors import UserError, in_full
@@ -51,7 +51,7 @@ SCRIPTS = {"transformer": "train_dit", "prior": "train_vqgan_prior"}
 
 
 def main(config: EMAConfig) -> None:
-    accelerator = make_accelerator(config.lengths.mixed_precision or "no")
+    accelerator = measuring_accelerator(config.lengths.mixed_precision or "no")
     folder = Path(config.lengths.folder)
     pipeline = load_own_pipeline(folder, accelerator.device)
     part, _ = generator_of(pipeline)

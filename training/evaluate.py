@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from dae_diffusers.autoencoders.loading import load_autoencoder, settle_images
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data.configuration import DEFAULT_RESOLUTION
-from dae_diffusers.engine.distributed import make_accelerator
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.checks import check_enough_images, check_guidance, check_takes_text
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def main(config: EvaluateConfig) -> None:
     of = config.evaluation
-    accelerator = make_accelerator(of.mixed_precision or "no")
+    accelerator = measuring_accelerator(of.mixed_precision or "no")
     folder = Path(of.output_dir)
     lock = take_folder(folder, accelerator)
     of.pipeline = of.pipeline and find_pipeline(of.pipeline)

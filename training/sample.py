@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data.encodings import decode_text
-from dae_diffusers.engine.distributed import make_accelerator
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.errors import UserError, in_full, one_line
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.sample_folder import METADATA, check_is_free, class_folders, encode, prepare, suffix_of
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: SampleConfig) -> None:
-    accelerator = make_accelerator(config.samples.mixed_precision)
+    accelerator = measuring_accelerator(config.samples.mixed_precision)
     folder = Path(config.samples.output_dir)
     check_is_free(folder)
     prompts = read_prompts(config.samples.prompts)

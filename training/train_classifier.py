@@ -25,7 +25,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.data import ImageDataset, load_images, make_pass_loader, make_training_loader
-from dae_diffusers.engine.distributed import make_accelerator
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.features import FeatureExtractor, load_feature_extractor, prepare_images
@@ -42,7 +42,7 @@ def main(config: TrainClassifierConfig) -> None:
     output_dir = Path(training.output_dir)
     if (output_dir / "config.json").exists():
         raise UserError(f"`--output_dir` {output_dir} holds a model already. Choose another folder or remove it.")
-    accelerator = make_accelerator(training.mixed_precision)
+    accelerator = measuring_accelerator(training.mixed_precision)
     lock = take_folder(output_dir, accelerator)
     set_seed(training.seed)
     with accelerator.main_process_first():

@@ -192,7 +192,9 @@ class StageConfig:
         at_least=1,
         advanced=True,
     )
-    pipeline: str | None = field(None, "with `--stage 3`: the pipeline (folder or Hub id)")
+    pipeline: str | None = field(
+        None, "with `--stage 3`: the pipeline (folder or Hub id), or the output folder of its training"
+    )
     feature_model: str | None = field(
         None, "with `--stage 3`: compare in this vision model's features too", needs="stage 3"
     )

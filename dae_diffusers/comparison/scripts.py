@@ -130,13 +130,13 @@ def _context():
 
 
 def _run(name: str, words: list[str], log: str, answer: Connection) -> None:
+    script = importlib.import_module(f"{_PACKAGE}.{name}")
     before = time.process_time()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for number in (1, 2):
         os.dup2(descriptor, number)
     sys.argv = [name, *words]
     _end_with_parent()
-    script = importlib.import_module(f"{_PACKAGE}.{name}")
     run_script(script.main, parse_config(SCRIPTS[name.replace("_", "-")], words))
     times = os.times()
     answer.send(time.process_time() - before + times.children_user + times.children_system)

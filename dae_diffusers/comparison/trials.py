@@ -10,7 +10,7 @@ from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.comparison.scripts import launch_script, shared_flags
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import read_value_range
-from dae_diffusers.engine.distributed import make_accelerator
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.metrics.drawings import measure_drawings
 from dae_diffusers.metrics.evaluation import TrainingFeatures, encode_images, latent_metrics, reconstruction_metrics
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -26,7 +26,7 @@ class Ruler:
     Measures an autoencoder, and samples of generators on its latents.
 
     Args:
-        experiment (`dict`): Its `data`, `features`, `num_images`, `num_inference_steps` and, for drawing, `mixed_precision` are used.
+        experiment (`dict`): Its `data`, `features`, `num_images` and `num_inference_steps` are used.
         vae (`Path` or `str`): The autoencoder: a folder or a Hub id.
         seed (`int`): Chooses noise.
         reference (`Path`): Folder of the training images' statistics.
@@ -34,8 +34,7 @@ class Ruler:
 
     def __init__(self, experiment: dict[str, Any], vae: Path | str, seed: int, reference: Path):
         self.experiment, self.seed, self.reference = experiment, seed, reference
-        precision = experiment.get("mixed_precision", "no")  # whatever accelerate was configured for
-        self.accelerator = make_accelerator(precision)
+        self.accelerator = measuring_accelerator("no")  # whatever accelerate was configured for
         data = DataConfig(**experiment["data"])
         self.train, self.validation = load_images(data, value_range=read_value_range(str(vae)))
         self.some = self.train.choose(experiment["num_images"])

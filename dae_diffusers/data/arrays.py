@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
 MAX_VALUES = 2**28  # of one array: 1 GiB as float32, 16384 x 16384 pixels with one channel
+_not_fetched: set[str] = set()  # repositories of which that was said
 # An image longer than this many times its width is cut before it is scaled: enlarging all of it could take gigabytes.
 MAX_ELONGATION = 8
 
@@ -327,17 +328,25 @@ def _is_cut(image: Image.Image, content: bytes) -> bool:
 
 
 def find_file(name_or_path: str, name: str) -> Path | None:
-    r"""A file of a local folder or of a repository on the Hub; None if it is not there, or, with a warning, if it cannot be fetched."""
+    r"""
+    A file of a local folder or of a repository on the Hub; None if it is not there, or cannot be fetched. The latter is said, once for
+    each repository.
+    """
     path = Path(name_or_path) / name
     if Path(name_or_path).is_dir():
         return path if path.is_file() else None
+    if name_or_path in _not_fetched:  # each try takes half a minute
+        cached = try_to_load_from_cache(name_or_path, name)
+        return Path(cached) if isinstance(cached, str) else None
     try:
         return Path(hf_hub_download(name_or_path, name))
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
         return None  # no Hub id, or nothing there
     except (HfHubHTTPError, EntryNotFoundError) as error:
         if not constants.HF_HUB_OFFLINE:
+            _not_fetched.add(name_or_path)
             logger.warning(
-                "%s of %s could not be fetched, and counts as missing: %s", name, name_or_path, one_line(error, 200)
-            )
+                "what %s says of its images, and of a decoder that was fitted, could not be fetched; only what is in the cache counts: %s",
+                name_or_path, one_line(error, 200),
+            )  # fmt: skip
         return None

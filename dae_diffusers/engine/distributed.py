@@ -21,8 +21,9 @@ from dae_diffusers.settings import flat
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
-def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
-    r"""An accelerator for a script that measures or draws: products in full float32, and messages of the main process only."""
+def measuring_accelerator(mixed_precision: str | None = None) -> Accelerator:
+    r"""An accelerator for a script that is no [`~dae_diffusers.engine.run.TrainingRun`]: products in full float32, and messages of the main
+    process only."""
     use_tf32(False)
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[PROCESS_GROUP])
     show_messages(accelerator.is_main_process)

@@ -37,7 +37,7 @@ from dae_diffusers.locks import take_folder
 from dae_diffusers.script import num_cores, show_messages
 from dae_diffusers.settings import config_text, flags_of, flat, without_paths
 from dae_diffusers.signals import launcher_pid
-from dae_diffusers.store import read_json_or, write_atomically, write_json
+from dae_diffusers.store import bring_back, read_json_or, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -420,6 +420,8 @@ class TrainingRun:
             raise UserError(problem[0])
         if self.accelerator.is_main_process:
             remove_leftovers(self.folder)
+            bring_back(self.output_dir)
+        self.accelerator.wait_for_everyone()  # the others read what is there
 
 
 def make_accelerator(config: Any, folder: Path) -> Accelerator:

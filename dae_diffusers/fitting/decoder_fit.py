@@ -269,7 +269,9 @@ class DecoderFit:
 
     def plan(self) -> dict[str, Any]:
         r"""The settings that a resumed run must have again."""
-        names = ("generated_loss", "pool_size", "pool_guidance_scale", "pool_inference_steps")
+        names = ["generated_loss", "pool_size", "pool_guidance_scale"]
+        if not isinstance(self.pipeline, DAEVQGANPipeline):
+            names.append("pool_inference_steps")
         return {name: getattr(self.settings, name) for name in names}
 
     def begin(self, start: Start, validate: Callable[[], dict[str, float]]) -> None:

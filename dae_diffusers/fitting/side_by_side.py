@@ -26,6 +26,7 @@ from dae_diffusers.metrics.monitor import Monitor, best_or_last
 from dae_diffusers.metrics.sampling import load_pipeline
 from dae_diffusers.store import read_json, replace_folder, write_json
 from dae_diffusers.weights import (
+    ENCODER,
     STATISTICS,
     have_other_encoders,
     latents_fingerprint,
@@ -61,7 +62,7 @@ class GrowingAutoencoder:
         model = load_any_autoencoder(place, takes_stage1=True)
         self.device, self.output_dir = device, output_dir
         self.is_finished = not is_from_stage1(model)
-        if self.is_finished and have_other_encoders(Path(place) / "stage1", Path(place) / "vae"):
+        if self.is_finished and have_other_encoders(Path(place) / "stage1", Path(place) / "vae", ENCODER):
             raise UserError(
                 f"{place} has the autoencoder of an earlier run: the encoder of `vae/` is not that of `stage1/`. Give {place}/vae or "
                 f"{place}/stage1, or remove the old one."

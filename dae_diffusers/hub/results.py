@@ -15,7 +15,7 @@ from dae_diffusers.errors import UserError, one_line
 from dae_diffusers.evaluation_record import name_of_setting
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.settings import is_of_one_run, without_paths
-from dae_diffusers.store import OLD, read_json, read_json_or, read_rows
+from dae_diffusers.store import bring_back, read_json, read_json_or, read_rows
 from dae_diffusers.weights import have_other_encoders, weights_fingerprint_of
 
 PIPELINE_INDEX = "model_index.json"
@@ -221,20 +221,20 @@ def is_stage1_alone(folder: str | Path) -> bool:
 
 def is_leftover(path: Path) -> bool:
     r"""Whether a file or folder is a leftover of a kill during a write: by safetensors, by our files, or by checkpoints."""
-    if path.name.endswith(OLD) and not path.with_name(path.name.removesuffix(OLD)).exists():
-        return False  # the only copy: the kill came before the new one took its place
     return re.fullmatch(r"\.tmp\w{6}|.+\.tmp|tmp-(old-)?checkpoint-\d+", path.name) is not None
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
     r"""
-    Removes leftovers of kills from the output folder of a run (see [`is_leftover`]). Of links, it removes only the link.
+    Removes leftovers of kills from the output folder of a run (see [`is_leftover`]), and brings back what was being replaced. Of links, it
+    removes only the link.
 
     Call it when no other run writes there.
 
     Returns:
         `list[Path]`: What was removed.
     """
+    bring_back(Path(folder))
     found = [path for path in sorted(Path(folder).rglob("*")) if is_leftover(path)]
     for path in found:
         if path.is_dir() and not path.is_symlink():

@@ -19,7 +19,8 @@ class EvaluationConfig:
 
     vae: str | None = field(None, "folder or Hub id of an autoencoder; default: the pipeline's")
     pipeline: str | None = field(
-        None, "folder or Hub id of a diffusers pipeline; default: only the autoencoder is measured"
+        None,
+        "folder or Hub id of a diffusers pipeline, or the output folder of its training; default: only the autoencoder is measured",
     )
     samples_dir: str | None = field(
         None,

@@ -226,9 +226,7 @@ class Search:
     def trial(self, name: str, folder: Path | None = None) -> CandidateTrial:
         r"""A candidate, in the folder of the search or in another."""
         scales = self.config.guidance_scales if self.is_guided(name) else [1.0]
-        transformer = self.candidates.transformer_of(name)
-        experiment = {**self.experiment, "transformer": transformer, "guidance_scales": scales}
-        experiment["mixed_precision"] = transformer.get("mixed_precision", "no")  # pilots draw as they were trained
+        experiment = {**self.experiment, "transformer": self.candidates.transformer_of(name), "guidance_scales": scales}
         flags = self.candidates.flags
         same = (each for each in flags if stage1_flags(flags[each]) == stage1_flags(flags[name]))
         return CandidateTrial(name, flags[name], experiment, folder or self.folder, self.config.seed, next(same))
