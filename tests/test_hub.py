@@ -546,6 +546,7 @@ def test_card_snippets_load_a_larger_decoder_with_and_without_the_package(client
     model.save_pretrained(tmp_path / "larger" / "model")
     push_script(tmp_path / "larger" / "model", f"writer/larger-{kind}")
     card = client.files(f"writer/larger-{kind}")["README.md"].decode()
+    assert ("over codes in the latent space of a vector-quantised autoencoder" in card) == (kind == "vqgan")
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     own, without = blocks if kind == "alone" else (blocks[2], blocks[1] + "\nvae = pipe.vae")
     latents = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
@@ -952,6 +953,8 @@ def test_what_training_logged_is_published_with_the_weights_that_it_is_of(tmp_pa
     assert {each.metric: each.value for each in measurements(result)} == {"psnr": 20.0, "gfd_tiny": 4.0}
     assert "reconstructions.png" in result.pictures and result.pictures["samples.png"][0] == grids[1]
     assert "those of step 4, whose samples came closest" in make_card(result, REPO).content and result.doubts == []
+    del result.scripts["train_dit"].config["metric_features"]
+    assert "those of step 4, whose validation loss was lowest" in make_card(result, REPO).content
     grids[1].unlink()
     assert "samples.png" not in read_result(folder).pictures
     shutil.copy(grids[0], grids[1])
