@@ -275,7 +275,7 @@ TABLE = [
         "evaluate",
         "--train_data_dir {images} --pipeline {vae} --features {features}",
         1,
-        "no file named model_index.json",
+        "holds no pipeline",
     ),
     (
         "evaluate",

@@ -192,9 +192,7 @@ class StageConfig:
         at_least=1,
         advanced=True,
     )
-    pipeline: str | None = field(
-        None, "with `--stage 3`: the pipeline (folder or Hub id), or the output folder of its training"
-    )
+    pipeline: str | None = field(None, "with `--stage 3`: the pipeline, or its run (folder or Hub id)")
     feature_model: str | None = field(
         None, "with `--stage 3`: compare in this vision model's features too", needs="stage 3"
     )
