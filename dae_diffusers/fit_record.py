@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.data.arrays import find_file
+from dae_diffusers.repository_files import find_file
 from dae_diffusers.store import read_json_or, sha256_of, write_json
 
 FIT_FILE = "stage3.json"

@@ -140,8 +140,7 @@ def flush(folder: Path) -> None:
     r"""Waits until the files of a folder are on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("r+b" if _IS_WINDOWS else "rb") as file:  # Windows flushes only what is open for writing
-                os.fsync(file.fileno())
+            _flush_file(path)
     flush_entries(folder)
 
 
@@ -169,9 +168,8 @@ def replace_files(folder: Path, save: Callable[[Path], Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)
     flush(temporary)
-    new = sorted(
-        temporary.iterdir(), key=lambda path: (path.name == "config.json", path.name)
-    )  # where it is, weights are
+    # The config comes last: where it is, the weights are.
+    new = sorted(temporary.iterdir(), key=lambda path: (path.name == "config.json", path.name))
     for path in new:
         os.replace(path, folder / path.name)
     temporary.rmdir()
@@ -455,9 +453,13 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _flush_and_rename(temporary: Path, path: Path) -> None:
-    with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
+    _flush_file(temporary)
     temporary.replace(path)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("r+b" if _IS_WINDOWS else "rb") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
 
 
 def _host() -> str:

@@ -18,8 +18,8 @@ from pictures import encoded
 from PIL import Image, TiffImagePlugin
 from scripts import TINY_DAE, TINY_DIT, run
 
-from dae_diffusers import DAEDiTPipeline
-from dae_diffusers.data import DataConfig, arrays, decode_image, load_images, make_pass_loader, resize_and_crop
+from dae_diffusers import DAEDiTPipeline, repository_files
+from dae_diffusers.data import DataConfig, decode_image, load_images, make_pass_loader, resize_and_crop
 from dae_diffusers.data.arrays import (
     LossyDepthError,
     decode_array,
@@ -190,7 +190,7 @@ def test_the_range_is_found_wherever_the_autoencoder_is(tmp_path, monkeypatch, c
         tried.append(name)
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(arrays, "hf_hub_download", not_reached)
+    monkeypatch.setattr(repository_files, "hf_hub_download", not_reached)
     assert not caplog.messages and read_value_range("user/other") is None
     assert len(tried) == len(caplog.messages) == 1 and "what user/other says of its images" in caplog.text
     assert read_value_range("user/model") == [-5, 7]  # from the cache

@@ -1,11 +1,10 @@
 """Judges samples by feature extractors."""
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from dae_diffusers.data import DataConfig, load_images
-from dae_diffusers.engine.precision import use_tf32
+from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.fitting.decoder_fit import draw_latents
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
@@ -19,7 +18,6 @@ from experiments.trial import Trial
 
 def judge_samples(trial: Trial, generators: list[str]) -> None:
     r"""Fréchet distances of samples to the training images by each judge and at each guidance, into `judged.json`."""
-    use_tf32(False)
     experiment, folder, origin = trial.experiment, trial.folder, trial.origin.folder
     names = [experiment["features"], *experiment.get("judges", [])]
     scales = [str(float(scale)) for scale in experiment.get("guidance_scales", [])]
@@ -28,7 +26,7 @@ def judge_samples(trial: Trial, generators: list[str]) -> None:
         judged = read_json(path) if path.exists() else {}
         if all(set(names) <= judged.get(scale, {}).keys() for scale in scales):
             continue
-        accelerator = Accelerator(mixed_precision="no")
+        accelerator = measuring_accelerator("no")
         train = load_images(DataConfig(**experiment["data"]))[0]
         channels = train.config.image_channels
         judges = {name: load_feature_extractor(name, channels=channels) for name in names}

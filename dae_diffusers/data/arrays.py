@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import logging
 import math
 import re
 import warnings
@@ -14,28 +13,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from PIL import Image
 
 from dae_diffusers.data.formats import decode_picture, open_picture, precisions
-from dae_diffusers.errors import UserError, one_line
+from dae_diffusers.errors import UserError
+from dae_diffusers.repository_files import find_file
 from dae_diffusers.sizes import height_and_width
 from dae_diffusers.store import write_atomically
-
-logger = logging.getLogger(__name__)
 
 NPY_MAGIC = b"\x93NUMPY"
 _RANGE_FILE = "preprocessor_config.json"
 MAX_VALUES = 2**28  # of one array: 1 GiB as float32, 16384 x 16384 pixels with one channel
-_not_fetched: set[str] = set()  # repositories of which that was said
 # An image longer than this many times its width is cut before it is scaled: enlarging all of it could take gigabytes.
 MAX_ELONGATION = 8
 
@@ -325,28 +313,3 @@ def _is_cut(image: Image.Image, content: bytes) -> bool:
         return arguments[1] > 255  # the highest value
     bits, _ = precisions(image, content)
     return bits > 8 or re.search(";16[BLN]", str(arguments)) is not None  # "RGB;16B"; "BGR;16" is 5 + 6 + 5
-
-
-def find_file(name_or_path: str, name: str) -> Path | None:
-    r"""
-    A file of a local folder or of a repository on the Hub; None if it is not there, or cannot be fetched. The latter is said, once for
-    each repository.
-    """
-    path = Path(name_or_path) / name
-    if Path(name_or_path).is_dir():
-        return path if path.is_file() else None
-    if name_or_path in _not_fetched:  # each try takes half a minute
-        cached = try_to_load_from_cache(name_or_path, name)
-        return Path(cached) if isinstance(cached, str) else None
-    try:
-        return Path(hf_hub_download(name_or_path, name))
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
-        return None  # no Hub id, or nothing there
-    except (HfHubHTTPError, EntryNotFoundError) as error:
-        if not constants.HF_HUB_OFFLINE:
-            _not_fetched.add(name_or_path)
-            logger.warning(
-                "what %s says of its images, and of a decoder that was fitted, could not be fetched; only what is in the cache counts: %s",
-                name_or_path, one_line(error, 200),
-            )  # fmt: skip
-        return None
