@@ -831,7 +831,7 @@ def test_schedulers_are_compared_and_the_best_is_kept(pipeline, images, tmp_path
     [
         ("DDIM", "`schedulers` DDIM does not suit the pipeline: .*flow matching"),
         ("UniPCMultistepp", "no scheduler 'UniPCMultistepp'. Did you mean UniPCMultistep"),
-        ("unipc", "no scheduler 'unipc'. Did you mean UniPCMultistep"),
+        ("unipc", "^`schedulers`: diffusers has no scheduler 'unipc'. Did you mean UniPCMultistep"),
         ("CosineDPMSolverMultistep", "needs a package that is not installed: .*torchsde"),
         ("qqq", "Such names are"),
         ("ModelMixin", "Such names are"),

@@ -30,9 +30,9 @@ def drawing_by(pipeline: DiffusionPipeline, name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    own = pipeline.scheduler
+    own, other = pipeline.scheduler, _class_of(name)
     try:
-        pipeline.scheduler = _class_of(name).from_config(own.config)
+        pipeline.scheduler = other.from_config(own.config)
     except (ValueError, TypeError, NotImplementedError) as error:  # ours check it
         raise UserError(f"`schedulers` {name} does not suit the pipeline: {one_line(error, 300)}") from None
     try:
