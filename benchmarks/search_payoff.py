@@ -42,6 +42,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.5])
     parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="of all trainings and of drawing")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_args(words)
@@ -72,6 +73,7 @@ def row_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         num_images=arguments.num_images,
         guidance_scales=arguments.guidance_scales,
         num_inference_steps=arguments.num_inference_steps,
+        mixed_precision=arguments.mixed_precision,
         seed=seed,
     )
     search = Search(config, data, read_candidates(config, data))

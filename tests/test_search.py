@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from models import save_autoencoder, save_backbone
 from safetensors.torch import load_file, save_file
 from scripts import in_child, launched_here, load_benchmark, run
@@ -140,6 +141,10 @@ def test_values_of_candidates_have_the_types_of_their_settings(tmp_path):
     found = read_candidates(SearchConfig(candidates=written(tmp_path, text)), DATA)
     shared = {"mixed_precision": "no", "random_flip": False}
     assert found.autoencoder == shared and found.flags["a"] == shared | {"kl_weight": 1e-4, "latent_channels": 2}
+    found = read_candidates(SearchConfig(candidates=written(tmp_path, text), mixed_precision="bf16"), DATA)
+    assert found.flags["a"]["mixed_precision"] == "no" and found.transformer == found.judge == {
+        "mixed_precision": "bf16"
+    }
 
 
 def test_candidates_augment_as_they_like(tmp_path):
@@ -588,13 +593,14 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         "1",
         "1.5",
     ]
-    command += ["--features", save_backbone(tmp_path / "judge", "classifier")]
+    command += ["--mixed_precision", "bf16", "--features", save_backbone(tmp_path / "judge", "classifier")]
     monkeypatch.setattr(sys, "argv", command)
     draw, drawn = drawings.draw_samples, []
 
-    def counted(pipeline, settings, *given, **options):
+    def counted(pipeline, settings, folder, accelerator, **options):
+        assert accelerator.mixed_precision == "bf16"
         drawn.append(settings.guidance_scale)
-        return draw(pipeline, settings, *given, **options)
+        return draw(pipeline, settings, folder, accelerator, **options)
 
     monkeypatch.setattr(drawings, "draw_samples", counted)
     with launched_here(cpu_seconds=1000.0) as calls:
@@ -615,13 +621,14 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
             assert list(gfd) == ["1", "1.5"] and distances(row)["gFD"] == min(gfd.values())
             has_stage1 = (path.parents[1] / "stage1").exists()
             assert row["processor_seconds"] // 1000 == 3 + has_stage1  # autoencoder, latents, generator
+            assert "mixed_precision: bf16" in (path.parent / "generator" / "train_dit" / "config.yaml").read_text()
             pipeline = path.parent / "generator" / "pipeline"
             shift = 2.0 if path.parents[1].name == "ordered-2" else 1.0
             assert read_json(pipeline / "scheduler" / "scheduler_config.json")["flow_shift"] == shift
             channels = 2 if path.parents[1].name == "ordered-2" else 3
             assert read_json(pipeline / "vae" / "config.json")["latent_channels"] == channels
         config = SearchConfig(output_dir=str(folder), candidates=command[2], num_images=12, num_inference_steps=1)
-        config.guidance_scales = [1.0, 1.5]
+        config.guidance_scales, config.mixed_precision = [1.0, 1.5], "bf16"
         config.features, data = (
             command[-1],
             benchmark.choose_data(command[command.index("--data") + 1 : command.index("--shares")]),
@@ -634,6 +641,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
         assert "--vae runs/best/vae" in generator and "--timestep_shift 2.0" in generator
         # What short pilots wanted is not what it will want.
         assert "guidance" not in generator and "--guidance_scales 1 1.5 2 3 --set_defaults" in evaluation
+        AcceleratorState._reset_state(reset_partial_state=True)  # another process, in another precision
         forecast = load_benchmark("forecast")
         command = ["forecast", "--runs", f"{tmp_path}/payoff", "--output_dir", f"{tmp_path}/forecast"]
         monkeypatch.setattr(sys, "argv", [*command, "--widths", "8", "--steps", "1", "--num_images", "12"])

@@ -26,7 +26,8 @@ class Ruler:
     Measures an autoencoder, and samples of generators on its latents.
 
     Args:
-        experiment (`dict`): Its `data`, `features`, `num_images` and `num_inference_steps` are used.
+        experiment (`dict`): Its `data`, `features`, `num_images`, `num_inference_steps` and `mixed_precision` (of drawing; default: none)
+            are used.
         vae (`Path` or `str`): The autoencoder: a folder or a Hub id.
         seed (`int`): Chooses noise.
         reference (`Path`): Folder of the training images' statistics.
@@ -34,7 +35,8 @@ class Ruler:
 
     def __init__(self, experiment: dict[str, Any], vae: Path | str, seed: int, reference: Path):
         self.experiment, self.seed, self.reference = experiment, seed, reference
-        self.accelerator = measuring_accelerator("no")  # whatever accelerate was configured for
+        # Whatever accelerate was configured for.
+        self.accelerator = measuring_accelerator(experiment.get("mixed_precision") or "no")
         data = DataConfig(**experiment["data"])
         self.train, self.validation = load_images(data, value_range=read_value_range(str(vae)))
         self.some = self.train.choose(experiment["num_images"])

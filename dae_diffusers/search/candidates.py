@@ -64,7 +64,8 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
     unknown = set(content) - {*_PARTS, "candidates"}
     if unknown or not isinstance(content.get("candidates"), dict) or not content["candidates"]:
         raise ConfigError(f"{name} must hold `candidates`, and may hold {', '.join(_PARTS)}; it holds {list(content)}.")
-    parts = {part: _flags(f"{part} of {name}", content.get(part) or {}, each) for part, each in _PARTS.items()}
+    shared = {} if config.mixed_precision is None else {"mixed_precision": config.mixed_precision}
+    parts = {part: shared | _flags(f"{part} of {name}", content.get(part) or {}, each) for part, each in _PARTS.items()}
     found = Candidates(**parts, flags={})
     for candidate, flags in content["candidates"].items():
         if not re.fullmatch(r"[\w.-]+", str(candidate)):

@@ -65,6 +65,7 @@ class Search:
             "judge": candidates.judge if config.features is None else _described(config.features),
             "published_vae": config.published_vae and _described_vae(config.published_vae),
             "settings": {name: getattr(config, name) for name in _FIXED},
+            "mixed_precision": config.mixed_precision,
         }
         path = self.folder / "search.json"
         others = [name for name in _RESULTS_OF_OTHERS if (self.folder / name).exists()]
@@ -97,6 +98,7 @@ class Search:
             "data": data,
             "num_images": config.num_images,
             "num_inference_steps": config.num_inference_steps,
+            "mixed_precision": config.mixed_precision,
         }
 
     def refuse(self, name: str, before: Any, now: Any) -> None:

@@ -33,6 +33,10 @@ class SearchConfig:
         advanced=True,
     )
     num_inference_steps: int = field(15, "denoising steps with which they are generated", at_least=1, advanced=True)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        None,
+        "precision of all trainings and of drawing; weights stay float32; default: trainings as accelerate says, drawing float32",
+    )
     seed: int = field(0, "of weights and data order", at_least=0, at_most=MAX_SEED)
 
     def __post_init__(self):

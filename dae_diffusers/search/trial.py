@@ -31,8 +31,8 @@ class CandidateTrial:
 
     Args:
         name (`str`), flags (`dict`): The candidate; `flags` has only `vae` for a published autoencoder.
-        experiment (`dict`): `data`, `features`, `num_images`, `guidance_scales` and `num_inference_steps`, which all have in common, and
-            `transformer`.
+        experiment (`dict`): `data`, `features`, `num_images`, `guidance_scales`, `num_inference_steps` and `mixed_precision`, which all
+            have in common, and `transformer`.
         folder (`Path`): Of the search.
         seed (`int`): Of the search.
         stage1_of (`str`, *optional*): The candidate whose stage 1 this one uses; default: its own.
