@@ -598,8 +598,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     draw, drawn = drawings.draw_samples, []
 
     def counted(pipeline, settings, folder, accelerator, **options):
-        assert accelerator.mixed_precision == "bf16"
-        drawn.append(settings.guidance_scale)
+        drawn.append((settings.guidance_scale, accelerator.mixed_precision))
         return draw(pipeline, settings, folder, accelerator, **options)
 
     monkeypatch.setattr(drawings, "draw_samples", counted)
@@ -611,7 +610,7 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
             benchmark.main(benchmark.parse_arguments([*command[1:], "--generator_steps", "400"]))
         benchmark.main(benchmark.parse_arguments())
         assert len(calls) == count and (tmp_path / "payoff" / "payoff.md").read_text() == text
-        assert drawn == [1.0, 1.5] * 6
+        assert drawn == [(1.0, "bf16"), (1.5, "bf16")] * 6
         # In the rung and in full, the two candidates share their stage 1. All are drawn with and without guidance.
         assert sum(name == "train_dae" and path.endswith("stage1") for name, path in calls) == 2
         folder = tmp_path / "payoff" / "seed-0"
