@@ -236,7 +236,7 @@ def test_classes_and_captions_are_as_they_are_written(make_folder, values, expec
     folder = make_folder("0.png", "1.png")
     rows = [f"{number}.png,{value},{value}\n" for number, value in enumerate(values)]
     (folder / "metadata.csv").write_text("file_name,label,text\n" + "".join(rows))
-    found = load_folder(folder, caption_column="text")["train"]
+    found = load_folder(folder, caption_columns=["text"])["train"]
     assert found["label"] == (expected or values) and found["text"] == values
 
 

@@ -487,6 +487,7 @@ def test_run_does_not_go_on_with_other_captions(trained, data, flags, tmp_path):
     [
         ({"caption_column": "text"}, "`caption_column` needs `text_encoder`"),
         ({"text_encoder": "x"}, "`text_encoder` needs `caption_column`"),
+        ({"caption_column": ["text", "text"], "text_encoder": "x"}, "`caption_column` holds 'text' twice"),
         ({"caption_column": "text", "text_encoder": "x", "streaming": True}, "does not go with `streaming`"),
         (
             {"caption_column": "text", "text_encoder": "x", "dataset_name": None, "latent_cache": "x"},
@@ -524,7 +525,7 @@ def pack(folder: Path, beside: dict[str, str]) -> None:
             path.unlink()
 
 
-def load(folder: Path, column: str) -> dict[str, list[str]]:
+def load(folder: Path, column: str | list[str]) -> dict[str, list[str]]:
     """The captions of each picture, by its number, which its colour tells."""
     train, validation = load_images(
         DataConfig(train_data_dir=str(folder), resolution=8, caption_column=column, validation_fraction=0.25)
@@ -546,6 +547,21 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
     assert load(make(lambda folder: write_table(folder, "csv", plain)), "text") == one
     several = {str(n): [f"{n}", f"so {n}"] for n in range(4)}
     assert load(make(lambda folder: write_table(folder, "jsonl", rows)), "more") == several
+    both_columns = {str(n): [f"number {n}", f"{n}", f"so {n}"] for n in range(4)}
+    assert load(make(lambda folder: write_table(folder, "jsonl", rows)), ["text", "more"]) == both_columns
+    rows_of_mappings = [
+        {"file_name": f"{n}.png", "sentences": [{"raw": f"{n}", "id": 1}, {"raw": f"so {n}", "id": 2}], "none": "NaN"}
+        for n in range(4)
+    ]
+    mappings = make(lambda folder: write_table(folder, "jsonl", rows_of_mappings))
+    assert load(mappings, "sentences.raw") == several
+    with pytest.raises(UserError, match="'sentences.id' holds Value.*, not texts"):
+        load(mappings, "sentences.id")
+    with pytest.raises(UserError, match="'sentences.words' is not among the columns"):
+        load(mappings, "sentences.words")
+    caplog.clear()
+    load(mappings, "none")
+    assert "3 captions of the split 'train' are 'NaN', as programs write a missing text." in caplog.text
 
     def texts(folder: Path) -> None:
         for n in range(3):  # the fourth has none
@@ -601,7 +617,7 @@ def test_images_of_one_name_share_their_text(tmp_path, caplog, is_packed):
                 archive.write(path, path.name)
                 path.unlink()
     caplog.set_level("INFO")
-    assert load_folder(tmp_path, caption_column="txt")["train"]["txt"] == ["an a", "an a", "a b", "a b"]
+    assert load_folder(tmp_path, caption_columns=["txt"])["train"]["txt"] == ["an a", "an a", "a b", "a b"]
     assert "1 .txt (no images)" in caplog.text and ".TXT" not in caplog.text
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -19,20 +20,48 @@ _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _LISTED = re.compile(rf"\[\s*(?:{_QUOTED})(?:[\s,]+(?:{_QUOTED}))*\s*\]")
 
 
-def captions_of(rows: datasets.Dataset, column: str, split: str, *, is_held_out: bool = False) -> list[list[str]]:
+# What programs write for a text that is missing.
+_MISSING = ("nan", "none", "null", "n/a", "<na>")
+
+
+def captions_of(
+    rows: datasets.Dataset, columns: Sequence[str], split: str, *, is_held_out: bool = False
+) -> list[list[str]]:
     r"""
     The texts of each image, at least one; an image without any has the empty text.
 
     Args:
         rows (`datasets.Dataset`): The rows of a split.
-        column (`str`): A column, or a field of one, of texts or of lists of texts.
+        columns (sequence of `str`): Columns, or fields of columns, of texts or of lists of texts; also a field of the mappings that a
+            column holds a list of, as `sentences.raw` of COCO's captions.
         split (`str`): Name of the split, for messages.
         is_held_out (`bool`, *optional*): Whether these are a part of the training split: all of a few may lack a text.
 
     Raises:
         UserError: If there is no such column, or it holds no texts.
     """
-    feature = feature_of(rows.features, column)
+    of_columns = [_captions_of(rows, column, split, is_held_out) for column in columns]
+    captions = [[text for texts in of_image for text in texts] or [""] for of_image in zip(*of_columns, strict=True)]
+    empty = captions.count([""])
+    if empty:
+        part = "the held-out part of " if is_held_out else ""
+        logger.warning(
+            "%d of %d images of %sthe split %r have no caption: their text is empty.", empty, len(captions), part, split
+        )
+    missing = [text for texts in captions for text in texts if text.lower() in _MISSING]
+    if missing:
+        logger.warning(
+            "%d captions of the split %r are %r, as programs write a missing text. Training takes them for texts: leave them empty.",
+            len(missing), split, missing[0],
+        )  # fmt: skip
+    return captions
+
+
+def _captions_of(rows: datasets.Dataset, column: str, split: str, is_held_out: bool) -> list[list[str]]:
+    """The texts of each image in a column, perhaps none."""
+    values, feature = column_values(rows, column), feature_of(rows.features, column)
+    if feature is None:
+        values, feature = _in_mappings(rows, column)
     if feature is None:
         texts = [name for name, each in rows.features.items() if _is_text(each)]
         raise UserError(
@@ -43,18 +72,19 @@ def captions_of(rows: datasets.Dataset, column: str, split: str, *, is_held_out:
         raise UserError(
             f"`caption_column` {column!r} holds {feature}, not texts. Name a column of texts, or of lists of texts."
         )
-    captions = [
-        [text for text in map(one_line, texts) if text] or [""] for texts in map(_texts, column_values(rows, column))
-    ]
-    empty = captions.count([""])
-    if empty == len(captions) and not is_held_out:
+    captions = [[text for text in map(one_line, texts) if text] for texts in map(_texts, values)]
+    if not any(captions) and not is_held_out:
         raise UserError(f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column.")
-    if empty:
-        part = "the held-out part of " if is_held_out else ""
-        logger.warning(
-            "%d of %d images of %sthe split %r have no caption: their text is empty.", empty, len(captions), part, split
-        )
     return captions
+
+
+def _in_mappings(rows: datasets.Dataset, column: str) -> tuple[list[list], Any]:
+    """The values and the feature of a field of the mappings that a column holds a list of; None if it is no such field."""
+    outer, _, field = column.rpartition(".")
+    inner = getattr(feature_of(rows.features, outer), "feature", None) if outer else None
+    if not isinstance(inner, dict) or field not in inner:
+        return [], None
+    return [[each and each[field] for each in value or []] for value in column_values(rows, outer)], inner[field]
 
 
 def _texts(value: str | list[str | None] | None) -> list[str]:

@@ -55,9 +55,9 @@ class DataConfig:
     label_column: str | list[str] | None = field(
         None, "column or field (`json.label`) of the labels, or several columns, or `none`; default: detected"
     )
-    caption_column: str | None = field(
+    caption_column: str | list[str] | None = field(
         None,
-        "column or field of the texts of each image, one or a list; `txt`: a .txt beside each image",
+        "columns or fields of the texts of each image, one or a list in each; `txt`: a .txt beside each image",
         advanced=True,
     )
     continuous_columns: list[str] = field(
@@ -169,8 +169,10 @@ class DataConfig:
     def __post_init__(self):
         if isinstance(self.resolution, list | tuple):
             self.resolution = _side(self.resolution)
-        if isinstance(self.label_column, list | tuple):
-            self.label_column = list(self.label_column) if len(self.label_column) > 1 else (*self.label_column, None)[0]
+        for name in ("label_column", "caption_column"):
+            given = getattr(self, name)
+            if isinstance(given, list | tuple):
+                setattr(self, name, list(given) if len(given) > 1 else (*given, None)[0])
         self._check_buckets()
         for name in ("train_data_dir", "dataset_name"):  # a shell does this, a YAML file does not
             if (getattr(self, name) or "").startswith("~"):
@@ -195,6 +197,9 @@ class DataConfig:
                 f"the columns {' '.join(filter(None, columns))} hold {twice[0] if twice else 'none'!r} "
                 + ("twice: name each once." if twice else "beside others: leave it out.")
             )
+        twice = [column for column in self.caption_columns if self.caption_columns.count(column) > 1]
+        if twice:
+            raise ConfigError(f"`caption_column` holds {twice[0]!r} twice: name each once.")
         self._check_group_column()
         if self.streaming:
             self._check_streaming()
@@ -311,6 +316,11 @@ class DataConfig:
     def label_columns(self) -> list[str]:
         r"""The columns of classes that are named; `none` counts as one."""
         return [self.label_column] if isinstance(self.label_column, str) else self.label_column or []
+
+    @property
+    def caption_columns(self) -> list[str]:
+        r"""The columns of texts that are named."""
+        return [self.caption_column] if isinstance(self.caption_column, str) else self.caption_column or []
 
     @property
     def first_label_column(self) -> str | None:

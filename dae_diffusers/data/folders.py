@@ -92,7 +92,7 @@ def load_folder(
     with_labels: bool = True,
     label_columns: Sequence[str] = (),
     group_column: str | None = None,
-    caption_column: str | None = None,
+    caption_columns: Sequence[str] = (),
     condition_column: str | None = None,
     flag: str = "train_data_dir",
 ) -> Splits:
@@ -111,8 +111,8 @@ def load_folder(
         with_labels (`bool`, *optional*): Whether folders are classes.
         label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
         group_column (`str`, *optional*): A column of metadata with names of groups, such as `007`, which are kept as they are written.
-        caption_column (`str`, *optional*): A column of texts. `"txt"`: the `.txt` beside each image, of the same name, which several
-            images of that name share.
+        caption_columns (`Sequence[str]`, *optional*): Columns of texts. `"txt"`: the `.txt` beside each image, of the same name, which
+            several images of that name share.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
         flag (`str`, *optional*): The setting that named the folder, for messages.
 
@@ -132,10 +132,10 @@ def load_folder(
         )
     metadata = [Metadata(path, (folder / path).read_bytes()) for path in found.metadata]
     if pictures or arrays:
-        entries = _loose_entries(folder, found, caption_column == "txt")
+        entries = _loose_entries(folder, found, "txt" in caption_columns)
     elif found.archives:
         found.left_out.update(dict.fromkeys(found.tables, _NO_METADATA))
-        entries, packed = _packed_entries(folder, found, caption_column == "txt")
+        entries, packed = _packed_entries(folder, found, "txt" in caption_columns)
         metadata += packed
     if not (pictures or arrays or found.archives) or not entries:
         raise UserError(
@@ -144,7 +144,7 @@ def load_folder(
         )
     _say_left_out(folder, found.left_out)
     names_of = {*(label_columns or LABELS), group_column}
-    metadata = [replace(each, name_columns=names_of, caption_column=caption_column) for each in metadata]
+    metadata = [replace(each, name_columns=names_of, caption_columns=caption_columns) for each in metadata]
     names = _names_of(entries)
     files = {entry.file: entry.image for entry in entries}
     named = named_files(metadata, names)

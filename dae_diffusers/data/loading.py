@@ -127,7 +127,7 @@ def _images(
     labels = None if classes is None else classes.ids(rows, name, is_held_out=is_held_out)
     captions = None
     if config.caption_column is not None:
-        captions = captions_of(rows, config.caption_column, name, is_held_out=is_held_out)
+        captions = captions_of(rows, config.caption_columns, name, is_held_out=is_held_out)
     groups = None if config.group_column is None else group_names(rows, config.group_column, train)
     if config.condition_column is not None:
         rows = with_image_column(rows, config.condition_column, "condition_column")[0]

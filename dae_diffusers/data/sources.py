@@ -71,7 +71,7 @@ def _read_source(config: DataConfig) -> Loaded:
         "with_labels": config.label_column != "none",
         "label_columns": config.label_columns,
         "group_column": config.group_column,
-        "caption_column": config.caption_column,
+        "caption_columns": config.caption_columns,
         "condition_column": config.condition_column,
     }
     if config.train_data_dir is not None:

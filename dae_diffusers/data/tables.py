@@ -46,7 +46,7 @@ class Metadata:
     path: PurePosixPath
     content: bytes
     name_columns: Collection[str] = ()
-    caption_column: str | None = None
+    caption_columns: Collection[str] = ()
 
     @cached_property
     def table(self) -> pa.Table:
@@ -56,7 +56,7 @@ class Metadata:
             raise ValueError("it is empty")
         file = io.BytesIO(self.content if suffix == ".parquet" else decode_text(self.content).encode())
         if suffix == ".csv":
-            return _read_csv(file, self.name_columns, self.caption_column)
+            return _read_csv(file, self.name_columns, self.caption_columns)
         return _with_strings(pq.read_table(file)) if suffix == ".parquet" else _read_json(file)
 
     @classmethod
@@ -73,13 +73,13 @@ def _with_strings(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema(types))
 
 
-def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_column: str | None) -> pa.Table:
+def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_columns: Collection[str]) -> pa.Table:
     """The rows of a CSV file, whose columns commas separate, or else `;` or tabs."""
     header = file.readline().decode()
     separator = next((each for each in ",;\t" if each in header), ",")
     options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)}
     file.seek(0)
-    table = _as_written(pyarrow.csv.read_csv(file, **options), name_columns, caption_column, file, options)
+    table = _as_written(pyarrow.csv.read_csv(file, **options), name_columns, caption_columns, file, options)
     names = [name.strip() for name in table.column_names]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None and "file_name" in names:
@@ -88,7 +88,7 @@ def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_column: s
 
 
 def _as_written(
-    table: pa.Table, name_columns: Collection[str], caption_column: str | None, file: io.BytesIO, options: dict[str, Any]
+    table: pa.Table, name_columns: Collection[str], caption_columns: Collection[str], file: io.BytesIO, options: dict[str, Any]
 ) -> pa.Table:  # fmt: skip
     """
     The table, with captions as text. Names of classes and groups are text too, unless they are bools or whole numbers without zeros
@@ -97,7 +97,7 @@ def _as_written(
     columns = {
         number: each
         for number, each in enumerate(table.schema)
-        if each.name.strip() in {*name_columns, caption_column} and not pa.types.is_string(each.type)
+        if each.name.strip() in {*name_columns, *caption_columns} and not pa.types.is_string(each.type)
     }
     if not columns:
         return table
@@ -107,7 +107,7 @@ def _as_written(
     texts = pyarrow.csv.read_csv(file, convert_options=convert_options, **options)
     for number, each in columns.items():
         keeps = pa.types.is_null(each.type)
-        if each.name.strip() != caption_column:
+        if each.name.strip() not in caption_columns:
             keeps |= pa.types.is_boolean(each.type)
             keeps |= pc.all(pc.match_substring_regex(texts[number], _WHOLE)).as_py() is not False
         if not keeps:
