@@ -682,19 +682,9 @@ class DAEDiTPipeline(DiffusionPipeline):
         guidance_interval = defaults["guidance_interval"] if guidance_interval is None else guidance_interval
         num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         velocity_scale = defaults["velocity_scale"] if velocity_scale is None else velocity_scale
-        self._check_choices(guidance_scale, guidance_interval, num_inference_steps, num_images_per_label, output_type)
-        if not is_number(velocity_scale) or velocity_scale <= 0:
-            raise ValueError(
-                f"`velocity_scale` is {velocity_scale!r}, but must be a number above 0; 1 changes nothing."
-            )
-        if velocity_scale != 1 and not self.is_flow_matching:
-            raise ValueError("`velocity_scale` is for flow matching, but this pipeline is for diffusion. Leave it out.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but must be out of "
-                f"{self._callback_tensor_inputs}."
-            )
+        self._check_choices(guidance_scale, guidance_interval, velocity_scale, callback_on_step_end_tensor_inputs)
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_label=num_images_per_label)
+        self._check_output(output_type)
         prompt, class_labels = self._told_apart(prompt, class_labels)
         class_labels, conditions = self._by_column(class_labels, conditions)
         texts = {
@@ -710,8 +700,9 @@ class DAEDiTPipeline(DiffusionPipeline):
         }
         has_condition = class_labels is not None or bool(texts)
         has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
+        can_guide = has_condition or self.guidance_transformer is not None
         self._guidance_scale, self._interrupt = guidance_scale, False  # a callback may change both
-        needs_negative = has_condition and self.do_classifier_free_guidance and self.guidance_transformer is None
+        needs_negative = can_guide and self.do_classifier_free_guidance and self.guidance_transformer is None
         self._check_texts(texts, class_labels, is_guided=needs_negative)
 
         shape = self._latent_shape(height, width, latents)
@@ -747,14 +738,8 @@ class DAEDiTPipeline(DiffusionPipeline):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
-                is_guided = self.do_classifier_free_guidance and low <= noise_level <= high
-                if is_guided and self.guidance_transformer is not None:
-                    baseline = self._predict(model_input, timestep, conditional, self.guidance_transformer)
-                    prediction = self._guided(self._predict(model_input, timestep, conditional), baseline)
-                elif is_guided and has_condition:
-                    doubled = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
-                    predictions = self._predict(torch.cat((model_input, model_input)), timestep, doubled)
-                    prediction = self._guided(*predictions.chunk(2))
+                if can_guide and self.do_classifier_free_guidance and low <= noise_level <= high:
+                    prediction = self._predict_guided(model_input, timestep, conditional, unconditional)
                 else:
                     prediction = self._predict(model_input, timestep, conditional | end)
                 if velocity_scale != 1:
@@ -888,6 +873,20 @@ class DAEDiTPipeline(DiffusionPipeline):
         guided = baseline + self.guidance_scale * (prediction - baseline)
         return torch.cat((guided[:, :channels], prediction[:, channels:]), dim=1)
 
+    def _predict_guided(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        conditional: dict[str, torch.Tensor],
+        unconditional: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Led away from the prediction of the weaker transformer, or else without condition."""
+        if self.guidance_transformer is not None:
+            baseline = self._predict(latents, timestep, conditional, self.guidance_transformer)
+            return self._guided(self._predict(latents, timestep, conditional), baseline)
+        doubled = {name: torch.cat((value, unconditional[name])) for name, value in conditional.items()}
+        return self._guided(*self._predict(torch.cat((latents, latents)), timestep, doubled).chunk(2))
+
     def _predict(
         self,
         latents: torch.Tensor,
@@ -950,9 +949,8 @@ class DAEDiTPipeline(DiffusionPipeline):
         self,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
-        num_inference_steps: int,
-        num_images_per_label: int,
-        output_type: str,
+        velocity_scale: float,
+        tensor_inputs: Sequence[str],
     ):
         levels = list(guidance_interval) if isinstance(guidance_interval, Iterable) else []
         if len(levels) != 2 or not all(map(is_number, levels)) or not 0 <= levels[0] <= levels[1] <= 1:
@@ -963,8 +961,18 @@ class DAEDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale!r}, but must be a finite number; 1 turns guidance off."
             )
-        check_counts(num_inference_steps=num_inference_steps, num_images_per_label=num_images_per_label)
-        self._check_output(output_type)
+        if not is_number(velocity_scale) or velocity_scale <= 0:
+            raise ValueError(
+                f"`velocity_scale` is {velocity_scale!r}, but must be a number above 0; 1 changes nothing."
+            )
+        if velocity_scale != 1 and not self.is_flow_matching:
+            raise ValueError("`velocity_scale` is for flow matching, but this pipeline is for diffusion. Leave it out.")
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but must be out of "
+                f"{self._callback_tensor_inputs}."
+            )
 
     def _check_texts(self, texts: dict[str, Sequence], class_labels, *, is_guided: bool):
         """Raises `ValueError` for texts that the models cannot take, or if they need texts that are missing."""
