@@ -1,5 +1,6 @@
 """Transfers a transformer's weights to one for other latents or classes. New parts start without effect."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ def take_over(
         `tuple[ModelMixin, list[str]]`: A transformer of the same class, and what is not as before, in words.
     """
     layout, before, is_stock = layout_of(old), old.config, isinstance(old, DiTTransformer2DModel)
-    null, outputs = before[layout.classes], before.out_channels or before.in_channels
+    null, outputs = before[layout.classes], _outputs(before)
     ours = {"cross_attention_dim": cross_attention_dim, "flow_map": flow_map, **_counts(conditions)}
     new = layout.model_class.from_config(
         before,
@@ -106,10 +107,8 @@ def take_over(
         **{layout.classes: None if rows is None else len(rows)},
         **({} if is_stock else ours),
     )
-    width = before.get("cross_attention_dim")
-    has_new_text = cross_attention_dim not in (None, width)
-    is_new = (before.in_channels, before.patch_size) != (in_channels, patch_size)
-    is_new |= outputs != in_channels and not is_stock
+    has_new_text = cross_attention_dim not in (None, before.get("cross_attention_dim"))
+    has_new_ends = _has_new_ends(old, new)
     taken, state = old.state_dict(), new.state_dict()
     for name, value in state.items():
         layer = name.rpartition(".")[0]
@@ -122,7 +121,7 @@ def take_over(
             state[name] = taken.get(name, value)
         elif name.startswith(_OF_CONDITIONS):
             state[name] = _condition_weight(name, value, taken, conditions)
-        elif is_new and layer in (layout.first, layout.last):
+        elif has_new_ends and layer in (layout.first, layout.last):
             state[name] = torch.zeros_like(value) if layer == layout.last else value
         elif is_stock and layer == layout.last:  # its rows: the pixels of a patch, each with its channels
             state[name] = taken[name].unflatten(0, (-1, outputs))[:, :in_channels].flatten(0, 1)
@@ -130,32 +129,49 @@ def take_over(
             state[name] = taken[name]
     if null is not None and rows is None:
         state[_ALWAYS_ADDED] = state[_ALWAYS_ADDED] + taken[layout.labels][null]
-    was_flow_map = before.get("flow_map", False)
-    if was_flow_map and not flow_map:
+    if before.get("flow_map", False) and not flow_map:
         with torch.no_grad():
             state[_ALWAYS_ADDED] = state[_ALWAYS_ADDED] + old.interval_embed(old.time_proj(torch.zeros(1)))[0]
     new.load_state_dict(state)
 
-    changes = []
-    if is_new:
-        was, now = (f"{each.in_channels} channels in patches of {each.patch_size}" for each in (before, new.config))
-        changes.append(f"first and last layer are new (latents of {now}, before: {was})")
-    elif outputs != in_channels:
+    return new, _changes(old, new, conditions)
+
+
+def _changes(old: ModelMixin, new: ModelMixin, conditions: OldConditions) -> list[str]:
+    """What is not as before, in words."""
+    before, now, changes = old.config, new.config, []
+    if _has_new_ends(old, new):
+        was, is_now = (f"{each.in_channels} channels in patches of {each.patch_size}" for each in (before, now))
+        changes.append(f"first and last layer are new (latents of {is_now}, before: {was})")
+    elif _outputs(before) != now.in_channels:
         changes.append("its learned variance is left out")
-    image = "condition_embed.weight"
-    has_both = conditions.has_same_image and image in taken and image in state
-    if has_both and taken[image].shape != state[image].shape:
+    layers = [getattr(each, "condition_embed", None) for each in (old, new)]
+    shapes = {each.weight.shape for each in layers if each is not None}
+    if conditions.has_same_image and len(shapes) > 1:
         changes.append("the layer of its condition image is new")
-    if has_new_text:
+    width, of_text = before.get("cross_attention_dim"), now.get("cross_attention_dim")
+    if of_text not in (None, width):
         changes.append("its text is new" if width else "text is new")
-    elif width and cross_attention_dim is None:
+    elif width and of_text is None:
         changes.append("its text is left out")
-    if was_flow_map != flow_map:
+    was_flow_map = before.get("flow_map", False)
+    if was_flow_map != now.get("flow_map", False):
         changes.append("its steps' second noise level is left out" if was_flow_map else NEW_INTERVAL)
-    sizes = [words_of_size(size) for size in (sample_size, before.sample_size)]
+    sizes = [words_of_size(each.sample_size) for each in (now, before)]
     if sizes[0] != sizes[1]:
         changes.append("latents are {} (before: {})".format(*sizes))
-    return new, changes
+    return changes
+
+
+def _has_new_ends(old: ModelMixin, new: ModelMixin) -> bool:
+    """Whether the first and the last layer cannot be taken over."""
+    before, now = old.config, new.config
+    is_new = (before.in_channels, before.patch_size) != (now.in_channels, now.patch_size)
+    return is_new or (_outputs(before) != now.in_channels and not isinstance(old, DiTTransformer2DModel))
+
+
+def _outputs(config: Mapping[str, Any]) -> int:
+    return config["out_channels"] or config["in_channels"]
 
 
 def _counts(conditions: OldConditions) -> dict[str, Any]:
