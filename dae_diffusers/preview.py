@@ -56,8 +56,8 @@ def look(images: ImageDataset | StreamedImages, seed: int, indices: Iterable[int
         return
     for index in map(int, indices):
         item = index, derived_seed(seed, Stream.AUGMENTATION, index)
-        batch, beside = images[item], images.beside and images.beside[item]["pixel_values"]
-        yield Seen(images.whole(index), batch["pixel_values"], batch.get("class_labels"), beside)
+        batch, condition = images[item], images.condition_images and images.condition_images[item]["pixel_values"]
+        yield Seen(images.whole(index), batch["pixel_values"], batch.get("class_labels"), condition)
 
 
 def of_each_class(images: ImageDataset | StreamedImages, seed: int, number: int) -> dict[int | None, list[Seen]]:

@@ -347,7 +347,7 @@ def test_numbers_are_normalised_and_dropped_alone_and_together(data):
     )  # fmt: skip
     images = load_images(config)
     conditions = Conditions(images, 2)
-    (rows, _), train = conditions.beside(*images), images[0].conditions
+    (rows, _), train = conditions.add_to(*images), images[0].conditions
     assert images[0].labels is not None and images[0].id2label == {0: "a", 1: "b"}
     batch = rows.__getitems__([*range(len(rows))])
     angles, temperatures = batch["continuous"].unbind(1)
@@ -432,7 +432,7 @@ def save_gradients(folder, conditions, *, size=(41, 35), count=4, suffix="png", 
 def loaded(folder, column="mask", **config):
     config = {"resolution": 16, "condition_column": column, "validation_fraction": 0.25} | config
     images, validation = load_images(DataConfig(train_data_dir=str(folder), **config))
-    (rows, _) = Conditions((images, validation), 2).beside(images, validation)
+    (rows, _) = Conditions((images, validation), 2).add_to(images, validation)
     return images, rows
 
 
@@ -523,7 +523,7 @@ def test_condition_images_that_cannot_be_used_are_named(tmp_path, break_it, mess
     break_it(folder)
     with pytest.raises(UserError, match=message) as error:
         for images in load_images(DataConfig(train_data_dir=str(folder), resolution=16, condition_column="mask")):
-            images.beside.__getitems__([*range(len(images))])
+            images.condition_images.__getitems__([*range(len(images))])
     assert "\n" not in str(error.value)
 
 
@@ -534,7 +534,7 @@ def test_bad_condition_images_are_skipped_with_their_images(tmp_path):
     images = load_images(DataConfig(train_data_dir=str(folder), validation_fraction=0.25, **config))
     assert sum(map(len, images)) == 7
     for each in images:
-        each.beside.__getitems__([*range(len(each))])
+        each.condition_images.__getitems__([*range(len(each))])
 
 
 def test_condition_images_mean_the_same_in_every_form():

@@ -429,7 +429,7 @@ def test_captions_are_drawn_by_the_draw_alone(data, encoders, tmp_path):
     config = DataConfig(train_data_dir=str(data / "images"), resolution=16, caption_column="text", label_column="none")
     images = load_images(config)
     captions = Captions(encoders(), torch.float32, images, Accelerator(), tmp_path)
-    rows, _ = captions.beside(*images)
+    rows, _ = captions.add_to(*images)
     several = next(n for n, each in enumerate(images[0].captions) if len(each) == 3)
     drawn = {rows._text(several, draw) for draw in range(50)}
     assert drawn == set(images[0].captions[several])

@@ -234,7 +234,7 @@ def train_stage(
         headline="reconstruction_loss",
         learning_rate=None if fit is None else config.generated.stage3_learning_rate,
         also=objective.also,
-        beside=objective.beside,
+        others=objective.others,
         after_step=objective.after_step,
         after_skip=objective.after_skip,
         snapshot=("vae", lambda model, folder: model.to_diffusers().save_pretrained(folder)) if is_final else None,

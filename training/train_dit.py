@@ -247,7 +247,7 @@ def with_conditions(task: Task, *, needs_images: bool) -> list[Dataset]:
     train = task.data.train
     if needs_images and isinstance(train, CachedLatents):
         train = ImagesWithLatents(task.data.images[0], train)
-    return task.conditioning.beside(train, task.data.validation)
+    return task.conditioning.add_to(train, task.data.validation)
 
 
 def denoising_loss(task: Task, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -53,8 +53,8 @@ class AutoencoderObjective:
         self.adversary = make_adversary(run, config.losses.adversarial_weight_of(is_final), model.stage)
         self.fit = fit
         self.also = [] if self.alignment is None else [self.alignment.projection]
-        self.beside = [] if self.adversary is None else [self.adversary.discriminator]
-        self.beside += [] if fit is None else fit.beside
+        self.others = [] if self.adversary is None else [self.adversary.discriminator]
+        self.others += [] if fit is None else fit.others
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], step: Step) -> torch.Tensor:
         r"""

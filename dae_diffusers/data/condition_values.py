@@ -22,7 +22,7 @@ class ConditionValues(Sequence):
     def __init__(self, images: ImageDataset, indices: Sequence[int]):
         self.columns = images.conditions.select(indices)
         self.indices = list(indices)
-        self.pictures = images.beside
+        self.pictures = images.condition_images
         of_pictures = [] if self.pictures is None else [self.pictures.fingerprint, self.indices]
         self.fingerprint = fingerprint_of_json([vars(self.columns), *of_pictures])
 

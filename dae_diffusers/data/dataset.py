@@ -52,7 +52,7 @@ class ImageDataset(BatchDataset):
         captions (`list[list[str]]` or `None`): Texts of each image, at least one; None without a column of them.
         groups (`list[str | None]` or `None`): The group of each image, None where it is a group of its own; None without a column of them.
         conditions ([`~dae_diffusers.data.conditions.ConditionColumns`] or `None`): What else they are drawn from.
-        beside ([`~dae_diffusers.data.condition_images.ConditionImages`] or `None`): Their condition images.
+        condition_images ([`~dae_diffusers.data.condition_images.ConditionImages`] or `None`): Their condition images.
         depth (`str` or `None`): Depth of the images. Default: that of the first image (with `--on_bad_image skip`, the first that
             is not damaged). The others must fit it.
         is_array (`bool`): Whether images are read as arrays rather than as 8-bit pictures.
@@ -76,8 +76,10 @@ class ImageDataset(BatchDataset):
         buckets: Buckets | None = None,
         conditions: ConditionColumns | None = None,
     ):
-        beside = None if conditions is None else conditions.image_column
-        self.rows = rows.select_columns([image_column] if beside is None else [image_column, beside])
+        condition_column = None if conditions is None else conditions.image_column
+        self.rows = rows.select_columns(
+            [image_column] if condition_column is None else [image_column, condition_column]
+        )
         self.config = config
         self.image_column = image_column
         self.labels = labels
@@ -85,7 +87,7 @@ class ImageDataset(BatchDataset):
         self.captions = captions
         self.groups = groups
         self.conditions = conditions
-        self.beside: ImageDataset | None = None
+        self.condition_images: ImageDataset | None = None
         self.range_warnings: list[str] = []
         self._given_depth = depth
         self.root = root
@@ -222,7 +224,7 @@ class ImageDataset(BatchDataset):
 
         def problem(index: int) -> str | None:
             try:
-                for images in filter(None, (self, self.beside)):
+                for images in filter(None, (self, self.condition_images)):
                     images._pixels(index)
             except UserError as error:
                 return str(error)
@@ -280,7 +282,7 @@ class ImageDataset(BatchDataset):
             buckets=buckets,
             conditions=None if self.conditions is None else self.conditions.select(indices),
         )
-        chosen.beside = None if self.beside is None else self.beside.of(chosen)
+        chosen.condition_images = None if self.condition_images is None else self.condition_images.of(chosen)
         return chosen
 
     def settle_range(self) -> None:

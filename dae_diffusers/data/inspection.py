@@ -32,8 +32,8 @@ def inspect(images: ImageDataset, measured: ValueSurvey | None = None, *, is_giv
     warnings = _warn_of_range(images, sample, measured)
     _compare_ranges(images, sample, is_given=is_given)
     _warn_of_pages(images, sample)
-    if images.beside is not None:
-        images.beside.warn_if_dark(sample)
+    if images.condition_images is not None:
+        images.condition_images.warn_if_dark(sample)
     return warnings
 
 

@@ -147,11 +147,11 @@ def _images(
     if images.is_array and not images.value_range:
         images.value_range = RANGES.get(images.depth)
     if config.condition_column is not None:
-        images.beside = ConditionImages(images, None if like is None else like.beside)
+        images.condition_images = ConditionImages(images, None if like is None else like.condition_images)
     if config.on_bad_image == "skip":
         images = images.without_bad_images()
-    if images.beside is not None:
-        images.beside.settle_range()
+    if images.condition_images is not None:
+        images.condition_images.settle_range()
     return images
 
 

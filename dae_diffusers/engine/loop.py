@@ -60,7 +60,7 @@ class Loop:
         headline (`str`, *optional*, defaults to `"loss"`): The value that the progress bar shows.
         learning_rate (`float`, *optional*): Peak learning rate; default: that of the settings.
         also (`Iterable[nn.Module]`): Prepared models whose parameters the same optimiser trains, such as a projector.
-        beside (`Iterable[nn.Module]`): Prepared models with an optimiser of their own, such as a discriminator.
+        others (`Iterable[nn.Module]`): Prepared models with an optimiser of their own, such as a discriminator.
         after_step (`Callable`, *optional*): Called after the last micro-batch of a step, such as a codebook's update.
         after_skip (`Callable`, *optional*): Called if the guard skips an update.
         snapshot (`tuple[str, Callable]`, *optional*): What `hub_strategy every_save` uploads: its name, and a function that saves
@@ -83,7 +83,7 @@ class Loop:
         headline: str = "loss",
         learning_rate: float | None = None,
         also: Iterable[torch.nn.Module] = (),
-        beside: Iterable[torch.nn.Module] = (),
+        others: Iterable[torch.nn.Module] = (),
         after_step: Callable[[], None] | None = None,
         after_skip: Callable[[], None] | None = None,
         snapshot: tuple[str, Callable[[torch.nn.Module, Path], None]] | None = None,
@@ -101,7 +101,7 @@ class Loop:
         optimizer = make_optimizer(config, [model, *also], self.accelerator.device, **instead)
         scheduler = make_lr_scheduler(config, optimizer, steps)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, scheduler)
-        self.accumulated = [self.model, *also, *beside]
+        self.accumulated = [self.model, *also, *others]
         self.parameters = trainable(self.model)  # FSDP has replaced them
         self.trained = trainable(self.model, *also)
         self.ema = make_ema(config, self.parameters, self.accelerator)

@@ -326,7 +326,7 @@ class DecoderFit:
             self.adversary = make_adversary(run, settings.generated_weight, 3, augments=True)  # no pairs
 
     @property
-    def beside(self) -> list[torch.nn.Module]:
+    def others(self) -> list[torch.nn.Module]:
         r"""What has an optimiser of its own."""
         return [] if self.adversary is None else [self.adversary.discriminator]
 

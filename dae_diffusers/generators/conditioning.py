@@ -61,10 +61,10 @@ class Conditioning:
             kwargs |= {"conditions": self.conditions.config, "label_column": self.conditions.label_column}
         return kwargs
 
-    def beside(self, *data: BatchDataset) -> list[BatchDataset]:
+    def add_to(self, *data: BatchDataset) -> list[BatchDataset]:
         r"""Training and validation data, images or latents, with texts and conditions of each."""
         for part in self.parts:
-            data = part.beside(*data)
+            data = part.add_to(*data)
         return list(data)
 
     def example(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Conditions:
         for name, values in train.numbers.items():
             old = (known or {}).get(name, {})
             self.config[name] = dict(old) if "mean" in old else statistics_of(name, values)
-        self.pictures = [each.beside for each in images if each.beside is not None]
+        self.pictures = [each.condition_images for each in images if each.condition_images is not None]
         for each in self.pictures[:1]:
             self.config[train.image_column] = {"channels": each.channels, "value_range": each.value_range}
         columns = [vars(each.conditions) for each in images]
@@ -83,7 +83,7 @@ class Conditions:
         kwargs = {"num_attribute_classes": classes or None, "num_continuous": len(columns_of(self.config, "mean"))}
         return {**kwargs, "condition_channels": sum(each.channels * self.factor**2 + 1 for each in self.pictures[:1])}
 
-    def beside(self, *data: BatchDataset) -> list["WithConditions"]:
+    def add_to(self, *data: BatchDataset) -> list["WithConditions"]:
         r"""Training and validation data, images or latents, with the conditions of each."""
         return [
             WithConditions(each, self._rows(images), pictures, self.factor)

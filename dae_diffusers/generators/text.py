@@ -229,7 +229,7 @@ class Captions:
         self.states, of = encode_once(self.tokenizer, self.model, texts, accelerator, folder)
         self.fingerprint = fingerprint_of_json([of, [split.captions for split in images]])
 
-    def beside(self, *data: BatchDataset) -> list["WithText"]:
+    def add_to(self, *data: BatchDataset) -> list["WithText"]:
         r"""Training and validation data, images or latents, with the hidden states of a caption of each."""
         return [WithText(each, images.captions, self.states) for each, images in zip(data, self.images, strict=True)]
 
