@@ -23,6 +23,7 @@ LOOKED_AT = 512  # images whose size is measured; of a stream these are all that
 _MAX_CLASSES = 12
 _TILE = 96  # pixels of a side, at least
 _DIM = 0.35
+_SHOWN_CAPTIONS = 8
 
 
 @dataclass
@@ -188,6 +189,31 @@ def conditions(train: ImageDataset | StreamedImages) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} | {values.count(None)} |")
         parts.append(lines)
     return "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
+
+
+def captions(train: ImageDataset | StreamedImages) -> str:
+    r"""Markdown about the captions: how many and how long they are, which one many images share, and some; empty without captions."""
+    if getattr(train, "captions", None) is None:
+        return ""
+    of_each = [[text for text in texts if text] for texts in train.captions]
+    numbers, every = [len(texts) for texts in of_each], [text for texts in of_each for text in texts]
+    words = sorted(len(text.split()) for text in every)
+    lines = [
+        f"Captions (`{' '.join(train.config.caption_columns)}`): {_range(numbers)} for each image, {_range(words)} words long "
+        f"(median {words[len(words) // 2]})."
+    ]
+    if 0 in numbers:
+        lines.append(f"{numbers.count(0)} of {len(numbers)} images have none.")
+    shared, count = Counter(text for texts in of_each for text in {*texts}).most_common(1)[0]
+    if count > 1:
+        lines.append(f"{len({*every})} of {len(every)} differ; {count} images share {shared!r}.")
+    some = [texts[0] for texts in (of_each[index] for index in choose_indices(len(of_each), _SHOWN_CAPTIONS)) if texts]
+    return "\n" + " ".join(lines) + "\n\n" + "".join(f"- {text}\n" for text in some)
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def groups(train: ImageDataset | StreamedImages, validation: ImageDataset) -> str:

@@ -16,7 +16,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import DataConfig, load_images
 from dae_diffusers.data.arrays import save_value_range
 from dae_diffusers.data.conditions import ConditionColumns
-from dae_diffusers.preview import conditions, counts, draw, look, of_each_class, sizes
+from dae_diffusers.preview import captions, conditions, counts, draw, look, of_each_class, sizes
 from dae_diffusers.training import preview
 from dae_diffusers.training.settings import PreviewConfig
 
@@ -176,3 +176,15 @@ def test_further_labels_and_numbers_are_counted():
     text = conditions(SimpleNamespace(conditions=columns))
     assert "| red | 1 |\n| blue | 2 |" in text and "| angle | 1 | 2.5 | 4 | 1 |" in text
     assert conditions(SimpleNamespace(conditions=None)) == ""
+
+
+def test_captions_are_counted_and_shown():
+    texts = [["a red apple", "fruit"], ["fruit"], [""], ["fruit", "a pear that lies on a table"]]
+    images = SimpleNamespace(captions=texts, config=DataConfig(caption_column=["text", "more"]))
+    text = captions(images)
+    assert (
+        "Captions (`text more`): 0 to 2 for each image, 1 to 7 words long (median 1). 1 of 4 images have none." in text
+    )
+    assert "3 of 5 differ; 3 images share 'fruit'." in text
+    assert sorted(text.splitlines()[-3:]) == ["- a red apple", "- fruit", "- fruit"]
+    assert captions(SimpleNamespace(captions=None)) == ""

@@ -4,9 +4,9 @@ Draw what training will see of your images: crops, classes and counts. Trains no
     dae-diffusers preview --config photos_64_dae --train_data_dir my_images --output_dir runs/mine/preview
 
 `preview.png` shows for each class whole pictures, with what the crop leaves out darkened, and below them what training gets, with the
-images of `--condition_column`. `preview.md` counts the images of each class of each label column, and says how large the files are and
-which numbers there are. It also counts copies, which `copies.png` shows and `copies.csv` names. Give the flags that you will train with:
-those of the images count, the others are passed over.
+images of `--condition_column`. `preview.md` counts the images of each class of each label column, says how large the files are and
+which numbers there are, and shows some captions. It also counts copies, which `copies.png` shows and `copies.csv` names. Give the flags
+that you will train with: those of the images count, the others are passed over.
 """
 
 import logging
@@ -18,7 +18,7 @@ from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.data.dataset import choose_indices
 from dae_diffusers.errors import UserError
-from dae_diffusers.preview import LOOKED_AT, conditions, counts, draw, groups, look, of_each_class, sizes
+from dae_diffusers.preview import LOOKED_AT, captions, conditions, counts, draw, groups, look, of_each_class, sizes
 from dae_diffusers.preview_copies import describe_copies, draw_copies, find_copies, table_of_copies
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically
@@ -41,6 +41,7 @@ def main(config: PreviewConfig) -> None:
         counts(train, validation, looked)
         + groups(train, validation)
         + conditions(train)
+        + captions(train)
         + "\n"
         + sizes(looked, train.buckets, are_padded=config.data.pad is not None)
     )
