@@ -605,7 +605,12 @@ def test_payoff_compares_the_choice_with_all_in_full(tmp_path, monkeypatch, caps
     with launched_here(cpu_seconds=1000.0) as calls:
         benchmark.main(benchmark.parse_arguments())
         text, count = (tmp_path / "payoff" / "payoff.md").read_text(), len(calls)
-        assert "| gFD / best ↓ | rank correlation of rung 1 | cost | wall time |" in text and "The rule is" in text
+        assert "| gFD / best ↓ | joint / best | mean / best | rank correlation of rung 1 | cost | wall time |" in text
+        assert "The rule is" in text and "two seeds" not in text
+        finals = [{"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 1.0, "c": 2.0, "b": 3.0}, {"a": 5.0, "b": 6.0, "c": 7.0}]
+        assert benchmark.between_seeds(finals) == [
+            "Rank correlation of the full trainings of two seeds: +0.67 (+0.50, +1.00, +0.50)."
+        ]
         with pytest.raises(UserError, match="holds results of other settings: `generator_steps` was 4 and is 400"):
             benchmark.main(benchmark.parse_arguments([*command[1:], "--generator_steps", "400"]))
         benchmark.main(benchmark.parse_arguments())
