@@ -25,7 +25,7 @@ from dae_diffusers.metrics.checks import check_enough_images
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.search.candidates import read_candidates
 from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, plan_winner
-from dae_diffusers.search.report import full_commands
+from dae_diffusers.search.report import full_commands, not_told_apart
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import SearchConfig, show_seconds
 from dae_diffusers.search.trial import closest, distances
@@ -313,6 +313,22 @@ def test_search_ends_with_a_pipeline_and_a_report(searched):
     assert "### Reconstruction (rFD) and generation (gap)" in text and "frontier.png" not in page
     assert "http" not in page and page.count("data:image/png;base64,") == 2 + 2 * 2  # two plots, two candidates
     assert page.count("<table>") == page.count("</table>") == 1 and page.count("<pre>") == page.count("</pre>") == 1
+
+
+def test_report_says_if_the_winner_is_not_told_from_joint_training():
+    def rows(*distances):
+        return [{"rung": {"candidates": 3}, "generation": {"gfd_judge": each}} for each in distances]
+
+    results = {
+        "joint": rows(10.0, 8.0),
+        "near": rows(7.0, 5.0, 1.0),
+        "far": rows(7.0, 3.0),
+        "bad": [{**rows(1.0)[0], "failed": "x"}],
+    }
+    (text,) = not_told_apart(results, "near", "joint")
+    assert "`near` and `joint` are not told apart**: gFD 5 and 8 in rung 2." in text
+    assert not_told_apart(results, "far", "joint") == not_told_apart(results, "joint", "joint") == []
+    assert not_told_apart(results, None, "joint") == not_told_apart(results, "near", None) == []
 
 
 def test_rungs_go_on_from_their_autoencoders(searched):

@@ -18,6 +18,7 @@ from dae_diffusers.search.settings import show_seconds
 from dae_diffusers.search.trial import distances, guidance_of
 from dae_diffusers.store import read_json, write_atomically
 
+_TOLD_APART = 2  # how many times the gFD of one pilot is that of another whose latents are better in full, too
 _STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}img{max-width:100%}code,pre{background:#f4f4f4}"
@@ -163,7 +164,27 @@ def notes(search: Search, results: dict[str, list[dict[str, Any]]], winner: str 
             "**The autoencoders were trained briefly**: rFD is more than a third of gFD, so their training decides and not the latent "
             "space. Search again with a larger `--budget`, or fewer candidates."
         )
+    first = next(
+        (name for name, flags in search.candidates.flags.items() if flags.get("auxiliary_decoder") == "none"), None
+    )
+    lines += not_told_apart(results, winner, first)
     return [line for each in lines for line in (each, "")]
+
+
+def not_told_apart(results: dict[str, list[dict[str, Any]]], winner: str | None, first: str | None) -> list[str]:
+    r"""A sentence if the winner's pilot was too little ahead of that of joint training, `first`, in the last rung that both had."""
+    if None in (winner, first) or winner == first:
+        return []
+    pairs = zip(*(in_rungs(results[name]) for name in (winner, first)), strict=False)
+    found = [(number, *(distances(row).get("gFD") for row in rows)) for number, rows in enumerate(pairs, 1)]
+    found = [(number, best, other) for number, best, other in found if best and other]
+    if not found or found[-1][2] / found[-1][1] >= _TOLD_APART:
+        return []
+    number, best, other = found[-1]
+    return [
+        f"**`{winner}` and `{first}` are not told apart**: gFD {best:.4g} and {other:.4g} in rung {number}. In our searches, differences "
+        f"of pilots below a factor of {_TOLD_APART} did not last (`benchmarks/results/forecast.md`). Take either."
+    ]
 
 
 def autoencoders_decide(candidates: list[list[dict[str, Any]]]) -> bool:
