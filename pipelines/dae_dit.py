@@ -673,10 +673,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         self._check_parts()
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
-        # A callback of diffusers says itself what it reads.
-        callback_on_step_end_tensor_inputs = getattr(
-            callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
-        )
+        callback_on_step_end_tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         defaults = self.call_defaults
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guidance_interval = defaults["guidance_interval"] if guidance_interval is None else guidance_interval
@@ -1307,6 +1304,12 @@ def _listed(texts: Any) -> Any:
     return texts if texts is None else list(texts) if isinstance(texts, list | tuple) else [texts]
 
 
+def tensor_inputs_of(callback: Callable | None, given: Iterable[str] | None) -> Iterable[str]:
+    """Names of the tensors that a callback gets; one of diffusers says itself what it reads."""
+    given = ("latents",) if given is None else given
+    return getattr(callback, "tensor_inputs", given)
+
+
 def _repeated(
     arguments: dict[str, torch.Tensor], batch_size: int, num_images_per_label: int
 ) -> dict[str, torch.Tensor]:
@@ -1547,9 +1550,10 @@ def _loading_options(part: str, folder: Path, kwargs: dict, *more: str) -> dict[
 
 
 def _folder_of(pipeline_class: type[DiffusionPipeline], name_or_path: str, kwargs: dict[str, Any]) -> Path:
-    """The folder of a pipeline, downloaded from the Hub if it is there."""
+    """The folder of a pipeline, downloaded from the Hub if it is there. The output folder of a training holds it in `pipeline/`."""
     if os.path.isdir(name_or_path):
-        return Path(name_or_path)
+        folders = [Path(name_or_path), Path(name_or_path) / "pipeline"]
+        return next((each for each in folders if (each / "model_index.json").is_file()), folders[0])
     if name_or_path.count("/") > 1:
         raise ValueError(f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path.")
     return Path(pipeline_class.download(name_or_path, **kwargs))

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 
-from dae_diffusers.pipelines.dae_dit import whole_number  # diffusers copies only what a file imports itself
+from dae_diffusers.pipelines.dae_dit import (
+    tensor_inputs_of,
+    whole_number,
+)  # diffusers copies only what a file imports itself
 from dae_diffusers.pipelines.dae_dit_img2img import DAEDiTImg2ImgPipeline, as_list, pixels_of
 
 
@@ -87,8 +90,7 @@ class DAEDiTInpaintPipeline(DAEDiTImg2ImgPipeline):
             )
         pixels, self._mask = pixels.expand(count, -1, -1, -1), F.max_pool2d(mask, self.vae_scale_factor)
 
-        # A callback of diffusers says itself what it reads.
-        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        wanted = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         def keep(pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensors["latents"] = self._outside_kept(tensors["latents"], step)

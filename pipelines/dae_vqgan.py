@@ -569,9 +569,10 @@ def _loading_options(part: str, folder: Path, kwargs: dict, *more: str) -> dict[
 
 
 def _folder_of(pipeline_class: type[DiffusionPipeline], name_or_path: str, kwargs: dict[str, Any]) -> Path:
-    """The folder of a pipeline, downloaded from the Hub if it is there."""
+    """The folder of a pipeline, downloaded from the Hub if it is there. The output folder of a training holds it in `pipeline/`."""
     if os.path.isdir(name_or_path):
-        return Path(name_or_path)
+        folders = [Path(name_or_path), Path(name_or_path) / "pipeline"]
+        return next((each for each in folders if (each / "model_index.json").is_file()), folders[0])
     if name_or_path.count("/") > 1:
         raise ValueError(f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path.")
     return Path(pipeline_class.download(name_or_path, **kwargs))

@@ -52,6 +52,7 @@ from dae_diffusers.metrics.evaluation import (
     TrainingFeatures,
     encode_images,
     evaluation_inputs,
+    feature_metrics,
     latent_metrics,
     reconstruction_metrics,
     sample_metrics,
@@ -402,6 +403,26 @@ def test_sample_metrics_of_the_training_images_themselves(images, extractor, pip
     others = TrainingFeatures(reference, encoded.features[:6], copied=encoded.features)
     metrics, nearest = sample_metrics(samples, extractor, others, accelerator)
     assert metrics["authenticity"] == 0 and nearest.indices.tolist() == list(range(len(images)))
+
+
+@pytest.mark.parametrize("times", [2, 3, 20])
+def test_images_that_occur_several_times_change_nothing(times, extractor):
+    """Neither whether samples count as copies, nor the balls of precision, density and coverage."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(80, 16, generator=generator)
+    samples = torch.randn(80, 16, generator=generator)
+    samples[:20] = features[:20] + 0.01 * samples[:20]
+    rounding = 1 + 1e-7 * torch.randn(80 * times, 1, generator=generator)
+    repeated = features.repeat_interleave(times, 0) * rounding
+    reference = FeatureStatistics.of(features)
+    once, nearest = feature_metrics(samples, extractor, TrainingFeatures(reference, features, copied=features))
+    again, found = feature_metrics(samples, extractor, TrainingFeatures(reference, features, copied=repeated))
+    assert 0 < once["authenticity"] < 1 and once == again
+    torch.testing.assert_close(found.ratios, nearest.ratios, rtol=1e-4, atol=1e-6)
+    assert (found.indices // times).tolist() == nearest.indices.tolist()
+    all_of_them = feature_metrics(samples.repeat(times, 1), extractor, TrainingFeatures(reference, repeated))[0]
+    for name in ("density", "coverage"):
+        assert all_of_them[name] == pytest.approx(once[name])
 
 
 def test_class_agreement_is_the_share_of_images_that_look_like_the_class_that_was_asked_for():

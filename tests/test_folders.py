@@ -111,6 +111,10 @@ def test_split_without_classes_is_left_out(make_folder, caplog):
             "holds train, val, which look like splits, but also extra",
         ),
         (["train/a/1.png", "train/b/2.png", "3.png"], "but also images"),
+        (
+            ["val/a/1.png", "val/b/2.png", "test/a/3.png"],
+            "holds test, val, which look like splits, but none is for training",
+        ),
     ],
 )
 def test_ambiguous_layout_is_one_line(make_folder, names, message):
@@ -238,6 +242,15 @@ def test_classes_and_captions_are_as_they_are_written(make_folder, values, expec
     (folder / "metadata.csv").write_text("file_name,label,text\n" + "".join(rows))
     found = load_folder(folder, caption_columns=["text"])["train"]
     assert found["label"] == (expected or values) and found["text"] == values
+
+
+@pytest.mark.parametrize("place", ["", "sub/"])
+def test_absolute_names_and_commas_in_other_headers_are_read(make_folder, place):
+    folder = make_folder(f"{place}0.png", f"{place}1.png")
+    rows = [f"{folder.absolute() / place}/{number}.png;{number} a, b;x{number}\n" for number in range(2)]
+    (folder / place / "metadata.csv").write_text("file_name;caption, english;label\n" + "".join(rows))
+    found = load_folder(folder)["train"]
+    assert found["label"] == ["x0", "x1"] and found["caption, english"] == ["0 a, b", "1 a, b"]
 
 
 def test_texts_of_json_that_look_like_dates_are_texts(make_folder):

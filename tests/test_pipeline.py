@@ -421,6 +421,8 @@ def test_callback_sees_and_changes_every_step():
     assert pipeline.num_timesteps == 3
     assert [len(call["latents"]) for call in calls] == [2, 1, 1]
     assert torch.equal(latents, torch.full_like(latents, 2))
+    given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": None}
+    assert torch.equal(sample(make_pipeline(), num_inference_steps=3, output_type="latent", **given), latents)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (8, 16)])

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import make_plain_vq_model, save_autoencoder, save_backbone
@@ -22,7 +23,8 @@ from scripts import (
 
 from dae_diffusers.autoencoders.loading import load_autoencoder
 from dae_diffusers.errors import ConfigError, UserError
-from dae_diffusers.metrics.monitor import SampleDistance
+from dae_diffusers.metrics.monitor import SampleDistance, best_or_last
+from dae_diffusers.pipelines.dae_dit import DAEDiTPipeline
 from dae_diffusers.training import train_dit, train_vqgan_prior
 
 NAME = "validation/gfd_judge"
@@ -50,6 +52,23 @@ def watched(inputs, tmp_path_factory):
 
 def distances(folder, script="train_dit"):
     return {row["step"]: row[NAME] for row in log_of(folder, script) if NAME in row}
+
+
+def test_best_pipeline_has_the_decoder_and_defaults_of_the_last(watched, tmp_path):
+    """The decoder of stage 2 may have come after the best step, and a run may go on with another guidance."""
+    best, last = (DAEDiTPipeline.from_pretrained(watched) for _ in range(2))  # from the output folder
+    best.save_pretrained(tmp_path / "best")
+    last.register_to_config(default_guidance_scale=3.25)
+    for parameter in [*last.vae.parameters(), *last.transformer.parameters()]:
+        parameter.data += 1
+    monitor = SimpleNamespace(report=lambda: None, best_result=lambda: tmp_path / "best", state={"step": 2})
+    of_run = SimpleNamespace(config=SimpleNamespace(monitor=SimpleNamespace(export="best")))
+    of_run.accelerator = SimpleNamespace(is_main_process=False)
+    best_or_last(of_run, last, monitor).save_pretrained(tmp_path / "found")
+    found = DAEDiTPipeline.from_pretrained(tmp_path / "found")
+    assert_same_weights(found.transformer.state_dict(), best.transformer.state_dict())
+    assert_same_weights(found.vae.state_dict(), last.vae.state_dict())
+    assert found.call_defaults["guidance_scale"] == 3.25
 
 
 def test_best_weights_are_exported(watched):

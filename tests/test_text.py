@@ -611,13 +611,15 @@ def test_images_of_one_name_share_their_text(tmp_path, caplog, is_packed):
     (tmp_path / "a.txt").write_text("an a")
     (tmp_path / "b.TXT").write_text("a b")
     (tmp_path / "c.txt").write_text("")
+    Image.new("RGB", (8, 8)).save(tmp_path / "d.png")
+    (tmp_path / "d.png.txt").write_text("a d")
     if is_packed:
         with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
             for path in sorted(tmp_path.glob("?.*")):
                 archive.write(path, path.name)
                 path.unlink()
     caplog.set_level("INFO")
-    assert load_folder(tmp_path, caption_columns=["txt"])["train"]["txt"] == ["an a", "an a", "a b", "a b"]
+    assert load_folder(tmp_path, caption_columns=["txt"])["train"]["txt"] == ["an a", "an a", "a b", "a b", "a d"]
     assert "1 .txt (no images)" in caplog.text and ".TXT" not in caplog.text
 
 

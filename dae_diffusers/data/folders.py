@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -144,7 +144,8 @@ def load_folder(
         )
     _say_left_out(folder, found.left_out)
     names_of = {*(label_columns or LABELS), group_column}
-    metadata = [replace(each, name_columns=names_of, caption_columns=caption_columns) for each in metadata]
+    roots = [PurePosixPath(each.as_posix()) for each in (folder.absolute(), folder.resolve())]
+    metadata = [replace(each, name_columns=names_of, caption_columns=caption_columns, roots=roots) for each in metadata]
     names = _names_of(entries)
     files = {entry.file: entry.image for entry in entries}
     named = named_files(metadata, names)
@@ -172,13 +173,13 @@ def _loose_entries(folder: Path, found: Survey, has_texts: bool) -> list[Entry]:
         Entry(
             path,
             {"bytes": None, "path": column_path(str(folder.absolute() / path))},
-            _text_beside(folder, texts.get(path.with_suffix(""))),
+            _text_beside(folder, _text_of(texts, path)),
             path,
         )
         for path in loose
     ]
     for path in loose:
-        found.left_out.pop(texts.get(path.with_suffix("")), None)
+        found.left_out.pop(_text_of(texts, path), None)
     return entries
 
 
@@ -315,6 +316,11 @@ def _texts_by_image(paths: Iterable[PurePosixPath]) -> dict[PurePosixPath, PureP
     return {path.with_suffix(""): path for path in paths if path.suffix.lower() == ".txt"}
 
 
+def _text_of(texts: Mapping[PurePosixPath, Any], image: PurePosixPath) -> Any:
+    """The text of an image: `0.txt` or `0.png.txt` of `0.png`."""
+    return texts.get(image.with_suffix(""), texts.get(image))
+
+
 def _text_beside(folder: Path, text: PurePosixPath | None) -> dict[str, str]:
     """The column `txt` of an image; empty if no text lies beside it."""
     if text is None or _is_special(str(folder / text)):
@@ -357,6 +363,11 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
     tops = sorted({path.parts[0] if len(path.parts) > 1 else "" for path in paths})
     splits = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
     if "train" not in splits.values():
+        if len(splits) == len(tops) > 1 and all(len(path.parts) > 2 for path in paths):
+            raise UserError(
+                f"{folder} holds {', '.join(tops)}, which look like splits, but none is for training. Call one `train`, or give one of "
+                "them as `train_data_dir`."
+            )
         return {}
     if len(splits) == len(tops):
         return splits
@@ -402,7 +413,8 @@ def _packed_entries(folder: Path, found: Survey, with_texts: bool) -> tuple[list
         elif with_texts:
             by_place = {member.place: member for member in members}
             texts = {image: by_place[text] for image, text in _texts_by_image(by_place).items()}
-            images = {member.place.with_suffix("") for member in members if is_picture(member.name)}
+            pictures = [member.place for member in members if is_picture(member.name)]
+            images = {*pictures, *(picture.with_suffix("") for picture in pictures)}
             texts = {image: text for image, text in texts.items() if image in images}
             used = set(texts.values())
         for member in members:
@@ -413,7 +425,7 @@ def _packed_entries(folder: Path, found: Survey, with_texts: bool) -> tuple[list
             elif is_unseen:
                 found.left_out[place] = _IN_UNSEEN
             elif is_picture(member.name):
-                image, text = _packed(archive, member), texts.get(member.place.with_suffix(""))
+                image, text = _packed(archive, member), _text_of(texts, member.place)
                 columns = {} if text is None else _packed_text(archive, text)
                 entries.append(Entry(place, image, columns, path / member.place))
             elif member.place.name in METADATA and path not in found.shards:

@@ -41,12 +41,16 @@ SPLITS = {
 
 @dataclass
 class Metadata:
-    """A metadata table: its path in the folder, its bytes, and its columns of names (of classes and groups) and of captions."""
+    """
+    A metadata table: its path in the folder, its bytes, its columns of names (of classes and groups) and of captions, and the absolute
+    paths of the folder.
+    """
 
     path: PurePosixPath
     content: bytes
     name_columns: Collection[str] = ()
     caption_columns: Collection[str] = ()
+    roots: Collection[PurePosixPath] = ()
 
     @cached_property
     def table(self) -> pa.Table:
@@ -76,7 +80,9 @@ def _with_strings(table: pa.Table) -> pa.Table:
 def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_columns: Collection[str]) -> pa.Table:
     """The rows of a CSV file, whose columns commas separate, or else `;` or tabs."""
     header = file.readline().decode()
-    separator = next((each for each in ",;\t" if each in header), ",")
+    found = [each for each in ",;\t" if each in header]
+    named = [each for each in found if "file_name" in (name.strip(' "\r\n') for name in header.split(each))]
+    separator = (*named, *found, ",")[0]
     options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)}
     file.seek(0)
     table = _as_written(pyarrow.csv.read_csv(file, **options), name_columns, caption_columns, file, options)
@@ -241,7 +247,9 @@ def _alike(tables: list[pa.Table]) -> Iterator[pa.Table]:
 def _file_of(
     place: PurePosixPath, names: Mapping[PurePosixPath, PurePosixPath | None], metadata: Metadata
 ) -> PurePosixPath:
-    """The file that a table means by a name; the name itself if there is none."""
+    """The file that a table means by a name; the name itself if there is none. Absolute paths may lead into the folder."""
+    root = next((each for each in metadata.roots if place.is_relative_to(each)), None)
+    place = place if root is None else place.relative_to(root)
     file = names.get(place, place)
     if file is None:
         raise UserError(

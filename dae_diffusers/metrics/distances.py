@@ -212,6 +212,48 @@ def nearest_neighbors(
     return distances, indices
 
 
+def distinct(points: torch.Tensor) -> torch.Tensor:
+    r"""The numbers of the points, `(N, D)`, that are no copies of earlier ones, in order."""
+    is_first = torch.ones(len(points), dtype=torch.bool)
+    left, number, least = torch.arange(len(points)), 2, _least_distance(points)
+    while len(left):  # those whose neighbours are all copies may have more
+        number = min(number, len(points))
+        distances, indices = nearest_neighbors(points[left], points, num_neighbors=number)
+        is_copy = distances <= least
+        is_first[left] &= ~(is_copy & (indices < left[:, None])).any(dim=1)
+        left, number = left[is_copy.all(dim=1) & (number < len(points))], 16 * number
+    return is_first.nonzero()[:, 0]
+
+
+def spacings(points: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    r"""
+    Squared distance of points to their nearest neighbour that is no copy of them.
+
+    Args:
+        points (`torch.Tensor` of shape `(M, D)`): All points.
+        chosen (`torch.Tensor` of shape `(N,)`): The numbers of some.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: Float64; 0 where all points are copies.
+    """
+    found = torch.zeros(len(chosen), dtype=torch.float64)
+    left, number, least = torch.arange(len(chosen)), 2, _least_distance(points)
+    while len(left):
+        number = min(number, len(points))
+        distances = nearest_neighbors(points[chosen[left]], points, num_neighbors=number)[0]
+        is_other = distances > least
+        nearest = distances.gather(1, is_other.int().argmax(dim=1, keepdim=True))[:, 0]
+        found[left] = torch.where(is_other.any(dim=1), nearest, 0.0)
+        left, number = left[~is_other.any(dim=1) & (number < len(points))], 16 * number
+    return found
+
+
+def _least_distance(points: torch.Tensor) -> float:
+    """Up to which squared distance two points are copies: features of one image differ by rounding."""
+    points = points.double()
+    return 1e-6 * (points - points.mean(dim=0)).square().sum(dim=1).mean().item()
+
+
 def _radii(centers: torch.Tensor, num_neighbors: int) -> torch.Tensor:
     """Squared distance of each centre to its last neighbour among the others."""
     return nearest_neighbors(centers, num_neighbors=num_neighbors)[0][:, -1]

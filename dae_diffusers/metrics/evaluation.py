@@ -19,11 +19,13 @@ from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_ac
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics.distances import (
     density_coverage,
+    distinct,
     frechet_distance,
     inception_score,
     kernel_distance,
     nearest_neighbors,
     precision_recall,
+    spacings,
 )
 from dae_diffusers.metrics.features import FeatureExtractor
 from dae_diffusers.metrics.image_quality import ImageMeasure, image_measures
@@ -31,6 +33,8 @@ from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.store import fingerprint
 from dae_diffusers.weights import model_fingerprint
+
+_NEIGHBORS = 5  # as many as density and coverage look for
 
 
 @dataclass
@@ -77,8 +81,7 @@ class TrainingFeatures:
         images = self.images if self.copied is None else self.copied
         distances, indices = (each[:, 0] for each in nearest_neighbors(features, images))
         unique, places = indices.unique(return_inverse=True)
-        spacing = nearest_neighbors(images[unique], images, num_neighbors=2)[0][:, 1]  # the first is the image itself
-        ratios = distances / spacing[places]
+        ratios = distances / spacings(images, unique)[places]
         ratios[distances == 0] = 0  # a copy, also of one of two equals
         return Nearest(indices, ratios)
 
@@ -90,7 +93,7 @@ class Nearest(NamedTuple):
     Attributes:
         indices (`torch.Tensor` of shape `(N,)`): Its number.
         ratios (`torch.Tensor` of shape `(N,)`): The squared distance to it, divided by its own squared distance to its nearest other
-            training image: 0 for a copy. A sample with more than 1 is authentic.
+            training image that is no copy of it: 0 for a copy. A sample with more than 1 is authentic.
     """
 
     indices: torch.Tensor
@@ -372,7 +375,7 @@ def feature_metrics(
 ) -> tuple[dict[str, float], Nearest]:
     r"""
     Compares features of images, `(N, D)`, with those of training images; see [`sample_metrics`]. Precision, recall, density and
-    coverage compare as many of both: of training images a fixed random choice, because data may be sorted by class.
+    coverage compare as many of both: of training images a fixed random choice, because data may be sorted by class, without copies.
 
     Source of `authenticity`, the share of authentic samples: Alaa et al., 2022, https://huggingface.co/papers/2102.08921, here in the
     features themselves instead of a hypersphere learnt from them.
@@ -384,8 +387,11 @@ def feature_metrics(
     metrics["kernel_distance"] = kernel_distance(features, training.images)
     count = min(len(features), len(training.images))
     real = training.images[choose_indices(len(training.images), count)]
-    metrics["precision"], metrics["recall"] = precision_recall(real, features[:count])
-    metrics["density"], metrics["coverage"] = density_coverage(real, features[:count])
+    different = distinct(real)  # among copies no ball has a radius
+    if len(different) > _NEIGHBORS:
+        real = real[different]
+    metrics["precision"], metrics["recall"] = precision_recall(real, features[: len(real)])
+    metrics["density"], metrics["coverage"] = density_coverage(real, features[: len(real)])
     nearest = training.nearest(features)
     metrics["authenticity"] = (nearest.ratios > 1).double().mean().item()
     return metrics, nearest

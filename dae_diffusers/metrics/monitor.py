@@ -33,6 +33,7 @@ from dae_diffusers.store import fingerprint_of_json, replace_folder
 from dae_diffusers.weights import model_fingerprint
 
 logger = logging.getLogger(__name__)
+_TRAINED = ("transformer", "guidance_transformer", "prior")  # parts of pipelines
 
 # What a run makes: an autoencoder or a pipeline.
 Result = ModelMixin | DiffusionPipeline
@@ -414,4 +415,10 @@ def best_or_last(run: TrainingRun, result: Result, monitor: Monitor) -> Result:
     if run.accelerator.is_main_process:
         run.note(exported_step=monitor.state["step"])
     logger.info("the result has the weights of step %d", monitor.state["step"])
-    return type(result).from_pretrained(best)
+    found = type(result).from_pretrained(best)
+    if isinstance(
+        found, DiffusionPipeline
+    ):  # all but what was trained is as it is now, such as a decoder that came later
+        found.register_modules(**{name: part for name, part in result.components.items() if name not in _TRAINED})
+        found.register_to_config(**{name: result.config[name] for name in result.config if name.startswith("default_")})
+    return found
