@@ -547,6 +547,13 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
     assert load(make(lambda folder: write_table(folder, "csv", plain)), "text") == one
     several = {str(n): [f"{n}", f"so {n}"] for n in range(4)}
     assert load(make(lambda folder: write_table(folder, "jsonl", rows)), "more") == several
+    mixed = [
+        {**row, "more": row["more"] if n % 2 else f"only {n}", "text": n or "none yet"} for n, row in enumerate(rows)
+    ]
+    lines = "\n".join(map(json.dumps, mixed))
+    some_lists = make(lambda folder: (folder / "metadata.jsonl").write_text(lines))
+    assert load(some_lists, "more") == {str(n): [f"{n}", f"so {n}"] if n % 2 else [f"only {n}"] for n in range(4)}
+    assert load(some_lists, "text") == {"0": ["none yet"]} | {str(n): [str(n)] for n in range(1, 4)}
     both_columns = {str(n): [f"number {n}", f"{n}", f"so {n}"] for n in range(4)}
     assert load(make(lambda folder: write_table(folder, "jsonl", rows)), ["text", "more"]) == both_columns
     rows_of_mappings = [

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import json
 import logging
 import os
 import re
@@ -123,13 +124,40 @@ def _as_written(
 
 def _read_json(file: io.BytesIO) -> pa.Table:
     """The rows of a JSON file. Texts that look like dates stay texts."""
-    table = pyarrow.json.read_json(file)
+    try:
+        table = pyarrow.json.read_json(file)
+    except pa.ArrowInvalid:
+        mixed = _of_mixed_values(file.getvalue())
+        if mixed is None:
+            raise
+        return mixed
     texts = [pa.field(each.name, _without_times(each.type)) for each in table.schema]
     texts = [each for each in texts if each.type != table.schema.field(each.name).type]
     if not texts:
         return table
     file.seek(0)
     return pyarrow.json.read_json(file, parse_options=pyarrow.json.ParseOptions(explicit_schema=pa.schema(texts)))
+
+
+def _of_mixed_values(content: bytes) -> pa.Table | None:
+    """
+    The rows of a JSON file whose columns hold texts in some rows and lists or numbers in others: all are lists then, or texts. None if
+    that is not what is wrong.
+    """
+    try:
+        rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+    except ValueError:
+        return None
+    if not all(isinstance(row, dict) for row in rows):
+        return None
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    for name, values in columns.items():
+        if any(isinstance(value, list) for value in values):
+            values = [[value] if isinstance(value, str) else value for value in values]
+        elif any(isinstance(value, str) for value in values):
+            values = [json.dumps(value) if isinstance(value, int | float) else value for value in values]
+        columns[name] = values
+    return pa.table(columns)
 
 
 def _without_times(kind: pa.DataType) -> pa.DataType:
