@@ -244,6 +244,17 @@ def test_classes_and_captions_are_as_they_are_written(make_folder, values, expec
     assert found["label"] == (expected or values) and found["text"] == values
 
 
+def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):
+    folder = make_folder(*[f"{number}.png" for number in range(4)])
+    rows = [f"{number}.png,{split}\n" for number, split in enumerate(("train", "train", "Test", "train"))]
+    (folder / "metadata.csv").write_text("file_name,split\n" + "".join(rows))
+    load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    assert "the column 'split', which holds Test, train, is not used" in caplog.text
+    caplog.clear()
+    load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="split"))
+    assert "is not used" not in caplog.text
+
+
 @pytest.mark.parametrize("place", ["", "sub/"])
 def test_absolute_names_and_commas_in_other_headers_are_read(make_folder, place):
     folder = make_folder(f"{place}0.png", f"{place}1.png")

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import re
 import shutil
 import tarfile
@@ -554,6 +555,14 @@ def test_captions_come_from_tables_texts_and_webdatasets(tmp_path_factory, caplo
     some_lists = make(lambda folder: (folder / "metadata.jsonl").write_text(lines))
     assert load(some_lists, "more") == {str(n): [f"{n}", f"so {n}"] if n % 2 else [f"only {n}"] for n in range(4)}
     assert load(some_lists, "text") == {"0": ["none yet"]} | {str(n): [str(n)] for n in range(1, 4)}
+    odd = ["[]", '["a", null]', "['b', None, 'c']", "[not a list"]
+    quoted = "".join(f'{n}.png,"{text.replace(chr(34), chr(34) * 2)}"\n' for n, text in enumerate(odd))
+    written = make(lambda folder: (folder / "metadata.csv").write_text("file_name,text\n" + quoted))
+    assert load(written, "text") == {"0": [""], "1": ["a"], "2": ["b", "c"], "3": ["[not a list"]}
+    unknown = [{"file_name": f"{n}.png", "text": [f"{n}"] if n % 2 else math.nan} for n in range(4)]
+    lines_of_unknown = "\n".join(map(json.dumps, unknown))
+    written = make(lambda folder: (folder / "metadata.jsonl").write_text(lines_of_unknown))
+    assert load(written, "text") == {"0": [""], "1": ["1"], "2": [""], "3": ["3"]}
     both_columns = {str(n): [f"number {n}", f"{n}", f"so {n}"] for n in range(4)}
     assert load(make(lambda folder: write_table(folder, "jsonl", rows)), ["text", "more"]) == both_columns
     rows_of_mappings = [

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 # A text in quotes, and a list of such texts.
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_LISTED = re.compile(rf"\[\s*(?:{_QUOTED})(?:[\s,]+(?:{_QUOTED}))*\s*\]")
+_ENTRY = rf"(?:{_QUOTED}|null|None|nan|NaN)"
+_LISTED = re.compile(rf"\[\s*(?:{_ENTRY}(?:[\s,]+{_ENTRY})*\s*)?\]")
 
 
 # What programs write for a text that is missing.
@@ -74,7 +75,10 @@ def _captions_of(rows: datasets.Dataset, column: str, split: str, is_held_out: b
         )
     captions = [[text for text in map(one_line, texts) if text] for texts in map(_texts, values)]
     if not any(captions) and not is_held_out:
-        raise UserError(f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column.")
+        raise UserError(
+            f"`caption_column` {column!r} holds no text in the split {split!r}. Name another column, or if only this split lacks texts, "
+            "hold out a part of the training images instead: `validation_split train`."
+        )
     return captions
 
 
@@ -97,7 +101,7 @@ def _texts(value: str | list[str | None] | None) -> list[str]:
         except ValueError:
             with contextlib.suppress(ValueError, SyntaxError):
                 value = [ast.literal_eval(text) for text in re.findall(_QUOTED, value)]
-    return [value] if isinstance(value, str) else [text for text in value or [] if text]
+    return [value] if isinstance(value, str) else [text for text in value or [] if isinstance(text, str) and text]
 
 
 def _is_text(feature: Any) -> bool:

@@ -3,7 +3,9 @@
 import logging
 from dataclasses import dataclass
 
-from dae_diffusers.data.columns import Rows, feature_of, find_label_column, with_image_column
+import datasets
+
+from dae_diffusers.data.columns import TEXT, Rows, column_values, feature_of, find_label_column, with_image_column
 from dae_diffusers.data.configuration import DataConfig
 from dae_diffusers.data.contents import Root
 from dae_diffusers.data.sources import load_splits
@@ -60,10 +62,27 @@ class Found:
         label_column = _label_column(config, train, image_column)
         if config.group_column == image_column:
             raise UserError(f"`group_column` {image_column!r} is the column of the images: name another one.")
+        if validation is None:
+            _warn_of_split_column(config, train)
         if validation is not None:
             validation = with_image_column(validation, image_column)[0]
             _require_labels(validation, label_column, validation_name)
         return cls(config, source, root, train, validation, validation_name, image_column, label_column, value_range)
+
+
+def _warn_of_split_column(config: DataConfig, rows: Rows) -> None:
+    """Warns about a column that says which rows are for training and which are not: nothing reads it."""
+    used = {*config.label_columns, config.group_column}
+    for column in rows.features if isinstance(rows, datasets.Dataset) else ():
+        if column.strip().lower() != "split" or column in used or rows.features[column] not in TEXT:
+            continue
+        values = {each for each in column_values(rows, column) if each}
+        if len(values) > 1 and all(each.strip().lower() in SPLITS for each in values):
+            logger.warning(
+                "the column %r, which holds %s, is not used: all these rows are trained on, but for those held out at random. Put the "
+                "files into folders of these names, or leave the others out.",
+                column, ", ".join(sorted(values)),
+            )  # fmt: skip
 
 
 def _validation_split(config: DataConfig, splits: dict[str, Rows]) -> str:
