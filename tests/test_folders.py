@@ -255,6 +255,16 @@ def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):
     assert "is not used" not in caplog.text
 
 
+def test_thumbnails_and_pointers_are_no_images(make_folder, caplog):
+    folder = make_folder("0.png", "1.png", "@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/2.png")
+    images, validation = load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    assert len(images) + len(validation) == 2 and not images.has_classes
+    for path in folder.glob("*.png"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match="it is a Git LFS pointer: get the pictures by `git lfs pull`"):
+        load_images(DataConfig(train_data_dir=str(folder), resolution=4))[0][0]
+
+
 @pytest.mark.parametrize("place", ["", "sub/"])
 def test_absolute_names_and_commas_in_other_headers_are_read(make_folder, place):
     folder = make_folder(f"{place}0.png", f"{place}1.png")
@@ -572,7 +582,7 @@ def test_classes_that_are_not_seen_are_said(tmp_path, caplog, is_packed):
     if not is_packed:
         zipfile.ZipFile(tmp_path / "all.zip").extractall(tmp_path / "images")
     load_folder(tmp_path if is_packed else tmp_path / "images")
-    assert "3 .png (in folders whose names begin with . or __)" in caplog.text
+    assert "3 .png (in folders whose names begin with . or __, or of the system)" in caplog.text
     assert caplog.text.count("no class") == 1 and "no class '.net': none of its files" in caplog.text
 
 

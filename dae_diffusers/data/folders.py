@@ -45,8 +45,9 @@ from dae_diffusers.locks import OWNER
 
 logger = logging.getLogger(__name__)
 
-UNSEEN = (".", "__")  # folders whose names begin so are not read, as `datasets` has it
-_IN_UNSEEN = "in folders whose names begin with . or __"
+# Folders whose names begin so are not read, as `datasets` has it; nor the thumbnails of a network drive and the bin of Windows.
+UNSEEN = (".", "__", "@eaDir", "$RECYCLE.BIN")
+_IN_UNSEEN = "in folders whose names begin with . or __, or of the system"
 DRAWN = "samples.yaml"  # marks a folder of `dae-diffusers sample`, whose images may be trained on
 _OF_A_RUN = f"in the output folder of a run, which has a file {OWNER}: its own pictures are not trained on"
 _DEAD = "links that lead nowhere"

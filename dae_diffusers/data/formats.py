@@ -50,6 +50,8 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError("it is a Git LFS pointer: get the pictures by `git lfs pull`") from None
         raise ValueError("it is not a picture in a supported format") from None
     if image.format == "FITS" and image.tile and image.tile[0][0] == "fits_gzip":
         raise ValueError("it is a compressed FITS file; save it as `.npy` or TIFF")
