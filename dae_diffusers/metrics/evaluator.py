@@ -139,7 +139,7 @@ class Evaluator:
         sweep = swept_settings(self.config.sampling, seed, self.sampler, self.train)
         planned = [drawing for settings in sweep for drawing in drawings_of(settings, number)]
         say_duration(self.sampler, planned, self._folder / "samples", self.accelerator, self._batch_size)
-        compared_with = ["generation, copies of all", *self._inputs(self.train, self.some)]
+        compared_with = ["generation, copies are no neighbours", *self._inputs(self.train, self.some)]
         rows, drawn = [], []
         for settings in sweep:
             drawings = measure_drawings(
@@ -196,7 +196,7 @@ class Evaluator:
                 floor |= {"generation": of_samples} if of_samples else {}
             return {"judge": yardstick.judge(), "floor": floor}
 
-        inputs = ["real images, copies of all", *self._inputs(self.train, self.validation, self.some)]
+        inputs = ["real images, copies are no neighbours", *self._inputs(self.train, self.validation, self.some)]
         inputs += [drawing.inputs for drawing in firsts]
         return self._keep(measure, inputs)
 
