@@ -198,6 +198,8 @@ def captions(train: ImageDataset | StreamedImages) -> str:
     of_each = [[text for text in texts if text] for texts in train.captions]
     numbers, every = [len(texts) for texts in of_each], [text for texts in of_each for text in texts]
     words = sorted(len(text.split()) for text in every)
+    if not every:
+        return f"\nNone of the {len(of_each)} images has a caption.\n"
     lines = [
         f"Captions (`{' '.join(train.config.caption_columns)}`): {_range(numbers)} for each image, {_range(words)} words long "
         f"(median {words[len(words) // 2]})."

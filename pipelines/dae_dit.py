@@ -699,7 +699,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         has_condition |= any(value is not None for value in conditions.values()) or self._is_conditional
         can_guide = has_condition or self.guidance_transformer is not None
         self._guidance_scale, self._interrupt = guidance_scale, False  # a callback may change both
-        needs_negative = can_guide and self.do_classifier_free_guidance and self.guidance_transformer is None
+        needs_negative = has_condition and self.do_classifier_free_guidance and self.guidance_transformer is None
         self._check_texts(texts, class_labels, is_guided=needs_negative)
 
         shape = self._latent_shape(height, width, latents)

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 
-from dae_diffusers.pipelines.dae_dit import (
-    tensor_inputs_of,
-    whole_number,
-)  # diffusers copies only what a file imports itself
+# diffusers copies only what a file imports itself
+from dae_diffusers.pipelines.dae_dit import tensor_inputs_of, whole_number
 from dae_diffusers.pipelines.dae_dit_img2img import DAEDiTImg2ImgPipeline, as_list, pixels_of
 
 

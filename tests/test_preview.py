@@ -188,3 +188,4 @@ def test_captions_are_counted_and_shown():
     assert "3 of 5 differ; 3 images share 'fruit'." in text
     assert sorted(text.splitlines()[-3:]) == ["- a red apple", "- fruit", "- fruit"]
     assert captions(SimpleNamespace(captions=None)) == ""
+    assert captions(SimpleNamespace(captions=[[""], [""]])) == "\nNone of the 2 images has a caption.\n"

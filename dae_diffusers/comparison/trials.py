@@ -35,7 +35,7 @@ class Ruler:
 
     def __init__(self, experiment: dict[str, Any], vae: Path | str, seed: int, reference: Path):
         self.experiment, self.seed, self.reference = experiment, seed, reference
-        # Whatever accelerate was configured for.
+        # Not as accelerate is configured: measurements of different starts are compared.
         self.accelerator = measuring_accelerator(experiment.get("mixed_precision") or "no")
         data = DataConfig(**experiment["data"])
         self.train, self.validation = load_images(data, value_range=read_value_range(str(vae)))

@@ -64,7 +64,7 @@ class Found:
             raise UserError(f"`group_column` {image_column!r} is the column of the images: name another one.")
         if validation is None:
             _warn_of_split_column(config, train)
-        if validation is not None:
+        else:
             validation = with_image_column(validation, image_column)[0]
             _require_labels(validation, label_column, validation_name)
         return cls(config, source, root, train, validation, validation_name, image_column, label_column, value_range)

@@ -152,9 +152,9 @@ def _of_mixed_values(content: bytes) -> pa.Table | None:
     if not all(isinstance(row, dict) for row in rows):
         return None
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-    for name, values in columns.items():  # pandas writes NaN for a missing value
-        columns[name] = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
     for name, values in columns.items():
+        # pandas writes NaN for a missing value.
+        values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
         if any(isinstance(value, list) for value in values):
             values = [[value] if isinstance(value, str) else value for value in values]
         elif any(isinstance(value, str) for value in values):

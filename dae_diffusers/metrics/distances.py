@@ -10,6 +10,7 @@ from dae_diffusers.metrics.statistics import FeatureStatistics
 
 # Distances between all pairs are computed in tiles of this many rows and columns (32 MiB in float64).
 _TILE = 2048
+NUM_NEIGHBORS = 5  # of density and coverage
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -112,7 +113,7 @@ def precision_recall(
 
 
 def density_coverage(
-    features_real: torch.Tensor, features_generated: torch.Tensor, *, num_neighbors: int = 5
+    features_real: torch.Tensor, features_generated: torch.Tensor, *, num_neighbors: int = NUM_NEIGHBORS
 ) -> tuple[float, float]:
     r"""
     Density is the mean number of real vectors' balls that hold a generated vector, divided by `num_neighbors`. Coverage is
@@ -122,7 +123,7 @@ def density_coverage(
     Args:
         features_real, features_generated (`torch.Tensor` of shapes `(N, D)` and `(M, D)`): More than `num_neighbors`
             real vectors, one generated or more.
-        num_neighbors (`int`, *optional*, defaults to 5): Size of the balls.
+        num_neighbors (`int`, *optional*, defaults to `NUM_NEIGHBORS`): Size of the balls.
 
     Returns:
         `tuple[float, float]`: Density, >= 0, about 1 for equal distributions; coverage, in [0, 1].
@@ -215,13 +216,8 @@ def nearest_neighbors(
 def distinct(points: torch.Tensor) -> torch.Tensor:
     r"""The numbers of the points, `(N, D)`, that are no copies of earlier ones, in order."""
     is_first = torch.ones(len(points), dtype=torch.bool)
-    left, number, least = torch.arange(len(points)), 2, _least_distance(points)
-    while len(left):  # those whose neighbours are all copies may have more
-        number = min(number, len(points))
-        distances, indices = nearest_neighbors(points[left], points, num_neighbors=number)
-        is_copy = distances <= least
-        is_first[left] &= ~(is_copy & (indices < left[:, None])).any(dim=1)
-        left, number = left[is_copy.all(dim=1) & (number < len(points))], 16 * number
+    for rows, _, indices, is_copy in _beyond_copies(points, torch.arange(len(points))):
+        is_first[rows] &= ~(is_copy & (indices < rows[:, None])).any(dim=1)
     return is_first.nonzero()[:, 0]
 
 
@@ -237,21 +233,28 @@ def spacings(points: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(N,)`: Float64; 0 where all points are copies.
     """
     found = torch.zeros(len(chosen), dtype=torch.float64)
-    left, number, least = torch.arange(len(chosen)), 2, _least_distance(points)
-    while len(left):
-        number = min(number, len(points))
-        distances = nearest_neighbors(points[chosen[left]], points, num_neighbors=number)[0]
-        is_other = distances > least
-        nearest = distances.gather(1, is_other.int().argmax(dim=1, keepdim=True))[:, 0]
-        found[left] = torch.where(is_other.any(dim=1), nearest, 0.0)
-        left, number = left[~is_other.any(dim=1) & (number < len(points))], 16 * number
+    for rows, distances, _, is_copy in _beyond_copies(points, chosen):
+        nearest = distances.masked_fill(is_copy, math.inf).amin(dim=1)
+        found[rows] = nearest.masked_fill(is_copy.all(dim=1), 0.0)
     return found
 
 
-def _least_distance(points: torch.Tensor) -> float:
-    """Up to which squared distance two points are copies: features of one image differ by rounding."""
-    points = points.double()
-    return 1e-6 * (points - points.mean(dim=0)).square().sum(dim=1).mean().item()
+def _beyond_copies(
+    points: torch.Tensor, chosen: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    Neighbours of the chosen points, themselves included, and more of them for those whose neighbours are all copies: places in
+    `chosen`, distances, numbers, and which are copies.
+    """
+    # Features of one image differ by rounding.
+    farthest_copy = 1e-6 * points.var(dim=0, correction=0).sum().item()
+    rows, number = torch.arange(len(chosen)), 2
+    while len(rows):
+        number = min(number, len(points))
+        distances, indices = nearest_neighbors(points[chosen[rows]], points, num_neighbors=number)
+        is_copy = distances <= farthest_copy
+        yield rows, distances, indices, is_copy
+        rows, number = rows[is_copy.all(dim=1) & (number < len(points))], 16 * number
 
 
 def _radii(centers: torch.Tensor, num_neighbors: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from dae_diffusers.latents.codes import codebook_metrics, codes_of
 from dae_diffusers.latents.diagnostics import LatentDiagnostics, linear_probe_accuracy
 from dae_diffusers.latents.statistics import normalize_latents
 from dae_diffusers.metrics.distances import (
+    NUM_NEIGHBORS,
     density_coverage,
     distinct,
     frechet_distance,
@@ -33,8 +34,6 @@ from dae_diffusers.metrics.interpolation import interpolate_to_neighbors
 from dae_diffusers.metrics.statistics import MAX_REFERENCE_IMAGES, FeatureStatistics, pad_batch, reference_statistics
 from dae_diffusers.store import fingerprint
 from dae_diffusers.weights import model_fingerprint
-
-_NEIGHBORS = 5  # as many as density and coverage look for
 
 
 @dataclass
@@ -388,7 +387,7 @@ def feature_metrics(
     count = min(len(features), len(training.images))
     real = training.images[choose_indices(len(training.images), count)]
     different = distinct(real)  # among copies no ball has a radius
-    if len(different) > _NEIGHBORS:
+    if len(different) > NUM_NEIGHBORS:
         real = real[different]
     metrics["precision"], metrics["recall"] = precision_recall(real, features[: len(real)])
     metrics["density"], metrics["coverage"] = density_coverage(real, features[: len(real)])

@@ -416,9 +416,8 @@ def best_or_last(run: TrainingRun, result: Result, monitor: Monitor) -> Result:
         run.note(exported_step=monitor.state["step"])
     logger.info("the result has the weights of step %d", monitor.state["step"])
     found = type(result).from_pretrained(best)
-    if isinstance(
-        found, DiffusionPipeline
-    ):  # all but what was trained is as it is now, such as a decoder that came later
+    if isinstance(found, DiffusionPipeline):
+        # All but what was trained is as it is now, such as a decoder that came later.
         found.register_modules(**{name: part for name, part in result.components.items() if name not in _TRAINED})
         found.register_to_config(**{name: result.config[name] for name in result.config if name.startswith("default_")})
     return found

@@ -43,6 +43,11 @@ class Candidates:
     own_transformer: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def joint(self) -> str | None:
+        r"""The first candidate of joint training; None if none fits the images."""
+        return next((name for name, flags in self.flags.items() if flags.get("auxiliary_decoder") == "none"), None)
+
     def transformer_of(self, name: str) -> dict[str, Any]:
         r"""The flags of a candidate's pilots and generator."""
         return self.transformer | self.own_transformer.get(name, {})
@@ -86,7 +91,7 @@ def read_candidates(config: SearchConfig, data: dict[str, Any]) -> Candidates:
             found.own_transformer[str(candidate)] = own
             flags = {key: value for key, value in flags.items() if key != "transformer"}
         found.flags[str(candidate)] = found.autoencoder | _flags(where, flags, TrainDAEConfig)
-    if not any(flags.get("auxiliary_decoder") == "none" for flags in found.flags.values()):
+    if found.joint is None:
         if "joint" in found.flags:
             raise ConfigError(
                 f"{name}: `joint` is the name of joint training, which is always a candidate. Give this one another, or "

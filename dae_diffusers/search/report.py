@@ -164,25 +164,22 @@ def notes(search: Search, results: dict[str, list[dict[str, Any]]], winner: str 
             "**The autoencoders were trained briefly**: rFD is more than a third of gFD, so their training decides and not the latent "
             "space. Search again with a larger `--budget`, or fewer candidates."
         )
-    first = next(
-        (name for name, flags in search.candidates.flags.items() if flags.get("auxiliary_decoder") == "none"), None
-    )
-    lines += not_told_apart(results, winner, first)
+    lines += not_told_apart(results, winner, search.candidates.joint)
     return [line for each in lines for line in (each, "")]
 
 
-def not_told_apart(results: dict[str, list[dict[str, Any]]], winner: str | None, first: str | None) -> list[str]:
-    r"""A sentence if the winner's pilot was too little ahead of that of joint training, `first`, in the last rung that both had."""
-    if None in (winner, first) or winner == first:
+def not_told_apart(results: dict[str, list[dict[str, Any]]], winner: str | None, joint: str | None) -> list[str]:
+    r"""A sentence if the winner's pilot was too little ahead of that of joint training in the last rung that both had."""
+    if None in (winner, joint) or winner == joint:
         return []
-    pairs = zip(*(in_rungs(results[name]) for name in (winner, first)), strict=False)
+    pairs = zip(*(in_rungs(results[name]) for name in (winner, joint)), strict=False)
     found = [(number, *(distances(row).get("gFD") for row in rows)) for number, rows in enumerate(pairs, 1)]
     found = [(number, best, other) for number, best, other in found if best and other]
     if not found or found[-1][2] / found[-1][1] >= _TOLD_APART:
         return []
     number, best, other = found[-1]
     return [
-        f"**`{winner}` and `{first}` are not told apart**: gFD {best:.4g} and {other:.4g} in rung {number}. In our searches, differences "
+        f"**`{winner}` and `{joint}` are not told apart**: gFD {best:.4g} and {other:.4g} in rung {number}. In our searches, differences "
         f"of pilots below a factor of {_TOLD_APART} did not last (`benchmarks/results/forecast.md`). Take either."
     ]
 

@@ -191,7 +191,7 @@ class Search:
         channels, flags = self.images[0].config.image_channels, self.candidates.flags
         judge = load_feature_extractor(self.experiment["features"], channels=channels)
         check_enough_images(judge, *self.images, self.config.num_images)
-        name = next((name for name in flags if flags[name].get("auxiliary_decoder") == "none"), next(iter(flags)))
+        name = self.candidates.joint or next(iter(flags))
         folder = self.folder / "calibration"
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill
         trial = self.trial(name, folder)
