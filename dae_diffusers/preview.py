@@ -201,15 +201,19 @@ def captions(train: ImageDataset | StreamedImages) -> str:
     if not every:
         return f"\nNone of the {len(of_each)} images has a caption.\n"
     lines = [
-        f"Captions (`{' '.join(train.config.caption_columns)}`): {_range(numbers)} for each image, {_range(words)} words long "
+        f"Captions (`{'`, `'.join(train.config.caption_columns)}`): {_range(numbers)} for each image, {_range(words)} words long "
         f"(median {words[len(words) // 2]})."
     ]
     if 0 in numbers:
         lines.append(f"{numbers.count(0)} of {len(numbers)} images have none.")
     shared, count = Counter(text for texts in of_each for text in {*texts}).most_common(1)[0]
     if count > 1:
-        lines.append(f"{len({*every})} of {len(every)} differ; {count} images share {shared!r}.")
-    some = [texts[0] for texts in (of_each[index] for index in choose_indices(len(of_each), _SHOWN_CAPTIONS)) if texts]
+        lines.append(f"Of {len(every)} captions {len({*every})} are different; {count} images share {shared!r}.")
+    some = [
+        " / ".join(texts)
+        for texts in (of_each[index] for index in choose_indices(len(of_each), _SHOWN_CAPTIONS))
+        if texts
+    ]
     return "\n" + " ".join(lines) + "\n\n" + "".join(f"- {text}\n" for text in some)
 
 

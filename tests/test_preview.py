@@ -183,9 +183,14 @@ def test_captions_are_counted_and_shown():
     images = SimpleNamespace(captions=texts, config=DataConfig(caption_column=["text", "more"]))
     text = captions(images)
     assert (
-        "Captions (`text more`): 0 to 2 for each image, 1 to 7 words long (median 1). 1 of 4 images have none." in text
+        "Captions (`text`, `more`): 0 to 2 for each image, 1 to 7 words long (median 1). 1 of 4 images have none."
+        in text
     )
-    assert "3 of 5 differ; 3 images share 'fruit'." in text
-    assert sorted(text.splitlines()[-3:]) == ["- a red apple", "- fruit", "- fruit"]
+    assert "Of 5 captions 3 are different; 3 images share 'fruit'." in text
+    assert sorted(text.splitlines()[-3:]) == [
+        "- a red apple / fruit",
+        "- fruit",
+        "- fruit / a pear that lies on a table",
+    ]
     assert captions(SimpleNamespace(captions=None)) == ""
     assert captions(SimpleNamespace(captions=[[""], [""]])) == "\nNone of the 2 images has a caption.\n"

@@ -43,17 +43,16 @@ def captions_of(
     """
     of_columns = [_captions_of(rows, column, split, is_held_out) for column in columns]
     captions = [[text for texts in of_image for text in texts] or [""] for of_image in zip(*of_columns, strict=True)]
-    empty = captions.count([""])
+    empty, part = captions.count([""]), "the held-out part of " if is_held_out else ""
     if empty:
-        part = "the held-out part of " if is_held_out else ""
         logger.warning(
             "%d of %d images of %sthe split %r have no caption: their text is empty.", empty, len(captions), part, split
         )
     missing = [text for texts in captions for text in texts if text.lower() in _MISSING]
     if missing:
         logger.warning(
-            "%d captions of the split %r are %r, as programs write a missing text. Training takes them for texts: leave them empty.",
-            len(missing), split, missing[0],
+            "%d captions of %sthe split %r are %r, as programs write a missing text. Training takes them for texts: leave them empty.",
+            len(missing), part, split, missing[0],
         )  # fmt: skip
     return captions
 
