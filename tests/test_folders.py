@@ -81,6 +81,13 @@ def write_shard(path, size):
         (["train/x/y/a/1.png", "train/x/y/b/2.png", "test/x/y/b/3.png"], {"train": ["a", "b"], "test": ["b"]}),
         (["train/images/1.png", "test/images/2.png"], {"train": None, "test": None}),
         (["train/a/1.png", "test/b/2.png"], {"train": ["a"], "test": ["b"]}),
+        (["train2017/1.png", "train2017/2.png", "val2017/3.png"], {"train": None, "validation": None}),
+        (
+            ["D_train_HR/D_train_HR/a/1.png", "D_train_HR/D_train_HR/b/2.png", "D_valid_HR/D_valid_HR/b/3.png"],
+            {"train": ["a", "b"], "validation": ["b"]},
+        ),
+        (["steam train/1.png", "toy train/2.png"], {"train": ["steam train", "toy train"]}),
+        (["toy train/1.png", "test tube/2.png", "bus/3.png"], {"train": ["bus", "test tube", "toy train"]}),
     ],
 )
 def test_layout_says_splits_and_classes(make_folder, names, expected):
@@ -115,6 +122,7 @@ def test_split_without_classes_is_left_out(make_folder, caplog):
             ["val/a/1.png", "val/b/2.png", "test/a/3.png"],
             "holds test, val, which look like splits, but none is for training",
         ),
+        (["train_HR/1.png", "train_LR/2.png", "valid_HR/3.png"], "which look like splits, several of them train"),
     ],
 )
 def test_ambiguous_layout_is_one_line(make_folder, names, message):

@@ -39,6 +39,7 @@ from dae_diffusers.data.tables import (
     load_tables,
     named_files,
     read_metadata,
+    splits_in,
 )
 from dae_diffusers.errors import UserError
 from dae_diffusers.locks import OWNER
@@ -98,8 +99,8 @@ def load_folder(
     flag: str = "train_data_dir",
 ) -> Splits:
     r"""
-    Loads the images of a folder. Top folders `train`, `validation` and `test` are splits, if they are the only folders with images
-    and `train` is among them. Folders below are classes, whatever their names. A folder that contains all images is ignored.
+    Loads the images of a folder. Top folders `train`, `validation` and `test`, or such as `train2017` and `val2017`, are splits, if
+    they are the only folders with images and one is for training. Folders below are classes, whatever their names. A folder that contains all images is ignored.
     Folders in archives count like others, and so does the name of an archive if archives differ by more than a number.
 
     Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. A file that these
@@ -360,9 +361,22 @@ def _inside(folder: Any, files: list[PurePosixPath]) -> tuple[Any, list[PurePosi
 
 
 def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
-    """The top folders that are splits, and which. None unless all top folders with images are splits, and one is for training."""
+    """
+    The top folders that are splits, and which. None unless all top folders with images are splits, and one is for training. A name
+    such as `val2017` or `birds_train_HR` counts if all have such names, with different splits: it may be the class `steam train`.
+    """
     tops = sorted({path.parts[0] if len(path.parts) > 1 else "" for path in paths})
     splits = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
+    if len(splits) < len(tops):
+        words = {top: splits_in(top) for top in tops}
+        by_word = {top: found.pop() for top, found in words.items() if len(found) == 1}
+        if len(by_word) == len(tops) and len(set(by_word.values())) > 1 and "train" in by_word.values():
+            if len(set(by_word.values())) < len(tops):
+                raise UserError(
+                    f"{folder} holds {', '.join(tops[:8])}, which look like splits, several of them {_most_common(by_word)}. Give the "
+                    "folder of one split as `train_data_dir`, or move the images of each split into one folder: `train`, `val`, `test`."
+                )
+            splits = by_word
     if "train" not in splits.values():
         if len(splits) == len(tops) > 1 and all(len(path.parts) > 2 for path in paths):
             raise UserError(
@@ -382,12 +396,16 @@ def _split_folders(paths: list[PurePosixPath], folder: Path) -> dict[str, str]:
     return {}
 
 
+def _most_common(splits: dict[str, str]) -> str:
+    return Counter(splits.values()).most_common(1)[0][0]
+
+
 def _archive_folders(archives: list[PurePosixPath]) -> list[PurePosixPath]:
     """
     The folders that the names of archives stand for: a split, by a word as in `birds-train-0001.tar`; or a class, if the names
     differ by more than a number.
     """
-    words = [{SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS} for path in archives]
+    words = [splits_in(path.stem) for path in archives]
     splits = [found.pop() if len(found) == 1 else None for found in words]
     if "train" in splits and None not in splits:
         return [PurePosixPath(split) for split in splits]
@@ -623,7 +641,7 @@ def _level_of_classes(places: list[PurePosixPath], split_folders: dict[str, str]
         for place in places:
             names.setdefault(place.parts[0], set()).add(place.parts[level] if len(place.parts) > level + 1 else "")
         every = set().union(*names.values())
-        is_split = all({SPLITS.get(name.lower()) for name in of} == {split_folders[top]} for top, of in names.items())
+        is_split = all(set().union(*map(splits_in, of)) == {split_folders[top]} for top, of in names.items())
         if "" in every or any(len(of) > 1 for of in names.values()) or (len(every) > 1 and not is_split):
             break
         level += 1

@@ -380,12 +380,12 @@ def _splits_of(tables: list[PurePosixPath], folder: Path) -> list[str]:
     shards = [re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem) for path in tables]
     splits, unsaid = [], []
     for path, shard in zip(tables, shards, strict=True):
-        found = _splits_in(path.stem)
+        found = splits_in(path.stem)
         if all(shards) and (found or path.parent == shared):
             splits.append(shard[1].replace("-", "_"))
             continue
         for name in reversed(path.parent.relative_to(shared).parts):
-            found = found or _splits_in(name)
+            found = found or splits_in(name)
         if len(found) > 1 and len(tables) > 1:
             raise UserError(
                 f"the path of the table {folder / path} names several splits ({', '.join(sorted(found))}). Rename the file, so that its "
@@ -402,6 +402,6 @@ def _splits_of(tables: list[PurePosixPath], folder: Path) -> list[str]:
     return splits
 
 
-def _splits_in(name: str) -> set[str]:
-    """The splits whose words are in a name."""
+def splits_in(name: str) -> set[str]:
+    r"""The splits whose words are in a name: `val2017`, `birds-train-0001`."""
     return {SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS}
