@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import numpy as np
@@ -24,6 +24,7 @@ from dae_diffusers.data.classes import Classes
 from dae_diffusers.data.columns import column_values, find_image_column
 from dae_diffusers.data.contents import read_content
 from dae_diffusers.data.folders import load_folder
+from dae_diffusers.data.tables import load_tables
 from dae_diffusers.errors import UserError
 
 
@@ -226,7 +227,7 @@ def test_zeros_before_a_class_are_kept_and_those_before_a_number_are_not(make_fo
     header, rows = "file_name, label,part,angle\n", ["0.png,007,007,007\n", "1.png,7,7,7\n", "2.png,,,\n"]
     (folder / "metadata.csv").write_text(header + "".join(rows))
     (folder / "more" / "metadata.csv").write_text(header + "0.png,10,10,10\n")
-    for flags, texts in (({}, {"label"}), ({"label_columns": ["part"]}, {"part"})):
+    for flags, texts in (({}, {"label"}), ({"name_columns": ["part"]}, {"part"})):
         found = load_folder(folder, **flags)["train"]
         for column in ("label", "part", "angle"):
             assert found[column] == (["007", "7", None, "10"] if column in texts else [7, 7, None, 10])
@@ -250,6 +251,9 @@ def test_classes_and_captions_are_as_they_are_written(make_folder, values, expec
     (folder / "metadata.csv").write_text("file_name,label,text\n" + "".join(rows))
     found = load_folder(folder, caption_columns=["text"])["train"]
     assert found["label"] == (expected or values) and found["text"] == values
+    (folder / "metadata.csv").rename(folder / "all.csv")
+    found = load_tables(folder, [PurePosixPath("all.csv")], streaming=False, name_columns=["label"])["train"]
+    assert found["label"] == (expected or values)
 
 
 def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):
@@ -261,6 +265,9 @@ def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):
     caplog.clear()
     load_images(DataConfig(train_data_dir=str(folder), resolution=4, label_column="split"))
     assert "is not used" not in caplog.text
+    (folder / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,None\n2.png,cat\n3.png,None\n")
+    load_images(DataConfig(train_data_dir=str(folder), resolution=4))
+    assert "a class is called 'None', as programs write a missing name" in caplog.text
 
 
 def test_thumbnails_and_pointers_are_no_images(make_folder, caplog):

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from dae_diffusers.data.columns import TEXT, column_values, feature_of
+from dae_diffusers.data.columns import TEXT, column_values, feature_of, is_word_for_nothing
 from dae_diffusers.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,6 @@ logger = logging.getLogger(__name__)
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _ENTRY = rf"(?:{_QUOTED}|null|None|nan|NaN)"
 _LISTED = re.compile(rf"\[\s*(?:{_ENTRY}(?:[\s,]+{_ENTRY})*\s*)?\]")
-
-
-# What programs write for a text that is missing.
-_MISSING = ("nan", "none", "null", "n/a", "<na>")
 
 
 def captions_of(
@@ -48,7 +44,7 @@ def captions_of(
         logger.warning(
             "%d of %d images of %sthe split %r have no caption: their text is empty.", empty, len(captions), part, split
         )
-    missing = [text for texts in captions for text in texts if text.lower() in _MISSING]
+    missing = [text for texts in captions for text in texts if is_word_for_nothing(text)]
     if missing:
         logger.warning(
             "%d captions of %sthe split %r are %r, as programs write a missing text. Training takes them for texts: leave them empty.",

@@ -18,6 +18,11 @@ _LABELS = (("label", "labels", "class"), ("cls",))
 LABELS = (*_LABELS[0], *_LABELS[1])
 
 
+def is_word_for_nothing(text: str) -> bool:
+    r"""Whether a text is what programs write for a missing one."""
+    return text.strip().lower() in ("nan", "none", "null", "n/a", "<na>")
+
+
 def feature_of(features: datasets.Features, column: str) -> Any:
     r"""The feature of a column, or of a field `json.label` of one; None if there is none."""
     if column in features:

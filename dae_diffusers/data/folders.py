@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -92,8 +92,7 @@ def load_folder(
     *,
     streaming: bool = False,
     with_labels: bool = True,
-    label_columns: Sequence[str] = (),
-    group_column: str | None = None,
+    name_columns: Collection[str] = LABELS,
     caption_columns: Sequence[str] = (),
     condition_column: str | None = None,
     flag: str = "train_data_dir",
@@ -111,8 +110,8 @@ def load_folder(
         folder (`Path`): A folder with pictures, `.npy` arrays, `.tar` or `.zip` archives, or tables that hold images.
         streaming (`bool`, *optional*): Read shards while training, without a copy.
         with_labels (`bool`, *optional*): Whether folders are classes.
-        label_columns (`Sequence[str]`, *optional*): Columns of metadata that hold classes; default: those with the usual names.
-        group_column (`str`, *optional*): A column of metadata with names of groups, such as `007`, which are kept as they are written.
+        name_columns (`Collection[str]`, *optional*): Columns of tables with names of classes or groups, such as `007`, which are kept
+            as they are written; default: those with the usual names of classes.
         caption_columns (`Sequence[str]`, *optional*): Columns of texts. `"txt"`: the `.txt` beside each image, of the same name, which
             several images of that name share.
         condition_column (`str`, *optional*): A column of metadata with names of files, to be read as images.
@@ -126,7 +125,7 @@ def load_folder(
     if streaming and found.shards:
         return _stream_shards(*_inside(folder, found.shards), with_labels)
     if found.tables and not pictures + arrays + found.archives:
-        return load_tables(folder, found.tables, streaming=streaming)
+        return load_tables(folder, found.tables, streaming=streaming, name_columns=name_columns)
     if streaming:
         raise UserError(
             f"`{flag}` {folder} holds no webdataset (.tar) files. Leave `streaming` out to read a "
@@ -145,9 +144,10 @@ def load_folder(
             "`.tar` and `.zip` archives, and Parquet, CSV and JSON tables are read."
         )
     _say_left_out(folder, found.left_out)
-    names_of = {*(label_columns or LABELS), group_column}
     roots = [PurePosixPath(each.as_posix()) for each in (folder.absolute(), folder.resolve())]
-    metadata = [replace(each, name_columns=names_of, caption_columns=caption_columns, roots=roots) for each in metadata]
+    metadata = [
+        replace(each, name_columns=name_columns, caption_columns=caption_columns, roots=roots) for each in metadata
+    ]
     names = _names_of(entries)
     files = {entry.file: entry.image for entry in entries}
     named = named_files(metadata, names)

@@ -7,7 +7,7 @@ import datasets
 from dae_diffusers.data.arrays import RANGES, Depth, read_value_range
 from dae_diffusers.data.captions import captions_of
 from dae_diffusers.data.classes import Classes, class_name, describe_classes
-from dae_diffusers.data.columns import feature_of, value_of, with_image_column
+from dae_diffusers.data.columns import feature_of, is_word_for_nothing, value_of, with_image_column
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import ConditionColumns, conditions_of
 from dae_diffusers.data.configuration import DEFAULT_MULTIPLE, DataConfig
@@ -170,6 +170,12 @@ def _log_classes(labels: list[int] | None, classes: Classes | None, features: da
         logger.info("no classes; the columns are %s", ", ".join(features))
     else:
         logger.info("column %s has %s", classes.column, describe_classes(labels, classes.id2label))
+        for name in filter(is_word_for_nothing, classes.id2label.values()):
+            logger.warning(
+                "a class is called %r, as programs write a missing name. If its images have no class, remove them, or train without "
+                "labels (`--label_column none`).",
+                name,
+            )
 
 
 def _streamed(found: Found) -> tuple[StreamedImages, ImageDataset]:

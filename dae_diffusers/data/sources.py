@@ -10,7 +10,7 @@ from typing import NamedTuple
 import datasets
 import pyarrow.parquet as pq
 
-from dae_diffusers.data.columns import Rows, find_image_column
+from dae_diffusers.data.columns import LABELS, Rows, find_image_column
 from dae_diffusers.data.configuration import EMBEDDED, DataConfig
 from dae_diffusers.data.contents import Root
 from dae_diffusers.data.folders import Survey, contents_of, load_folder, load_shards, survey
@@ -69,8 +69,7 @@ def _read_source(config: DataConfig) -> Loaded:
     options = {
         "streaming": config.streaming,
         "with_labels": config.label_column != "none",
-        "label_columns": config.label_columns,
-        "group_column": config.group_column,
+        "name_columns": _name_columns(config),
         "caption_columns": config.caption_columns,
         "condition_column": config.condition_column,
     }
@@ -110,12 +109,17 @@ def _read_source(config: DataConfig) -> Loaded:
     return Loaded(splits, None if _is_read_by_us(splits) else Root(name, name), config.dataset_name)
 
 
+def _name_columns(config: DataConfig) -> set[str]:
+    """The columns whose values are names: of classes, or what usually holds them, and of groups."""
+    return {*(config.label_columns or LABELS), *filter(None, [config.group_column])}
+
+
 def _tables_with_images(folder: Path, found: Survey, config: DataConfig) -> dict[str, Rows] | None:
     """Loads the tables of a folder; None if they hold no images but lie beside images, as a `stats.json` may."""
     if not found.pictures + found.arrays + found.archives:
-        return load_tables(folder, found.tables, streaming=config.streaming)
+        return load_tables(folder, found.tables, streaming=config.streaming, name_columns=_name_columns(config))
     try:
-        splits = load_tables(folder, found.tables, streaming=config.streaming)
+        splits = load_tables(folder, found.tables, streaming=config.streaming, name_columns=_name_columns(config))
         find_image_column(next(iter(splits.values())), config.image_column)
         return splits
     except Exception as error:  # of any file that happens to be called so

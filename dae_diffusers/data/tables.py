@@ -81,10 +81,7 @@ def _with_strings(table: pa.Table) -> pa.Table:
 
 def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_columns: Collection[str]) -> pa.Table:
     """The rows of a CSV file, whose columns commas separate, or else `;` or tabs."""
-    header = file.readline().decode()
-    found = [each for each in ",;\t" if each in header]
-    named = [each for each in found if "file_name" in (name.strip(' "\r\n') for name in header.split(each))]
-    separator = (*named, *found, ",")[0]
+    separator = _separator(file.readline().decode(), "file_name")
     options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)}
     file.seek(0)
     table = _as_written(pyarrow.csv.read_csv(file, **options), name_columns, caption_columns, file, options)
@@ -93,6 +90,13 @@ def _read_csv(file: io.BytesIO, name_columns: Collection[str], caption_columns: 
     if twice is not None and "file_name" in names:
         raise ValueError(f"it has several columns called {twice!r}; remove or rename all but one")
     return table.rename_columns(names)
+
+
+def _separator(header: str, name: str) -> str:
+    """What separates the columns of a CSV file: what makes a column of this name, or else what occurs, commas first."""
+    found = [each for each in ",;\t" if each in header]
+    named = [each for each in found if name in (column.strip(' "\r\n') for column in header.split(each))]
+    return (*named, *found, ",")[0]
 
 
 def _as_written(
@@ -328,10 +332,17 @@ def _places(table: pa.Table, column: str | None, metadata: Metadata) -> list[Pur
 
 
 def load_tables(
-    folder: Path, tables: list[PurePosixPath], *, streaming: bool
+    folder: Path, tables: list[PurePosixPath], *, streaming: bool, name_columns: Collection[str] = ()
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     r"""
     Loads a folder of tables of one kind. A word in their names gives the split, or else one in their nearest folder that has one.
+
+    Args:
+        folder (`Path`): The folder.
+        tables (`list[PurePosixPath]`): Its tables.
+        streaming (`bool`): Whether to read them while training.
+        name_columns (`Collection[str]`, *optional*): Columns of classes and groups. In CSV files that are not streamed, names such as
+            `007` stay as they are written.
 
     Raises:
         UserError: If there are tables of several kinds, or one whose name has the words of several splits.
@@ -350,28 +361,55 @@ def load_tables(
     data_files: dict[str, list[str]] = {}
     for split, path in zip(splits, tables, strict=True):
         data_files.setdefault(split, []).append(glob.escape(str(folder.absolute() / path)))
-    options = {"keep_default_na": False, "na_values": [""]} if kinds == ["csv"] else {}  # "None" and "NA" are texts
-    if all(path.suffix.lower() == ".tsv" for path in tables):
-        options["sep"] = "\t"
+    options = {}
+    if kinds == ["csv"]:
+        with open(folder / tables[0], encoding="utf-8", errors="replace") as file:
+            options = {"sep": _separator(file.readline(), "image")}
+        options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts
+        options["converters"] = {} if streaming else dict.fromkeys(name_columns, str)
     loaded = {  # each by itself: a split may lack the labels
         split: datasets.load_dataset(kinds[0], data_files={split: paths}, split=split, streaming=streaming, **options)
         for split, paths in data_files.items()
     }
-    return (
-        {split: _with_numbers(rows) for split, rows in loaded.items()} if kinds == ["csv"] and not streaming else loaded
-    )
+    if kinds == ["csv"] and not streaming:
+        loaded = {split: _with_numbers(rows, name_columns) for split, rows in loaded.items()}
+    return loaded
 
 
-def _with_numbers(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows of a CSV file, with columns of numbers as such where some cells hold a word for no number."""
+def _with_numbers(rows: datasets.Dataset, name_columns: Collection[str]) -> datasets.Dataset:
+    """The rows of a CSV file, with columns of text as numbers where some cells hold a word for no number, and names as they are meant."""
     for name in [name for name, feature in rows.features.items() if str(feature.dtype).endswith("string")]:
         texts = rows.data.column(name)
-        is_number = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
-        is_missing = pc.or_(pc.is_null(texts), pc.is_in(texts, value_set=pa.array(_NO_NUMBER, texts.type)))
-        if pc.any(is_number).as_py() and pc.all(pc.or_(is_number, is_missing)).as_py():
-            numbers = pc.if_else(is_number, pc.utf8_trim_whitespace(texts), None).cast(pa.float64())
-            rows = rows.remove_columns(name).add_column(name, numbers.to_pylist(), feature=datasets.Value("float64"))
+        values = _names(texts) if name in name_columns else _numbers(texts)
+        if values is not None:
+            rows = rows.remove_columns(name).add_column(name, values.to_pylist(), feature=_value_of(values.type))
     return rows
+
+
+def _value_of(kind: pa.DataType) -> datasets.Value:
+    return datasets.Value("string" if kind == pa.large_string() else str(kind).replace("double", "float64"))
+
+
+def _numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """The numbers in a column of texts, None for cells that are empty or hold a word for no number; None if there are other texts."""
+    is_number = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
+    is_missing = pc.or_(pc.is_null(texts), pc.is_in(texts, value_set=pa.array(_NO_NUMBER, texts.type)))
+    if not (pc.any(is_number).as_py() and pc.all(pc.or_(is_number, is_missing)).as_py()):
+        return None
+    return pc.if_else(is_number, pc.utf8_trim_whitespace(texts), None).cast(pa.float64())
+
+
+def _names(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The names of classes or groups in a column of texts, None for empty cells. They stay texts as [`_as_written`] says."""
+    texts = pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), None, texts)
+    numbers, lower = _numbers(texts), pc.utf8_lower(texts)
+    if numbers is not None:
+        written = pc.filter(texts, pc.is_valid(numbers))
+        if pc.all(pc.match_substring_regex(written, _WHOLE)).as_py():
+            return numbers if numbers.null_count else numbers.cast(pa.int64())
+    elif pc.all(pc.is_in(lower, value_set=pa.array(["true", "false"], texts.type))).as_py():
+        return pc.equal(lower, "true")
+    return texts
 
 
 def _splits_of(tables: list[PurePosixPath], folder: Path) -> list[str]:
