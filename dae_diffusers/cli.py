@@ -22,7 +22,7 @@ import yaml
 
 from dae_diffusers.errors import ConfigError, did_you_mean, one_line
 from dae_diffusers.script import as_typed, with_dashes
-from dae_diffusers.settings import compose, fields_of
+from dae_diffusers.settings import compose, fields_of, flat
 
 Config = TypeVar("Config")
 
@@ -69,10 +69,24 @@ def parse_config(
         parser.end(str(error))
     try:
         config = compose(config_class, **parser.parse([*from_file, *argv]))
+        _check_output(flat(config))
         config.from_recipe = set(_names(from_file)) - set(_names(argv)) if is_recipe else set()
         return config
     except ValueError as error:
         parser.end(as_typed(with_dashes(str(error), [each.name for _, each, _ in fields_of(config_class)]), is_command))
+
+
+def _check_output(values: dict[str, Any]) -> None:
+    """Raises `ConfigError` for results that would lie among the images."""
+    output = values.get("output_dir")
+    for name in SOURCES:
+        if (
+            output
+            and values.get(name)
+            and os.path.isdir(output)
+            and os.path.realpath(output) == os.path.realpath(values[name])
+        ):
+            raise ConfigError(f"`output_dir` {output} is the folder of the images (`{name}`). Choose another folder.")
 
 
 def typed_flags(config_class: type, flags: dict[str, Any], where: str) -> dict[str, Any]:

@@ -119,6 +119,34 @@ class TakenFolder:
             self._lock.release()
 
 
+def make_writable(folder: Path) -> None:
+    r"""
+    Makes a folder for results and checks that it can be written.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"`output_dir`: {folder} cannot be written: {error.strerror or error}.") from None
+
+
+def mark_folder(folder: Path) -> None:
+    r"""
+    As [`make_writable`], for results that need no lock. Pictures in the folder are not trained on, wherever it lies.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    make_writable(folder)
+    if not (folder / OWNER).exists():
+        (folder / OWNER).touch()
+
+
 def take_folder(folder: Path, accelerator: Accelerator) -> TakenFolder:
     r"""
     Makes a folder, checks that it can be written, and locks it. All processes call it; the main one holds the lock.
@@ -131,13 +159,8 @@ def take_folder(folder: Path, accelerator: Accelerator) -> TakenFolder:
     problem, lock = [None], None
     if accelerator.is_main_process:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            make_writable(folder)
             lock = FolderLock(folder)
-        except OSError as error:
-            problem = [f"`output_dir`: {folder} cannot be written: {error.strerror}."]
         except UserError as error:
             problem = [str(error)]
     broadcast_object_list(problem)

@@ -182,6 +182,7 @@ TABLE = [
     ("train_dae", "--train_data_dir {images} --kl_weight nan", 2, "`--kl_weight` is nan, but must be finite"),
     ("train_dae", "--train_data_dir {images} --value_range 0 inf", 2, "must be finite"),
     ("train_dae", "--train_data_dir {images} --output_dir {file}/run", 1, "cannot be written: Not a directory"),
+    ("train_dae", "--train_data_dir {images} --output_dir {images}", 2, "is the folder of the images"),
     ("train_dae", "--train_data_dir {images} --resume_from_checkpoint {nowhere}", 1, "it does not exist"),
     ("train_dae", "--train_data_dir {images} --stage 2", 2, "--pretrained"),
     (

@@ -1323,6 +1323,11 @@ def test_result_is_not_exported_into_itself(trained, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="which is a file"):
         push_script(trained, REPO, "--export_dir", tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# My project")
+    with pytest.raises(UserError, match="holds README.md, which no export has written"):
+        push_script(trained, REPO, "--export_dir", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
 
 
 def test_nothing_half_written_and_no_part_of_another_pipeline_is_published(client, tmp_path):

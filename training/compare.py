@@ -17,7 +17,8 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.compared_runs.pictures import figure_of_runs, side_by_side
 from dae_diffusers.compared_runs.reading import read_runs
 from dae_diffusers.compared_runs.tables import write_tables
-from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.errors import ConfigError
+from dae_diffusers.locks import mark_folder
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.store import write_atomically
 from dae_diffusers.training.settings import CompareConfig, with_flags
@@ -31,22 +32,19 @@ def main(config: CompareConfig) -> None:
     runs, left_out = read_runs(config.runs)
     if folder.resolve() in {run.folder.resolve() for run in runs}:
         raise ConfigError(f"`output_dir` {folder} is one of the runs. Choose another folder.")
+    mark_folder(folder)
     table = write_tables(runs, left_out)
     curves, samples = figure_of_runs(runs), side_by_side(runs)
     text = f"# {' / '.join(run.name for run in runs)}\n\n{table}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, picture, save in (
-            ("curves", curves, lambda path: curves.savefig(path, dpi=100)),
-            ("samples", samples, lambda path: samples.save(path)),
-        ):
-            path = folder / f"{name}.png"
-            path.unlink(missing_ok=True)  # of an earlier comparison
-            if picture is not None:
-                save(path)
-                text += f"\n## {name.capitalize()}\n\n![{name}]({path.name})\n"
-    except OSError as error:
-        raise UserError(f"`output_dir` {folder} cannot be written: {error.strerror or error}.") from None
+    for name, picture, save in (
+        ("curves", curves, lambda path: curves.savefig(path, dpi=100)),
+        ("samples", samples, lambda path: samples.save(path)),
+    ):
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an earlier comparison
+        if picture is not None:
+            save(path)
+            text += f"\n## {name.capitalize()}\n\n![{name}]({path.name})\n"
     write_atomically(folder / "compare.md", text)
     logger.info("\n%s\nwritten to %s", table, folder)
 

@@ -16,6 +16,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.comparison.scripts import work_alone
 from dae_diffusers.complexity.pilots import measure_pilots
 from dae_diffusers.complexity.report import complexity_distance, plot_complexity, summarize, to_markdown
+from dae_diffusers.locks import mark_folder
 from dae_diffusers.script import run_script, show_messages
 from dae_diffusers.settings import changes_of
 from dae_diffusers.store import write_atomically, write_json
@@ -28,6 +29,8 @@ def main(config: MeasureComplexityConfig) -> None:
     is_main = work_alone()
     show_messages(is_main)
     space, folder = config.latent_space, Path(config.latent_space.output_dir)
+    if is_main:
+        mark_folder(folder)
     settle_images(config, load_autoencoder(space.vae), patch_size=config.complexity.patch_size)
     data = changes_of(config.data)
     data |= {"resolution": config.data.resolution, "image_channels": config.data.image_channels}

@@ -17,7 +17,7 @@ from dae_diffusers.cli import parse_config
 from dae_diffusers.data import StreamedImages, load_images
 from dae_diffusers.data.arrays import read_value_range
 from dae_diffusers.data.dataset import choose_indices
-from dae_diffusers.errors import UserError
+from dae_diffusers.locks import mark_folder
 from dae_diffusers.preview import LOOKED_AT, captions, conditions, counts, draw, groups, look, of_each_class, sizes
 from dae_diffusers.preview_copies import describe_copies, draw_copies, find_copies, table_of_copies
 from dae_diffusers.script import run_script, show_messages
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 def main(config: PreviewConfig) -> None:
     show_messages()
     folder, seed = Path(config.preview.output_dir), config.preview.seed
+    mark_folder(folder)  # before the images are read, which may take long
     if config.preview.vae is None:
         config.data.settle()
     else:
@@ -55,16 +56,12 @@ def main(config: PreviewConfig) -> None:
     if config.preview.num_compared and not isinstance(train, StreamedImages):
         copies = find_copies(train, validation, config.preview.num_compared)
         pairs, table = copies.pairs, table + describe_copies(copies)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / "preview.png")
-        for name in ("copies.png", "copies.csv"):  # of an earlier preview
-            (folder / name).unlink(missing_ok=True)
-        if pairs:
-            draw_copies(pairs).save(folder / "copies.png")
-            write_atomically(folder / "copies.csv", table_of_copies(pairs))
-    except OSError as error:
-        raise UserError(f"`output_dir` {folder} cannot be written: {error.strerror or error}.") from None
+    picture.save(folder / "preview.png")
+    for name in ("copies.png", "copies.csv"):  # of an earlier preview
+        (folder / name).unlink(missing_ok=True)
+    if pairs:
+        draw_copies(pairs).save(folder / "copies.png")
+        write_atomically(folder / "copies.csv", table_of_copies(pairs))
     write_atomically(folder / "preview.md", table)
     logger.info("\n%s\nwritten to %s", table, folder)
 

@@ -13,7 +13,10 @@ import logging
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+from huggingface_hub import ModelCard
 
 from dae_diffusers.cli import parse_config
 from dae_diffusers.errors import UserError
@@ -172,6 +175,8 @@ def export(config: PushConfig, result: results.Result) -> None:
             found.update(upload.stage1_files(result.folder))
         if config.space:
             found.update({f"space/{name}": content for name, content in upload.space_files(config.repo_id).items()})
+        if not config.keep_card:
+            check_no_others_files(folder, found)
         removed = upload.remove_stale_files(folder, found) if folder.exists() else []
         for name, content in found.items():
             path = folder / name
@@ -180,6 +185,17 @@ def export(config: PushConfig, result: results.Result) -> None:
     logger.info("%d files in %s", len(found), folder)
     if removed:
         logger.info("removed %d files of an earlier export, such as %s", len(removed), removed[0])
+
+
+def check_no_others_files(folder: Path, names: Iterable[str]) -> None:
+    """Raises `UserError` if one of the files exists and no card of ours says that an export has written it."""
+    path = folder / "README.md"
+    found = sorted(name for name in names if (folder / name).exists())
+    if found and (not path.is_file() or upload.is_of_others(ModelCard.load(path, ignore_metadata_errors=True))):
+        raise UserError(
+            f"`export_dir` {folder} holds {found[0]}, which no export has written and this one would replace. Choose another folder, or "
+            "move the file. `--keep_card` leaves a README.md of yours as it is."
+        )
 
 
 if __name__ == "__main__":

@@ -99,8 +99,9 @@ def load_folder(
 ) -> Splits:
     r"""
     Loads the images of a folder. Top folders `train`, `validation` and `test`, or such as `train2017` and `val2017`, are splits, if
-    they are the only folders with images and one is for training. Folders below are classes, whatever their names. A folder that contains all images is ignored.
-    Folders in archives count like others, and so does the name of an archive if archives differ by more than a number.
+    they are the only folders with images and one is for training. Folders below are classes, whatever their names. A folder that
+    contains all images is ignored. Folders in archives count like others, and so does the name of an archive if archives differ by
+    more than a number.
 
     Each row has an `image`, a `label` if there are classes, and the columns of the metadata tables beside the images. A file that these
     name in another column than `file_name`, and that has no row of its own, is not an image by itself: a mask, for example. Files that
