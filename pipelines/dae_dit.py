@@ -140,10 +140,10 @@ class DAEDiTPipeline(DiffusionPipeline):
         default_guidance_interval: tuple[float, float] | list[float] | None = None,
     ):
         super().__init__()
-        known = _settings_of(transformer)
+        known, of_images = _settings_of(transformer), _settings_of(vae)
         kept = {
             "id2label": id2label,
-            "value_range": value_range,
+            "value_range": of_images.get("value_range") if value_range is None else value_range,
             "is_flow_matching": is_flow_matching,
             "conditions": conditions,
             "label_column": label_column,
@@ -153,7 +153,9 @@ class DAEDiTPipeline(DiffusionPipeline):
             "default_guidance_interval": default_guidance_interval
             and [float(each) for each in default_guidance_interval],
         }
-        kept = {name: known.get(name) if value is None else value for name, value in kept.items()}
+        kept = {
+            name: known.get(name) if value is None and name != "value_range" else value for name, value in kept.items()
+        }
         if kept["is_flow_matching"] is None:
             kept["is_flow_matching"] = _is_named(transformer, TRANSFORMER) or _is_for_flow_matching(scheduler)
         self.is_flow_matching = kept["is_flow_matching"]
@@ -171,15 +173,20 @@ class DAEDiTPipeline(DiffusionPipeline):
         self.conditions = dict(kept["conditions"] or {})
         kept |= {"id2label": self.id2label or None, "conditions": self.conditions or None}
         self.register_to_config(**kept)
+        if transformer is not None and vae is not None:  # else left out, to encode prompts alone
+            self._check_models()
         known.update(kept)
-        if transformer is None or vae is None:  # left out, to encode prompts alone
-            return
+        of_images.update(value_range=self.value_range)
+
+    def _check_models(self):
+        """Raises `ValueError` if the models do not fit each other or the settings."""
+        transformer, guidance_transformer = self.transformer, self.guidance_transformer
         if self.null_class is not None and max(self.id2label, default=0) >= self.null_class:
             raise ValueError(
                 f"`id2label` names class {max(self.id2label)}, but the transformer has {self.null_class} classes, from 0."
             )
-        if self.takes_text and text_encoder is not None:
-            width = text_encoder.config.hidden_size
+        if self.takes_text and self.text_encoder is not None:
+            width = self.text_encoder.config.hidden_size
             if width != transformer.config.cross_attention_dim:
                 raise ValueError(
                     f"The text encoder gives {width} channels a token, and the transformer takes "
@@ -218,6 +225,7 @@ class DAEDiTPipeline(DiffusionPipeline):
         # diffusers would turn the models, which both pipelines share, into float32.
         taken = inspect.signature(cls.__init__).parameters
         own = {name: value for name, value in {**pipeline.config, **pipeline.components}.items() if name in taken}
+        own |= {"value_range": None} if "vae" in kwargs else {}  # that of the other autoencoder
         made = cls(**own | kwargs)
         if "_name_or_path" in pipeline.config:
             made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
@@ -460,6 +468,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                 )
             if embeds is None and self.text_encoder is not None:
                 texts = [text or ""] if text is None or isinstance(text, str) else list(text)
+                _warn_of_cut(texts, self.tokenizer, self.text_encoder)
                 # Offloading moves the encoder for a call; otherwise it may lie on the CPU while the transformer trains on a GPU.
                 is_moved = any(hasattr(self.text_encoder, hook) for hook in ("_hf_hook", "_diffusers_hook"))
                 where = device if is_moved or self.text_encoder.device.type == "meta" else self.text_encoder.device
@@ -748,6 +757,7 @@ class DAEDiTPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
+        _warn_unless_finite(latents, self.transformer.dtype)
         if output_type == "latent":
             images = latents
         else:
@@ -1141,6 +1151,18 @@ def encode_texts(
     return states, mask.to(device).bool()
 
 
+def _warn_of_cut(texts: Sequence[str], tokenizer: Callable, text_encoder: torch.nn.Module) -> None:
+    """Warns about texts that are longer than the encoder takes."""
+    limit = token_limit(tokenizer, text_encoder)
+    if all(2 * len(text.encode()) < limit for text in texts):  # so short that they need not be counted
+        return
+    longest = max(len(ids) for ids in tokenizer(list(texts), verbose=False).input_ids)
+    if longest > limit:
+        warnings.warn(
+            f"a prompt has {longest} tokens, and the text encoder takes {limit}: the rest is cut off.", stacklevel=4
+        )
+
+
 def token_limit(tokenizer: Callable, text_encoder: torch.nn.Module) -> int:
     r"""How many tokens of a text count."""
     limits = (tokenizer.model_max_length, text_encoder.config.to_dict().get("max_position_embeddings"))
@@ -1343,7 +1365,10 @@ def whole_number(value: Any) -> int | None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, also one of numpy or torch."""
-    return hasattr(value, "__float__") and math.isfinite(value)
+    try:
+        return hasattr(value, "__float__") and math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):  # of an array of several
+        return False
 
 
 def check_counts(**counts: Any) -> None:
@@ -1363,8 +1388,18 @@ def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int
 
 
 def _settings_of(model: torch.nn.Module) -> dict:
-    """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
+    """The settings of the last pipeline made with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
     return {} if model is None else vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
+
+
+def _warn_unless_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
+    if not latents.isfinite().all():
+        hint = "Numbers may exceed the range of float16: load the transformer in bfloat16 or float32."
+        warnings.warn(
+            "the transformer has drawn numbers that are not finite, so images are spoiled. "
+            + (hint if dtype == torch.float16 else "Its weights, guidance or the inputs may hold such numbers."),
+            stacklevel=3,
+        )
 
 
 def _make_tiles_square(vae: ModelMixin | None) -> None:

@@ -76,9 +76,9 @@ class DAEVQGANPipeline(DiffusionPipeline):
         default_top_p: float | None = None,
     ):
         super().__init__()
-        known = _settings_of(prior)
+        known, of_images = _settings_of(prior), _settings_of(vae)
         id2label = known.get("id2label") if id2label is None else id2label
-        value_range = known.get("value_range") if value_range is None else value_range
+        value_range = of_images.get("value_range") if value_range is None else value_range
         self.register_modules(prior=prior, vae=vae)
         self.id2label = _names_by_id(id2label)
         self.value_range = value_range
@@ -92,6 +92,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         kept = {"id2label": self.id2label or None, "value_range": value_range, **defaults}
         self.register_to_config(**kept)
         known.update(kept)
+        of_images.update(value_range=value_range)
 
     def __setattr__(self, name: str, value):
         if name == "vae" and value is not None:
@@ -337,6 +338,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
             tokens = torch.cat((tokens, torch.full_like(tokens, num_codes + self.null_class)))
         sequence = tokens[:, None]
         cache = DynamicCache() if use_cache else None
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
         with self.progress_bar(total=height * width) as progress_bar:
             for position in range(height * width):
                 logits = self.prior(
@@ -345,11 +347,17 @@ class DAEVQGANPipeline(DiffusionPipeline):
                 if is_guided:
                     conditional, unconditional = logits.chunk(2)
                     logits = unconditional + guidance_scale * (conditional - unconditional)
+                is_finite &= logits.isfinite().all()
                 drawn = _draw_codes(logits / temperature, uniform[:, position], top_k, top_p)
                 drawn = torch.cat((drawn, drawn)) if is_guided else drawn
                 sequence = torch.cat((sequence, drawn[:, None]), dim=1)
                 progress_bar.update()
 
+        if not is_finite:
+            raise ValueError(
+                f"the prior predicts numbers that are not finite (in {self.prior.dtype}), so it cannot draw. If its weights are sound, "
+                "load it in float32 or bfloat16."
+            )
         images = sequence[:batch_size, 1:].reshape(batch_size, height, width)
         if output_type != "codes":
             images = self._to_output(self.decode_codes(images), output_type)
@@ -471,7 +479,10 @@ def whole_number(value: Any) -> int | None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, also one of numpy or torch."""
-    return hasattr(value, "__float__") and math.isfinite(value)
+    try:
+        return hasattr(value, "__float__") and math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):  # of an array of several
+        return False
 
 
 def check_counts(**counts: Any) -> None:
@@ -491,7 +502,7 @@ def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int
 
 
 def _settings_of(model: torch.nn.Module) -> dict:
-    """The settings of the last pipeline with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
+    """The settings of the last pipeline made with this model, so that `Pipeline(**pipe.components)` keeps them. They may be changed."""
     return {} if model is None else vars(unwrap_module(model)).setdefault("_pipeline_settings", {})
 
 

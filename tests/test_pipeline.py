@@ -1,4 +1,5 @@
 import ast
+import math
 import os
 import subprocess
 import sys
@@ -621,10 +622,28 @@ def test_pipelines_of_the_same_parts_know_the_names():
         again.set_progress_bar_config(disable=True)
         assert (again.id2label, again.value_range) == (NAMES, [0.0, 4.0])
         assert torch.equal(sample(again, "dog"), expected)
+    for parts in ({"vae": make_vae()}, {}):  # the range is the autoencoder's
+        again = DAEDiTPipeline.from_pipe(pipeline, **parts)
+        assert again.value_range == DAEDiTPipeline(**pipeline.components | parts).value_range
+        assert again.value_range == (None if parts else [0.0, 4.0])
+    with pytest.raises(ValueError, match="names class 9"):
+        DAEDiTPipeline(**pipeline.components, id2label={9: "none such"})
+    assert DAEDiTPipeline(**pipeline.components).id2label == NAMES
     assert DAEDiTPipeline(**pipeline.components, id2label={}).id2label == {}
     stock = DiTPipeline(make_stock_transformer(), make_vae(), DDIMScheduler(), NAMES)
     assert DAEDiTPipeline.from_pipe(stock).labels == stock.labels
     assert DAEDiTPipeline.from_pipe(stock).is_flow_matching is False
+
+
+def test_numbers_that_are_not_finite_are_said():
+    pipeline = make_pipeline()
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).fill_(math.nan)
+    with pytest.warns(UserWarning, match="the transformer has drawn numbers that are not finite"):
+        sample(pipeline, 0, num_inference_steps=1, output_type="latent")
+    for scale in (torch.tensor([1.0, 2.0]), math.nan, "2"):
+        with pytest.raises(ValueError, match="must be a finite number; 1 turns guidance off"):
+            pipeline(0, guidance_scale=scale)
 
 
 def test_pipelines_made_of_another_leave_its_models_as_they_are():

@@ -373,6 +373,10 @@ def test_result_draws_from_prompts_in_all_three_ways(trained):
         pipeline.set_progress_bar_config(disable=True)
         images.append(sample(pipeline, "a red dog", negative_prompt="blue"))
     assert all(torch.equal(images[0], each) for each in images[1:])
+    with pytest.warns(
+        UserWarning, match="a prompt has [0-9]+ tokens, and the text encoder takes [0-9]+: the rest is cut off"
+    ):
+        sample(pipelines[0], "a red dog " * 200, num_inference_steps=1)
     assert (trained / "train_dit" / "grids" / "samples-00000006.png").exists()
     again = DAEDiTPipeline(**pipelines[0].components)
     again.save_pretrained(trained / "again")

@@ -166,6 +166,14 @@ def test_pipelines_of_the_same_parts_know_the_names():
     assert DAEVQGANPipeline(**pipeline.components, id2label={}).id2label == {}
 
 
+def test_numbers_that_are_not_finite_draw_no_codes():
+    pipeline = make_prior_pipeline()
+    with torch.no_grad():
+        next(pipeline.prior.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="the prior predicts numbers that are not finite .in torch.float32"):
+        draw(pipeline, 0)
+
+
 def test_prior_refuses_the_codes_of_another_model():
     vae = make_plain_vq_model()
     prior = make_prior(vae)

@@ -110,7 +110,8 @@ class SamplingConfig(CallConfig):
     )
     guidance_scales: list[float] | None = field(
         None,
-        "one or more scales of classifier-free guidance to measure; default: the pipeline's own, or 1",
+        "one or more scales of classifier-free guidance to measure, from 1, which is none; default: the pipeline's own, or 1",
+        at_least=1,
         needs="pipeline",
     )
     guidance_intervals: list[float] | None = field(
@@ -189,7 +190,7 @@ class OneSettingConfig(CallConfig):
     """How the pipeline draws."""
 
     guidance_scale: float | None = field(
-        None, "scale of classifier-free guidance; 1 is none; default: the pipeline's own"
+        None, "scale of classifier-free guidance; 1 is none; default: the pipeline's own", at_least=1
     )
     guidance_interval: list[float] | None = field(
         None,
