@@ -753,6 +753,10 @@ def test_stream_of_class_folders_is_refused_rather_than_trained_without_classes(
         (["{}.jpg", "{}_mask.png"], 4),
         (["{}.jpg", "{}.seg.png", "{}-depth.png"], 8),
         (["images/{}.jpg", "masks/{}_mask.png"], 4),
+        (["JPEGImages/{}.jpg", "SegmentationClass/{}.png"], 4),
+        (["images/training/{}.jpg", "annotations/training/{}.png"], 4),
+        (["images/cat/{}.jpg", "masks/dog/{}.png"], 0),
+        (["cat/{}.jpg", "cat/masks/{}.png", "dog/{}.jpg", "dog/masks/{}.png"], 8),
         (["normal/{}.png", "pneumonia/{}.png"], 0),
         (["edges/{}.png", "corners/{}.png"], 0),
         (["cat/{}.png", "dog/{}.png"], 0),  # classes whose files are numbered
@@ -760,15 +764,19 @@ def test_stream_of_class_folders_is_refused_rather_than_trained_without_classes(
         (["{}_mask.png"], 0),
     ],
 )
-def test_masks_beside_images_are_named(tmp_path, caplog, names, number):
-    for name in names:
-        for n in range(4):
-            path = tmp_path / name.format(n)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (n, len(name), 50)).save(path)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_masks_beside_images_are_named(tmp_path, caplog, names, number, is_packed):
+    files = {name.format(n): encoded(Image.new("RGB", (8, 8), (n, len(name), 50))) for name in names for n in range(4)}
+    if is_packed:
+        pack(tmp_path / "all.zip", files)
+    for name, data in () if is_packed else files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
     load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, validation_fraction=0.01))
     found = re.findall(r"(\d+) of (\d+) images look like masks of others, such as (\S+) of (\S+),", caplog.text)
     assert len(found) == (number > 0)
     for count, of, mask, image in found:
         assert number - 1 <= int(count) <= number < int(of)  # one is held out
-        assert re.search("mask|label|seg|depth", mask) and not re.search("mask|label|seg|depth", Path(image).name)
+        assert re.search("mask|label|[Ss]eg|depth|annot", mask) and not re.search(
+            "mask|label|seg|depth", Path(image).name
+        )

@@ -220,7 +220,7 @@ def test_epochs_are_passes_over_the_images_whatever_the_batch():
     assert stages.stage_steps() == {1: 200, 2: 100} and stages.stage_steps(30) == {1: 20, 2: 10}
 
 
-def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_path):
+def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_path, caplog):
     # 23 training images in batches of 4: a pass has 6 steps, rounded.
     options = {"train_data_dir": image_folder, "vae": trained / "vae", "output_dir": tmp_path, "num_train_epochs": 1}
     flags = TINY_DIT.replace("--max_train_steps 6", "")
@@ -237,7 +237,9 @@ def test_run_of_epochs_is_the_run_of_as_many_steps(trained, image_folder, tmp_pa
     options |= {"resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match="with 4 images in a step, but now they are 2, .*they were `max_train_steps 6`"):
         run(train_dit, f"{flags} --train_batch_size 2", **options)
-    run(train_dit, f"{flags} --train_batch_size 2 --gradient_accumulation_steps 2", **options)
+    run(train_dit, f"{flags} --train_batch_size 2 --gradient_accumulation_steps 2 --timestep_shift 2", **options)
+    for text in ("`train_batch_size` 2 (was 4)", "`timestep_shift` 2.0 (was None)"):
+        assert text in next(each for each in caplog.messages if "other settings hold than before" in each)
     assert (tmp_path / TRANSFORMER).exists() and len(list(checkpoints.iterdir())) == 2
 
 

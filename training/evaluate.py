@@ -83,6 +83,7 @@ def main(config: EvaluateConfig) -> None:
     if accelerator.is_main_process:
         results["setting"] = describe(config, vae, pipeline, train, validation, extractor, accelerator, others, clip)
         write_atomically(folder / "metrics.md", to_markdown(results))
+        (folder / "sweep.png").unlink(missing_ok=True)  # of an earlier evaluation
         if len(drawn) > 1:
             plot_sweep(results["generation"], extractor.distance_name("g"), folder / "sweep.png")
         write_json(folder / "metrics.json", results)

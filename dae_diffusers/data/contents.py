@@ -110,6 +110,14 @@ def name_of_row(item: Any, index: int) -> str:
     return path or f"row {index} of the dataset"
 
 
+def place_of(path: str) -> str:
+    r"""The path in a column as that of a file: of a member of an archive inside the archive, `ARCHIVE/MEMBER`."""
+    if not path.startswith(_PACKED):
+        return path
+    _, member, archive = _parse(path)
+    return f"{archive}/{member}"
+
+
 def column_path(path: str) -> str:
     r"""A file's path as a column of text can hold it: names need not be UTF-8."""
     try:

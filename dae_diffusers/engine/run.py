@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
@@ -35,7 +36,7 @@ from dae_diffusers.hub.publisher import Publisher
 from dae_diffusers.hub.results import remove_leftovers
 from dae_diffusers.locks import take_folder
 from dae_diffusers.script import num_cores, show_messages
-from dae_diffusers.settings import config_text, flags_of, flat, without_paths
+from dae_diffusers.settings import config_text, flags_of, flat, is_of_one_run, without_paths
 from dae_diffusers.signals import launcher_pid
 from dae_diffusers.store import bring_back, read_json_or, write_atomically, write_json
 
@@ -256,6 +257,8 @@ class TrainingRun:
         self._record = {}
         self.checkpointer.set_aside_after(step)
         if self.accelerator.is_main_process:
+            if self.resumed is not None and (changed := self._changed_settings(self.resumed[0])):
+                logger.warning("from here on other settings hold than before: %s", ", ".join(changed))
             write_atomically(self.folder / "config.yaml", config_text(self.config))
             self._record = {
                 "command": f"accelerate launch -m dae_diffusers.training.{self.name} {shlex.join(flags_of(self.config))}",
@@ -394,6 +397,20 @@ class TrainingRun:
         self._lock.release()
         self.dry_run.close()
         return True
+
+    def _changed_settings(self, checkpoint: Path) -> list[str]:
+        """The settings of training that differ from those of the run of a checkpoint, in words; its plan tells of the others."""
+        try:
+            before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):  # of a checkpoint alone, such as one from the Hub
+            return []
+        known = {*self.plan.settings, *self.plan.steps, "num_train_epochs", *(flat(self.config.run).keys() - {"seed"})}
+        now = without_paths(yaml.safe_load(config_text(self.config)))
+        return [
+            f"`{name}` {now[name]} (was {value})"
+            for name, value in without_paths(before if isinstance(before, dict) else {}).items()
+            if name in now and now[name] != value and name not in known and not is_of_one_run(name)
+        ]
 
     def _write_record(self) -> None:
         """Writes `run.json`: how the result was made, for the model card. The time adds up over interruptions."""

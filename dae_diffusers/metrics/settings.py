@@ -180,7 +180,11 @@ class SampleFolderConfig:
         "texts to draw from, each equally often, or one file with a text in each line",
         free_text=True,
     )
-    batch_size: int = field(64, "images at once in each process; does not change the images", at_least=1)
+    batch_size: int = field(
+        64,
+        "images at once in each process, in blocks of 16 (of fewer above 256 pixels); does not change the images",
+        at_least=1,
+    )
     seed: int = field(0, "seed of the noise", at_least=0, at_most=MAX_SEED)
     mixed_precision: Literal["no", "fp16", "bf16"] = field("no", "autocast while sampling")
 
