@@ -270,6 +270,34 @@ def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):
     assert "a class is called 'None', as programs write a missing name" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('[{"file_name": "\u00e9.png", "label": "a"}, {"file_name": "B.png", "label": "b"}]', None),
+        (
+            '{"file_name": "e\u0301.png", "label": "a"}\n{"file_name": "b.png", "label": "b"}',
+            "There is B.png: write capitals",
+        ),
+        ('{"file_name": "B.png",}\n', r"line 1 is no JSON: .*Each line must be one \{"),
+        ('["B.png"]', "each row must be one {...} with the names of columns"),
+        (None, "metadata.csv and metadata.jsonl in .* have rows for the same images, which count several times"),
+    ],
+)
+def test_metadata_that_was_meant_otherwise_is_read_or_said(make_folder, caplog, table, message):
+    folder = make_folder("\u00e9.png", "B.png")
+    (folder / "metadata.jsonl").write_text(table or '{"file_name": "B.png", "label": "b"}\n')
+    if table is None:
+        (folder / "metadata.csv").write_text("file_name,label\nB.png,b\n")
+    try:
+        rows = load_folder(folder)["train"]
+    except UserError as error:
+        caplog.set_level(100)
+        assert re.search(message, str(error))
+    else:
+        assert message is None or re.search(message, caplog.text)
+        assert "a" in rows["label"] or table is None
+
+
 def test_thumbnails_and_pointers_are_no_images(make_folder, caplog):
     folder = make_folder("0.png", "1.png", "@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/2.png")
     images, validation = load_images(DataConfig(train_data_dir=str(folder), resolution=4))

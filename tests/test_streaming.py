@@ -145,6 +145,14 @@ def test_held_out_images_are_never_trained_on(tmp_path):
     assert len(held_out) == 6 and sorted(seen + held_out) == list(range(NUM_IMAGES))
 
 
+def test_held_out_images_of_one_class_are_said(tmp_path, caplog):
+    folder = write_parquet(tmp_path / "sorted", 1)
+    rows = datasets.load_dataset(str(folder), split="train").sort("label")
+    rows.to_parquet(folder / "train-00000.parquet")
+    load_images(config_of(folder, max_validation_samples=3))
+    assert "all 3 images that are held out are of the class 'even', the first of the stream" in caplog.text
+
+
 def test_no_image_left_is_a_sentence(tmp_path):
     train, _ = load_images(config_of(write_parquet(tmp_path / "data", 1, number=8), max_validation_samples=1))
     train.held_out = frozenset(content_hash({"bytes": png(number)}) for number in range(8))

@@ -93,6 +93,8 @@ def find_image_column(rows: Rows, name: str | None, flag: str = "image_column") 
         raise UserError(
             f"`{flag}` is {name!r}, but the columns are {list(features)}; columns with images are {found}.{hint}"
         )
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        raise UserError(f"`{flag}` {name!r} holds lists of images. Give each image a row of its own.")
     if (
         isinstance(feature, (*kinds, datasets.List, datasets.LargeList))
         or _holds_files(feature)

@@ -205,6 +205,12 @@ def _streamed(found: Found) -> tuple[StreamedImages, ImageDataset]:
     )
     kept = datasets.Dataset.from_list(rows, features=train.features if is_held_out else found.validation.features)
     labels = None if classes is None else classes.ids(kept, found.validation_name, is_held_out=is_held_out)
+    if is_held_out and labels and len(labels) > 1 and len({*labels}) == 1 < len(classes.id2label):
+        logger.warning(
+            "all %d images that are held out are of the class %r, the first of the stream: they are no sample of the others. Shuffle the "
+            "files once, or give a split: `--validation_split`.",
+            len(labels), classes.id2label[labels[0]],
+        )  # fmt: skip
     validation_images = ImageDataset(kept, config, labels=labels, **both)
     logger.info(
         "training images as a stream from %s, split %s, column %s; %d validation images",

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -132,10 +133,10 @@ def _read_json(file: io.BytesIO) -> pa.Table:
     try:
         table = pyarrow.json.read_json(file)
     except pa.ArrowInvalid:
-        mixed = _of_mixed_values(file.getvalue())
-        if mixed is None:
+        rows = _rows_of_json(file.getvalue().decode())
+        if not rows:
             raise
-        return mixed
+        return _of_mixed_values(rows)
     texts = [pa.field(each.name, _without_times(each.type)) for each in table.schema]
     texts = [each for each in texts if each.type != table.schema.field(each.name).type]
     if not texts:
@@ -144,17 +145,26 @@ def _read_json(file: io.BytesIO) -> pa.Table:
     return pyarrow.json.read_json(file, parse_options=pyarrow.json.ParseOptions(explicit_schema=pa.schema(texts)))
 
 
-def _of_mixed_values(content: bytes) -> pa.Table | None:
-    """
-    The rows of a JSON file whose columns hold texts in some rows and lists or numbers in others: all are lists then, or texts. None if
-    that is not what is wrong.
-    """
-    try:
-        rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except ValueError:
-        return None
+def _rows_of_json(text: str) -> list[dict[str, Any]]:
+    """The rows of a JSON file, one a line or all in a list. Raises `ValueError` that names the line."""
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(
+                    f"line {number} is no JSON: {error.msg}. Each line must be one {{...}}, without a comma behind it"
+                ) from None
     if not all(isinstance(row, dict) for row in rows):
-        return None
+        raise ValueError("each row must be one {...} with the names of columns")
+    return rows
+
+
+def _of_mixed_values(rows: list[dict[str, Any]]) -> pa.Table:
+    """The rows of a JSON file. Columns that hold texts in some rows and lists or numbers in others hold lists in all, or texts."""
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     for name, values in columns.items():
         # pandas writes NaN for a missing value.
@@ -214,6 +224,7 @@ def read_metadata(
         UserError: If a table cannot be read, is not a metadata table, or gives a name that several files have.
     """
     parts, described, missing, found, count = [], Described(), [], [], 0
+    tables_of: dict[PurePosixPath, dict[PurePosixPath, None]] = {}
     for metadata in tables:
         try:
             table = metadata.table
@@ -233,20 +244,23 @@ def read_metadata(
             file = _file_of(PurePosixPath(os.path.normpath(metadata.path.parent / str(name))), names, metadata)
             if file in images:
                 described.rows.setdefault(file, []).append(count + number)
+                tables_of.setdefault(file, {})[metadata.path] = None
             else:
                 missing.append(file)
         count += len(table)
         places = _places(table, condition_column, metadata) or [None] * len(table)
         found += [place and _file_of(place, names, metadata) for place in places]
         parts.append(table.drop_columns("file_name"))
+    for several in sorted({tuple(each) for each in tables_of.values() if len(each) > 1}):
+        logger.warning(
+            "%s in %s have rows for the same images, which count several times. Remove all of these tables but one, or join them.",
+            " and ".join(map(str, several)), folder,
+        )  # fmt: skip
     if missing:
         logger.warning(
             "%d rows of metadata in %s name files that are not among the images, such as %s%s",
-            len(missing),
-            folder,
-            missing[0],
-            ". Write / between folders, not \\" if "\\" in str(missing[0]) else "",
-        )
+            len(missing), folder, missing[0], _hint_for(missing[0], images),
+        )  # fmt: skip
     if not any(part.num_columns for part in parts):
         return described
     try:
@@ -279,6 +293,13 @@ def _alike(tables: list[pa.Table]) -> Iterator[pa.Table]:
         yield table
 
 
+def _hint_for(missing: PurePosixPath, images: Collection[PurePosixPath]) -> str:
+    if "\\" in str(missing):
+        return ". Write / between folders, not \\"
+    alike = next((image for image in images if str(image).casefold() == str(missing).casefold()), None)
+    return f". There is {alike}: write capitals as the file has them" if alike else ""
+
+
 def _file_of(
     place: PurePosixPath, names: Mapping[PurePosixPath, PurePosixPath | None], metadata: Metadata
 ) -> PurePosixPath:
@@ -286,6 +307,11 @@ def _file_of(
     root = next((each for each in metadata.roots if place.is_relative_to(each)), None)
     place = place if root is None else place.relative_to(root)
     file = names.get(place, place)
+    if (
+        place not in names
+    ):  # letters with accents can be written in two ways, and file systems differ in which they keep
+        forms = (PurePosixPath(unicodedata.normalize(form, str(place))) for form in ("NFC", "NFD"))
+        file = next((names[form] for form in forms if form in names), place)
     if file is None:
         raise UserError(
             f"the table {metadata.path} names {place}, which several archives hold. Put a table into each archive, or name the "
