@@ -43,10 +43,14 @@ class Forecast:
         images (`int`): Of a step.
         of (`int`, *optional*): Number of training images; None if unknown.
         advice (`str`, *optional*): How the run would be faster.
+        long_advice (`str`, *optional*): How it might be, if more than an hour is left.
     """
 
-    def __init__(self, last_step: int, images: int, of: int | None, advice: str | None = None):
-        self.last_step, self._images, self._of, self._advice = last_step, images, of, advice
+    def __init__(
+        self, last_step: int, images: int, of: int | None, advice: str | None = None, long_advice: str | None = None
+    ):
+        self.last_step, self._images, self._of = last_step, images, of
+        self._advice, self._long_advice = advice, long_advice
         self._first: tuple[int, float] | None = None
         self._is_over = False
 
@@ -64,4 +68,5 @@ class Forecast:
         text += f" {self._advice}" if self._advice else ""
         if left * seconds / steps < _LONG:
             return text
+        text += f" {self._long_advice}" if self._long_advice else ""
         return f"{text} Ctrl-C saves and stops; the same command with --resume_from_checkpoint latest goes on."

@@ -40,10 +40,10 @@ def test_durations_are_round_words(seconds, words):
 def test_pace_is_said_once_and_how_to_stop_if_hours_are_left(monkeypatch, steps, hours):
     now = iter(range(0, 10**6, 4))  # four seconds a step
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    forecast = Forecast(steps, 8, 80)
+    forecast = Forecast(steps, 8, 80, long_advice="Compile.")
     said = [text for text in map(forecast.after, range(1, 40)) if text]
     assert len(said) == 1 and "at 4 seconds a step, 2 images a second" in said[0]
-    assert ("Ctrl-C saves" in said[0]) == hours
+    assert ("over the images. Compile. Ctrl-C saves" in said[0]) == hours
     expected = (
         "the 9,995 steps that are left take about 11 hours" if hours else "the 94 steps that are left take about 6"
     )

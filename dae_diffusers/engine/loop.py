@@ -125,7 +125,14 @@ class Loop:
         self.microbatch = self.step * per_step + self.accelerator.process_index
         self.batches = run.batches.over(dataset, self.step * per_step)
         self.progress = make_progress_bar(self)
-        forecast = Forecast(run.last_step, run.images_per_step, run.num_images, faster_precision(self.accelerator))
+        is_compiled = run.config.optimization.compile
+        forecast = Forecast(
+            run.last_step,
+            run.images_per_step,
+            run.num_images,
+            advice=faster_precision(self.accelerator),
+            long_advice=None if is_compiled else "`--dry_run --compile` measures whether compiling would save time.",
+        )
         self.model.train()
         if run.dry_run is not None:
             run.dry_run.begin(self)
