@@ -268,6 +268,16 @@ def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):
     (folder / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,None\n2.png,cat\n3.png,None\n")
     load_images(DataConfig(train_data_dir=str(folder), resolution=4))
     assert "a class is called 'None', as programs write a missing name" in caplog.text
+    for missing in ("", "-1"):
+        cells = ("cat", missing, "dog", "cat") if not missing else ("1", missing, "0", "1")
+        rows = "".join(f"{number}.png,{cell}\n" for number, cell in enumerate(cells))
+        (folder / "metadata.csv").write_text("file_name,label\n" + rows)
+        config = {"train_data_dir": str(folder), "resolution": 4, "validation_fraction": 0.1}
+        with pytest.raises(UserError, match="Leave the unlabelled rows out .`on_missing_label skip`."):
+            load_images(DataConfig(**config))
+        train, validation = load_images(DataConfig(**config, on_missing_label="skip"))
+        assert len(train) + len(validation) == 3 and "left out: 1 of 4 images of the split 'train'" in caplog.text
+        assert list(train.id2label.values()) == (["0", "1"] if missing else ["cat", "dog"])
 
 
 @pytest.mark.parametrize(

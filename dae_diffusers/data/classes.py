@@ -1,5 +1,6 @@
 """The classes of images: their names, their numbers, and the class of each row."""
 
+import logging
 import math
 import re
 import unicodedata
@@ -12,6 +13,8 @@ import datasets
 
 from dae_diffusers.data.columns import TEXT, column_values, feature_of
 from dae_diffusers.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def class_order(names: Iterable[str]) -> list[str]:
@@ -56,6 +59,18 @@ def _named_values(rows: datasets.Dataset, column: str, train: datasets.Features)
             return values
         names = list(map(int, names))
     return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
+
+
+def without_unlabelled(rows: datasets.Dataset, column: str, split: str, train: datasets.Features) -> datasets.Dataset:
+    r"""The rows of a split that have a class: no empty cell and no -1. Logs how many are left out. Arguments as in [`class_values`]."""
+    values = class_values(rows, column, train)
+    kept = [n for n, value in enumerate(values) if value is not None and not (_is_number(value) and value < 0)]
+    if len(kept) == len(values):
+        return rows
+    logger.warning(
+        "left out: %d of %d images of the split %r, which have no class", len(values) - len(kept), len(values), split
+    )
+    return rows.select(kept)
 
 
 @dataclass(frozen=True)
@@ -112,8 +127,11 @@ class Classes:
                 problem = f"must hold integers or strings without gaps, but holds none in {place}."
             if len(bad) == len(ids) and not is_held_out:
                 problem += " `validation_split train` holds out a part of the training images instead."
+            advice = "Remove the unlabelled rows"
+            if bad[0] is None or bad[0] == -1:
+                advice = "Leave the unlabelled rows out (`on_missing_label skip`)"
             raise UserError(
-                f"`label_column` {self.column!r} {problem} Remove the unlabelled rows or train without labels (`label_column none`)."
+                f"`label_column` {self.column!r} {problem} {advice} or train without labels (`label_column none`)."
             )
         return ids
 
@@ -168,6 +186,10 @@ def _names_and_ids(
     raise UserError(
         f"`label_column` {column!r} must hold integers or strings without gaps, but holds {feature}, such as {odd!r}; `none`: no labels."
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:

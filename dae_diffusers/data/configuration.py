@@ -18,6 +18,7 @@ _NOT_STREAMED = {
     "drop_copies": "because all images are compared before training: leave one of them out",
     "group_column": "which holds out the first images of the stream. Leave `streaming` out, or move whole groups into a validation split "
     "and leave `group_column` out",
+    "on_missing_label": "whose classes are read as they come: leave one of them out",
     "max_train_samples": "which reads all images: leave one of them out",
 }
 DEFAULT_RESOLUTION = 32
@@ -154,6 +155,11 @@ class DataConfig:
         needs="on_bad_image skip",
         advanced=True,
     )
+    on_missing_label: Literal["raise", "skip"] = field(
+        "raise",
+        "raise: stop if an image has no class while others have one; skip: leave such images out",
+        advanced=True,
+    )
     drop_copies: bool = field(
         False,
         "leave out training images with the same content as an earlier one or as one of the validation split, before any are held out",
@@ -206,7 +212,7 @@ class DataConfig:
 
     def _check_streaming(self) -> None:
         for name, why in _NOT_STREAMED.items():
-            if getattr(self, name):
+            if getattr(self, name) not in (None, False, [], "raise"):
                 raise ConfigError(f"`{name}` does not go with `streaming`, {why}.")
         self.refuse_conditions("`streaming`, because all values are read before training: leave `streaming` out")
         if self.dataset_name in EMBEDDED:

@@ -6,7 +6,7 @@ import datasets
 
 from dae_diffusers.data.arrays import RANGES, Depth, read_value_range
 from dae_diffusers.data.captions import captions_of
-from dae_diffusers.data.classes import Classes, class_name, describe_classes
+from dae_diffusers.data.classes import Classes, class_name, describe_classes, without_unlabelled
 from dae_diffusers.data.columns import feature_of, is_word_for_nothing, value_of, with_image_column
 from dae_diffusers.data.condition_images import ConditionImages
 from dae_diffusers.data.conditions import ConditionColumns, conditions_of
@@ -88,6 +88,10 @@ def _rows_of_both(found: Found, model: str | None) -> tuple[datasets.Dataset, da
     """The rows to train on and to validate on, as many as are allowed. Warns if the validation has images that training sees."""
     config, column, root = found.config, found.image_column, found.root
     train, validation = found.train, found.validation
+    if config.on_missing_label == "skip" and found.label_column is not None:
+        train = without_unlabelled(train, found.label_column, config.train_split, found.train.features)
+        if validation is not None:
+            validation = without_unlabelled(validation, found.label_column, found.validation_name, found.train.features)
     if config.drop_copies:
         train = without_copies(train, validation, column, root)
     if validation is None:
