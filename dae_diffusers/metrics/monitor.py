@@ -153,7 +153,20 @@ class BestResult(Monitor):
         for old in folder.glob("step-*"):
             if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
-        replace_folder(self._folder_of(step), result.save_pretrained)
+        replace_folder(self._folder_of(step), lambda folder: _save_trained(result, folder))
+
+
+def _save_trained(result: Result, folder: Path) -> None:
+    """Saves a model, or of a pipeline what was trained: a text encoder may have gigabytes, and is the same each time."""
+    if not isinstance(result, DiffusionPipeline):
+        result.save_pretrained(folder)
+        return
+    for name, part in _trained(result).items():
+        part.save_pretrained(folder / name)
+
+
+def _trained(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    return {name: part for name in _TRAINED if (part := getattr(pipeline, name, None)) is not None}
 
 
 class BestValidation(BestResult):
@@ -415,9 +428,9 @@ def best_or_last(run: TrainingRun, result: Result, monitor: Monitor) -> Result:
     if run.accelerator.is_main_process:
         run.note(exported_step=monitor.state["step"])
     logger.info("the result has the weights of step %d", monitor.state["step"])
-    found = type(result).from_pretrained(best)
-    if isinstance(found, DiffusionPipeline):
-        # All but what was trained is as it is now, such as a decoder that came later.
-        found.register_modules(**{name: part for name, part in result.components.items() if name not in _TRAINED})
-        found.register_to_config(**{name: result.config[name] for name in result.config if name.startswith("default_")})
-    return found
+    if not isinstance(result, DiffusionPipeline):
+        return type(result).from_pretrained(best)
+    # All but what was trained is as it is now, such as a decoder that came later.
+    for name, part in _trained(result).items():
+        setattr(result, name, type(part).from_pretrained(best / name))
+    return result
