@@ -865,6 +865,18 @@ def test_numbers_and_pictures_are_published_only_with_the_weights_that_they_are_
     ) == bool(left_out)
 
 
+def test_numbers_of_a_training_that_went_on_are_not_published(tmp_path):
+    """It was finished, went on, and was killed: the result is of the weights before."""
+    folder = save_measured_run(tmp_path / "run", generator=PUBLIC, **PUBLIC)
+    (folder / "train_dit" / "log.jsonl").write_text(json.dumps({"step": 1500, "validation/gfd_tiny": 9.5}) + "\n")
+    (folder / "train_dit" / "grids" / "samples-00001500.png").write_bytes(b"\x89PNG")
+    for record, is_published in (({"steps": {}}, True), ({"steps": {}, "unfinished": True}, False)):
+        (folder / "train_dit" / "run.json").write_text(json.dumps(record))
+        result = read_result(folder)
+        assert ("train_dit" in result.metrics) == ("samples.png" in result.pictures) == is_published
+        assert any("went on and has not ended" in text for text in result.doubts) != is_published
+
+
 def test_numbers_of_another_model_are_not_published(tmp_path, caplog):
     """`evaluate --vae` of another model, into the run's folder."""
     folder = save_measured_run(tmp_path / "run", **PUBLIC)

@@ -23,7 +23,17 @@ from models import (
 )
 from safetensors.torch import load_file
 from scipy.stats import binomtest
-from scripts import assert_same_weights, in_both_processes, in_child, load_benchmark, log_of, run, start, weights
+from scripts import (
+    TINY_DIT,
+    assert_same_weights,
+    in_both_processes,
+    in_child,
+    load_benchmark,
+    log_of,
+    run,
+    start,
+    weights,
+)
 
 from dae_diffusers import DAEAutoencoderKL, DAEDiTPipeline, DAEVQGANPipeline
 from dae_diffusers.autoencoders.loading import load_autoencoder
@@ -33,6 +43,7 @@ from dae_diffusers.errors import UserError
 from dae_diffusers.fit_record import read_fit
 from dae_diffusers.fitting.decoder_fit import KEPT_VAE, as_the_pipeline_draws, draw_latents
 from dae_diffusers.fitting.image_statistics import ImageStatistics, RunningMoments, Whitening
+from dae_diffusers.fitting.side_by_side import BEFORE
 from dae_diffusers.hub.card import repository_files
 from dae_diffusers.hub.results import read_result
 from dae_diffusers.image_spectrum import log_spectrum
@@ -41,7 +52,7 @@ from dae_diffusers.metrics.checks import check_judge
 from dae_diffusers.metrics.distances import frechet_distance
 from dae_diffusers.metrics.features import load_feature_extractor
 from dae_diffusers.metrics.statistics import FeatureStatistics, reference_statistics
-from dae_diffusers.training import train_dae
+from dae_diffusers.training import train_dae, train_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -178,6 +189,33 @@ def test_record_of_other_weights_says_nothing(fitted, generators, backbone, tmp_
     check_judge(folder / "pipeline", load_feature_extractor(backbone))
     files = repository_files(read_result(folder), "user/name")
     assert "vae/stage3.json" not in files and "fitted to" not in files["README.md"].decode()
+
+
+def test_what_changed_a_pipeline_is_not_lost_when_the_generator_trains_on(fitted, image_folder, tmp_path, caplog):
+    """Neither the record of a decoder that was fitted elsewhere, nor what came after the training."""
+    caplog.set_level("INFO")
+    options = {"vae": fitted[DAEDiTPipeline] / "pipeline", "train_data_dir": image_folder, "output_dir": tmp_path}
+    run(train_dit, TINY_DIT, **options)
+    pipeline = tmp_path / "pipeline"
+    assert read_fit(pipeline)["pool_size"] == 12
+    saved = DAEDiTPipeline.from_pretrained(pipeline)
+    saved.register_to_config(default_guidance_scale=7.5)
+    for parameter in saved.transformer.parameters():  # as `ema` does
+        parameter.data += 1
+    saved.save_pretrained(pipeline)
+    before = {path: path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+    options["resume_from_checkpoint"] = "latest"
+    run(train_dit, TINY_DIT, **options)  # the same command again
+    assert before == {path: path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+    assert "no step was left, so" in caplog.text and not (tmp_path / BEFORE).exists()
+    run(train_dit, TINY_DIT.replace("--max_train_steps 6", "--max_train_steps 7"), **options)
+    assert "had changed its transformer since the last training" in caplog.text
+    assert before == {
+        pipeline / path.relative_to(tmp_path / BEFORE): path.read_bytes()
+        for path in (tmp_path / BEFORE).rglob("*")
+        if path.is_file()
+    }
+    assert read_fit(pipeline)["pool_size"] == 12
 
 
 def test_pool_is_drawn_with_the_guidance_that_there_is_and_the_record_says_so(image_folder, tmp_path):

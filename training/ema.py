@@ -27,6 +27,7 @@ from dae_diffusers.engine.distributed import measuring_accelerator
 from dae_diffusers.engine.post_hoc_ema.choosing import generator_of, put_into_pipeline
 from dae_diffusers.engine.post_hoc_ema.snapshots import Snapshots, snapshots_folder
 from dae_diffusers.errors import UserError, in_full
+from dae_diffusers.fit_record import read_fit, write_fit
 from dae_diffusers.hub.results import PIPELINE_INDEX
 from dae_diffusers.locks import take_folder
 from dae_diffusers.metrics.checks import check_guidance
@@ -96,11 +97,18 @@ def averages(
 ) -> Iterator[float]:
     """Gives the pipeline the weights of one length after the other, and saves it. Yields the length."""
     _, model = generator_of(pipeline)
+    fit = read_fit(Path(config.lengths.folder) / "pipeline")
+
+    def save(folder: Path) -> None:
+        pipeline.save_pretrained(folder)
+        if fit:
+            write_fit(folder / "vae", folder / "vae", fit)
+
     for length in config.lengths.length:
         model.load_state_dict(snapshots.weights(length, model), strict=False)  # what never changed is not among them
         target = folder_of(output_dir, length)
         if accelerator.is_main_process:
-            replace_folder(target, pipeline.save_pretrained)
+            replace_folder(target, save)
             logger.info("saved %s", target)
         accelerator.wait_for_everyone()
         yield length

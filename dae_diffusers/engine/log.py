@@ -46,7 +46,7 @@ class RunLog:
         self, step: int, project: str, name: str, settings: dict[str, Any], rows_of_step: int | None = None
     ) -> None:
         r"""
-        Drops the rows after `step` from an earlier log, and starts the trackers.
+        Drops the rows and the pictures after `step` from an earlier log, and starts the trackers.
 
         Args:
             step (`int`): Where the run begins.
@@ -60,6 +60,9 @@ class RunLog:
             rows += [row for row in log if row["step"] == step][:rows_of_step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(self.folder / "log.jsonl", text)
+            for path in (self.folder / "grids").glob("*-*.png"):  # else they would be taken for the newest
+                if (number := path.stem.rpartition("-")[2]).isdecimal() and int(number) > step:
+                    path.unlink()
         if self.accelerator.log_with:
             self._guard(
                 lambda: self.accelerator.init_trackers(

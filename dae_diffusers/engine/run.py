@@ -33,7 +33,7 @@ from dae_diffusers.engine.precision import use_tf32
 from dae_diffusers.engine.settings import RunConfig, steps_of
 from dae_diffusers.errors import ConfigError, UserError
 from dae_diffusers.hub.publisher import Publisher
-from dae_diffusers.hub.results import remove_leftovers
+from dae_diffusers.hub.results import UNFINISHED, remove_leftovers
 from dae_diffusers.locks import take_folder
 from dae_diffusers.script import num_cores, show_messages
 from dae_diffusers.settings import config_text, flags_of, flat, is_of_one_run, without_paths
@@ -86,6 +86,8 @@ class TrainingRun:
         output_dir, folder (`Path`): Folder of the results, and folder of the script's own files.
         plan ([`~dae_diffusers.engine.plan.Plan`]): What the run must keep when it goes on. [`find_start`] sets it.
         counts (`dict[str, int]`): Numbers for `run.json` and the model card. [`find_start`] sets them.
+        has_steps (`bool`): Whether steps were left when it began; else it only repeats what comes after them. [`begin`] sets it.
+        weights_before (`dict[str, str]` or `None`): Fingerprints of the result that this run saved when it ended before. [`begin`] sets it.
 
     Raises:
         UserError: If the folder holds another run, is in use, or cannot be written.
@@ -120,6 +122,8 @@ class TrainingRun:
             num_workers=config.data.dataloader_num_workers,
             balanced=config.data.balance_classes,
         )
+        self.has_steps = True
+        self.weights_before: dict[str, str] | None = None
         self._publisher: Publisher | None = None
         if config.hub.push_to_hub and self.accelerator.is_main_process and self.dry_run is None:
             self._publisher = Publisher(config.hub, self.output_dir, self.folder)
@@ -254,13 +258,18 @@ class TrainingRun:
         """
         if self._record is not None:
             return
-        self._record = {}
+        self._record, self.has_steps = {}, step < self.last_step
         self.checkpointer.set_aside_after(step)
         if self.accelerator.is_main_process:
             if self.resumed is not None and (changed := self._changed_settings(self.resumed[0])):
                 logger.warning("from here on other settings hold than before: %s", ", ".join(changed))
             write_atomically(self.folder / "config.yaml", config_text(self.config))
+            before = read_json_or(self.folder / "run.json", {}) if step > 0 else {}
+            self.weights_before = before.get("weights")
+            kept = {name: before[name] for name in ("weights", "exported_step") if name in before}
             self._record = {
+                # Until it ends, a result in the output folder is of other weights than the log.
+                **({UNFINISHED: True} if self.has_steps else kept),
                 "command": f"accelerate launch -m dae_diffusers.training.{self.name} {shlex.join(flags_of(self.config))}",
                 "hardware": describe_hardware(self.accelerator),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
@@ -373,6 +382,8 @@ class TrainingRun:
             logger.info(
                 "the model waited for data %.1f %% of the time%s", 100 * share, _WAIT_HINT if share > 0.1 else ""
             )
+        if self.accelerator.is_main_process:
+            self._record.pop(UNFINISHED, None)
         self._write_record()
         self.accelerator.wait_for_everyone()
         self.log.finish()

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 WAITING = "pipeline_waiting"  # in the output folder: a finished generator whose decoder still trains
 REPLACED = "vae_before_assemble"  # beside the pipeline: the autoencoder that another decoder replaced
+BEFORE = "pipeline_before"  # beside the pipeline: what a further training replaced, if it had been changed
 NEWEST = "newest_decoder"  # in the folder of train_dae: the decoder of stage 2 at its last validation
 
 
@@ -68,6 +69,7 @@ class GrowingAutoencoder:
                 f"{place}/stage1, or remove the old one."
             )
         self.vae = as_plain(model).to(device)
+        self._fit = read_fit(place)
         self._runs = list(dict.fromkeys(path.resolve() for path in (output_dir, Path(place), Path(place).parent)))
         self._stage1 = None if self.is_finished else model
         self._origin: str | None = None
@@ -106,10 +108,18 @@ class GrowingAutoencoder:
         if run.accelerator.is_main_process:
             pipeline = best_or_last(run, pipeline, monitor)
             parts = weights_by_part(pipeline.components)
-            if is_whole:
+            target = run.output_dir / "pipeline"
+            if is_whole and not run.has_steps and (target / DiffusionPipeline.config_name).exists():
+                logger.info(
+                    "no step was left, so %s stays as it is, with what `ema`, stage 3 or `--set_defaults` may have changed since. To have "
+                    "it made again, move it elsewhere.",
+                    target,
+                )
+            elif is_whole:
+                set_aside_if_changed(target, run.weights_before)
                 run.note(weights=parts)
-                replace_folder(run.output_dir / "pipeline", pipeline.save_pretrained)
-                logger.info("saved %s", run.output_dir / "pipeline")
+                replace_folder(target, partial(self._save, pipeline))
+                logger.info("saved %s", target)
             else:
                 run.note(weights={name: of for name, of in parts.items() if name != "vae"})  # the decoder comes later
                 is_whole = self.save_waiting(pipeline)
@@ -123,7 +133,7 @@ class GrowingAutoencoder:
         Returns:
             `bool`: Whether the pipeline is whole.
         """
-        replace_folder(self.output_dir / WAITING, pipeline.save_pretrained)
+        replace_folder(self.output_dir / WAITING, partial(self._save, pipeline))
         if join_waiting(self.output_dir, self._runs):
             return True
         logger.info(
@@ -135,6 +145,12 @@ class GrowingAutoencoder:
         )
         return False
 
+    def _save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        """Saves a pipeline, and the record of a stage 3 that has fitted its decoder to another generator."""
+        pipeline.save_pretrained(folder)
+        if self._fit:
+            write_fit(folder / "vae", folder / "vae", self._fit)
+
     def _of_stage2(self, of_same_size: bool) -> tuple[ModelMixin, str] | None:
         wanted = latents_fingerprint(self.vae)
         for folder in (run / name for run in self._runs for name in ("vae", f"train_dae/{NEWEST}")):
@@ -145,6 +161,27 @@ class GrowingAutoencoder:
                 step = vae.config.get("trained_steps")
                 return vae, f"{folder}{'' if step is None else f', the decoder at step {step}'}"
         return None
+
+
+def set_aside_if_changed(pipeline_folder: Path, weights: dict[str, str] | None) -> None:
+    r"""
+    Keeps a copy of a pipeline beside it, in [`BEFORE`], if some of its weights are not those that its training has saved.
+
+    Args:
+        pipeline_folder (`Path`): The pipeline, which may not exist.
+        weights (`dict[str, str]` or `None`): Fingerprints of what the training saved, by part; None if it saved nothing.
+    """
+    changed = [
+        name for name, of in (weights or {}).items() if weights_fingerprint_of(pipeline_folder / name) not in (of, None)
+    ]
+    if changed:
+        kept = pipeline_folder.with_name(BEFORE)
+        replace_folder(kept, partial(shutil.copytree, pipeline_folder))
+        logger.warning(
+            "%s is replaced by what was trained now. `ema`, stage 3 or `assemble` had changed its %s since the last training: as it was, "
+            "it is in %s.",
+            pipeline_folder, " and ".join(changed), kept,
+        )  # fmt: skip
 
 
 def save_newest(model: ModelMixin, folder: Path, step: int) -> None:

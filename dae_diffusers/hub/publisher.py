@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dae_diffusers.hub import upload
+from dae_diffusers.hub.results import UNFINISHED
 from dae_diffusers.hub.settings import HubConfig
+from dae_diffusers.store import read_json_or, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,3 +93,6 @@ class Publisher:
                 elif (path / name).exists():
                     (folder / path.name).mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path / name, folder / path.name / name)
+            record = read_json_or(folder / path.name / "run.json", {})
+            if record.pop(UNFINISHED, False):  # the snapshot is of the weights that are being trained
+                write_json(folder / path.name / "run.json", record)

@@ -27,6 +27,7 @@ SCRIPTS = {
     "train_vqgan_prior": "Training of the generator",
     "train_dae_stage3": "Training of the decoder on what the generator draws",
 }
+UNFINISHED = "unfinished"  # in the `run.json` of a training that has not ended, or went on and has not ended since
 _GENERATOR_SCRIPTS = ("train_dit", "train_vqgan_prior")
 
 # Flags for the machine, which do not describe the model.
@@ -340,6 +341,7 @@ def _describe(result: Result, *, is_run: bool) -> Result:
             continue
         result.scripts.setdefault(path.name, _read_script(path))
     _leave_out_other_encoder(result)
+    _leave_out_unfinished(result)
     _leave_out_other_generator(result)
     result.metrics = _read_metrics(result)
     result.pictures = _find_pictures(result)
@@ -361,12 +363,25 @@ def _leave_out_other_encoder(result: Result) -> None:
         )
 
 
+def _leave_out_unfinished(result: Result) -> None:
+    """Leaves out what a training has measured and drawn since its result was saved, if it went on and has not ended."""
+    for script in result.scripts.values():
+        if script.record.pop(UNFINISHED, None) is None:
+            continue
+        result.doubts.append(
+            f"the numbers and pictures of {script.folder} are not published: that training went on and has not ended, so they are of other "
+            f"weights than those in {result.pipeline or result.vae}. Let it end, with `resume_from_checkpoint latest`."
+        )
+        script.validation, script.has_other_weights = {}, True
+        script.record.pop("exported_step", None)
+
+
 def _leave_out_other_generator(result: Result) -> None:
     """Leaves out what the training of a generator measured and drew, if `ema`, stage 3 or `assemble` have changed the pipeline since."""
     for name in _GENERATOR_SCRIPTS:
         script = result.scripts.get(name)
         weights = None if script is None else script.record.get("weights")
-        if not weights or not _differing_parts(result, weights):
+        if script is None or script.has_other_weights or not weights or not _differing_parts(result, weights):
             continue
         if script.validation or latest_grid(script.folder, "samples-*.png"):
             features = script.config.get("metric_features")
@@ -553,16 +568,17 @@ def _find_pictures(result: Result) -> dict[str, tuple[Path, str]]:
         names = [one_line(name) for _, name in sorted((result.index.get("id2label") or {}).items(), key=by_id)]
         is_by_class = 1 < len(names) <= 10 and not result.index.get("conditions")
         add("samples.png", samples, f"Samples, by class: {', '.join(names)}" if is_by_class else "Samples")
-    if "train_dae" in result.scripts and _has_decoder_of_its_training(result):
-        script = result.scripts["train_dae"]
+    script = result.scripts.get("train_dae")
+    if script is not None and not script.has_other_weights and _has_decoder_of_its_training(result):
         folder = script.folder
         step = script.record.get("exported_step")
         names = [f"reconstruction-{which}.png" for which in ("stage2-*", "*")]
         names = names if step is None else [f"reconstruction-*-{step:08d}.png"]
         newest = next((grid for name in names if (grid := latest_grid(folder, name))), None)
         add("reconstructions.png", newest, "Held-out images of the data set above their reconstructions")
-    if result.decoder_fit and "train_dae_stage3" in result.scripts:
-        newest = latest_grid(result.scripts["train_dae_stage3"].folder, "generated-stage3-*.png")
+    script = result.scripts.get("train_dae_stage3")
+    if result.decoder_fit and script is not None and not script.has_other_weights:
+        newest = latest_grid(script.folder, "generated-stage3-*.png")
         add("stage3.png", newest, "Drawn latents, decoded before stage 3 and after it")
     if result.pipeline is not None:
         evaluation = result.folder / "evaluation"
