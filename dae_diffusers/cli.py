@@ -352,7 +352,7 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
         ConfigError: For a file that cannot be read, is no mapping, or holds a key twice.
     """
     try:
-        values = load_yaml(path.read_text())
+        values = load_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{name} does not exist.") from None
     except RecursionError:

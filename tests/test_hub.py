@@ -249,7 +249,12 @@ def test_card_is_short_and_says_how_far_training_went(trained):
     assert "early model: its generator was trained for 6 steps" in card.content
     assert "https://huggingface.co/spaces/writer/space" in card.content
     assert not re.search(r"trained[^.]*trained", card.content.split("## ")[0].split("---")[2].splitlines()[4])
-    result.scripts["train_dit"].config["max_train_steps"] = 200_000
+    script = result.scripts["train_dit"]
+    script.config["max_train_steps"] = 200_000  # `num_train_epochs` may say otherwise
+    assert "early model: its generator was trained for 6 steps" in make_card(result, REPO).content
+    script.record["steps"], script.validation["step"] = {"max_train_steps": 200_000}, 800  # it stopped early
+    assert "early model: its generator was trained for 800 steps" in make_card(result, REPO).content
+    script.validation["step"] = 200_000
     assert "early model" not in make_card(result, REPO).content
 
 

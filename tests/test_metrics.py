@@ -108,6 +108,16 @@ def resnet_folder(tmp_path):
     return save_model(tmp_path / "My-ResNet", tiny_resnet())
 
 
+@pytest.mark.parametrize("name", ["pixels", "spectrum"])
+def test_images_from_memory_and_from_files_have_the_same_features(name):
+    """Else what lies in files, such as samples, would differ from real images by the rounding to 8 bits alone."""
+    rows, columns = torch.linspace(-0.9, 0.9, 32)[:, None], torch.linspace(0, 0.01, 32)
+    smooth = torch.stack([(rows + columns * number).expand(3, 32, 32) for number in range(8)])
+    from_files = ((smooth + 1) * 127.5).round().to(torch.uint8) / 127.5 - 1
+    extractor = load_feature_extractor(name)
+    assert torch.equal(extractor(smooth), extractor(from_files))
+
+
 def test_features_do_not_depend_on_the_batch(resnet_folder):
     extractor, images = load_feature_extractor(resnet_folder), random_images()
     features = extractor(images)

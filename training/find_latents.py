@@ -46,7 +46,7 @@ def main(config: FindLatentsConfig) -> None:
         raise
     if is_first:
         write_report(search)
-        logger.info("%s", (search.folder / "report.md").read_text().partition("![")[0])
+        logger.info("%s", (search.folder / "report.md").read_text(encoding="utf-8").partition("![")[0])
         logger.info("written to %s", search.folder / "report.html")
 
 

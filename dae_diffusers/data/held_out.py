@@ -196,7 +196,7 @@ def _flag(name: str, value: Any) -> str:
 
 def _settings_of(folder: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

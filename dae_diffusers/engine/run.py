@@ -412,7 +412,7 @@ class TrainingRun:
     def _changed_settings(self, checkpoint: Path) -> list[str]:
         """The settings of training that differ from those of the run of a checkpoint, in words; its plan tells of the others."""
         try:
-            before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
+            before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):  # of a checkpoint alone, such as one from the Hub
             return []
         known = {*self.plan.settings, *self.plan.steps, "num_train_epochs", *(flat(self.config.run).keys() - {"seed"})}

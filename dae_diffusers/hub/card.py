@@ -612,13 +612,11 @@ def _command(script: Script, result: Result) -> str | None:
 
 
 def _steps(script: Script) -> int | None:
-    config = script.config
-    if config.get("max_train_steps"):
-        return config["max_train_steps"]
-    if config.get("stage") == "3":
-        return config.get("stage3_steps")
-    stages = [config.get(name) for name in ("stage1_steps", "stage2_steps")]
-    return sum(stages) if all(isinstance(each, int) for each in stages) else None
+    """The steps of a training: as planned, or fewer if it ended early."""
+    steps = [each for each in (script.record.get("steps") or {}).values() if isinstance(each, int)]
+    planned = sum(steps) if steps else script.config.get("max_train_steps")
+    last = script.validation.get("step")
+    return min((each for each in (planned, last) if each), default=None)
 
 
 def _early(result: Result, generator: dict[str, Any], step: int | None) -> str | None:

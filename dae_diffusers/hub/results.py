@@ -609,6 +609,6 @@ def _grid_of_weights(script: Script) -> Path | None:
 def read_yaml(path: Path) -> Any:
     r"""The content of a YAML file. Raises `UserError` if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from None

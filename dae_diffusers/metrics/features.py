@@ -150,7 +150,10 @@ class InceptionFeatureExtractor(FeatureExtractor):
 
 
 class _Statistics(FeatureExtractor):
-    """Features without a network, for images of any number of channels, on the images' device."""
+    """
+    Features without a network, for images of any number of channels, on the images' device. Images are rounded to 8 bits, as samples are:
+    in smooth images that rounding is most of the power of high frequencies.
+    """
 
     num_classes = None
 
@@ -163,14 +166,14 @@ class _Statistics(FeatureExtractor):
 
     def _run(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
         with torch.autocast(images.device.type, enabled=False):
-            return self._features_and_logits(images.float())
+            return self._features_and_logits(((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1)
 
 
 class PixelFeatures(_Statistics):
     r"""An image of `channels` channels, shrunk to 8x8 pixels: sees colours, brightness and where they are."""
 
-    name, fingerprint, numbers_per_channel = "pixels", "pixels-8", 64
-    description = "8x8 pixels, each the mean of its part of the image"
+    name, fingerprint, numbers_per_channel = "pixels", "pixels-8-of-8-bit", 64
+    description = "8-bit, 8x8 pixels, each the mean of its part of the image"
 
     def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
         return F.adaptive_avg_pool2d(images, 8).flatten(1), None
@@ -179,8 +182,8 @@ class PixelFeatures(_Statistics):
 class SpectrumFeatures(_Statistics):
     r"""The logarithm of an image's power in 8 rings of spatial frequency, for each of `channels` channels: sees sharpness and noise."""
 
-    name, fingerprint, numbers_per_channel = "spectrum", "spectrum-8-ortho", 8
-    description = "logarithm of the power in 8 rings of spatial frequency"
+    name, fingerprint, numbers_per_channel = "spectrum", "spectrum-8-ortho-of-8-bit", 8
+    description = "8-bit, logarithm of the power in 8 rings of spatial frequency"
 
     def _features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
         return log_spectrum(images, 8, floor=1e-3 / images[0, 0].numel()).flatten(1), None

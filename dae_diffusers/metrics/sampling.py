@@ -420,9 +420,12 @@ def _draw_costs(
 
 @contextmanager
 def decoding_in_range(pipeline: DiffusionPipeline, accelerator: Accelerator) -> Iterator[None]:
-    r"""Inside the `with` block, fp16 computes everything but the decoder: numbers inside Stable Diffusion XL's exceed its range."""
-    vae = getattr(pipeline, "vae", None)
-    if accelerator.mixed_precision != "fp16" or vae is None:
+    r"""
+    Inside the `with` block, fp16 computes everything but the decoder: numbers inside Stable Diffusion XL's exceed its range. So does bf16
+    in pipelines that are not ours: not all of them turn images of that type into arrays.
+    """
+    vae, is_ours = autoencoder_of(pipeline), isinstance(pipeline, DAEDiTPipeline | DAEVQGANPipeline)
+    if vae is None or accelerator.mixed_precision not in (("fp16",) if is_ours else ("fp16", "bf16")):
         yield
         return
     decode = vae.decode
@@ -537,8 +540,8 @@ def scheduler_options(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
 
 
 def image_pixels(pipeline: DiffusionPipeline) -> int:
-    r"""Pixels of an image that a pipeline draws; a small number if its components do not tell."""
-    height, width = image_sides(pipeline) or (1, 1)
+    r"""Pixels of an image that a pipeline draws; a large number if its components do not tell, so that batches are not made larger."""
+    height, width = image_sides(pipeline) or (2**10, 2**10)
     return height * width
 
 

@@ -100,7 +100,7 @@ def full_commands(search: Search, winner: str) -> list[str]:
             ]
         lines += [f"dae-diffusers train-dae {data} {shlex.join(words_of(given))} {rest}" for given, rest in stages]
     generator = shlex.join(words_of(search.candidates.transformer_of(winner)))
-    lines.append(f"dae-diffusers train-dit {data} --vae {vae} {generator} --output_dir runs/best")
+    lines.append(f"dae-diffusers train-dit {data} --vae {shlex.quote(vae)} {generator} --output_dir runs/best")
     if any(
         guidance_of(row) for row in rows_of(search, winner)
     ):  # pilots want more guidance than what is trained to the end
