@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from dae_diffusers.search.planning import MIN_STEPS, Rung, Speeds, plan_rungs, p
 from dae_diffusers.search.report import full_commands, not_told_apart
 from dae_diffusers.search.search import Search
 from dae_diffusers.search.settings import SearchConfig, show_seconds
-from dae_diffusers.search.trial import closest, distances
+from dae_diffusers.search.trial import CandidateTrial, closest, distances
 from dae_diffusers.search.turned import TURNS
 from dae_diffusers.settings import compose
 from dae_diffusers.store import read_json, write_json
@@ -441,6 +442,24 @@ def test_rungs_take_the_time_that_the_plan_gives_them(workers, tmp_path):
             folder.mkdir(parents=True)
             (folder / "result.json").write_text(json.dumps({"seconds": seconds}))
     assert 3400 < search.seconds_used() - seconds <= 3600
+
+
+def test_time_of_a_trial_that_was_killed_counts(tmp_path, monkeypatch):
+    trial = CandidateTrial("joint", {}, {}, tmp_path, 0)
+    folder = trial.folder_of(0)
+
+    def killed(*_) -> dict:
+        raise KeyboardInterrupt
+
+    for measure, lost in ((killed, 0), (killed, 100), (lambda *_: {}, 200)):
+        monkeypatch.setattr(trial, "_measure", measure)
+        if lost:  # as if each had worked for 100 seconds
+            noted = read_json(folder / "begun.json")
+            write_json(folder / "begun.json", {**noted, "began": noted["began"] - 100})
+            os.utime(folder / "begun.json", (noted["began"], noted["began"]))
+        with suppress(KeyboardInterrupt):
+            trial.run(0, Rung(1, 1, 1))
+    assert 200 <= read_json(trial.result_path(0))["seconds"] < 230 and not (folder / "begun.json").exists()
 
 
 def test_settings_may_change_until_the_budget_is_divided(tmp_path):

@@ -21,6 +21,7 @@ from dae_diffusers.store import read_json_or, write_json
 
 # What became of a `result.json` that says a failure, once it is tried again.
 FORGOTTEN = "failed.json"
+BEGUN = "begun.json"  # when a try of a rung began, while it is under way
 # Shares of joint training's steps that take its time in two stages: a step of stage 2 costs about 0.7 of one.
 _STAGE1, _STAGE2 = 0.6, 0.55
 
@@ -62,11 +63,13 @@ class CandidateTrial:
     def run(self, number: int, rung: Rung, *, with_generator: bool = True) -> dict[str, Any]:
         r"""
         Trains the autoencoder on to the length of a rung, then a new generator on its latents, and measures them into `result.json`.
-        A failure is written there too; the time of those that were forgotten counts. Returns what was written.
+        A failure is written there too; the time of those that were forgotten counts, and that of a try that was killed. Returns what was
+        written.
         """
         folder, start, processor = self.folder_of(number), time.monotonic(), time.process_time()
         self.launched_seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
+        lost = self._note_begin(folder)
         try:
             row = self._measure(number, rung, with_generator)
         except (UserError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
@@ -74,14 +77,25 @@ class CandidateTrial:
         before = read_json_or(folder / FORGOTTEN, {})
         row |= {
             "rung": rung.to_dict(),
-            "seconds": time.monotonic() - start + before.get("seconds", 0.0),
+            "seconds": time.monotonic() - start + lost + before.get("seconds", 0.0),
             "processor_seconds": time.process_time()
             - processor
             + self.launched_seconds
             + before.get("processor_seconds", 0.0),
         }
         write_json(self.result_path(number), row)
+        (folder / BEGUN).unlink()
         return row
+
+    def _note_begin(self, folder: Path) -> float:
+        """Notes that a try of a rung begins. Returns the seconds of those before that were killed: until they wrote their last file."""
+        noted = read_json_or(folder / BEGUN, {})
+        lost = noted.get("lost", 0.0)
+        if noted:
+            written = [path.stat().st_mtime for path in self.folder.rglob("*") if path.is_file()]
+            lost += max(0.0, max(written) - noted["began"])
+        write_json(folder / BEGUN, {"began": time.time(), "lost": lost})
+        return lost
 
     def _measure(self, number: int, rung: Rung, with_generator: bool) -> dict[str, Any]:
         folder = self.folder_of(number)
