@@ -266,7 +266,7 @@ class TrainingRun:
             write_atomically(self.folder / "config.yaml", config_text(self.config))
             before = read_json_or(self.folder / "run.json", {}) if step > 0 else {}
             self.weights_before = before.get("weights")
-            kept = {name: before[name] for name in ("weights", "exported_step") if name in before}
+            kept = {name: before[name] for name in ("weights", "exported_step", UNFINISHED) if name in before}
             self._record = {
                 # Until it ends, a result in the output folder is of other weights than the log.
                 **({UNFINISHED: True} if self.has_steps else kept),

@@ -109,7 +109,12 @@ class GrowingAutoencoder:
             pipeline = best_or_last(run, pipeline, monitor)
             parts = weights_by_part(pipeline.components)
             target = run.output_dir / "pipeline"
-            if is_whole and not run.has_steps and (target / DiffusionPipeline.config_name).exists():
+            if (
+                is_whole
+                and not run.has_steps
+                and run.weights_before
+                and (target / DiffusionPipeline.config_name).exists()
+            ):
                 logger.info(
                     "no step was left, so %s stays as it is, with what `ema`, stage 3 or `--set_defaults` may have changed since. To have "
                     "it made again, move it elsewhere.",
