@@ -1384,6 +1384,9 @@ def _names_by_id(id2label: Mapping[Any, str] | Sequence[str] | None) -> dict[int
     wrong = [key for key in named if not str(key).isdecimal()]
     if wrong:
         raise ValueError(f"`id2label` has {wrong[0]!r}, but maps ids to names: {{0: 'cat', 1: 'dog'}}.")
+    for name in named.values():
+        if not isinstance(name, str):
+            raise ValueError(f"`id2label` has the name {name!r}, but names are texts: {{0: 'cat', 1: 'dog'}}.")
     return {int(key): name for key, name in named.items()}
 
 

@@ -546,7 +546,11 @@ def test_bad_label_is_named(labels, message):
 
 @pytest.mark.parametrize(
     ("id2label", "message"),
-    [({"a": 0}, r"`id2label` has 'a', but maps ids to names"), ({9: "a"}, "names class 9, but the transformer has 4")],
+    [
+        ({"a": 0}, r"`id2label` has 'a', but maps ids to names"),
+        ({0: 7}, r"`id2label` has the name 7, but names are texts"),
+        ({9: "a"}, "names class 9, but the transformer has 4"),
+    ],
 )
 def test_bad_names_of_classes_are_refused(id2label, message):
     with pytest.raises(ValueError, match=message):
