@@ -1,11 +1,13 @@
 """What the layout of a folder says of splits and classes."""
 
+import dataclasses
 import errno
 import io
 import json
 import math
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -254,6 +256,33 @@ def test_classes_and_captions_are_as_they_are_written(make_folder, values, expec
     (folder / "metadata.csv").rename(folder / "all.csv")
     found = load_tables(folder, [PurePosixPath("all.csv")], streaming=False, name_columns=["label"])["train"]
     assert found["label"] == (expected or values)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_named_images_are_left_out(make_folder, caplog, is_packed):
+    caplog.set_level("INFO")
+    folder = make_folder("a/1.png", "a/2.png", "b/1.png", "b/3.png")
+    if is_packed:
+        pack(
+            folder / "all.zip", {f"{name}/{n}.png": picture(n) for name, n in (("a", 1), ("a", 2), ("b", 1), ("b", 3))}
+        )
+        for name in "ab":
+            shutil.rmtree(folder / name)
+    listed = folder.parent / "names.txt"
+    config = DataConfig(train_data_dir=str(folder), resolution=4, validation_fraction=0.1, leave_out=str(listed))
+    listed.write_text("a/2.png\n./b/1.png\nc.png\n")
+    train, validation = load_images(config)
+    assert len(train) + len(validation) == 2 and "left out: 2 images" in caplog.text
+    assert "1 of 3 names in" in caplog.text and "are of no image, such as c.png" in caplog.text
+    listed.write_text("1.png\n")
+    with pytest.raises(UserError, match="names 1.png, which may be .*Write more of the path"):
+        load_images(config)
+    every = dataclasses.replace(config, leave_out=None)
+    names = [images.name_of(index) for images in load_images(every) for index in range(len(images))]
+    table = folder.parent / "copies.csv"  # as `preview` writes it
+    table.write_text("copy,of\n" + "".join(f'"{name}",x\n' for name in names[:2]))
+    train, validation = load_images(dataclasses.replace(config, leave_out=str(table), validation_split="train"))
+    assert len(train) + len(validation) == 2
 
 
 def test_column_of_splits_is_not_used_and_it_is_said(make_folder, caplog):

@@ -18,6 +18,7 @@ _NOT_STREAMED = {
     "drop_copies": "because all images are compared before training: leave one of them out",
     "group_column": "which holds out the first images of the stream. Leave `streaming` out, or move whole groups into a validation split "
     "and leave `group_column` out",
+    "leave_out": "whose names are read as they come: leave one of them out",
     "on_missing_label": "whose classes are read as they come: leave one of them out",
     "max_train_samples": "which reads all images: leave one of them out",
 }
@@ -158,6 +159,11 @@ class DataConfig:
     on_missing_label: Literal["raise", "skip"] = field(
         "raise",
         "raise: stop if an image has no class while others have one; skip: leave such images out",
+        advanced=True,
+    )
+    leave_out: str | None = field(
+        None,
+        "a file that names images to leave out, one in each line, or a CSV file whose first column does, such as `copies.csv` of `preview`",
         advanced=True,
     )
     drop_copies: bool = field(

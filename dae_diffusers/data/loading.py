@@ -19,6 +19,7 @@ from dae_diffusers.data.groups import group_names, read_groups
 from dae_diffusers.data.held_out import hold_out, warn_of_copies, warn_of_seen_images, warn_of_shared_groups
 from dae_diffusers.data.images import ImageReader, find_first_depth
 from dae_diffusers.data.inspection import LOOKED_AT, inspect
+from dae_diffusers.data.left_out import LeftOut
 from dae_diffusers.data.masks import warn_of_masks
 from dae_diffusers.data.streaming import StreamedImages, check_suffix, fetch
 from dae_diffusers.errors import UserError
@@ -88,6 +89,8 @@ def _rows_of_both(found: Found, model: str | None) -> tuple[datasets.Dataset, da
     """The rows to train on and to validate on, as many as are allowed. Warns if the validation has images that training sees."""
     config, column, root = found.config, found.image_column, found.root
     train, validation = found.train, found.validation
+    if config.leave_out is not None:
+        train, validation = _not_named(found, LeftOut(config.leave_out))
     if config.on_missing_label == "skip" and found.label_column is not None:
         train = without_unlabelled(train, found.label_column, config.train_split, found.train.features)
         if validation is not None:
@@ -114,6 +117,14 @@ def _rows_of_both(found: Found, model: str | None) -> tuple[datasets.Dataset, da
         if len(rows) == 0:
             raise UserError(f"the split {name!r} is empty.")
     return train, validation
+
+
+def _not_named(found: Found, left_out: LeftOut) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The rows of both splits without the images that a file names."""
+    both = [rows and left_out.of(rows, found.image_column) for rows in (found.train, found.validation)]
+    before, after = (sum(len(rows or ()) for rows in each) for each in ((found.train, found.validation), both))
+    left_out.report(before, after)
+    return both[0], both[1]
 
 
 def _images(
