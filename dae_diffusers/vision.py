@@ -305,6 +305,7 @@ def _preprocessing_of(processor: dict[str, Any]) -> dict[str, Any]:
     elif isinstance(size, int):
         size = (size, size)
     mean, std = processor.get("image_mean"), processor.get("image_std")
+    mean, std = ([value] * 3 if isinstance(value, int | float) else value for value in (mean, std))
     if not processor.get("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if size is None or None in size or len(mean or ()) != 3 or len(std or ()) != 3:

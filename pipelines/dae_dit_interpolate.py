@@ -77,12 +77,19 @@ class DAEDiTInterpolationPipeline(DAEDiTPipeline):
         class_labels, conditions = self._by_column(class_labels, conditions)
         label_ids = self._resolve_labels(class_labels)
         images = columns_of(self.conditions, "channels")
+        least = {name: 4 if name in images else 1 for name in conditions}  # dimensions of a batch
         ends = {
             name: list(value)
-            if isinstance(value, list | tuple) or (name not in images and getattr(value, "ndim", 0) > 0)
+            if isinstance(value, list | tuple) or getattr(value, "ndim", 0) >= least[name]
             else [value]
             for name, value in conditions.items()
         }
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            count = 1 if kwargs.get(name) is None else len(kwargs[name])
+            if count != 1:
+                raise ValueError(
+                    f"`{name}` holds {count} texts, but here embeddings are for all images: give one, or two texts as `prompt`."
+                )
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         generators = list(generator) if isinstance(generator, list | tuple) else [generator]
         self._check_generators(None if generator is None else generators, len(generators))

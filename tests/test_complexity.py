@@ -138,8 +138,8 @@ def test_script_writes_a_report_for_a_codebook_too(tmp_path):
     flags += " --widths 8 --pilot_seeds 0 1 --pilot_steps 2 --pilot_layers 1 --patch_size 1 --train_batch_size 8 --num_images 12"
     with launched_here() as calls:
         for _ in range(2):
-            run(complexity, flags, vae=tmp_path / "vae", output_dir=tmp_path / "complexity")
-    assert len(calls) == 3
+            run(complexity, flags + " --refit_steps 2", vae=tmp_path / "vae", output_dir=tmp_path / "complexity")
+    assert [name for name, _ in calls] == ["train_dae", "cache_latents", "train_dit", "train_dit"]
     result = json.loads((tmp_path / "complexity" / "complexity.json").read_text())
     losses = [row["validation_loss"] for row in result["pilots"]]
     assert result["distance"] == pytest.approx(math.sqrt(losses[0] * losses[1]))

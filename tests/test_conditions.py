@@ -301,7 +301,10 @@ def test_a_series_between_images_has_the_size_of_its_latents():
         "latents": torch.randn(1, 3, 12, 8),
         "num_images": 2,
     }
-    assert torch.equal(sample(series, **options), sample(series, **options, height=24, width=16))
+    expected = sample(series, **options)
+    assert torch.equal(expected, sample(series, **options, height=24, width=16))
+    options["conditions"] = {"mask": torch.stack(options["conditions"]["mask"])[:, None]}  # a batch
+    assert torch.equal(expected, sample(series, **options))
 
 
 def test_result_draws_from_conditions_in_all_three_ways(trained):

@@ -385,6 +385,10 @@ def test_slerp_keeps_the_norm_of_noise():
         ({"generator": [0, 1]}, "`generator` is 0, but must be"),
         ({"latents": torch.zeros(3, 3, 8, 8)}, "`latents` holds 3"),
         ({"num_images_per_prompt": 2}, "each call draws one series"),
+        (
+            {"prompt_embeds": torch.zeros(2, 1, 4)},
+            "`prompt_embeds` holds 2 texts, but here embeddings are for all images",
+        ),
     ],
 )
 def test_bad_series_is_named(kwargs, message):

@@ -286,6 +286,10 @@ def test_unusable_models_are_refused(tmp_path):
         load_feature_extractor(str(tmp_path))
     with pytest.raises(UserError, match="image_mean"):
         load_feature_extractor(save_model(tmp_path, tiny_resnet(), image_mean=None))
+    numbers = load_feature_extractor(
+        save_model(tmp_path, tiny_resnet(), image_mean=0.5, image_std=0.2)
+    )  # of all colours
+    assert "mean (0.5, 0.5, 0.5), std (0.2, 0.2, 0.2)" in numbers.description
     folder = save_model(tmp_path, tiny_resnet())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -10,8 +10,9 @@ The result is `<output_dir>/vae`, a plain `AutoencoderKL` or `VQModel`. With `--
 import logging
 import math
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -21,6 +22,7 @@ from dae_diffusers.autoencoders.autoencoder_kl import DAEAutoencoderKL
 from dae_diffusers.autoencoders.building import make_autoencoder, settings_beside_weights, stage1_folder
 from dae_diffusers.autoencoders.loading import is_vq, num_latent_channels, spatial_factor
 from dae_diffusers.autoencoders.objective import AutoencoderObjective, check_vision_models
+from dae_diffusers.autoencoders.tuned import TunedDecoderMixin
 from dae_diffusers.autoencoders.vq_model import DAEVQModel
 from dae_diffusers.autoencoders.weak_decoders import keep_prefixes
 from dae_diffusers.cli import parse_config
@@ -237,7 +239,7 @@ def train_stage(
         others=objective.others,
         after_step=objective.after_step,
         after_skip=objective.after_skip,
-        snapshot=("vae", lambda model, folder: model.to_diffusers().save_pretrained(folder)) if is_final else None,
+        snapshot=("vae", partial(save_snapshot, config, images.value_range)) if is_final else None,
         state={"stage": stage, "monitor": monitor.state, **({} if fit is None else {"before": fit.before})},
     )
     if (
@@ -301,7 +303,7 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         metrics = codebook_metrics(count_codes(vae, run.pass_loader(images, num_workers=num_workers), run.accelerator))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("over all training images: %s", shown)
-    if keeps_latents(run.config, model.given_statistics):
+    if keeps_latents(run.config, model):
         set_statistics(vae, model.given_statistics)
     else:
         source = cached_latents(run, vae, images) or images
@@ -322,6 +324,14 @@ def finish_autoencoder(run: TrainingRun, model, images: ImageDataset | StreamedI
         join_waiting(run.output_dir, [run.output_dir])
 
 
+def save_snapshot(config: TrainDAEConfig, value_range: list[float] | None, model, folder: Path) -> None:
+    """Saves an autoencoder that still trains, to be published. Only given statistics of its latents are known by then."""
+    vae = model.to_diffusers()
+    set_statistics(vae, model.given_statistics if keeps_latents(config, model) else {"scaling_factor": 1.0})
+    vae.save_pretrained(folder)
+    save_value_range(value_range, folder)
+
+
 def save_model(model, folder: Path, images: ImageDataset | StreamedImages) -> None:
     """Saves an autoencoder with the value range of its images, whole or not at all."""
 
@@ -332,14 +342,19 @@ def save_model(model, folder: Path, images: ImageDataset | StreamedImages) -> No
     replace_folder(folder, save)
 
 
-def keeps_latents(config: TrainDAEConfig, given: dict[str, Any]) -> bool:
+def keeps_latents(config: TrainDAEConfig, model) -> bool:
     """
     Whether the encoder stays as given and has statistics of its latents already. Generators that were trained on these latents depend
-    on them, so they are not measured again.
+    on them, so they are not measured again. Of a published class whose encoder is never trained, a factor of 1 is the scale.
     """
     if config.autoencoder.pretrained_model_name_or_path is None or config.stages.stage != "2":
         return False
-    return given.get("latents_mean") is not None or given.get("scaling_factor", 1.0) != 1
+    given = model.given_statistics
+    return (
+        isinstance(model, TunedDecoderMixin)
+        or given.get("latents_mean") is not None
+        or given.get("scaling_factor", 1.0) != 1
+    )
 
 
 def cached_latents(run: TrainingRun, vae, images: ImageDataset | StreamedImages) -> CachedLatents | None:

@@ -78,8 +78,8 @@ class AutoencoderConfig:
     @property
     def has_own_decoder(self) -> bool:
         """Whether flags give the real decoder a size of its own."""
-        sizes = (self.decoder_block_out_channels, self.decoder_layers_per_block)
-        return self.decoder != "mirror" or any(sizes)
+        sizes = (self.decoder_block_out_channels or None, self.decoder_layers_per_block)
+        return self.decoder != "mirror" or sizes != (None, None)
 
     def decoder_sizes(self, block_out_channels: Sequence[int], norm_num_groups: int = 1) -> dict[str, Any]:
         """

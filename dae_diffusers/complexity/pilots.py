@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dae_diffusers.autoencoders.loading import load_autoencoder
+from dae_diffusers.autoencoders.loading import is_vq, load_autoencoder
 from dae_diffusers.comparison.scripts import launch_script
 from dae_diffusers.comparison.sharing import do_once, share
 from dae_diffusers.comparison.trials import Ruler, cache_latents, train_generator
@@ -137,6 +137,7 @@ def measure_pilots(
 
 def _refit(vae: str, data: dict[str, Any], config: ComplexityConfig, home: Path, seed: int) -> None:
     flags = {**data, "pretrained_model_name_or_path": vae, "stage": "2", "auxiliary_decoder": "linear"}
+    flags |= {"autoencoder": "vq"} if is_vq(load_autoencoder(vae)) else {}
     flags |= {"stage2_steps": config.refit_steps, "train_batch_size": config.train_batch_size, "seed": seed}
     launch_script("train_dae", {**flags, "output_dir": home / "refitted", "resume_from_checkpoint": "latest"})
     shutil.rmtree(home / "refitted" / "train_dae", ignore_errors=True)
