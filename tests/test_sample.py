@@ -8,8 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from models import make_autoencoder, make_prior_pipeline, make_random_transformer, save_text_encoder
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    UNet2DModel,
+)
+from models import (
+    make_autoencoder,
+    make_plain_vq_model,
+    make_prior_pipeline,
+    make_random_transformer,
+    save_text_encoder,
+)
 from PIL import Image
 from scripts import in_both_processes, in_child, run, start
 
@@ -290,8 +303,15 @@ def test_pipelines_without_classes_fill_one_folder(tmp_path):
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "stock")
-    for name in ("ours", "stock"):
-        run(sample, f"--num_images 3 {STEPS}", pipeline=tmp_path / name, output_dir=tmp_path / f"{name}-samples")
+    LDMPipeline(make_plain_vq_model(), unet, DDIMScheduler()).save_pretrained(tmp_path / "latent")
+    for name in ("ours", "stock", "latent"):
+        precision = "--mixed_precision bf16" if name == "latent" else ""  # it makes no array of a bfloat16 image
+        run(
+            sample,
+            f"--num_images 3 {STEPS} {precision}",
+            pipeline=tmp_path / name,
+            output_dir=tmp_path / f"{name}-samples",
+        )
         rows = rows_of(tmp_path / f"{name}-samples")
         assert [row["file_name"] for row in rows] == ["000000.png", "000001.png", "000002.png"]
         assert rows[0]["num_inference_steps"] == 2 and "guidance_scale" not in rows[0]
