@@ -125,6 +125,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
         # diffusers would turn the models, which both pipelines share, into float32.
         taken = inspect.signature(cls.__init__).parameters
         own = {name: value for name, value in {**pipeline.config, **pipeline.components}.items() if name in taken}
+        own |= {"value_range": None} if "vae" in kwargs else {}  # that of the other autoencoder
         made = cls(**own | kwargs)
         if "_name_or_path" in pipeline.config:
             made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
@@ -307,6 +308,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
 
         Raises:
             `ValueError`: If an argument does not fit the models or the other arguments.
+            `FloatingPointError`: If the prior predicts numbers that are not finite.
 
         Example:
             ```py
@@ -354,7 +356,7 @@ class DAEVQGANPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         if not is_finite:
-            raise ValueError(
+            raise FloatingPointError(
                 f"the prior predicts numbers that are not finite (in {self.prior.dtype}), so it cannot draw. If its weights are sound, "
                 "load it in float32 or bfloat16."
             )

@@ -233,13 +233,21 @@ def test_labels_in_a_field_of_a_column(tmp_path):
             ["a", "b"],
             "holds integers for the training images, but texts for those of validation. Write the classes",
         ),
-        ([0.0, 1.0, None, 1.0, 0.0, 1.0], [0.0, 1.0], "holds none in 1 of 6 rows of the split 'train'. Remove"),
-        ([0.0, 1.0, float("nan"), 1.0, 0.0, 1.0], [0.0, 1.0], "holds none in 1 of 6 rows of the split 'train'. Remove"),
+        (
+            [0.0, 1.0, None, 1.0, 0.0, 1.0],
+            [0.0, 1.0],
+            "holds none in 1 of 6 rows of the split 'train'. Leave the unlabelled",
+        ),
+        (
+            [0.0, 1.0, float("nan"), 1.0, 0.0, 1.0],
+            [0.0, 1.0],
+            "holds none in 1 of 6 rows of the split 'train'. Leave the unlabelled",
+        ),
         ([0.0, 0.5, 1.0, 1.0, 0.0, 1.0], [0.0, 1.0], "such as 0.5; `none`"),
         (
             ["a", "b", "a", "b", "a", None],  # the image that is held out
             None,
-            "none in 1 of 1 rows of the held-out part of the split 'train'. Remove",
+            "none in 1 of 1 rows of the held-out part of the split 'train'. Leave the unlabelled",
         ),
     ],
 )

@@ -186,14 +186,15 @@ def draw_samples(run: TrainingRun, pipeline: DAEVQGANPipeline, step: int) -> Non
     if not run.accelerator.is_main_process:
         return
     config = run.config
-    grid = draw_sample_grid(
-        pipeline,
-        num_classes=pipeline.prior.config.num_classes or None,
-        num_images=config.samples.num_sample_images,
-        batch_size=config.optimization.train_batch_size,
-        seed=config.run.seed,
-        **sampling_options(config),
-    )
+    with run.guard.drawing(step):
+        grid = draw_sample_grid(
+            pipeline,
+            num_classes=pipeline.prior.config.num_classes or None,
+            num_images=config.samples.num_sample_images,
+            batch_size=config.optimization.train_batch_size,
+            seed=config.run.seed,
+            **sampling_options(config),
+        )
     run.log.write_grid("samples", grid, step)
 
 

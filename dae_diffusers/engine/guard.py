@@ -1,7 +1,8 @@
 """Guards against numbers that are not finite: in a loss or gradient they stop the update, in weights they are never saved."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -99,10 +100,20 @@ class NonFiniteGuard:
         r"""Raises `UserError` if a value of the validation after `step` updates is not finite: one of them has spoilt the weights."""
         for name, value in values.items():
             if not torch.isfinite(torch.as_tensor(value)).all():
-                name = name.replace("_", " ")
-                raise UserError(
-                    f"the {name} at the validation of step {step} became NaN or infinite: training has diverged. {self._way_out()}"
-                )
+                raise self._divergence(name.replace("_", " "), step)
+
+    @contextmanager
+    def drawing(self, step: int) -> Iterator[None]:
+        r"""Raises `UserError` if the samples of the validation after `step` updates come from numbers that are not finite."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self._divergence("samples", step) from error
+
+    def _divergence(self, what: str, step: int) -> UserError:
+        return UserError(
+            f"the {what} at the validation of step {step} became NaN or infinite: training has diverged. {self._way_out()}"
+        )
 
     def _check_loss_scale(self, gradient_norm: torch.Tensor, name: str) -> None:
         if self.accelerator.mixed_precision != "fp16" or self.accelerator.scaler is None:

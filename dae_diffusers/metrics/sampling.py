@@ -256,14 +256,27 @@ class Sampler:
     def __call__(
         self, labels: list[int] | None, count: int, generators: list[torch.Generator], **options
     ) -> torch.Tensor:
-        r"""Draws `count` images, `(count, C, H, W)` in [0, 1]. Options that the pipeline does not know are ignored."""
-        images = self.pipeline(
-            **self.arguments(labels, count),
-            **{name: value for name, value in options.items() if name in self.accepted},
-            generator=generators,
-            output_type="np",
-        ).images
+        r"""
+        Draws `count` images, `(count, C, H, W)` in [0, 1]. Options that the pipeline does not know are ignored.
+
+        Raises:
+            UserError: If an image holds numbers that are not finite.
+        """
+        try:
+            images = self.pipeline(
+                **self.arguments(labels, count),
+                **{name: value for name, value in options.items() if name in self.accepted},
+                generator=generators,
+                output_type="np",
+            ).images
+        except FloatingPointError as error:
+            raise UserError(f"no image can be drawn: {error}") from error
         images = torch.as_tensor(images).permute(0, 3, 1, 2)
+        if not images.isfinite().all():
+            raise UserError(
+                "the pipeline has drawn images that hold NaN or infinite numbers. Draw in float32 or bfloat16, or look at "
+                "its weights."
+            )
         value_range = self.pipeline.config.get("value_range")
         if value_range is not None:  # our pipelines give numbers as the training images had them
             low, high = value_range
