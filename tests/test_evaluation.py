@@ -22,7 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
-from models import make_autoencoder, make_random_transformer, make_video_autoencoder, save_backbone
+from models import make_autoencoder, make_prior_pipeline, make_random_transformer, make_video_autoencoder, save_backbone
 from PIL import Image
 from scripts import launch, run, succeed
 
@@ -515,6 +515,22 @@ def test_text_to_image_pipelines_draw_the_prompt_of_each_class(tmp_path):
         Sampler(Painter(DDPMScheduler()))
     with pytest.raises(UserError, match=r"\(3, 4, 4\), but the images to compare with have \(3, 8, 8\)"):
         draw_samples(Painter(DDPMScheduler()), settings, tmp_path / "b", Accelerator(), image_shape=(3, 8, 8))
+
+
+def test_images_that_are_not_finite_are_refused(tmp_path):
+    class Spoilt(Painter):
+        def __call__(self, prompt, num_inference_steps=1, generator=None, output_type="np"):
+            images = super().__call__(prompt, num_inference_steps, generator, output_type).images
+            return SimpleNamespace(images=np.where(images > images.mean(), np.nan, images))
+
+    settings = SampleSettings(2, 3.0, 2, prompts=("a cat",))
+    with pytest.raises(UserError, match="drawn images that hold NaN or infinite numbers. Draw in float32"):
+        draw_samples(Spoilt(DDPMScheduler()), settings, tmp_path, Accelerator())
+    prior = make_prior_pipeline()
+    with torch.no_grad():
+        next(prior.prior.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="no image can be drawn: the prior predicts numbers that are not finite"):
+        draw_samples(prior, SampleSettings(2, 1.0, 2), tmp_path, Accelerator())
 
 
 def test_time_of_drawing_is_said_where_that_costs_little(tmp_path, caplog):
