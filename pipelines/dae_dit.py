@@ -307,7 +307,7 @@ class DAEDiTPipeline(DiffusionPipeline):
             kwargs: As in [`DiffusionPipeline.from_pretrained`], for example `dtype` or `revision`.
 
         Raises:
-            `ValueError`: If there is no such folder, and it cannot be a repository's name.
+            `ValueError`: If the folder holds no pipeline, or there is none and it cannot be a repository's name.
         """
         is_balanced = kwargs.get("device_map") == "balanced"
         left_to_diffusers = "quantization_config" in kwargs or {*TRANSFORMERS} <= kwargs.keys()
@@ -1591,7 +1591,13 @@ def _folder_of(pipeline_class: type[DiffusionPipeline], name_or_path: str, kwarg
     """The folder of a pipeline, downloaded from the Hub if it is there. The output folder of a training holds it in `pipeline/`."""
     if os.path.isdir(name_or_path):
         folders = [Path(name_or_path), Path(name_or_path) / "pipeline"]
-        return next((each for each in folders if (each / "model_index.json").is_file()), folders[0])
+        found = next((each for each in folders if (each / "model_index.json").is_file()), None)
+        if found is None:
+            raise ValueError(
+                f"`{name_or_path}` holds no pipeline: neither it nor its sub-folder `pipeline` has a `model_index.json`. A training "
+                "writes it when it ends. Give its output folder, or a pipeline that was saved."
+            )
+        return found
     if name_or_path.count("/") > 1:
         raise ValueError(f"`{name_or_path}` is neither a folder nor a Hub repository (`user/name`). Check the path.")
     return Path(pipeline_class.download(name_or_path, **kwargs))

@@ -761,6 +761,10 @@ def test_loading_options_reach_the_transformer(tmp_path):
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere` is neither a folder nor a Hub repository"):
         DAEDiTPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match="holds no pipeline: neither it nor its sub-folder `pipeline` has a `model_index.json`"
+    ):
+        DAEDiTPipeline.from_pretrained(tmp_path)
 
 
 def test_decoupled_autoencoder_is_not_saved_as_it_is(autoencoder, tmp_path):
