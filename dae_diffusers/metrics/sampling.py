@@ -195,8 +195,6 @@ class Sampler:
     Attributes:
         accepted (`set[str]`): What changes what this pipeline draws: names of the call's options, and `scheduler`.
         num_classes (`int` or `None`): See the table.
-        arguments (`Callable`): Takes the labels of some images and their number, and gives the arguments of the call that differ
-            from image to image.
     """
 
     def __init__(
@@ -211,6 +209,7 @@ class Sampler:
         check_condition_values(getattr(pipeline, "conditions", {}), conditions)
         self.accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         self.num_classes: int | None = None
+        self._rows: dict[str, Sequence] = {}  # what differs from image to image, unless that is a class alone
         has_prompt = takes_text(pipeline)
         if not has_prompt:
             self.accepted.discard("prompt")
@@ -224,9 +223,6 @@ class Sampler:
             self.num_classes = pipeline.null_class
             if self.num_classes is None and getattr(pipeline, "guidance_transformer", None) is None:
                 self.accepted -= _OF_GUIDANCE  # there is nothing to guide towards
-            self.arguments: Callable[[list[int] | None, int], dict[str, Any]] = lambda labels, count: (
-                {"num_images_per_label": count} if labels is None else {"class_labels": labels}
-            )
         elif "prompt" in self.accepted or has_rows:
             if prompts is None and has_prompt:
                 raise UserError(
@@ -234,19 +230,23 @@ class Sampler:
                     "`caption_column` of the images."
                 )
             given = {"prompt": prompts if has_prompt else None, "class_labels": classes if has_classes else None}
-            given = {name: values for name, values in {**given, "conditions": conditions}.items() if values is not None}
-            number = max(map(len, given.values()))
+            given["conditions"] = conditions
+            self._rows = {name: values for name, values in given.items() if values is not None}
+            number = max(map(len, self._rows.values()))
             self.num_classes = number if number > 1 else None
-            self.arguments = lambda labels, count: {
-                name: chosen_of(values, labels or [0] * count) for name, values in given.items()
-            }
-        elif "batch_size" in self.accepted:
-            self.arguments = lambda labels, count: {"batch_size": count}
-        else:
+        elif "batch_size" not in self.accepted:
             raise UserError(
                 f"a {type(pipeline).__name__} cannot be evaluated: its call takes none of `class_labels` with "
                 f"`num_images_per_label`, `prompt` and `batch_size`, but {sorted(self.accepted - {'self', 'scheduler'})}."
             )
+
+    def arguments(self, labels: list[int] | None, count: int) -> dict[str, Any]:
+        r"""The arguments of the call that differ from image to image, for `count` images with these labels."""
+        if self._rows:
+            return {name: chosen_of(values, labels or [0] * count) for name, values in self._rows.items()}
+        if "num_images_per_label" not in self.accepted:
+            return {"batch_size": count}
+        return {"num_images_per_label": count} if labels is None else {"class_labels": labels}
 
     def texts(self, settings: SampleSettings) -> list[str]:
         r"""The text that each image of some settings is drawn from, for a pipeline that takes text."""
