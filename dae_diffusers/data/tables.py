@@ -226,10 +226,7 @@ def read_metadata(
     parts, described, missing, found, count = [], Described(), [], [], 0
     tables_of: dict[PurePosixPath, dict[PurePosixPath, None]] = {}
     for metadata in tables:
-        try:
-            table = metadata.table
-        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
-            raise UserError(f"{folder / metadata.path} cannot be read ({one_line(error, 300)}).") from None
+        table = _read(metadata, folder)
         if "file_name" not in table.column_names:
             if any(re.search("(^|_)file_names?$", name) for name in table.column_names):
                 return None
@@ -251,16 +248,7 @@ def read_metadata(
         places = _places(table, condition_column, metadata) or [None] * len(table)
         found += [place and _file_of(place, names, metadata) for place in places]
         parts.append(table.drop_columns("file_name"))
-    for several in sorted({tuple(each) for each in tables_of.values() if len(each) > 1}):
-        logger.warning(
-            "%s in %s have rows for the same images, which count several times. Remove all of these tables but one, or join them.",
-            " and ".join(map(str, several)), folder,
-        )  # fmt: skip
-    if missing:
-        logger.warning(
-            "%d rows of metadata in %s name files that are not among the images, such as %s%s",
-            len(missing), folder, missing[0], _hint_for(missing[0], images),
-        )  # fmt: skip
+    _warn_of_rows(missing, tables_of, folder, images)
     if not any(part.num_columns for part in parts):
         return described
     try:
@@ -281,6 +269,32 @@ def read_metadata(
             example,
         )
     return described
+
+
+def _read(metadata: Metadata, folder: Path) -> pa.Table:
+    try:
+        return metadata.table
+    except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
+        raise UserError(f"{folder / metadata.path} cannot be read ({one_line(error, 300)}).") from None
+
+
+def _warn_of_rows(
+    missing: list[PurePosixPath],
+    tables_of: dict[PurePosixPath, dict[PurePosixPath, None]],
+    folder: Path,
+    images: Collection[PurePosixPath],
+) -> None:
+    """Warns of rows that name no image, and of images that several tables have rows for."""
+    for several in sorted({tuple(each) for each in tables_of.values() if len(each) > 1}):
+        logger.warning(
+            "%s in %s have rows for the same images, which count several times. Remove all of these tables but one, or join them.",
+            " and ".join(map(str, several)), folder,
+        )  # fmt: skip
+    if missing:
+        logger.warning(
+            "%d rows of metadata in %s name files that are not among the images, such as %s%s",
+            len(missing), folder, missing[0], _hint_for(missing[0], images),
+        )  # fmt: skip
 
 
 def _alike(tables: list[pa.Table]) -> Iterator[pa.Table]:
