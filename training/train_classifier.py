@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -56,46 +57,9 @@ def main(config: TrainClassifierConfig) -> None:
 
     side = config.classifier.input_size or 2 * max(config.data.size)
     model = make_classifier(config.classifier, train_images.id2label)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    lr_scheduler = get_scheduler(
-        "cosine",
-        optimizer,
-        num_warmup_steps=training.train_steps // 10,
-        num_training_steps=training.train_steps,
-    )
-    loader = make_training_loader(
-        train_images,
-        batch_size=training.train_batch_size,
-        seed=training.seed,
-        num_workers=config.data.dataloader_num_workers,
-        balanced=config.data.balance_classes,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-
-    model.train()
     start = time.monotonic()
-    progress = tqdm(total=training.train_steps, unit="step", mininterval=10, disable=not accelerator.is_main_process)
-    for step, batch in zip(range(training.train_steps), loader, strict=False):
-        seed_microbatch(training.seed, step * accelerator.num_processes + accelerator.process_index)
-        pixel_values = random_shift(batch["pixel_values"], training.max_shift)
-        inputs = prepare_images(pixel_values, size=(side, side), mean=MEAN, std=STD)
-        logits = model(pixel_values=inputs.contiguous(memory_format=torch.channels_last)).logits
-        loss = F.cross_entropy(logits.float(), batch["class_labels"], label_smoothing=training.label_smoothing)
-        if not torch.isfinite(loss):
-            raise UserError(f"`loss` became {loss.item()} at step {step + 1}. Lower `--learning_rate`.")
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        lr_scheduler.step()
-        progress.update()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    progress.close()
+    model = train(model, train_images, side, config, accelerator)
     seconds = time.monotonic() - start
-
-    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise UserError("the weights became NaN or infinite; nothing is saved. Lower `--learning_rate`.")
 
     def save(folder: Path) -> None:
         save_classifier(model, side, folder)
@@ -116,6 +80,56 @@ def main(config: TrainClassifierConfig) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     lock.release()
+
+
+def train(
+    model: ResNetForImageClassification,
+    images: ImageDataset,
+    side: int,
+    config: TrainClassifierConfig,
+    accelerator: Accelerator,
+) -> ResNetForImageClassification:
+    """Trains the classifier on images resized to `side`, and returns it; `UserError` if it diverges."""
+    training = config.training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    lr_scheduler = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=training.train_steps // 10,
+        num_training_steps=training.train_steps,
+    )
+    loader = make_training_loader(
+        images,
+        batch_size=training.train_batch_size,
+        seed=training.seed,
+        num_workers=config.data.dataloader_num_workers,
+        balanced=config.data.balance_classes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    model.train()
+    progress = tqdm(total=training.train_steps, unit="step", mininterval=10, disable=not accelerator.is_main_process)
+    for step, batch in zip(range(training.train_steps), loader, strict=False):
+        seed_microbatch(training.seed, step * accelerator.num_processes + accelerator.process_index)
+        pixel_values = random_shift(batch["pixel_values"], training.max_shift)
+        inputs = prepare_images(pixel_values, size=(side, side), mean=MEAN, std=STD)
+        logits = model(pixel_values=inputs.contiguous(memory_format=torch.channels_last)).logits
+        loss = F.cross_entropy(logits.float(), batch["class_labels"], label_smoothing=training.label_smoothing)
+        if not torch.isfinite(loss):
+            raise UserError(f"`loss` became {loss.item()} at step {step + 1}. Lower `--learning_rate`.")
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        progress.update()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    progress.close()
+
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UserError("the weights became NaN or infinite; nothing is saved. Lower `--learning_rate`.")
+    return model
 
 
 def make_classifier(settings: ClassifierConfig, id2label: dict[int, str]) -> ResNetForImageClassification:
