@@ -582,3 +582,22 @@ def test_the_flags_of_all_experiments_are_those_of_the_scripts(path):
     assert flags
     for config, given in flags:
         parse_config(config, words_of(given))
+
+
+def test_picture_of_the_confirmation_has_all_runs_that_it_names(monkeypatch, tmp_path):
+    picture = load_benchmark("confirmation_picture")
+    for side in picture.SIDES.values():
+        for data, named in side.items():
+            runs = picture.read_runs(picture.RESULTS / picture.DATA[data])
+            assert (
+                len(picture.relative(runs, named, picture.BASELINES[data]))
+                >= {"CIFAR-10": 2, "digits": 2, "emoji": 1}[data]
+            )
+    runs = [
+        {"condition": name, "generator": "g", "seed": 3, "gFD": gfd, "gFD guidance 2": 3.0}
+        for name, gfd in (("a", 2.0), ("b", 4.0))
+    ]
+    assert picture.relative(runs, ("a", "g"), ("b", "g")) == [2 / 3]
+    monkeypatch.setattr(picture, "PICTURE", tmp_path / "picture.png")
+    picture.main()
+    assert (tmp_path / "picture.png").exists()
