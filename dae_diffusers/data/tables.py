@@ -321,9 +321,7 @@ def _file_of(
     root = next((each for each in metadata.roots if place.is_relative_to(each)), None)
     place = place if root is None else place.relative_to(root)
     file = names.get(place, place)
-    if (
-        place not in names
-    ):  # letters with accents can be written in two ways, and file systems differ in which they keep
+    if place not in names:  # letters with accents can be written in two ways, and file systems differ in it
         forms = (PurePosixPath(unicodedata.normalize(form, str(place))) for form in ("NFC", "NFD"))
         file = next((names[form] for form in forms if form in names), place)
     if file is None:
