@@ -731,3 +731,13 @@ def test_nothing_is_said_of_ranges_that_are_used(kind, tmp_path, caplog):
         arrays = [npy_of(random.normal(size=(8, 8, channels)).astype(np.float32)) for _ in range(8)]
         flags = parquet_of(tmp_path, *arrays) | {"image_channels": channels}
     assert load_images(DataConfig(**flags))[0].range_warnings == [] and "range" not in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_pictures_of_all_modes_are_read_with_four_channels(mode):
+    image = Image.new("RGBA", (6, 4), (255, 255, 255, 255))
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.new("L", (6, 4), 128))
+    expected = [255, 255, 255, 128 if mode in ("LA", "RGBA") else 255]
+    array = decode_array(encoded(image.convert(mode), "png"), channels=4)
+    assert array.shape == (4, 6, 4) and array.reshape(-1, 4).tolist() == [expected] * 24

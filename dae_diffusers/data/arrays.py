@@ -79,6 +79,10 @@ def refuse_signed(image: Image.Image, content: bytes) -> None:
         )
 
 
+# Pictures of 8 bits that are read as RGBA where images have four channels.
+_WITHOUT_ALPHA = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBa")
+
+
 def find_picture_depth(image: Image.Image) -> Depth:
     r"""The depth of a file that Pillow has opened, as far as Pillow preserves it."""
     # "I" is any integer but in formats that have unsigned ones only, which older versions of Pillow open so.
@@ -89,7 +93,7 @@ def find_picture_depth(image: Image.Image) -> Depth:
 
 def decode_array(item: Any, *, channels: int) -> np.ndarray:
     r"""
-    Reads an image without losing precision. EXIF rotation is applied.
+    Reads an image without losing precision. EXIF rotation is applied. With four channels, pictures of 8 bits are read as RGBA.
 
     Args:
         item: The bytes of an image file (Pillow's, or `.npy`, never a pickle), or nested lists or an array.
@@ -110,7 +114,10 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
                 "its four channels are CMYK; save it as RGB or RGBA, or as `.npy` to keep them as they are"
             )
         is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
-        array = np.asarray(decode_picture(image))
+        image = decode_picture(image)
+        if channels == 4 and image.mode in _WITHOUT_ALPHA:  # beside transparent pictures; without that, they are opaque
+            image = image.convert("RGBA")
+        array = np.asarray(image)
         array = array.view(np.uint32) if is_unsigned else array
     else:
         array = np.asarray(item)
