@@ -926,9 +926,10 @@ class DAEDiTPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(self._output_types)}.")
         # Not all classes have either.
         channels = self.vae.config.get("out_channels", self.vae.config.get("in_channels", 3))
-        if output_type == "pil" and channels not in (1, 3):
+        is_rgba = channels == 4 and list(self.value_range or (0, 255)) == [0, 255]
+        if output_type == "pil" and channels not in (1, 3) and not is_rgba:
             raise ValueError(
-                f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "
+                f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3, and 4 of 8-bit pictures. "
                 "Pass `output_type='np'` or `'pt'`."
             )
 
@@ -1184,7 +1185,7 @@ def pixels_of(
 ) -> torch.Tensor:
     """
     An image, or a batch of them, as a float32 tensor `(B, C, H, W)` in [0, 1]; pictures in a mode if it is given. `background` is the
-    gray behind transparent pictures.
+    gray behind transparent pictures, unless the mode is RGBA.
     """
     if hasattr(image, "getbands"):
         return _of_picture(image, name, mode, background)
@@ -1216,7 +1217,7 @@ def _of_picture(image: Any, name: str, mode: str | None, background: int) -> tor
             f"`{name}` is a picture of mode {image.mode}, not of 8 bits. Pass an array with numbers in [0, 1]."
         )
     image = load_image(image, convert_method=lambda turned: turned)
-    if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
+    if mode != "RGBA" and ({"A", "a"} & {*image.getbands()} or "transparency" in image.info):
         image = image.convert("RGBA")
         behind = image.copy()
         behind.paste((background, background, background, 255), (0, 0, *image.size))

@@ -108,7 +108,7 @@ class DAEDiTImg2ImgPipeline(DAEDiTPipeline):
             `ValueError`: If there is no image, or one has other channels or numbers.
         """
         channels = autoencoder_shape(self.vae.config).image_channels
-        mode = {1: "L", 3: "RGB"}.get(channels)
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
         pixels = [pixels_of(each, "image", mode, self.value_range) for each in as_list(image, "image")]
         for each in pixels:
             if each.shape[1] != channels:

@@ -429,9 +429,10 @@ class DAEVQGANPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(self._output_types)}.")
         # Not all classes have either.
         channels = self.vae.config.get("out_channels", self.vae.config.get("in_channels", 3))
-        if output_type == "pil" and channels not in (1, 3):
+        is_rgba = channels == 4 and list(self.value_range or (0, 255)) == [0, 255]
+        if output_type == "pil" and channels not in (1, 3) and not is_rgba:
             raise ValueError(
-                f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3. "
+                f"The autoencoder makes images with {channels} channels, but PIL supports only 1 and 3, and 4 of 8-bit pictures. "
                 "Pass `output_type='np'` or `'pt'`."
             )
 

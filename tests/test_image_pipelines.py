@@ -163,6 +163,8 @@ def test_pictures_of_every_mode_have_the_colours_that_one_sees(mode):
     white = Image.new("RGBA", (16, 16), "white")
     seen = Image.alpha_composite(white, picture(mode=mode).convert("RGBA")).convert("RGB")
     assert torch.equal(pipeline.prepare_images(picture(mode=mode), 16, 16), in_0_1(seen))
+    pipeline.vae = make_autoencoder(in_channels=4, out_channels=4).to_diffusers()
+    assert torch.equal(pipeline.prepare_images(picture(mode=mode), 16, 16), in_0_1(picture(mode=mode).convert("RGBA")))
 
 
 @pytest.mark.parametrize(

@@ -449,7 +449,7 @@ def test_latent_output_decodes_to_the_image():
     assert torch.equal(sample(pipeline), expected)
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_pil_image_has_the_mode_of_its_channels(channels, mode):
     pipeline = make_pipeline(vae=make_vae(in_channels=channels, out_channels=channels))
     (image,) = sample(pipeline, output_type="pil")

@@ -274,7 +274,13 @@ def test_texts_have_a_class_if_the_model_has_classes(encoder, tmp_path):
 
 @pytest.mark.parametrize(
     ("channels", "value_range", "suffix", "atol"),
-    [(1, [0.0, 65535.0], ".png", 0.5), (1, [-1000.0, 3000.0], ".npy", 1e-2), (5, [0.0, 1.5], ".npy", 1e-5)],
+    [
+        (1, [0.0, 65535.0], ".png", 0.5),
+        (1, [-1000.0, 3000.0], ".npy", 1e-2),
+        (5, [0.0, 1.5], ".npy", 1e-5),
+        (4, [0.0, 255.0], ".png", 0.5),
+        (4, [0.0, 1.0], ".npy", 1e-5),
+    ],
 )
 def test_numbers_are_stored_in_the_range_of_the_training_images(channels, value_range, suffix, atol, tmp_path):
     pipeline = make_pipeline(channels=channels, value_range=value_range)
@@ -291,8 +297,8 @@ def test_numbers_are_stored_in_the_range_of_the_training_images(channels, value_
     assert train.id2label == NAMES
     for row, values in zip(rows[:3], expected, strict=True):
         path = tmp_path / "samples" / row["file_name"]
-        stored = np.load(path) if suffix == ".npy" else np.asarray(Image.open(path))[..., None]
-        assert stored.dtype == (np.float32 if suffix == ".npy" else np.uint16)
+        stored = np.load(path) if suffix == ".npy" else np.asarray(Image.open(path)).reshape(16, 16, channels)
+        assert stored.dtype == (np.float32 if suffix == ".npy" else np.uint8 if channels == 4 else np.uint16)
         np.testing.assert_allclose(stored, values, atol=atol + 1e-4 * value_range[1])
 
 

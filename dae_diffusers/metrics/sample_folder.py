@@ -92,16 +92,15 @@ def class_folders(names: Mapping[int, str], num_classes: int) -> list[str]:
 
 def suffix_of(channels: int | None, value_range: Sequence[float] | None) -> str:
     r"""
-    How images are stored: `.png` for pictures of 8 bits and gray ones of 16, `.npy` for other numbers and other channels.
+    How images are stored: `.png` for pictures of 8 bits (gray, RGB, RGBA) and gray ones of 16, `.npy` for other numbers and channels.
 
     Args:
         channels (`int` or `None`): Channels of an image; None if they are not known, as for a pipeline without an autoencoder.
         value_range (pair of `float`, *optional*): That of the pipeline.
     """
-    is_deep = value_range is not None
-    if is_deep and (channels != 1 or list(value_range) != RANGES["16-bit"]):
-        return ".npy"
-    return ".png" if channels in (None, 1, 3) else ".npy"
+    if value_range is None:
+        return ".png" if channels in (None, 1, 3, 4) else ".npy"
+    return ".png" if (channels, list(value_range)) in ((1, RANGES["16-bit"]), (4, RANGES["8-bit"])) else ".npy"
 
 
 def encode(image: torch.Tensor, suffix: str, value_range: Sequence[float] | None) -> bytes:
@@ -118,7 +117,7 @@ def encode(image: torch.Tensor, suffix: str, value_range: Sequence[float] | None
         low, high = value_range or (0.0, 1.0)
         np.save(buffer, pixels * (high - low) + low)
         return buffer.getvalue()
-    depth = np.uint8 if value_range is None else np.uint16
+    depth = np.uint16 if value_range is not None and list(value_range) == RANGES["16-bit"] else np.uint8
     levels = (pixels * np.iinfo(depth).max).round().astype(depth)
     Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).save(buffer, "png")
     return buffer.getvalue()
