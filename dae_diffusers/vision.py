@@ -108,12 +108,32 @@ class FrozenBackbone(AlwaysEval):
         return self.patch_features(torch.zeros(1, 3, *self.size, device=self.mean.device)).shape[1]
 
     def _run(self, images: torch.Tensor, **options) -> ModelOutput:
-        if images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images have {images.shape[1]} channels, but a vision model takes 1 (gray, repeated) or 3 (RGB)."
-            )
-        images = resize(images.expand(-1, 3, -1, -1), tuple(self.size))
+        images = resize(as_rgb(images), tuple(self.size))
         return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
+
+
+def as_rgb(images: torch.Tensor) -> torch.Tensor:
+    r"""
+    Pictures as RGB: gray ones repeated, RGBA ones on white.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1]; `C` 1, 3 or 4.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, H, W)`: In [-1, 1].
+
+    Raises:
+        ValueError: For another number of channels.
+    """
+    channels = images.shape[1]
+    if channels == 4:
+        opacity = (images[:, 3:].clamp(-1, 1) + 1) / 2
+        return opacity * images[:, :3] + 1 - opacity
+    if channels not in (1, 3):
+        raise ValueError(
+            f"images have {channels} channels, but a vision model takes 1 (gray, repeated), 3 (RGB) or 4 (RGBA, on white)."
+        )
+    return images.expand(-1, 3, -1, -1)
 
 
 def short_name(name_or_path: str) -> str:

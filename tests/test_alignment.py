@@ -232,7 +232,7 @@ def test_vf_goes_with_everything_else(image_folder, tmp_path, vf_flags, more):
         ({"vf_cosine_margin": 2.0}, "below 2"),
         ({"vf_distance_margin": -0.1}, "at least 0"),
         ({"vf_adaptive_weight_cap": -1.0}, "0 or more"),
-        ({"vf_model": "x", "image_channels": 4}, "1 or 3 channels"),
+        ({"vf_model": "x", "image_channels": 5}, "`vf_model` takes pictures"),
     ],
 )
 def test_bad_flags_of_the_vf_loss_are_refused_with_a_sentence(flags, sentence):
@@ -403,7 +403,7 @@ def test_repa_in_bfloat16_without_classes(image_folder, tmp_path, repa_flags):
         ({"repa_layer": 0}, "blocks 1 to 12"),
         ({"repa_model": "x", "dataset_name": None, "latent_cache": "cache"}, "give them beside"),
         ({"repa_model": "x", "latent_cache": "cache", "random_crop": True}, "other images"),
-        ({"repa_model": "x", "image_channels": 4}, "1 or 3 channels"),
+        ({"repa_model": "x", "image_channels": 5}, "`repa_model` takes pictures"),
     ],
 )
 def test_bad_flags_of_repa_are_refused_with_a_sentence(flags, sentence):

@@ -8,6 +8,7 @@ import struct
 import threading
 import warnings
 import zlib
+from functools import partial
 
 import datasets
 import huggingface_hub
@@ -30,8 +31,10 @@ from dae_diffusers.data.arrays import (
 )
 from dae_diffusers.data.ranges import ValueSurvey
 from dae_diffusers.errors import ConfigError, UserError
+from dae_diffusers.metrics.features import prepare_images
 from dae_diffusers.randomness import derived_seed
 from dae_diffusers.training import train_dae, train_dit
+from dae_diffusers.vision import as_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the data set")
 
@@ -741,3 +744,36 @@ def test_pictures_of_all_modes_are_read_with_four_channels(mode):
     expected = [255, 255, 255, 128 if mode in ("LA", "RGBA") else 255]
     array = decode_array(encoded(image.convert(mode), "png"), channels=4)
     assert array.shape == (4, 6, 4) and array.reshape(-1, 4).tolist() == [expected] * 24
+
+
+def test_transparent_pictures_are_judged_on_white():
+    random = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (3, 4, 8, 8), generator=random).float()
+    opacity = pictures[:, 3:] / 255
+    on_white = (opacity * pictures[:, :3] + (1 - opacity) * 255).round()
+    prepare = partial(prepare_images, size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.5))
+    torch.testing.assert_close(prepare(pictures / 127.5 - 1), prepare(on_white / 127.5 - 1))
+    torch.testing.assert_close((as_rgb(pictures / 127.5 - 1) + 1) * 127.5, on_white, atol=0.51, rtol=0)
+    with pytest.raises(ValueError, match="5 channels, but a vision model takes 1"):
+        as_rgb(torch.zeros(1, 5, 8, 8))
+
+
+def test_four_channels_of_numbers_are_no_pictures(tmp_path):
+    pictures, numbers = tmp_path / "pictures", tmp_path / "numbers"
+    for folder in (pictures, numbers):
+        folder.mkdir()
+    for number in range(4):
+        array = np.full((8, 8, 4), 60 * number, np.uint8)
+        Image.fromarray(array).save(pictures / f"{number}.png")
+        np.save(numbers / f"{number}.npy", array)
+    for folder in (pictures, numbers):
+        config = DataConfig(train_data_dir=str(folder), resolution=8, image_channels=4)
+        assert load_images(config)[0][0]["pixel_values"].shape == (4, 8, 8)
+        config.require_pictures("`perceptual_model`")
+        if folder == numbers:
+            with pytest.raises(
+                UserError, match="is 4, but `perceptual_model` takes pictures: gray, RGB, or RGBA of 8 bits"
+            ):
+                load_images(config)
+        else:
+            load_images(config)

@@ -288,7 +288,7 @@ TABLE = [
         "evaluate",
         "--train_data_dir {images} --vae {vae} --features {features} --image_channels 5",
         2,
-        "is 5, but `--features` takes images of 1 or 3 channels, gray or RGB. The judges `pixels` and `spectrum` take any number",
+        "is 5, but `--features` takes pictures: gray, RGB, or RGBA of 8 bits. The judges `pixels` and `spectrum` take any number",
     ),
     (
         "evaluate",

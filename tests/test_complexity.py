@@ -184,7 +184,7 @@ def test_distance_is_the_geometric_mean_and_the_table_has_a_line_for_each_width(
         ({"random_crop": True}, "`random_crop`"),
         ({"caption_column": "text"}, "`caption_column` cannot be used with complexity.py"),
         ({"continuous_columns": ["angle"]}, "`continuous_columns` cannot be used with complexity.py"),
-        ({"features": "x", "image_channels": 4}, "is 4, but `features` takes images of 1 or 3 channels"),
+        ({"features": "x", "image_channels": 5}, "is 5, but `features` takes pictures"),
         ({"dataset_name": None}, "`dataset_name`"),
     ],
 )

@@ -215,8 +215,8 @@ def test_without_features_the_validation_loss_decides(inputs, tmp_path, caplog):
     [
         ("--metric_features judge --streaming", "`--streaming` does not go with `--metric_features`"),
         (
-            "--metric_features judge --image_channels 4",
-            "`--image_channels` is 4, but `--metric_features` takes images of 1 or 3 channels",
+            "--metric_features judge --image_channels 5",
+            "`--image_channels` is 5, but `--metric_features` takes pictures",
         ),
     ],
 )

@@ -142,7 +142,7 @@ def test_unfit_published_autoencoders_are_refused(image_folder, tmp_path):
         ({"adversarial_weight": 1, "resolution": 16}, "at least 24 pixels"),
         ({"discriminator_start": 5, "adversarial_start": 4}, "has learnt nothing"),
         ({"discriminator_channels": 12}, "multiple of 8"),
-        ({"perceptual_model": "x", "image_channels": 4}, "1 or 3 channels"),
+        ({"perceptual_model": "x", "image_channels": 5}, "`perceptual_model` takes pictures"),
         ({"perceptual_model": "lpips", "resolution": 8}, "at least 16 pixels, but a side has 8"),
         (
             {"perceptual_model": "lpips", "equivariance": 0.1},

@@ -143,7 +143,7 @@ class TrainDAEConfig:
         }
         for name, model in models.items():
             if model is not None:
-                self.data.require_gray_or_rgb(f"`{name}`")
+                self.data.require_pictures(f"`{name}`")
 
     def _check_discriminator(self) -> None:
         data, losses, stages = self.data, self.losses, self.stages
@@ -319,7 +319,7 @@ class TrainDiTConfig:
         if self.alignment.repa_model is None:
             return
         data.require_images("`repa_model`")
-        data.require_gray_or_rgb("`repa_model`")
+        data.require_pictures("`repa_model`")
 
     def _check_distillation(self) -> None:
         if self.flow.distill_guidance_scale is None:
@@ -401,7 +401,7 @@ class EvaluateConfig:
         for features in [self.evaluation.features, *(self.evaluation.more_features or [])]:
             check_measured_data(self.data, features, "evaluate.py, which counts every image once")
         if self.evaluation.clip_model is not None:
-            self.data.require_gray_or_rgb("`clip_model`")
+            self.data.require_pictures("`clip_model`")
         if self.sampling.set_defaults and self.evaluation.pipeline is None:
             raise ConfigError("`set_defaults` needs the `pipeline` that gets them.")
 
@@ -430,7 +430,7 @@ class FindLatentsConfig:
     def __post_init__(self):
         check_measured_data(self.data, self.search.features, "find_latents.py, which chooses images")
         if self.search.features not in JUDGES_WITHOUT_NETWORK:
-            self.data.require_gray_or_rgb("a judge with a network", ANY_CHANNELS)
+            self.data.require_pictures("a judge with a network", ANY_CHANNELS)
         refuse_all_but_classes(self.data, "find_latents.py, whose pilots know classes only")
         self.data.refuse_random_views("pilots, whose latents are cached")
 
@@ -448,7 +448,7 @@ def check_measured_data(data: DataConfig, features: str | None, script: str) -> 
     data.require_one_shape(script)
     data.refuse_streaming(f"{script}; leave it out")
     if features not in (None, *JUDGES_WITHOUT_NETWORK):
-        data.require_gray_or_rgb("`features`", ANY_CHANNELS)
+        data.require_pictures("`features`", ANY_CHANNELS)
 
 
 @settings
@@ -464,7 +464,7 @@ class TrainClassifierConfig:
         self.data.require_one_shape("this script")
         self.data.refuse_streaming("this script; leave it out")
         refuse_all_but_classes(self.data, "train_classifier.py, which learns classes only")
-        self.data.require_gray_or_rgb("a classifier")
+        self.data.require_pictures("a classifier")
         if self.training.max_shift >= min(self.data.size):
             raise ConfigError(
                 f"`max_shift` is {self.training.max_shift}, but must be 0 or more and below `resolution`."

@@ -179,6 +179,7 @@ class DataConfig:
     )
 
     def __post_init__(self):
+        self._takers: list[tuple[str, str]] = []
         if isinstance(self.resolution, list | tuple):
             self.resolution = _side(self.resolution)
         for name in ("label_column", "caption_column"):
@@ -317,11 +318,22 @@ class DataConfig:
                 "(`train_data_dir` or `dataset_name`, with the flags they were cached with)."
             )
 
-    def require_gray_or_rgb(self, taker: str, instead: str = "") -> None:
-        """Raises `ConfigError` for images of another number of channels than 1 or 3, which `taker` needs. `instead`: what would do."""
-        if self.image_channels not in (None, 1, 3):
+    def require_pictures(self, taker: str, instead: str = "") -> None:
+        """
+        Raises `ConfigError` for images with other channels than gray, RGB and RGBA pictures, which `taker` needs. What the images show is
+        found when they are loaded: see [`check_pictures`]. `instead`: what would do.
+        """
+        self._takers.append((taker, instead))
+        if self.image_channels is not None:
+            self.check_pictures("8-bit")
+
+    def check_pictures(self, depth: str | None) -> None:
+        """Raises `ConfigError` if something needs pictures, and images of this depth are none: four channels of numbers are not RGBA."""
+        is_picture = self.image_channels in (1, 3) or (self.image_channels == 4 and depth == "8-bit")
+        if self._takers and not is_picture:
+            taker, instead = self._takers[0]
             raise ConfigError(
-                f"`image_channels` is {self.image_channels}, but {taker} takes images of 1 or 3 channels, gray or RGB.{instead}"
+                f"`image_channels` is {self.image_channels}, but {taker} takes pictures: gray, RGB, or RGBA of 8 bits.{instead}"
             )
 
     @property

@@ -75,6 +75,7 @@ def _indexed(found: Found, model: str | None) -> tuple[ImageDataset, ImageDatase
         config.train_split, found.image_column,
     )  # fmt: skip
     _log_classes(train_images.labels, classes, train.features)
+    config.check_pictures(train_images.depth)
     measured = None
     if train_images.is_array and not train_images.value_range:
         measured = train_images.survey_values()
@@ -201,6 +202,7 @@ def _streamed(found: Found) -> tuple[StreamedImages, ImageDataset]:
     if len(first) < 2:
         raise UserError(f"the split {config.train_split!r} has {len(first)} images; at least 2 are needed.")
     depth = find_first_depth((row[column] for row in first), config, root)
+    config.check_pictures(depth)
     both = {
         "image_column": column,
         "id2label": None if classes is None else classes.id2label,

@@ -34,7 +34,7 @@ class ImageStatistics(AlwaysEval):
 
     Args:
         channels (`int`): Channels of the images.
-        backbone ([`~dae_diffusers.vision.FrozenBackbone`], *optional*): The vision model, for images of 1 or 3 channels.
+        backbone ([`~dae_diffusers.vision.FrozenBackbone`], *optional*): The vision model, for pictures: gray, RGB or RGBA.
         name (`str`, *optional*): Its short name in snake_case.
 
     Attributes:

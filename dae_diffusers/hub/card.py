@@ -232,7 +232,8 @@ def make_card(
         generator=generator,
         pipeline_class=result.index.get("_class_name"),
         has_code=result.pipeline is not None and (result.pipeline / "pipeline.py").exists(),
-        call=_example_call(result, generator) + ("" if makes_pictures(result) else ', output_type="np"'),
+        call=_example_call(result, generator)
+        + ("" if makes_pictures(result) or _makes_rgba(result) else ', output_type="np"'),
         vae_class=result.vae_config.get("_class_name"),
         vae_code=_vae_code(result),
         latent=_latent_description(result),
@@ -445,6 +446,11 @@ def _vae_code(result: Result) -> str | None:
 def makes_pictures(result: Result) -> bool:
     r"""Whether the model's images have the channels of pictures: one or three. False without an autoencoder's config."""
     return bool(result.vae_config) and autoencoder_shape(result.vae_config).image_channels in (1, 3)
+
+
+def _makes_rgba(result: Result) -> bool:
+    channels = autoencoder_shape(result.vae_config).image_channels if result.vae_config else None
+    return channels == 4 and result.index.get("value_range") in (None, [0, 255])
 
 
 def _latent_description(result: Result) -> dict[str, Any]:

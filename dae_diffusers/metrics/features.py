@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 
 from dae_diffusers.image_spectrum import log_spectrum
 from dae_diffusers.store import fingerprint
-from dae_diffusers.vision import AlwaysEval, backbone_of, has_class_token, load_inception, load_vision_model, short_name
+from dae_diffusers.vision import (
+    AlwaysEval,
+    as_rgb,
+    backbone_of,
+    has_class_token,
+    load_inception,
+    load_vision_model,
+    short_name,
+)
 
 
 class FeatureExtractor(AlwaysEval):
@@ -231,7 +239,7 @@ def prepare_images(
     give the same features.
 
     Args:
-        images (`torch.Tensor` of shape `(B, C, H, W)`): Floats, clamped to [-1, 1]; `C` 1 (repeated) or 3.
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Floats, clamped to [-1, 1]; `C` 1 (repeated), 3, or 4 (RGBA, on white).
         size (`tuple[int, int]`): Height and width of the result (bicubic with antialiasing; overshoots are clamped).
         mean, std (`Sequence[float]`): Normalisation of each colour, for images in [0, 1].
 
@@ -256,17 +264,17 @@ def describe_preparation(size: tuple[int, int], mean: Sequence[float], std: Sequ
 
 def _to_rgb_levels(images: torch.Tensor) -> torch.Tensor:
     """Converts images in [-1, 1] to three channels of integer levels in 0..255, float32."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim != 4 or images.shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"images have the shape {tuple(images.shape)}, but must be (B, C, H, W) with 1 (gray, repeated) or 3 "
-            "(RGB) channels. Choose three of them for images of another kind."
+            f"images have the shape {tuple(images.shape)}, but must be (B, C, H, W) with 1 (gray, repeated), 3 (RGB) or 4 (RGBA, on "
+            "white) channels. Choose three of them for images of another kind."
         )
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, but must be floats in [-1, 1]: `images / 127.5 - 1` for uint8.")
     if not torch.isfinite(images).all():
         raise ValueError("images hold NaN or infinite values, which have no features. Find the model that made them.")
-    levels = (images.float().clamp(-1, 1) + 1) * 127.5
-    return levels.round().expand(-1, 3, -1, -1)
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+    return levels.expand(-1, 3, -1, -1) if images.shape[1] != 4 else ((as_rgb(levels / 127.5 - 1) + 1) * 127.5).round()
 
 
 def _pooled(backbone: PreTrainedModel, output: Any) -> torch.Tensor:

@@ -273,7 +273,7 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
 def check_channels(monitor: ReconstructionMonitorConfig, data: DataConfig) -> None:
     """Raises `ConfigError` if the judge does not take images of so many channels."""
     if monitor.metric_features not in (None, *JUDGES_WITHOUT_NETWORK):
-        data.require_gray_or_rgb("`metric_features`", ANY_CHANNELS)
+        data.require_pictures("`metric_features`", ANY_CHANNELS)
 
 
 @settings
