@@ -1225,7 +1225,10 @@ def _of_picture(image: Any, name: str, mode: str | None, background: int) -> tor
         image = behind.convert("RGB")
     image = image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, image.height, image.width, -1).movedim(-1, 1).float() / 255
+    pixels = pixels.view(1, image.height, image.width, -1).movedim(-1, 1).float() / 255
+    if mode == "RGBA":  # as in training, what is wholly transparent is white
+        pixels[:, :3] = torch.where(pixels[:, 3:] > 0, pixels[:, :3], 1.0)
+    return pixels
 
 
 def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -746,6 +746,12 @@ def test_pictures_of_all_modes_are_read_with_four_channels(mode):
     assert array.shape == (4, 6, 4) and array.reshape(-1, 4).tolist() == [expected] * 24
 
 
+@pytest.mark.parametrize(("format", "seen"), [("png", [255, 255, 255, 0]), ("tiff", [9, 90, 200, 0])])
+def test_colours_that_nobody_sees_are_white(format, seen):
+    array = decode_array(encoded(Image.new("RGBA", (6, 4), (9, 90, 200, 0)), format), channels=4)
+    assert array.reshape(-1, 4).tolist() == [seen] * 24
+
+
 def test_transparent_pictures_are_judged_on_white():
     random = torch.Generator().manual_seed(0)
     pictures = torch.randint(256, (3, 4, 8, 8), generator=random).float()

@@ -164,7 +164,11 @@ def test_pictures_of_every_mode_have_the_colours_that_one_sees(mode):
     seen = Image.alpha_composite(white, picture(mode=mode).convert("RGBA")).convert("RGB")
     assert torch.equal(pipeline.prepare_images(picture(mode=mode), 16, 16), in_0_1(seen))
     pipeline.vae = make_autoencoder(in_channels=4, out_channels=4).to_diffusers()
-    assert torch.equal(pipeline.prepare_images(picture(mode=mode), 16, 16), in_0_1(picture(mode=mode).convert("RGBA")))
+    kept = in_0_1(picture(mode=mode).convert("RGBA"))
+    kept[:, :3] = torch.where(kept[:, 3:] > 0, kept[:, :3], 1.0)
+    assert torch.equal(pipeline.prepare_images(picture(mode=mode), 16, 16), kept)
+    unseen = pipeline.prepare_images(Image.new("RGBA", (16, 16), (9, 90, 200, 0)), 16, 16)
+    assert torch.equal(unseen, torch.tensor([1.0, 1, 1, 0]).view(1, 4, 1, 1).expand(1, 4, 16, 16))
 
 
 @pytest.mark.parametrize(

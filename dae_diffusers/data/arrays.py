@@ -80,7 +80,7 @@ def refuse_signed(image: Image.Image, content: bytes) -> None:
 
 
 # Pictures of 8 bits that are read as RGBA where images have four channels.
-_WITHOUT_ALPHA = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBa")
+_OTHER_THAN_RGBA = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBa")
 
 
 def find_picture_depth(image: Image.Image) -> Depth:
@@ -93,7 +93,8 @@ def find_picture_depth(image: Image.Image) -> Depth:
 
 def decode_array(item: Any, *, channels: int) -> np.ndarray:
     r"""
-    Reads an image without losing precision. EXIF rotation is applied. With four channels, pictures of 8 bits are read as RGBA.
+    Reads an image without losing precision. EXIF rotation is applied. With four channels, pictures of 8 bits are read as RGBA. What is
+    wholly transparent becomes white.
 
     Args:
         item: The bytes of an image file (Pillow's, or `.npy`, never a pickle), or nested lists or an array.
@@ -114,10 +115,13 @@ def decode_array(item: Any, *, channels: int) -> np.ndarray:
                 "its four channels are CMYK; save it as RGB or RGBA, or as `.npy` to keep them as they are"
             )
         is_unsigned = "I;32N" in str(image.tile[:1])  # which Pillow's mode "I" is not
+        has_bands = image.format == "TIFF"  # its fourth channel may be any, such as near infrared
         image = decode_picture(image)
-        if channels == 4 and image.mode in _WITHOUT_ALPHA:  # beside transparent pictures; without that, they are opaque
+        if channels == 4 and image.mode in _OTHER_THAN_RGBA:
             image = image.convert("RGBA")
         array = np.asarray(image)
+        if image.mode == "RGBA" and not has_bands:  # colours that nobody sees are nothing to learn
+            array = np.where(array[..., 3:] > 0, array, np.array((255, 255, 255, 0), np.uint8))
         array = array.view(np.uint32) if is_unsigned else array
     else:
         array = np.asarray(item)
