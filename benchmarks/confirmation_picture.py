@@ -4,7 +4,7 @@ Draws docs/images/decoupling.png: gFD of two stages, branch dropout and stage 3,
     python benchmarks/confirmation_picture.py
 
 Its runs are the `confirmation_*.csv` in benchmarks/results/. Each run counts with the best of its guidance scales, relative to joint
-training of the same seed. A dot is a seed, a bar the mean; a line is the 95 % interval of the mean where there are three seeds.
+training of the same seed. A dot is a seed, a bar the mean; a line is the 95 % interval of the mean of three seeds or more.
 """
 
 import math
