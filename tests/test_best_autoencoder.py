@@ -116,8 +116,8 @@ def test_patience_ends_stage_2_alone_and_for_good(inputs, tmp_path, caplog):
             "`metric_features` x is also the `feature_model`",
         ),
         (
-            {"metric_features": "x", "image_channels": 4},
-            "`image_channels` is 4, but `metric_features` takes images of 1 or 3",
+            {"metric_features": "x", "image_channels": 5},
+            "`image_channels` is 5, but `metric_features` takes pictures",
         ),
     ],
 )

@@ -475,11 +475,14 @@ def test_images_that_are_no_pictures_are_drawn_as_arrays_and_have_no_space(tmp_p
     folder = save_run(tmp_path / "run", None)
     assert "output_type" not in make_card(read_result(folder), REPO).content
     path = folder / "pipeline" / "vae" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 4, "out_channels": 4}))
-    call = 'pipe(num_images_per_label=1, num_inference_steps=25, output_type="np").images[0]'
-    assert make_card(read_result(folder), REPO).content.count(call) == 2
-    with pytest.raises(UserError, match="have 4 channels, but the app of the Space shows pictures of 1 or 3"):
-        push_script(folder, REPO, "--space", "--export_dir", tmp_path / "out")
+    for channels, option in ((4, ""), (5, ', output_type="np"')):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": channels, "out_channels": channels}))
+        call = f"pipe(num_images_per_label=1, num_inference_steps=25{option}).images[0]"
+        assert make_card(read_result(folder), REPO).content.count(call) == 2
+        with pytest.raises(
+            UserError, match=f"have {channels} channels, but the app of the Space shows pictures of 1 or 3"
+        ):
+            push_script(folder, REPO, "--space", "--export_dir", tmp_path / "out")
 
 
 def test_card_draws_as_the_pipeline_does_by_default(trained):

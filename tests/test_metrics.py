@@ -267,7 +267,7 @@ def test_rescaling_and_normalisation_of_the_processor_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "images, message",
     [
-        (torch.zeros(2, 4, 8, 8), r"\(2, 4, 8, 8\)"),
+        (torch.zeros(2, 5, 8, 8), r"\(2, 5, 8, 8\)"),
         (torch.zeros(3, 8, 8), r"\(B, C, H, W\)"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8"),
         (torch.full((2, 3, 8, 8), math.nan), "NaN"),
@@ -425,7 +425,7 @@ def test_extractor_that_cannot_be_saved_is_not_trained(tmp_path):
     [
         ("", "give one of `--dataset_name`"),
         ("--dataset_name uoft-cs/cifar10 --streaming", "`--streaming` does not go with this script"),
-        ("--dataset_name digits --image_channels 4", "`--image_channels` is 4"),
+        ("--dataset_name digits --image_channels 5", "`--image_channels` is 5"),
     ],
 )
 def test_what_no_extractor_can_be_trained_on_is_refused(flags, message, capsys):

@@ -252,8 +252,8 @@ def test_unknown_names_of_candidates_are_answered_with_those_that_exist():
     ("change", "message"),
     [
         ({"budget": "soon"}, "`budget`"),
-        ({"image_channels": 4}, "`image_channels` is 4, but a judge with a network takes"),
-        ({"features": "x", "image_channels": 4}, "4"),
+        ({"image_channels": 5}, "`image_channels` is 5, but a judge with a network takes"),
+        ({"features": "x", "image_channels": 5}, "5"),
         ({"streaming": True}, "`streaming`"),
         ({"random_crop": True}, "`random_crop`"),
         (

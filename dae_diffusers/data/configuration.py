@@ -100,7 +100,7 @@ class DataConfig:
     )
     image_channels: int | None = field(
         DEFAULT_CHANNELS,
-        f"3: RGB; 1: gray; 4: RGBA; others: arrays; default: that of a given autoencoder, else {DEFAULT_CHANNELS}",
+        f"3: RGB; 4: RGBA; 1: gray; others: arrays; default: the autoencoder's, or {DEFAULT_CHANNELS}",
         at_least=1,
     )
     value_range: list[float] = field(
