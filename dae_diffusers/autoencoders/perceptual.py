@@ -5,7 +5,7 @@ from torch import nn
 
 from dae_diffusers.errors import UserError
 from dae_diffusers.losses.perceptual import perceptual_distance
-from dae_diffusers.vision import AlwaysEval, FrozenBackbone, load_backbone, load_lpips_network
+from dae_diffusers.vision import AlwaysEval, FrozenBackbone, as_rgb, load_backbone, load_lpips_network
 
 
 class PerceptualLoss(nn.Module):
@@ -52,7 +52,7 @@ class LPIPSLoss(AlwaysEval):
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""As in [`PerceptualLoss`]."""
-        return self.model(*(images.expand(-1, 3, -1, -1) for images in (reconstruction, pixel_values))).float().mean()
+        return self.model(*(as_rgb(images) for images in (reconstruction, pixel_values))).float().mean()
 
 
 def load_perceptual_loss(name_or_path: str) -> PerceptualLoss | LPIPSLoss:

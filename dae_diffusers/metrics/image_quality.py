@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dae_diffusers.errors import one_line
-from dae_diffusers.vision import LPIPSNet, load_lpips_network
+from dae_diffusers.vision import LPIPSNet, as_rgb, load_lpips_network
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def image_measures(
 
     Returns:
         `dict[str, ImageMeasure]`: `psnr` always; `ssim` with `torchmetrics`, for images of at least 6x6 pixels;
-        `lpips_<net>` with `lpips` and its weights, for images of 1 or 3 channels that are large enough for the network.
+        `lpips_<net>` with `lpips` and its weights, for pictures (gray, RGB, RGBA on white) that are large enough for the network.
     """
     measures: dict[str, ImageMeasure] = {"psnr": peak_signal_to_noise_ratio}
     nothing = torch.zeros(1, *image_shape)
@@ -107,7 +107,12 @@ def image_measures(
         lpips = load_lpips(lpips_net, device)
         lpips(nothing, nothing)
         measures[f"lpips_{lpips_net}"] = lpips
-    except (ImportError, OSError, RuntimeError) as error:  # packages, weights, images that are too small
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # packages, weights, channels, images that are too small
         logger.info("LPIPS is left out: %s", one_line(error, 300))
     return measures
 
@@ -136,6 +141,6 @@ def load_lpips(net: LPIPSNet = "alex", device: torch.device | str = "cpu") -> Im
     @torch.no_grad()
     def distance(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         images = (reconstruction.clamp(-1, 1), pixel_values)
-        return model(*(image.to(device).float().expand(-1, 3, -1, -1) for image in images)).flatten()
+        return model(*(as_rgb(image.to(device).float()) for image in images)).flatten()
 
     return distance
