@@ -107,12 +107,8 @@ def image_measures(
         lpips = load_lpips(lpips_net, device)
         lpips(nothing, nothing)
         measures[f"lpips_{lpips_net}"] = lpips
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # packages, weights, channels, images that are too small
+    # packages, weights, images that are too small, channels
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         logger.info("LPIPS is left out: %s", one_line(error, 300))
     return measures
 
